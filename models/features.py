@@ -1,0 +1,167 @@
+"""One wrapper around any timm classifier: logits, pooled feature, last feature map and adapted feature in one pass.
+
+Everything downstream (fusion, feature distillation, teacher bank) reads these four and knows no architecture.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from models.adapter import DistillationAdapter
+
+
+class Features(NamedTuple):
+    """What one forward pass yields."""
+
+    logits: torch.Tensor
+    """(B, N)."""
+    feat_2d: torch.Tensor
+    """(B, C), pooled: what the classifier reads (after dropout in training mode, where the network has it)."""
+    feat_4d: torch.Tensor
+    """(B, C', h, w), the last feature map; a view of it where the network computes NHWC or tokens."""
+    distill_feat: torch.Tensor | None
+    """(B, D), or None without an adapter."""
+
+
+class FeatureNet(nn.Module):
+    """A timm classifier and, with `adapter_dim`, its distillation adapter.
+
+    Args:
+        net: a classifier with timm's `forward_features`, `forward_head(pre_logits=True)`, `get_classifier`.
+        adapter_dim: D; None for no adapter.
+
+    Attributes:
+        feature_dim: C. num_classes: N. distillation_adapter: the adapter or None.
+        architecture, small_input: as `zoo.create_model` made it; they travel with checkpoints.
+
+    Raises:
+        ValueError: `net` has no such interface or no classifier.
+    """
+
+    def __init__(self, net: nn.Module, adapter_dim: int | None = None) -> None:
+        super().__init__()
+        missing = [m for m in ("forward_features", "forward_head", "get_classifier") if not hasattr(net, m)]
+        if missing:
+            raise ValueError(f"{_name(net)} is no timm classifier: it lacks {', '.join(missing)}")
+        self.num_classes = int(getattr(net, "num_classes", 0))
+        if self.num_classes < 1:
+            raise ValueError(f"{_name(net)} has {self.num_classes} classes; give num_classes of at least 1")
+        self.net = net
+        self.feature_dim = int(getattr(net, "head_hidden_size", 0) or getattr(net, "num_features", 0))
+        self.distillation_adapter = None if adapter_dim is None else DistillationAdapter(self.feature_dim, adapter_dim)
+        self.architecture = _name(net)
+        self.small_input = False
+
+    def forward(self, x: torch.Tensor) -> Features:
+        """(B, in_chans, H, W) → Features; the network runs once."""
+        raw, feat, logits = decompose(self.net, x)
+        adapted = None if self.distillation_adapter is None else self.distillation_adapter(feat)
+        return Features(logits, feat, to_nchw(self.net, raw), adapted)
+
+
+def decompose(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(unpooled features in the network's own layout, pooled feature (B, C), logits (B, N)) in one pass."""
+    raw = net.forward_features(x)  # type: ignore[operator]
+    feat = net.forward_head(raw, pre_logits=True)  # type: ignore[operator]
+    classifier = net.get_classifier()  # type: ignore[operator]
+    if isinstance(classifier, nn.Conv2d):  # a 1×1 convolution as the head (BiT)
+        logits = classifier(feat.reshape(*feat.shape[:2], 1, 1)).flatten(1)
+    else:
+        logits = classifier(feat)
+    return raw, feat.flatten(1), logits
+
+
+def to_nchw(net: nn.Module, raw: torch.Tensor) -> torch.Tensor:
+    """The output of `forward_features` as (B, C, h, w), without copying.
+
+    NHWC (Swin) is recognised by timm's `output_fmt` or by where the channels are; tokens (ViT) lose their prefix
+    tokens and get their grid back.
+
+    Raises:
+        ValueError: a layout that is none of these, tokens that form no grid.
+    """
+    if not isinstance(raw, torch.Tensor):
+        raise ValueError(f"{_name(net)} yields {type(raw).__name__} features; one feature map is needed")
+    width = getattr(net, "num_features", None)
+    if raw.dim() == 4:
+        layout = getattr(net, "output_fmt", None)
+        if layout is None:
+            layout = "NHWC" if raw.shape[3] == width and raw.shape[1] != width else "NCHW"
+        return raw.permute(0, 3, 1, 2) if str(layout).upper().endswith("NHWC") else raw
+    if raw.dim() == 3:
+        prefix = int(getattr(net, "num_prefix_tokens", 0))
+        h, w = _grid(net, raw.shape[1] - prefix)
+        return raw[:, prefix:].transpose(1, 2).unflatten(2, (h, w))
+    raise ValueError(f"{_name(net)} yields features of shape {tuple(raw.shape)}; (B,C,h,w) or tokens are needed")
+
+
+def _name(net: nn.Module) -> str:
+    """The architecture as timm knows it, for error messages."""
+    cfg = getattr(net, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(net).__name__)
+
+
+def _grid(net: nn.Module, tokens: int) -> tuple[int, int]:
+    """Rows and columns of the token grid: the patch embedding's, shrunk by pooling stages where there were any."""
+    grid = getattr(getattr(net, "patch_embed", None), "grid_size", None) or (1, 1)
+    shrink = math.isqrt(max(1, grid[0] * grid[1] // max(tokens, 1)))
+    for h, w in ((grid[0] // shrink, grid[1] // shrink), (math.isqrt(tokens),) * 2):
+        if h * w == tokens and tokens > 0:
+            return h, w
+    raise ValueError(f"{_name(net)} yields {tokens} tokens, which form no grid; it cannot give a feature map")
+
+
+@contextmanager
+def undisturbed(net: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; on leaving, every sub-module's mode and torch's CPU generator are as before."""
+    modes = {module: module.training for module in net.modules()}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            net.eval()
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def check_head(net: nn.Module, input_size: tuple[int, int, int]) -> torch.Size:
+    """Make sure that the wrapper's decomposition is the network, on a batch of two.
+
+    Args:
+        net: a timm classifier.
+        input_size: (in_chans, H, W).
+
+    Returns:
+        The shape of feat_4d on that batch, (2, C', h, w).
+
+    Raises:
+        ValueError: the network refuses the size, or head(pooled features) is not net(x), or feat_4d cannot be had.
+    """
+    name, size = _name(net), "×".join(map(str, input_size))
+    weight = next(net.parameters())
+    count = 2 * math.prod(input_size)
+    x = torch.linspace(-40, 40, count, device=weight.device).sin().to(weight.dtype).reshape(2, *input_size)
+    with undisturbed(net):
+        try:
+            expected = net(x)
+            raw, feat, logits = decompose(net, x)
+        except (RuntimeError, AssertionError, TypeError, AttributeError, ValueError, IndexError) as error:
+            reason = str(error).strip().splitlines()
+            raise ValueError(
+                f"{name} cannot be used with {size} input: {reason[0] if reason else type(error).__name__}; "
+                "choose another size, small_input or architecture"
+            ) from error
+        shape = to_nchw(net, raw).shape
+    scale = float(expected.abs().max()) if isinstance(expected, torch.Tensor) else math.nan
+    if not (isinstance(expected, torch.Tensor) and logits.shape == expected.shape):
+        raise ValueError(f"{name}: its output is not one tensor of logits from one linear head; choose another model")
+    if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * max(scale, 1e-3)):
+        raise ValueError(f"{name}: classifier(pooled features) is not the network's output; choose another model")
+    width = int(getattr(net, "head_hidden_size", 0) or getattr(net, "num_features", 0))
+    if feat.shape != (2, width):
+        raise ValueError(f"{name}: pooled features are {tuple(feat.shape)}, its declared width is {width}")
+    return shape

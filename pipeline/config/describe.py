@@ -1,0 +1,147 @@
+"""The schema in words: what a key expects, and a validation error as one line that says what would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from pipeline.config.names import known_names, near_miss, unknown_key
+
+MAX_PROBLEMS = 3
+"""More than these would no longer be read."""
+
+
+def field_at(path: Sequence[str | int], root: type[BaseModel] | None = None) -> tuple[FieldInfo, int] | None:
+    """The schema's field that a path leads to or into, and how many parts of the path name it; None if unknown.
+
+    `("method", "tau_schedule", 1)` leads into `method.tau_schedule`, named by its first 2 parts.
+    """
+    from pipeline.config.schema import Config
+
+    section: type[BaseModel] | None = root or Config
+    found: tuple[FieldInfo, int] | None = None
+    for depth, part in enumerate(path, start=1):
+        if section is None:
+            break
+        if found is not None and is_list_of_sections(found[0]) and str(part).isdecimal():
+            continue  # the number of a teacher
+        if part not in section.model_fields:
+            return None
+        found = (section.model_fields[str(part)], depth)
+        section = section_of(found[0])
+    return found
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, or of which it holds a list; None for a plain value."""
+    candidates = (field.annotation, *get_args(field.annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def is_list_of_sections(field: FieldInfo) -> bool:
+    """Whether a field is like `model.teachers`."""
+    return get_origin(field.annotation) is tuple and section_of(field) is not None
+
+
+def is_text(field: FieldInfo) -> bool:
+    """Whether a field is free text (or null): whatever is written for it is meant literally."""
+    return {a for a in (get_args(field.annotation) or (field.annotation,)) if a is not NoneType} == {str}
+
+
+def expects(field: FieldInfo) -> str:
+    """`a number above 0, or null`: what a key takes, in words."""
+    if is_list_of_sections(field):
+        return "a list of {name: …, pretrained: …, checkpoint: …}"
+    return _words(field.annotation, field.metadata)
+
+
+def _words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _words(args[0], _flat(args[1:]))
+    if origin in (Union, UnionType):
+        if set(args) == {float, str}:
+            return "a fraction from 0 to 1, or like avg-0.02"
+        return ", or ".join(_words(a) for a in args)
+    if origin is Literal:
+        return ("" if len(args) == 1 else "one of ") + ", ".join(map(str, args))
+    if origin is tuple:
+        if args[-1] is Ellipsis:
+            return "a list of " + _words(args[0]).replace("a whole number", "whole numbers").replace(
+                "a number", "numbers"
+            )
+        return f"a list of {len(args)}: " + ", ".join(_words(a) for a in args)
+    if annotation in (int, float):
+        return ("a whole number" if annotation is int else "a number") + _range(metadata)
+    return {bool: "true or false", str: "a text", NoneType: "null"}.get(annotation, "a group of keys")
+
+
+def _flat(metadata: Iterable[Any]) -> list[Any]:
+    """Constraints, also of a `Field` inside `Annotated`."""
+    return [inner for item in metadata for inner in (item.metadata if isinstance(item, FieldInfo) else [item])]
+
+
+def _range(metadata: Iterable[Any]) -> str:
+    bounds = {k: getattr(m, k) for m in metadata for k in ("ge", "gt", "le", "lt") if getattr(m, k, None) is not None}
+    low = f" from {bounds['ge']:g}" if "ge" in bounds else f" above {bounds['gt']:g}" if "gt" in bounds else ""
+    high = f" to {bounds['le']:g}" if "le" in bounds else f" below {bounds['lt']:g}" if "lt" in bounds else ""
+    return low + (" and" if low and high.startswith(" below") else "") + high
+
+
+def written(value: Any) -> str:
+    """A value as it is written in YAML and in an override: `null`, `true`, `[6,6]`."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(written, value)) + "]"
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def explain(error: ValidationError) -> str:
+    """One line for a refused configuration: key, value, what would do; at most three problems."""
+    lines: list[str] = []
+    seen: set[str] = set()
+    for problem in error.errors(include_url=False):
+        key, line = _explain(problem, list(problem["loc"]))
+        if key not in seen:  # a union gives one problem for each of its members
+            seen.add(key)
+            lines.append(line)
+    more = len(lines) - MAX_PROBLEMS
+    return "; ".join(lines[:MAX_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _explain(problem: Any, path: list[str | int]) -> tuple[str, str]:
+    if problem["type"] == "value_error":  # raised by a rule, which says all
+        message = str(problem["ctx"]["error"])
+        return message, message
+    if problem["type"] == "extra_forbidden":
+        name = ".".join(map(str, path))
+        return name, unknown_key(name, known_names())
+    found = field_at(path)
+    if found is None:  # the whole configuration is not a mapping
+        return "", f"the configuration is {_shown(problem['input'])}, not groups of keys"
+    field, depth = found
+    key, inside = ".".join(map(str, path[:depth])), path[depth:]
+    value = problem["input"]
+    if problem["type"] == "bool_for_number":
+        value = value if isinstance(value, bool) else list(value)
+    section = section_of(field)
+    if section is not None and not is_list_of_sections(field):
+        return (
+            key,
+            f"{key} is a group of keys, got {_shown(value)}; give such as {key}.{next(iter(section.model_fields))}=…",
+        )
+    where = f", entry {inside[-1]}" if inside and isinstance(inside[-1], int) and problem["type"] != "missing" else ""
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    near = near_miss(str(value), map(str, choices))
+    hint = f" (did you mean {near}?)" if near else ""
+    return key, f"{key}: got {_shown(value)}{where}; give {expects(field)}{hint}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else written(value)
+    return text if len(text) <= 80 else text[:77] + "…"

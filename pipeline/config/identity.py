@@ -1,0 +1,83 @@
+"""The lock and the identity of a result (method.md section 6)."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.schema import Config, flatten
+
+NOT_COMPUTATION = (
+    "device",
+    "threads",
+    "output_dir",
+    "run_name",
+    "rung",
+    "student",
+    "resume",
+    "extend",
+    "log_model",
+    "debug",
+    "dataset.root",
+    "dataset.path",
+    "dataset.download",
+    "dataset.eval_batch_size",
+    "optim.use_amp",
+    "checkpoint.",
+    "tracking.",
+)
+"""Keys, and prefixes of keys, that do not change the computation asked for."""
+
+
+def computation(config: Config) -> dict[str, Any]:
+    """The dotted keys that the hash covers; teachers' checkpoint paths are left out, their weights' hashes count."""
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if not name.endswith(".checkpoint")
+        and not any(name == skip or (skip.endswith(".") and name.startswith(skip)) for skip in NOT_COMPUTATION)
+    }
+
+
+def canonical(values: Mapping[str, Any]) -> str:
+    """JSON with sorted keys and no spaces; validated types, so that tau=4 and tau=4.0 agree."""
+    return json.dumps(_unsigned(values), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _unsigned(value: Any) -> Any:
+    """-0.0 and 0.0 are the same number, and would be different JSON."""
+    if isinstance(value, Mapping):
+        return {key: _unsigned(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_unsigned(item) for item in value]
+    return 0.0 if isinstance(value, float) and value == 0 else value
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 (hex) over the canonical JSON of what is computed."""
+    return hashlib.sha256(canonical(computation(config)).encode()).hexdigest()
+
+
+def source_digest(root: Path) -> str:
+    """SHA-256 (hex) over the Python sources of models, pipeline and steps under `root`."""
+    digest = hashlib.sha256()
+    for folder in ("models", "pipeline", "steps"):
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two results the same: reuse of finished runs, study names and resume go by it."""
+
+    config_hash: str
+    amp_dtype: str
+    teachers: tuple[str, ...]
+    data_digest: str
+    sources: str
+
+    def digest(self) -> str:
+        return hashlib.sha256(canonical(asdict(self)).encode()).hexdigest()

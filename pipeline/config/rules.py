@@ -1,0 +1,354 @@
+"""What the schema's types cannot say: values that follow from others, and the rules between keys (method.md).
+
+`later.py` refuses what is not implemented yet, `inactive.py` names keys that cannot act, `names.py` knows old names.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from pipeline.config.inactive import inactive
+from pipeline.config.later import DEPENDENTS, ONLY_FOR_NOW, check_later
+from pipeline.config.names import OLD_NAMES, known_names, near_miss, unknown_key
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config, ScheduleConfig, StudentConfig, TeacherConfig
+
+__all__ = [
+    "DEPENDENTS",
+    "OLD_NAMES",
+    "ONLY_FOR_NOW",
+    "check",
+    "derive",
+    "gate_offset",
+    "inactive",
+    "known_names",
+    "near_miss",
+    "needs_distillation",
+    "parse_gate",
+    "unknown_key",
+    "uses_fusion",
+]
+
+SMALL_STUDENTS = ("mobilenet_v2", "mobilenetv2", "efficientnet_b0", "shufflenet_v2", "shufflenetv2", "shufflev2")
+"""Students whose distillation width defaults to 256 (method.md section 1)."""
+
+FUSED_TARGETS = ("synergy", "auto", "auto_min")
+"""Targets that come from the fusion."""
+
+GATE = re.compile(r"avg([+-](?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)?", re.IGNORECASE)
+
+
+def derive(data: Any) -> Any:
+    """Fill in defaults that follow from other keys: distillation width 256 for small students, fusion aligned."""
+    if not isinstance(data, dict):
+        return data
+    method, model = _as_dict(data.get("method")), _as_dict(data.get("model"))
+    student = _as_dict((model or {}).get("student"))
+    name = str((student or {}).get("name", "")).lower()
+    if method is None or not any(small in name for small in SMALL_STUDENTS):
+        return data
+    method = dict(method)
+    method.setdefault("distill_out_dim", 256)
+    method.setdefault("ib_mbm_out_dim", method["distill_out_dim"])
+    return {**data, "method": method}
+
+
+def _as_dict(section: Any) -> dict[str, Any] | None:
+    """A section as it was given (nothing, YAML or an object); None for what validation will refuse."""
+    if isinstance(section, BaseModel):
+        return section.model_dump(exclude_unset=True)
+    return {} if section is None else section if isinstance(section, dict) else None
+
+
+def parse_gate(value: Any) -> Any:
+    """One spelling for each threshold, so that hashes agree: `"0.8"` -> 0.8, `"avg - .020"` -> `"avg-0.02"`."""
+    if not isinstance(value, str):
+        return value
+    text = value.replace(" ", "").lower()
+    try:
+        return float(text)
+    except ValueError:
+        match = GATE.fullmatch(text)
+    if match is None or abs(float(match[1] or 0.0)) > 1:
+        raise ValueError(
+            f"method.enable_kd_after_syn_acc={value!r} is neither a fraction in [0, 1] nor like avg-0.02 "
+            "(relative to the averaged teachers)"
+        )
+    offset = float(match[1] or 0.0)
+    return f"avg{'-' if offset < 0 else '+'}{abs(offset)!r}" if offset else "avg"
+
+
+def gate_offset(value: float | str) -> float | None:
+    """`avg-0.02` -> -0.02 (relative to the averaged teachers); None for an absolute threshold."""
+    value = parse_gate(value)
+    return float(value[3:] or 0.0) if isinstance(value, str) else None
+
+
+def is_gated(config: Config) -> bool:
+    """Whether synergy targets wait for a synergy accuracy."""
+    return config.method.enable_kd_after_syn_acc != 0
+
+
+def needs_distillation(config: Config) -> bool:
+    """Whether any B-step term uses teachers."""
+    return config.method.kd_alpha > 0 or config.method.hybrid_beta > 0 or config.method.feat_kd_alpha > 0
+
+
+def uses_fusion(config: Config) -> bool:
+    """Whether any B-step term uses the fusion; without one there is nothing that an A-step would be for."""
+    m = config.method
+    return (m.kd_alpha > 0 and m.kd_target in FUSED_TARGETS) or m.feat_kd_alpha > 0
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for the first rule that is broken; the message names the key and what would do."""
+    check_later(config)
+    _check_epochs(config)
+    _check_models(config)
+    _check_student_learns(config)
+    _check_targets(config)
+    _check_fusion(config)
+    _check_freezing(config)
+    _check_schedule("schedule", config.schedule, sum(config.method.student_epochs_per_stage), config.optim.student_lr)
+    _check_schedule("finetune.schedule", config.finetune.schedule, config.finetune.epochs, config.finetune.lr)
+    _check_surroundings(config)
+
+
+def _refuse(condition: bool, message: str) -> None:
+    if condition:
+        raise ValueError(message)
+
+
+def _check_epochs(config: Config) -> None:
+    m = config.method
+    total = sum(m.student_epochs_per_stage)
+    _refuse(
+        len(m.student_epochs_per_stage) != m.num_stages,
+        f"method.student_epochs_per_stage has {len(m.student_epochs_per_stage)} entries for "
+        f"method.num_stages={m.num_stages}: give one number of B-epochs for each stage",
+    )
+    _refuse(total == 0, "method.student_epochs_per_stage is all 0: the student would never be trained")
+    _refuse(
+        m.kd_cooldown_epochs >= total and needs_distillation(config),
+        f"method.kd_cooldown_epochs={m.kd_cooldown_epochs} leaves none of the {total} B-epochs for distillation",
+    )
+    start, stop = m.kd_two_view_start_epoch, m.kd_two_view_stop_epoch
+    if start is None and stop is None:
+        return
+    if start is None or stop is None or start >= stop:
+        raise ValueError(
+            f"method.kd_two_view_start_epoch={_null(start)}, kd_two_view_stop_epoch={_null(stop)}: "
+            "give both, the first below the second"
+        )
+    _refuse(
+        not (config.augment.crop_flip or config.augment.randaugment),
+        "method.kd_two_view_start_epoch: without augmentation both views are the same; set augment.crop_flip=true",
+    )
+    _refuse(
+        m.kd_view == "mixed",
+        "method.kd_two_view_start_epoch averages clean views: use method.kd_view=clean",
+    )
+
+
+def _null(value: object) -> object:
+    return "null" if value is None else value
+
+
+def _check_models(config: Config) -> None:
+    teachers = config.model.teachers
+    networks: dict[str, StudentConfig | TeacherConfig] = {"model.student": config.model.student}
+    networks |= {f"model.teachers.{i}": teacher for i, teacher in enumerate(teachers)}
+    for where, network in networks.items():
+        _refuse(not network.name, f"{where}.name is empty: name a timm classifier or a cifar_* network")
+        _refuse(
+            network.pretrained and network.name.startswith("cifar_"),
+            f"{where}.pretrained=true: {network.name} has no published weights; set it to false"
+            + (f" or give {where}.checkpoint" if where != "model.student" else ""),
+        )
+    for i, teacher in enumerate(teachers):
+        _refuse(
+            config.finetune.epochs == 0 and not teacher.pretrained and not teacher.checkpoint,
+            f"finetune.epochs=0: model.teachers.{i} ({teacher.name}) would stay untrained; "
+            f"give it epochs or model.teachers.{i}.checkpoint",
+        )
+
+
+def _check_student_learns(config: Config) -> None:
+    m, teachers = config.method, config.model.teachers
+    _refuse(
+        m.ce_alpha == 0 and not needs_distillation(config),
+        "method.ce_alpha=0 and no distillation weight: the student would learn nothing; "
+        "raise method.ce_alpha or method.kd_alpha",
+    )
+    _refuse(
+        m.ce_alpha == 0 and m.kd_cooldown_epochs > 0,
+        f"method.kd_cooldown_epochs={m.kd_cooldown_epochs} with method.ce_alpha=0: it would learn nothing then",
+    )
+    _refuse(
+        m.ce_alpha == 0 and m.kd_max_ratio is not None,
+        f"method.kd_max_ratio={m.kd_max_ratio} bounds distillation by cross-entropy, and method.ce_alpha is 0",
+    )
+    weight = next((k for k in ("kd_alpha", "hybrid_beta", "feat_kd_alpha") if getattr(m, k) > 0), "kd_alpha")
+    _refuse(
+        needs_distillation(config) and not teachers,
+        f"method.{weight}={getattr(m, weight)} needs teachers, and model.teachers is empty: "
+        f"choose model/teacher=… or set method.{weight}=0",
+    )
+
+
+def _check_targets(config: Config) -> None:
+    m, teachers = config.method, config.model.teachers
+    if m.teacher_weights != "equal" and teachers:
+        _refuse(
+            len(m.teacher_weights) != len(teachers),
+            f"method.teacher_weights has {len(m.teacher_weights)} entries for {len(teachers)} teachers",
+        )
+        _refuse(sum(m.teacher_weights) == 0, "method.teacher_weights are all 0: at least one must be above")
+    _refuse(
+        m.kd_target == "auto" and m.kd_ens_alpha > m.kd_ens_alpha_max,
+        f"method.kd_ens_alpha={m.kd_ens_alpha} is above method.kd_ens_alpha_max={m.kd_ens_alpha_max}, "
+        "from which it falls (kd_target=auto)",
+    )
+    _refuse(
+        m.kd_sample_min_ratio > m.kd_sample_max_ratio,
+        f"method.kd_sample_min_ratio={m.kd_sample_min_ratio} is above "
+        f"method.kd_sample_max_ratio={m.kd_sample_max_ratio}",
+    )
+    _refuse(
+        m.kd_sample_gate and (m.kd_sample_max_ratio == 0 or (m.kd_sample_thr == 0 and m.kd_sample_min_ratio == 0)),
+        "method.kd_sample_gate would let no sample through: raise method.kd_sample_max_ratio or kd_sample_thr",
+    )
+    gate = m.enable_kd_after_syn_acc
+    if isinstance(gate, float):
+        _refuse(
+            not 0 <= gate <= 1,
+            f"method.enable_kd_after_syn_acc={gate} is a fraction: give a number in [0, 1] or avg-0.02",
+        )
+    reads_accuracy = "method.kd_target=auto" if m.kd_target == "auto" else f"method.enable_kd_after_syn_acc={gate}"
+    _refuse(
+        (is_gated(config) or m.kd_target == "auto") and config.dataset.val_fraction == 0,
+        f"{reads_accuracy} reads validation accuracy: it needs dataset.val_fraction > 0",
+    )
+
+
+def _check_fusion(config: Config) -> None:
+    m, teachers = config.method, config.model.teachers
+    fusion = uses_fusion(config)
+    user = (
+        f"method.kd_target={m.kd_target}"
+        if m.kd_alpha > 0 and m.kd_target in FUSED_TARGETS
+        else (f"method.feat_kd_alpha={m.feat_kd_alpha}")
+    )
+    without = "method.kd_target=avg" if user.startswith("method.kd_target") else "method.feat_kd_alpha=0"
+    _refuse(
+        fusion and len(teachers) < 2,
+        f"{user} fuses teachers and needs two, model.teachers has {len(teachers)}: use {without}",
+    )
+    _refuse(
+        fusion and m.teacher_adapt_epochs == 0,
+        f"{user} with method.teacher_adapt_epochs=0: nothing would train the fusion; use {without} or give it A-epochs",
+    )
+    w_kd = m.kd_alpha if m.teacher_adapt_alpha_kd is None else m.teacher_adapt_alpha_kd
+    _refuse(
+        fusion and m.synergy_ce_alpha == 0 and (m.cccp_alpha if m.use_cccp else w_kd) == 0,
+        "method.synergy_ce_alpha=0 without a KD weight: the A-step would learn nothing",
+    )
+    _refuse(
+        m.ib_mbm_out_dim % m.ib_mbm_n_head != 0,
+        f"method.ib_mbm_out_dim={m.ib_mbm_out_dim} is not divisible by method.ib_mbm_n_head={m.ib_mbm_n_head}",
+    )
+    _refuse(m.min_cw > m.max_cw, f"method.min_cw={m.min_cw} is above method.max_cw={m.max_cw}")
+    indices = m.synergy_eval_teacher_indices
+    if indices is not None:
+        _refuse(len(indices) == 0, "method.synergy_eval_teacher_indices is empty: name teachers, or null for all")
+        _refuse(
+            bool(teachers) and (max(indices, default=0) >= len(teachers) or len(set(indices)) < len(indices)),
+            f"method.synergy_eval_teacher_indices={list(indices)}: "
+            f"teachers are numbered 0 to {len(teachers) - 1}, each once",
+        )
+    if m.ib_mbm_query_key == "distill_feat" and not m.learnable_q:
+        _refuse(
+            m.feat_kd_alpha == 0,
+            "method.ib_mbm_query_key=distill_feat needs method.feat_kd_alpha > 0, "
+            "else nothing trains the student's adapter",
+        )
+        _refuse(
+            m.ib_mbm_query_dim not in (None, 0, m.distill_out_dim),
+            f"method.ib_mbm_query_dim={m.ib_mbm_query_dim} is not method.distill_out_dim={m.distill_out_dim}, "
+            "the width of distill_feat: set it to null",
+        )
+    if m.feat_kd_alpha > 0 and m.feat_kd_key == "distill_feat":
+        _refuse(
+            not m.use_distillation_adapter,
+            "method.feat_kd_key=distill_feat needs method.use_distillation_adapter=true, or feat_kd_key=feat_2d",
+        )
+        _refuse(
+            m.distill_out_dim != m.ib_mbm_out_dim,
+            f"method.distill_out_dim={m.distill_out_dim} and method.ib_mbm_out_dim={m.ib_mbm_out_dim} differ: "
+            "feature distillation compares vectors of these widths",
+        )
+
+
+def _check_freezing(config: Config) -> None:
+    m = config.method
+    levels = m.student_freeze_schedule
+    _refuse(
+        levels is not None and len(levels) != m.num_stages,
+        f"method.student_freeze_schedule has {len(levels or ())} entries for method.num_stages={m.num_stages}: "
+        "give one level for each stage",
+    )
+    first, where = (m.student_freeze_level, "level") if levels is None else (levels[0], "schedule")
+    _refuse(
+        m.use_partial_freeze and first != -1 and not config.model.student.pretrained,
+        f"method.student_freeze_{where} freezes at level {first} in stage 1 a student without pretrained weights: "
+        "begin with -1",
+    )
+    _refuse(
+        m.use_teacher_finetuning and m.teacher_ce_alpha == 0,
+        "method.use_teacher_finetuning needs method.teacher_ce_alpha > 0, the teachers' own cross-entropy",
+    )
+    _refuse(
+        m.use_teacher_finetuning and not uses_fusion(config),
+        "method.use_teacher_finetuning trains teachers in A-steps, and here there are none: "
+        "use method.kd_target=synergy or auto with method.kd_alpha > 0",
+    )
+    _refuse(
+        config.optim.select_weights == "ema" and config.optim.ema_decay is None,
+        "optim.select_weights=ema needs optim.ema_decay, e.g. 0.999",
+    )
+
+
+def _check_schedule(where: str, schedule: ScheduleConfig, epochs: int, peak: float) -> None:
+    lr = "optim.student_lr" if where == "schedule" else "finetune.lr"
+    _refuse(
+        schedule.type == "step" and not schedule.milestones,
+        f"{where}.type=step needs {where}.milestones, the epochs at which the learning rate falls",
+    )
+    _refuse(
+        list(schedule.milestones) != sorted(set(schedule.milestones)),
+        f"{where}.milestones={list(schedule.milestones)} must rise",
+    )
+    _refuse(
+        0 < epochs <= schedule.lr_warmup_epochs,
+        f"{where}.lr_warmup_epochs={schedule.lr_warmup_epochs} leaves none of the {epochs} epochs after the warm-up",
+    )
+    _refuse(
+        schedule.type == "cosine" and schedule.min_lr > peak,
+        f"{where}.min_lr={schedule.min_lr} is above {lr}={peak}, from which the cosine falls",
+    )
+
+
+def _check_surroundings(config: Config) -> None:
+    _refuse(
+        config.dataset.name == "npz" and not config.dataset.path,
+        "dataset.name=npz needs dataset.path, the file with x_train, y_train, x_test and y_test",
+    )
+    _refuse(config.dataset.batch_size == 1, "dataset.batch_size=1: batch normalisation needs at least 2 images")
+    _refuse(
+        re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device) is None,
+        f"device={config.device!r}: give auto, cpu, mps, cuda or cuda:<n>",
+    )

@@ -1,0 +1,254 @@
+"""Batches of a data set that lives on the device as uint8: index → crop and flip → normalise → mix, no worker.
+
+All random numbers of an epoch are drawn before it begins (`draw_epoch`), for the global batch. So resuming within an
+epoch is skipping batches, and a process of several computes its rows of exactly the batch that one process would see.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import AugmentConfig
+from pipeline.data.augment import CropFlip, Mix, MixKind, Normalize, blend, crop_flip, draw_crop_flip, draw_mix
+from pipeline.errors import UserError
+
+
+class Batch(NamedTuple):
+    """This process's b rows of one global batch; everything but `rows` and `global_size` lies on the device."""
+
+    x: Tensor
+    """float32 (b,C,H,W): augmented, normalised, unmixed («clean»)."""
+    x_mixed: Tensor
+    """x after MixUp or CutMix; x itself without."""
+    y: Tensor
+    """int64 (b,): labels of x."""
+    y_b: Tensor
+    """int64 (b,): labels of the mixing partners; y without mixing."""
+    lam: Tensor
+    """float32 scalar: weight of y; 1 without mixing."""
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a batch
+    """int64 (b,): which images of the data set these are."""
+    rows: slice
+    """Which rows of the global batch these are."""
+    global_size: int
+    """Images in the global batch."""
+    partner: Tensor | None
+    """int64 (b,): each row's mixing partner, as a row of the *global* batch; None without mixing."""
+    views: CropFlip | None
+    """The crop and flip behind each row of x; None without augmentation."""
+
+
+@dataclass(frozen=True)
+class EpochDraws:
+    """All random numbers of one epoch, on the CPU.
+
+    permutation: int64 (n,), positions in the training subset. crop_flip: one draw per *position of the epoch* (n,), or
+    None. mixes: one per batch, or None. batch_size: that of the global batch.
+    """
+
+    permutation: Tensor
+    crop_flip: CropFlip | None
+    mixes: tuple[Mix | None, ...]
+    batch_size: int
+
+
+def batch_bounds(n_images: int, batch_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each batch of an epoch: full ones, then the remainder, unless that is a single image.
+
+    Batch normalisation cannot train on one image; with a remainder of one, that image (another in each epoch) sits out.
+    """
+    bounds = [(start, min(start + batch_size, n_images)) for start in range(0, n_images, batch_size)]
+    return [(start, stop) for start, stop in bounds if stop - start > 1]
+
+
+def draw_epoch(
+    n_images: int,
+    batch_size: int,
+    image_size: int,
+    augment: AugmentConfig,
+    mix_kind: MixKind | None,
+    mix_alpha: float,
+    generators: Callable[[str], torch.Generator],
+) -> EpochDraws:
+    """Draws an epoch over `n_images` images of `image_size`² pixels in global batches of `batch_size`.
+
+    `generators` gives a CPU generator for each of the names permutation, crop_flip and mix. The streams are separate:
+    switching mixing on or off changes neither order nor crops. What is switched off is not asked for.
+    """
+    permutation = torch.randperm(n_images, generator=generators("permutation"))
+    views = draw_crop_flip(n_images, generators("crop_flip")) if augment.crop_flip else None
+    bounds = batch_bounds(n_images, batch_size)
+    mixes: tuple[Mix | None, ...] = (None,) * len(bounds)
+    if mix_kind is not None:
+        # torch has no Beta draw that takes a generator
+        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generators("mix"))))
+        mixes = tuple(draw_mix(stop - start, image_size, mix_kind, mix_alpha, rng) for start, stop in bounds)
+    return EpochDraws(permutation, views, mixes, batch_size)
+
+
+class TrainBatches:
+    """The training subset of a data set, in augmented batches.
+
+    images: uint8 (N,C,H,W); labels: int64 (N,); indices: int64 (n,), the images that take part. All move to `device`
+    once; tensors already there are shared, not copied: give train_x.to(device) here and to EvalBatches to hold it once.
+    `batch_size` is global. Process `rank` of `world_size` gets a contiguous slice of every global batch; slices differ
+    by at most one row, and are empty where the batch has fewer images than there are processes.
+    Raises UserError when the subset is too small to make a batch, ValueError for wrong types or ranks.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        indices: Tensor,
+        *,
+        batch_size: int,
+        augment: AugmentConfig,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+        channels_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _check(images, labels)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} processes")
+        if augment.randaugment:
+            raise UserError("augment.randaugment=true is not implemented; set it to false")
+        self.device = torch.device(device)
+        self.images = images.to(self.device)
+        self.labels = labels.to(self.device)
+        self.indices = indices.to(self.device)
+        self.batch_size = batch_size
+        self.augment = augment
+        self.normalize = Normalize(mean, std, self.device, channels_last)
+        self.rank = rank
+        self.world_size = world_size
+        self.bounds = batch_bounds(len(indices), batch_size)
+        if not self.bounds:
+            raise UserError(
+                f"dataset.batch_size={batch_size} and {len(indices)} training images make no batch of at least 2; "
+                "raise it, give more images, or lower dataset.val_fraction"
+            )
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    @property
+    def steps(self) -> int:
+        """Batches per epoch; the same for every process."""
+        return len(self.bounds)
+
+    def draw(
+        self, mix_kind: MixKind | None, mix_alpha: float, generators: Callable[[str], torch.Generator]
+    ) -> EpochDraws:
+        """`draw_epoch` for these images."""
+        size = int(self.images.shape[-1])
+        return draw_epoch(len(self.indices), self.batch_size, size, self.augment, mix_kind, mix_alpha, generators)
+
+    def view(self, indices: Tensor, draw: CropFlip | None) -> Tensor:
+        """Images `indices` (b,) of the data set under `draw` (None: as they are), normalised: float32 (b,C,H,W)."""
+        x = self.images.index_select(0, indices)
+        if draw is not None:
+            x = crop_flip(x, draw, pad_mode=self.augment.pad_mode)
+        return self.normalize(x)
+
+    def epoch(self, draws: EpochDraws, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from batch `start` on; those before it cost nothing.
+
+        Raises ValueError if `draws` were made for other images or another batch size, or `start` is out of range.
+        """
+        if len(draws.permutation) != len(self.indices) or draws.batch_size != self.batch_size:
+            raise ValueError(
+                f"draws for {len(draws.permutation)} images in batches of {draws.batch_size}, "
+                f"but there are {len(self.indices)} in batches of {self.batch_size}"
+            )
+        if not 0 <= start <= self.steps:
+            raise ValueError(f"batch {start} of an epoch of {self.steps}")
+        return self._epoch(draws, start)
+
+    def _epoch(self, draws: EpochDraws, start: int) -> Iterator[Batch]:
+        # one transfer per epoch and tensor: within the loop nothing waits for the device
+        order = self.indices[draws.permutation.to(self.device)]
+        views = None if draws.crop_flip is None else draws.crop_flip.to(self.device)
+        one = torch.ones((), device=self.device)
+        mixes = _to_device(draws.mixes, self.device)
+        for (first, stop), mixture in zip(self.bounds[start:], mixes[start:], strict=True):
+            yield self._batch(
+                order[first:stop], None if views is None else views.take(slice(first, stop)), mixture, one
+            )
+
+    def _batch(self, index: Tensor, views: CropFlip | None, mixture: Mix | None, one: Tensor) -> Batch:
+        """This process's rows of the global batch `index` (B,)."""
+        size = len(index)
+        rows = slice(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
+        mine = index[rows]
+        my_views = None if views is None else views.take(rows)
+        x, y = self.view(mine, my_views), self.labels[mine]
+        if mixture is None:
+            return Batch(x, x, y, y, one, mine, rows, size, None, my_views)
+        partner = mixture.partner[rows]
+        if self.world_size == 1:
+            partners = x[partner]
+        else:  # they may lie in other processes: make them here
+            partners = self.view(index[partner], None if views is None else views.take(partner))
+        mixed = blend(x, partners, mixture)
+        y_b = self.labels[index[partner]]
+        return Batch(x, mixed, y, y_b, mixture.lam, mine, rows, size, partner, my_views)
+
+
+class EvalBatches:
+    """Images in their order, unaugmented: iterates (x float32 (b,C,H,W), y int64 (b,)), the last batch as it comes.
+
+    images, labels: as for TrainBatches; indices: the images that take part, None for all. `labels` are those of the
+    images that take part, on the device, in the order of iteration.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        indices: Tensor | None,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+        channels_last: bool = True,
+    ) -> None:
+        _check(images, labels)
+        self.device = torch.device(device)
+        self.images = images.to(self.device)
+        self.indices = torch.arange(len(images), device=self.device) if indices is None else indices.to(self.device)
+        self.labels = labels.to(self.device)[self.indices]
+        self.batch_size = batch_size
+        self.normalize = Normalize(mean, std, self.device, channels_last)
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, y in zip(self.indices.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            if len(index):
+                yield self.normalize(self.images.index_select(0, index)), y
+
+
+def _to_device(mixes: tuple[Mix | None, ...], device: torch.device) -> list[Mix | None]:
+    """All mixtures of an epoch with one transfer for the λ and one for the partners."""
+    present = [m for m in mixes if m is not None]
+    if device.type == "cpu" or not present:
+        return list(mixes)
+    lams = iter(torch.stack([m.lam for m in present]).to(device).unbind())
+    partners = iter(torch.cat([m.partner for m in present]).to(device).split([len(m.partner) for m in present]))
+    return [None if m is None else m._replace(lam=next(lams), partner=next(partners)) for m in mixes]
+
+
+def _check(images: Tensor, labels: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"images must be uint8 (N,C,H,W), not {images.dtype} {tuple(images.shape)}")
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise ValueError(f"labels must be int64 ({len(images)},), not {labels.dtype} {tuple(labels.shape)}")

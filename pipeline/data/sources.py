@@ -1,0 +1,196 @@
+"""Where images come from: the bundled sample, torchvision's data sets, or a user's npz file.
+
+Whatever the source, the result is one `ImageData`: checked uint8 arrays and the digest by which results know them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.config import DatasetConfig
+from pipeline.data.arrays import Arrays, check, read_npz
+from pipeline.errors import UserError
+
+SAMPLE = Path(__file__).parent / "sample" / "cifar100_sample.npz"
+
+
+class Statistics(NamedTuple):
+    """Per-channel mean and standard deviation of training images scaled to [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+CIFAR100 = Statistics((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761))
+CIFAR10 = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+FASHION_MNIST = Statistics((0.2860,), (0.3530,))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A labelled image data set in memory.
+
+    train_x, test_x: uint8 (N,C,H,W), H = W; train_y, test_y: int64 (N,) in 0..num_classes-1, every class occurring in
+    training. mean, std: per channel, for images scaled to [0, 1]. digest: SHA-256 (hex) over shapes, types and bytes of
+    the four arrays and the class names. source: where it was read, for people.
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    digest: str
+    source: str
+
+    @property
+    def num_classes(self) -> int:
+        """N."""
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return int(self.train_x.shape[-1])
+
+    @property
+    def in_chans(self) -> int:
+        """Channels: 3, or 1 for grey images, which stay grey."""
+        return int(self.train_x.shape[1])
+
+
+def load(config: DatasetConfig) -> ImageData:
+    """The data set that `config` names, validated.
+
+    Raises UserError when files are missing, damaged or not a classification data set.
+    """
+    return _SOURCES[config.name](config)
+
+
+def _sample(config: DatasetConfig) -> ImageData:
+    """20 classes of CIFAR-100, 100 training and 25 test images each (sample/README.md)."""
+    stored = read_npz(SAMPLE, "dataset.name=cifar100_sample, bundled file")
+    for split in ("train", "test"):
+        stored[f"x_{split}"] = _unpack(stored.pop(f"packed_{split}"))
+    return _image_data(config.name, check(stored, f"the bundled sample {SAMPLE}"), CIFAR100, "bundled")
+
+
+def _unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Undoes `pack` of sample/make_cifar100_sample.py: (N,3,H,W) differences -> (N,H,W,3) RGB; sums wrap mod 256."""
+    planes = np.cumsum(packed, axis=3, dtype=np.uint8)
+    green = planes[:, 0]
+    return np.stack([planes[:, 1] + green, green, planes[:, 2] + green], axis=3)
+
+
+def _npz(config: DatasetConfig) -> ImageData:
+    if not config.path:
+        raise UserError(
+            "dataset.path is not set; dataset.name=npz needs the file with x_train, y_train, x_test, y_test"
+        )
+    path = Path(config.path).expanduser()
+    arrays = check(read_npz(path, "dataset.path"), f"dataset.path={path}")
+    return _image_data(config.name, arrays, statistics(arrays.x_train), str(path))
+
+
+def _torchvision(class_name: str, folder: str, known: Statistics) -> Callable[[DatasetConfig], ImageData]:
+    """A loader for `torchvision.datasets.<class_name>`, whose files lie in `folder` below dataset.root."""
+
+    def source(config: DatasetConfig) -> ImageData:
+        place = (Path(config.root).expanduser() / folder).resolve()
+        if not config.download and not place.is_dir():
+            raise UserError(
+                f"dataset.root={config.root}: {class_name} is not there (looked in {place}); "
+                "name the folder that holds it, or set dataset.download=true"
+            )
+        train, test = _read_torchvision(class_name, config, place)
+        arrays = {
+            f"{part}_{split}": np.asarray(values)
+            for split, read in (("train", train), ("test", test))
+            for part, values in (("x", read.data), ("y", read.targets))
+        }
+        checked = check(arrays, f"dataset.root={config.root}: {class_name} in {place}", tuple(train.classes))
+        return _image_data(config.name, checked, known, str(place))
+
+    return source
+
+
+def _read_torchvision(class_name: str, config: DatasetConfig, place: Path) -> tuple[Any, Any]:
+    """The two splits; each has `data`, `targets` and `classes`."""
+    from torchvision import datasets  # late: its import takes a second, and the sample does not need it
+
+    root = str(Path(config.root).expanduser())
+    read = getattr(datasets, class_name)
+    try:
+        return read(root, train=True, download=config.download), read(root, train=False, download=config.download)
+    # torchvision's own RuntimeError, failed downloads (OSError), and whatever reading a cut file gives
+    except (RuntimeError, OSError, ValueError, EOFError, AssertionError, LookupError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if config.download:
+            raise UserError(
+                f"dataset.download=true: {class_name} could not be fetched into {place} ({reason}); "
+                "check the network, or put the unpacked files there"
+            ) from error
+        raise UserError(
+            f"dataset.root={config.root}: the {class_name} files in {place} are incomplete or damaged; "
+            "delete that folder and set dataset.download=true, or copy it again"
+        ) from error
+
+
+def _image_data(name: str, arrays: Arrays, known: Statistics, source: str) -> ImageData:
+    return ImageData(
+        name=name,
+        train_x=torch.from_numpy(arrays.x_train),
+        train_y=torch.from_numpy(arrays.y_train),
+        test_x=torch.from_numpy(arrays.x_test),
+        test_y=torch.from_numpy(arrays.y_test),
+        classes=arrays.classes,
+        mean=known.mean,
+        std=known.std,
+        digest=digest(arrays),
+        source=source,
+    )
+
+
+def digest(arrays: Arrays) -> str:
+    """SHA-256 (hex) of the data set: shapes, types and bytes of the four arrays, and the class names."""
+    hashed = hashlib.sha256()
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        array = getattr(arrays, name)
+        hashed.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        hashed.update(np.ascontiguousarray(array).data)
+    hashed.update(json.dumps(list(arrays.classes)).encode())
+    return hashed.hexdigest()
+
+
+def statistics(images: NDArray[np.uint8]) -> Statistics:
+    """Per-channel mean and standard deviation of uint8 images (N,C,H,W), scaled to [0, 1].
+
+    Exact, from histograms. A constant channel gets one grey level (1/255) as its deviation, so that dividing is safe.
+    """
+    levels = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(images.shape[1]):
+        share = np.bincount(images[:, channel].reshape(-1), minlength=256) / images[:, channel].size
+        mean.append(float(share @ levels))
+        std.append(max(float(np.sqrt(share @ (levels - mean[-1]) ** 2)), 1 / 255))
+    return Statistics(tuple(mean), tuple(std))
+
+
+_SOURCES: dict[str, Callable[[DatasetConfig], ImageData]] = {
+    "cifar100_sample": _sample,
+    "cifar100": _torchvision("CIFAR100", "cifar-100-python", CIFAR100),
+    "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py", CIFAR10),
+    "fashion_mnist": _torchvision("FashionMNIST", "FashionMNIST/raw", FASHION_MNIST),
+    "npz": _npz,
+}

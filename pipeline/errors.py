@@ -1,0 +1,13 @@
+"""Errors that are for people: one line that says what is wrong, which key, and what would do."""
+
+
+class UserError(Exception):
+    """Something the user can mend. Steps print it as one line and exit with code 2, without a traceback."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run; what training had done is in its checkpoint."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by signal {signum}")
+        self.signum = signum

@@ -1,0 +1,157 @@
+"""Follows a run's journal and those of its nested runs, and brings all of them to one tracking server."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from mlflow.tracking import MlflowClient
+
+from pipeline import journal
+from pipeline.errors import UserError
+from pipeline.experiment.delivery_run import RunDelivery
+from pipeline.experiment.delivery_server import absolute_uri, connect, locked
+
+log = logging.getLogger("asib.delivery")
+
+LOCK, TAKEOVER = "delivery.lock", "delivery.takeover"
+
+
+class DeliveryLoop:
+    """Delivery of the run in `folder` and of its nested runs; `run_once` until it says done.
+
+    Args:
+        folder: the run's folder; its journal may come later.
+        uri: the tracking URI.
+        client: a connected client; made by default.
+        adopt: the run that `mlflow run` made.
+        resume: the run that the journal goes on with.
+        live: whether a trainer is writing.
+        patience: seconds to wait while another delivery has the folder.
+        on_attached: called with each run when it exists on the server.
+
+    Raises:
+        UserError: the server refuses, or another delivery has the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        uri: str,
+        *,
+        client: MlflowClient | None = None,
+        adopt: str | None = None,
+        resume: str | None = None,
+        live: bool = False,
+        patience: float = 0.0,
+        on_attached: Callable[[RunDelivery], None] | None = None,
+    ) -> None:
+        self.folder = folder.absolute()
+        self.uri = absolute_uri(uri)
+        self._live = live
+        self._on_attached = on_attached
+        self._locks = contextlib.ExitStack()
+        self._elsewhere: set[Path] = set()
+        self._parents: dict[Path, RunDelivery] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock_top(patience)
+        self.client = client or connect(self.uri)
+        self.top = RunDelivery(self.folder, self.uri, self.client, adopt=adopt, resume=resume, live=live)
+        self.runs: dict[Path, RunDelivery] = {self.folder: self.top}
+
+    def __enter__(self) -> DeliveryLoop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folders."""
+        self._locks.close()
+
+    @property
+    def refused(self) -> int:
+        """How many things the server will never take; delivery.log names them."""
+        return sum(run.refused for run in self.runs.values())
+
+    @property
+    def progress(self) -> int:
+        """Grows whenever something was sent."""
+        return sum(run.state.offset for run in self.runs.values())
+
+    def asked_to_leave(self) -> bool:
+        """Whether a newer delivery waits for this folder (a resume while the server was away)."""
+        return (self.folder / TAKEOVER).exists()
+
+    def run_once(self, final: bool = False) -> bool:
+        """Send everything that the journals hold now.
+
+        Args:
+            final: nobody writes any more (see `RunDelivery.deliver`).
+
+        Returns:
+            True when the run and its nested runs have ended and everything is on the server.
+
+        Raises:
+            Exception: the client's, where another attempt may succeed.
+            UserError: where none will: an unknown or deleted run.
+        """
+        # A run's own entries may name further children, and a child's its own.
+        queue = [self.folder]
+        for folder in queue:
+            run = self._follow(folder)
+            if run is None:
+                continue
+            run.deliver(final)
+            for child in run.children:
+                if child not in queue:
+                    self._parents.setdefault(child, run)
+                    queue.append(child)
+        return self.top.state.ended and all(self._finished(folder) for folder in queue)
+
+    def close_unfinished(self) -> None:
+        """Every followed run that has no end becomes KILLED: its trainer died without a word."""
+        for run in self.runs.values():
+            if run.attached and not run.state.ended:
+                log.warning("%s has no end: its trainer died; the run is KILLED", run.folder)
+                run.kill()
+
+    def writer_alive(self) -> bool:
+        """Whether some process still writes one of the journals."""
+        return any(journal.writer_alive(folder) for folder in self.runs)
+
+    def _follow(self, folder: Path) -> RunDelivery | None:
+        run = self.runs.get(folder)
+        if run is None:
+            if folder in self._elsewhere or not (folder / journal.FILE).exists():
+                return None
+            if not self._locks.enter_context(locked(folder / LOCK, 0.0)):
+                log.info("%s is delivered by another process", folder)
+                self._elsewhere.add(folder)
+                return None
+            parent = self._parents.get(folder)
+            run = RunDelivery(folder, self.uri, self.client, live=self._live, parent=parent)
+            self.runs[folder] = run
+        if not run.attached:
+            if not run.attach():
+                return None
+            if self._on_attached is not None:
+                self._on_attached(run)
+        return run
+
+    def _finished(self, folder: Path) -> bool:
+        run = self.runs.get(folder)
+        return run is None or run.state.ended or not journal.writer_alive(folder)
+
+    def _lock_top(self, patience: float) -> None:
+        request = self.folder / TAKEOVER
+        if not self._locks.enter_context(locked(self.folder / LOCK, 0.0)):
+            # A delivery whose trainer is dead leaves when it sees this; one with a living trainer does not.
+            request.touch()
+            if not self._locks.enter_context(locked(self.folder / LOCK, patience)):
+                request.unlink(missing_ok=True)
+                self._locks.close()
+                raise UserError(f"{self.folder} is being delivered by another process: wait for it or end it")
+        request.unlink(missing_ok=True)

@@ -1,0 +1,261 @@
+"""A tracking server as delivery sees it: its address, its environment, a SQLite file that is ready, errors in one line.
+
+Importing this module is cheap; MLflow is imported by the functions that need it, after `prepare_environment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+log = logging.getLogger("asib.delivery")
+
+# One attempt at the start, so that a refusal comes in seconds; later a slow upload deserves patience, and the
+# loop's own back-off does the rest. MLflow's defaults hold a single call for four minutes.
+FIRST_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
+LATER_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
+QUIET = {
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Downloads would otherwise go to the server's S3 endpoint, which clients often cannot reach.
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    # A model's requirements come from its entry, not from whatever project lies in the working directory.
+    "MLFLOW_UV_AUTO_DETECT": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+PERMANENT_CODES = (
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "INVALID_STATE",
+    "NOT_FOUND",
+    "ENDPOINT_NOT_FOUND",
+)
+PERMANENT_ERRORS = (UserError, FileNotFoundError, PermissionError, ValueError, TypeError, LookupError, AttributeError)
+# What `mlflow run` sets for its step: the client API is told explicitly, and MLflow's fluent code must not act on it.
+ADOPTION = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
+
+
+def prepare_environment() -> set[str]:
+    """Set MLflow's environment for this process; what the user has set stays.
+
+    Returns:
+        The names of the patience settings that are ours to change (see `patience`).
+    """
+    ours = {name for name in FIRST_PATIENCE if name not in os.environ}
+    for name, value in {**QUIET, **FIRST_PATIENCE}.items():
+        os.environ.setdefault(name, value)
+    for name in ADOPTION:
+        os.environ.pop(name, None)
+    return ours
+
+
+def patience(values: dict[str, str], ours: set[str]) -> None:
+    """Change how long one call may take; MLflow reads these settings at every call."""
+    os.environ.update({name: value for name, value in values.items() if name in ours})
+
+
+def absolute_uri(uri: str) -> str:
+    """The tracking URI with a relative SQLite path made absolute against the present working directory.
+
+    Raises:
+        UserError: a store that this project does not use.
+    """
+    uri = uri.strip()
+    if uri.startswith("sqlite:///"):
+        path, _, query = uri.removeprefix("sqlite:///").partition("?")
+        if not path or path == ":memory:":
+            raise UserError(f"tracking URI {uri}: name a file, for example sqlite:///mlflow.db")
+        return f"sqlite:///{Path(path).absolute()}" + (f"?{query}" if query else "")
+    if re.match(r"(https?|postgresql(\+\w+)?|mysql(\+\w+)?|databricks)\b", uri):
+        return uri
+    raise UserError(f"tracking URI {uri}: give sqlite:///<file>, http(s)://<server>, or tracking=offline")
+
+
+def shown(uri: str) -> str:
+    """The URI without a password."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}"))
+
+
+def sqlite_file(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def run_url(uri: str, experiment_id: str, run_id: str) -> str:
+    if uri.startswith("http"):
+        return f"{shown(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{shown(uri)} run {run_id}"
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client whose server answers, with the SQLite file made or migrated first.
+
+    Raises:
+        UserError: the server refuses or does not answer; one line with the reason and what would do.
+    """
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+    try:
+        prepare_sqlite(uri)
+        # Artifact and model URIs resolve through this global setting.
+        mlflow.set_tracking_uri(uri)
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(explain(error, uri)) from error
+    return client
+
+
+def prepare_sqlite(uri: str) -> None:
+    """Make or migrate the schema of a SQLite file under a lock: simultaneous first use crashes MLflow.
+
+    A file that is ready costs one query. Before a migration the file is copied beside itself.
+    """
+    path = sqlite_file(uri)
+    if path is None or _schema_is_current(path):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(path.name + ".lock")):
+        if _schema_is_current(path):
+            return
+        from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine_with_retry
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        revision, _ = _revision(path)
+        if revision is not None:
+            log.info("migrating %s from schema %s", path, revision)
+            with sqlite3.connect(path) as source, sqlite3.connect(f"{path}.before-{revision}") as copy:
+                source.backup(copy)
+            # As `mlflow db upgrade` does.
+            _upgrade_db(create_sqlalchemy_engine_with_retry(uri))
+        # Also makes the default experiment, whose artifacts then lie beside the file wherever we were started.
+        SqlAlchemyStore(uri, str(path.parent / "mlartifacts"))
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Where a new experiment keeps its artifacts: beside a SQLite file; a server decides for itself."""
+    path = sqlite_file(uri)
+    if path is None:
+        return None
+    slug = re.sub(r"[^A-Za-z0-9._-]", "_", experiment).strip(".") or "experiment"
+    if slug != experiment:
+        slug += "-" + hashlib.sha256(experiment.encode()).hexdigest()[:8]
+    return (path.parent / "mlartifacts" / slug).as_uri()
+
+
+def explain(error: BaseException, uri: str) -> str:
+    """One line: the server, what it said, what would do."""
+    password = urlsplit(uri).password
+    text = str(error).replace(password, "***") if password else str(error)
+    code = getattr(error, "error_code", "")
+    at = f"tracking server {shown(uri)}"
+    if code == "UNAUTHENTICATED" or "401" in text[:200] or code == "CUSTOMER_UNAUTHORIZED":
+        return f"{at}: wrong user name or password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if "Invalid Host header" in text:
+        return f"{at}: it does not accept this host name (403): start it with --allowed-hosts, or use its own name"
+    if code == "PERMISSION_DENIED" or " 403 " in text[:200]:
+        return f"{at}: permission denied (403): ask for EDIT permission on the experiment"
+    if code == "ENDPOINT_NOT_FOUND":
+        return f"{at}: there is no MLflow at this address (404): check the URI"
+    if not uri.startswith("http"):
+        return f"{at}: {_first_line(text)}: check the URI, or use tracking=offline"
+    if is_transient(error):
+        return f"{at} does not answer ({_reason(text)}): start the server, or use tracking=offline"
+    return f"{at}: {_first_line(text)}"
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed later: no answer, an overloaded server, a locked file, a changed password."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.error_code not in PERMANENT_CODES
+    answer = getattr(error, "response", None)  # of requests.HTTPError: artifacts travel outside MLflow's REST calls
+    status = getattr(answer, "status_code", None)
+    if status is not None:
+        return status >= 500 or status in (401, 403, 408, 429)
+    # Anything unknown (an object store's own exceptions) is worth another try; a local mistake is not.
+    return not isinstance(error, PERMANENT_ERRORS)
+
+
+@contextlib.contextmanager
+def locked(path: Path, patience_s: float | None = None) -> Iterator[bool]:
+    """Hold the lock file; gives False when it was not to be had within `patience_s` (None: wait for ever)."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline = None if patience_s is None else time.monotonic() + patience_s
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
+                held = True
+                break
+            except BlockingIOError:
+                if deadline is not None and time.monotonic() > deadline:
+                    held = False
+                    break
+                time.sleep(0.05)
+        yield held
+    finally:
+        os.close(fd)
+
+
+def _revision(path: Path) -> tuple[str | None, bool]:
+    """The schema's revision, and whether the first use was completed."""
+    if not path.exists() or path.stat().st_size == 0:
+        return None, False
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=20)) as db:
+            tables = {name for (name,) in db.execute("select name from sqlite_master where type = 'table'")}
+            if not {"alembic_version", "experiments"} <= tables:
+                return None, False
+            row = db.execute("select version_num from alembic_version").fetchone()
+            # The default experiment is the last thing that a first use writes.
+            ready = db.execute("select 1 from experiments where experiment_id = 0").fetchone()
+            return (str(row[0]) if row else None), ready is not None
+    except sqlite3.OperationalError:
+        return None, False  # another process is at it: the lock will tell
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path} is not a SQLite database ({error}): name another file") from error
+
+
+def _schema_is_current(path: Path) -> bool:
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    revision, ready = _revision(path)
+    return ready and revision == str(_get_latest_schema_revision())
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0][:300]
+
+
+def _reason(text: str) -> str:
+    for pattern in ("Connection refused", "Name or service not known", "Temporary failure in name resolution",
+                    "timed out", "timeout", "No route to host", "Connection reset"):  # fmt: skip
+        if pattern in text:
+            return pattern.lower()
+    return _first_line(text)[:160]

@@ -1,0 +1,96 @@
+"""Networks of a run: built from the configuration, filled from checkpoints, saved with what identifies them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import weights, zoo
+from models.features import FeatureNet
+from pipeline.config import Config, TeacherConfig
+from pipeline.data.sources import ImageData
+from pipeline.errors import UserError
+from pipeline.training.rng import Streams
+
+
+@contextmanager
+def user_error(key: str) -> Iterator[None]:
+    """What the models say of bad input becomes one line that names the key."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that `device` asks for. UserError where it is not there."""
+    if config.device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={config.device}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu")
+    return device
+
+
+def build(
+    config: Config, data: ImageData, name: str, pretrained: bool, key: str, seed: int, drop_rate: float = 0.0
+) -> FeatureNet:
+    """A network for this data on its device; its fresh weights depend on `seed` and the name only.
+
+    Args:
+        key: the configuration key that names the network, for errors.
+    """
+    small = config.dataset.small_input
+    with user_error(f"{key}={name}"), Streams(seed).initialising(name):
+        net = zoo.create_model(
+            name,
+            data.num_classes,
+            pretrained=pretrained,
+            small_input=None if small == "auto" else small,
+            image_size=data.image_size,
+            in_chans=data.in_chans,
+            drop_rate=drop_rate,
+        )
+    memory = torch.channels_last if config.optim.use_channels_last else torch.contiguous_format
+    return net.to(device_of(config)).to(memory_format=memory)  # type: ignore[call-overload, no-any-return]
+
+
+def build_student(config: Config, data: ImageData) -> FeatureNet:
+    """The student, fresh or pretrained."""
+    s = config.model.student
+    return build(config, data, s.name, s.pretrained, "model.student.name", config.seed)
+
+
+def build_teacher(config: Config, data: ImageData, index: int) -> FeatureNet:
+    """A teacher as fine-tuning starts it; EfficientNets get their dropout."""
+    t: TeacherConfig = config.model.teachers[index]
+    dropout = t.efficientnet_dropout if "efficientnet" in t.name else 0.0
+    pretrained = t.pretrained and t.checkpoint is None
+    return build(config, data, t.name, pretrained, f"model.teachers.{index}.name", config.finetune.seed + index, dropout)
+
+
+def load(net: FeatureNet, path: Path, key: str) -> dict[str, Any]:
+    """Fill a network from a checkpoint file; its metadata. UserError names `key`."""
+    with user_error(key):
+        return weights.load_weights(net, path)
+
+
+def save(net: FeatureNet, path: Path, config: Config, data: ImageData) -> None:
+    """Write a network with what identifies and prepares its inputs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights.save_weights(
+        net,
+        path,
+        {
+            "classes": list(data.classes),
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "image_size": data.image_size,
+            "in_chans": data.in_chans,
+            "data_digest": data.digest,
+            "val_fraction": config.dataset.val_fraction,
+            "split_seed": config.dataset.split_seed,
+        },
+    )

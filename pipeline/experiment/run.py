@@ -1,0 +1,338 @@
+"""A tracked run: its folder, its journal, the delivery that brings it to MLflow, its nested runs, and its resumption."""
+
+import json
+import logging
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, config_hash
+from pipeline.errors import Interrupted, UserError
+from pipeline.experiment import compose, tracking
+from pipeline.journal import Journal, NullJournal, read_entries, read_header
+from pipeline.training import distributed
+from pipeline.training.checkpoint import Slots
+
+logger = logging.getLogger("asib")
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Run:
+    """One run of a step; made by `open`, ended by `close`.
+
+    Attributes:
+        folder: everything the run leaves on this machine.
+        journal: its record.
+        state: the checkpoint that it continues from, None at a fresh start.
+    """
+
+    def __init__(
+        self,
+        step: str,
+        config: Config,
+        folder: Path,
+        journal: Journal | NullJournal,
+        delivery: tracking.Delivery | None,
+        state: Any = None,
+        parent: "Run | None" = None,
+    ) -> None:
+        self.step, self.config, self.folder, self.journal = step, config, folder, journal
+        self.delivery, self.state, self.parent = delivery, state, parent
+        self.slots = Slots(folder / "checkpoints")
+        self.started = time.time()
+        self._run_id: str | None = None
+
+    @property
+    def config_hash(self) -> str:
+        return config_hash(self.config)
+
+    @property
+    def follower(self) -> bool:
+        """Whether this is another process than the first of several: it trains, and leaves the record to the first."""
+        return isinstance(self.journal, NullJournal)
+
+    @classmethod
+    def follow(cls, step: str, config: Config, folder: Path, parent: "Run | None" = None) -> "Run":
+        """The first process's run, seen from another."""
+        slots = Slots(folder / "checkpoints")
+        state = slots.read()[0] if slots.manifest.exists() else None
+        return cls(step, config, folder, NullJournal(), None, state, parent)
+
+    # starting --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, step: str, config: Config) -> "Run":
+        """Start a run, or continue the one that `resume` names; delivery starts at once, beside this process's imports.
+
+        Raises:
+            UserError: what `resume` names cannot be continued.
+        """
+        if config.resume is not None:
+            return cls._resume(step, config)
+        root = Path(config.output_dir)
+        folder = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{secrets.token_hex(3)}"
+        return cls._begin(step, config, folder, None)
+
+    @classmethod
+    def _begin(cls, step: str, config: Config, folder: Path, parent: "Run | None") -> "Run":
+        name = config.run_name if parent is None else folder.name
+        try:
+            journal = Journal.create(
+                folder,
+                experiment=config.tracking.experiment,
+                name=name,
+                tags={"asib.step": step},
+                parent=parent.folder if parent is not None else None,
+            )
+        except OSError as error:
+            raise UserError(
+                f"output_dir={config.output_dir}: cannot write there ({error.strerror}); choose another folder"
+            ) from error
+        if parent is not None:
+            parent.journal.child(folder)
+        run = cls(step, config, folder, journal, _deliver(config, folder) if parent is None else parent.delivery, None, parent)
+        run.describe()
+        return run
+
+    @classmethod
+    def _resume(cls, step: str, config: Config) -> "Run":
+        name = config.resume
+        assert name is not None
+        folder = find_folder(Path(config.output_dir), name)
+        if folder is not None:
+            return cls._continue(step, config, folder, None)
+        # unknown to this machine: the tracking server alone has to do
+        if config.tracking.mode == "offline":
+            raise UserError(f"resume={name}: no such run under output_dir={config.output_dir}, and tracking is off line")
+        folder = Path(config.output_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{name[:6]}"
+        folder.mkdir(parents=True)
+        delivery = tracking.start_delivery(folder, uri=tracking_uri(config), resume=name)
+        try:
+            info = delivery.run_info(name)
+            _refuse_other_step(name, info["tags"].get("asib.step"), step)
+            _refuse_finished(name, info["status"] == "FINISHED", config)
+            shutil.copytree(delivery.fetch(f"runs:/{name}/checkpoints", folder / "fetched"), folder / "checkpoints")
+        except UserError as error:
+            delivery.finish(0.0)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(str(error) if str(error).startswith("resume=") else f"resume={name}: {error}") from error
+        shutil.rmtree(folder / "fetched")
+        return cls._continue(step, config, folder, None, delivery)
+
+    @classmethod
+    def _continue(
+        cls,
+        step: str,
+        config: Config,
+        folder: Path,
+        parent: "Run | None",
+        delivery: tracking.Delivery | None = None,
+    ) -> "Run":
+        name = config.resume or folder.name
+        if parent is None and delivery is None:
+            header = read_header(folder)
+            _refuse_other_step(name, header.data["tags"].get("asib.step") if header else None, step)
+            _refuse_finished(name, ended(folder), config)
+        slots = Slots(folder / "checkpoints")
+        state: Any = None
+        if slots.manifest.exists():
+            state, saved = slots.read()
+            journal = Journal.restore(folder, state["journal"], (saved.path, saved.sha256, saved.slot))
+        else:
+            journal = Journal.reopen(folder)
+        if parent is not None:
+            delivery = parent.delivery
+        elif delivery is None:
+            delivery = _deliver(config, folder)
+        run = cls(step, config, folder, journal, delivery, state, parent)
+        journal.tags({"asib.resumed_from": _position(state)})
+        return run
+
+    def child(self, step: str, key: str, config: Config) -> "Run":
+        """A nested run in `<folder>/<key>`; what an interrupted parent left there is continued."""
+        folder = self.folder / key
+        if self.follower:
+            return Run.follow(step, config, folder, self)
+        if (folder / "journal.jsonl").exists():
+            return Run._continue(step, config, folder, self)
+        return Run._begin(step, config, folder, self)
+
+    def finished_child(self, key: str) -> dict[str, float] | None:
+        """The results of a nested run that an earlier, interrupted start of this one has finished."""
+        results = self.folder / key / "results.json"
+        return json.loads(results.read_text())["metrics"] if ended(self.folder / key) and results.exists() else None
+
+    def describe(self) -> None:
+        """What every run states at its start: parameters, tags, the configuration as a file."""
+        self.journal.params(compose.params(self.config))
+        self.journal.tags({"asib.config_hash": self.config_hash, **_git_tags()})
+        if self.config.rung:
+            self.journal.tags({"asib.rung": self.config.rung})
+        self.write("config.yaml", compose.dump(self.config))
+        diff = _git("diff", "HEAD")
+        if diff:
+            self.write("git.diff", diff)
+
+    # while it goes on ------------------------------------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """Wait until the tracking server has taken the run. Raises UserError when it refuses it."""
+        if self.follower:
+            return
+        if self.delivery is None:
+            logger.info("tracking is off line; deliver later: python -m pipeline.experiment.tracking deliver %s", self.folder)
+            return
+        if self.parent is None:
+            answer = self.delivery.wait_ready(timeout=300)
+            self._run_id = answer.run_id
+            logger.info("run %s in %s", answer.run_id, answer.url)
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run id, None off line; waits until it is known."""
+        if self._run_id is None and self.delivery is not None:
+            if self.parent is None:
+                self.ready()
+            else:
+                self._run_id = self.delivery.child_ready(self.folder)
+        return self._run_id
+
+    def fetch(self, uri: str, to: Path) -> Path:
+        """Download `runs:/…` to a local folder. Raises UserError."""
+        if self.follower:
+            distributed.barrier()
+            return to / uri.rsplit("/", 1)[-1]
+        path = self._fetch(uri, to)
+        distributed.barrier()
+        return path
+
+    def _fetch(self, uri: str, to: Path) -> Path:
+        if self.delivery is None:
+            return tracking.fetch_now(tracking_uri(self.config), uri, to)
+        return self.delivery.fetch(uri, to)
+
+    def write(self, name: str, text: str, to: str = "") -> Path:
+        """A text file of the run, logged as an artifact."""
+        path = self.folder / name
+        if self.follower:
+            return path
+        path.write_text(text)
+        self.journal.artifact(path, to)
+        return path
+
+    # ending ----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def nested(self) -> Iterator[None]:
+        """A nested run's life: its record ends as its job does."""
+        with nullcontext() if self.follower else log_to(self.folder):
+            try:
+                yield
+            except Interrupted as error:
+                self.close("KILLED", "killed", 128 + error.signum)
+                raise
+            except UserError as error:
+                self.close("FAILED", "refused", 2, str(error))
+                raise
+            except Exception as error:
+                self.close("FAILED", "failed", 1, f"{type(error).__name__}: {error}")
+                raise
+            self.close("FINISHED", "completed", 0)
+
+    def close(self, status: str, outcome: str, exit_code: int, message: str | None = None) -> None:
+        """End the record; the outermost run waits for its delivery and says what was left undelivered."""
+        log = self.folder / "run.log"
+        if log.exists() and not self.follower:
+            self.journal.artifact(log)
+        self.journal.end(status, outcome, exit_code, message)
+        if self.parent is None and self.delivery is not None and not self.delivery.finish(self.config.tracking.finish_seconds):
+            logger.warning(
+                "the tracking server did not take everything: python -m pipeline.experiment.tracking deliver %s",
+                self.folder,
+            )
+
+
+def tracking_uri(config: Config) -> str:
+    """Where runs go."""
+    return config.tracking.uri or tracking.default_uri()
+
+
+def _deliver(config: Config, folder: Path) -> tracking.Delivery | None:
+    if config.tracking.mode == "offline":
+        return None
+    return tracking.start_delivery(folder, uri=tracking_uri(config))
+
+
+def ended(folder: Path) -> bool:
+    """Whether the journal in `folder` ends with a completed run."""
+    entries, _ = read_entries(folder / "journal.jsonl")
+    return bool(entries) and entries[-1].kind == "end" and entries[-1].data["status"] == "FINISHED"
+
+
+def find_folder(root: Path, name: str) -> Path | None:
+    """The local folder of a run: given as a path, by its MLflow run id, or by its journal id."""
+    if (Path(name) / "journal.jsonl").exists():
+        return Path(name)
+    for folder in sorted(p.parent for p in root.glob("**/journal.jsonl")):
+        header = next(iter(read_entries(folder / "journal.jsonl")[0]), None)
+        if header is not None and header.data.get("journal") == name:
+            return folder
+        delivered = folder / "delivery.json"
+        if delivered.exists() and json.loads(delivered.read_text()).get("run_id") == name:
+            return folder
+    return None
+
+
+def _refuse_other_step(name: str, made_by: str | None, step: str) -> None:
+    if made_by not in (None, step):
+        raise UserError(f"resume={name}: that run is of step {made_by}; continue it with steps.{made_by}")
+
+
+def _refuse_finished(name: str, finished: bool, config: Config) -> None:
+    if finished and not config.extend:
+        raise UserError(f"resume={name}: that run is finished; extend=true continues it for more epochs")
+
+
+def _position(state: Any) -> str:
+    if state is None:
+        return "start"
+    position = state["position"]
+    return f"epoch {position['epoch']}, batch {position['batch']}"
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the repository's working tree; empty outside one."""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _git_tags() -> Mapping[str, str]:
+    sha = _git("rev-parse", "HEAD").strip()
+    if not sha:
+        return {}
+    return {"asib.git_sha": sha, "asib.git_dirty": str(bool(_git("status", "--porcelain").strip())).lower()}
+
+
+@contextmanager
+def log_to(folder: Path) -> Iterator[None]:
+    """Log lines also go to `<folder>/run.log`."""
+    handler = logging.FileHandler(folder / "run.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+__all__ = ["Run", "ended", "find_folder", "log_to", "tracking_uri"]

@@ -1,0 +1,111 @@
+"""Where a distillation's teachers come from: a checkpoint, those already fine-tuned here, or a nested fine-tuning run."""
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.features import FeatureNet
+from models.weights import weights_hash
+from pipeline.config import Config
+from pipeline.config.identity import canonical, computation
+from pipeline.data.sources import ImageData
+from pipeline.errors import UserError
+from pipeline.experiment import networks
+from pipeline.experiment.run import Run
+
+logger = logging.getLogger("asib")
+FINETUNE_KEYS = ("finetune.", "augment.", "dataset.", "optim.momentum", "optim.grad_clip_norm", "optim.amp_dtype")
+WEIGHTS = "checkpoints/teacher.safetensors"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher ready to be distilled.
+
+    Attributes:
+        hash: of its weights.
+        run_id: of the MLflow run that fine-tuned it, where there is one.
+        saw_validation: it is not known to have been trained without this run's validation images.
+    """
+
+    net: FeatureNet
+    hash: str
+    run_id: str | None
+    saw_validation: bool
+
+
+def identity(config: Config, data: ImageData, index: int) -> str:
+    """SHA-256 (hex) of all that determines a fine-tuned teacher's weights."""
+    teacher = config.model.teachers[index]
+    keys = {k: v for k, v in computation(config).items() if k.startswith(FINETUNE_KEYS)}
+    keys |= {f"teacher.{k}": v for k, v in teacher.model_dump(exclude={"checkpoint"}).items()}
+    keys |= {"index": index, "data": data.digest, "amp": config.optim.use_amp}
+    return hashlib.sha256(canonical(keys).encode()).hexdigest()
+
+
+def store(config: Config, data: ImageData, index: int) -> Path:
+    """Where a fine-tuned teacher is kept for other runs on this machine."""
+    return Path(config.output_dir) / "teachers" / f"{identity(config, data, index)[:24]}.safetensors"
+
+
+def keep(net: FeatureNet, run: Run, config: Config, data: ImageData, index: int) -> None:
+    """Put a fine-tuned teacher where other runs find it; whoever comes first, both files are whole."""
+    path = store(config, data, index)
+    networks.save(net, path, config, data)
+    note = path.with_suffix(f".{os.getpid()}.part")
+    note.write_text(json.dumps({"run_id": run.run_id, "folder": str(run.folder)}))
+    note.replace(path.with_suffix(".json"))
+
+
+def obtain(run: Run, data: ImageData) -> list[Teacher]:
+    """All teachers of a run's configuration, in order. UserError for a checkpoint that does not fit."""
+    return [_obtain(run, data, index) for index in range(len(run.config.model.teachers))]
+
+
+def _obtain(run: Run, data: ImageData, index: int) -> Teacher:
+    config = run.config
+    spec = config.model.teachers[index]
+    key = f"model.teachers.{index}.checkpoint={spec.checkpoint}"
+    kept = store(config, data, index)
+    run_id: str | None = None
+    if spec.checkpoint is not None:
+        path, run_id = locate(run, spec.checkpoint, WEIGHTS, key)
+    elif kept.exists():
+        path = kept
+        key = f"{kept} (delete it to fine-tune anew)"
+        run_id = json.loads(kept.with_suffix(".json").read_text())["run_id"] if kept.with_suffix(".json").exists() else None
+        logger.info("teacher %d: %s, fine-tuned before", index, spec.name)
+    elif config.finetune.epochs == 0:
+        net = networks.build_teacher(config, data, index)
+        return Teacher(net, weights_hash(net.net), None, saw_validation=spec.pretrained)
+    else:
+        from pipeline.experiment.jobs import finetune_teacher
+
+        finetune_teacher(run, index)
+        return _obtain(run, data, index)
+    net = networks.build_teacher(config, data, index)
+    metadata = networks.load(net, path, key)
+    same_split = all(
+        metadata.get(name) == value
+        for name, value in (
+            ("data_digest", data.digest),
+            ("val_fraction", config.dataset.val_fraction),
+            ("split_seed", config.dataset.split_seed),
+        )
+    )
+    return Teacher(net, weights_hash(net.net), run_id, saw_validation=not same_split)
+
+
+def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | None]:
+    """A weights file on this machine for a path or `runs:/<id>[/artifact]`, and the run it is of."""
+    if source.startswith("runs:/"):
+        parts = source.removeprefix("runs:/").strip("/").split("/", 1)
+        name = parts[1] if len(parts) == 2 else artifact
+        return run.fetch(f"runs:/{parts[0]}/{name}", run.folder / "fetched" / parts[0]), parts[0]
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"{key}: no such file; give a weights file or runs:/<id>")
+    return path, None

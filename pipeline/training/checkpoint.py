@@ -1,0 +1,148 @@
+"""Checkpoints: a tree of state in one safetensors file, two alternating slots, a manifest written last.
+
+No pickle: tensors are stored as such, everything else as JSON in the file's header. A file is written under a
+temporary name, synced and renamed, so that a slot is either whole or the one before.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+FORMAT = "asib-checkpoint-1"
+
+
+def _split(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for `tree`; its tensors go to `tensors` under the path that stands in their place."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        return {"dict": [[k, _split(v, f"{name}/{k}", tensors)] for k, v in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return {"list": [_split(v, f"{name}/{i}", tensors) for i, v in enumerate(tree)]}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return {"value": tree}
+    raise TypeError(f"{name}: a checkpoint cannot hold a {type(tree).__name__}")
+
+
+def _join(node: Any, tensors: dict[str, Tensor]) -> Any:
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {k: _join(v, tensors) for k, v in content}
+    if kind == "list":
+        return [_join(v, tensors) for v in content]
+    return content
+
+
+def pack(tree: Any) -> bytes:
+    """The bytes of a safetensors file that holds `tree` (dicts with str or int keys, lists, numbers, tensors)."""
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_split(tree, "", tensors))
+    return save_tensors(tensors, metadata={"format": FORMAT, "tree": structure})
+
+
+def unpack(content: bytes) -> Any:
+    """What `pack` was given; tuples come back as lists. Raises ValueError for anything else."""
+    try:
+        size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"its format is {metadata['format']}, expected {FORMAT}")
+        return _join(json.loads(metadata["tree"]), load_tensors(content))
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError("not a checkpoint of this project") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write, sync and rename; the file at `path` is whole or untouched. UserError when the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(
+            f"{path}: a file of {len(content) / 1e6:.1f} MB could not be written ({error.strerror}; "
+            f"{free / 1e6:.1f} MB free): make room or set output_dir to another disk"
+        ) from error
+
+
+class Saved(NamedTuple):
+    """A checkpoint on disk."""
+
+    path: Path
+    sha256: str
+    slot: int
+
+
+class Slots:
+    """Two alternating checkpoint files in `folder`, and `manifest.json`, which names the whole ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = folder / "manifest.json"
+
+    def _records(self) -> list[dict[str, Any]]:
+        """Newest first."""
+        if not self.manifest.exists():
+            return []
+        return list(json.loads(self.manifest.read_text())["checkpoints"])
+
+    def write(self, tree: Any) -> Saved:
+        """Write `tree` over the older slot, then the manifest."""
+        records = self._records()
+        slot = 1 - records[0]["slot"] if records else 0
+        path = self.folder / f"slot{slot}.safetensors"
+        content = pack(tree)
+        sha256 = hashlib.sha256(content).hexdigest()
+        write_atomically(path, content)
+        kept = [r for r in records if r["slot"] != slot][:1]
+        newest = {"slot": slot, "sha256": sha256}
+        write_atomically(self.manifest, json.dumps({"checkpoints": [newest, *kept]}).encode())
+        return Saved(path, sha256, slot)
+
+    def read(self) -> tuple[Any, Saved]:
+        """The newest checkpoint that is whole. UserError where there is none."""
+        for record in self._records():
+            path = self.folder / f"slot{record['slot']}.safetensors"
+            if not path.exists():
+                continue
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == record["sha256"]:
+                return unpack(content), Saved(path, record["sha256"], record["slot"])
+        raise UserError(f"{self.folder}: no whole checkpoint there; start the run anew")
+
+
+def cpu_copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of a state dict on the CPU that later training does not change."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+
+
+def require_space(folder: Path, modules: list[torch.nn.Module]) -> None:
+    """UserError before training when two checkpoints of these modules (weights, two moments, best copy) cannot fit."""
+    weights = sum(v.numel() * v.element_size() for m in modules for v in m.state_dict().values())
+    needed = 2 * 4 * weights + 5_000_000
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"output_dir={folder}: {free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB are needed for checkpoints: "
+            "make room or choose another output_dir"
+        )

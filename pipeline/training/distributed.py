@@ -1,0 +1,89 @@
+"""What several processes under torchrun agree on. With one process everything here is the identity."""
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class World(NamedTuple):
+    """This process among all."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+
+def join() -> World:
+    """Join the process group that torchrun describes in the environment; one process where it did not."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return World(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def leave() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> World:
+    """The group this process has joined."""
+    if not dist.is_initialized():
+        return World()
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def anyone(flag: bool) -> bool:
+    """Whether the flag is up in any process."""
+    if not dist.is_initialized():
+        return flag
+    raised = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised.item())
+
+
+def first_says(values: list[float], device: torch.device) -> list[float]:
+    """The first process's values, in every process: evaluations differ where batch statistics are per process."""
+    if not dist.is_initialized():
+        return values
+    shared = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.broadcast(shared, src=0)
+    return shared.tolist()
+
+
+def gather_rows(rows: Tensor, start: int, size: int) -> Tensor:
+    """The global batch's (size, ...) from every process's own rows, which begin at `start`; slices may be uneven."""
+    if not dist.is_initialized():
+        return rows
+    everything = rows.new_zeros((size, *rows.shape[1:]))
+    everything[start : start + len(rows)] = rows
+    dist.all_reduce(everything)
+    return everything
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def first_process_says(text: str) -> str:
+    """The first process's text, in every process."""
+    if not dist.is_initialized():
+        return text
+    box = [text]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,72 @@
+"""The one evaluation loop: a network's outputs on a fixed split, in eval mode, float32, AMP off."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.features import FeatureNet
+from pipeline.data.batches import EvalBatches
+from pipeline.training import targets
+from pipeline.training.fusion import Fusion
+
+
+class Outputs(NamedTuple):
+    """A network on a split, in the split's order: logits (n, N) and feat_2d (n, C), float32 on the device."""
+
+    logits: Tensor
+    feat_2d: Tensor
+
+
+@torch.no_grad()
+def outputs(net: FeatureNet, batches: EvalBatches) -> Outputs:
+    """Run `net` over a split; its mode is restored."""
+    mode = net.training
+    net.eval()
+    try:
+        with torch.autocast(batches.device.type, enabled=False):
+            seen = [net(x) for x, _ in batches]
+        return Outputs(torch.cat([s.logits.float() for s in seen]), torch.cat([s.feat_2d.float() for s in seen]))
+    finally:
+        net.train(mode)
+
+
+def accuracy(scores: Tensor, y: Tensor) -> float:
+    """Top-1 in percent of scores (n, N) against labels (n,)."""
+    return 100.0 * (scores.argmax(dim=1) == y).double().mean().item()
+
+
+def nll(logits: Tensor, y: Tensor) -> float:
+    """Mean negative log-likelihood, in nats."""
+    return F.cross_entropy(logits.float(), y).item()
+
+
+@torch.no_grad()
+def synergy_logits(
+    fusion: Fusion, query: Tensor | None, teachers: list[Outputs], chosen: tuple[int, ...] | None = None
+) -> Tensor:
+    """z_syn (n, N) on the mean path from networks' outputs on a split; the fusion's mode is restored.
+
+    Args:
+        query: the student's feat_2d (n, C); None with a learned query.
+        teachers: every teacher's outputs on the same split.
+        chosen: indices of the teachers to fuse; None: all.
+    """
+    mode = fusion.training
+    fusion.eval()
+    try:
+        picked = [teachers[k].feat_2d for k in (range(len(teachers)) if chosen is None else chosen)]
+        with torch.autocast(picked[0].device.type, enabled=False):
+            parts = [
+                fusion(None if query is None else query[i : i + 1000], [f[i : i + 1000] for f in picked], teachers=chosen)
+                for i in range(0, len(picked[0]), 1000)
+            ]
+        return torch.cat([p.logits for p in parts])
+    finally:
+        fusion.train(mode)
+
+
+def average_probabilities(teachers: list[Outputs], weights: list[float] | None) -> Tensor:
+    """p_avg (n, N) of the teachers at temperature 1."""
+    return targets.averaged([t.logits for t in teachers], weights, tau=1.0)

@@ -1,0 +1,76 @@
+"""Fine-tuning of one network with cross-entropy: teachers before they are distilled (method.md section 7)."""
+
+from typing import Any
+
+import torch
+
+from models.features import FeatureNet
+from pipeline.config import Config
+from pipeline.data.batches import EpochDraws
+from pipeline.data.sources import ImageData
+from pipeline.training import distributed, schedules
+from pipeline.training.common import RunData, Selection, prepare
+from pipeline.training.evaluation import accuracy, nll, outputs
+from pipeline.training.loop import Epoch, Phase
+from pipeline.training.methods.cross_entropy import CrossEntropy
+from pipeline.training.rng import Streams
+
+
+class FineTuning:
+    """The loop's task for a teacher: one phase, selected by validation."""
+
+    def __init__(self, config: Config, data: ImageData, net: FeatureNet, device: torch.device) -> None:
+        f = config.finetune
+        self.optim = config.optim
+        self.net = net
+        self.data = RunData(config, data, device)
+        self.batches = self.data.train
+        self.streams = Streams(f.seed)
+        optimizer = schedules.optimizer(f.optimizer, net, f.lr, f.weight_decay, config.optim.momentum)
+        self.phases = {
+            "finetune": Phase(
+                "finetune",
+                CrossEntropy(net, f.label_smoothing, self.streams, device),
+                optimizer,
+                schedules.lr_schedule(optimizer, f.schedule, f.epochs, len(self.batches)),
+                mix="cutmix" if f.cutmix_alpha > 0 else None,
+                mix_alpha=f.cutmix_alpha,
+            )
+        }
+        prepare(self.phases, device, set())
+        self.plan = [Epoch("finetune", 0, i, i, i, i == 0, i == f.epochs - 1) for i in range(f.epochs)]
+        self.selection = Selection(net, self.data.has_validation)
+
+    def draws(self, epoch: Epoch) -> EpochDraws:
+        return self.data.draws(self.streams, epoch, self.phases[epoch.phase])
+
+    def begin_phase(self, epoch: Epoch) -> None:
+        pass
+
+    def begin_epoch(self, epoch: Epoch) -> None:
+        pass
+
+    def end_epoch(self, epoch: Epoch) -> dict[str, float]:
+        out, y = outputs(self.net, self.data.eval), self.data.eval.labels
+        acc, loss = distributed.first_says([accuracy(out.logits, y), nll(out.logits, y)], self.batches.device)
+        self.selection.offer(acc, epoch.in_phase)
+        return {"teacher/acc": acc, "teacher/loss": loss}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"net": self.net.state_dict(), "selection": self.selection.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.selection.load_state_dict(state["selection"])
+
+    def results(self) -> dict[str, float]:
+        """Final accuracies; the network holds the selected weights afterwards."""
+        test = self.data.test
+        last = accuracy(outputs(self.net, test).logits, test.labels)
+        self.net.load_state_dict(self.selection.chosen())
+        selected = accuracy(outputs(self.net, test).logits, test.labels)
+        found = {"final/acc_last": last, "final/acc_val_selected": selected}
+        if self.data.has_validation:
+            val = self.data.eval
+            found["final/val_acc"] = accuracy(outputs(self.net, val).logits, val.labels)
+        return found

@@ -1,0 +1,322 @@
+"""The one training loop: fine-tuning, A-steps and B-steps are phases of a task that it drives epoch by epoch.
+
+The loop owns updates, precision, non-finite steps, checkpoints, interruption and the position in the run; a task owns
+networks, objectives and what happens between epochs.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from pipeline.config import OptimConfig
+from pipeline.data.augment import MixKind
+from pipeline.data.batches import EpochDraws, TrainBatches
+from pipeline.errors import Interrupted
+from pipeline.journal import CheckpointRecorder
+from pipeline.training import distributed
+from pipeline.training.checkpoint import Slots
+from pipeline.training.objective import Moment, Objective
+
+
+class Epoch(NamedTuple):
+    """One epoch of the plan."""
+
+    phase: str
+    stage: int
+    in_stage: int
+    in_phase: int
+    """a, b, or the fine-tuning epoch: the counter that random streams and schedules go by."""
+    overall: int
+    """e: the step under which its metrics are logged."""
+    first: bool
+    last: bool
+
+
+@dataclass
+class Phase:
+    """One kind of update: what is optimised, how, and the name of its metrics."""
+
+    metrics: str
+    objective: Objective
+    optimizer: Optimizer
+    scheduler: Scheduler
+    mix: MixKind | None = None
+    mix_alpha: float = 0.0
+
+
+class Task(Protocol):
+    """What the loop drives."""
+
+    plan: list[Epoch]
+    phases: dict[str, Phase]
+    batches: TrainBatches
+    optim: OptimConfig
+
+    def begin_phase(self, epoch: Epoch) -> None:
+        """Before the first batch of a phase; what it decides is part of the state."""
+
+    def begin_epoch(self, epoch: Epoch) -> None:
+        """Before every epoch, also when it is continued: sets what follows from the counters and the state."""
+
+    def end_epoch(self, epoch: Epoch) -> dict[str, float]:
+        """After the last batch of an epoch: evaluates, and returns metrics."""
+
+    def draws(self, epoch: Epoch) -> EpochDraws:
+        """All random numbers of an epoch's images."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class NonFinite(Exception):
+    """Too many non-finite steps in a row."""
+
+
+class Precision:
+    """Autocast and, for float16, the gradient scaler (method.md section 5)."""
+
+    def __init__(self, optim: OptimConfig, device: torch.device) -> None:
+        self.device = device
+        self.dtype = getattr(torch, optim.amp_dtype) if optim.use_amp else None
+        self.scaler = (
+            torch.amp.GradScaler(device.type, init_scale=optim.grad_scaler_init_scale)
+            if self.dtype is torch.float16
+            else None
+        )
+
+    @property
+    def name(self) -> str:
+        """The type actually used, as it enters a result's identity."""
+        return "float32" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def update(phase: Phase, loss: Tensor, precision: Precision, clip: float) -> Tensor:
+    """One optimiser update; a non-finite one is skipped. Returns whether it was, as a tensor: nothing synchronises."""
+    optimizer = phase.optimizer
+    optimizer.zero_grad(set_to_none=True)
+    if precision.scaler is None:
+        loss.backward()
+    else:
+        precision.scaler.scale(loss).backward()
+        precision.scaler.unscale_(optimizer)
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(
+            [p for group in optimizer.param_groups for p in group["params"]], clip, norm
+        )
+    bad = ~torch.isfinite(norm)
+    if distributed.world().size == 1:
+        bad = bad | ~torch.isfinite(loss.detach())
+    if precision.scaler is None:
+        # fused optimisers leave the weights alone where found_inf is 1, as they do for GradScaler
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    else:
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+    return bad
+
+
+class Sums:
+    """Running sums of an epoch's terms, on the device, in float64."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().to(torch.float64)
+            self.values[name] = self.values[name] + value if name in self.values else value
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.values)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.values = {name: value.to(self.device) for name, value in state.items()}
+
+    def totals(self) -> dict[str, float]:
+        """One transfer: the sums over all processes."""
+        if not self.values:
+            return {}
+        numbers = distributed.total(torch.stack(list(self.values.values())))
+        return dict(zip(self.values, numbers.tolist(), strict=True))
+
+
+@dataclass
+class Loop:
+    """Drives a task from its position to the end of its plan.
+
+    Args:
+        task: networks, phases, plan.
+        recorder: the run's journal.
+        slots: where checkpoints go; None (other processes than the first): nowhere.
+        header: what every checkpoint states about the run (hashes, threads).
+        stop: the number of a signal that arrived, or 0.
+        every_seconds: also a checkpoint this often within long epochs.
+    """
+
+    task: Task
+    recorder: CheckpointRecorder
+    slots: Slots | None
+    header: dict[str, Any]
+    precision: Precision
+    device: torch.device
+    stop: Callable[[], int] = lambda: 0
+    every_seconds: float = 600.0
+    epoch: int = 0
+    batch: int = 0
+    streak: int = 0
+    finished: bool = False
+    sums: Sums = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = Sums(self.device)
+
+    # state -----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        scaler = self.precision.scaler
+        return {
+            "header": self.header,
+            "position": {"epoch": self.epoch, "batch": self.batch, "streak": self.streak},
+            "finished": self.finished,
+            "sums": self.sums.state_dict(),
+            "optimizers": {name: phase.optimizer.state_dict() for name, phase in self.task.phases.items()},
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "task": self.task.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        position = state["position"]
+        self.epoch, self.batch, self.streak = position["epoch"], position["batch"], position["streak"]
+        self.finished = state["finished"]
+        self.sums.load_state_dict(state["sums"])
+        for name, phase in self.task.phases.items():
+            phase.optimizer.load_state_dict(state["optimizers"][name])
+        if self.precision.scaler is not None and state["scaler"] is not None:
+            self.precision.scaler.load_state_dict(state["scaler"])
+        self.task.load_state_dict(state["task"])
+
+    def _save(self, metrics: dict[str, float] | None, step: int) -> None:
+        """A checkpoint, and in the journal after it the metrics that it covers."""
+        if self.slots is None:
+            return
+        if metrics:
+            self.recorder.metrics(metrics, step)
+        self.recorder.checkpoint(*self.slots.write({**self.state_dict(), "journal": self.recorder.snapshot()}))
+
+    # running ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end of the plan. Raises Interrupted or NonFinite."""
+        plan, batches = self.task.plan, len(self.task.batches)
+        if self.slots is not None:
+            self.recorder.hold()  # an epoch's entries wait for the checkpoint that contains them
+        done = self.epoch * batches + self.batch
+        # tqdm hides itself without a terminal
+        with tqdm(total=len(plan) * batches, initial=done, disable=None, unit="batch", leave=False) as bar:
+            while self.epoch < len(plan):
+                self._run_epoch(plan[self.epoch], bar)
+
+    def finish(self, results: dict[str, float]) -> None:
+        """Log the final metrics, covered by a last checkpoint: continued from there, they are not logged again."""
+        if not self.finished:
+            self.finished = True
+            self._save(results, max(len(self.task.plan) - 1, 0))
+        self.recorder.release()
+
+    def _run_epoch(self, epoch: Epoch, bar: Any) -> None:
+        task, phase = self.task, self.task.phases[epoch.phase]
+        bar.set_description(f"{phase.metrics} {epoch.in_phase + 1} (epoch {epoch.overall + 1}/{len(task.plan)})")
+        if epoch.first and self.batch == 0:
+            task.begin_phase(epoch)
+        task.begin_epoch(epoch)
+        phase.objective.train()
+        start, first, saved = time.perf_counter(), self.batch, time.monotonic()
+        for output in self._updates(epoch, phase):
+            self.sums.add(output)
+            bar.update()
+            signum = self.stop() if self._look_up() else 0
+            due = time.monotonic() - saved > self.every_seconds if self._look_up() else False
+            if self._anyone(bool(signum) or due) and self.batch < len(task.batches):
+                self._save(None, epoch.overall)
+                saved = time.monotonic()
+                self._leave_if_stopped()
+        seconds = time.perf_counter() - start
+        images = (len(task.batches) - first) * task.batches.batch_size
+        metrics = self._means(phase)
+        metrics |= task.end_epoch(epoch)
+        metrics["train/images_per_second"] = images / max(seconds, 1e-9)
+        metrics["schedule/lr"] = phase.optimizer.param_groups[0]["lr"]
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.device)
+        self._save(metrics, epoch.overall)
+        if self._anyone(bool(self.stop())):
+            self._leave_if_stopped()
+
+    def _look_up(self) -> bool:
+        """Several processes must agree when they stop, and asking costs: they look up every 20 batches."""
+        return distributed.world().size == 1 or self.batch % 20 == 0
+
+    def _anyone(self, flag: bool) -> bool:
+        return distributed.anyone(flag) if self._look_up() else False
+
+    def _leave_if_stopped(self) -> None:
+        if distributed.anyone(bool(self.stop())):
+            raise Interrupted(self.stop() or 15)
+
+    def _updates(self, epoch: Epoch, phase: Phase) -> Iterator[dict[str, Tensor]]:
+        """The rest of an epoch's updates; each gives what is added to the sums."""
+        task, world = self.task, distributed.world().size
+        draws = task.draws(epoch)
+        terms: dict[str, Tensor] = {}
+        for batch in task.batches.epoch(draws, start=self.batch):
+            phase.scheduler.step_update(epoch.in_phase * len(task.batches) + self.batch)
+            with self.precision.autocast():
+                output = phase.objective(batch, Moment(epoch.phase, epoch.in_phase, self.batch))
+            bad = update(phase, output["loss"], self.precision, task.optim.grad_clip_norm)
+            phase.objective.update_ema()
+            self.batch += 1
+            terms = {k: v.detach() for k, v in output.items() if k != "output"}
+            self._watch(bad, epoch, terms, batch.index)
+            size = batch.global_size / world
+            yield {k: v * size for k, v in terms.items()} | {
+                "images": torch.tensor(size, device=self.device),
+                "nonfinite": bad / world,
+            }
+
+    def _watch(self, bad: Tensor, epoch: Epoch, terms: dict[str, Tensor], index: Tensor) -> None:
+        """End the run after `safe_retry_patience` non-finite steps in a row; on a GPU looked at that often only."""
+        patience = self.task.optim.safe_retry_patience
+        if self.device.type == "cpu":
+            self.streak = self.streak + 1 if bool(bad) else 0
+        else:
+            self._streak = (getattr(self, "_streak", torch.zeros((), device=self.device)) + 1) * bad
+            if self.batch % patience:
+                return
+            self.streak = int(self._streak)
+        if self.streak >= patience:
+            values = ", ".join(f"{k}={v.item():.4g}" for k, v in terms.items())
+            raise NonFinite(
+                f"{self.streak} non-finite steps in a row at {epoch.phase}-epoch {epoch.in_phase + 1}, batch "
+                f"{self.batch}: {values}; images {index[:8].tolist()}…; lower the learning rate or optim.use_amp=false"
+            )
+
+    def _means(self, phase: Phase) -> dict[str, float]:
+        totals = self.sums.totals()
+        images, nonfinite = totals.pop("images", 0.0), totals.pop("nonfinite", 0.0)
+        means = phase.objective.summarise({k: v / max(images, 1.0) for k, v in totals.items()})
+        return {f"{phase.metrics}/{k}": v for k, v in means.items()} | {"train/nonfinite_steps": nonfinite}

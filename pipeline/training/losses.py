@@ -1,0 +1,86 @@
+"""Loss functions: pure, computed in float32 whatever the autocast type (method.md sections 1 to 3).
+
+`reduction` is "none" (one value for each sample) or "mean".
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SHAPES = "logits {} and targets {} must have the same shape (B, N)"
+
+
+def _reduce(values: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return values
+    if reduction == "mean":
+        return values.mean()
+    raise ValueError(f"reduction={reduction!r}: give 'none' or 'mean'")
+
+
+def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
+    """Cross-entropy with torch's label smoothing, (1 - eps) on the label plus eps / N on every class.
+
+    Args:
+        logits: (B, N), any floating type.
+        y: (B,) class indices.
+        label_smoothing: eps in [0, 1).
+        reduction: "none" gives (B,).
+    """
+    return F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing, reduction=reduction)
+
+
+def kl_to(logits: Tensor, target: Tensor, tau: float) -> Tensor:
+    """KD(a <- p; tau) = tau^2 KL(p || softmax(a / tau)) per sample (Hinton et al. 2015; method.md, notation).
+
+    Args:
+        logits: (B, N), the prediction `a` that is trained.
+        target: (B, N), the probability vector `p`; rows sum to 1.
+        tau: temperature.
+
+    Returns:
+        (B,). 0 log 0 counts as 0, so one-hot targets are fine.
+    """
+    if logits.shape != target.shape:
+        raise ValueError(SHAPES.format(tuple(logits.shape), tuple(target.shape)))
+    log_q = F.log_softmax(logits.float() / tau, dim=1)
+    p = target.float()
+    return tau**2 * (torch.xlogy(p, p) - p * log_q).sum(dim=1)
+
+
+def kd(student_logits: Tensor, target_logits: Tensor, tau: float, reduction: str = "mean") -> Tensor:
+    """Distillation from logits: tau^2 KL(softmax(t / tau) || softmax(s / tau)) (Hinton et al. 2015).
+
+    Args:
+        student_logits: (B, N), trained.
+        target_logits: (B, N), held fixed.
+        tau: temperature.
+        reduction: "mean" is over samples (torch's "batchmean").
+    """
+    if student_logits.shape != target_logits.shape:
+        raise ValueError(SHAPES.format(tuple(student_logits.shape), tuple(target_logits.shape)))
+    target = F.softmax(target_logits.detach().float() / tau, dim=1)
+    return _reduce(kl_to(student_logits, target, tau), reduction)
+
+
+def ib_kl(mu: Tensor, logvar: Tensor, reduction: str = "mean") -> Tensor:
+    """KL(N(mu, sigma^2) || N(0, I)) = 1/2 sum_d (mu^2 + sigma^2 - 1 - log sigma^2) (Alemi et al. 2017).
+
+    Args:
+        mu, logvar: (B, D).
+        reduction: summed over d; "mean" is over samples.
+    """
+    mu, logvar = mu.float(), logvar.float()
+    return _reduce(0.5 * (mu.square() + torch.expm1(logvar) - logvar).sum(dim=-1), reduction)
+
+
+def certainty_weights(logvar: Tensor, min_cw: float, max_cw: float) -> Tensor:
+    """cw = sg(clamp(mean_d exp(-logvar), min_cw, max_cw)), (B,) from (B, D) (method.md section 3)."""
+    return torch.exp(-logvar.detach().float()).mean(dim=-1).clamp(min_cw, max_cw)
+
+
+def mean_square(parameters: list[Tensor]) -> Tensor:
+    """R: the mean over tensors of each tensor's mean square; 0 without tensors (method.md section 3)."""
+    if not parameters:
+        return torch.zeros(())
+    return torch.stack([p.float().square().mean() for p in parameters]).mean()

@@ -1,0 +1,29 @@
+"""Cross-entropy alone: teacher fine-tuning (method.md section 7)."""
+
+import torch
+from torch import Tensor
+
+from models.features import FeatureNet
+from pipeline.data.batches import Batch
+from pipeline.training.objective import Moment, Objective, mixed_cross_entropy
+from pipeline.training.rng import Streams
+
+
+class CrossEntropy(Objective):
+    """Trains one network on labels, mixed or not."""
+
+    def __init__(self, net: FeatureNet, label_smoothing: float, streams: Streams, device: torch.device) -> None:
+        super().__init__(net, [], device)
+        self.label_smoothing = label_smoothing
+        self.streams = streams
+
+    def forward(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:  # type: ignore[override]
+        self.streams.seed_global("network", *moment, distributed_rank(batch))
+        logits = self.trainable_module(batch.x_mixed).logits
+        loss = mixed_cross_entropy(logits, batch, self.label_smoothing)
+        return {"loss": loss, "output": logits}
+
+
+def distributed_rank(batch: Batch) -> int:
+    """Networks draw their dropout locally; a slice's first row tells the processes apart."""
+    return int(batch.rows.start or 0)

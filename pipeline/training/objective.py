@@ -1,0 +1,70 @@
+"""What every objective has in common: timm's TrainingTask, with a batch and a moment instead of input and target."""
+
+from typing import Any, NamedTuple
+
+import torch
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.data.batches import Batch
+from pipeline.training import distributed
+from pipeline.training.losses import cross_entropy
+
+
+class Moment(NamedTuple):
+    """Where in the run a batch stands: the key of its random streams."""
+
+    phase: str
+    epoch: int
+    batch: int
+
+
+class Objective(TrainingTask):
+    """One training objective: `forward(batch, moment)` returns `loss`, `output` and its named terms.
+
+    `trainable_module` is what is optimised, clipped, averaged and wrapped for several processes; `frozen` networks
+    stay in eval mode whatever mode the objective is in, and never enter its state.
+    """
+
+    trainable_module: nn.Module
+
+    def __init__(self, trainable: nn.Module, frozen: list[nn.Module], device: torch.device) -> None:
+        super().__init__(device=device, verbose=False)
+        self.trainable_module = trainable
+        self.eval_model = trainable
+        self._frozen = tuple(frozen)  # a tuple: not registered as sub-modules
+
+    def train(self, mode: bool = True) -> "Objective":
+        super().train(mode)
+        for net in self._frozen:
+            net.eval()
+        return self
+
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "Objective":
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def forward(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:  # type: ignore[override]
+        raise NotImplementedError
+
+    def summarise(self, means: dict[str, float]) -> dict[str, float]:
+        """The epoch's means of all terms, as they are logged."""
+        return means
+
+
+def batch_mean(values: Tensor, batch: Batch) -> Tensor:
+    """The mean over the global batch of per-sample `values` (b,), such that the average over processes is right.
+
+    Gradients are averaged over processes, whose slices may be uneven: the local sum is scaled by processes / B.
+    """
+    return values.sum() * (distributed.world().size / batch.global_size)
+
+
+def mixed_cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
+    """mean_i[lambda CE(s, y_a) + (1 - lambda) CE(s, y_b)]: both labels of a mixed sample (method.md section 3)."""
+    first = cross_entropy(logits, batch.y, label_smoothing, reduction="none")
+    if batch.partner is None:
+        return batch_mean(first, batch)
+    second = cross_entropy(logits, batch.y_b, label_smoothing, reduction="none")
+    return batch_mean(batch.lam * first + (1 - batch.lam) * second, batch)

@@ -1,0 +1,8 @@
+"""Train the student alone, with cross-entropy only: `python -m steps.baseline cfg=quickstart`."""
+
+import sys
+
+from pipeline.experiment.execute import execute
+
+if __name__ == "__main__":
+    sys.exit(execute("baseline", "pipeline.experiment.jobs:baseline"))

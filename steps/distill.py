@@ -1,0 +1,8 @@
+"""Distil a student from its teachers: `python -m steps.distill cfg=quickstart`."""
+
+import sys
+
+from pipeline.experiment.execute import execute
+
+if __name__ == "__main__":
+    sys.exit(execute("distill", "pipeline.experiment.jobs:distill"))

@@ -1,0 +1,8 @@
+"""Fine-tune the teachers: `python -m steps.finetune cfg=quickstart`."""
+
+import sys
+
+from pipeline.experiment.execute import execute
+
+if __name__ == "__main__":
+    sys.exit(execute("finetune", "pipeline.experiment.jobs:finetune"))

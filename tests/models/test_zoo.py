@@ -1,0 +1,189 @@
+"""Names, stems for small images, and pretrained weights without a network."""
+
+import pytest
+import timm
+import torch
+from timm.layers import resample_patch_embed
+
+from models import zoo
+from models.zoo import create_model, resolve
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("resnet152", "resnet152"),
+        ("resnet101_scratch", "resnet101"),
+        ("resnet50_scratch", "resnet50"),
+        ("resnet152_pretrain_student", "resnet152"),
+        ("convnext_l", "convnext_large"),
+        ("convnext_s", "convnext_small"),
+        ("convnext_t", "convnext_tiny"),
+        ("efficientnet_l2", "tf_efficientnet_l2"),
+        ("swin", "swin_tiny_patch4_window7_224"),
+        ("mobilenet_v2", "mobilenetv2_100"),
+        ("mobilenet_v2_scratch", "mobilenetv2_100"),
+        ("efficientnet_b0_scratch", "efficientnet_b0"),
+        ("shufflenet_v2_scratch", "cifar_shufflenet_v2"),
+        ("resnet32x4", "cifar_resnet32x4"),
+        ("wrn_40_2", "cifar_wrn_40_2"),
+        ("ShuffleV1", "cifar_shufflenet_v1"),
+        ("resnet18", "resnet18"),  # timm's own, not ours
+        ("resnet50.a1_in1k", "resnet50.a1_in1k"),
+    ],
+)
+def test_names_of_the_research_code_and_the_tables(name, full):
+    assert resolve(name) == full
+    assert resolve(full) == full
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("resnet51", "resnet50"), ("cifar_wrn_40_3", "cifar_wrn_40_"), ("", "list")]
+)
+def test_unknown_names_come_with_near_misses(name, near):
+    with pytest.raises(ValueError, match=f"unknown model '{name}'.*{near}"):
+        resolve(name)
+
+
+def test_every_alias_leads_to_a_model():
+    assert all(timm.models.is_model(full) for full in zoo.ALIASES.values())
+
+
+# --- stems ---
+
+
+@pytest.mark.parametrize(
+    ("name", "conv"), [("resnet18", "conv1"), ("mobilenetv2_100", "conv_stem"), ("tf_efficientnet_b0", "conv_stem")]
+)
+def test_convolutional_stems_keep_their_kernel_and_lose_their_stride(name, conv):
+    plain = create_model(name, 10, small_input=False, image_size=64)
+    small = create_model(name, 10, small_input=True)
+    assert plain.net.get_submodule(conv).stride == (2, 2)
+    assert small.net.get_submodule(conv).stride == (1, 1)
+    assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in small.state_dict().items()}
+    assert (plain.small_input, small.small_input) == (False, True)
+
+
+def test_resnet_stem_at_32_pixels_is_at_full_resolution():
+    net = create_model("resnet18", 10).net
+    assert isinstance(net.maxpool, torch.nn.Identity)
+    assert net.layer1(net.act1(net.bn1(net.conv1(torch.zeros(2, 3, 32, 32))))).shape == (2, 64, 32, 32)
+    assert [info["reduction"] for info in net.feature_info] == [1, 1, 2, 4, 8]
+
+
+def test_small_input_is_automatic_up_to_64_pixels():
+    assert create_model("resnet18", 10, image_size=64).small_input
+    assert not create_model("resnet18", 10, image_size=65).small_input
+    assert create_model("cifar_resnet8", 10, small_input=False).small_input  # made for 32 pixels, whatever is asked
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "patch", "last"),
+    [
+        ("convnext_atto", 32, 1, 4),
+        ("convnext_atto", 64, 1, 8),
+        ("convnext_atto", 128, 4, 4),
+        ("swin_tiny_patch4_window7_224", 32, 1, 4),
+        ("vit_tiny_patch16_224", 32, 8, 4),
+        ("vit_tiny_patch16_224", 64, 16, 4),
+        ("vit_tiny_patch16_224", 48, 12, 4),
+        ("deit_tiny_patch16_224", 32, 8, 4),
+    ],
+)
+def test_patch_stems_get_the_largest_patch_with_a_4x4_last_stage(name, size, patch, last):
+    model = create_model(name, 10, small_input=True, image_size=size).eval()
+    stem = model.net.stem[0] if "convnext" in name else model.net.patch_embed.proj
+    assert stem.kernel_size == stem.stride == (patch, patch)
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, size, size)).feat_4d.shape[2:] == (last, last)
+
+
+def test_networks_tied_to_a_size_are_built_for_the_images():
+    model = create_model("vit_tiny_patch16_224", 10, image_size=128)
+    assert model.net.patch_embed.grid_size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("vgg11_bn", {}, "vgg11_bn has a stem without stride.*small_input=false"),
+        ("poolformer_s12", {}, "patch stem of stride 4"),
+        ("convnext_atto_ols", {}, "stays 1×1"),
+        ("convnext_atto", {"image_size": 16}, "at least 32"),
+        ("repvgg_a0", {}, "repvgg_a0 cannot be used with 3×32×32"),
+        ("resnet18", {"num_classes": 0}, "num_classes 0"),
+    ],
+)
+def test_unknown_adaptations_are_refused(name, kwargs, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        create_model(name, **{"num_classes": 10, **kwargs})
+    assert "\n" not in str(caught.value)
+
+
+def test_building_draws_the_same_weights_from_the_same_seed():
+    torch.manual_seed(5)
+    first = create_model("cifar_resnet8", 10)
+    torch.manual_seed(5)
+    second = timm.create_model("cifar_resnet8", num_classes=10)
+    assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.net.state_dict().items())
+
+
+# --- pretrained weights ---
+
+
+def test_without_a_network_pretrained_is_one_clear_line(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("cannot reach the hub\nand much more")
+
+    monkeypatch.setattr(zoo.timm, "create_model", offline)
+    with pytest.raises(
+        ValueError, match=r"resnet18 could not be loaded \(cannot reach the hub\): no network"
+    ) as caught:
+        create_model("resnet18", 10, pretrained=True)
+    assert "pretrained=false" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_without_published_weights_say_so():
+    with pytest.raises(ValueError, match="cifar_resnet8 has no pretrained weights"):
+        create_model("cifar_resnet8", 10, pretrained=True)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands for the hub: "pretrained" weights are a fresh 1000-class network, handed over by timm's own loader."""
+    real, served = timm.create_model, {}
+
+    def create(name, pretrained=False, **kwargs):
+        if pretrained:
+            served[name] = real(name).state_dict()
+            kwargs["pretrained_cfg_overlay"] = {"state_dict": dict(served[name])}
+        return real(name, pretrained=pretrained, **kwargs)
+
+    monkeypatch.setattr(zoo.timm, "create_model", create)
+    return served
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "patch"),
+    [
+        ("convnext_atto", "stem.0.weight", 1),
+        ("vit_tiny_patch16_224", "patch_embed.proj.weight", 8),
+        ("swin_tiny_patch4_window7_224", "patch_embed.proj.weight", 1),
+    ],
+)
+def test_pretrained_patch_stems_are_resampled_and_the_rest_is_kept(hub, name, stem, patch):
+    state = create_model(name, 10, pretrained=True).net.state_dict()
+    source = hub[name]
+    expected = resample_patch_embed(source[stem], [patch, patch], interpolation="bicubic", antialias=True)
+    torch.testing.assert_close(state[stem], expected)
+    blocks = [k for k in source if "mlp.fc1.weight" in k]
+    assert blocks
+    assert all(torch.equal(state[k], source[k]) for k in blocks)
+
+
+def test_pretrained_convolutional_stems_are_kept(hub):
+    net = create_model("resnet18", 10, pretrained=True).net
+    source = hub["resnet18"]
+    assert all(torch.equal(v, source[k]) for k, v in net.state_dict().items() if not k.startswith("fc."))
+    assert net.conv1.stride == (1, 1)

@@ -1,0 +1,183 @@
+"""The journal: what is written is read, whatever cut the writer off."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.journal import FILE, Journal, decode_number, read_entries, read_header, writer_alive
+
+
+def kinds(folder: Path) -> list[str]:
+    return [entry.kind for entry in read_entries(folder / FILE)[0]]
+
+
+def test_entries_come_back_in_order_with_their_values(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "run", experiment="e", name="n", tags={"asib.step": "distill"})
+    journal.params({"method.kd_alpha": 0.4, "amp": None})
+    journal.metrics({"a": 1.5, "nan": math.nan, "up": math.inf, "down": -math.inf}, step=3)
+    journal.artifact(tmp_path / "run" / "config.yaml")
+    journal.end("FINISHED", "completed", 0)
+    text = (tmp_path / "run" / FILE).read_text()
+    for line in text.splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    header, params, metrics, artifact, end = read_entries(tmp_path / "run" / FILE)[0]
+    assert (header.kind, header.data["experiment"], header.data["name"]) == ("open", "e", "n")
+    assert header.data["journal"] == journal.id
+    assert params.data["values"] == {"method.kd_alpha": "0.4", "amp": "None"}
+    values = {key: decode_number(value) for key, value in metrics.data["values"].items()}
+    assert values["a"] == 1.5
+    assert math.isnan(values["nan"])
+    assert (values["up"], values["down"]) == (math.inf, -math.inf)
+    assert artifact.data == {"path": "config.yaml", "to": ""}
+    assert end.data == {"status": "FINISHED", "outcome": "completed", "exit_code": 0, "message": None}
+    assert [entry.time for entry in (header, params, metrics, end)] == sorted(
+        entry.time for entry in (header, params, metrics, end)
+    )
+
+
+def test_reading_goes_on_from_any_offset(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, experiment="e")
+    first, offset = read_entries(tmp_path / FILE)
+    assert len(first) == 1
+    assert first[0].end == offset == (tmp_path / FILE).stat().st_size
+    journal.tags({"t": "ä"})
+    second, end = read_entries(tmp_path / FILE, offset)
+    assert [entry.kind for entry in second] == ["tags"]
+    assert end == (tmp_path / FILE).stat().st_size
+    assert read_entries(tmp_path / FILE, end) == ([], end)
+
+
+@pytest.mark.parametrize("tail", [b'{"kind":"metr', b'{"kind":"metrics","time":1', b"\0\0\0\n", b'{"no":"kind"}\n'])
+def test_a_torn_end_is_passed_over_and_cut_by_the_next_writer(tmp_path: Path, tail: bytes) -> None:
+    journal = Journal.create(tmp_path, experiment="e")
+    journal.params({"a": 1})
+    journal.close()
+    with (tmp_path / FILE).open("ab") as file:
+        file.write(tail)
+    assert kinds(tmp_path) == ["open", "params"]
+    again = Journal.reopen(tmp_path)
+    assert again.id == journal.id
+    again.params({"b": 2})
+    assert kinds(tmp_path) == ["open", "params", "params"]
+
+
+def test_reopening_an_ended_journal_says_that_the_run_goes_on(tmp_path: Path) -> None:
+    Journal.create(tmp_path, experiment="e").end("KILLED", "killed", 143)
+    Journal.reopen(tmp_path).close()
+    assert kinds(tmp_path) == ["open", "end", "resume"]
+
+
+def test_held_entries_follow_the_checkpoint_that_contains_them(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, experiment="e")
+    journal.hold()
+    journal.metrics({"acc": 10.0}, step=0)
+    assert kinds(tmp_path) == ["open"]
+    text = journal.snapshot()
+    journal.checkpoint(tmp_path / "checkpoints" / "slot0.safetensors", "ab", 0)
+    journal.metrics({"acc": 20.0}, step=1)
+    assert kinds(tmp_path) == ["open", "checkpoint", "metrics"]
+    restored = Journal.restore(tmp_path / "b", text, (tmp_path / "b" / "checkpoints" / "slot0.safetensors", "ab", 0))
+    ours, theirs = read_entries(tmp_path / FILE)[0], read_entries(tmp_path / "b" / FILE)[0]
+    assert [entry.kind for entry in theirs] == ["open", "checkpoint", "metrics", "resume"]
+    assert [entry.data for entry in theirs[:3]] == [entry.data for entry in ours]
+    assert theirs[2].time == ours[2].time  # verbatim: MLflow stores the same point once
+    assert restored.id == journal.id
+
+
+def test_end_writes_what_is_held(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, experiment="e")
+    journal.hold()
+    journal.metrics({"final/acc_last": 70.0}, step=9)
+    journal.end("FINISHED", "completed", 0)
+    assert kinds(tmp_path) == ["open", "metrics", "end"]
+    with pytest.raises(ValueError, match="closed"):
+        journal.tags({"late": "1"})
+
+
+def test_restore_drops_what_lies_beyond_and_marks_a_new_generation(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, experiment="e")
+    journal.metrics({"acc": 1.0}, step=0)
+    text = journal.snapshot()
+    journal.metrics({"acc": 2.0}, step=1)
+    journal.close()
+    marks = []
+    for _ in range(2):
+        Journal.restore(tmp_path, text).close()
+        entries = read_entries(tmp_path / FILE)[0]
+        assert [entry.data["step"] for entry in entries if entry.kind == "metrics"] == [0]
+        marks.append(entries[-1].data["generation"])
+    assert marks[0] != marks[1]
+    assert not list(tmp_path.glob(".journal*"))
+
+
+def test_two_writers_are_refused_and_readers_see_a_living_one(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, experiment="e")
+    assert writer_alive(tmp_path)
+    with pytest.raises(UserError, match="already holds a run"):
+        Journal.create(tmp_path, experiment="e")
+    journal.close()
+    assert not writer_alive(tmp_path)
+
+
+def test_a_child_names_its_parent(tmp_path: Path) -> None:
+    parent = Journal.create(tmp_path / "main", experiment="e")
+    child = Journal.create(tmp_path / "main" / "distill", experiment="e", parent=tmp_path / "main")
+    parent.child(child.folder)
+    assert child.header.data["parent"] == {"journal": parent.id, "folder": ".."}
+    assert read_entries(tmp_path / "main" / FILE)[0][-1].data == {"folder": "distill"}
+    with pytest.raises(UserError, match="parent"):
+        Journal.create(tmp_path / "x", experiment="e", parent=tmp_path / "nowhere")
+
+
+def test_paths_outside_the_folder_are_refused(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "run", experiment="e")
+    for path in (tmp_path / "other.txt", tmp_path / "run" / ".." / "other.txt"):
+        with pytest.raises(ValueError, match="outside"):
+            journal.artifact(path)
+    journal.artifact(Path("config.yaml"))
+    assert read_entries(tmp_path / "run" / FILE)[0][-1].data["path"] == "config.yaml"
+
+
+def test_foreign_and_newer_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("hello\n")
+    with pytest.raises(UserError, match="not a journal"):
+        read_header(tmp_path)
+    (tmp_path / FILE).write_text('{"kind":"open","time":1,"version":99,"journal":"x"}\n')
+    with pytest.raises(UserError, match="99"):
+        Journal.reopen(tmp_path)
+
+
+def test_a_writer_killed_at_any_moment_leaves_whole_lines(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline.journal import Journal\n"
+        "j = Journal.create(Path(sys.argv[1]), experiment='e'); print('up', flush=True)\n"
+        "i = 0\n"
+        "while True:\n"
+        "    j.metrics({f'm{k}': i / 7 for k in range(50)}, step=i); i += 1\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    while len(read_entries(tmp_path / "run" / FILE)[0]) < 20:
+        pass
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    journal = Journal.reopen(tmp_path / "run")
+    journal.end("KILLED", "killed", 137)
+    entries, end = read_entries(tmp_path / "run" / FILE)
+    assert end == (tmp_path / "run" / FILE).stat().st_size
+    assert [entry.data["step"] for entry in entries[1:-1]] == list(range(len(entries) - 2))

@@ -1,0 +1,148 @@
+"""Real tracking stores for tests: SQLite files copied from one migrated template, and one `mlflow server`.
+
+A test module loads the fixtures with `pytest_plugins = ["tests.servers"]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+START_S = 90.0
+
+
+class MlflowServer:
+    """`mlflow server` on a free port of this machine, with a SQLite store; can be stopped and started again."""
+
+    def __init__(self, folder: Path, template: Path) -> None:
+        self.folder = folder
+        self.database = folder / "server.db"
+        shutil.copyfile(template, self.database)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self.folder / "server.log").open("ab") as log:
+            options = {
+                "--host": "127.0.0.1",
+                "--port": str(self.port),
+                "--workers": "1",
+                "--backend-store-uri": f"sqlite:///{self.database}",
+                "--artifacts-destination": str(self.folder / "artifacts"),
+            }
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *(part for pair in options.items() for part in pair)],
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=environment,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                    return
+            except OSError:
+                assert self._process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
+                time.sleep(0.1)
+        raise TimeoutError(f"no mlflow server at {self.uri} after {START_S} s")
+
+    def stop(self) -> None:
+        """Kill it with its workers, as an outage would."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+class Wire:
+    """A TCP port that leads to the server until it is cut: an outage without a restart's seconds."""
+
+    def __init__(self, server: MlflowServer) -> None:
+        self._target = ("127.0.0.1", server.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._ends: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """From now on connections are refused, and those that exist break."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                far = socket.create_connection(self._target)
+                self._ends += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def wire(mlflow_server: MlflowServer) -> Iterator[Wire]:
+    """A way to the session's server that the test may cut."""
+    made = Wire(mlflow_server)
+    yield made
+    made.cut()
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with the present schema."""
+    from pipeline.experiment.delivery_server import prepare_sqlite
+
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    prepare_sqlite(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def sqlite_uri(sqlite_template: Path, tmp_path: Path) -> str:
+    """A SQLite tracking store of the test's own."""
+    path = tmp_path / "store" / "mlflow.db"
+    path.parent.mkdir()
+    shutil.copyfile(sqlite_template, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """One server for the session; a test that stops it starts it again."""
+    server = MlflowServer(tmp_path_factory.mktemp("server"), sqlite_template)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
