@@ -1,0 +1,49 @@
+# make setup   the environment, .venv          make demo   the main job on the bundled images, then a table
+# make test    the fast tests                  make check  what .ci/run runs: lint, types, imports, all tests
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test test-all lint lock ui server check clean
+
+setup: .venv/.installed
+
+# uv is taken from the PATH, or installed into the environment that it then fills
+.venv/.installed: requirements.lock
+	@if command -v uv >/dev/null 2>&1; then \
+		test -x $(BIN)/python || uv venv --quiet --python 3.11 .venv || uv venv --quiet .venv; \
+		uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; \
+	else \
+		test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
+		$(BIN)/python -m pip --disable-pip-version-check install --quiet uv; \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; \
+	fi
+	@touch $@
+	@echo "environment ready: source .venv/bin/activate"
+
+demo: setup
+	@$(BIN)/python -m steps.main cfg=quickstart tracking.uri=sqlite:///$(CURDIR)/mlflow.db
+	@echo
+	@echo "open the UI:  make ui    (then http://127.0.0.1:5000)"
+
+ui: setup
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu and not postgres and not slurm and not browser"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --group dev pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf runs mlflow.db mlartifacts
