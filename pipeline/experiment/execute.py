@@ -172,11 +172,8 @@ def _leave_mlflow_run() -> None:
 
 def _log_to_terminal() -> None:
     if not logger.handlers:
-        from tqdm.contrib.logging import _TqdmLoggingHandler  # writes above a progress bar
-
-        handler = _TqdmLoggingHandler()
+        handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
-        handler.stream = sys.stderr
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False

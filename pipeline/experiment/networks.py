@@ -30,7 +30,9 @@ def device_of(config: Config) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(config.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={config.device}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu")
+        raise UserError(
+            f"device={config.device}: {torch.cuda.device_count()} CUDA devices here; use device=cpu"
+        )
     return device
 
 
@@ -54,7 +56,7 @@ def build(
             drop_rate=drop_rate,
         )
     memory = torch.channels_last if config.optim.use_channels_last else torch.contiguous_format
-    return net.to(device_of(config)).to(memory_format=memory)  # type: ignore[call-overload, no-any-return]
+    return net.to(device_of(config)).to(memory_format=memory)
 
 
 def build_student(config: Config, data: ImageData) -> FeatureNet:
@@ -68,7 +70,8 @@ def build_teacher(config: Config, data: ImageData, index: int) -> FeatureNet:
     t: TeacherConfig = config.model.teachers[index]
     dropout = t.efficientnet_dropout if "efficientnet" in t.name else 0.0
     pretrained = t.pretrained and t.checkpoint is None
-    return build(config, data, t.name, pretrained, f"model.teachers.{index}.name", config.finetune.seed + index, dropout)
+    seed = config.finetune.seed + index
+    return build(config, data, t.name, pretrained, f"model.teachers.{index}.name", seed, dropout)
 
 
 def load(net: FeatureNet, path: Path, key: str) -> dict[str, Any]:

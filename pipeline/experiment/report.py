@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -84,7 +83,7 @@ def write_results(run: Run, results: dict[str, float]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
-        writer.writerow({k: f"{v:.2f}" if isinstance(v, float) and k.endswith(("acc", "sec")) else v for k, v in columns.items()})
+        writer.writerow({k: f"{v:.2f}" if k.endswith(("acc", "sec")) and v != "" else v for k, v in columns.items()})
     run.journal.artifact(path)
 
 
@@ -167,7 +166,8 @@ def curves(run: Run) -> None:
         axes[0].axhline(value, color="grey", ls=":", lw=1)
     if "teacher/avg_acc" in history:
         axes[0].axhline(history["teacher/avg_acc"][-1][1], color="black", ls="--", lw=1)
-    figure.suptitle(f"{run.config.dataset.name}, seed {run.config.seed}; grey: teachers, dashed: their average", fontsize=10)
+    title = f"{run.config.dataset.name}, seed {run.config.seed}; grey: teachers, dashed: their average"
+    figure.suptitle(title, fontsize=10)
     _save(figure, run, "curves.png")
 
 
@@ -184,8 +184,3 @@ def confusion(run: Run, predicted: Tensor, y: Tensor, classes: tuple[str, ...]) 
         axis.set_xticks(range(n), classes, rotation=90, fontsize=7)
         axis.set_yticks(range(n), classes, fontsize=7)
     _save(figure, run, "confusion.png")
-
-
-def note(text: str) -> None:
-    """A line for the person at the terminal."""
-    print(text, file=sys.stdout, flush=True)

@@ -1,4 +1,4 @@
-"""A tracked run: its folder, its journal, the delivery that brings it to MLflow, its nested runs, and its resumption."""
+"""A tracked run: its folder, its journal, its delivery to MLflow, its nested runs, and how it is continued."""
 
 import json
 import logging
@@ -95,7 +95,8 @@ class Run:
             ) from error
         if parent is not None:
             parent.journal.child(folder)
-        run = cls(step, config, folder, journal, _deliver(config, folder) if parent is None else parent.delivery, None, parent)
+        delivery = _deliver(config, folder) if parent is None else parent.delivery
+        run = cls(step, config, folder, journal, delivery, None, parent)
         run.describe()
         return run
 
@@ -108,7 +109,7 @@ class Run:
             return cls._continue(step, config, folder, None)
         # unknown to this machine: the tracking server alone has to do
         if config.tracking.mode == "offline":
-            raise UserError(f"resume={name}: no such run under output_dir={config.output_dir}, and tracking is off line")
+            raise UserError(f"resume={name}: no such run in output_dir={config.output_dir}, and tracking is off line")
         folder = Path(config.output_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{name[:6]}"
         folder.mkdir(parents=True)
         delivery = tracking.start_delivery(folder, uri=tracking_uri(config), resume=name)
@@ -116,11 +117,13 @@ class Run:
             info = delivery.run_info(name)
             _refuse_other_step(name, info["tags"].get("asib.step"), step)
             _refuse_finished(name, info["status"] == "FINISHED", config)
-            shutil.copytree(delivery.fetch(f"runs:/{name}/checkpoints", folder / "fetched"), folder / "checkpoints")
+            fetched = delivery.fetch(f"runs:/{name}/checkpoints", folder / "fetched")
         except UserError as error:
             delivery.finish(0.0)
             shutil.rmtree(folder, ignore_errors=True)
             raise UserError(str(error) if str(error).startswith("resume=") else f"resume={name}: {error}") from error
+        newest = json.loads((fetched / "manifest.json").read_text())
+        Slots(folder / "checkpoints").adopt(fetched / newest["file"], newest["sha256"])
         shutil.rmtree(folder / "fetched")
         return cls._continue(step, config, folder, None, delivery)
 
@@ -185,7 +188,8 @@ class Run:
         if self.follower:
             return
         if self.delivery is None:
-            logger.info("tracking is off line; deliver later: python -m pipeline.experiment.tracking deliver %s", self.folder)
+            if self.parent is None:
+                logger.info("tracking is off line; deliver later: %s %s", tracking.DELIVER, self.folder)
             return
         if self.parent is None:
             answer = self.delivery.wait_ready(timeout=300)
@@ -250,11 +254,10 @@ class Run:
         if log.exists() and not self.follower:
             self.journal.artifact(log)
         self.journal.end(status, outcome, exit_code, message)
-        if self.parent is None and self.delivery is not None and not self.delivery.finish(self.config.tracking.finish_seconds):
-            logger.warning(
-                "the tracking server did not take everything: python -m pipeline.experiment.tracking deliver %s",
-                self.folder,
-            )
+        if self.parent is not None or self.delivery is None:
+            return
+        if not self.delivery.finish(self.config.tracking.finish_seconds):
+            logger.warning("the tracking server did not take everything: %s %s", tracking.DELIVER, self.folder)
 
 
 def tracking_uri(config: Config) -> str:

@@ -24,7 +24,9 @@ class Student(mlflow.pyfunc.PythonModel):
             self.meta = json.load(file)
         self.session = onnxruntime.InferenceSession(context.artifacts["net"], providers=["CPUExecutionProvider"])
 
-    def predict(self, context: Any, model_input: list[Any], params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    def predict(
+        self, context: Any, model_input: list[Any], params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
         """For each image: `class`, `probability`, and `probabilities` of all classes by name."""
         if len(model_input) == 0:
             raise MlflowException.invalid_parameter_value("the list of images is empty")

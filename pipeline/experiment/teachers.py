@@ -1,4 +1,4 @@
-"""Where a distillation's teachers come from: a checkpoint, those already fine-tuned here, or a nested fine-tuning run."""
+"""Where a distillation's teachers come from: a checkpoint, those fine-tuned here before, or a nested fine-tuning."""
 
 import hashlib
 import json
@@ -13,8 +13,12 @@ from pipeline.config import Config
 from pipeline.config.identity import canonical, computation
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
-from pipeline.experiment import networks
+from pipeline.experiment import networks, report
 from pipeline.experiment.run import Run
+from pipeline.experiment.session import load_data, prepare, threads_of, train
+from pipeline.training import distributed
+from pipeline.training.finetune import FineTuning
+from pipeline.training.loop import Precision
 
 logger = logging.getLogger("asib")
 FINETUNE_KEYS = ("finetune.", "augment.", "dataset.", "optim.momentum", "optim.grad_clip_norm", "optim.amp_dtype")
@@ -76,15 +80,14 @@ def _obtain(run: Run, data: ImageData, index: int) -> Teacher:
     elif kept.exists():
         path = kept
         key = f"{kept} (delete it to fine-tune anew)"
-        run_id = json.loads(kept.with_suffix(".json").read_text())["run_id"] if kept.with_suffix(".json").exists() else None
+        note = kept.with_suffix(".json")
+        run_id = json.loads(note.read_text())["run_id"] if note.exists() else None
         logger.info("teacher %d: %s, fine-tuned before", index, spec.name)
     elif config.finetune.epochs == 0:
         net = networks.build_teacher(config, data, index)
         return Teacher(net, weights_hash(net.net), None, saw_validation=spec.pretrained)
     else:
-        from pipeline.experiment.jobs import finetune_teacher
-
-        finetune_teacher(run, index)
+        finetune(run, index)
         return _obtain(run, data, index)
     net = networks.build_teacher(config, data, index)
     metadata = networks.load(net, path, key)
@@ -109,3 +112,43 @@ def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | 
     if not path.is_file():
         raise UserError(f"{key}: no such file; give a weights file or runs:/<id>")
     return path, None
+
+
+def finetune(parent: Run, index: int) -> dict[str, float]:
+    """A nested run that fine-tunes one teacher, and keeps it for other runs on this machine."""
+    key = f"teacher_{index}"
+    done = parent.finished_child(key)
+    if done is not None:
+        return done
+    run = parent.child("finetune", key, parent.config)
+    with run.nested():
+        prepare(run.config, threads_of(run))
+        data = load_data(run)
+        net = networks.build_teacher(run.config, data, index)
+        device = networks.device_of(run.config)
+        task = FineTuning(run.config, data, net, device)
+        run.journal.tags({"asib.teacher": str(index), "asib.eval_split": task.data.eval_split})
+        name = run.config.model.teachers[index].name
+        logger.info("fine-tuning teacher %d, %s, for %d epochs", index, name, run.config.finetune.epochs)
+        loop = train(run, task, Precision(run.config.optim, device), data, [])
+        results = task.results()
+        loop.finish(results)
+        if not run.follower:
+            path = run.folder / WEIGHTS
+            networks.save(net, path, run.config, data)
+            keep(net, run, run.config, data, index)
+            run.journal.artifact(path, "checkpoints")
+            run.journal.tags({"asib.weights": weights_hash(net.net)})
+            run.journal.model(_weights_folder(run, path), name="teacher", kind="weights", metrics=results)
+        report.write_results(run, results)
+    distributed.barrier()
+    return results
+
+
+def _weights_folder(run: Run, path: Path) -> Path:
+    folder = run.folder / "model"
+    folder.mkdir(exist_ok=True)
+    target = folder / path.name
+    target.unlink(missing_ok=True)
+    os.link(path, target)
+    return folder

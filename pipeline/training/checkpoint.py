@@ -118,6 +118,12 @@ class Slots:
         write_atomically(self.manifest, json.dumps({"checkpoints": [newest, *kept]}).encode())
         return Saved(path, sha256, slot)
 
+    def adopt(self, path: Path, sha256: str) -> None:
+        """Make a checkpoint file that came from elsewhere the newest one of this folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        os.replace(path, self.folder / "slot0.safetensors")
+        write_atomically(self.manifest, json.dumps({"checkpoints": [{"slot": 0, "sha256": sha256}]}).encode())
+
     def read(self) -> tuple[Any, Saved]:
         """The newest checkpoint that is whole. UserError where there is none."""
         for record in self._records():

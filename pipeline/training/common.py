@@ -27,7 +27,6 @@ class RunData:
         world = distributed.world()
         parts = split(data.train_y, config.dataset.val_fraction, data.digest, config.dataset.split_seed)
         self.has_validation = len(parts.val) > 0
-        common = {"mean": data.mean, "std": data.std, "device": device, "channels_last": config.optim.use_channels_last}
         images, labels = data.train_x.to(device), data.train_y.to(device)  # once, for training and validation
         self.train = TrainBatches(
             images,
@@ -37,11 +36,19 @@ class RunData:
             augment=config.augment,
             rank=world.rank,
             world_size=world.size,
-            **common,
+            mean=data.mean,
+            std=data.std,
+            device=device,
+            channels_last=config.optim.use_channels_last,
         )
         size = config.dataset.eval_batch_size
-        self.test = EvalBatches(data.test_x, data.test_y, None, size, **common)
-        self.eval = EvalBatches(images, labels, parts.val, size, **common) if len(parts.val) else self.test
+
+        def in_order(x: Tensor, y: Tensor, indices: Tensor | None) -> EvalBatches:
+            channels_last = config.optim.use_channels_last
+            return EvalBatches(x, y, indices, size, data.mean, data.std, device, channels_last)
+
+        self.test = in_order(data.test_x, data.test_y, None)
+        self.eval = in_order(images, labels, parts.val) if len(parts.val) else self.test
         self.eval_split = "val" if self.has_validation else "test"
 
     def draws(self, streams: Streams, epoch: Epoch, phase: Phase) -> EpochDraws:
@@ -80,7 +87,7 @@ class Selection:
 
 
 def prepare(phases: dict[str, Phase], device: torch.device, unused: set[str]) -> None:
-    """Wrap what the phases train for several processes; `unused` names phases some of whose parameters get no gradient."""
+    """Wrap what the phases train for several processes; in `unused` phases some parameters get no gradient."""
     if distributed.world().size == 1:
         return
     for name, phase in phases.items():

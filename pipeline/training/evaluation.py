@@ -58,11 +58,12 @@ def synergy_logits(
     try:
         picked = [teachers[k].feat_2d for k in (range(len(teachers)) if chosen is None else chosen)]
         with torch.autocast(picked[0].device.type, enabled=False):
-            parts = [
-                fusion(None if query is None else query[i : i + 1000], [f[i : i + 1000] for f in picked], teachers=chosen)
-                for i in range(0, len(picked[0]), 1000)
-            ]
-        return torch.cat([p.logits for p in parts])
+            parts = []
+            for i in range(0, len(picked[0]), 1000):
+                rows = slice(i, i + 1000)
+                part = fusion(None if query is None else query[rows], [f[rows] for f in picked], teachers=chosen)
+                parts.append(part.logits)
+        return torch.cat(parts)
     finally:
         fusion.train(mode)
 

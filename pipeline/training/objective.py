@@ -45,7 +45,7 @@ class Objective(TrainingTask):
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def forward(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""ASIB's stages: A-steps that teach the fusion and B-steps that teach the student, as one task (method.md section 3)."""
+"""ASIB's stages: A-steps teach the fusion, B-steps the student, as one task of the loop (method.md section 3)."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from models.features import FeatureNet
 from pipeline.config import Config, MethodConfig
+from pipeline.config.rules import needs_distillation, uses_fusion
 from pipeline.config.schema import ScheduleConfig
 from pipeline.data.batches import EpochDraws
 from pipeline.data.sources import ImageData
@@ -25,11 +26,6 @@ from pipeline.training.fusion import Fusion
 from pipeline.training.loop import Epoch, Phase
 from pipeline.training.methods.asib import ALoss, AStep, BLoss, BStep
 from pipeline.training.rng import Streams
-
-
-def uses_fusion(config: Config) -> bool:
-    """Whether any target comes from the synergy: only then are fusion and A-steps built."""
-    return config.method.kd_alpha > 0 and config.method.kd_target != "avg"
 
 
 def make_plan(method: MethodConfig, a_steps: bool) -> list[Epoch]:
@@ -65,7 +61,7 @@ class Distillation:
     ) -> None:
         self.config, self.method, self.optim = config, config.method, config.optim
         self.student = student
-        self.teachers = teachers if config.method.kd_alpha > 0 else []
+        self.teachers = teachers if needs_distillation(config) else []
         for net in self.teachers:
             net.requires_grad_(False).eval()
         self.data = RunData(config, data, device)
@@ -169,7 +165,8 @@ class Distillation:
             return found
         acc = self._synergy_accuracy(outputs(self.student, self.data.eval))
         self.known.update(acc)
-        assert self.known.ema is not None and self.fusion is not None
+        assert self.known.ema is not None
+        assert self.fusion is not None
         if self.data.has_validation:
             if acc > self.snapshot.get("accuracy", float("-inf")):
                 self.snapshot = {"accuracy": acc, "fusion": cpu_copy(self.fusion.state_dict())}

@@ -82,7 +82,7 @@ class AStep(Objective):
         self.streams = streams
         self.weights = ALoss(1.0, 0.0, 0.0, method.tau, certainty=False)
 
-    def forward(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         student, *teachers = self._networks
         needs_logits = self.weights.kd > 0
         with torch.no_grad():
@@ -96,7 +96,8 @@ class AStep(Objective):
         if self.dropout > 0:
             keep = self.streams.keep_mask(shape, self.dropout, "head_dropout", *moment)[batch.rows].to(self.device)
         z_syn, mu, logvar = self.trainable_module(query, features, eps, keep)
-        out = a_loss(z_syn, mu, logvar, seen.logits if needs_logits else None, batch, self.method, self.weights)
+        s = seen.logits if needs_logits and seen is not None else None
+        out = a_loss(z_syn, mu, logvar, s, batch, self.method, self.weights)
         if self.method.ib_mbm_reg_lambda > 0:
             penalty = losses.mean_square(list(self.trainable_module.parameters()))
             out["loss"] = out["loss"] + self.method.ib_mbm_reg_lambda * penalty
@@ -167,7 +168,7 @@ class BStep(Objective):
         student.train()
         return query
 
-    def forward(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         self.streams.seed_global("network", *moment, int(batch.rows.start or 0))
         seen = self.trainable_module(batch.x_mixed)
         ce = mixed_cross_entropy(seen.logits, batch, self.method.ce_label_smoothing)

@@ -1,0 +1,130 @@
+"""What the training runs of a machine share: threads, data, the loop with its record, and what may be continued."""
+
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pipeline.config import Config, config_hash
+from pipeline.config.identity import Identity, computation, source_digest
+from pipeline.config.rules import inactive
+from pipeline.data import sources
+from pipeline.data.sources import ImageData
+from pipeline.errors import UserError
+from pipeline.experiment import networks
+from pipeline.experiment.execute import stop
+from pipeline.experiment.run import REPOSITORY, Run
+from pipeline.training.checkpoint import require_space
+from pipeline.training.loop import Loop, Precision, Task
+
+logger = logging.getLogger("asib")
+
+
+def prepare(config: Config, threads: int | None = None) -> None:
+    """Threads and determinism, before the first tensor."""
+    torch.set_num_threads(threads or config.threads or os.cpu_count() or 1)
+    if config.optim.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def load_data(run: Run) -> ImageData:
+    """The run's images, stated in its record."""
+    data = sources.load(run.config.dataset)
+    run.journal.tags({"asib.data_digest": data.digest})
+    profile = {"classes": data.num_classes, "train": len(data.train_y), "test": len(data.test_y)}
+    # MLflow keeps one context for each digest, and the digest covers both splits
+    context = "test" if run.step == "evaluate" else "training"
+    run.journal.dataset(data.name, data.digest, context, data.source, profile=profile)
+    return data
+
+
+def train(run: Run, task: Task, precision: Precision, data: ImageData, teachers: list[str]) -> Loop:
+    """Run the task to its end from where the run stands; its metrics and checkpoints are in the run's record.
+
+    Args:
+        teachers: hashes of the teachers' weights.
+    """
+    config = run.config
+    header: dict[str, Any] = {
+        "config_hash": config_hash(config),
+        "computation": computation(config),
+        "data_digest": data.digest,
+        "teachers": teachers,
+        "amp_dtype": precision.name,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
+    }
+    identity = Identity(
+        header["config_hash"], precision.name, tuple(header["teachers"]), data.digest, source_digest(REPOSITORY)
+    )
+    run.journal.tags({"asib.identity": identity.digest(), "asib.teachers": ",".join(header["teachers"]) or "none"})
+    for sentence in inactive(config):
+        logger.info("has no effect here: %s", sentence)
+    device = networks.device_of(config)
+    require_space(run.folder, [p.objective.trainable_module for p in task.phases.values()])
+    loop = Loop(
+        task,
+        run.journal,
+        None if run.follower else run.slots,
+        header,
+        precision,
+        device,
+        stop=stop,
+        every_seconds=config.checkpoint.every_seconds,
+    )
+    if run.state is not None:
+        check_continuation(run, header)
+        loop.load_state_dict(run.state)
+        loop.finished &= not config.extend
+    run.ready()
+    with stop.between_batches(), logging_redirect_tqdm([logger]):
+        loop.run()
+    return loop
+
+
+def check_continuation(run: Run, header: dict[str, Any]) -> None:
+    """A run continues with the same configuration, data and teachers. UserError names both hashes otherwise."""
+    before = run.state["header"]
+    extended = {"method.student_epochs_per_stage", "method.num_stages", "finetune.epochs"}
+    changed = sorted(
+        k
+        for k in before["computation"].keys() | header["computation"].keys()
+        if before["computation"].get(k) != header["computation"].get(k) and not (run.config.extend and k in extended)
+    )
+    if changed:
+        raise UserError(
+            f"resume={run.config.resume}: configuration {before['config_hash'][:12]} cannot be continued with "
+            f"{header['config_hash'][:12]}; they differ in {', '.join(changed[:5])}"
+        )
+    for key, words in (("data_digest", "data"), ("teachers", "teachers")):
+        if before[key] != header[key]:
+            raise UserError(f"resume={run.config.resume}: {words} {before[key]} cannot be continued with {header[key]}")
+    if (before["threads"], before["cpu"]) != (header["threads"], header["cpu"]):
+        logger.warning(
+            "continued with %d threads on %s after %d on %s: results agree within rounding only",
+            header["threads"],
+            header["cpu"],
+            before["threads"],
+            before["cpu"],
+        )
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def threads_of(run: Run) -> int | None:
+    """A continued run takes the threads it began with, so that it ends bit-identical."""
+    return run.state["header"]["threads"] if run.state is not None and run.config.threads is None else None
