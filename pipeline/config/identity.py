@@ -78,6 +78,8 @@ class Identity:
     teachers: tuple[str, ...]
     data_digest: str
     sources: str
+    part: str = ""
+    """Which of several results of one configuration: `teacher_0` of a fine-tuning."""
 
     def digest(self) -> str:
         return hashlib.sha256(canonical(asdict(self)).encode()).hexdigest()

@@ -131,9 +131,8 @@ def _check_epochs(config: Config) -> None:
         f"method.student_epochs_per_stage has {len(m.student_epochs_per_stage)} entries for "
         f"method.num_stages={m.num_stages}: give one number of B-epochs for each stage",
     )
-    _refuse(total == 0, "method.student_epochs_per_stage is all 0: the student would never be trained")
     _refuse(
-        m.kd_cooldown_epochs >= total and needs_distillation(config),
+        m.kd_cooldown_epochs > 0 and m.kd_cooldown_epochs >= total and needs_distillation(config),
         f"method.kd_cooldown_epochs={m.kd_cooldown_epochs} leaves none of the {total} B-epochs for distillation",
     )
     start, stop = m.kd_two_view_start_epoch, m.kd_two_view_stop_epoch

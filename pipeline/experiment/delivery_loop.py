@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mlflow.tracking import MlflowClient
@@ -104,12 +105,21 @@ class DeliveryLoop:
             run = self._follow(folder)
             if run is None:
                 continue
+            run.before_model_input = partial(self._deliver_children, run)
             run.deliver(final)
             for child in run.children:
                 if child not in queue:
                     self._parents.setdefault(child, run)
                     queue.append(child)
         return self.top.state.ended and all(self._finished(folder) for folder in queue)
+
+    def _deliver_children(self, parent: RunDelivery) -> None:
+        """What the parent's nested runs hold now, so that an entry behind theirs finds it on the server."""
+        for folder in parent.children:
+            self._parents.setdefault(folder, parent)
+            run = self._follow(folder)
+            if run is not None:
+                run.deliver()
 
     def close_unfinished(self) -> None:
         """Every followed run that has no end becomes KILLED: its trainer died without a word."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class RunDelivery:
         self.state = State()
         self.attached = False
         self.children: list[Path] = []
+        self.before_model_input: Callable[[], None] = lambda: None
         self.refused = 0
         self._path = folder / journal.FILE
         self._adopt, self._resume, self._live, self._parent = adopt, resume, live, parent
@@ -280,6 +281,7 @@ class RunDelivery:
             case "dataset":
                 self._try(log_dataset, self.client, run_id, entry)
             case "model_input":
+                self.before_model_input()  # a teacher of this run may be one of its children
                 self._try(log_model_input, self.client, run_id, entry)
             case "model":
                 self._flush()  # the model is linked to the run's metrics

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from models.weights import weights_hash
 from pipeline.config import Config
-from pipeline.config.rules import needs_distillation
+from pipeline.config.rules import inactive, needs_distillation
 from pipeline.data.batches import EvalBatches
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
@@ -51,6 +51,8 @@ def distill(run: Run) -> float | None:
     """Distil the student from the configuration's teachers."""
     config = run.config
     prepare(config, threads_of(run))
+    for sentence in inactive(config):
+        logger.info("has no effect here: %s", sentence)
     data = load_data(run)
     found = teachers.obtain(run, data) if needs_distillation(config) else []
     device = networks.device_of(config)
@@ -155,9 +157,7 @@ def main(run: Run) -> float | None:
     """The main job: student alone, teachers, distillation, evaluation, as nested runs; one table at the end."""
     config = run.config
     if not config.model.teachers or not needs_distillation(config):
-        raise UserError(
-            "the main job distils: it needs model.teachers and method.kd_alpha > 0, or use -e baseline"
-        )
+        raise UserError("the main job distils: it needs model.teachers and method.kd_alpha > 0, or use -e baseline")
     prepare(config)
     run.ready()
     alone = _nested(run, "baseline", "student_alone", student_alone(config), distill)

@@ -30,9 +30,7 @@ def device_of(config: Config) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(config.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device={config.device}: {torch.cuda.device_count()} CUDA devices here; use device=cpu"
-        )
+        raise UserError(f"device={config.device}: {torch.cuda.device_count()} CUDA devices here; use device=cpu")
     return device
 
 

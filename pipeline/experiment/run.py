@@ -185,16 +185,12 @@ class Run:
 
     def ready(self) -> None:
         """Wait until the tracking server has taken the run. Raises UserError when it refuses it."""
-        if self.follower:
-            return
-        if self.delivery is None:
-            if self.parent is None:
-                logger.info("tracking is off line; deliver later: %s %s", tracking.DELIVER, self.folder)
-            return
-        if self.parent is None:
+        if self.parent is not None:
+            self.parent.ready()
+        elif self.delivery is not None and self._run_id is None:
             answer = self.delivery.wait_ready(timeout=300)
             self._run_id = answer.run_id
-            logger.info("run %s in %s", answer.run_id, answer.url)
+            logger.info("tracked as %s", answer.url)
 
     @property
     def run_id(self) -> str | None:
@@ -254,7 +250,10 @@ class Run:
         if log.exists() and not self.follower:
             self.journal.artifact(log)
         self.journal.end(status, outcome, exit_code, message)
-        if self.parent is not None or self.delivery is None:
+        if self.parent is not None or self.follower:
+            return
+        if self.delivery is None:
+            logger.info("tracking was off line; to deliver: %s %s", tracking.DELIVER, self.folder)
             return
         if not self.delivery.finish(self.config.tracking.finish_seconds):
             logger.warning("the tracking server did not take everything: %s %s", tracking.DELIVER, self.folder)

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline.config import Config, config_hash
 from pipeline.config.identity import Identity, computation, source_digest
-from pipeline.config.rules import inactive
 from pipeline.data import sources
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
@@ -44,28 +44,28 @@ def load_data(run: Run) -> ImageData:
     return data
 
 
-def train(run: Run, task: Task, precision: Precision, data: ImageData, teachers: list[str]) -> Loop:
+def train(
+    run: Run, task: Task, precision: Precision, data: ImageData, teachers: Sequence[str] = (), part: str = ""
+) -> Loop:
     """Run the task to its end from where the run stands; its metrics and checkpoints are in the run's record.
 
     Args:
         teachers: hashes of the teachers' weights.
+        part: which of several results of this configuration the run makes.
     """
     config = run.config
     header: dict[str, Any] = {
         "config_hash": config_hash(config),
         "computation": computation(config),
         "data_digest": data.digest,
-        "teachers": teachers,
+        "teachers": list(teachers),
         "amp_dtype": precision.name,
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(),
     }
-    identity = Identity(
-        header["config_hash"], precision.name, tuple(header["teachers"]), data.digest, source_digest(REPOSITORY)
-    )
-    run.journal.tags({"asib.identity": identity.digest(), "asib.teachers": ",".join(header["teachers"]) or "none"})
-    for sentence in inactive(config):
-        logger.info("has no effect here: %s", sentence)
+    sources = source_digest(REPOSITORY)
+    identity = Identity(config_hash(config), precision.name, tuple(teachers), data.digest, sources, part)
+    run.journal.tags({"asib.identity": identity.digest(), "asib.teachers": ",".join(teachers) or "none"})
     device = networks.device_of(config)
     require_space(run.folder, [p.objective.trainable_module for p in task.phases.values()])
     loop = Loop(
@@ -90,7 +90,7 @@ def train(run: Run, task: Task, precision: Precision, data: ImageData, teachers:
 
 def check_continuation(run: Run, header: dict[str, Any]) -> None:
     """A run continues with the same configuration, data and teachers. UserError names both hashes otherwise."""
-    before = run.state["header"]
+    before, name = run.state["header"], run.config.resume or run.folder.name
     extended = {"method.student_epochs_per_stage", "method.num_stages", "finetune.epochs"}
     changed = sorted(
         k
@@ -99,12 +99,12 @@ def check_continuation(run: Run, header: dict[str, Any]) -> None:
     )
     if changed:
         raise UserError(
-            f"resume={run.config.resume}: configuration {before['config_hash'][:12]} cannot be continued with "
+            f"resume={name}: configuration {before['config_hash'][:12]} cannot be continued with "
             f"{header['config_hash'][:12]}; they differ in {', '.join(changed[:5])}"
         )
     for key, words in (("data_digest", "data"), ("teachers", "teachers")):
         if before[key] != header[key]:
-            raise UserError(f"resume={run.config.resume}: {words} {before[key]} cannot be continued with {header[key]}")
+            raise UserError(f"resume={name}: {words} {before[key]} cannot be continued with {header[key]}")
     if (before["threads"], before["cpu"]) != (header["threads"], header["cpu"]):
         logger.warning(
             "continued with %d threads on %s after %d on %s: results agree within rounding only",

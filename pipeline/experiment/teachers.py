@@ -130,7 +130,7 @@ def finetune(parent: Run, index: int) -> dict[str, float]:
         run.journal.tags({"asib.teacher": str(index), "asib.eval_split": task.data.eval_split})
         name = run.config.model.teachers[index].name
         logger.info("fine-tuning teacher %d, %s, for %d epochs", index, name, run.config.finetune.epochs)
-        loop = train(run, task, Precision(run.config.optim, device), data, [])
+        loop = train(run, task, Precision(run.config.optim, device), data, part=key)
         results = task.results()
         loop.finish(results)
         if not run.follower:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -22,8 +23,9 @@ FORMAT = "asib-checkpoint-1"
 
 
 def _split(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for `tree`; its tensors go to `tensors` under the path that stands in their place."""
+    """JSON for `tree`; its tensors go to `tensors` under the name that stands in their place."""
     if isinstance(tree, Tensor):
+        name = f"{len(tensors)}{name}"  # paths alone may coincide: {1: …} and {"1": …}
         tensors[name] = tree.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(tree, dict):
@@ -61,7 +63,7 @@ def unpack(content: bytes) -> Any:
         if metadata["format"] != FORMAT:
             raise ValueError(f"its format is {metadata['format']}, expected {FORMAT}")
         return _join(json.loads(metadata["tree"]), load_tensors(content))
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError("not a checkpoint of this project") from error
 
 
@@ -98,6 +100,7 @@ class Slots:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = folder / "manifest.json"
+        self._whole: int | None = None
 
     def _records(self) -> list[dict[str, Any]]:
         """Newest first."""
@@ -106,9 +109,11 @@ class Slots:
         return list(json.loads(self.manifest.read_text())["checkpoints"])
 
     def write(self, tree: Any) -> Saved:
-        """Write `tree` over the older slot, then the manifest."""
+        """Write `tree` over the older slot (or the torn one that `read` passed over), then the manifest."""
         records = self._records()
-        slot = 1 - records[0]["slot"] if records else 0
+        if self._whole is None and records:
+            self._whole = records[0]["slot"]
+        slot = 0 if self._whole is None else 1 - self._whole
         path = self.folder / f"slot{slot}.safetensors"
         content = pack(tree)
         sha256 = hashlib.sha256(content).hexdigest()
@@ -116,6 +121,7 @@ class Slots:
         kept = [r for r in records if r["slot"] != slot][:1]
         newest = {"slot": slot, "sha256": sha256}
         write_atomically(self.manifest, json.dumps({"checkpoints": [newest, *kept]}).encode())
+        self._whole = slot
         return Saved(path, sha256, slot)
 
     def adopt(self, path: Path, sha256: str) -> None:
@@ -132,6 +138,7 @@ class Slots:
                 continue
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() == record["sha256"]:
+                self._whole = record["slot"]
                 return unpack(content), Saved(path, record["sha256"], record["slot"])
         raise UserError(f"{self.folder}: no whole checkpoint there; start the run anew")
 

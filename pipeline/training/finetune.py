@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.features import FeatureNet
 from pipeline.config import Config
 from pipeline.data.batches import EpochDraws
 from pipeline.data.sources import ImageData
 from pipeline.training import distributed, schedules
+from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.common import RunData, Selection, prepare
 from pipeline.training.evaluation import accuracy, nll, outputs
 from pipeline.training.loop import Epoch, Phase
@@ -40,6 +42,7 @@ class FineTuning:
         prepare(self.phases, device, set())
         self.plan = [Epoch("finetune", 0, i, i, i, i == 0, i == f.epochs - 1) for i in range(f.epochs)]
         self.selection = Selection(net, self.data.has_validation)
+        self._last: dict[str, Tensor] = {}
 
     def draws(self, epoch: Epoch) -> EpochDraws:
         return self.data.draws(self.streams, epoch, self.phases[epoch.phase])
@@ -57,9 +60,10 @@ class FineTuning:
         return {"teacher/acc": acc, "teacher/loss": loss}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"net": self.net.state_dict(), "selection": self.selection.state_dict()}
+        return {"net": self._last or self.net.state_dict(), "selection": self.selection.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._last = {}
         self.net.load_state_dict(state["net"])
         self.selection.load_state_dict(state["selection"])
 
@@ -67,6 +71,7 @@ class FineTuning:
         """Final accuracies; the network holds the selected weights afterwards."""
         test = self.data.test
         last = accuracy(outputs(self.net, test).logits, test.labels)
+        self._last = cpu_copy(self.net.state_dict())  # what a checkpoint continues from
         self.net.load_state_dict(self.selection.chosen())
         selected = accuracy(outputs(self.net, test).logits, test.labels)
         found = {"final/acc_last": last, "final/acc_val_selected": selected}

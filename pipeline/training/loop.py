@@ -130,6 +130,18 @@ def update(phase: Phase, loss: Tensor, precision: Precision, clip: float) -> Ten
     return bad
 
 
+def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load a state; its moments take their parameters' memory format, which a checkpoint does not keep.
+
+    Fused kernels walk parameters and moments side by side in memory: in another order they would be paired wrongly.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 class Sums:
     """Running sums of an epoch's terms, on the device, in float64."""
 
@@ -206,7 +218,7 @@ class Loop:
         self.finished = state["finished"]
         self.sums.load_state_dict(state["sums"])
         for name, phase in self.task.phases.items():
-            phase.optimizer.load_state_dict(state["optimizers"][name])
+            restore_optimizer(phase.optimizer, state["optimizers"][name])
         if self.precision.scaler is not None and state["scaler"] is not None:
             self.precision.scaler.load_state_dict(state["scaler"])
         self.task.load_state_dict(state["task"])

@@ -3,8 +3,9 @@
 Counters (method.md): a = A-epochs so far, b = B-epochs so far, e = a + b, all from 0.
 """
 
+import torch
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
@@ -55,8 +56,9 @@ def optimizer(name: str, module: nn.Module, lr: float, weight_decay: float, mome
     timm would spare biases and norms from decay; the KD tables do not. Fused optimisers skip an update whose
     `found_inf` is set without asking the device (see loop.py).
     """
-    return create_optimizer_v2(
-        [p for p in module.parameters() if p.requires_grad],
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    made = create_optimizer_v2(
+        parameters,
         opt=TIMM_OPTIMIZER[name],
         lr=lr,
         weight_decay=weight_decay,
@@ -64,6 +66,11 @@ def optimizer(name: str, module: nn.Module, lr: float, weight_decay: float, mome
         filter_bias_and_bn=False,
         fused=True,
     )
+    if name == "sgd" and momentum > 0:
+        # torch makes these in the first step, uninitialised, and a skipped first step would leave them so
+        for p in parameters:
+            made.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return made
 
 
 def lr_schedule(optimizer: Optimizer, config: ScheduleConfig, epochs: int, updates_per_epoch: int) -> Scheduler:
@@ -73,22 +80,13 @@ def lr_schedule(optimizer: Optimizer, config: ScheduleConfig, epochs: int, updat
     The cosine spans what the warm-up leaves, and reaches the peak at the warm-up's end. The rate depends on the
     number of updates only: `scheduler.step_update(n)` before update n + 1 (n from 0).
     """
-    cosine = config.type == "cosine"
     updates = max(updates_per_epoch, 1)
+    warmup = config.lr_warmup_epochs * updates
     peak = optimizer.param_groups[0]["lr"]
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine" if cosine else "multistep",
-        num_epochs=max(epochs - (config.lr_warmup_epochs if cosine else 0), 1),
-        warmup_epochs=config.lr_warmup_epochs,
-        warmup_lr=peak / max(config.lr_warmup_epochs * updates, 1),
-        min_lr=config.min_lr if cosine else 0.0,
-        # a multistep schedule counts its milestones from the start of the run, warm-up included
-        warmup_prefix=cosine,
-        decay_milestones=list(config.milestones),
-        decay_rate=config.gamma,
-        step_on_epochs=False,
-        updates_per_epoch=updates,
-    )
-    assert scheduler is not None
-    return scheduler
+    common = {"warmup_t": warmup, "warmup_lr_init": peak / max(warmup, 1), "t_in_epochs": False}
+    if config.type == "cosine":
+        falling = max(epochs - config.lr_warmup_epochs, 1) * updates
+        return CosineLRScheduler(optimizer, t_initial=falling, lr_min=config.min_lr, warmup_prefix=True, **common)
+    # milestones count from the start of the run, warm-up included; timm applies each one update before its time
+    falls = [milestone * updates + 1 for milestone in config.milestones]
+    return MultiStepLRScheduler(optimizer, falls, decay_rate=config.gamma, warmup_prefix=False, **common)

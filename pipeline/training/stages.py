@@ -70,11 +70,14 @@ class Distillation:
         self.fusion = self._make_fusion(data.num_classes, device) if uses_fusion(config) else None
         self.plan = make_plan(self.method, a_steps=self.fusion is not None)
         self.phases = self._make_phases(device)
-        prepare(self.phases, device, unused=set() if self.method.use_ib else {"a"})
+        # deterministic fusion has no use for log variances, unless their penalty gives them a gradient
+        idle = not self.method.use_ib and self.method.ib_mbm_reg_lambda == 0
+        prepare(self.phases, device, unused={"a"} if idle else set())
         self.known = gate.SynergyAccuracy(self.method.synergy_ema_alpha)
         self.gate_open = False
         self.snapshot: dict[str, Any] = {}
         self.selection = Selection(student, self.data.has_validation)
+        self._last: dict[str, Tensor] = {}
         self.best_test = float("-inf")
         self._teacher_outputs: dict[str, list[Outputs]] = {}
 
@@ -241,7 +244,7 @@ class Distillation:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "student": self.student.state_dict(),
+            "student": self._last or self.student.state_dict(),
             "fusion": None if self.fusion is None else self.fusion.state_dict(),
             "known": self.known.state_dict(),
             "gate_open": self.gate_open,
@@ -251,6 +254,7 @@ class Distillation:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._last = {}
         self.student.load_state_dict(state["student"])
         if self.fusion is not None:
             self.fusion.load_state_dict(state["fusion"])
@@ -263,6 +267,7 @@ class Distillation:
         test = self.data.test
         last = outputs(self.student, test)
         found = {"final/acc_last": accuracy(last.logits, test.labels)}
+        self._last = cpu_copy(self.student.state_dict())  # what a checkpoint continues from
         self.student.load_state_dict(self.selection.chosen())
         selected = outputs(self.student, test)
         found["final/acc_val_selected"] = accuracy(selected.logits, test.labels)
