@@ -73,15 +73,16 @@ def execute(step: str, job: str, argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT.
     """
-    command = cli.parse(sys.argv[1:] if argv is None else argv)
-    if command.help:
-        print(cli.help_text(step, command.cfg))
-        return 0
     _log_to_terminal()
+    arguments = sys.argv[1:] if argv is None else argv
     try:
+        command = cli.parse(arguments)
+        if command.help:
+            print(cli.help_text(step, command.cfg))
+            return 0
         config = compose(command.cfg, command.overrides)
     except UserError as error:
-        return _refuse(step, error, command.debug)
+        return _refuse(step, error, debug="debug=true" in arguments)
     if os.environ.get("RANK", "0") != "0":
         return _follow(step, config, job)
     from pipeline.experiment.run import Run, log_to

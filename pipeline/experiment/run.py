@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import secrets
 import shutil
 import subprocess
@@ -80,7 +81,9 @@ class Run:
 
     @classmethod
     def _begin(cls, step: str, config: Config, folder: Path, parent: "Run | None") -> "Run":
-        name = config.run_name if parent is None else folder.name
+        name = folder.name if parent is not None else config.run_name
+        if name is None and "MLFLOW_RUN_ID" not in os.environ:  # the run that `mlflow run` has made has a name
+            name = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
         try:
             journal = Journal.create(
                 folder,

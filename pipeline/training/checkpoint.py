@@ -101,6 +101,13 @@ class Slots:
         self.folder = folder
         self.manifest = folder / "manifest.json"
         self._whole: int | None = None
+        """The slot of the newest checkpoint that is whole: never written over."""
+
+    def _content(self, record: dict[str, Any]) -> bytes | None:
+        """The bytes of a recorded checkpoint; None where they are missing or torn."""
+        path = self.folder / f"slot{record['slot']}.safetensors"
+        content = path.read_bytes() if path.exists() else b""
+        return content if hashlib.sha256(content).hexdigest() == record["sha256"] else None
 
     def _records(self) -> list[dict[str, Any]]:
         """Newest first."""
@@ -109,10 +116,10 @@ class Slots:
         return list(json.loads(self.manifest.read_text())["checkpoints"])
 
     def write(self, tree: Any) -> Saved:
-        """Write `tree` over the older slot (or the torn one that `read` passed over), then the manifest."""
+        """Write `tree` over the older slot (or the one that is torn), then the manifest."""
         records = self._records()
-        if self._whole is None and records:
-            self._whole = records[0]["slot"]
+        if self._whole is None:
+            self._whole = next((r["slot"] for r in records if self._content(r) is not None), None)
         slot = 0 if self._whole is None else 1 - self._whole
         path = self.folder / f"slot{slot}.safetensors"
         content = pack(tree)
@@ -133,12 +140,9 @@ class Slots:
     def read(self) -> tuple[Any, Saved]:
         """The newest checkpoint that is whole. UserError where there is none."""
         for record in self._records():
-            path = self.folder / f"slot{record['slot']}.safetensors"
-            if not path.exists():
-                continue
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() == record["sha256"]:
-                self._whole = record["slot"]
+            content = self._content(record)
+            if content is not None:
+                path = self.folder / f"slot{record['slot']}.safetensors"
                 return unpack(content), Saved(path, record["sha256"], record["slot"])
         raise UserError(f"{self.folder}: no whole checkpoint there; start the run anew")
 

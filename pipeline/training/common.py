@@ -1,9 +1,11 @@
 """What fine-tuning and distillation share: the resident data of a run, and the choice of the epoch that is kept."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from pipeline.config import Config
@@ -14,6 +16,8 @@ from pipeline.training import distributed
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.loop import Epoch, Phase
 from pipeline.training.rng import Streams
+
+logger = logging.getLogger("asib")
 
 
 class RunData:
@@ -87,10 +91,19 @@ class Selection:
 
 
 def prepare(phases: dict[str, Phase], device: torch.device, unused: set[str]) -> None:
-    """Wrap what the phases train for several processes; in `unused` phases some parameters get no gradient."""
+    """Wrap what the phases train for several processes; in `unused` phases some parameters get no gradient.
+
+    Batch statistics are of the global batch on GPUs (design.md, «Choices»); on the CPU of each process, with a warning.
+    """
     if distributed.world().size == 1:
         return
     for name, phase in phases.items():
+        net = phase.objective.trainable_module
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+            if device.type == "cuda":
+                convert_sync_batchnorm(net)  # timm's: it keeps the activations that timm's batch norms hold
+            else:
+                logger.warning("%s: on CPU, batch statistics are per process", phase.metrics)
         phase.objective.prepare_distributed(
             [distributed.world().local_rank] if device.type == "cuda" else None, find_unused_parameters=name in unused
         )

@@ -311,13 +311,13 @@ class Loop:
             }
 
     def _watch(self, bad: Tensor, epoch: Epoch, terms: dict[str, Tensor], index: Tensor) -> None:
-        """End the run after `safe_retry_patience` non-finite steps in a row; on a GPU looked at that often only."""
+        """End the run after `safe_retry_patience` non-finite steps in a row; on a GPU looked at that often, and at epoch ends."""
         patience = self.task.optim.safe_retry_patience
         if self.device.type == "cpu":
             self.streak = self.streak + 1 if bool(bad) else 0
         else:
             self._streak = (getattr(self, "_streak", torch.zeros((), device=self.device)) + 1) * bad
-            if self.batch % patience:
+            if self.batch % patience and self.batch < len(self.task.batches):
                 return
             self.streak = int(self._streak)
         if self.streak >= patience:

@@ -32,7 +32,6 @@ def everything_implemented(monkeypatch):
 STEP = {"type": "step"}
 RULES = {
     "stages": ({"method": {"num_stages": 2}}, "method.student_epochs_per_stage has 1 entries for method.num_stages=2"),
-    "no B-epochs": ({"method": {"student_epochs_per_stage": [0]}}, "student would never be trained"),
     "cooldown": (distil(kd_cooldown_epochs=20), "method.kd_cooldown_epochs=20 leaves none of the 20 B-epochs"),
     "two-view halves": (distil(kd_two_view_start_epoch=3), "kd_two_view_stop_epoch=null: give both"),
     "two-view order": (distil(kd_two_view_start_epoch=3, kd_two_view_stop_epoch=3), "the first below the second"),

@@ -1,0 +1,27 @@
+"""Say whether a run would work here: `python -m steps.doctor [cfg=quickstart]`."""
+
+import sys
+
+from pipeline.errors import UserError
+from pipeline.experiment import cli
+from pipeline.experiment.compose import compose
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 if a run would work, 1 if it would fail, 2 for a configuration that is itself wrong."""
+    try:
+        command = cli.parse(argv)
+        if command.help:
+            print(cli.help_text("doctor", command.cfg))
+            return 0
+        config = compose(command.cfg, command.overrides)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    from pipeline.experiment.doctor import report
+
+    return report(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,44 @@
+"""The MLflow UI shows the main job's runs nested, with charts and pictures."""
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from playwright.sync_api import expect
+
+from pipeline.experiment.execute import execute
+from tests.browser.ui import chromium, open_charts, open_picture, open_runs
+from tests.servers import MlflowServer
+
+pytest_plugins = ["tests.servers"]
+pytestmark = pytest.mark.browser
+BRIEF = [
+    "cfg=quickstart",
+    "finetune.epochs=1",
+    "method.student_epochs_per_stage=[1,1]",
+    "method.teacher_adapt_epochs=1",
+    "schedule.lr_warmup_epochs=0",
+    "log_model=false",
+]
+
+
+def test_main_job_is_shown_nested_with_charts_and_pictures(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+    where = [f"tracking.uri={mlflow_server.uri}", "tracking.experiment=ui", f"output_dir={tmp_path}", "run_name=demo"]
+    assert execute("main", "pipeline.experiment.jobs:main", [*BRIEF, *where]) == 0
+    client = MlflowClient(mlflow_server.uri)
+    experiment = client.get_experiment_by_name("ui")
+    assert experiment is not None
+    number = experiment.experiment_id
+    (distilled,) = client.search_runs([number], "tags.`asib.step` = 'distill'")
+    with chromium() as page:
+        open_runs(page, mlflow_server.uri, number)
+        for name in ("demo", "student_alone", "teacher_0", "teacher_1", "distill", "evaluate"):
+            expect(page.get_by_role("link", name=name, exact=True)).to_be_visible()
+        open_charts(page, mlflow_server.uri, number, distilled.info.run_id)
+        page.get_by_placeholder("Search metric charts").fill("student")
+        accuracy = page.get_by_text("distill (student/acc)")
+        expect(accuracy).to_be_visible()
+        for name in ("curves.png", "confusion.png"):
+            open_picture(page, mlflow_server.uri, number, distilled.info.run_id, name)
+            picture = page.locator("img[src^='blob:'], img[src*='get-artifact']").first
+            assert picture.evaluate("image => image.complete && image.naturalWidth") > 400

@@ -1,0 +1,77 @@
+"""The MLflow UI in a real Chromium: open the pages that people use, and photograph them for the README.
+
+`python -m tests.browser.ui <tracking uri of a server> <folder>` writes ui_runs.png, ui_charts.png and ui_curves.png.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+SECONDS = 60_000.0  # a cold UI on two busy cores takes its time
+
+
+@contextmanager
+def chromium() -> Iterator[Page]:
+    """A page in a fresh browser."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1440, "height": 820})
+        page.set_default_timeout(SECONDS)
+        yield page
+        browser.close()
+
+
+def close_assistant(page: Page) -> None:
+    """The assistant's panel covers a third of the page."""
+    page.locator("[data-component-id='mlflow.assistant.chat_panel.close']").click()
+
+
+def open_runs(page: Page, server: str, experiment: str) -> None:
+    """The experiment's table of runs, nested runs shown."""
+    page.goto(f"{server}/#/experiments/{experiment}/runs")
+    page.get_by_text("matching runs").wait_for()
+    close_assistant(page)
+    page.locator("[data-component-id*='runnamecellrenderer']").first.click()
+
+
+def open_charts(page: Page, server: str, experiment: str, run: str) -> None:
+    """A run's metric charts."""
+    page.goto(f"{server}/#/experiments/{experiment}/runs/{run}/model-metrics")
+    page.locator(".js-plotly-plot").first.wait_for()
+
+
+def open_picture(page: Page, server: str, experiment: str, run: str, name: str) -> None:
+    """A picture among a run's artifacts."""
+    page.goto(f"{server}/#/experiments/{experiment}/runs/{run}/artifacts/{name}")
+    page.locator("img[src^='blob:'], img[src*='get-artifact']").first.wait_for()
+
+
+def photograph(server: str, folder: Path) -> None:
+    """The README's pictures of the newest main job."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server)
+    experiment = client.get_experiment_by_name("asib")
+    assert experiment is not None
+    number = experiment.experiment_id
+    (distilled, *_) = client.search_runs([number], "tags.`asib.step` = 'distill' and status = 'FINISHED'")
+    with chromium() as page:
+        open_runs(page, server, number)
+        page.wait_for_timeout(2000)
+        page.screenshot(path=folder / "ui_runs.png")
+        open_charts(page, server, number, distilled.info.run_id)
+        page.get_by_placeholder("Search metric charts").fill("student")
+        page.wait_for_timeout(3000)
+        page.screenshot(path=folder / "ui_charts.png")
+        open_picture(page, server, number, distilled.info.run_id, "curves.png")
+        page.wait_for_timeout(1000)
+        page.screenshot(path=folder / "ui_curves.png")
+
+
+if __name__ == "__main__":
+    photograph(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,3 @@
+"""Fixtures for all tests: tracking stores and servers (tests/servers.py)."""
+
+pytest_plugins = ["tests.servers"]

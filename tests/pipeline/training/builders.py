@@ -1,0 +1,234 @@
+"""Small things that the tests of training are made of: data, networks, configurations, a record in memory."""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.features import FeatureNet
+from pipeline.config import Config
+from pipeline.data.batches import Batch
+from pipeline.data.sources import ImageData
+from pipeline.errors import Interrupted
+from pipeline.training.checkpoint import Slots
+from pipeline.training.finetune import FineTuning
+from pipeline.training.loop import Loop, Precision, Task
+from pipeline.training.stages import Distillation
+
+CPU = torch.device("cpu")
+CLASSES = 4
+
+
+class TinyNet(nn.Module):
+    """Convolution, norm, ReLU, pooling, classifier: timm's interface and nothing else."""
+
+    def __init__(self, width: int = 6, norm: str = "batch", classes: int = CLASSES, drop: float = 0.0) -> None:
+        super().__init__()
+        self.num_classes, self.num_features, self.drop = classes, width, drop
+        self.conv = nn.Conv2d(3, width, 3, padding=1, stride=2)
+        self.norm: nn.Module = nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(1, width)
+        self.fc = nn.Linear(width, classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = F.dropout(x.mean((2, 3)), self.drop, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def net(width: int, seed: int, norm: str = "batch", drop: float = 0.0) -> FeatureNet:
+    """A network with its own weights and running statistics that are not the initial ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = FeatureNet(TinyNet(width, norm, drop=drop))
+        made.net.fc.weight.data.mul_(4)
+        if norm == "batch":
+            made.net.norm.running_mean.normal_(std=0.3)
+            made.net.norm.running_var.uniform_(0.5, 2)
+    return made.to(memory_format=torch.channels_last)
+
+
+def networks(norm: str = "batch", seed: int = 0, drop: float = 0.0) -> tuple[FeatureNet, list[FeatureNet]]:
+    """A student and two teachers of other widths."""
+    return net(6, seed, norm, drop), [net(5, 100, norm), net(7, 101, norm)]
+
+
+def image_data(n: int = 48, n_test: int = 24, size: int = 8, seed: int = 0) -> ImageData:
+    """Noise around one random picture per class."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.rand((CLASSES, 3, size, size), generator=generator) * 160
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        y = torch.arange(count) % CLASSES
+        noise = torch.rand((count, 3, size, size), generator=generator) * 95
+        return (centres[y] + noise).to(torch.uint8), y
+
+    (x, y), (tx, ty) = draw(n), draw(n_test)
+    mean, std = (0.5, 0.4, 0.45), (0.25, 0.2, 0.3)
+    return ImageData("toy", x, y, tx, ty, tuple("abcd"), mean, std, f"digest-{seed}-{n}", "nowhere")
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    """A small run: two stages of 2 A- and 2 B-epochs, synergy targets; `method={...}` and so on replace keys."""
+    base: dict[str, dict[str, Any]] = {
+        "dataset": {"batch_size": 10, "eval_batch_size": 7, "val_fraction": 0.25},
+        "model": {"teachers": [{"name": "cifar_resnet8"}, {"name": "cifar_resnet14"}]},
+        "method": {
+            "num_stages": 2,
+            "student_epochs_per_stage": (2, 2),
+            "teacher_adapt_epochs": 2,
+            "kd_alpha": 0.4,
+            "ce_alpha": 0.7,
+            "kd_target": "synergy",
+            "ib_mbm_out_dim": 8,
+            "ib_mbm_n_head": 2,
+            "distill_out_dim": 8,
+            "ib_mbm_logvar_clip": 4.0,
+            "synergy_head_dropout": 0.1,
+            "label_smoothing": 0.05,
+            "ce_label_smoothing": 0.05,
+        },
+        "optim": {"a_step_lr": 1e-2, "student_lr": 1e-2},
+        "schedule": {},
+        "finetune": {"epochs": 3, "lr": 1e-2},
+        "augment": {},
+    }
+    top = {k: v for k, v in sections.items() if not isinstance(v, dict)}
+    merged = {k: {**base.get(k, {}), **sections.get(k, {})} for k in {*base, *sections} - set(top)}
+    return Config.model_validate({**merged, **top, "device": "cpu"})
+
+
+def distillation(c: Config, data: ImageData | None = None, norm: str = "batch", seed: int = 0) -> Distillation:
+    student, teachers = networks(norm, seed)
+    count = len(c.model.teachers)
+    return Distillation(c, data or image_data(), student, teachers[:count], CPU)
+
+
+def fine_tuning(c: Config, data: ImageData | None = None, seed: int = 0, drop: float = 0.2) -> FineTuning:
+    return FineTuning(c, data or image_data(), net(6, seed, drop=drop), CPU)
+
+
+class Record:
+    """A run's record in memory."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.order: list[str] = []
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self.rows.append((step, {k: v for k, v in values.items() if k != "train/images_per_second"}))
+        self.order.append("metrics")
+
+    def snapshot(self) -> str:
+        self.order.append("snapshot")
+        return "text"
+
+    def checkpoint(self, path: Path, sha256: str, slot: int) -> None:
+        self.order.append("checkpoint")
+
+    def hold(self) -> None:
+        self.order.append("hold")
+
+    def release(self) -> None:
+        self.order.append("release")
+
+    def series(self, name: str) -> list[float]:
+        return [values[name] for _, values in self.rows if name in values]
+
+
+def loop_for(
+    task: Task, folder: Path, record: Record | None = None, stop: Callable[[], int] = lambda: 0, **more: Any
+) -> Loop:
+    precision = Precision(task.optim, CPU)
+    return Loop(task, record or Record(), Slots(folder), {"test": True}, precision, CPU, stop=stop, **more)
+
+
+def first_batch(task: Distillation, phase: str = "b", number: int = 0) -> Batch:
+    """A real batch of the first epoch of a phase."""
+    epoch = next(e for e in task.plan if e.phase == phase)
+    return list(task.batches.epoch(task.draws(epoch)))[number]
+
+
+def double(module: Any) -> Any:
+    """A float64 copy, in the same mode."""
+    return deepcopy(module).double()
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two trees of state differ, bit for bit (NaN equals NaN)."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(7e33), b.nan_to_num(7e33))
+        return [] if same else [path]
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{path}: {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [d for k in a for d in differences(a[k], b[k], f"{path}/{k}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return [f"{path}: {len(a)} and {len(b)} entries"]
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
+    same = a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+    return [] if same else [f"{path}: {a!r} and {b!r}"]
+
+
+# what formulas say, by loops over plain numbers ---------------------------------------------------------------------
+
+
+def softmax(row: list[float], tau: float = 1.0) -> list[float]:
+    top = max(row)
+    e = [math.exp((v - top) / tau) for v in row]
+    return [v / sum(e) for v in e]
+
+
+def ce(row: list[float], label: int, eps: float = 0.0) -> float:
+    top = max(row)
+    log_z = top + math.log(sum(math.exp(v - top) for v in row))
+    n = len(row)
+    return sum(((1 - eps) * (i == label) + eps / n) * (log_z - v) for i, v in enumerate(row))
+
+
+def kl(p: list[float], row: list[float], tau: float) -> float:
+    """tau^2 KL(p || softmax(row / tau))."""
+    top = max(row)
+    log_z = top / tau + math.log(sum(math.exp((v - top) / tau) for v in row))
+    return tau**2 * sum(a * (math.log(a) - (v / tau - log_z)) for a, v in zip(p, row, strict=True) if a > 0)
+
+
+# driving runs --------------------------------------------------------------------------------------------------------
+
+
+class Calls:
+    """Counts a network's forward passes: (in training mode, with gradient, images)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.seen: list[tuple[bool, bool, int]] = []
+        module.register_forward_hook(lambda m, args, out: self.seen.append((m.training, torch.is_grad_enabled(), len(args[0]))))
+
+    def __len__(self) -> int:
+        return len(self.seen)
+
+
+def run_until(task: Task, folder: Path, at: tuple[int, int], record: Record | None = None, state: Any = None) -> Loop:
+    """Run to epoch and batch `at` of the plan, where a signal arrives."""
+    loop = loop_for(task, folder, record, stop=lambda: 15 if (loop.epoch, loop.batch) >= at else 0)
+    if state is not None:
+        loop.load_state_dict(state)
+    try:
+        loop.run()
+    except Interrupted as interrupted:
+        assert interrupted.signum == 15
+    else:
+        raise AssertionError("the run ended before it was stopped")
+    return loop

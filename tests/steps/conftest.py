@@ -1,0 +1,43 @@
+"""Fixtures of the steps' tests: a workplace per session with teachers already fine-tuned, and one per test."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.steps.lab import Done, Lab
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """The session's workplace; its first distillation (`undisturbed`) fine-tunes the teachers that others find."""
+    return Lab(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(bench: Lab) -> Done:
+    """A distillation, off line, that nothing disturbs; its teachers are nested runs."""
+    done = bench.step("distill")
+    assert done.code == 0, done.err
+    return done
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    """An empty workplace: no teachers are fine-tuned yet."""
+    return Lab(tmp_path / "lab")
+
+
+@pytest.fixture
+def ready_lab(lab: Lab, bench: Lab, undisturbed: Done) -> Lab:
+    """A workplace where the teachers are there."""
+    shutil.copytree(bench.runs / "teachers", lab.runs / "teachers")
+    return lab
