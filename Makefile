@@ -30,6 +30,10 @@ demo: setup
 ui: setup
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
 
+server: setup
+	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --artifacts-destination $(CURDIR)/mlartifacts \
+		--host 127.0.0.1 --port 5000 --workers 1
+
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu and not postgres and not slurm and not browser"
 

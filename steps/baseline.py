@@ -2,7 +2,8 @@
 
 import sys
 
+from pipeline.config.variants import student_alone
 from pipeline.experiment.execute import execute
 
 if __name__ == "__main__":
-    sys.exit(execute("baseline", "pipeline.experiment.jobs:baseline"))
+    sys.exit(execute("baseline", "pipeline.experiment.jobs:distill", variant=student_alone))

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from pipeline.config import Config
 from pipeline.errors import Interrupted, UserError
 from pipeline.experiment import cli
 from pipeline.experiment.compose import compose
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
     from pipeline.experiment.run import Run
 
 logger = logging.getLogger("asib")
@@ -62,38 +63,45 @@ class Stop:
 stop = Stop()
 
 
-def execute(step: str, job: str, argv: list[str] | None = None) -> int:
+def execute(
+    step: str, job: str, argv: list[str] | None = None, variant: Callable[[Config], Config] = lambda config: config
+) -> int:
     """Run a step from its command line.
 
     Args:
         step: its name, for `--help`, folders and tags.
         job: "module:function" that takes the Run and returns the metric the step optimises; imported late.
         argv: arguments without the program's name; None: sys.argv.
+        variant: what the step makes of the composed configuration.
 
     Returns:
         The exit code: 0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT.
     """
     _log_to_terminal()
     arguments = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in arguments or "debug=true" in arguments  # until the arguments are understood
     try:
         command = cli.parse(arguments)
+        debug = command.debug
         if command.help:
-            print(cli.help_text(step, command.cfg))
+            print(cli.help_text(step, command.cfg, command.overrides))
             return 0
-        config = compose(command.cfg, command.overrides)
+        config = variant(compose(command.cfg, command.overrides))
     except UserError as error:
-        return _refuse(step, error, debug="debug=true" in arguments)
-    if os.environ.get("RANK", "0") != "0":
-        return _follow(step, config, job)
-    from pipeline.experiment.run import Run, log_to
-
+        return _refuse(step, error, debug)
+    stop.install()
     try:
+        if os.environ.get("RANK", "0") != "0":
+            return _follow(step, config, job)
+        from pipeline.experiment.run import Run, log_to
+
         run = Run.open(step, config)
+        with log_to(run.folder):
+            return _supervise(run, job)
     except UserError as error:
         return _refuse(step, error, config.debug)
-    stop.install()
-    with log_to(run.folder):
-        return _supervise(run, job)
+    except Interrupted as error:
+        return 128 + error.signum  # before the run, or after its end: nothing is lost
 
 
 def _supervise(run: "Run", job: str) -> int:
@@ -128,13 +136,12 @@ def _supervise(run: "Run", job: str) -> int:
     return 0
 
 
-def _follow(step: str, config: "Config", job: str) -> int:
+def _follow(step: str, config: Config, job: str) -> int:
     """Another process than torchrun's first: trains along, and leaves record and messages to the first."""
     from pipeline.experiment.run import Run
     from pipeline.training import distributed
 
     logger.setLevel(logging.ERROR)
-    stop.install()
     distributed.join()
     run = Run.follow(step, config, Path(distributed.first_process_says("")))
     module, function = job.split(":")
@@ -153,15 +160,24 @@ def _refuse(step: str, error: UserError, debug: bool) -> int:
         traceback.print_exception(error)
     logger.error("%s", error)
     if os.environ.get("MLFLOW_RUN_ID"):
-        from pipeline.config import Config
-        from pipeline.experiment.run import Run
-
         try:
-            run = Run.open(step, Config())
-            run.close("FAILED", "refused", 2, str(error))
+            _fail_adopted_run(step, str(error))
         except UserError as second:
             logger.error("%s", second)
     return 2
+
+
+def _fail_adopted_run(step: str, message: str) -> None:
+    """A record of the refusal alone: there is no configuration whose parameters it could state."""
+    from pipeline.experiment import tracking
+    from pipeline.journal import Journal
+
+    with tempfile.TemporaryDirectory(prefix="asib-refused-", ignore_cleanup_errors=True) as above:
+        folder = Path(above) / step
+        journal = Journal.create(folder, experiment="", name=None, tags={"asib.step": step})
+        delivery = tracking.start_delivery(folder)
+        journal.end("FAILED", "refused", 2, message)
+        delivery.finish(60.0)
 
 
 def _leave_mlflow_run() -> None:

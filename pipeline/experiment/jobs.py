@@ -1,6 +1,5 @@
 """What the steps do inside a tracked run: fine-tune, distil, train the student alone, evaluate, and all together."""
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +7,15 @@ from pathlib import Path
 from models.weights import weights_hash
 from pipeline.config import Config
 from pipeline.config.rules import inactive, needs_distillation
+from pipeline.config.variants import student_alone
+from pipeline.data import sources
 from pipeline.data.batches import EvalBatches
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import export, networks, report, teachers
 from pipeline.experiment.run import Run
 from pipeline.experiment.session import load_data, prepare, threads_of, train
+from pipeline.journal import read_header
 from pipeline.training import distributed
 from pipeline.training.evaluation import outputs
 from pipeline.training.loop import Precision
@@ -54,22 +56,23 @@ def distill(run: Run) -> float | None:
     for sentence in inactive(config):
         logger.info("has no effect here: %s", sentence)
     data = load_data(run)
-    found = teachers.obtain(run, data) if needs_distillation(config) else []
-    device = networks.device_of(config)
     student = networks.build_student(config, data)
+    found = teachers.obtain(run, data, student) if needs_distillation(config) else []
+    device = networks.device_of(config)
     task = Distillation(config, data, student, [t.net for t in found], device)
     run.journal.tags({"asib.eval_split": task.data.eval_split})
     if any(t.saw_validation for t in found) and task.data.has_validation:
         run.journal.tags({"asib.val_contaminated": "true"})
     for teacher in found:
-        if teacher.run_id is not None:
-            run.journal.model_input(teacher.run_id)
+        if teacher.made_by is not None:
+            run.journal.model_input(teacher.made_by)
     loop = train(run, task, Precision(config.optim, device), data, [t.hash for t in found])
     results = task.results()
     loop.finish(results)
     if not run.follower:
         _keep_student(run, data, task, results)
-        report.print_results(config, results)
+        if run.parent is None:
+            report.print_results(config, results)
     report.write_results(run, results)
     return results.get("final/val_acc", results["final/acc_last"])
 
@@ -88,18 +91,6 @@ def _keep_student(run: Run, data: ImageData, task: Distillation, results: dict[s
     report.confusion(run, outputs(task.student, test).logits.argmax(dim=1), test.labels, data.classes)
     if run.config.log_model:
         export.log_student(run, task.student, data, results)
-
-
-def baseline(run: Run) -> float | None:
-    """The student alone: the same B-epochs with cross-entropy only, and without teachers."""
-    return distill(run)
-
-
-def student_alone(config: Config) -> Config:
-    """The configuration without teachers and distillation; the student still trains as many B-epochs."""
-    method = config.method.model_dump() | {"ce_alpha": 1.0, "kd_alpha": 0.0, "renorm_ce_kd": False, "kd_target": "avg"}
-    plain = config.model_dump() | {"method": method, "model": {"student": config.model.student.model_dump()}}
-    return Config.model_validate(plain | {"log_model": False})
 
 
 # evaluation ----------------------------------------------------------------------------------------------------------
@@ -159,8 +150,10 @@ def main(run: Run) -> float | None:
     if not config.model.teachers or not needs_distillation(config):
         raise UserError("the main job distils: it needs model.teachers and method.kd_alpha > 0, or use -e baseline")
     prepare(config)
+    teachers.foresee(config, sources.load(config.dataset))
     run.ready()
-    alone = _nested(run, "baseline", "student_alone", student_alone(config), distill)
+    alone_config = student_alone(config).model_copy(update={"log_model": False})
+    alone = _nested(run, "baseline", "student_alone", alone_config, distill)
     for index, teacher in enumerate(config.model.teachers):
         if teacher.checkpoint is None and config.finetune.epochs > 0:
             teachers.finetune(run, index)
@@ -178,8 +171,8 @@ def main(run: Run) -> float | None:
 def _evaluate_distilled(run: Run) -> float | None:
     assert run.parent is not None
     distilled = run.parent.folder / "distill"
-    student = json.loads((distilled / "delivery.json").read_text())["run_id"] if run.delivery is not None else None
-    return _evaluate_file(run, distilled / STUDENT, student)["test/acc"]
+    header = read_header(distilled)
+    return _evaluate_file(run, distilled / STUDENT, header.data["journal"] if header else None)["test/acc"]
 
 
 def _nested(parent: Run, step: str, key: str, config: Config, job: Callable[[Run], float | None]) -> dict[str, float]:

@@ -84,7 +84,7 @@ class Run:
         name = folder.name if parent is not None else config.run_name
         if name is None and "MLFLOW_RUN_ID" not in os.environ:  # the run that `mlflow run` has made has a name
             name = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
-        try:
+        with _writable(config):
             journal = Journal.create(
                 folder,
                 experiment=config.tracking.experiment,
@@ -92,10 +92,6 @@ class Run:
                 tags={"asib.step": step},
                 parent=parent.folder if parent is not None else None,
             )
-        except OSError as error:
-            raise UserError(
-                f"output_dir={config.output_dir}: cannot write there ({error.strerror}); choose another folder"
-            ) from error
         if parent is not None:
             parent.journal.child(folder)
         delivery = _deliver(config, folder) if parent is None else parent.delivery
@@ -113,8 +109,11 @@ class Run:
         # unknown to this machine: the tracking server alone has to do
         if config.tracking.mode == "offline":
             raise UserError(f"resume={name}: no such run in output_dir={config.output_dir}, and tracking is off line")
+        if "/" in name:
+            raise UserError(f"resume={name}: no run in that folder; give the folder of a run, or a run id")
         folder = Path(config.output_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{name[:6]}"
-        folder.mkdir(parents=True)
+        with _writable(config):
+            folder.mkdir(parents=True)
         delivery = tracking.start_delivery(folder, uri=tracking_uri(config), resume=name)
         try:
             info = delivery.run_info(name)
@@ -184,6 +183,11 @@ class Run:
         if diff:
             self.write("git.diff", diff)
 
+    def restate(self) -> None:
+        """The configuration of a run that is continued for more epochs; its parameters in MLflow cannot change."""
+        self.journal.tags({"asib.config_hash": self.config_hash})
+        self.write("config.yaml", compose.dump(self.config))
+
     # while it goes on ------------------------------------------------------------------------------------------------
 
     def ready(self) -> None:
@@ -249,6 +253,10 @@ class Run:
 
     def close(self, status: str, outcome: str, exit_code: int, message: str | None = None) -> None:
         """End the record; the outermost run waits for its delivery and says what was left undelivered."""
+        if status != "FINISHED" and isinstance(self.journal, Journal):
+            # metrics that no checkpoint covers are given up: a resume measures them again, and they would come twice
+            self.journal.close()
+            self.journal = Journal.reopen(self.folder)
         log = self.folder / "run.log"
         if log.exists() and not self.follower:
             self.journal.artifact(log)
@@ -258,8 +266,19 @@ class Run:
         if self.delivery is None:
             logger.info("tracking was off line; to deliver: %s %s", tracking.DELIVER, self.folder)
             return
-        if not self.delivery.finish(self.config.tracking.finish_seconds):
+        if not self.delivery.finish(self.config.tracking.finish_seconds) and outcome != "refused":
             logger.warning("the tracking server did not take everything: %s %s", tracking.DELIVER, self.folder)
+
+
+@contextmanager
+def _writable(config: Config) -> Iterator[None]:
+    """What the file system says of a new run folder, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"output_dir={config.output_dir}: cannot write there ({error.strerror}); choose another folder"
+        ) from error
 
 
 def tracking_uri(config: Config) -> str:

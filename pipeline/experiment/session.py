@@ -81,7 +81,9 @@ def train(
     if run.state is not None:
         check_continuation(run, header)
         loop.load_state_dict(run.state)
-        loop.finished &= not config.extend
+        if config.extend:
+            loop.finished = False
+            run.restate()
     run.ready()
     with stop.between_batches(), logging_redirect_tqdm([logger]):
         loop.run()
@@ -92,6 +94,8 @@ def check_continuation(run: Run, header: dict[str, Any]) -> None:
     """A run continues with the same configuration, data and teachers. UserError names both hashes otherwise."""
     before, name = run.state["header"], run.config.resume or run.folder.name
     extended = {"method.student_epochs_per_stage", "method.num_stages", "finetune.epochs"}
+    if run.config.extend:
+        _check_extension(name, before["computation"], header["computation"])
     changed = sorted(
         k
         for k in before["computation"].keys() | header["computation"].keys()
@@ -112,6 +116,22 @@ def check_continuation(run: Run, header: dict[str, Any]) -> None:
             header["cpu"],
             before["threads"],
             before["cpu"],
+        )
+
+
+def _check_extension(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Epochs can only be added behind those that were trained."""
+    key = "method.student_epochs_per_stage"
+    old, new = before[key], after[key]
+    if len(new) < len(old) or new[: len(old) - 1] != old[:-1] or new[len(old) - 1] < old[-1]:
+        raise UserError(
+            f"resume={name}: extend=true adds epochs at the end: {key}={list(new)} does not begin with the "
+            f"{list(old)} that were trained"
+        )
+    if after["finetune.epochs"] < before["finetune.epochs"]:
+        raise UserError(
+            f"resume={name}: extend=true adds epochs: finetune.epochs={after['finetune.epochs']} is less than the "
+            f"{before['finetune.epochs']} that were trained"
         )
 
 

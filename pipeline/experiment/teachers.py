@@ -7,10 +7,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from models.features import FeatureNet
 from models.weights import weights_hash
 from pipeline.config import Config
 from pipeline.config.identity import canonical, computation
+from pipeline.config.rules import uses_fusion
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import networks, report
@@ -18,6 +21,7 @@ from pipeline.experiment.run import Run
 from pipeline.experiment.session import load_data, prepare, threads_of, train
 from pipeline.training import distributed
 from pipeline.training.finetune import FineTuning
+from pipeline.training.fusion import Fusion
 from pipeline.training.loop import Precision
 
 logger = logging.getLogger("asib")
@@ -31,13 +35,13 @@ class Teacher:
 
     Attributes:
         hash: of its weights.
-        run_id: of the MLflow run that fine-tuned it, where there is one.
+        made_by: the run that fine-tuned it, where there is one, by its journal's or MLflow's id.
         saw_validation: it is not known to have been trained without this run's validation images.
     """
 
     net: FeatureNet
     hash: str
-    run_id: str | None
+    made_by: str | None
     saw_validation: bool
 
 
@@ -60,36 +64,62 @@ def keep(net: FeatureNet, run: Run, config: Config, data: ImageData, index: int)
     path = store(config, data, index)
     networks.save(net, path, config, data)
     note = path.with_suffix(f".{os.getpid()}.part")
-    note.write_text(json.dumps({"run_id": run.run_id, "folder": str(run.folder)}))
+    note.write_text(json.dumps({"journal": run.journal.id, "folder": str(run.folder)}))
     note.replace(path.with_suffix(".json"))
 
 
-def obtain(run: Run, data: ImageData) -> list[Teacher]:
-    """All teachers of a run's configuration, in order. UserError for a checkpoint that does not fit."""
-    return [_obtain(run, data, index) for index in range(len(run.config.model.teachers))]
+def obtain(run: Run, data: ImageData, student: FeatureNet) -> list[Teacher]:
+    """All teachers of a run's configuration, in order; what cannot do is refused before anything is fine-tuned.
+
+    Raises:
+        UserError: a checkpoint that is not there or does not fit, teachers that cannot be fused.
+    """
+    config = run.config
+    nets = _build(config, data, student)
+    found: dict[int, Teacher] = {}
+    order = sorted(range(len(nets)), key=lambda k: config.model.teachers[k].checkpoint is None)  # what is given first
+    for index in order:
+        found[index] = _obtain(run, data, index, nets[index])
+    return [found[index] for index in range(len(nets))]
 
 
-def _obtain(run: Run, data: ImageData, index: int) -> Teacher:
+def foresee(config: Config, data: ImageData) -> None:
+    """Refuse now what `obtain` will refuse later, as far as it can be told without a run. Raises UserError."""
+    nets = _build(config, data, networks.build_student(config, data))
+    for index, (net, spec) in enumerate(zip(nets, config.model.teachers, strict=True)):
+        if spec.checkpoint is not None and not spec.checkpoint.startswith("runs:/"):
+            networks.load(net, _file(spec.checkpoint, _key(config, index)), _key(config, index))
+
+
+def _build(config: Config, data: ImageData, student: FeatureNet) -> list[FeatureNet]:
+    nets = [networks.build_teacher(config, data, index) for index in range(len(config.model.teachers))]
+    if uses_fusion(config):
+        with torch.random.fork_rng(devices=[]):
+            Fusion(config.method, [net.feature_dim for net in nets], student.feature_dim, data.num_classes)
+    return nets
+
+
+def _key(config: Config, index: int) -> str:
+    return f"model.teachers.{index}.checkpoint={config.model.teachers[index].checkpoint}"
+
+
+def _obtain(run: Run, data: ImageData, index: int, net: FeatureNet) -> Teacher:
     config = run.config
     spec = config.model.teachers[index]
-    key = f"model.teachers.{index}.checkpoint={spec.checkpoint}"
-    kept = store(config, data, index)
-    run_id: str | None = None
+    key, kept = _key(config, index), store(config, data, index)
+    made_by: str | None = None
     if spec.checkpoint is not None:
-        path, run_id = locate(run, spec.checkpoint, WEIGHTS, key)
-    elif kept.exists():
-        path = kept
-        key = f"{kept} (delete it to fine-tune anew)"
-        note = kept.with_suffix(".json")
-        run_id = json.loads(note.read_text())["run_id"] if note.exists() else None
-        logger.info("teacher %d: %s, fine-tuned before", index, spec.name)
+        path, made_by = locate(run, spec.checkpoint, WEIGHTS, key)
     elif config.finetune.epochs == 0:
-        net = networks.build_teacher(config, data, index)
         return Teacher(net, weights_hash(net.net), None, saw_validation=spec.pretrained)
     else:
-        finetune(run, index)
-        return _obtain(run, data, index)
-    net = networks.build_teacher(config, data, index)
+        if not kept.exists():
+            finetune(run, index)
+        else:
+            logger.info("teacher %d: %s, fine-tuned before", index, spec.name)
+        path, key = kept, f"{kept} (delete it to fine-tune anew)"
+        note = kept.with_suffix(".json")
+        made_by = json.loads(note.read_text())["journal"] if note.exists() else None
     metadata = networks.load(net, path, key)
     same_split = all(
         metadata.get(name) == value
@@ -99,7 +129,7 @@ def _obtain(run: Run, data: ImageData, index: int) -> Teacher:
             ("split_seed", config.dataset.split_seed),
         )
     )
-    return Teacher(net, weights_hash(net.net), run_id, saw_validation=not same_split)
+    return Teacher(net, weights_hash(net.net), made_by, saw_validation=not same_split)
 
 
 def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | None]:
@@ -108,10 +138,14 @@ def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | 
         parts = source.removeprefix("runs:/").strip("/").split("/", 1)
         name = parts[1] if len(parts) == 2 else artifact
         return run.fetch(f"runs:/{parts[0]}/{name}", run.folder / "fetched" / parts[0]), parts[0]
+    return _file(source, key), None
+
+
+def _file(source: str, key: str) -> Path:
     path = Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"{key}: no such file; give a weights file or runs:/<id>")
-    return path, None
+    return path
 
 
 def finetune(parent: Run, index: int) -> dict[str, float]:

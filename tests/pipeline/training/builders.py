@@ -214,7 +214,9 @@ class Calls:
 
     def __init__(self, module: nn.Module) -> None:
         self.seen: list[tuple[bool, bool, int]] = []
-        module.register_forward_hook(lambda m, args, out: self.seen.append((m.training, torch.is_grad_enabled(), len(args[0]))))
+        module.register_forward_hook(
+            lambda m, args, out: self.seen.append((m.training, torch.is_grad_enabled(), len(args[0])))
+        )
 
     def __len__(self) -> int:
         return len(self.seen)

@@ -69,7 +69,12 @@ def reference(task: Distillation, batch: Any, moment: Moment, w: dict[str, float
 
 
 CASES: dict[str, tuple[dict[str, Any], int, dict[str, float], float]] = {
-    "plain": ({"synergy_ce_alpha": 0.6, "ib_beta": 0.01}, 0, {"ce": 0.6, "kd": 0.4, "beta": 0.01, "certainty": True}, 4.0),
+    "plain": (
+        {"synergy_ce_alpha": 0.6, "ib_beta": 0.01},
+        0,
+        {"ce": 0.6, "kd": 0.4, "beta": 0.01, "certainty": True},
+        4.0,
+    ),
     "own kd weight, other bounds, scale, penalty": (
         {
             "teacher_adapt_alpha_kd": 0.9,
@@ -96,7 +101,12 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, float], float]] = {
         {"ce": 0.6, "kd": 0.4, "beta": 0.01, "certainty": True},
         8.0 - 7.0 * 5 / 7,
     ),
-    "deterministic": ({"use_ib": False, "ib_beta": 0.5}, 0, {"ce": 0.6, "kd": 0.4, "beta": 0.0, "certainty": False}, 4.0),
+    "deterministic": (
+        {"use_ib": False, "ib_beta": 0.5},
+        0,
+        {"ce": 0.6, "kd": 0.4, "beta": 0.0, "certainty": False},
+        4.0,
+    ),
     "no distillation in the A-step": (
         {"teacher_adapt_alpha_kd": 0.0, "ib_beta": 0.01},
         0,

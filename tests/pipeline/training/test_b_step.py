@@ -170,7 +170,9 @@ def test_a_b_step_changes_the_student_alone(tmp_path: Path) -> None:
     loop.stop = lambda: 0
     for epoch in (2, 3):
         loop._run_epoch(task.plan[epoch], _Bar())
-    assert [differences(dict(m.state_dict()), s) for m, s in zip((task.fusion, *task.teachers), fixed, strict=True)] == [[]] * 3
+    assert [
+        differences(dict(m.state_dict()), s) for m, s in zip((task.fusion, *task.teachers), fixed, strict=True)
+    ] == [[]] * 3
     assert all(not torch.equal(v, student[k]) for k, v in task.student.state_dict().items())
 
 
@@ -206,5 +208,7 @@ def test_both_labels_of_a_mixed_image_count() -> None:
 
 def test_first_batches_of_two_runs_that_differ_in_the_method_show_the_same_images() -> None:
     one = first_batch(distillation(config(method={"cutmix_alpha_distill": 1.0})))
-    other = first_batch(distillation(config(method={"kd_target": "avg", "ce_alpha": 0.2, "tau": 1.0, "cutmix_alpha_distill": 1.0})))
+    other = first_batch(
+        distillation(config(method={"kd_target": "avg", "ce_alpha": 0.2, "tau": 1.0, "cutmix_alpha_distill": 1.0}))
+    )
     assert torch.equal(one.x_mixed, other.x_mixed)

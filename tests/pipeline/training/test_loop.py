@@ -1,0 +1,279 @@
+"""The loop: updates, non-finite steps, clipping, precision, the order of a checkpoint and the entries it covers."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import OptimConfig
+from pipeline.training import schedules
+from pipeline.training.checkpoint import Slots
+from pipeline.training.loop import NonFinite, Phase, Precision, Sums, restore_optimizer, update
+from tests.pipeline.training.builders import (
+    CPU,
+    Record,
+    config,
+    differences,
+    distillation,
+    fine_tuning,
+    loop_for,
+    run_until,
+)
+
+NAN, INF = float("nan"), float("inf")
+
+
+def phase_for(
+    name: str = "sgd", lr: float = 0.1, momentum: float = 0.9, decay: float = 0.05
+) -> tuple[nn.Linear, Phase]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Linear(3, 2)
+    optimizer = schedules.optimizer(name, module, lr, decay, momentum)
+    return module, Phase("x", None, optimizer, None)  # type: ignore[arg-type]
+
+
+def precision(**keys: Any) -> Precision:
+    return Precision(OptimConfig(**keys), CPU)
+
+
+X = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.2, -1.0]])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["loss", "gradient", "infinite"])
+@pytest.mark.parametrize("amp", [None, "float16"])
+def test_a_non_finite_update_changes_neither_weights_nor_moments(
+    name: str, clip: float, kind: str, amp: str | None
+) -> None:
+    runs = []
+    for poison in (False, True):
+        module, phase = phase_for(name)
+        exact = precision(use_amp=amp is not None, amp_dtype=amp or "bfloat16", grad_scaler_init_scale=8.0)
+        skipped = []
+        for step in range(4):
+            loss = module(X).square().mean()
+            if step in (0, 2):
+                if not poison:
+                    continue
+                if kind == "gradient":
+                    loss = loss + _nan_gradient(module.weight)
+                else:
+                    loss = loss * (NAN if kind == "loss" else INF)
+            skipped.append(bool(update(phase, loss, exact, clip)))
+        runs.append(([p.detach().clone() for p in module.parameters()], phase.optimizer.state_dict()["state"]))
+        assert skipped == ([True, False, True, False] if poison else [False, False])
+    assert differences(runs[0], runs[1]) == []
+
+
+class _NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: torch.Tensor) -> torch.Tensor:
+        ctx.shape = w.shape
+        return w.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return torch.full(ctx.shape, NAN)
+
+
+def _nan_gradient(w: torch.Tensor) -> torch.Tensor:
+    return _NanGradient.apply(w)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1, 100.0])
+@pytest.mark.parametrize("amp", [None, "float16"])
+def test_gradients_are_clipped_to_the_norm(clip: float, amp: str | None) -> None:
+    module, phase = phase_for(momentum=0.0, decay=0.0)
+    before = [p.detach().clone() for p in module.parameters()]
+    grads = torch.autograd.grad(module(X).square().sum(), list(module.parameters()))
+    norm = sum(float(g.double().square().sum()) for g in grads) ** 0.5
+    factor = min(1.0, clip / norm) if clip else 1.0
+    exact = precision(use_amp=amp is not None, amp_dtype=amp or "bfloat16", grad_scaler_init_scale=64.0)
+    update(phase, module(X).square().sum(), exact, clip)
+    for p, w, g in zip(module.parameters(), before, grads, strict=True):
+        torch.testing.assert_close(p.detach(), w - 0.1 * factor * g, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_scaler_halves_its_scale_when_it_overflows() -> None:
+    module, phase = phase_for()
+    exact = precision(use_amp=True, amp_dtype="float16", grad_scaler_init_scale=16.0)
+    assert exact.scaler is not None
+    update(phase, module(X).sum() * INF, exact, 0.0)
+    assert exact.scaler.get_scale() == 8.0
+
+
+def test_the_type_in_use_is_named() -> None:
+    assert precision().name == "float32"
+    assert precision(use_amp=True, amp_dtype="float16").name == "float16"
+    assert precision(use_amp=True, amp_dtype="bfloat16").name == "bfloat16"
+
+
+class Poison:
+    """Makes the loss of some batches (phase, epoch, batch) non-finite; the network's own pass is untouched."""
+
+    def __init__(self, task: Any, phase: str, *where: tuple[int, int]) -> None:
+        objective = task.phases[phase].objective
+        forward = objective.forward
+
+        def poisoned(batch: Any, moment: Any) -> dict[str, torch.Tensor]:
+            out = forward(batch, moment)
+            if (moment.epoch, moment.batch) in where:
+                self.index = batch.index
+                out["loss"] = out["loss"] * NAN
+            return out
+
+        objective.forward = poisoned
+
+
+def test_a_non_finite_step_is_skipped_counted_and_named_in_the_metrics(tmp_path: Path) -> None:
+    task, record = fine_tuning(config(optim={"safe_retry_patience": 3})), Record()
+    Poison(task, "finetune", (0, 1), (0, 2), (1, 0), (1, 3), (2, 0))  # never three in a row
+    steps: list[bool] = []
+    weight = task.net.net.fc.weight
+    task.phases["finetune"].optimizer.register_step_pre_hook(
+        lambda o, a, k: setattr(task, "_w", weight.detach().clone())
+    )
+    task.phases["finetune"].optimizer.register_step_post_hook(
+        lambda o, a, k: steps.append(torch.equal(task._w, weight))  # type: ignore[attr-defined]
+    )
+    loop_for(task, tmp_path, record).run()
+    assert record.series("train/nonfinite_steps") == [2.0, 2.0, 1.0]
+    assert [n for n, same in enumerate(steps) if same] == [1, 2, 4, 7, 8]
+
+
+def test_too_many_in_a_row_end_the_run_with_step_terms_and_images(tmp_path: Path) -> None:
+    """The row may cross the end of an epoch: batches 3 of epoch 1 and 1, 2 of epoch 2."""
+    task = fine_tuning(config(optim={"safe_retry_patience": 3}))
+    poison = Poison(task, "finetune", (0, 3), (1, 0), (1, 1), (1, 2))
+    with pytest.raises(NonFinite) as caught:
+        loop_for(task, tmp_path).run()
+    text = str(caught.value)
+    assert text.startswith("3 non-finite steps in a row at finetune-epoch 2, batch 2: loss=nan")
+    assert str(poison.index[:8].tolist()) in text
+
+
+def test_the_row_goes_on_in_a_continued_run(tmp_path: Path) -> None:
+    task = fine_tuning(config(optim={"safe_retry_patience": 3}))
+    Poison(task, "finetune", (0, 2), (0, 3))
+    run_until(task, tmp_path, (1, 0))
+    again = fine_tuning(config(optim={"safe_retry_patience": 3}))
+    Poison(again, "finetune", (1, 0))
+    loop = loop_for(again, tmp_path)
+    loop.load_state_dict(Slots(tmp_path).read()[0])
+    with pytest.raises(NonFinite, match="3 non-finite steps in a row at finetune-epoch 2, batch 1"):
+        loop.run()
+
+
+def test_a_step_terms_are_named_too(tmp_path: Path) -> None:
+    task = distillation(config(optim={"safe_retry_patience": 1}))
+    Poison(task, "a", (1, 2))
+    with pytest.raises(NonFinite, match=r"at a-epoch 2, batch 3: loss=nan, ce=[\d.]+, kd=[\d.]+, ib="):
+        loop_for(task, tmp_path).run()
+
+
+def test_means_are_over_images_and_not_over_batches(tmp_path: Path) -> None:
+    """36 training images in batches of 10, 10, 10 and 6: with a learning rate of almost 0 nothing else moves."""
+    still = {"optimizer": "sgd", "lr": 1e-30, "weight_decay": 0.0, "schedule": {"min_lr": 0.0}}
+    c = config(finetune={"epochs": 1, **still})
+    task, record = fine_tuning(c, drop=0.0), Record()
+    total = 0.0
+    reference = fine_tuning(c, drop=0.0)
+    with torch.no_grad():
+        for batch in reference.batches.epoch(reference.draws(reference.plan[0])):
+            logits = reference.net.train()(batch.x).logits.double()
+            total += float(-logits.log_softmax(1).gather(1, batch.y[:, None]).sum())
+    loop_for(task, tmp_path, record).run()
+    assert record.series("finetune/loss") == pytest.approx([total / 36], rel=1e-6)
+
+
+def test_sums_are_kept_in_double_precision() -> None:
+    sums = Sums(CPU)
+    for _ in range(1000):
+        sums.add({"x": torch.tensor(1e-3, dtype=torch.float32), "y": torch.tensor(1e6)})
+    assert sums.totals()["x"] == pytest.approx(float(torch.tensor(1e-3)) * 1000, rel=1e-12)
+
+
+def test_entries_wait_for_the_checkpoint_that_contains_them(tmp_path: Path) -> None:
+    record = Record()
+    loop = loop_for(fine_tuning(config(finetune={"epochs": 2})), tmp_path, record)
+    loop.run()
+    loop.finish({"final/acc_last": 1.0})
+    assert record.order == ["hold", *["metrics", "snapshot", "checkpoint"] * 3, "release"]
+    state = Slots(tmp_path).read()[0]
+    assert state["finished"] is True
+    assert state["journal"] == "text"
+    record.order.clear()
+    again = loop_for(fine_tuning(config(finetune={"epochs": 2})), tmp_path, record)
+    again.load_state_dict(state)
+    again.run()
+    again.finish({"final/acc_last": 1.0})
+    assert record.order == ["hold", "release"], "final metrics are not logged twice"
+
+
+def test_long_epochs_have_checkpoints_within(tmp_path: Path) -> None:
+    record = Record()
+    loop = loop_for(fine_tuning(config(finetune={"epochs": 1})), tmp_path, record, every_seconds=0.0)
+    positions: list[tuple[int, int]] = []
+    record.checkpoint = lambda *a: positions.append((loop.epoch, loop.batch))  # type: ignore[method-assign]
+    loop.run()
+    assert positions == [(0, 1), (0, 2), (0, 3), (1, 0)]
+
+
+def test_without_slots_nothing_is_written(tmp_path: Path) -> None:
+    record = Record()
+    loop = loop_for(fine_tuning(config(finetune={"epochs": 1})), tmp_path / "none", record)
+    loop.slots = None
+    loop.run()
+    assert record.order == []
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_restored_moments_have_the_memory_format_of_their_parameters(name: str) -> None:
+    """A checkpoint is contiguous, weights are channels-last: fused kernels would pair values of different positions."""
+
+    def conv() -> nn.Conv2d:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+
+    def step(module: nn.Conv2d, optimizer: torch.optim.Optimizer, n: int) -> None:
+        generator = torch.Generator().manual_seed(n)
+        optimizer.zero_grad()
+        (module.weight * torch.randn(module.weight.shape, generator=generator)).sum().backward()
+        optimizer.step()
+
+    straight = conv()
+    optimizer = schedules.optimizer(name, straight, 0.1, 0.0, 0.9)
+    for n in range(4):
+        step(straight, optimizer, n)
+    first = conv()
+    optimizer = schedules.optimizer(name, first, 0.1, 0.0, 0.9)
+    for n in range(2):
+        step(first, optimizer, n)
+    state = optimizer.state_dict()
+    state["state"] = {
+        k: {n: v.contiguous() if isinstance(v, torch.Tensor) else v for n, v in s.items()}
+        for k, s in state["state"].items()
+    }
+    second = conv()
+    second.load_state_dict(first.state_dict())
+    optimizer = schedules.optimizer(name, second, 0.1, 0.0, 0.9)
+    restore_optimizer(optimizer, state)
+    for n in range(2, 4):
+        step(second, optimizer, n)
+    assert torch.equal(second.weight, straight.weight)
+
+
+def test_images_per_second_is_logged(tmp_path: Path) -> None:
+    found: list[float] = []
+    record = Record()
+    record.metrics = lambda values, step: found.append(values["train/images_per_second"])  # type: ignore[method-assign, assignment, func-returns-value]
+    start = time.perf_counter()
+    loop_for(fine_tuning(config(finetune={"epochs": 1})), tmp_path, record).run()
+    assert found[0] >= 36 / (time.perf_counter() - start)

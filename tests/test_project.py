@@ -1,0 +1,68 @@
+"""The project's own files agree with each other: lock, environments, entry points."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pins() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, version in re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", lock(), re.MULTILINE):
+        found.setdefault(name.lower().replace("_", "-"), []).append(version)
+    return found
+
+
+def lock() -> str:
+    return (ROOT / "requirements.lock").read_text()
+
+
+def test_lock_satisfies_every_requirement() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    locked = pins()
+    for text in project["project"]["dependencies"] + project["dependency-groups"]["dev"]:
+        requirement = Requirement(text)
+        name = requirement.name.lower().replace("_", "-")
+        assert name in locked, f"{name} is not in requirements.lock: run make lock"
+        assert any(requirement.specifier.contains(v) for v in locked[name]), f"{text}: locked {locked[name]}; make lock"
+
+
+def test_lock_has_hashes_and_names_no_index() -> None:
+    assert re.search(r"https?://", lock()) is None
+    packages = len(re.findall(r"^[A-Za-z0-9._-]+(?:\[[^\]]*\])?==", lock(), re.MULTILINE))
+    assert lock().count("--hash=sha256:") >= packages > 100
+
+
+def test_torch_and_torchvision_belong_together() -> None:
+    assert pins()["torch"] == ["2.14.1"]
+    assert pins()["torchvision"] == ["0.29.1"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (torch,) = (Requirement(t) for t in project["project"]["dependencies"] if Requirement(t).name == "torch")
+    assert torch.specifier.contains("2.11.0")
+
+
+def test_conda_environment_reads_the_lock() -> None:
+    environment = yaml.safe_load((ROOT / "conda.yaml").read_text())
+    (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert pip == ["-r requirements.lock"]
+    assert "python=3.11" in environment["dependencies"]
+
+
+def test_every_entry_point_has_its_step() -> None:
+    project = yaml.safe_load((ROOT / "MLproject").read_text())
+    assert project["conda_env"] == "conda.yaml"
+    assert {"main", "finetune", "distill", "evaluate"} <= set(project["entry_points"])
+    for name, entry in project["entry_points"].items():
+        assert entry["command"] == f"python -m steps.{name} --cfg {{cfg}} --overrides {{overrides}}"
+        assert (ROOT / "steps" / f"{name}.py").exists()
+
+
+def test_no_machine_paths_and_no_large_files_are_tracked() -> None:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in names:
+        assert (ROOT / name).stat().st_size <= 6_000_000, name
