@@ -40,6 +40,7 @@ def finetune(run: Run) -> float | None:
         return None
     results = [teachers.finetune(run, k) for k in todo]
     means = {f"final/teacher_{k}_acc": r["final/acc_val_selected"] for k, r in zip(todo, results, strict=True)}
+    run.journal.hold()  # they are written together with the end, so that a resume does not repeat them
     run.journal.metrics(means, 0)
     names = [config.model.teachers[k].name for k in todo]
     report.print_table("fine-tuned teachers: test top-1 in %", list(zip(names, means.values(), strict=True)))
@@ -132,6 +133,7 @@ def _evaluate_file(run: Run, path: Path, source_run: str | None) -> dict[str, fl
     )
     logits = outputs(net, batches).logits
     found = report.classification(logits, batches.labels)
+    run.journal.hold()
     run.journal.metrics(found, 0)
     if not run.follower:
         report.confusion(run, logits.argmax(dim=1), batches.labels, data.classes)
@@ -161,6 +163,7 @@ def main(run: Run) -> float | None:
     evaluated = _nested(run, "evaluate", "evaluate", config, _evaluate_distilled)
     summary = {k: v for k, v in distilled.items() if k.startswith("final/")}
     summary |= {"final/student_alone_acc": alone["final/acc_val_selected"], "test/acc": evaluated["test/acc"]}
+    run.journal.hold()
     run.journal.metrics(summary, 0)
     report.write_results(run, summary)
     if not run.follower:

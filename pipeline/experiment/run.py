@@ -1,5 +1,6 @@
 """A tracked run: its folder, its journal, its delivery to MLflow, its nested runs, and how it is continued."""
 
+import hashlib
 import json
 import logging
 import os
@@ -47,6 +48,8 @@ class Run:
         self.slots = Slots(folder / "checkpoints")
         self.started = time.time()
         self._run_id: str | None = None
+        self._from_server = False
+        """Whether it was begun on another machine: its nested runs may be on the server, and not here."""
 
     @property
     def config_hash(self) -> str:
@@ -80,13 +83,23 @@ class Run:
         return cls._begin(step, config, folder, None)
 
     @classmethod
-    def _begin(cls, step: str, config: Config, folder: Path, parent: "Run | None") -> "Run":
+    def _begin(
+        cls,
+        step: str,
+        config: Config,
+        folder: Path,
+        parent: "Run | None",
+        delivery: tracking.Delivery | None = None,
+        known_as: str | None = None,
+    ) -> "Run":
+        """`known_as`: the journal id of the run on the server that this one is; it has no checkpoint to go on from."""
         name = folder.name if parent is not None else config.run_name
         if name is None and "MLFLOW_RUN_ID" not in os.environ:  # the run that `mlflow run` has made has a name
             name = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
         with _writable(config):
-            journal = Journal.create(
+            journal = _create_journal(
                 folder,
+                known_as if parent is None else _nested_id(parent, folder.name),
                 experiment=config.tracking.experiment,
                 name=name,
                 tags={"asib.step": step},
@@ -94,7 +107,7 @@ class Run:
             )
         if parent is not None:
             parent.journal.child(folder)
-        delivery = _deliver(config, folder) if parent is None else parent.delivery
+        delivery = delivery or (_deliver(config, folder) if parent is None else parent.delivery)
         run = cls(step, config, folder, journal, delivery, None, parent)
         run.describe()
         return run
@@ -119,15 +132,17 @@ class Run:
             info = delivery.run_info(name)
             _refuse_other_step(name, info["tags"].get("asib.step"), step)
             _refuse_finished(name, info["status"] == "FINISHED", config)
-            fetched = delivery.fetch(f"runs:/{name}/checkpoints", folder / "fetched")
+            begun = _fetch_checkpoint(delivery, name, folder)
         except UserError as error:
             delivery.finish(0.0)
             shutil.rmtree(folder, ignore_errors=True)
             raise UserError(str(error) if str(error).startswith("resume=") else f"resume={name}: {error}") from error
-        newest = json.loads((fetched / "manifest.json").read_text())
-        Slots(folder / "checkpoints").adopt(fetched / newest["file"], newest["sha256"])
-        shutil.rmtree(folder / "fetched")
-        return cls._continue(step, config, folder, None, delivery)
+        if begun:
+            run = cls._continue(step, config, folder, None, delivery)
+        else:
+            run = cls._begin(step, config, folder, None, delivery, info["tags"].get("asib.journal"))
+        run._from_server = True
+        return run
 
     @classmethod
     def _continue(
@@ -165,7 +180,14 @@ class Run:
             return Run.follow(step, config, folder, self)
         if (folder / "journal.jsonl").exists():
             return Run._continue(step, config, folder, self)
-        return Run._begin(step, config, folder, self)
+        run = Run._begin(step, config, folder, self)
+        if self._from_server and self.delivery is not None:
+            # by its journal's id delivery has found what there is of it on the server
+            if _fetch_checkpoint(self.delivery, self.delivery.child_ready(folder), folder):
+                run.journal.close()
+                run = Run._continue(step, config, folder, self)
+            run._from_server = True
+        return run
 
     def finished_child(self, key: str) -> dict[str, float] | None:
         """The results of a nested run that an earlier, interrupted start of this one has finished."""
@@ -284,6 +306,38 @@ def _writable(config: Config) -> Iterator[None]:
 def tracking_uri(config: Config) -> str:
     """Where runs go."""
     return config.tracking.uri or tracking.default_uri()
+
+
+def _fetch_checkpoint(delivery: tracking.Delivery, run_id: str, folder: Path) -> bool:
+    """Bring a run's newest checkpoint from the server into `folder`; False where it has none. Raises UserError."""
+    try:
+        fetched = delivery.fetch(f"runs:/{run_id}/checkpoints", folder / "fetched")
+    except UserError as error:
+        if "cannot be fetched" not in str(error):
+            raise
+        return False
+    newest = json.loads((fetched / "manifest.json").read_text())
+    Slots(folder / "checkpoints").adopt(fetched / newest["file"], newest["sha256"])
+    shutil.rmtree(folder / "fetched")
+    return True
+
+
+def _nested_id(parent: Run, key: str) -> str:
+    """The journal id of a nested run: the same on whichever machine its parent is continued."""
+    return hashlib.sha256(f"{parent.journal.id}/{key}".encode()).hexdigest()[:32]
+
+
+def _create_journal(folder: Path, known_as: str | None, **header: Any) -> Journal:
+    """A new journal, under an id that is given or (None) its own."""
+    if known_as is None:
+        return Journal.create(folder, **header)
+    beside = folder.with_name(f".{folder.name}")  # delivery, which watches `folder`, sees the final header only
+    shutil.rmtree(beside, ignore_errors=True)
+    made = Journal.create(beside, **header)
+    first = json.loads(made.snapshot().split("\n", 1)[0])
+    made.close()
+    shutil.rmtree(beside)
+    return Journal.restore(folder, json.dumps(first | {"journal": known_as}) + "\n")
 
 
 def _deliver(config: Config, folder: Path) -> tracking.Delivery | None:

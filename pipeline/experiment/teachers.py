@@ -113,11 +113,12 @@ def _obtain(run: Run, data: ImageData, index: int, net: FeatureNet) -> Teacher:
     elif config.finetune.epochs == 0:
         return Teacher(net, weights_hash(net.net), None, saw_validation=spec.pretrained)
     else:
-        if not kept.exists():
-            finetune(run, index)
-        else:
+        if kept.exists():
             logger.info("teacher %d: %s, fine-tuned before", index, spec.name)
-        path, key = kept, f"{kept} (delete it to fine-tune anew)"
+        else:
+            finetune(run, index)
+        path = kept if kept.exists() else run.folder / f"teacher_{index}" / WEIGHTS
+        key = f"{path} (delete it to fine-tune anew)"
         note = kept.with_suffix(".json")
         made_by = json.loads(note.read_text())["journal"] if note.exists() else None
     metadata = networks.load(net, path, key)

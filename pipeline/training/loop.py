@@ -311,7 +311,7 @@ class Loop:
             }
 
     def _watch(self, bad: Tensor, epoch: Epoch, terms: dict[str, Tensor], index: Tensor) -> None:
-        """End the run after `safe_retry_patience` non-finite steps in a row; on a GPU looked at that often, and at epoch ends."""
+        """End the run after `safe_retry_patience` bad steps in a row; GPUs are asked that often, and at epoch ends."""
         patience = self.task.optim.safe_retry_patience
         if self.device.type == "cpu":
             self.streak = self.streak + 1 if bool(bad) else 0

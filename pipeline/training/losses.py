@@ -63,6 +63,48 @@ def kd(student_logits: Tensor, target_logits: Tensor, tau: float, reduction: str
     return _reduce(kl_to(student_logits, target, tau), reduction)
 
 
+def dkd(logits: Tensor, target: Tensor, y: Tensor, tau: float, alpha: float, beta: float) -> Tensor:
+    """Decoupled distillation, tau^2 (alpha TCKD + beta NCKD) per sample (Zhao et al. 2022, eq. 7).
+
+    TCKD is the KL divergence between (label, rest) under target and prediction, NCKD that between their distributions
+    over the other classes; with alpha = 1 and beta = 1 - p_y it is `kl_to`.
+
+    Args:
+        logits: (B, N), trained; N > 2.
+        target: (B, N) probability vectors at temperature tau.
+        y: (B,) labels.
+
+    Returns:
+        (B,).
+    """
+    label = F.one_hot(y, logits.shape[1]).bool()
+    log_q, p = F.log_softmax(logits.float() / tau, dim=1), target.float()
+    log_q_rest = log_q.masked_fill(label, -torch.inf)
+    log_q_other = log_q_rest.logsumexp(dim=1)
+    p_label, p_rest = p.gather(1, y[:, None]).squeeze(1), p.masked_fill(label, 0.0)
+    p_other = p_rest.sum(dim=1)
+    log_q_label = log_q.gather(1, y[:, None]).squeeze(1)
+    tckd = torch.xlogy(p_label, p_label) - p_label * log_q_label + torch.xlogy(p_other, p_other) - p_other * log_q_other
+    among = p_rest / p_other.clamp_min(torch.finfo(p.dtype).tiny)[:, None]
+    log_among = (log_q - log_q_other[:, None]).masked_fill(label, 0.0)
+    nckd = (torch.xlogy(among, among) - among * log_among).sum(dim=1)
+    return tau**2 * (alpha * tckd + beta * nckd)
+
+
+def feature_distance(feature: Tensor, mu: Tensor, beta: float, clip: float | None) -> Tensor:
+    """sum_d huber(feature - mu) per sample, bounded by `clip`; (B,) from (B, D) (method.md section 3).
+
+    huber(x) = x^2 / (2 beta) for |x| < beta, else |x| - beta / 2 (torch's smooth L1).
+    """
+    distance = F.smooth_l1_loss(feature.float(), mu.float(), reduction="none", beta=beta).sum(dim=1)
+    return distance if clip is None else distance.clamp_max(clip)
+
+
+def normalised(feature: Tensor, norm: str) -> Tensor:
+    """The feature as it is (`none`) or at unit length (`l2`)."""
+    return F.normalize(feature.float(), dim=1) if norm == "l2" else feature.float()
+
+
 def ib_kl(mu: Tensor, logvar: Tensor, reduction: str = "mean") -> Tensor:
     """KL(N(mu, sigma^2) || N(0, I)) = 1/2 sum_d (mu^2 + sigma^2 - 1 - log sigma^2) (Alemi et al. 2017).
 

@@ -13,6 +13,36 @@ def averaged(logits: list[Tensor], weights: list[float] | None, tau: float) -> T
     return F.softmax(total / tau, dim=1)
 
 
+def confidence_weighted(logits: list[Tensor], tau: float) -> Tensor:
+    """sum_k w_k softmax(t_k / tau), per sample w_k proportional to max softmax(t_k / tau); (B, N)."""
+    p = torch.stack([F.softmax(t.float() / tau, dim=1) for t in logits])
+    w = p.amax(dim=2)
+    return ((w / w.sum(dim=0))[:, :, None] * p).sum(dim=0)
+
+
+def averaged_share(known: float, threshold: float, average: float, least: float, most: float) -> float:
+    """c of `auto` behind an open gate (method.md section 3).
+
+    Falls linearly from `most` at the gate's threshold to `least` at the averaged teachers' accuracy, clamped; straight
+    to `least` where the threshold is not below that accuracy. Accuracies in one unit.
+    """
+    if threshold >= average:
+        return least
+    share = min(max((known - threshold) / (average - threshold), 0.0), 1.0)
+    return most + share * (least - most)
+
+
+def best_of(p_synergy: Tensor, p_average: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """`auto_min`: per sample the target with the lower cross-entropy against the label, and the label guard.
+
+    Returns:
+        (B, N) targets, and (B,) bool: whether at least one of the two has the label on top.
+    """
+    picked = (p_synergy.gather(1, y[:, None]) >= p_average.gather(1, y[:, None])).expand_as(p_synergy)
+    guard = (p_synergy.argmax(dim=1) == y) | (p_average.argmax(dim=1) == y)
+    return torch.where(picked, p_synergy, p_average), guard
+
+
 def synergy(logits: Tensor, tau_syn: float) -> Tensor:
     """p_syn = softmax(z_syn / tau_syn), (B, N)."""
     return F.softmax(logits.float() / tau_syn, dim=1)

@@ -234,7 +234,9 @@ def test_a_run_is_not_continued_with_anything_else(
     overrides = [o.format(lab=lab.folder) for o in overrides]
     if case == "other data":  # teachers that are there, so that data alone differ
         mine = undisturbed.folder
-        overrides += [f"model.teachers.{k}.checkpoint={mine}/teacher_{k}/checkpoints/teacher.safetensors" for k in (0, 1)]
+        overrides += [
+            f"model.teachers.{k}.checkpoint={mine}/teacher_{k}/checkpoints/teacher.safetensors" for k in (0, 1)
+        ]
     done = lab.step(step, f"resume={folder}", *overrides)
     refused(lab, done, f"resume={folder}", *needles)
     if case == "other configuration":

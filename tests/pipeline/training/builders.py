@@ -6,6 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -227,10 +228,7 @@ def run_until(task: Task, folder: Path, at: tuple[int, int], record: Record | No
     loop = loop_for(task, folder, record, stop=lambda: 15 if (loop.epoch, loop.batch) >= at else 0)
     if state is not None:
         loop.load_state_dict(state)
-    try:
+    with pytest.raises(Interrupted) as caught:
         loop.run()
-    except Interrupted as interrupted:
-        assert interrupted.signum == 15
-    else:
-        raise AssertionError("the run ended before it was stopped")
+    assert caught.value.signum == 15
     return loop

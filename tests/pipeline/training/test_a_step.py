@@ -137,6 +137,19 @@ def test_the_loss_is_that_of_the_method(case: str) -> None:
     assert logged["cw_std"] == pytest.approx(math.sqrt(max(expected["cw2"] - expected["cw"] ** 2, 0)), abs=5e-4)
 
 
+def test_cross_entropy_alone_is_for_the_first_a_epochs_of_the_run_and_not_of_each_stage() -> None:
+    task = distillation(config(method={"synergy_only_epochs": 3, "ib_beta": 0.01}))
+    objective = task.phases["a"].objective
+    assert isinstance(objective, AStep)
+    found = []
+    for epoch in task.plan:
+        if epoch.phase == "a":
+            task.begin_epoch(epoch)
+            w = objective.weights
+            found.append((w.ce, w.kd, w.beta, w.certainty))
+    assert found == [(1.0, 0.0, 0.0, False)] * 3 + [(0.6, 0.4, 0.01, True)]
+
+
 def test_certainty_weights_reach_the_loss() -> None:
     """The research code computed them and used them nowhere."""
     losses = []

@@ -196,7 +196,7 @@ def test_the_distillation_weight_warms_up_over_b_epochs_through_stages() -> None
 
 def test_both_labels_of_a_mixed_image_count() -> None:
     """CutMix images with cross-entropy against one label only: a fault of the research code."""
-    task, objective, batch = prepared("cutmix", ce_label_smoothing=0.0)
+    _, objective, batch = prepared("cutmix", ce_label_smoothing=0.0)
     objective.weights = BLoss(0.0, 3.0, synergy=False, averaged_share=0.0)
     mixed = objective(batch, Moment("b", 0, 0))["ce"].item()
     first = objective(batch._replace(y_b=batch.y), Moment("b", 0, 0))["ce"].item()

@@ -33,12 +33,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def test_two_processes_compute_what_one_computes(name: str, two: list[Any], tmp_path: Path) -> None:
     """Uneven slices, mixing partners in the other process, noise, dropout, clipping, momentum, several epochs."""
     one = ddp_worker.outcome(name, tmp_path)
-    for rank, found in enumerate(two):
+    for found in two:
         assert found[name]["weights"].keys() == one["weights"].keys()
         for key, value in one["weights"].items():
-            torch.testing.assert_close(
-                found[name]["weights"][key], value, rtol=1e-3, atol=2e-5, msg=lambda m: f"{rank} {key}: {m}"
-            )  # noqa: B023
+            torch.testing.assert_close(found[name]["weights"][key], value, rtol=1e-3, atol=2e-5)
     assert [s for s, _ in two[0][name]["rows"]] == [s for s, _ in one["rows"]]
     for (_, found), (_, expected) in zip(two[0][name]["rows"], one["rows"], strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)

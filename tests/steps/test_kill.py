@@ -1,0 +1,111 @@
+"""kill -9 at any moment, then `resume=<run id>`: here, or from the tracking server alone (design.md)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.steps.lab import (
+    BATCHES,
+    NOT_COMPARED,
+    Done,
+    Lab,
+    Seen,
+    journal,
+    points,
+    run_id,
+    same_tensors,
+    see,
+    until,
+)
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+ARTIFACTS = ("checkpoints/student.safetensors", "checkpoints/fusion.safetensors")
+
+
+def start(lab: Lab, step: str, uri: str, *overrides: str) -> subprocess.Popen[bytes]:
+    """A step as a real process, with a checkpoint after every batch."""
+    arguments = lab.arguments(
+        f"tracking.uri={uri}", "tracking.mode=online", "checkpoint.every_seconds=1e-6", *overrides
+    )
+    return subprocess.Popen([sys.executable, "-m", f"steps.{step}", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+
+def checkpoints(folder: Path) -> int:
+    return sum(entry.kind == "checkpoint" for entry in journal(folder))
+
+
+def has_results(folder: Path) -> bool:
+    return (folder / "results.json").exists()
+
+
+MOMENTS: dict[str, tuple[str, Callable[[Path], bool]]] = {
+    # nothing but the journal is there
+    "before the first checkpoint": ("distill", lambda run: (run / "teacher_0/journal.jsonl").exists()),
+    "in a nested fine-tuning": ("distill", lambda run: checkpoints(run / "teacher_1") >= 2),
+    "in an A-step": ("distill", lambda run: checkpoints(run) >= 2),
+    "in a B-step": ("distill", lambda run: checkpoints(run) >= BATCHES + 3),
+    "after training": ("distill", lambda run: (run / ARTIFACTS[0]).exists()),
+    "in the main job's distillation": ("main", lambda run: checkpoints(run / "distill") >= 3),
+}
+
+
+def killed(lab: Lab, uri: str, moment: str) -> str:
+    """The id of a run whose process was killed then, when delivery has brought over what there was."""
+    step, reached = MOMENTS[moment]
+    process = start(lab, step, uri)
+    try:
+        until(lambda: [p for p in lab.run_folders() if (p / "journal.jsonl").exists()] or process.poll() is not None)
+        (folder,) = lab.run_folders()
+        until(lambda: reached(folder) or process.poll() is not None)
+        assert process.poll() is None, "it ended before it was killed"
+    finally:
+        process.kill()
+        process.wait()
+    until(lambda: (folder / "delivery.json").exists())
+    name = run_id(folder)
+    until(lambda: see(uri, name).status == "KILLED")
+    assert journal(folder)[-1].kind != "end"
+    return name
+
+
+def unrecorded(seen: Seen) -> dict[tuple[str, int], list[float]]:
+    return {key: values for key, values in seen.metrics.items() if key[0] in NOT_COMPARED}
+
+
+@pytest.mark.parametrize("place", ["same machine", "server alone"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_continued_equals_an_undisturbed_one(
+    lab: Lab, undisturbed: Done, sqlite_uri: str, moment: str, place: str, tmp_path: Path
+) -> None:
+    name = killed(lab, sqlite_uri, moment)
+    before = see(sqlite_uri, name)
+    step = MOMENTS[moment][0]
+    if place == "server alone":
+        shutil.rmtree(lab.runs)
+    done = lab.step(step, "tracking.mode=online", f"tracking.uri={sqlite_uri}", f"resume={name}")
+    assert done.code == 0, done.err
+    (folder,) = lab.run_folders()
+    after = see(sqlite_uri, name)  # asserts that no nested run came twice
+    assert {run.status for run in (after, *after.children.values())} == {"FINISHED"}
+    assert {child: seen.id for child, seen in before.children.items()}.items() <= {
+        child: seen.id for child, seen in after.children.items()
+    }.items()
+
+    distilled = folder if step == "distill" else folder / "distill"
+    seen = after if step == "distill" else after.children["distill"]
+    expected = undisturbed.folder
+    assert all(same_tensors(distilled / file, expected / file) for file in ARTIFACTS)
+    assert points(distilled) == points(expected)
+    assert seen.steady == points(expected)
+    teachers = after.children
+    for key in ("teacher_0", "teacher_1"):
+        assert teachers[key].steady == points(expected / key)
+    for run in (after, *after.children.values()):
+        assert {len(values) for values in run.metrics.values()} == {1} or not run.metrics
