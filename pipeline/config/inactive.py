@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
 OFF: dict[str, Any] = {
+    "method.kd_loss": "kl",
     "method.kd_sample_gate": False,
     "method.use_disagree_weight": False,
     "method.use_cccp": False,

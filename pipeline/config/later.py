@@ -9,35 +9,14 @@ if TYPE_CHECKING:
 
 ONLY_FOR_NOW: dict[str, tuple[Any, ...]] = {
     "method.name": ("asib",),
-    "method.kd_target": ("avg", "synergy"),
-    "method.kd_loss": ("kl",),
-    "method.kd_view": ("clean",),
-    "method.use_mu_for_kd": (True,),
-    "method.hybrid_beta": (0.0,),
-    "method.kd_max_ratio": (None,),
-    "method.kd_cooldown_epochs": (0,),
-    "method.kd_uncertainty_weight": (0.0,),
-    "method.kd_sample_gate": (False,),
-    "method.kd_two_view_start_epoch": (None,),
-    "method.kd_two_view_stop_epoch": (None,),
-    "method.use_disagree_weight": (False,),
-    "method.use_cccp": (False,),
-    "method.teacher_ce_alpha": (0.0,),
-    "method.reg_lambda": (0.0,),
-    "method.use_teacher_finetuning": (False,),
-    "method.feat_kd_alpha": (0.0,),
-    "method.use_partial_freeze": (False,),
-    "method.use_loss_clamp": (False,),
-    "optim.ema_decay": (None,),
-    "optim.select_weights": ("raw",),
-    "augment.randaugment": (False,),
 }
 """Keys whose other values are refused until their feature exists: never accepted and ignored."""
 
 DEPENDENTS = {
+    "method.kd_loss": ("dkd_alpha", "dkd_beta", "dkd_warmup_epochs"),
     "method.kd_sample_gate": ("kd_sample_thr", "kd_sample_min_ratio", "kd_sample_max_ratio", "kd_sample_reweight"),
     "method.use_disagree_weight": ("disagree_mode", "disagree_lambda_high", "disagree_lambda_low"),
-    "method.use_cccp": ("cccp_alpha", "cccp_nt", "cccp_ns"),
+    "method.use_cccp": ("cccp_alpha",),  # nt and ns act without it too: CCCP's control has them
     "method.feat_kd_alpha": ("feat_kd_key", "feat_kd_norm", "feat_kd_huber_beta", "feat_kd_clip"),
     "method.use_partial_freeze": (
         "student_freeze_level",

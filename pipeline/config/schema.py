@@ -117,6 +117,9 @@ class MethodConfig(Section):
         "synergy", "what the student learns"
     )
     kd_loss: Literal["kl", "dkd"] = key("kl", "form of the distillation loss")
+    dkd_alpha: NonNegative = key(1.0, "weight of DKD's target-class part")
+    dkd_beta: NonNegative = key(8.0, "weight of DKD's other-classes part")
+    dkd_warmup_epochs: Count = key(0, "B-epochs in which DKD's weight rises to 1; 20 in its paper")
     kd_view: Literal["clean", "mixed"] = key("clean", "what teachers and fusion see of a mixed batch")
     tau: Positive = key(4.0, "temperature")
     tau_schedule: tuple[Positive, Positive] | None = key(None, "[start, end]: temperature linear over the run")

@@ -67,6 +67,23 @@ def _pad(x: Tensor, pad: int, mode: PadMode) -> Tensor:
     return x
 
 
+def rand_augment(x: Tensor, seeds: Tensor) -> Tensor:
+    """RandAugment (Cubuk et al. 2020; torchvision's, 2 operations of magnitude 9) of uint8 images (B,C,H,W).
+
+    Each image has its own seed (int64 (B,), on the CPU), so that its augmentation does not depend on its batch.
+    Image by image: thousands, not tens of thousands, a second.
+    """
+    from torchvision.transforms.v2 import RandAugment
+
+    transform = RandAugment()
+    made = []
+    with torch.random.fork_rng(devices=[]):
+        for image, seed in zip(x, seeds.tolist(), strict=True):
+            torch.manual_seed(seed)
+            made.append(transform(image))
+    return torch.stack(made) if made else x
+
+
 class Mix(NamedTuple):
     """How one batch is mixed: image i with image partner[i], with weight `lam` for image i and its label.
 

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from pipeline.config import AugmentConfig
-from pipeline.data.augment import CropFlip, Mix, MixKind, Normalize, blend, crop_flip, draw_crop_flip, draw_mix
+from pipeline.data.augment import (
+    CropFlip,
+    Mix,
+    MixKind,
+    Normalize,
+    blend,
+    crop_flip,
+    draw_crop_flip,
+    draw_mix,
+    rand_augment,
+)
 from pipeline.errors import UserError
 
 
@@ -40,6 +50,8 @@ class Batch(NamedTuple):
     """int64 (b,): each row's mixing partner, as a row of the *global* batch; None without mixing."""
     views: CropFlip | None
     """The crop and flip behind each row of x; None without augmentation."""
+    x_second: Tensor | None = None
+    """float32 (b,C,H,W): the same images under a second, independent augmentation; None where none was drawn."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +59,17 @@ class EpochDraws:
     """All random numbers of one epoch, on the CPU.
 
     permutation: int64 (n,), positions in the training subset. crop_flip: one draw per *position of the epoch* (n,), or
-    None. mixes: one per batch, or None. batch_size: that of the global batch.
+    None. mixes: one per batch, or None. batch_size: that of the global batch. second: crops and flips of a second view;
+    None where there is none. seeds: int64 (2, n), RandAugment's seeds of both views; None without it.
     """
 
     permutation: Tensor
     crop_flip: CropFlip | None
     mixes: tuple[Mix | None, ...]
     batch_size: int
+    two_views: bool = False
+    second: CropFlip | None = None
+    seeds: Tensor | None = None
 
 
 def batch_bounds(n_images: int, batch_size: int) -> list[tuple[int, int]]:
@@ -73,11 +89,13 @@ def draw_epoch(
     mix_kind: MixKind | None,
     mix_alpha: float,
     generators: Callable[[str], torch.Generator],
+    two_views: bool = False,
 ) -> EpochDraws:
     """Draws an epoch over `n_images` images of `image_size`² pixels in global batches of `batch_size`.
 
-    `generators` gives a CPU generator for each of the names permutation, crop_flip and mix. The streams are separate:
-    switching mixing on or off changes neither order nor crops. What is switched off is not asked for.
+    `generators` gives a CPU generator for each of the names permutation, crop_flip, crop_flip_2, randaugment and mix.
+    The streams are separate: switching mixing on or off changes neither order nor crops. What is switched off is not
+    asked for. `two_views`: every image also has a second, independent augmentation.
     """
     permutation = torch.randperm(n_images, generator=generators("permutation"))
     views = draw_crop_flip(n_images, generators("crop_flip")) if augment.crop_flip else None
@@ -87,7 +105,9 @@ def draw_epoch(
         # torch has no Beta draw that takes a generator
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generators("mix"))))
         mixes = tuple(draw_mix(stop - start, image_size, mix_kind, mix_alpha, rng) for start, stop in bounds)
-    return EpochDraws(permutation, views, mixes, batch_size)
+    second = draw_crop_flip(n_images, generators("crop_flip_2")) if two_views and augment.crop_flip else None
+    seeds = torch.randint(2**62, (2, n_images), generator=generators("randaugment")) if augment.randaugment else None
+    return EpochDraws(permutation, views, mixes, batch_size, two_views, second, seeds)
 
 
 class TrainBatches:
@@ -118,8 +138,6 @@ class TrainBatches:
         _check(images, labels)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} processes")
-        if augment.randaugment:
-            raise UserError("augment.randaugment=true is not implemented; set it to false")
         self.device = torch.device(device)
         self.images = images.to(self.device)
         self.labels = labels.to(self.device)
@@ -145,17 +163,26 @@ class TrainBatches:
         return len(self.bounds)
 
     def draw(
-        self, mix_kind: MixKind | None, mix_alpha: float, generators: Callable[[str], torch.Generator]
+        self,
+        mix_kind: MixKind | None,
+        mix_alpha: float,
+        generators: Callable[[str], torch.Generator],
+        two_views: bool = False,
     ) -> EpochDraws:
         """`draw_epoch` for these images."""
-        size = int(self.images.shape[-1])
-        return draw_epoch(len(self.indices), self.batch_size, size, self.augment, mix_kind, mix_alpha, generators)
+        n, size = len(self.indices), int(self.images.shape[-1])
+        return draw_epoch(n, self.batch_size, size, self.augment, mix_kind, mix_alpha, generators, two_views)
 
-    def view(self, indices: Tensor, draw: CropFlip | None) -> Tensor:
-        """Images `indices` (b,) of the data set under `draw` (None: as they are), normalised: float32 (b,C,H,W)."""
+    def view(self, indices: Tensor, draw: CropFlip | None, seeds: Tensor | None = None) -> Tensor:
+        """Images `indices` (b,) of the data set, augmented and normalised: float32 (b,C,H,W).
+
+        `draw`: their crops and flips, None for none. `seeds`: RandAugment's, int64 (b,) on the CPU, None for none.
+        """
         x = self.images.index_select(0, indices)
         if draw is not None:
             x = crop_flip(x, draw, pad_mode=self.augment.pad_mode)
+        if seeds is not None:
+            x = rand_augment(x, seeds)
         return self.normalize(x)
 
     def epoch(self, draws: EpochDraws, start: int = 0) -> Iterator[Batch]:
@@ -175,31 +202,46 @@ class TrainBatches:
     def _epoch(self, draws: EpochDraws, start: int) -> Iterator[Batch]:
         # one transfer per epoch and tensor: within the loop nothing waits for the device
         order = self.indices[draws.permutation.to(self.device)]
-        views = None if draws.crop_flip is None else draws.crop_flip.to(self.device)
+        on_device = [None if view is None else view.to(self.device) for view in (draws.crop_flip, draws.second)]
         one = torch.ones((), device=self.device)
         mixes = _to_device(draws.mixes, self.device)
         for (first, stop), mixture in zip(self.bounds[start:], mixes[start:], strict=True):
-            yield self._batch(
-                order[first:stop], None if views is None else views.take(slice(first, stop)), mixture, one
-            )
+            at = slice(first, stop)
+            crops = [None if view is None else view.take(at) for view in on_device]
+            seeds = (None, None) if draws.seeds is None else draws.seeds[:, at]
+            second = _View(crops[1], seeds[1]) if draws.two_views else None
+            yield self._batch(order[at], _View(crops[0], seeds[0]), second, mixture, one)
 
-    def _batch(self, index: Tensor, views: CropFlip | None, mixture: Mix | None, one: Tensor) -> Batch:
+    def _batch(self, index: Tensor, views: "_View", second: "_View | None", mixture: Mix | None, one: Tensor) -> Batch:
         """This process's rows of the global batch `index` (B,)."""
         size = len(index)
         rows = slice(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
-        mine = index[rows]
-        my_views = None if views is None else views.take(rows)
-        x, y = self.view(mine, my_views), self.labels[mine]
+        mine, mine_views = index[rows], views.take(rows)
+        x, y = self.view(mine, *mine_views), self.labels[mine]
+        other = None if second is None else self.view(mine, *second.take(rows))
         if mixture is None:
-            return Batch(x, x, y, y, one, mine, rows, size, None, my_views)
+            return Batch(x, x, y, y, one, mine, rows, size, None, mine_views.crops, other)
         partner = mixture.partner[rows]
         if self.world_size == 1:
             partners = x[partner]
         else:  # they may lie in other processes: make them here
-            partners = self.view(index[partner], None if views is None else views.take(partner))
+            partners = self.view(index[partner], *views.take(partner))
         mixed = blend(x, partners, mixture)
         y_b = self.labels[index[partner]]
-        return Batch(x, mixed, y, y_b, mixture.lam, mine, rows, size, partner, my_views)
+        return Batch(x, mixed, y, y_b, mixture.lam, mine, rows, size, partner, mine_views.crops, other)
+
+
+class _View(NamedTuple):
+    """The augmentation of a batch's images."""
+
+    crops: CropFlip | None
+    seeds: Tensor | None
+
+    def take(self, rows: Tensor | slice) -> "_View":
+        seeds = self.seeds
+        if seeds is not None:
+            seeds = seeds[rows if isinstance(rows, slice) else rows.cpu()]
+        return _View(None if self.crops is None else self.crops.take(rows), seeds)
 
 
 class EvalBatches:

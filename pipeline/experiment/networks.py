@@ -35,7 +35,14 @@ def device_of(config: Config) -> torch.device:
 
 
 def build(
-    config: Config, data: ImageData, name: str, pretrained: bool, key: str, seed: int, drop_rate: float = 0.0
+    config: Config,
+    data: ImageData,
+    name: str,
+    pretrained: bool,
+    key: str,
+    seed: int,
+    drop_rate: float = 0.0,
+    adapter_dim: int | None = None,
 ) -> FeatureNet:
     """A network for this data on its device; its fresh weights depend on `seed` and the name only.
 
@@ -52,15 +59,18 @@ def build(
             image_size=data.image_size,
             in_chans=data.in_chans,
             drop_rate=drop_rate,
+            adapter_dim=adapter_dim,
         )
     memory = torch.channels_last if config.optim.use_channels_last else torch.contiguous_format
     return net.to(device_of(config)).to(memory_format=memory)
 
 
 def build_student(config: Config, data: ImageData) -> FeatureNet:
-    """The student, fresh or pretrained."""
-    s = config.model.student
-    return build(config, data, s.name, s.pretrained, "model.student.name", config.seed)
+    """The student, fresh or pretrained; with an adapter where its `distill_feat` is used."""
+    s, m = config.model.student, config.method
+    adapts = m.feat_kd_alpha > 0 and "distill_feat" in (m.feat_kd_key, m.ib_mbm_query_key)
+    width = m.distill_out_dim if adapts else None
+    return build(config, data, s.name, s.pretrained, "model.student.name", config.seed, adapter_dim=width)
 
 
 def build_teacher(config: Config, data: ImageData, index: int) -> FeatureNet:

@@ -14,8 +14,19 @@ def ratio_factor(kd: Tensor, ce: Tensor, max_ratio: float) -> Tensor:
     return torch.where(kd > max_ratio * ce, max_ratio * ce / kd.clamp_min(torch.finfo(kd.dtype).tiny), 1.0)
 
 
-def clamp_loss(loss: Tensor, bound: float, mode: str) -> Tensor:
-    """`hard`: min(L, bound). `soft`: L up to the bound, beyond it bound + log(1 + L - bound): the gradient stays."""
+def clamp_loss(loss: Tensor, bound: float, mode: str, overall: Tensor | None = None) -> Tensor:
+    """`hard`: min(L, bound). `soft`: L up to the bound, beyond it bound + log(1 + L - bound): the gradient stays.
+
+    Args:
+        loss: this process's loss.
+        overall: the detached loss of the global batch, by which the bound acts; None: `loss` is it.
+    """
+    at = loss.detach() if overall is None else overall
+    beyond = at > bound
+    excess = (at - bound).clamp_min(0.0)
     if mode == "hard":
-        return loss.clamp_max(bound)
-    return torch.where(loss <= bound, loss, bound + torch.log1p((loss - bound).clamp_min(0.0)))
+        slope, value = torch.zeros_like(at), torch.full_like(at, bound)
+    else:
+        slope, value = 1.0 / (1.0 + excess), bound + torch.log1p(excess)
+    # the line through (at, value) with the clamp's slope: its gradient is that of the clamp of the global loss
+    return torch.where(beyond, value + slope * (loss - at), loss)

@@ -55,10 +55,13 @@ class RunData:
         self.eval = in_order(images, labels, parts.val) if len(parts.val) else self.test
         self.eval_split = "val" if self.has_validation else "test"
 
-    def draws(self, streams: Streams, epoch: Epoch, phase: Phase) -> EpochDraws:
+    def draws(self, streams: Streams, epoch: Epoch, phase: Phase, two_views: bool = False) -> EpochDraws:
         """All random numbers of an epoch's images, from streams keyed by (seed, stream, phase, epoch in the phase)."""
         return self.train.draw(
-            phase.mix, phase.mix_alpha, lambda stream: streams.generator(stream, epoch.phase, epoch.in_phase)
+            phase.mix,
+            phase.mix_alpha,
+            lambda stream: streams.generator(stream, epoch.phase, epoch.in_phase),
+            two_views,
         )
 
 

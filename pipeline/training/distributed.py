@@ -87,3 +87,10 @@ def first_process_says(text: str) -> str:
     box = [text]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def mean(value: Tensor) -> Tensor:
+    """The detached mean of a scalar over all processes."""
+    if not dist.is_initialized():
+        return value.detach()
+    return total(value.detach().clone()) / dist.get_world_size()

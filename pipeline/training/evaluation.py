@@ -13,10 +13,11 @@ from pipeline.training.fusion import Fusion
 
 
 class Outputs(NamedTuple):
-    """A network on a split, in the split's order: logits (n, N) and feat_2d (n, C), float32 on the device."""
+    """A network on a split, in the split's order: (n, N) and (n, .), float32 on the device."""
 
     logits: Tensor
     feat_2d: Tensor
+    distill_feat: Tensor | None
 
 
 @torch.no_grad()
@@ -27,7 +28,12 @@ def outputs(net: FeatureNet, batches: EvalBatches) -> Outputs:
     try:
         with torch.autocast(batches.device.type, enabled=False):
             seen = [net(x) for x, _ in batches]
-        return Outputs(torch.cat([s.logits.float() for s in seen]), torch.cat([s.feat_2d.float() for s in seen]))
+        adapted = [s.distill_feat.float() for s in seen if s.distill_feat is not None]
+        return Outputs(
+            torch.cat([s.logits.float() for s in seen]),
+            torch.cat([s.feat_2d.float() for s in seen]),
+            torch.cat(adapted) if adapted else None,
+        )
     finally:
         net.train(mode)
 

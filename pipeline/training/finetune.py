@@ -12,6 +12,7 @@ from pipeline.data.sources import ImageData
 from pipeline.training import distributed, schedules
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.common import RunData, Selection, prepare
+from pipeline.training.costs import Costs
 from pipeline.training.evaluation import accuracy, nll, outputs
 from pipeline.training.loop import Epoch, Phase
 from pipeline.training.methods.cross_entropy import CrossEntropy
@@ -28,7 +29,8 @@ class FineTuning:
         self.data = RunData(config, data, device)
         self.batches = self.data.train
         self.streams = Streams(f.seed)
-        optimizer = schedules.optimizer(f.optimizer, net, f.lr, f.weight_decay, config.optim.momentum)
+        optimizer = schedules.optimizer(f.optimizer, [(net, f.lr)], f.weight_decay, config.optim.momentum)
+        self.costs = Costs({"teacher": net})
         self.phases = {
             "finetune": Phase(
                 "finetune",
@@ -78,4 +80,4 @@ class FineTuning:
         if self.data.has_validation:
             val = self.data.eval
             found["final/val_acc"] = accuracy(outputs(self.net, val).logits, val.labels)
-        return found
+        return found | self.costs.metrics()

@@ -79,6 +79,7 @@ class Fusion(nn.Module):
         eps: Tensor | None = None,
         keep: Tensor | None = None,
         teachers: tuple[int, ...] | None = None,
+        sample: str = "auto",
     ) -> Synergy:
         """Fuse.
 
@@ -88,10 +89,11 @@ class Fusion(nn.Module):
             eps: (B, D) standard normal noise of the training-mode sample.
             keep: (B, D) dropout mask of the head in training mode.
             teachers: indices of the teachers that `features` come from, when they are not all.
+            sample: "always" draws z also in eval mode (`use_mu_for_kd: false`).
         """
         chosen = range(len(self.adapters)) if teachers is None else teachers
         tokens = [self.adapters[k](f) for k, f in zip(chosen, features, strict=True)]
         z, mu, logvar = self.ib_mbm(
-            query, torch.stack(tokens, dim=1), sample="auto" if self.stochastic else "never", eps=eps
+            query, torch.stack(tokens, dim=1), sample=sample if self.stochastic else "never", eps=eps
         )
         return Synergy(self.logit_scale * self.head(z, keep=keep).float(), mu, logvar)

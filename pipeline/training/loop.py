@@ -23,6 +23,7 @@ from pipeline.errors import Interrupted
 from pipeline.journal import CheckpointRecorder
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
+from pipeline.training.costs import Costs
 from pipeline.training.objective import Moment, Objective
 
 
@@ -50,6 +51,8 @@ class Phase:
     scheduler: Scheduler
     mix: MixKind | None = None
     mix_alpha: float = 0.0
+    repeats: int = 1
+    """Updates per batch."""
 
 
 class Task(Protocol):
@@ -59,6 +62,7 @@ class Task(Protocol):
     phases: dict[str, Phase]
     batches: TrainBatches
     optim: OptimConfig
+    costs: Costs
 
     def begin_phase(self, epoch: Epoch) -> None:
         """Before the first batch of a phase; what it decides is part of the state."""
@@ -207,6 +211,7 @@ class Loop:
             "position": {"epoch": self.epoch, "batch": self.batch, "streak": self.streak},
             "finished": self.finished,
             "sums": self.sums.state_dict(),
+            "costs": self.task.costs.state_dict(),
             "optimizers": {name: phase.optimizer.state_dict() for name, phase in self.task.phases.items()},
             "scaler": scaler.state_dict() if scaler is not None else None,
             "task": self.task.state_dict(),
@@ -217,6 +222,7 @@ class Loop:
         self.epoch, self.batch, self.streak = position["epoch"], position["batch"], position["streak"]
         self.finished = state["finished"]
         self.sums.load_state_dict(state["sums"])
+        self.task.costs.load_state_dict(state["costs"])
         for name, phase in self.task.phases.items():
             restore_optimizer(phase.optimizer, state["optimizers"][name])
         if self.precision.scaler is not None and state["scaler"] is not None:
@@ -258,26 +264,34 @@ class Loop:
             task.begin_phase(epoch)
         task.begin_epoch(epoch)
         phase.objective.train()
-        start, first, saved = time.perf_counter(), self.batch, time.monotonic()
+        begun, first, saved = time.perf_counter(), self.batch, time.monotonic()
         for output in self._updates(epoch, phase):
             self.sums.add(output)
             bar.update()
             signum = self.stop() if self._look_up() else 0
             due = time.monotonic() - saved > self.every_seconds if self._look_up() else False
             if self._anyone(bool(signum) or due) and self.batch < len(task.batches):
+                begun = self._clock(begun)
                 self._save(None, epoch.overall)
                 saved = time.monotonic()
                 self._leave_if_stopped()
-        seconds = time.perf_counter() - start
+        before = task.costs.seconds
+        self._clock(begun)
         images = (len(task.batches) - first) * task.batches.batch_size
         metrics = self._means(phase)
         metrics |= task.end_epoch(epoch)
-        metrics["train/images_per_second"] = images / max(seconds, 1e-9)
+        metrics["train/images_per_second"] = images / max(task.costs.seconds - before, 1e-9)
         metrics["schedule/lr"] = phase.optimizer.param_groups[0]["lr"]
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.device)
         self._save(metrics, epoch.overall)
         if self._anyone(bool(self.stop())):
             self._leave_if_stopped()
+
+    def _clock(self, begun: float) -> float:
+        """Add the training seconds since `begun` to the costs; the present time."""
+        now = time.perf_counter()
+        self.task.costs.seconds += now - begun
+        return now
 
     def _look_up(self) -> bool:
         """Several processes must agree when they stop, and asking costs: they look up every 20 batches."""
@@ -292,23 +306,25 @@ class Loop:
 
     def _updates(self, epoch: Epoch, phase: Phase) -> Iterator[dict[str, Tensor]]:
         """The rest of an epoch's updates; each gives what is added to the sums."""
-        task, world = self.task, distributed.world().size
-        draws = task.draws(epoch)
-        terms: dict[str, Tensor] = {}
-        for batch in task.batches.epoch(draws, start=self.batch):
-            phase.scheduler.step_update(epoch.in_phase * len(task.batches) + self.batch)
-            with self.precision.autocast():
-                output = phase.objective(batch, Moment(epoch.phase, epoch.in_phase, self.batch))
-            bad = update(phase, output["loss"], self.precision, task.optim.grad_clip_norm)
-            phase.objective.update_ema()
+        task, size, repeats = self.task, distributed.world().size, phase.repeats
+        for batch in task.batches.epoch(task.draws(epoch), start=self.batch):
+            images, total = batch.global_size / size, Sums(self.device)
+            for repeat in range(repeats):
+                done = (epoch.in_phase * len(task.batches) + self.batch) * repeats + repeat
+                phase.scheduler.step_update(done)
+                moment = Moment(epoch.phase, epoch.in_phase, self.batch)
+                with task.costs.counting(), self.precision.autocast():
+                    output = phase.objective(batch, moment, repeat)
+                bad = update(phase, output["loss"], self.precision, task.optim.grad_clip_norm)
+                task.costs.updated(epoch.phase)
+                if phase.objective.has_ema() and (done + 1) % task.optim.ema_update_every == 0:
+                    phase.objective.update_ema(step=done + 1)
+                terms = {k: v.detach() for k, v in output.items() if k != "output"}
+                self._watch(bad, epoch, terms, batch.index)
+                total.add({k: v * images for k, v in terms.items()})
+                total.add({"images": torch.tensor(images, device=self.device), "nonfinite": bad / size})
             self.batch += 1
-            terms = {k: v.detach() for k, v in output.items() if k != "output"}
-            self._watch(bad, epoch, terms, batch.index)
-            size = batch.global_size / world
-            yield {k: v * size for k, v in terms.items()} | {
-                "images": torch.tensor(size, device=self.device),
-                "nonfinite": bad / world,
-            }
+            yield total.values
 
     def _watch(self, bad: Tensor, epoch: Epoch, terms: dict[str, Tensor], index: Tensor) -> None:
         """End the run after `safe_retry_patience` bad steps in a row; GPUs are asked that often, and at epoch ends."""
@@ -317,14 +333,14 @@ class Loop:
             self.streak = self.streak + 1 if bool(bad) else 0
         else:
             self._streak = (getattr(self, "_streak", torch.zeros((), device=self.device)) + 1) * bad
-            if self.batch % patience and self.batch < len(self.task.batches):
+            if (self.batch + 1) % patience and self.batch + 1 < len(self.task.batches):
                 return
             self.streak = int(self._streak)
         if self.streak >= patience:
             values = ", ".join(f"{k}={v.item():.4g}" for k, v in terms.items())
             raise NonFinite(
                 f"{self.streak} non-finite steps in a row at {epoch.phase}-epoch {epoch.in_phase + 1}, batch "
-                f"{self.batch}: {values}; images {index[:8].tolist()}…; lower the learning rate or optim.use_amp=false"
+                f"{self.batch + 1}: {values}; images {index[:8].tolist()}…: lower the learning rate, or use_amp=false"
             )
 
     def _means(self, phase: Phase) -> dict[str, float]:

@@ -3,6 +3,8 @@
 `reduction` is "none" (one value for each sample) or "mean".
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,8 +123,8 @@ def certainty_weights(logvar: Tensor, min_cw: float, max_cw: float) -> Tensor:
     return torch.exp(-logvar.detach().float()).mean(dim=-1).clamp(min_cw, max_cw)
 
 
-def mean_square(parameters: list[Tensor]) -> Tensor:
+def mean_square(parameters: Sequence[Tensor]) -> Tensor:
     """R: the mean over tensors of each tensor's mean square; 0 without tensors (method.md section 3)."""
-    if not parameters:
+    if len(parameters) == 0:
         return torch.zeros(())
     return torch.stack([p.float().square().mean() for p in parameters]).mean()

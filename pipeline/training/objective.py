@@ -7,8 +7,9 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.freeze import Frozen
 from pipeline.data.batches import Batch
-from pipeline.training import distributed
+from pipeline.training import clamps, distributed
 from pipeline.training.losses import cross_entropy
 
 
@@ -34,19 +35,28 @@ class Objective(TrainingTask):
         self.trainable_module = trainable
         self.eval_model = trainable
         self._frozen = tuple(frozen)  # a tuple: not registered as sub-modules
+        self.held: list[tuple[Frozen, nn.Module]] = []
+        """Partly frozen networks: their frozen normalisation layers stay in eval mode."""
 
     def train(self, mode: bool = True) -> "Objective":
         super().train(mode)
         for net in self._frozen:
             net.eval()
+        for policy, net in self.held:
+            policy.hold(net)
         return self
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "Objective":
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def forward(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
+        """`repeat` counts several updates on one batch, from 0."""
         raise NotImplementedError
+
+    def clamp(self, loss: Tensor, bound: float, mode: str) -> Tensor:
+        """The bounded loss; the bound acts on the loss of the global batch."""
+        return clamps.clamp_loss(loss, bound, mode, distributed.mean(loss))
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
         """The epoch's means of all terms, as they are logged."""

@@ -43,24 +43,27 @@ def tau(method: MethodConfig, e: int, total: int) -> float:
     return start + (end - start) * (e / (total - 1) if total > 1 else 0.0)
 
 
-def kd_weight(method: MethodConfig, b: int) -> float:
-    """w(b) = min(1, (b + 1) / kd_warmup_epochs) (section 2)."""
+def kd_weight(method: MethodConfig, b: int, total: int) -> float:
+    """w(b) = min(1, (b + 1) / kd_warmup_epochs), 0 in the last `kd_cooldown_epochs` of `total` B-epochs (section 2)."""
+    if b >= total - method.kd_cooldown_epochs:
+        return 0.0
     if method.kd_warmup_epochs == 0:
         return 1.0
     return min(1.0, (b + 1) / method.kd_warmup_epochs)
 
 
-def optimizer(name: str, module: nn.Module, lr: float, weight_decay: float, momentum: float) -> Optimizer:
-    """A fused torch optimiser over all trainable parameters of `module`, every one of them decayed.
+def optimizer(name: str, groups: list[tuple[nn.Module, float]], weight_decay: float, momentum: float) -> Optimizer:
+    """A fused torch optimiser over all trainable parameters of each module at its learning rate, all of them decayed.
 
     timm would spare biases and norms from decay; the KD tables do not. Fused optimisers skip an update whose
     `found_inf` is set without asking the device (see loop.py).
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    made_of = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in groups]
+    parameters = [p for group in made_of for p in group["params"]]  # type: ignore[attr-defined]
     made = create_optimizer_v2(
-        parameters,
+        made_of,
         opt=TIMM_OPTIMIZER[name],
-        lr=lr,
+        lr=groups[0][1],
         weight_decay=weight_decay,
         momentum=momentum,
         filter_bias_and_bn=False,

@@ -3,37 +3,39 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models import freeze
 from models.features import FeatureNet
 from pipeline.config import Config, MethodConfig
 from pipeline.config.rules import needs_distillation, uses_fusion
 from pipeline.config.schema import ScheduleConfig
 from pipeline.data.batches import EpochDraws
 from pipeline.data.sources import ImageData
-from pipeline.training import distributed, gate, schedules, targets
+from pipeline.training import distributed, schedules
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.common import RunData, Selection, prepare
-from pipeline.training.evaluation import (
-    Outputs,
-    accuracy,
-    average_probabilities,
-    nll,
-    outputs,
-    synergy_logits,
-)
+from pipeline.training.costs import Costs
+from pipeline.training.evaluation import Outputs, accuracy, nll, outputs
 from pipeline.training.fusion import Fusion
 from pipeline.training.loop import Epoch, Phase
-from pipeline.training.methods.asib import ALoss, AStep, BLoss, BStep
+from pipeline.training.methods.a_step import ALoss, AStep
+from pipeline.training.methods.b_step import BLoss, BStep
+from pipeline.training.monitor import Monitor
 from pipeline.training.rng import Streams
 
 
 def make_plan(method: MethodConfig, a_steps: bool) -> list[Epoch]:
-    """The run's epochs: `num_stages` times an A-step (skipped at 0 epochs, or without fusion), then a B-step."""
+    """The run's epochs: `num_stages` times an A-step (skipped at 0 epochs, or without fusion), then a B-step.
+
+    An A-step that only B-epochs without distillation follow (`kd_cooldown_epochs`) is skipped: nothing would use it.
+    """
     plan: list[Epoch] = []
     counts = {"a": 0, "b": 0}
+    distils_until = sum(method.student_epochs_per_stage) - method.kd_cooldown_epochs
     for stage, b_epochs in enumerate(method.student_epochs_per_stage):
-        for phase, epochs in (("a", method.teacher_adapt_epochs if a_steps else 0), ("b", b_epochs)):
+        used = counts["b"] < distils_until or method.kd_cooldown_epochs == 0
+        for phase, epochs in (("a", method.teacher_adapt_epochs if a_steps and used else 0), ("b", b_epochs)):
             for i in range(epochs):
                 plan.append(Epoch(phase, stage, i, counts[phase], len(plan), i == 0, i == epochs - 1))
                 counts[phase] += 1
@@ -46,8 +48,8 @@ class Distillation:
     Args:
         config: the whole configuration.
         data: images and labels.
-        student: trained in B-steps.
-        teachers: frozen.
+        student: trained in B-steps; with an adapter where its `distill_feat` is used.
+        teachers: frozen, or fine-tuned in A-steps.
         device: where all of them are.
     """
 
@@ -59,196 +61,220 @@ class Distillation:
         teachers: list[FeatureNet],
         device: torch.device,
     ) -> None:
-        self.config, self.method, self.optim = config, config.method, config.optim
+        self.config, self.method, self.optim, self.device = config, config.method, config.optim, device
         self.student = student
         self.teachers = teachers if needs_distillation(config) else []
-        for net in self.teachers:
-            net.requires_grad_(False).eval()
         self.data = RunData(config, data, device)
         self.batches = self.data.train
         self.streams = Streams(config.seed)
         self.fusion = self._make_fusion(data.num_classes, device) if uses_fusion(config) else None
+        self._freeze_teachers()
+        self.monitor = Monitor(self.method, self.data, self.teachers, self.fusion)
+        networks: dict[str, nn.Module] = {"student": student}
+        networks |= {f"teacher_{k}": t for k, t in enumerate(self.teachers)}
+        self.costs = Costs(networks | ({"fusion": self.fusion} if self.fusion is not None else {}))
         self.plan = make_plan(self.method, a_steps=self.fusion is not None)
         self.phases = self._make_phases(device)
         # deterministic fusion has no use for log variances, unless their penalty gives them a gradient
         idle = not self.method.use_ib and self.method.ib_mbm_reg_lambda == 0
+        self._stage = -1
+        if self.optim.ema_decay is not None:
+            self.phases["b"].objective.setup_ema(decay=self.optim.ema_decay)
         prepare(self.phases, device, unused={"a"} if idle else set())
-        self.known = gate.SynergyAccuracy(self.method.synergy_ema_alpha)
-        self.gate_open = False
-        self.snapshot: dict[str, Any] = {}
-        self.selection = Selection(student, self.data.has_validation)
+        self.selection = Selection(self._selected_net(), self.data.has_validation)
         self._last: dict[str, Tensor] = {}
         self.best_test = float("-inf")
-        self._teacher_outputs: dict[str, list[Outputs]] = {}
+
+    # construction ----------------------------------------------------------------------------------------------------
 
     def _make_fusion(self, num_classes: int, device: torch.device) -> Fusion:
+        query = (
+            self.method.distill_out_dim if self.method.ib_mbm_query_key == "distill_feat" else self.student.feature_dim
+        )
         with self.streams.initialising("fusion"):
-            fusion = Fusion(self.method, [t.feature_dim for t in self.teachers], self.student.feature_dim, num_classes)
+            fusion = Fusion(self.method, [t.feature_dim for t in self.teachers], query, num_classes)
         return fusion.to(device)
+
+    def _freeze_teachers(self) -> None:
+        m = self.method
+        self._held_teachers: list[tuple[freeze.Frozen, nn.Module]] = []
+        for net in self.teachers:
+            net.requires_grad_(False).eval()
+            if m.use_teacher_finetuning:
+                level = m.teacher_freeze_level if m.use_partial_freeze else -1
+                policy = freeze.FreezePolicy(level, m.teacher_freeze_bn, m.teacher_bn_head_only, m.teacher_freeze_scope)
+                self._held_teachers.append((freeze.apply(net, policy), net))
 
     def _make_phases(self, device: torch.device) -> dict[str, Phase]:
         m, o, updates = self.method, self.optim, len(self.batches)
         phases: dict[str, Phase] = {}
         if self.fusion is not None:
             lr = o.a_step_lr * m.ib_mbm_lr_factor
-            optimizer = schedules.optimizer(o.a_step_optimizer, self.fusion, lr, o.a_step_weight_decay, o.momentum)
+            groups: list[tuple[nn.Module, float]] = [(self.fusion, lr)]
+            if m.use_teacher_finetuning:
+                groups += [(t, o.a_step_lr) for t in self.teachers]
+            optimizer = schedules.optimizer(o.a_step_optimizer, groups, o.a_step_weight_decay, o.momentum)
             # the A-steps' own cosine, without warm-up, over all A-epochs of the run
             shape = ScheduleConfig(min_lr=min(self.config.schedule.min_lr, lr))
+            a_epochs = sum(e.phase == "a" for e in self.plan)
+            a_step = AStep(self.fusion, self.student, self.teachers, m, self.streams, device)
+            a_step.held = self._held_teachers
             phases["a"] = Phase(
                 "a_step",
-                AStep(self.fusion, self.student, self.teachers, m, self.streams, device),
+                a_step,
                 optimizer,
-                schedules.lr_schedule(optimizer, shape, sum(e.phase == "a" for e in self.plan), updates),
+                schedules.lr_schedule(optimizer, shape, a_epochs, updates * m.cccp_nt),
+                repeats=m.cccp_nt,
             )
-        optimizer = schedules.optimizer(o.optimizer, self.student, o.student_lr, o.student_weight_decay, o.momentum)
+        optimizer = schedules.optimizer(o.optimizer, [(self.student, o.student_lr)], o.student_weight_decay, o.momentum)
         cutmix = m.cutmix_alpha_distill > 0
+        b_epochs = sum(e.phase == "b" for e in self.plan)
         phases["b"] = Phase(
             "b_step",
             BStep(self.student, self.teachers, self.fusion, m, self.streams, device),
             optimizer,
-            schedules.lr_schedule(optimizer, self.config.schedule, sum(e.phase == "b" for e in self.plan), updates),
+            schedules.lr_schedule(optimizer, self.config.schedule, b_epochs, updates * m.cccp_ns),
             mix="cutmix" if cutmix else "mixup" if m.mixup_alpha > 0 else None,
             mix_alpha=m.cutmix_alpha_distill if cutmix else m.mixup_alpha,
+            repeats=m.cccp_ns,
         )
         return phases
 
     # what the loop calls ---------------------------------------------------------------------------------------------
 
     def draws(self, epoch: Epoch) -> EpochDraws:
-        return self.data.draws(self.streams, epoch, self.phases[epoch.phase])
+        two_views = epoch.phase == "b" and self._b_step().weights.two_view
+        return self.data.draws(self.streams, epoch, self.phases[epoch.phase], two_views)
 
     def begin_phase(self, epoch: Epoch) -> None:
         if epoch.phase == "a":
-            self.snapshot = {}
-            return
-        if self.fusion is None:
-            return
-        if self.data.has_validation and self.known.current is None:
-            self.known.update(self._synergy_accuracy(outputs(self.student, self.data.eval)))
-        self.gate_open = self._decide_gate(epoch)
+            self.monitor.begin_a_step()
+        elif self.fusion is not None:
+            self.monitor.decide(self.student, trained=epoch.overall > 0)
 
     def begin_epoch(self, epoch: Epoch) -> None:
-        m = self.method
-        tau = schedules.tau(m, epoch.overall, len(self.plan))
         if epoch.phase == "a":
-            ce_only = epoch.in_phase < m.synergy_only_epochs
-            kd = m.kd_alpha if m.teacher_adapt_alpha_kd is None else m.teacher_adapt_alpha_kd
-            objective = self.phases["a"].objective
-            assert isinstance(objective, AStep)
-            objective.weights = ALoss(
-                ce=1.0 if ce_only else m.synergy_ce_alpha,
-                kd=0.0 if ce_only else kd,
-                beta=schedules.beta(m, epoch.in_phase, epoch.in_stage),
-                tau=tau,
-                certainty=m.use_ib and not ce_only,
-            )
+            self._begin_a_epoch(epoch)
             return
+        self._freeze_student(epoch.stage)
+        m, b = self.method, epoch.in_phase
+        start, stop = m.kd_two_view_start_epoch, m.kd_two_view_stop_epoch
+        self._b_step().weights = BLoss(
+            scale=schedules.kd_weight(m, b, sum(e.phase == "b" for e in self.plan)) if self.teachers else 0.0,
+            tau=schedules.tau(m, epoch.overall, len(self.plan)),
+            synergy=self.monitor.gate_open,
+            averaged_share=self._averaged_share(b),
+            two_view=start is not None and stop is not None and start <= b < stop,
+            ratio=m.kd_max_ratio if b >= m.kd_warmup_epochs else None,
+            bound=m.loss_clamp_max if m.use_loss_clamp and b >= m.loss_clamp_warmup_epochs else None,
+            dkd=min(1.0, (b + 1) / m.dkd_warmup_epochs) if m.dkd_warmup_epochs else 1.0,
+        )
+
+    def _begin_a_epoch(self, epoch: Epoch) -> None:
+        m, a = self.method, epoch.in_phase
+        ce_only = a < m.synergy_only_epochs
+        kd = m.kd_alpha if m.teacher_adapt_alpha_kd is None else m.teacher_adapt_alpha_kd
+        clamps = m.use_loss_clamp and not m.disable_loss_clamp_in_a and a >= m.loss_clamp_warmup_epochs
+        objective = self.phases["a"].objective
+        assert isinstance(objective, AStep)
+        objective.weights = ALoss(
+            ce=1.0 if ce_only else m.synergy_ce_alpha,
+            kd=0.0 if ce_only or m.use_cccp else kd,
+            cccp=m.cccp_alpha if m.use_cccp and not ce_only else 0.0,
+            beta=schedules.beta(m, a, epoch.in_stage),
+            tau=schedules.tau(m, epoch.overall, len(self.plan)),
+            certainty=m.use_ib and not ce_only,
+            feat=0.0 if ce_only else m.feat_kd_alpha,
+            teacher_ce=m.teacher_ce_alpha if m.use_teacher_finetuning else 0.0,
+            bound=m.loss_clamp_max if clamps else None,
+        )
+
+    def _averaged_share(self, b: int) -> float:
+        if self.method.kd_target == "auto":
+            return self.monitor.share
+        return self.method.kd_ens_alpha if b < self.method.teacher_adapt_kd_warmup else 0.0
+
+    def _b_step(self) -> BStep:
         objective = self.phases["b"].objective
         assert isinstance(objective, BStep)
-        objective.weights = BLoss(
-            kd=schedules.kd_weight(m, epoch.in_phase) * m.kd_alpha,
-            tau=tau,
-            synergy=self.gate_open,
-            averaged_share=m.kd_ens_alpha if epoch.in_phase < m.teacher_adapt_kd_warmup else 0.0,
-        )
+        return objective
+
+    def _freeze_student(self, stage: int) -> None:
+        """The stage's freezing; what is wrapped for several processes is wrapped anew when it changes."""
+        m = self.method
+        if not m.use_partial_freeze or stage == self._stage:
+            return
+        level = m.student_freeze_level if m.student_freeze_schedule is None else m.student_freeze_schedule[stage]
+        objective = self._b_step()
+        policy = freeze.FreezePolicy(level, m.student_freeze_bn)
+        objective.held = [(freeze.apply(self.student, policy), self.student)]
+        self._stage = stage
+        objective.trainable_module = self.student
+        prepare({"b": self.phases["b"]}, self.device, unused=set())
 
     def end_epoch(self, epoch: Epoch) -> dict[str, float]:
         found = {"schedule/tau": schedules.tau(self.method, epoch.overall, len(self.plan))}
         if epoch.overall == 0 and self.teachers:
-            found |= self._teachers_found()
-        if epoch.phase == "a":
-            found |= self._end_a_epoch(epoch)
-        else:
-            found |= self._end_b_epoch(epoch)
-        return found
+            found |= self.monitor.teachers_found()
+        return found | (self._end_a_epoch(epoch) if epoch.phase == "a" else self._end_b_epoch(epoch))
 
     def _end_a_epoch(self, epoch: Epoch) -> dict[str, float]:
         found = {"schedule/ib_beta": schedules.beta(self.method, epoch.in_phase, epoch.in_stage)}
+        if epoch.first:
+            found |= self._trainable("fusion", [self.phases["a"].objective.get_trainable_module()])
         if (epoch.in_stage + 1) % self.method.teacher_eval_every and not epoch.last:
             return found
-        acc = self._synergy_accuracy(outputs(self.student, self.data.eval))
-        self.known.update(acc)
-        assert self.known.ema is not None
-        assert self.fusion is not None
-        if self.data.has_validation:
-            if acc > self.snapshot.get("accuracy", float("-inf")):
-                self.snapshot = {"accuracy": acc, "fusion": cpu_copy(self.fusion.state_dict())}
-            if epoch.last:
-                self.fusion.load_state_dict(self.snapshot["fusion"])
-                self.known.current = self.snapshot["accuracy"]
-        return found | {"synergy/acc": acc, "synergy/acc_ema": self.known.ema}
+        return found | self.monitor.end_a_epoch(outputs(self.student, self.data.eval), epoch.last)
 
     def _end_b_epoch(self, epoch: Epoch) -> dict[str, float]:
         out, y = outputs(self.student, self.data.eval), self.data.eval.labels
-        acc, loss = distributed.first_says([accuracy(out.logits, y), nll(out.logits, y)], self.batches.device)
-        self.selection.offer(acc, epoch.in_phase)
+        acc, loss = distributed.first_says([accuracy(out.logits, y), nll(out.logits, y)], self.device)
+        weights = self._b_step().weights
+        found = {"student/acc": acc, "student/loss": loss, "schedule/kd_weight": weights.scale * self.method.kd_alpha}
+        ema = self._b_step().get_trainable_module(ema=True)
+        if ema is not None:
+            averaged = outputs(ema.module, self.data.eval)
+            (found["student/acc_ema"],) = distributed.first_says([accuracy(averaged.logits, y)], self.device)
+        chosen = found["student/acc_ema"] if self.optim.select_weights == "ema" else acc
+        self.selection.offer(chosen, epoch.in_phase)
         if not self.data.has_validation:
-            self.best_test = max(self.best_test, acc)
-        found = {
-            "student/acc": acc,
-            "student/loss": loss,
-            "schedule/kd_weight": schedules.kd_weight(self.method, epoch.in_phase) * self.method.kd_alpha,
-        }
-        if self.fusion is not None:
-            found["gate/open"] = float(self.gate_open)
-            if (epoch.in_stage + 1) % self.method.teacher_eval_every == 0 or epoch.last:
-                found["synergy/acc"] = self._synergy_accuracy(out)  # monitored, without effect
+            self.best_test = max(self.best_test, chosen)
+        if epoch.first:
+            found |= self._trainable("student", [self.student])
+        return found | self._synergy_found(epoch, out)
+
+    def _synergy_found(self, epoch: Epoch, student: Outputs) -> dict[str, float]:
+        """Gate and synergy in a B-epoch: monitored, without effect."""
+        if self.fusion is None:
+            return {}
+        found = {"gate/open": float(self.monitor.gate_open)}
+        if self.method.kd_target == "auto":
+            found["gate/averaged_share"] = self.monitor.share
+        if (epoch.in_stage + 1) % self.method.teacher_eval_every == 0 or epoch.last:
+            found["synergy/acc"] = self.monitor.synergy_accuracy(student)
         return found
 
-    # synergy and gate ------------------------------------------------------------------------------------------------
-
-    def _teachers_on(self, split: str) -> list[Outputs]:
-        """The frozen teachers' outputs on a split, computed once."""
-        if split not in self._teacher_outputs:
-            batches = self.data.eval if split == "eval" else self.data.test
-            self._teacher_outputs[split] = [outputs(t, batches) for t in self.teachers]
-        return self._teacher_outputs[split]
-
-    def _synergy_on(self, split: str, student: Outputs, chosen: tuple[int, ...] | None = None) -> Tensor:
-        assert self.fusion is not None
-        query = None if self.method.learnable_q else student.feat_2d
-        return synergy_logits(self.fusion, query, self._teachers_on(split), chosen)
-
-    def _synergy_accuracy(self, student: Outputs) -> float:
-        """In percent, on the evaluation split, eval mode, mean path, float32."""
-        logits = self._synergy_on("eval", student, self.method.synergy_eval_teacher_indices)
-        (acc,) = distributed.first_says([accuracy(logits, self.data.eval.labels)], self.batches.device)
-        return acc
-
-    def _average_accuracy(self) -> float:
-        probabilities = average_probabilities(self._teachers_on("eval"), self._teacher_weights())
-        (acc,) = distributed.first_says([accuracy(probabilities, self.data.eval.labels)], self.batches.device)
-        return acc
-
-    def _teacher_weights(self) -> list[float] | None:
-        return None if self.method.teacher_weights == "equal" else list(self.method.teacher_weights)
-
-    def _decide_gate(self, epoch: Epoch) -> bool:
-        if not self.data.has_validation:
-            # the schema allows no threshold then; the test split must not decide: open once the fusion has been trained
-            return epoch.overall > 0
-        known = self.known.current if self.method.gate_source == "snapshot" else self.known.ema
-        setting = self.method.enable_kd_after_syn_acc
-        average = self._average_accuracy() if isinstance(setting, str) else 0.0
-        return gate.is_open(known, gate.threshold(setting, average))
-
-    def _teachers_found(self) -> dict[str, float]:
-        """Once per run: the teachers on the evaluation split, and how often they disagree."""
-        seen, y = self._teachers_on("eval"), self.data.eval.labels
-        differ, both_wrong = targets.disagreement([s.logits for s in seen], y)
-        found = {f"teacher/{k}/acc": accuracy(s.logits, y) for k, s in enumerate(seen)}
-        found |= {"teacher/avg_acc": accuracy(average_probabilities(seen, self._teacher_weights()), y)}
-        return found | {"teacher/disagreement": differ.item(), "teacher/both_wrong": both_wrong.item()}
+    @staticmethod
+    def _trainable(name: str, modules: list[nn.Module | None]) -> dict[str, float]:
+        """Trainable and all parameters of what a step trains."""
+        parameters = [p for m in modules if m is not None for p in m.parameters()]
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        return {f"parameters/{name}_trainable": trained, f"parameters/{name}_total": sum(p.numel() for p in parameters)}
 
     # state and results -----------------------------------------------------------------------------------------------
 
+    def _selected_net(self) -> nn.Module:
+        ema = self._b_step().get_trainable_module(ema=True)
+        return ema.module if ema is not None and self.optim.select_weights == "ema" else self.student
+
     def state_dict(self) -> dict[str, Any]:
+        ema = self._b_step().get_trainable_module(ema=True)
         return {
             "student": self._last or self.student.state_dict(),
+            "student_ema": None if ema is None else ema.module.state_dict(),
             "fusion": None if self.fusion is None else self.fusion.state_dict(),
-            "known": self.known.state_dict(),
-            "gate_open": self.gate_open,
-            "snapshot": self.snapshot,
+            "teachers": [t.state_dict() for t in self.teachers] if self.method.use_teacher_finetuning else [],
+            "monitor": self.monitor.state_dict(),
             "selection": self.selection.state_dict(),
             "best_test": self.best_test,
         }
@@ -256,14 +282,19 @@ class Distillation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._last = {}
         self.student.load_state_dict(state["student"])
+        ema = self._b_step().get_trainable_module(ema=True)
+        if ema is not None:
+            ema.module.load_state_dict(state["student_ema"])
         if self.fusion is not None:
             self.fusion.load_state_dict(state["fusion"])
-        self.known.load_state_dict(state["known"])
-        self.gate_open, self.snapshot, self.best_test = state["gate_open"], state["snapshot"], state["best_test"]
+        for teacher, weights in zip(self.teachers, state["teachers"], strict=False):
+            teacher.load_state_dict(weights)
+        self.monitor.load_state_dict(state["monitor"])
+        self.best_test = state["best_test"]
         self.selection.load_state_dict(state["selection"])
 
     def results(self) -> dict[str, float]:
-        """Final accuracies, in percent; the student holds the selected weights afterwards."""
+        """Final accuracies, in percent, and costs; the student holds the selected weights afterwards."""
         test = self.data.test
         last = outputs(self.student, test)
         found = {"final/acc_last": accuracy(last.logits, test.labels)}
@@ -276,11 +307,11 @@ class Distillation:
             found["final/val_acc"] = accuracy(outputs(self.student, val).logits, val.labels)
         elif any(e.phase == "b" for e in self.plan):
             found["final/acc_best"] = self.best_test
-        seen = self._teachers_on("test") if self.teachers else []
+        seen = self.monitor.teachers_on("test") if self.teachers else []
         for k, teacher in enumerate(seen):
             found[f"final/teacher_{k}_acc"] = accuracy(teacher.logits, test.labels)
         if seen:
-            found["final/teacher_avg_acc"] = accuracy(average_probabilities(seen, self._teacher_weights()), test.labels)
+            found["final/teacher_avg_acc"] = accuracy(self.monitor.average("test"), test.labels)
         if self.fusion is not None:
-            found["final/synergy_acc"] = accuracy(self._synergy_on("test", selected), test.labels)
-        return found
+            found["final/synergy_acc"] = accuracy(self.monitor.synergy_on("test", selected), test.labels)
+        return found | self.costs.metrics()

@@ -21,24 +21,28 @@ CLASSES = ("ash", "birch", "cedar", "date")
 SIZE, TRAIN, TEST, BATCH = 16, 160, 40, 32
 BATCHES = 4  # of an epoch: 128 training images (20 % are validation) in batches of 32
 EPOCHS = ("a", "b", "a", "b")  # of a distillation
-NOT_COMPARED = {"train/images_per_second"}
+NOT_COMPARED = {"train/images_per_second", "cost/seconds"}
 
 
-def images(count: int, seed: int, classes: int = len(CLASSES)) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (count, SIZE, SIZE, 3) with a bright stripe where the label says, and labels."""
+def images(
+    count: int, seed: int, classes: int = len(CLASSES), size: int = SIZE
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (count, size, size, 3) with a bright stripe where the label says, and labels."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % classes
-    pixels = rng.integers(0, 120, (count, SIZE, SIZE, 3))
-    width = SIZE // classes
+    pixels = rng.integers(0, 120, (count, size, size, 3))
+    width = size // classes
     for image, label in zip(pixels, labels, strict=True):
         image[:, label * width : (label + 1) * width] += 100
     return pixels.astype(np.uint8), labels.astype(np.int64)
 
 
-def write_npz(path: Path, seed: int = 0, classes: int = len(CLASSES), **changes: np.ndarray) -> Path:
+def write_npz(
+    path: Path, seed: int = 0, classes: int = len(CLASSES), size: int = SIZE, **changes: np.ndarray
+) -> Path:
     """A data set; `changes` replaces arrays."""
-    x_train, y_train = images(TRAIN, seed, classes)
-    x_test, y_test = images(TEST, seed + 1000, classes)
+    x_train, y_train = images(TRAIN, seed, classes, size)
+    x_test, y_test = images(TEST, seed + 1000, classes, size)
     names = np.array([*CLASSES, "elm", "fir"][:classes])
     arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test, "class_names": names}
     np.savez(path, **{**arrays, **changes})

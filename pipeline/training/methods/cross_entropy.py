@@ -17,7 +17,7 @@ class CrossEntropy(Objective):
         self.label_smoothing = label_smoothing
         self.streams = streams
 
-    def forward(self, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
         self.streams.seed_global("network", *moment, distributed_rank(batch))
         logits = self.trainable_module(batch.x_mixed).logits
         loss = mixed_cross_entropy(logits, batch, self.label_smoothing)

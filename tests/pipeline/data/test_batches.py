@@ -227,8 +227,6 @@ def test_misuse_is_refused():
         EvalBatches(x, y[:5], None, 4, MEAN, STD, "cpu")
     with pytest.raises(UserError, match=r"dataset\.batch_size=4 and 1 training images"):
         make(10, 4, torch.tensor([3]))
-    with pytest.raises(UserError, match=r"augment\.randaugment"):
-        make(10, 4, augment=AugmentConfig(randaugment=True))
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.training.loop import update
-from pipeline.training.methods.asib import AStep
+from pipeline.training.methods.a_step import AStep
 from pipeline.training.objective import Moment
 from pipeline.training.stages import Distillation
 from tests.pipeline.training.builders import (
@@ -36,8 +36,8 @@ def reference(task: Distillation, batch: Any, moment: Moment, w: dict[str, float
         tokens = torch.stack([a(t(x).feat_2d) for a, t in zip(fusion.adapters, teachers, strict=True)], dim=1)
         _, mu, logvar = fusion.ib_mbm(s.feat_2d, tokens, sample="never")
     shape = (len(x), m.ib_mbm_out_dim)
-    eps = task.streams.normal(shape, "ib_noise", *moment).tolist()
-    keep = task.streams.keep_mask(shape, m.synergy_head_dropout, "head_dropout", *moment).tolist()
+    eps = task.streams.normal(shape, "ib_noise", *moment, 0).tolist()
+    keep = task.streams.keep_mask(shape, m.synergy_head_dropout, "head_dropout", *moment, 0).tolist()
     norm, linear, temperature = fusion.head.net[0], fusion.head.net[3], 1.0
     sums = dict.fromkeys(("ce", "kd", "ib", "cw", "cw2"), 0.0)
     for i in range(len(x)):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.training.methods.asib import BLoss, BStep
+from pipeline.training.methods.b_step import BLoss, BStep
 from pipeline.training.objective import Moment
 from pipeline.training.stages import Distillation
 from tests.pipeline.training.builders import (
@@ -63,7 +63,7 @@ def reference(task: Distillation, batch: Any, w: BLoss) -> tuple[float, float, f
             value = lam * value + (1 - lam) * ce(s, int(batch.y[other]), m.ce_label_smoothing)
         sums[0] += value / rows
         sums[1] += kl(target, s, w.tau) / rows
-    return m.ce_alpha * sums[0] + w.kd * sums[1], *sums
+    return m.ce_alpha * sums[0] + w.scale * m.kd_alpha * sums[1], *sums
 
 
 def prepared(mix: str, **method: Any) -> tuple[Distillation, BStep, Any]:
@@ -82,9 +82,9 @@ def prepared(mix: str, **method: Any) -> tuple[Distillation, BStep, Any]:
 @pytest.mark.parametrize(
     "weights",
     [
-        BLoss(0.4, 3.0, synergy=False, averaged_share=0.0),
-        BLoss(0.4, 3.0, synergy=True, averaged_share=0.0),
-        BLoss(0.25, 5.0, synergy=True, averaged_share=0.3),
+        BLoss(1.0, 3.0, synergy=False, averaged_share=0.0),
+        BLoss(1.0, 3.0, synergy=True, averaged_share=0.0),
+        BLoss(0.6, 5.0, synergy=True, averaged_share=0.3),
     ],
     ids=["averaged", "synergy", "both"],
 )
@@ -106,7 +106,7 @@ def test_the_loss_is_that_of_the_method(mix: str, weights: BLoss) -> None:
 def test_every_network_runs_once_per_batch_and_view(mix: str, learnable: bool) -> None:
     task, objective, batch = prepared(mix, learnable_q=learnable)
     student, *teachers = (Calls(n) for n in (task.student, *task.teachers))
-    objective.weights = BLoss(0.4, 3.0, synergy=True, averaged_share=0.3)
+    objective.weights = BLoss(1.0, 3.0, synergy=True, averaged_share=0.3)
     objective(batch, Moment("b", 0, 0))
     n = len(batch.x)
     clean_query = [(False, False, n)] if mix != "none" and not learnable else []
@@ -122,7 +122,7 @@ def test_with_the_gate_closed_neither_fusion_nor_a_second_student_pass_runs(mix:
     task.student.register_forward_hook(lambda *_: calls.update(["student"]))
     assert task.fusion is not None
     task.fusion.register_forward_hook(lambda *_: calls.update(["fusion"]))
-    objective.weights = BLoss(0.4, 3.0, synergy=False, averaged_share=0.3)
+    objective.weights = BLoss(1.0, 3.0, synergy=False, averaged_share=0.3)
     objective(batch, Moment("b", 0, 0))
     assert calls == {"student": 1}
 
@@ -145,7 +145,7 @@ def test_the_clean_pass_leaves_no_trace_in_the_batch_norm_statistics(mix: str) -
         seen = conv(batch.x_mixed)
     expected = 0.9 * norm.running_mean + 0.1 * seen.mean((0, 2, 3))
     count = int(norm.num_batches_tracked)
-    objective.weights = BLoss(0.4, 3.0, synergy=True, averaged_share=0.0)
+    objective.weights = BLoss(1.0, 3.0, synergy=True, averaged_share=0.0)
     objective(batch, Moment("b", 0, 0))
     torch.testing.assert_close(norm.running_mean, expected, rtol=1e-5, atol=1e-6)
     assert int(norm.num_batches_tracked) == count + 1
@@ -153,7 +153,7 @@ def test_the_clean_pass_leaves_no_trace_in_the_batch_norm_statistics(mix: str) -
 
 def test_only_the_student_gets_gradients() -> None:
     task, objective, batch = prepared("cutmix")
-    objective.weights = BLoss(0.4, 3.0, synergy=True, averaged_share=0.3)
+    objective.weights = BLoss(1.0, 3.0, synergy=True, averaged_share=0.3)
     objective(batch, Moment("b", 0, 0))["loss"].backward()
     assert task.fusion is not None
     assert all(p.grad is not None for p in task.student.parameters())
@@ -190,8 +190,8 @@ def test_the_distillation_weight_warms_up_over_b_epochs_through_stages() -> None
     for epoch in task.plan:
         if epoch.phase == "b":
             task.begin_epoch(epoch)
-            found.append((objective.weights.kd, objective.weights.averaged_share))
-    assert found == [(pytest.approx(0.4 / 3), 0.25), (pytest.approx(0.8 / 3), 0.25), (0.4, 0.0), (0.4, 0.0)]
+            found.append((objective.weights.scale, objective.weights.averaged_share))
+    assert found == [(pytest.approx(1 / 3), 0.25), (pytest.approx(2 / 3), 0.25), (1.0, 0.0), (1.0, 0.0)]
 
 
 def test_both_labels_of_a_mixed_image_count() -> None:

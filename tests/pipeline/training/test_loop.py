@@ -32,7 +32,7 @@ def phase_for(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = nn.Linear(3, 2)
-    optimizer = schedules.optimizer(name, module, lr, decay, momentum)
+    optimizer = schedules.optimizer(name, [(module, lr)], decay, momentum)
     return module, Phase("x", None, optimizer, None)  # type: ignore[arg-type]
 
 
@@ -120,8 +120,8 @@ class Poison:
         objective = task.phases[phase].objective
         forward = objective.forward
 
-        def poisoned(batch: Any, moment: Any) -> dict[str, torch.Tensor]:
-            out = forward(batch, moment)
+        def poisoned(batch: Any, moment: Any, repeat: int = 0) -> dict[str, torch.Tensor]:
+            out = forward(batch, moment, repeat)
             if (moment.epoch, moment.batch) in where:
                 self.index = batch.index
                 out["loss"] = out["loss"] * NAN
@@ -249,11 +249,11 @@ def test_restored_moments_have_the_memory_format_of_their_parameters(name: str) 
         optimizer.step()
 
     straight = conv()
-    optimizer = schedules.optimizer(name, straight, 0.1, 0.0, 0.9)
+    optimizer = schedules.optimizer(name, [(straight, 0.1)], 0.0, 0.9)
     for n in range(4):
         step(straight, optimizer, n)
     first = conv()
-    optimizer = schedules.optimizer(name, first, 0.1, 0.0, 0.9)
+    optimizer = schedules.optimizer(name, [(first, 0.1)], 0.0, 0.9)
     for n in range(2):
         step(first, optimizer, n)
     state = optimizer.state_dict()
@@ -263,7 +263,7 @@ def test_restored_moments_have_the_memory_format_of_their_parameters(name: str) 
     }
     second = conv()
     second.load_state_dict(first.state_dict())
-    optimizer = schedules.optimizer(name, second, 0.1, 0.0, 0.9)
+    optimizer = schedules.optimizer(name, [(second, 0.1)], 0.0, 0.9)
     restore_optimizer(optimizer, state)
     for n in range(2, 4):
         step(second, optimizer, n)

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import MethodConfig
 from pipeline.training.common import Selection
-from pipeline.training.methods.asib import BStep
+from pipeline.training.methods.b_step import BStep
 from pipeline.training.stages import Distillation, make_plan
 from tests.pipeline.training.builders import (
     Record,
@@ -96,7 +96,7 @@ class Scripted:
 
     def __init__(self, task: Distillation, *values: float) -> None:
         self.values, self.weights, self.task = list(values), [], task
-        task._synergy_accuracy = self  # type: ignore[method-assign, assignment]
+        task.monitor.synergy_accuracy = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, student: Any) -> float:
         assert self.task.fusion is not None
@@ -119,10 +119,10 @@ def test_the_best_snapshot_of_this_a_step_is_in_use_at_its_end(tmp_path: Path) -
     loop = run_until(task, tmp_path, (4, 0))
     assert differences(fused(task), script.weights[1]) == []
     assert differences(fused(task), script.weights[2]) != []
-    assert task.known.current == 70
+    assert task.monitor.known.current == 70
     loop = run_until(task, tmp_path, (9, 0), state=loop.state_dict())
     assert differences(fused(task), script.weights[7]) == []
-    assert task.known.current == 40
+    assert task.monitor.known.current == 40
 
 
 def test_the_snapshot_is_the_best_by_an_evaluation_of_its_own(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_the_snapshot_is_the_best_by_an_evaluation_of_its_own(tmp_path: Path) ->
     scores = [evaluated(task, weights) for weights in kept]
     assert record.series("synergy/acc") == pytest.approx(scores)
     assert differences(final, kept[scores.index(max(scores))]) == []
-    assert task.known.current == pytest.approx(max(scores))
+    assert task.monitor.known.current == pytest.approx(max(scores))
 
 
 def evaluated(task: Distillation, weights: dict[str, torch.Tensor]) -> float:
@@ -174,7 +174,7 @@ def test_epochs_without_evaluation_leave_the_moving_average_alone(tmp_path: Path
     logged = [(s, v["synergy/acc"], v.get("synergy/acc_ema")) for s, v in record.rows if "synergy/acc" in v]
     # A-epochs 2, 4 and the last; then, monitored, B-epoch 2
     assert logged == [(1, 40, 40), (3, 60, 50), (4, 20, 35), (6, 77, None)]
-    assert (task.known.ema, task.known.current) == (35, 60)
+    assert (task.monitor.known.ema, task.monitor.known.current) == (35, 60)
 
 
 @pytest.mark.parametrize(
@@ -208,16 +208,16 @@ def test_a_relative_gate_goes_by_the_averaged_teachers_on_validation_images(tmp_
             hits += int((sum(t(x).logits for t in task.teachers).argmax(1) == y).sum())
     average = 100.0 * hits / len(task.data.eval.labels)
     for accuracy in (average - 2.5, average - 1.5):
-        task.known.current = accuracy
+        task.monitor.known.current = accuracy
         task.begin_phase(next(e for e in task.plan if e.phase == "b"))
-        assert task.gate_open is (accuracy > average - 2)
+        assert task.monitor.gate_open is (accuracy > average - 2)
 
 
 def test_an_unknown_accuracy_is_evaluated_once_before_a_b_step() -> None:
     task = distillation(config(method={"enable_kd_after_syn_acc": 0.3}))
     script = Scripted(task, 31)
     task.begin_phase(next(e for e in task.plan if e.phase == "b"))
-    assert task.gate_open
+    assert task.monitor.gate_open
     task.begin_phase(next(e for e in task.plan if e.phase == "b"))
     assert len(script.weights) == 1
 
@@ -236,7 +236,7 @@ def test_synergy_evaluation_can_be_narrowed_to_some_teachers() -> None:
     from pipeline.training.evaluation import outputs
 
     task.fusion.train()
-    assert task._synergy_accuracy(outputs(task.student, task.data.eval)) == pytest.approx(100 * hits / total)
+    assert task.monitor.synergy_accuracy(outputs(task.student, task.data.eval)) == pytest.approx(100 * hits / total)
     assert task.fusion.training, "modes are restored"
 
 
@@ -349,11 +349,13 @@ def test_what_is_logged_of_a_run(tmp_path: Path) -> None:
     loop.run()
     always = {"schedule/tau", "schedule/lr", "train/nonfinite_steps"}
     a = {f"a_step/{k}" for k in ("loss", "ce", "kd", "ib", "feat", "cccp", "cw_mean", "cw_std")}
+    a |= {"a_step/raw_kl", "a_step/sigma", "a_step/cw_at_bounds"}  # method.md section 9: for reading the ladder
     a |= {"schedule/ib_beta", "synergy/acc", "synergy/acc_ema"}
     b = {f"b_step/{k}" for k in ("loss", "ce", "kd", "feat")}
+    b |= {"b_step/target_entropy", "b_step/sample_gate"}
     b |= {"student/acc", "student/loss", "schedule/kd_weight", "gate/open", "synergy/acc"}
     for step, values in record.rows:
         own = a if task.plan[step].phase == "a" else b
-        assert {k for k in values if not k.startswith("teacher/")} == own | always
+        assert {k for k in values if not k.startswith(("teacher/", "parameters/"))} == own | always
     assert [s for s, _ in record.rows] == list(range(8))
     assert "teacher/disagreement" in record.rows[0][1]

@@ -1,0 +1,290 @@
+"""Partial freezing: which parts of a network train, and which normalisation layers stand still.
+
+Blocks are the network's own stages as timm declares them, never guessed from names like `layer4`; a policy that
+finds nothing to act on is an error, and a later policy replaces an earlier one completely.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from timm.models import group_parameters
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from models.features import FeatureNet
+
+LEVELS = (-1, 0, 1, 2)
+SCOPES = ("features_classifier",)
+
+# What timm's families call the layers between pooling and classifier that lie outside the classifier's module.
+# Only those in the classifier's own group count: EfficientNet's conv_head is before the pooling, in the last block.
+HEAD_PARTS = (
+    "fc_norm",
+    "attn_pool",
+    "pre_logits",
+    "pre_classifier",
+    "conv_head",
+    "norm_head",
+    "head_dist",
+    "aux_head",
+)
+# timm's normalisation and norm-act layers are those defined here; only some of them derive from torch's.
+NORM_MODULES = tuple(
+    f"timm.layers.{name}"
+    for name in ("norm", "norm_act", "evo_norm", "filter_response_norm", "split_batchnorm", "inplace_abn")
+)
+
+
+@dataclass(frozen=True)
+class FreezePolicy:
+    """What of a network trains.
+
+    Attributes:
+        level: -1 everything · 0 the head · 1 the head and the last block · 2 the head and the last two blocks.
+            The head is the classifier, what lies between it and the pooling, and the distillation adapter.
+        freeze_bn: at levels ≥ 0, all normalisation layers of the network stop, in trained blocks and in the head
+            too: their statistics (eval mode) and their affine parameters. Without it all of them go on, in frozen
+            blocks too. No effect at level -1, nor on a network without normalisation layers.
+        bn_head_only: normalisation layers and head train, nothing else; takes the place of `level` and `freeze_bn`.
+        scope: "features_classifier": the whole network trains, its adapter does not. Takes the place of the parts
+            that `level` names; `freeze_bn` acts as without it.
+
+    Raises:
+        ValueError: an unknown level or scope; `bn_head_only` together with a scope.
+    """
+
+    level: int = -1
+    freeze_bn: bool = False
+    bn_head_only: bool = False
+    scope: str | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.level) is not int or self.level not in LEVELS:
+            raise ValueError(f"freeze level {self.level!r}; it must be one of {', '.join(map(str, LEVELS))}")
+        if self.scope is not None and self.scope not in SCOPES:
+            raise ValueError(f"unknown freeze scope {self.scope!r}; it must be one of {', '.join(SCOPES)}, or null")
+        if self.bn_head_only and self.scope is not None:
+            raise ValueError(f"bn_head_only and freeze scope {self.scope} name different parts to train; give one")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A policy as it was applied to one network.
+
+    Attributes:
+        policy: what was applied.
+        held: names, in the wrapper, of the normalisation modules that stay in eval mode.
+        trainable, total: parameters, counted by element.
+    """
+
+    policy: FreezePolicy
+    held: tuple[str, ...]
+    trainable: int
+    total: int
+
+    def hold(self, model: nn.Module) -> None:
+        """Put the held modules into eval mode; to be called after every `model.train()`.
+
+        Modules are found by name, so that a copy, or the network after a SyncBatchNorm conversion, will do.
+
+        Raises:
+            ValueError: `model` lacks one of them; it is another network, or wrapped (give DDP's `.module`).
+        """
+        modules = dict(model.named_modules())
+        missing = [name for name in self.held if name not in modules]
+        if missing:
+            raise ValueError(f"the freeze policy was applied to another network: this one has no module {missing[0]}")
+        for name in self.held:
+            # Not eval(): a norm-act layer's dropout is no statistic.
+            modules[name].training = False
+
+
+def apply(model: FeatureNet, policy: FreezePolicy) -> Frozen:
+    """Set `requires_grad` of every parameter of the wrapper by `policy`, whatever was set before.
+
+    Normalisation modules get the wrapper's own mode, those that the policy holds eval mode. Parameters that no
+    longer train lose their gradient, so that no optimiser applies a stale one.
+
+    Args:
+        model: the network; its distillation adapter, where it has one, counts as head.
+        policy: what trains. At level 0 without `freeze_bn` this is the same as `bn_head_only`.
+
+    Raises:
+        ValueError: fewer stages than the level needs, stages that cannot be told, no classifier, `bn_head_only`
+            without normalisation layers, nothing left to train. The model is then as it was.
+    """
+    if not isinstance(model, FeatureNet):
+        raise ValueError(f"freezing needs a FeatureNet, got {type(model).__name__}; give the wrapper itself")
+    norms = {f"net.{name}": module for name, module in model.net.named_modules() if _is_norm(module)}
+    normal = {id(p) for module in norms.values() for p in module.parameters(recurse=False)}
+    stopped = policy.freeze_bn and policy.level >= 0 and not policy.bn_head_only
+    trained = _trained_parts(model, policy)
+    if policy.bn_head_only and not normal:
+        raise ValueError(f"{model.architecture} has no normalisation layers that bn_head_only could train")
+
+    wanted = {}
+    for name, parameter in model.named_parameters():
+        wanted[name] = not stopped if id(parameter) in normal else trained is None or name in trained
+        if policy.scope is not None and not name.startswith("net."):
+            wanted[name] = False
+    if not any(wanted.values()):
+        raise ValueError(f"{model.architecture}: {policy} leaves nothing that trains")
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted[name])
+        if not wanted[name]:
+            parameter.grad = None
+    for module in norms.values():
+        module.training = model.training and not stopped
+    return Frozen(policy, tuple(norms) if stopped else (), *count(model))
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters of a module, counted by element."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+class _Layout(NamedTuple):
+    """Names of a network's parameters by part; what is in neither is the stem."""
+
+    head: frozenset[str]
+    stages: tuple[frozenset[str], ...]
+
+
+def _trained_parts(model: FeatureNet, policy: FreezePolicy) -> set[str] | None:
+    """Names in the wrapper of what trains apart from normalisation layers; None for everything."""
+    level = 0 if policy.bn_head_only else policy.level
+    if policy.scope is not None or level < 0:
+        return None
+    head, stages = _layout(model.net, model.architecture)
+    if level > len(stages):
+        raise ValueError(
+            f"{model.architecture}: freeze level {level} trains the last {level} stages, "
+            f"and the network has {len(stages)}; choose a lower level"
+        )
+    parts = [head, *stages[len(stages) - level :]]
+    adapter = {n for n, _ in model.named_parameters() if not n.startswith("net.")}
+    return adapter | {f"net.{name}" for part in parts for name in part}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer: torch's (Batch, Instance, Layer, Group, RMS) or one of timm's.
+
+    ConvNeXt V2's response normalisation (GRN) is part of its MLP, not of these.
+    """
+    if isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
+        return True
+    return any(base.__module__ in NORM_MODULES for base in type(module).__mro__)
+
+
+def _layout(net: Any, name: str) -> _Layout:
+    """Head and stages of a timm network.
+
+    Stages are the groups of `group_matcher(coarse=True)` between stem and head; a network that has none (PiT,
+    MetaFormer, RDNet) is cut at the modules of its `feature_info`. The head is what shares the classifier's
+    top-level module (ConvNeXt's head.norm), and HEAD_PARTS. What else is behind the last stage (Swin's norm,
+    a last convolution) is before the pooling and belongs to the last stage, as timm has it for most networks.
+
+    Raises:
+        ValueError: no single classifier with parameters, or no stages.
+    """
+    order = [key for key, _ in net.named_parameters()]
+    classifier = _classifier(net, name)
+    groups, stems, unmatched = _timm_groups(net, classifier)
+    last = {key for group in groups for key in group if classifier & set(group)} or set(order)
+    roots = {key.split(".")[0] for key in classifier} | set(HEAD_PARTS)
+    head = frozenset(key for key in order if key in last and key.split(".")[0] in roots)
+    if groups:
+        stages = [set(group) - head for group in groups if not stems.issuperset(group)]
+        stages = _with_own_norms(net, [stage - unmatched for stage in stages if stage - unmatched])
+    else:
+        stages = _cut_at_features(net, [key for key in order if key not in head], name)
+    if not stages:
+        raise ValueError(f"{name} declares no stages (group_matcher, feature_info): it cannot be frozen partially")
+    start = min(map(order.index, stages[-1]))
+    # Before the last stage there are only such as all stages share (position tables): these count as stem.
+    stages[-1] |= {key for key in order[start:] if key in unmatched - head}
+    return _Layout(head, tuple(map(frozenset, stages)))
+
+
+def _with_own_norms(net: nn.Module, groups: list[set[str]]) -> list[set[str]]:
+    """No group is normalisation alone (VGG's, where each layer is one): it joins its layer; in front, the stem."""
+    norms = {
+        f"{key}.{own}" if key else own
+        for key, module in net.named_modules()
+        if _is_norm(module)
+        for own, _ in module.named_parameters(recurse=False)
+    }
+    stages: list[set[str]] = []
+    for group in groups:
+        if not norms.issuperset(group):
+            stages.append(set(group))
+        elif stages:
+            stages[-1] |= group
+    return stages
+
+
+def _classifier(net: Any, name: str) -> set[str]:
+    """Names of the classifier's parameters."""
+    module = net.get_classifier()
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{name} has {type(module).__name__} for a classifier; freezing needs one module")
+    own = {id(parameter) for parameter in module.parameters()}
+    if not own:
+        raise ValueError(f"{name} has no classifier with parameters, so no head that could train")
+    return {key for key, parameter in net.named_parameters() if id(parameter) in own}
+
+
+def _timm_groups(net: Any, classifier: set[str]) -> tuple[list[list[str]], set[str], set[str]]:
+    """(timm's coarse groups in order, those parameters that are stem, those that no pattern of timm's matches)."""
+    if not hasattr(net, "group_matcher"):
+        return [], set(), set()
+    try:
+        matcher = net.group_matcher(coarse=True)
+    except AssertionError:  # RDNet: "coarse grouping is not implemented"
+        return [], set(), set()
+    groups = list(group_parameters(net, matcher).values())
+    keys = [key for group in groups for key in group]
+    if not isinstance(matcher, dict):  # a function: the stem is number 0, what it does not know comes last
+        return groups, set(groups[0]), next(set(group) for group in groups if classifier & set(group))
+    stem = [p for part, spec in matcher.items() if part.startswith("stem") for p in _patterns(spec)]
+    every = [p for spec in matcher.values() for p in _patterns(spec)]
+    stems = {key for key in keys if any(re.match(p, key) for p in stem)}
+    return groups, stems, {key for key in keys if not any(re.match(p, key) for p in every)}
+
+
+def _patterns(spec: Any) -> Iterator[str]:
+    """The regular expressions in one entry of a timm matcher: a string, (string, suffix) pairs, or None."""
+    if isinstance(spec, str):
+        yield spec
+    elif spec is not None:
+        yield from (pattern for pattern, _ in spec)
+
+
+def _cut_at_features(net: Any, keys: list[str], name: str) -> list[set[str]]:
+    """Stages from `feature_info`: each ends with its module, and reaches back to where the one before ends.
+
+    Args:
+        net: the network.
+        keys: its parameters without the head, in the order of registration.
+        name: the architecture, for messages.
+
+    Raises:
+        ValueError: an entry names no module, or the modules are not in order.
+    """
+    stages: list[set[str]] = []
+    modules = {key for key, _ in net.named_modules()}
+    end = 0
+    for info in getattr(net, "feature_info", None) or ():
+        own = [i for i, key in enumerate(keys) if key.startswith(info["module"] + ".")]
+        if info["module"] not in modules or (own and own[0] < end):
+            raise ValueError(f"{name}: its feature_info names {info['module']}, which is no stage that can be told")
+        if own:
+            stages.append(set(keys[end if stages else own[0] : own[-1] + 1]))
+            end = own[-1] + 1
+    if stages:
+        stages[-1] |= set(keys[end:])
+    return stages

@@ -1,0 +1,83 @@
+"""What a run costs: updates, forward images of each network in training, multiply-accumulates, seconds."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.features import undisturbed
+from pipeline.training import distributed
+
+
+def images_in(args: tuple[Any, ...]) -> int:
+    """The batch size of a call: that of its first tensor, also within a list."""
+    for value in args:
+        if isinstance(value, list | tuple):
+            return images_in(tuple(value))
+        if isinstance(value, Tensor):
+            return len(value)
+    return 0
+
+
+@torch.no_grad()
+def macs(net: nn.Module, *args: Any) -> int:
+    """Multiply-accumulates of one call in eval mode; divide by its batch size for those of an image."""
+    with undisturbed(net), FlopCounterMode(display=False) as counter:
+        net(*args)
+    return int(counter.get_total_flops()) // 2
+
+
+class Costs:
+    """Counts while `counting`: evaluation is not part of what a method costs.
+
+    Args:
+        networks: name -> network; every forward call of it is counted, whoever makes it.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        self.images = dict.fromkeys(networks, 0)
+        self.updates: dict[str, int] = {}
+        self.seconds = 0.0
+        self._active = False
+        for name, net in networks.items():
+            net.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+
+    def _hook(self, name: str) -> Any:
+        def count(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._active:
+                self.images[name] += images_in(args)
+
+        return count
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Forward calls inside count."""
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+
+    def updated(self, phase: str) -> None:
+        """One optimiser update of a phase."""
+        self.updates[phase] = self.updates.get(phase, 0) + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self.images, "updates": self.updates, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.images.update(state["images"])
+        self.updates, self.seconds = dict(state["updates"]), state["seconds"]
+
+    def metrics(self) -> dict[str, float]:
+        """`cost/forward_images/<network>`, `cost/updates/<phase>`, `cost/seconds`, over all processes."""
+        names = list(self.images)
+        device = "cuda" if torch.cuda.is_available() and distributed.world().size > 1 else "cpu"
+        mine = torch.tensor([float(self.images[n]) for n in names], dtype=torch.float64, device=device)
+        counts = distributed.total(mine)
+        found = {f"cost/forward_images/{n}": v for n, v in zip(names, counts.tolist(), strict=True)}
+        found |= {f"cost/updates/{phase}": float(n) for phase, n in self.updates.items()}
+        return found | {"cost/seconds": self.seconds}
