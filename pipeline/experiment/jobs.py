@@ -18,7 +18,6 @@ from pipeline.experiment.session import load_data, prepare, threads_of, train
 from pipeline.journal import read_header
 from pipeline.training import distributed
 from pipeline.training.evaluation import outputs
-from pipeline.training.loop import Precision
 from pipeline.training.stages import Distillation
 
 logger = logging.getLogger("asib")
@@ -67,7 +66,7 @@ def distill(run: Run) -> float | None:
     for teacher in found:
         if teacher.made_by is not None:
             run.journal.model_input(teacher.made_by)
-    loop = train(run, task, Precision(config.optim, device), data, [t.hash for t in found])
+    loop = train(run, task, data, [t.hash for t in found])
     results = task.results()
     loop.finish(results)
     if not run.follower:

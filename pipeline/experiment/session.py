@@ -18,8 +18,10 @@ from pipeline.errors import UserError
 from pipeline.experiment import networks
 from pipeline.experiment.execute import stop
 from pipeline.experiment.run import REPOSITORY, Run
-from pipeline.training.checkpoint import require_space
-from pipeline.training.loop import Loop, Precision, Task
+from pipeline.journal import Journal
+from pipeline.training import distributed
+from pipeline.training.checkpoint import pack, require_space, unpack
+from pipeline.training.loop import Loop, NonFinite, Precision, Task
 
 logger = logging.getLogger("asib")
 
@@ -44,29 +46,33 @@ def load_data(run: Run) -> ImageData:
     return data
 
 
-def train(
-    run: Run, task: Task, precision: Precision, data: ImageData, teachers: Sequence[str] = (), part: str = ""
-) -> Loop:
+def train(run: Run, task: Task, data: ImageData, teachers: Sequence[str] = (), part: str = "") -> Loop:
     """Run the task to its end from where the run stands; its metrics and checkpoints are in the run's record.
+
+    After `safe_retry_patience` non-finite steps in a row under AMP the run restarts once from its last good checkpoint
+    with AMP off (SAFE-RETRY, method.md section 5).
 
     Args:
         teachers: hashes of the teachers' weights.
         part: which of several results of this configuration the run makes.
+
+    Raises:
+        NonFinite: without AMP, or the second time.
     """
-    config = run.config
+    config, device = run.config, networks.device_of(run.config)
+    retried = run.state is not None and run.state["header"].get("safe_retry", False)
+    precision = _precision(config, device, amp=config.optim.use_amp and not retried)
     header: dict[str, Any] = {
         "config_hash": config_hash(config),
         "computation": computation(config),
         "data_digest": data.digest,
         "teachers": list(teachers),
         "amp_dtype": precision.name,
+        "safe_retry": retried,
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(),
     }
-    sources = source_digest(REPOSITORY)
-    identity = Identity(config_hash(config), precision.name, tuple(teachers), data.digest, sources, part)
-    run.journal.tags({"asib.identity": identity.digest(), "asib.teachers": ",".join(teachers) or "none"})
-    device = networks.device_of(config)
+    _state_identity(run, header, part)
     require_space(run.folder, [p.objective.trainable_module for p in task.phases.values()])
     loop = Loop(
         task,
@@ -86,8 +92,54 @@ def train(
             run.restate()
     run.ready()
     with stop.between_batches(), logging_redirect_tqdm([logger]):
-        loop.run()
+        if precision.dtype is None:
+            loop.run()
+        else:
+            _run_with_retry(run, loop, part)
+    _check_lock(run, header["config_hash"])
     return loop
+
+
+def _precision(config: Config, device: torch.device, amp: bool) -> Precision:
+    return Precision(config.optim.model_copy(update={"use_amp": amp}), device)
+
+
+def _state_identity(run: Run, header: dict[str, Any], part: str) -> None:
+    sources, teachers = source_digest(REPOSITORY), tuple(header["teachers"])
+    identity = Identity(header["config_hash"], header["amp_dtype"], teachers, header["data_digest"], sources, part)
+    run.journal.tags({"asib.identity": identity.digest(), "asib.teachers": ",".join(teachers) or "none"})
+
+
+def _check_lock(run: Run, before: str) -> None:
+    """The configuration is what it was when the run began (method.md section 6)."""
+    if run.config_hash != before:
+        raise RuntimeError(f"the configuration changed during the run: {before} before, {run.config_hash} now")
+
+
+def _run_with_retry(run: Run, loop: Loop, part: str) -> None:
+    """SAFE-RETRY: once, from the last good checkpoint (the start where there is none), with AMP off."""
+    start, record = pack(loop.state_dict()), run.journal.snapshot()
+    try:
+        loop.run()
+        return
+    except NonFinite as error:
+        logger.warning("SAFE-RETRY with AMP off: %s", error)
+        reason = str(error)
+    header = loop.header | {"amp_dtype": "float32", "safe_retry": True}
+    _check_lock(run, header["config_hash"])
+    good = run.slots.read_good() if run.slots.manifest.exists() else None
+    state = unpack(start) if good is None else good[0]
+    distributed.barrier()  # everybody has read what the first process is about to write over
+    if isinstance(run.journal, Journal):
+        run.journal.close()
+        at = None if good is None else (good[1].path, good[1].sha256, good[1].slot)
+        run.journal = Journal.restore(run.folder, record if good is None else state["journal"], at)
+        loop.recorder = run.journal
+    run.journal.tags({"asib.safe_retry": reason})
+    _state_identity(run, header, part)
+    loop.header, loop.precision = header, _precision(run.config, loop.device, amp=False)
+    loop.load_state_dict(state)
+    loop.run()
 
 
 def check_continuation(run: Run, header: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ from pipeline.experiment.session import load_data, prepare, threads_of, train
 from pipeline.training import distributed
 from pipeline.training.finetune import FineTuning
 from pipeline.training.fusion import Fusion
-from pipeline.training.loop import Precision
 
 logger = logging.getLogger("asib")
 FINETUNE_KEYS = ("finetune.", "augment.", "dataset.", "optim.momentum", "optim.grad_clip_norm", "optim.amp_dtype")
@@ -165,7 +164,7 @@ def finetune(parent: Run, index: int) -> dict[str, float]:
         run.journal.tags({"asib.teacher": str(index), "asib.eval_split": task.data.eval_split})
         name = run.config.model.teachers[index].name
         logger.info("fine-tuning teacher %d, %s, for %d epochs", index, name, run.config.finetune.epochs)
-        loop = train(run, task, Precision(run.config.optim, device), data, part=key)
+        loop = train(run, task, data, part=key)
         results = task.results()
         loop.finish(results)
         if not run.follower:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,12 +140,23 @@ class Slots:
 
     def read(self) -> tuple[Any, Saved]:
         """The newest checkpoint that is whole. UserError where there is none."""
+        for state, saved in self._whole_ones():
+            return state, saved
+        raise UserError(f"{self.folder}: no whole checkpoint there; start the run anew")
+
+    def read_good(self) -> tuple[Any, Saved] | None:
+        """The newest whole checkpoint that was not written amid non-finite steps; None where there is none."""
+        for state, saved in self._whole_ones():
+            if state["position"]["streak"] == 0:
+                return state, saved
+        return None
+
+    def _whole_ones(self) -> Iterator[tuple[Any, Saved]]:
         for record in self._records():
             content = self._content(record)
             if content is not None:
                 path = self.folder / f"slot{record['slot']}.safetensors"
-                return unpack(content), Saved(path, record["sha256"], record["slot"])
-        raise UserError(f"{self.folder}: no whole checkpoint there; start the run anew")
+                yield unpack(content), Saved(path, record["sha256"], record["slot"])
 
 
 def cpu_copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

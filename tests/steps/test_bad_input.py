@@ -95,7 +95,6 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "misspelt key": ("distill", ["method.kd_alhpa=0.4"], ["method.kd_alhpa", "did you mean method.kd_alpha"]),
     "wrong type": ("distill", ["dataset.batch_size=many"], ["dataset.batch_size", "many"]),
     "out of range": ("distill", ["method.tau=0"], ["method.tau", "0"]),
-    "not implemented yet": ("distill", ["method.use_cccp=true"], ["method.use_cccp", "not implemented yet"]),
     "data set missing": (
         "distill",
         ["dataset=cifar100", "dataset.name=cifar100", "dataset.root={files}/empty"],

@@ -38,11 +38,27 @@ def test_a_runs_student_is_fetched_and_linked(bench: Lab, undisturbed: Done, lab
     assert seen.metrics["test/acc", 0] == see(sqlite_uri, source).metrics["final/acc_val_selected", 3]
     assert seen.tags["asib.student"] == source
     assert seen.tags["asib.weights"] == see(sqlite_uri, source).tags["asib.weights"]
+
+
+@pytest.mark.slow
+def test_an_unknown_runs_student_is_refused(lab: Lab, sqlite_uri: str) -> None:
     unknown = lab.step("evaluate", "tracking.mode=online", f"tracking.uri={sqlite_uri}", "student=runs:/" + 32 * "0")
     assert unknown.code == 2
     assert len(unknown.lines) == 1
     assert "runs:/" + 32 * "0" in unknown.lines[0]
     assert client(sqlite_uri).get_run(run_id(unknown.folder)).info.status == "FAILED"
+
+
+def test_the_baseline_is_the_main_jobs_student_alone(bench: Lab) -> None:
+    """Cross-entropy only, although the configuration names teachers and distils."""
+    done = bench.step("baseline")
+    assert done.code == 0, done.err
+    found = points(done.folder)
+    assert {step for name, step in found if name == "student/acc"} == {0, 1}
+    assert not [name for name, _ in found if name.startswith(("a_step/", "teacher/", "synergy/"))]
+    assert found["b_step/loss", 0] == found["b_step/ce", 0]
+    assert found["b_step/kd", 0] == [0.0]
+    assert "student alone" in done.out or "trained student" in done.out
 
 
 @pytest.mark.slow

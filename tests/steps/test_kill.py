@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from pipeline.experiment import session
 from tests.steps.lab import (
     BATCHES,
-    NOT_COMPARED,
     Done,
     Lab,
-    Seen,
+    SignalAt,
+    deliver,
     journal,
     points,
     run_id,
@@ -23,6 +27,9 @@ from tests.steps.lab import (
     see,
     until,
 )
+
+if TYPE_CHECKING:
+    from tests.servers import MlflowServer, Wire
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,14 +82,10 @@ def killed(lab: Lab, uri: str, moment: str) -> str:
     return name
 
 
-def unrecorded(seen: Seen) -> dict[tuple[str, int], list[float]]:
-    return {key: values for key, values in seen.metrics.items() if key[0] in NOT_COMPARED}
-
-
 @pytest.mark.parametrize("place", ["same machine", "server alone"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_continued_equals_an_undisturbed_one(
-    lab: Lab, undisturbed: Done, sqlite_uri: str, moment: str, place: str, tmp_path: Path
+    lab: Lab, undisturbed: Done, sqlite_uri: str, moment: str, place: str
 ) -> None:
     name = killed(lab, sqlite_uri, moment)
     before = see(sqlite_uri, name)
@@ -109,3 +112,39 @@ def test_a_killed_run_continued_equals_an_undisturbed_one(
         assert teachers[key].steady == points(expected / key)
     for run in (after, *after.children.values()):
         assert {len(values) for values in run.metrics.values()} == {1} or not run.metrics
+
+
+class CutAt(SignalAt):
+    """Cuts the way to the tracking server at the n-th question of the loop."""
+
+    def __init__(self, question: int, wire: Wire) -> None:
+        super().__init__(question=-1)
+        self._when, self._wire = question, wire
+
+    def __call__(self) -> int:
+        if self.asked + 1 == self._when:
+            self._wire.cut()
+        return super().__call__()
+
+
+def test_the_main_job_goes_on_when_the_server_vanishes_and_is_delivered_later(
+    lab: Lab, undisturbed: Done, mlflow_server: MlflowServer, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["tracking.mode=online", f"tracking.uri={wire.uri}", "tracking.finish_seconds=1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "stop", CutAt(2, wire))  # before any teacher is there
+        done = lab.step("main", *arguments)
+    assert done.code == 0, done.err
+    assert "python -m pipeline.experiment.tracking deliver" in done.lines[-1]
+    assert points(done.folder / "distill") == points(undisturbed.folder)
+
+    # the run's own delivery goes on trying as long as its trainer, this process, lives
+    for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+        if str(done.folder) in Path(f"/proc/{child}/cmdline").read_text():
+            os.kill(int(child), signal.SIGKILL)
+    deliver(mlflow_server.uri, done.folder)
+    found = see(mlflow_server.uri, run_id(done.folder))
+    assert found.status == "FINISHED"
+    assert set(found.children) == {"student_alone", "teacher_0", "teacher_1", "distill", "evaluate"}
+    assert found.children["distill"].steady == points(undisturbed.folder)
+    assert len(found.children["distill"].models_in) == 2

@@ -1,0 +1,84 @@
+"""SAFE-RETRY: NaN under AMP ends in one restart with AMP off; NaN again ends the run (method.md section 5)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from pipeline.experiment.execute import execute
+from pipeline.training.methods.b_step import BStep
+
+pytest_plugins = ["tests.servers"]
+PATIENCE = 3
+BRIEF = [
+    "cfg=quickstart",
+    "model/teacher=none",
+    "method.kd_alpha=0",
+    "method.kd_target=avg",
+    "method.num_stages=1",
+    "method.student_epochs_per_stage=[3]",
+    "schedule.lr_warmup_epochs=0",
+    "log_model=false",
+    "optim.use_amp=true",
+    f"optim.safe_retry_patience={PATIENCE}",
+]
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """NaN in the loss from a batch of the second epoch on; only under autocast, or always."""
+
+    def inject(only_under_amp: bool) -> None:
+        forward = BStep.forward
+
+        def poisoned(self: BStep, batch: Any, moment: Any, repeat: int = 0) -> dict[str, torch.Tensor]:
+            out = forward(self, batch, moment, repeat)
+            amp = torch.is_autocast_enabled("cpu")
+            if moment.epoch == 1 and moment.batch >= 2 and (amp or not only_under_amp):
+                out["loss"] = out["loss"] * float("nan")
+            return out
+
+        monkeypatch.setattr(BStep, "forward", poisoned)
+
+    return inject
+
+
+def run(uri: str, folder: Path) -> tuple[int, Any]:
+    code = execute(
+        "distill", "pipeline.experiment.jobs:distill", [*BRIEF, f"tracking.uri={uri}", f"output_dir={folder}"]
+    )
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("asib")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    return code, found
+
+
+def test_nan_under_amp_restarts_once_with_amp_off_and_says_so(sqlite_uri: str, tmp_path: Path, poison: Any) -> None:
+    poison(only_under_amp=True)
+    code, found = run(sqlite_uri, tmp_path)
+    assert (code, found.info.status) == (0, "FINISHED")
+    assert "non-finite steps in a row" in found.data.tags["asib.safe_retry"]
+    history = MlflowClient(sqlite_uri).get_metric_history(found.info.run_id, "student/acc")
+    assert [m.step for m in history] == [0, 1, 2]  # no epoch missing or double
+    assert found.data.metrics["train/nonfinite_steps"] == 0
+    # epochs after the restart are those of a run without AMP that continues the same first epoch
+    (folder,) = tmp_path.glob("*-distill-*")
+    states = json.loads((folder / "checkpoints" / "manifest.json").read_text())
+    assert len(states["checkpoints"]) == 2
+    assert found.data.params["optim.use_amp"] == "true"  # the configuration, and its hash, are as they were
+
+
+def test_nan_without_amp_too_ends_the_run_with_step_terms_and_images(
+    sqlite_uri: str, tmp_path: Path, poison: Any
+) -> None:
+    poison(only_under_amp=False)
+    code, found = run(sqlite_uri, tmp_path)
+    assert (code, found.info.status) == (1, "FAILED")
+    assert "asib.safe_retry" in found.data.tags
+    error = found.data.tags["asib.error"]
+    for part in (f"{PATIENCE} non-finite steps in a row", "b-epoch 2", "batch 5", "loss=nan", "ce=", "images ["):
+        assert part in error, error
