@@ -5,8 +5,8 @@ class UserError(Exception):
     """Something the user can mend. Steps print it as one line and exit with code 2, without a traceback."""
 
 
-class Interrupted(Exception):
-    """A signal ended the run; what training had done is in its checkpoint."""
+class Interrupted(BaseException):
+    """A signal ended the run; what training had done is in its checkpoint. No library may swallow it as an error."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by signal {signum}")

@@ -9,21 +9,43 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import math
 import os
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import UserError
+from pipeline.journal_entries import (
+    FILE,
+    VERSION,
+    Entry,
+    decode_number,
+    encode_number,
+    now_ms,
+    parse_header,
+    read_entries,
+    read_header,
+    writer_alive,
+)
 
-FILE = "journal.jsonl"
-VERSION = 1
+__all__ = [
+    "CheckpointRecorder",
+    "Entry",
+    "Journal",
+    "NullJournal",
+    "Recorder",
+    "decode_number",
+    "encode_number",
+    "now_ms",
+    "read_entries",
+    "read_header",
+    "writer_alive",
+]
+
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 OUTCOMES = ("completed", "killed", "failed", "pruned", "refused")
 
@@ -45,86 +67,6 @@ class CheckpointRecorder(Recorder, Protocol):
     def release(self) -> None: ...
     def snapshot(self) -> str: ...
     def checkpoint(self, path: Path, sha256: str, slot: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a journal. `time`: ms since 1970. `end`: the byte offset just behind the line."""
-
-    kind: str
-    time: int
-    data: Mapping[str, Any] = field(hash=False)
-    end: int = 0
-
-
-def now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def encode_number(value: float) -> float | str:
-    """JSON has no NaN and no infinity: they travel as the strings "nan", "inf" and "-inf"."""
-    number = float(value)
-    return number if math.isfinite(number) else str(number)
-
-
-def decode_number(value: float | str) -> float:
-    return float(value)
-
-
-def read_entries(path: Path, offset: int = 0) -> tuple[list[Entry], int]:
-    """The entries from byte `offset` on, and the offset behind the last of them.
-
-    A journal ends at its first line that is not whole: a writer killed in the middle of a line leaves such a tail,
-    and the next writer cuts it off. A missing file is an empty journal.
-    """
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read()
-    except FileNotFoundError:
-        return [], offset
-    entries = []
-    for line in data.split(b"\n")[:-1]:
-        try:
-            values = json.loads(line)
-            kind, at = values.pop("kind"), int(values.pop("time"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            break
-        offset += len(line) + 1
-        entries.append(Entry(kind, at, values, offset))
-    return entries, offset
-
-
-def read_header(folder: Path) -> Entry | None:
-    """The first entry of the journal in `folder`, None when there is none yet.
-
-    Raises:
-        UserError: the file is not a journal that this version can read.
-    """
-    path = folder / FILE
-    try:
-        with path.open("rb") as file:
-            line = file.readline()
-    except FileNotFoundError:
-        return None
-    if not line.endswith(b"\n"):
-        return None
-    return _parse_header(line.decode(errors="replace"), path)
-
-
-def writer_alive(folder: Path) -> bool:
-    """Whether some process on this machine holds the journal open for writing."""
-    try:
-        fd = os.open(folder / FILE, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 class Journal:
@@ -152,6 +94,7 @@ class Journal:
         name: str | None = None,
         tags: Mapping[str, str] | None = None,
         parent: Path | None = None,
+        journal: str | None = None,
     ) -> Journal:
         """Start the journal of a new run.
 
@@ -161,6 +104,7 @@ class Journal:
             name: the run's name; None leaves it to MLflow (or to the run that `mlflow run` made).
             tags: tags that the run has from its start.
             parent: the folder of the run that this one is nested in.
+            journal: the journal's id, when another machine has begun this run; None makes a new one.
 
         Raises:
             UserError: the folder already holds a journal, or the parent's has none.
@@ -181,7 +125,7 @@ class Journal:
         line = _line(
             "open",
             version=VERSION,
-            journal=uuid.uuid4().hex,
+            journal=journal or uuid.uuid4().hex,
             name=name,
             experiment=experiment,
             tags=dict(tags or {}),
@@ -189,10 +133,10 @@ class Journal:
             user=_user(),
             source=sys.argv[0] if sys.argv else "",
         )
-        journal = cls(folder, fd, _parse_header(line, folder / FILE))
-        journal._write([line])
-        journal.sync()
-        return journal
+        made = cls(folder, fd, parse_header(line, folder / FILE))
+        made._write([line])
+        made.sync()
+        return made
 
     @classmethod
     def reopen(cls, folder: Path) -> Journal:
@@ -230,7 +174,7 @@ class Journal:
         """
         folder = folder.absolute()
         path = folder / FILE
-        header = _parse_header(text.split("\n", 1)[0], path)
+        header = parse_header(text.split("\n", 1)[0], path)
         folder.mkdir(parents=True, exist_ok=True)
         # The old file's lock is kept until the new one is in place, so that no second writer slips in between.
         old = _open_for_writing(path) if path.exists() else None
@@ -440,17 +384,6 @@ class NullJournal:
 
 def _line(kind: str, **values: Any) -> str:
     return json.dumps({"kind": kind, "time": now_ms(), **values}, allow_nan=False, ensure_ascii=False)
-
-
-def _parse_header(line: str, path: Path) -> Entry:
-    try:
-        values = json.loads(line)
-        kind, at, version = values.pop("kind"), values.pop("time"), values["version"]
-    except (ValueError, KeyError, AttributeError):
-        raise UserError(f"{path} is not a journal: its first line is not an `open` entry") from None
-    if kind != "open" or version > VERSION:
-        raise UserError(f"{path} was written by another version (schema {version}): update this repository")
-    return Entry(kind, at, values, len(line.encode()))
 
 
 def _relative(path: Path, folder: Path) -> str:

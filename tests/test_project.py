@@ -58,7 +58,8 @@ def test_every_entry_point_has_its_step() -> None:
     assert project["conda_env"] == "conda.yaml"
     assert {"main", "finetune", "distill", "evaluate"} <= set(project["entry_points"])
     for name, entry in project["entry_points"].items():
-        assert entry["command"] == f"python -m steps.{name} --cfg {{cfg}} --overrides {{overrides}}"
+        parameters = " ".join(f"--{key} {{{key}}}" for key in entry["parameters"])
+        assert sorted(entry["command"].split()) == sorted(f"python -m steps.{name} {parameters}".split())
         assert (ROOT / "steps" / f"{name}.py").exists()
 
 

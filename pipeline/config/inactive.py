@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.later import DEPENDENTS
+from pipeline.config.later import DEPENDENTS, TEACHER_FREEZING
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -38,6 +38,8 @@ ONLY_WITH_TEACHERS = (
     "teacher_weights",
     "kd_loss",
     "kd_view",
+    "tau",
+    "tau_schedule",
 )
 ONLY_WITH_FUSION = (
     "enable_kd_after_syn_acc",
@@ -48,6 +50,30 @@ ONLY_WITH_FUSION = (
     "learnable_q",
     "use_cccp",
     "synergy_eval_teacher_indices",
+    "tau_syn",
+    "synergy_logit_scale",
+    "use_mu_for_kd",
+    "use_ib",
+    "ib_beta",
+    "ib_beta_warmup_epochs",
+    "ib_mbm_query_key",
+    "ib_mbm_query_dim",
+    "ib_mbm_n_head",
+    "ib_mbm_feature_norm",
+    "ib_mbm_logvar_clip",
+    "ib_mbm_min_std",
+    "ib_mbm_lr_factor",
+    "ib_mbm_reg_lambda",
+    "synergy_head_dropout",
+    "synergy_temp_learnable",
+    "synergy_temp_init",
+    "synergy_ce_alpha",
+    "teacher_adapt_alpha_kd",
+    "min_cw",
+    "max_cw",
+    "teacher_eval_every",
+    "synergy_ema_alpha",
+    "label_smoothing",
 )
 
 
@@ -76,10 +102,8 @@ def _switched_off(config: Config) -> Iterator[str]:
             for dependent in DEPENDENTS[switch]:
                 if _changed(section, dependent):
                     yield f"{group}.{dependent}: {switch} is {shown}"
-    if not m.use_teacher_finetuning:
-        for key in ("teacher_ce_alpha", "reg_lambda"):
-            if _changed(m, key):
-                yield f"method.{key}: method.use_teacher_finetuning is false"
+    if m.use_teacher_finetuning and not m.use_partial_freeze:
+        yield from (f"method.{key}: method.use_partial_freeze is false" for key in TEACHER_FREEZING if _changed(m, key))
     if not m.use_ib:
         for key in (
             "ib_beta_warmup_epochs",
@@ -93,6 +117,13 @@ def _switched_off(config: Config) -> Iterator[str]:
                 yield f"method.{key}: method.use_ib is false"
     if m.kd_target != "auto" and _changed(m, "kd_ens_alpha_max"):
         yield "method.kd_ens_alpha_max: method.kd_target is not auto"
+    auto = m.kd_target == "auto"
+    if auto and m.teacher_adapt_kd_warmup:
+        yield "method.teacher_adapt_kd_warmup: method.kd_target=auto has its own share of the averaged teachers"
+    if not auto and _changed(m, "kd_ens_alpha") and (m.kd_target != "synergy" or not m.teacher_adapt_kd_warmup):
+        yield "method.kd_ens_alpha: nothing mixes synergy targets with averaged ones"
+    if not m.synergy_temp_learnable and _changed(m, "synergy_temp_init"):
+        yield "method.synergy_temp_init: method.synergy_temp_learnable is false"
     if not is_gated(config) and m.gate_source == "ema":
         yield "method.gate_source: method.enable_kd_after_syn_acc is 0"
     if not config.augment.crop_flip and config.augment.pad_mode != "zero":
@@ -156,7 +187,7 @@ def _overruled(config: Config) -> Iterator[str]:
         for key in ("ib_beta", "ib_beta_warmup_epochs"):
             if _changed(m, key):
                 yield f"method.{key}: method.beta_schedule takes precedence"
-    if m.teacher_adapt_kd_warmup and m.kd_ens_alpha == 0:
+    if m.teacher_adapt_kd_warmup and m.kd_ens_alpha == 0 and m.kd_target != "auto":
         yield "method.teacher_adapt_kd_warmup: method.kd_ens_alpha is 0"
     if m.learnable_q and (m.ib_mbm_query_key != "feat_2d" or m.ib_mbm_query_dim):
         yield "method.ib_mbm_query_key, ib_mbm_query_dim: method.learnable_q takes their place"

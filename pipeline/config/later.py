@@ -12,6 +12,7 @@ ONLY_FOR_NOW: dict[str, tuple[Any, ...]] = {
 }
 """Keys whose other values are refused until their feature exists: never accepted and ignored."""
 
+TEACHER_FREEZING = ("teacher_freeze_level", "teacher_freeze_bn", "teacher_bn_head_only", "teacher_freeze_scope")
 DEPENDENTS = {
     "method.kd_loss": ("dkd_alpha", "dkd_beta", "dkd_warmup_epochs"),
     "method.kd_sample_gate": ("kd_sample_thr", "kd_sample_min_ratio", "kd_sample_max_ratio", "kd_sample_reweight"),
@@ -23,12 +24,7 @@ DEPENDENTS = {
         "student_freeze_schedule",
         "student_freeze_bn",
     ),
-    "method.use_teacher_finetuning": (
-        "teacher_freeze_level",
-        "teacher_freeze_bn",
-        "teacher_bn_head_only",
-        "teacher_freeze_scope",
-    ),
+    "method.use_teacher_finetuning": ("teacher_ce_alpha", "reg_lambda", *TEACHER_FREEZING),
     "method.use_loss_clamp": (
         "loss_clamp_mode",
         "loss_clamp_max",

@@ -307,6 +307,11 @@ def _check_freezing(config: Config) -> None:
         "begin with -1",
     )
     _refuse(
+        m.teacher_bn_head_only and m.teacher_freeze_scope is not None,
+        f"method.teacher_bn_head_only and method.teacher_freeze_scope={m.teacher_freeze_scope} name different parts "
+        "to train: give one",
+    )
+    _refuse(
         m.use_teacher_finetuning and m.teacher_ce_alpha == 0,
         "method.use_teacher_finetuning needs method.teacher_ce_alpha > 0, the teachers' own cross-entropy",
     )

@@ -4,7 +4,7 @@ Imports neither torch nor MLflow: `--help` answers at once.
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,23 @@ def parse(argv: Sequence[str]) -> Command:
         elif value.strip() or "." in key:
             overrides.append(f"{key}={value}")
     return Command(cfg, tuple(overrides), wants_help, _debug(overrides))
+
+
+def take(argv: Sequence[str], own: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """A step's own keys, which the schema does not know, and the other arguments.
+
+    Example:
+        >>> take(["--rungs", "ladder", "cfg=quickstart", "method.tau=2"], ["rungs"])
+        ({'rungs': 'ladder'}, ['cfg=quickstart', 'method.tau=2'])
+
+    Raises:
+        UserError: as `parse`.
+    """
+    command = parse(argv)
+    pairs = [(text, *text.partition("=")[::2]) for text in command.overrides]
+    rest = [text for text, key, _ in pairs if key not in own]
+    first = [f"cfg={command.cfg}"] if command.cfg else []
+    return {k: v.strip().strip("'\"") for _, k, v in pairs if k in own}, [*first, *rest, *["--help"] * command.help]
 
 
 def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
+from pipeline.experiment import delivery_read
 from pipeline.experiment import delivery_server as server
 
 if TYPE_CHECKING:
@@ -179,8 +180,16 @@ class Process:
             if request["do"] == "finish":
                 self._finishing = True
                 return
-            answer = self._fetch_answer(request) if request["do"] == "fetch" else self._info_answer(request)
+            answer = self._answer_to(request)
             self.trainer.tell("answer", id=request["id"], **answer)
+
+    def _answer_to(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request["do"] == "fetch":
+            return self._fetch_answer(request)
+        if request["do"] == "info":
+            return self._info_answer(request)
+        assert self._client is not None
+        return delivery_read.answer(self._client, request, self.options.uri)
 
     def _fetch_answer(self, request: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -157,7 +157,7 @@ class RunDelivery:
             if header.data["name"]:
                 self.client.update_run(run_id, name=header.data["name"])
         self.client.log_batch(run_id, tags=missing)
-        if self._live and run.info.status != "RUNNING":
+        if self._live and not self.state.ended and run.info.status != "RUNNING":
             self.client.update_run(run_id, status="RUNNING")
 
     def _parent_run_id(self, header: Entry) -> str:

@@ -64,13 +64,16 @@ stop = Stop()
 
 
 def execute(
-    step: str, job: str, argv: list[str] | None = None, variant: Callable[[Config], Config] = lambda config: config
+    step: str,
+    job: str | Job,
+    argv: list[str] | None = None,
+    variant: Callable[[Config], Config] = lambda config: config,
 ) -> int:
     """Run a step from its command line.
 
     Args:
         step: its name, for `--help`, folders and tags.
-        job: "module:function" that takes the Run and returns the metric the step optimises; imported late.
+        job: "module:function" that takes the Run and returns the metric the step optimises, imported late; or itself.
         argv: arguments without the program's name; None: sys.argv.
         variant: what the step makes of the composed configuration.
 
@@ -104,15 +107,22 @@ def execute(
         return 128 + error.signum  # before the run, or after its end: nothing is lost
 
 
-def _supervise(run: "Run", job: str) -> int:
+def _call(job: str | Job, run: "Run") -> None:
+    if isinstance(job, str):
+        module, function = job.split(":")
+        getattr(importlib.import_module(module), function)(run)
+    else:
+        job(run)
+
+
+def _supervise(run: "Run", job: str | Job) -> int:
     from pipeline.training import distributed
     from pipeline.training.loop import NonFinite
 
-    module, function = job.split(":")
     try:
         distributed.join()
         distributed.first_process_says(str(run.folder))
-        getattr(importlib.import_module(module), function)(run)
+        _call(job, run)
     except Interrupted as error:
         code = 128 + error.signum
         run.close("KILLED", "killed", code)
@@ -136,7 +146,7 @@ def _supervise(run: "Run", job: str) -> int:
     return 0
 
 
-def _follow(step: str, config: Config, job: str) -> int:
+def _follow(step: str, config: Config, job: str | Job) -> int:
     """Another process than torchrun's first: trains along, and leaves record and messages to the first."""
     from pipeline.experiment.run import Run
     from pipeline.training import distributed
@@ -144,9 +154,8 @@ def _follow(step: str, config: Config, job: str) -> int:
     logger.setLevel(logging.ERROR)
     distributed.join()
     run = Run.follow(step, config, Path(distributed.first_process_says("")))
-    module, function = job.split(":")
     try:
-        getattr(importlib.import_module(module), function)(run)
+        _call(job, run)
     except Interrupted as error:
         return 128 + error.signum
     except UserError:

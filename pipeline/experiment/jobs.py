@@ -1,8 +1,10 @@
 """What the steps do inside a tracked run: fine-tune, distil, train the student alone, evaluate, and all together."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
 
 from models.weights import weights_hash
 from pipeline.config import Config
@@ -16,7 +18,7 @@ from pipeline.experiment import export, networks, report, teachers
 from pipeline.experiment.run import Run
 from pipeline.experiment.session import load_data, prepare, threads_of, train
 from pipeline.journal import read_header
-from pipeline.training import distributed
+from pipeline.training import costs, distributed
 from pipeline.training.evaluation import outputs
 from pipeline.training.stages import Distillation
 
@@ -68,6 +70,7 @@ def distill(run: Run) -> float | None:
             run.journal.model_input(teacher.made_by)
     loop = train(run, task, data, [t.hash for t in found])
     results = task.results()
+    results |= macs_found(task, data, results)
     loop.finish(results)
     if not run.follower:
         _keep_student(run, data, task, results)
@@ -88,9 +91,38 @@ def _keep_student(run: Run, data: ImageData, task: Distillation, results: dict[s
     run.journal.tags({"asib.weights": weights_hash(task.student.net)})
     report.curves(run)
     test = task.data.test
-    report.confusion(run, outputs(task.student, test).logits.argmax(dim=1), test.labels, data.classes)
+    predicted = outputs(task.student, test).logits.argmax(dim=1)
+    report.predictions(run, predicted, test.labels)
+    report.confusion(run, predicted, test.labels, data.classes)
     if run.config.log_model:
         export.log_student(run, task.student, data, results)
+
+
+def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]) -> dict[str, float]:
+    """`cost/macs_per_image/<network>`, and `cost/gmacs`: 10⁹ multiply-accumulates of the whole training.
+
+    A forward pass counts once, a training pass three times (forward, and backward for inputs and for weights); early
+    ends of the backward pass under partial freezing are not taken off. Evaluation does not count, as for the images.
+    """
+    x = torch.zeros(1, data.in_chans, data.image_size, data.image_size, device=task.device)
+    x = x.to(memory_format=torch.channels_last if task.optim.use_channels_last else torch.contiguous_format)
+    nets = {"student": task.student} | {f"teacher_{k}": t for k, t in enumerate(task.teachers)}
+    found = {name: costs.macs(net, x) for name, net in nets.items()}
+    if task.fusion is not None:
+        width = task.method.distill_out_dim if task.method.ib_mbm_query_key == "distill_feat" else 0
+        query = torch.zeros(1, width or task.student.feature_dim, device=task.device)
+        features = [torch.zeros(1, t.feature_dim, device=task.device) for t in task.teachers]
+        found["fusion"] = costs.macs(task.fusion, None if task.method.learnable_q else query, features)
+    total = sum(found[name] * results[f"cost/forward_images/{name}"] for name in found)
+    epochs = {phase: sum(e.phase == phase for e in task.plan) for phase in task.phases}
+    images = len(task.data.train.indices)
+    for phase, names in (("a", ["fusion"]), ("b", ["student"])):
+        if phase in task.phases:
+            if phase == "a" and task.method.use_teacher_finetuning:
+                names += [f"teacher_{k}" for k in range(len(task.teachers))]
+            passes = images * epochs[phase] * task.phases[phase].repeats
+            total += 2 * passes * sum(found[name] for name in names)
+    return {f"cost/macs_per_image/{name}": float(n) for name, n in found.items()} | {"cost/gmacs": total / 1e9}
 
 
 # evaluation ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,6 +60,14 @@ def classification(logits: Tensor, y: Tensor) -> dict[str, float]:
         "test/top5": 100.0 * top.double().mean().item(),
         "test/nll": F.cross_entropy(logits.float(), y).item(),
     }
+
+
+def predictions(run: Run, predicted: Tensor, y: Tensor) -> None:
+    """`predictions.npz`: labels and predictions on the test split, image by image, for paired comparisons."""
+    path = run.folder / "predictions.npz"
+    labels, found = (values.cpu().numpy().astype(np.int32) for values in (y, predicted))
+    np.savez_compressed(path, labels=labels, predictions=found)
+    run.journal.artifact(path)
 
 
 def metrics_of(run: Run) -> dict[str, list[tuple[int, float]]]:

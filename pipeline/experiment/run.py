@@ -91,15 +91,16 @@ class Run:
         parent: "Run | None",
         delivery: tracking.Delivery | None = None,
         known_as: str | None = None,
+        name: str | None = None,
     ) -> "Run":
         """`known_as`: the journal id of the run on the server that this one is; it has no checkpoint to go on from."""
-        name = folder.name if parent is not None else config.run_name
+        name = name or (folder.name if parent is not None else config.run_name)
         if name is None and "MLFLOW_RUN_ID" not in os.environ:  # the run that `mlflow run` has made has a name
             name = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
         with _writable(config):
-            journal = _create_journal(
+            journal = Journal.create(
                 folder,
-                known_as if parent is None else _nested_id(parent, folder.name),
+                journal=known_as if parent is None else _nested_id(parent, folder.name),
                 experiment=config.tracking.experiment,
                 name=name,
                 tags={"asib.step": step},
@@ -173,14 +174,14 @@ class Run:
         journal.tags({"asib.resumed_from": _position(state)})
         return run
 
-    def child(self, step: str, key: str, config: Config) -> "Run":
-        """A nested run in `<folder>/<key>`; what an interrupted parent left there is continued."""
+    def child(self, step: str, key: str, config: Config, name: str | None = None) -> "Run":
+        """A nested run in `<folder>/<key>`, named so or `name`; what an interrupted parent left there is continued."""
         folder = self.folder / key
         if self.follower:
             return Run.follow(step, config, folder, self)
         if (folder / "journal.jsonl").exists():
             return Run._continue(step, config, folder, self)
-        run = Run._begin(step, config, folder, self)
+        run = Run._begin(step, config, folder, self, name=name)
         if self._from_server and self.delivery is not None:
             # by its journal's id delivery has found what there is of it on the server
             if _fetch_checkpoint(self.delivery, self.delivery.child_ready(folder), folder):
@@ -325,19 +326,6 @@ def _fetch_checkpoint(delivery: tracking.Delivery, run_id: str, folder: Path) ->
 def _nested_id(parent: Run, key: str) -> str:
     """The journal id of a nested run: the same on whichever machine its parent is continued."""
     return hashlib.sha256(f"{parent.journal.id}/{key}".encode()).hexdigest()[:32]
-
-
-def _create_journal(folder: Path, known_as: str | None, **header: Any) -> Journal:
-    """A new journal, under an id that is given or (None) its own."""
-    if known_as is None:
-        return Journal.create(folder, **header)
-    beside = folder.with_name(f".{folder.name}")  # delivery, which watches `folder`, sees the final header only
-    shutil.rmtree(beside, ignore_errors=True)
-    made = Journal.create(beside, **header)
-    first = json.loads(made.snapshot().split("\n", 1)[0])
-    made.close()
-    shutil.rmtree(beside)
-    return Journal.restore(folder, json.dumps(first | {"journal": known_as}) + "\n")
 
 
 def _deliver(config: Config, folder: Path) -> tracking.Delivery | None:

@@ -166,6 +166,28 @@ class Delivery:
         """
         return dict(self._ask("info", timeout, run_id=run_id))
 
+    def read(self, runs: Sequence[str], dest: Path, histories: Sequence[str], timeout: float = 600.0) -> list[Path]:
+        """A folder for each run, with `record.json`, its config.yaml and predictions.npz where it has them.
+
+        Raises:
+            UserError: the server does not know one of them.
+        """
+        where = str(dest.absolute())
+        found = self._ask("read", timeout, runs=list(runs), dest=where, histories=list(histories))
+        return [Path(path) for path in found]
+
+    def nested(self, run_id: str, timeout: float = 60.0) -> list[str]:
+        """Ids of the runs nested in a run. Raises UserError."""
+        return list(self._ask("nested", timeout, run_id=run_id))
+
+    def find_finished(self, identities: Sequence[str], timeout: float = 120.0) -> dict[str, str]:
+        """Identity -> newest FINISHED run on the server that has it. Raises UserError."""
+        return dict(self._ask("find", timeout, identities=list(identities)))
+
+    def log_files(self, run_id: str, files: Sequence[Path], to: str, timeout: float = 300.0) -> None:
+        """Add artifacts to a run that is not this delivery's. Raises UserError."""
+        self._ask("log", timeout, run_id=run_id, files=[str(file.absolute()) for file in files], to=to)
+
     def finish(self, timeout: float = 600.0) -> bool:
         """After `Journal.end`: wait until everything is on the server.
 

@@ -318,7 +318,7 @@ class Loop:
                 bad = update(phase, output["loss"], self.precision, task.optim.grad_clip_norm)
                 task.costs.updated(epoch.phase)
                 if phase.objective.has_ema() and (done + 1) % task.optim.ema_update_every == 0:
-                    phase.objective.update_ema(step=done + 1)
+                    phase.objective.update_ema(step=(done + 1) // task.optim.ema_update_every)
                 terms = {k: v.detach() for k, v in output.items() if k != "output"}
                 self._watch(bad, epoch, terms, batch.index)
                 total.add({k: v * images for k, v in terms.items()})

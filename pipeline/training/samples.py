@@ -34,8 +34,9 @@ def disagreement_weight(logits: list[Tensor], y: Tensor, mode: str, high: float,
 
 def gate_size(candidates: int, batch: int, min_ratio: float, max_ratio: float) -> int:
     """How many of a global batch are distilled: the candidates, within min_ratio B (rounded up) and max_ratio B."""
-    least = math.ceil(min_ratio * batch)
-    most = max(least, math.floor(max_ratio * batch))
+    rounding = 1e-9 * batch  # 0.07 * 100 is 7.000000000000001
+    least = math.ceil(min_ratio * batch - rounding)
+    most = max(least, math.floor(max_ratio * batch + rounding))
     return min(max(candidates, least), most)
 
 

@@ -12,6 +12,7 @@ from pipeline.config.rules import needs_distillation, uses_fusion
 from pipeline.config.schema import ScheduleConfig
 from pipeline.data.batches import EpochDraws
 from pipeline.data.sources import ImageData
+from pipeline.errors import UserError
 from pipeline.training import distributed, schedules
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.common import RunData, Selection, prepare
@@ -42,6 +43,33 @@ def make_plan(method: MethodConfig, a_steps: bool) -> list[Epoch]:
     return plan
 
 
+def check_student(config: Config, student: FeatureNet, num_classes: int) -> None:
+    """What only the networks and the data can tell of a configuration. Raises UserError."""
+    m = config.method
+    if not needs_distillation(config):
+        return
+    if m.kd_loss == "dkd" and m.kd_alpha > 0 and num_classes < 3:
+        raise UserError(
+            f"method.kd_loss=dkd: it splits what is not the label, and the data has {num_classes} classes; use kl"
+        )
+    if m.feat_kd_alpha > 0:
+        adapter = student.distillation_adapter
+        width = student.feature_dim if m.feat_kd_key == "feat_2d" else None if adapter is None else adapter.out_dim
+        if width != m.ib_mbm_out_dim:
+            raise UserError(
+                f"method.feat_kd_alpha={m.feat_kd_alpha}: the student's {m.feat_kd_key} has width {width}, the fusion "
+                f"method.ib_mbm_out_dim={m.ib_mbm_out_dim}: set it to the student's, or feat_kd_key=distill_feat"
+            )
+
+
+def _freeze(net: FeatureNet, policy: freeze.FreezePolicy, key: str) -> freeze.Frozen:
+    """Apply a policy. UserError names `key` where the network cannot be frozen so."""
+    try:
+        return freeze.apply(net, policy)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
 class Distillation:
     """The loop's task for a student: K >= 0 teachers, a fusion where targets need one, stages.
 
@@ -67,8 +95,10 @@ class Distillation:
         self.data = RunData(config, data, device)
         self.batches = self.data.train
         self.streams = Streams(config.seed)
+        check_student(config, student, data.num_classes)
         self.fusion = self._make_fusion(data.num_classes, device) if uses_fusion(config) else None
         self._freeze_teachers()
+        self._try_student_levels()
         self.monitor = Monitor(self.method, self.data, self.teachers, self.fusion)
         networks: dict[str, nn.Module] = {"student": student}
         networks |= {f"teacher_{k}": t for k, t in enumerate(self.teachers)}
@@ -101,9 +131,26 @@ class Distillation:
         for net in self.teachers:
             net.requires_grad_(False).eval()
             if m.use_teacher_finetuning:
-                level = m.teacher_freeze_level if m.use_partial_freeze else -1
-                policy = freeze.FreezePolicy(level, m.teacher_freeze_bn, m.teacher_bn_head_only, m.teacher_freeze_scope)
-                self._held_teachers.append((freeze.apply(net, policy), net))
+                policy = freeze.FreezePolicy()
+                if m.use_partial_freeze:
+                    policy = freeze.FreezePolicy(
+                        m.teacher_freeze_level, m.teacher_freeze_bn, m.teacher_bn_head_only, m.teacher_freeze_scope
+                    )
+                frozen = _freeze(net, policy, f"method.teacher_freeze_level={m.teacher_freeze_level}")
+                self._held_teachers.append((frozen, net))
+
+    def _student_policy(self, stage: int) -> freeze.FreezePolicy:
+        m = self.method
+        level = m.student_freeze_level if m.student_freeze_schedule is None else m.student_freeze_schedule[stage]
+        return freeze.FreezePolicy(level, m.student_freeze_bn)
+
+    def _try_student_levels(self) -> None:
+        """Whatever a later stage could not do is said before training; the student is whole again afterwards."""
+        if self.method.use_partial_freeze:
+            for stage in range(self.method.num_stages):
+                policy = self._student_policy(stage)
+                _freeze(self.student, policy, f"stage {stage + 1}, student freeze level {policy.level}")
+            freeze.apply(self.student, freeze.FreezePolicy())
 
     def _make_phases(self, device: torch.device) -> dict[str, Phase]:
         m, o, updates = self.method, self.optim, len(self.batches)
@@ -128,12 +175,11 @@ class Distillation:
             )
         optimizer = schedules.optimizer(o.optimizer, [(self.student, o.student_lr)], o.student_weight_decay, o.momentum)
         cutmix = m.cutmix_alpha_distill > 0
-        b_epochs = sum(e.phase == "b" for e in self.plan)
         phases["b"] = Phase(
             "b_step",
             BStep(self.student, self.teachers, self.fusion, m, self.streams, device),
             optimizer,
-            schedules.lr_schedule(optimizer, self.config.schedule, b_epochs, updates * m.cccp_ns),
+            schedules.lr_schedule(optimizer, self.config.schedule, self._b_epochs(), updates * m.cccp_ns),
             mix="cutmix" if cutmix else "mixup" if m.mixup_alpha > 0 else None,
             mix_alpha=m.cutmix_alpha_distill if cutmix else m.mixup_alpha,
             repeats=m.cccp_ns,
@@ -149,8 +195,11 @@ class Distillation:
     def begin_phase(self, epoch: Epoch) -> None:
         if epoch.phase == "a":
             self.monitor.begin_a_step()
-        elif self.fusion is not None:
+        elif self.fusion is not None and schedules.kd_weight(self.method, epoch.in_phase, self._b_epochs()) > 0:
             self.monitor.decide(self.student, trained=epoch.overall > 0)
+
+    def _b_epochs(self) -> int:
+        return sum(e.phase == "b" for e in self.plan)
 
     def begin_epoch(self, epoch: Epoch) -> None:
         if epoch.phase == "a":
@@ -160,7 +209,7 @@ class Distillation:
         m, b = self.method, epoch.in_phase
         start, stop = m.kd_two_view_start_epoch, m.kd_two_view_stop_epoch
         self._b_step().weights = BLoss(
-            scale=schedules.kd_weight(m, b, sum(e.phase == "b" for e in self.plan)) if self.teachers else 0.0,
+            scale=schedules.kd_weight(m, b, self._b_epochs()) if self.teachers else 0.0,
             tau=schedules.tau(m, epoch.overall, len(self.plan)),
             synergy=self.monitor.gate_open,
             averaged_share=self._averaged_share(b),
@@ -204,10 +253,8 @@ class Distillation:
         m = self.method
         if not m.use_partial_freeze or stage == self._stage:
             return
-        level = m.student_freeze_level if m.student_freeze_schedule is None else m.student_freeze_schedule[stage]
         objective = self._b_step()
-        policy = freeze.FreezePolicy(level, m.student_freeze_bn)
-        objective.held = [(freeze.apply(self.student, policy), self.student)]
+        objective.held = [(freeze.apply(self.student, self._student_policy(stage)), self.student)]
         self._stage = stage
         objective.trainable_module = self.student
         prepare({"b": self.phases["b"]}, self.device, unused=set())
@@ -244,13 +291,14 @@ class Distillation:
         return found | self._synergy_found(epoch, out)
 
     def _synergy_found(self, epoch: Epoch, student: Outputs) -> dict[str, float]:
-        """Gate and synergy in a B-epoch: monitored, without effect."""
+        """Gate and synergy in a B-epoch: monitored, without effect; in the cooldown teachers and fusion rest."""
         if self.fusion is None:
             return {}
         found = {"gate/open": float(self.monitor.gate_open)}
         if self.method.kd_target == "auto":
             found["gate/averaged_share"] = self.monitor.share
-        if (epoch.in_stage + 1) % self.method.teacher_eval_every == 0 or epoch.last:
+        due = (epoch.in_stage + 1) % self.method.teacher_eval_every == 0 or epoch.last
+        if due and self._b_step().weights.scale > 0:
             found["synergy/acc"] = self.monitor.synergy_accuracy(student)
         return found
 

@@ -33,14 +33,13 @@ def averaged_share(known: float, threshold: float, average: float, least: float,
 
 
 def best_of(p_synergy: Tensor, p_average: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """`auto_min`: per sample the target with the lower cross-entropy against the label, and the label guard.
+    """`auto_min`: which of two targets (B, N) has the lower cross-entropy against the label y (B,).
 
     Returns:
-        (B, N) targets, and (B,) bool: whether at least one of the two has the label on top.
+        (B,) bool: whether it is the synergy's, and (B,) bool, the label guard: whether one has the label on top.
     """
-    picked = (p_synergy.gather(1, y[:, None]) >= p_average.gather(1, y[:, None])).expand_as(p_synergy)
-    guard = (p_synergy.argmax(dim=1) == y) | (p_average.argmax(dim=1) == y)
-    return torch.where(picked, p_synergy, p_average), guard
+    picked = (p_synergy.gather(1, y[:, None]) >= p_average.gather(1, y[:, None])).squeeze(1)
+    return picked, (p_synergy.argmax(dim=1) == y) | (p_average.argmax(dim=1) == y)
 
 
 def synergy(logits: Tensor, tau_syn: float) -> Tensor:

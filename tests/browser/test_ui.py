@@ -15,6 +15,7 @@ pytestmark = pytest.mark.browser
 BRIEF = [
     "cfg=quickstart",
     "finetune.epochs=1",
+    "method.num_stages=2",
     "method.student_epochs_per_stage=[1,1]",
     "method.teacher_adapt_epochs=1",
     "schedule.lr_warmup_epochs=0",

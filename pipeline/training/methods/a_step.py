@@ -66,7 +66,8 @@ def a_loss(
         distance = (feature - losses.normalised(mu, method.feat_kd_norm)).square().sum(dim=1)
         feat = batch_mean(cw * distance, batch)
     loss = weights.ce * ce + weights.kd * kd + weights.cccp * cccp + weights.beta * ib + weights.feat * feat
-    outside = (cw <= method.min_cw) | (cw >= method.max_cw)
+    outside = ((cw <= method.min_cw) | (cw >= method.max_cw)) & weights.certainty
+    sigma = torch.exp(0.5 * logvar.detach().float()).clamp_min(method.ib_mbm_min_std)
     return {
         "loss": loss,
         "ce": ce,
@@ -78,7 +79,7 @@ def a_loss(
         "cw_square": batch_mean(cw.square(), batch),
         "cw_at_bounds": batch_mean(outside.float(), batch),
         "raw_kl": raw_kl.detach() / mu.shape[1],
-        "sigma": batch_mean(torch.exp(0.5 * logvar.detach().float()).mean(dim=1), batch),
+        "sigma": batch_mean(sigma.mean(dim=1), batch),
     }
 
 

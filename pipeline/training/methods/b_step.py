@@ -71,32 +71,40 @@ class BStep(Objective):
         fused = m.kd_alpha > 0 and m.kd_target not in ("avg", "weighted_conf")
         return self.weights.synergy and (fused or m.feat_kd_alpha > 0)
 
+    def _weighs_uncertainty(self) -> bool:
+        """Whether a target's entropy weighs anything: the hybrid term alone has no sample weights."""
+        m = self.method
+        return m.kd_uncertainty_weight > 0 and (m.kd_alpha > 0 or m.feat_kd_alpha > 0)
+
     @torch.no_grad()
     def lesson(self, x: Tensor, y: Tensor, query: Tensor | None, eps: Tensor | None) -> Lesson:
         """What teachers and fusion say of images x (n,C,H,W) with labels y (n,); each network runs once."""
         m = self.method
         seen = [teacher(x) for teacher in self._teachers]
         logits = [s.logits for s in seen]
-        syn = mean = None
+        fused = syn = picked = guard = None
         if self._fuses():
             (fusion,) = self._fusion
             assert fusion is not None
-            mean = fusion(query, [s.feat_2d for s in seen])
-            syn = mean.logits if eps is None else fusion(query, [s.feat_2d for s in seen], eps, sample="always").logits
+            fused = fusion(query, [s.feat_2d for s in seen], eps, sample="never" if eps is None else "always")
+            syn = fused.logits
+        average = targets.averaged(logits, self._average_weights(), self.weights.tau)
+        if m.kd_target == "auto_min" and syn is not None:
+            picked, guard = targets.best_of(targets.synergy(syn, m.tau_syn), average, y)
         found: Lesson = {}
         if m.kd_alpha > 0:
-            found["p"], guard = self._target(logits, syn, y, self.weights.tau, m.tau_syn)
+            found["p"] = self._target(logits, syn, picked, self.weights.tau, m.tau_syn)
             if guard is not None:
                 found["guard"] = guard.float()
-        if m.kd_uncertainty_weight > 0 and m.kd_alpha > 0:
-            found["sure"], _ = self._target(logits, syn, y, 1.0, 1.0)
+        if self._weighs_uncertainty():
+            found["sure"] = self._target(logits, syn, picked, 1.0, 1.0)
         if m.hybrid_beta > 0:
-            found["average"] = targets.averaged(logits, self._average_weights(), self.weights.tau)
-        if m.feat_kd_alpha > 0 and mean is not None:
-            found["mu"] = mean.mu.float()
+            found["average"] = average
+        if m.feat_kd_alpha > 0 and fused is not None:
+            found["mu"] = fused.mu.float()
             found["cw"] = torch.ones(len(y), device=self.device)
             if m.use_ib:
-                found["cw"] = losses.certainty_weights(mean.logvar, m.min_cw, m.max_cw)
+                found["cw"] = losses.certainty_weights(fused.logvar, m.min_cw, m.max_cw)
         if m.use_disagree_weight:
             found["weight"] = samples.disagreement_weight(
                 logits, y, m.disagree_mode, m.disagree_lambda_high, m.disagree_lambda_low
@@ -107,20 +115,19 @@ class BStep(Objective):
         return None if self.method.teacher_weights == "equal" else list(self.method.teacher_weights)
 
     def _target(
-        self, logits: list[Tensor], syn: Tensor | None, y: Tensor, tau: float, tau_syn: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """The target (n, N), and the label guard where the policy has one."""
+        self, logits: list[Tensor], syn: Tensor | None, picked: Tensor | None, tau: float, tau_syn: float
+    ) -> Tensor:
+        """The target (n, N). `picked`: where `auto_min` takes the synergy, whatever the temperature."""
         m = self.method
         if m.kd_target == "weighted_conf":
-            return targets.confidence_weighted(logits, tau), None
-        if syn is None:  # kd_target avg, or a closed gate
-            return targets.averaged(logits, self._average_weights(), tau), None
+            return targets.confidence_weighted(logits, tau)
+        average = targets.averaged(logits, self._average_weights(), tau)
+        if syn is None or m.kd_target == "avg":  # syn is None: nothing fuses, or the gate is closed
+            return average
         p = targets.synergy(syn, tau_syn)
-        if m.kd_target == "auto_min":
-            return targets.best_of(p, targets.averaged(logits, self._average_weights(), tau), y)
-        if self.weights.averaged_share > 0:
-            p = targets.mixed(p, targets.averaged(logits, self._average_weights(), tau), self.weights.averaged_share)
-        return p, None
+        if picked is not None:
+            return torch.where(picked[:, None], p, average)
+        return targets.mixed(p, average, self.weights.averaged_share) if self.weights.averaged_share > 0 else p
 
     # which images, which views ---------------------------------------------------------------------------------------
 
@@ -179,7 +186,7 @@ class BStep(Objective):
         """The lesson for some of this process's rows; None: for all."""
         m = self.method
         if len(batch.y if own is None else own) == 0:
-            return {}
+            return {name: torch.zeros((0, *width), device=self.device) for name, width in self._widths(batch).items()}
 
         def rows(value: Tensor) -> Tensor:
             return value if own is None else value[own]
@@ -199,7 +206,7 @@ class BStep(Objective):
         if self.weights.two_view and batch.x_second is not None:
             second = rows(batch.x_second)
             other = self.lesson(second, rows(y), self._query(second, None), eps)
-            found = {name: 0.5 * (value + other[name]) for name, value in found.items()}
+            found, _ = self._blend(found, other, torch.full((), 0.5, device=self.device))
         return found
 
     def _spread(self, own: Lesson, rows: Tensor, batch: Batch) -> Lesson:
@@ -210,8 +217,7 @@ class BStep(Objective):
         everyone: Lesson = {}
         for name, width in self._widths(batch).items():
             full = torch.zeros((size, *width), device=self.device)
-            if name in own:
-                full[rows] = own[name].float()
+            full[rows] = own[name].float()
             everyone[name] = distributed.total(full)
         return everyone
 
@@ -225,8 +231,8 @@ class BStep(Objective):
             parts["p"] = n
             if m.kd_target == "auto_min" and self._fuses():
                 parts["guard"] = ()
-            if m.kd_uncertainty_weight > 0:
-                parts["sure"] = n
+        if self._weighs_uncertainty():
+            parts["sure"] = n
         if m.hybrid_beta > 0:
             parts["average"] = n
         (fusion,) = self._fusion
@@ -238,7 +244,13 @@ class BStep(Objective):
 
     @staticmethod
     def _mix(a: Lesson, b: Lesson, lam: Tensor) -> Lesson:
-        """The lesson of mixed samples from those of their two clean views.
+        """The lesson of mixed samples from those of their two clean views; DKD decouples each by its own label."""
+        mixed, share = BStep._blend(a, b, lam)
+        return mixed | ({"p_a": a["p"], "p_b": b["p"], "share": share} if "p" in a else {})
+
+    @staticmethod
+    def _blend(a: Lesson, b: Lesson, lam: Tensor) -> tuple[Lesson, Tensor]:
+        """The lesson of two views of each sample, and the share (n,) of the first in its target.
 
         Probability vectors and weights are mixed by lambda; a view that the label guard closes drops out, and the
         sample counts by the share that is left.
@@ -259,8 +271,7 @@ class BStep(Objective):
             weight = share if name in ("p", "sure") else lam.expand(len(value))
             weight = weight.reshape(-1, *([1] * (value.dim() - 1)))
             mixed[name] = weight * value + (1 - weight) * b[name]
-        # DKD decouples each view by its own label
-        return mixed | ({"p_a": a["p"], "p_b": b["p"], "share": share} if "p" in a else {})
+        return mixed, share
 
     # the loss --------------------------------------------------------------------------------------------------------
 
@@ -324,6 +335,11 @@ class BStep(Objective):
             out["hybrid"] = batch_mean(distilled * losses.kl_to(logits, lesson["average"], w.tau), batch)
             total = total + w.scale * m.hybrid_beta * out["hybrid"]
         return total
+
+    def summarise(self, means: dict[str, float]) -> dict[str, float]:
+        """What is read of targets is a mean over the distilled samples, not over all: gates leave it comparable."""
+        share = means.get("sample_gate", 0.0)
+        return {k: v / share if k in ("target_entropy", "label_guard") and share > 0 else v for k, v in means.items()}
 
     def _divergence(self, logits: Tensor, lesson: Lesson, batch: Batch) -> Tensor:
         """KD_i of this process's samples, (b,)."""

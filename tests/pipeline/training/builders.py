@@ -49,11 +49,37 @@ class TinyNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def net(width: int, seed: int, norm: str = "batch", drop: float = 0.0) -> FeatureNet:
+class StagedNet(TinyNet):
+    """A TinyNet with two blocks before its pooling, which it declares as timm's networks do: it can be frozen."""
+
+    def __init__(self, width: int = 6, norm: str = "batch", classes: int = CLASSES, drop: float = 0.0) -> None:
+        super().__init__(width, norm, classes, drop)
+        norms = [nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(1, width) for _ in range(2)]
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 3, padding=1), n) for n in norms)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = super().forward_features(x)
+        for block in self.blocks:
+            x = F.relu(x + block(x))
+        return x
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^conv|^norm", "blocks": r"^blocks\.(\d+)"}
+
+
+def net(
+    width: int,
+    seed: int,
+    norm: str = "batch",
+    drop: float = 0.0,
+    adapter: int | None = None,
+    staged: bool = False,
+    classes: int = CLASSES,
+) -> FeatureNet:
     """A network with its own weights and running statistics that are not the initial ones."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = FeatureNet(TinyNet(width, norm, drop=drop))
+        made = FeatureNet((StagedNet if staged else TinyNet)(width, norm, classes, drop), adapter)
         made.net.fc.weight.data.mul_(4)
         if norm == "batch":
             made.net.norm.running_mean.normal_(std=0.3)
@@ -66,19 +92,19 @@ def networks(norm: str = "batch", seed: int = 0, drop: float = 0.0) -> tuple[Fea
     return net(6, seed, norm, drop), [net(5, 100, norm), net(7, 101, norm)]
 
 
-def image_data(n: int = 48, n_test: int = 24, size: int = 8, seed: int = 0) -> ImageData:
+def image_data(n: int = 48, n_test: int = 24, size: int = 8, seed: int = 0, classes: int = CLASSES) -> ImageData:
     """Noise around one random picture per class."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.rand((CLASSES, 3, size, size), generator=generator) * 160
+    centres = torch.rand((classes, 3, size, size), generator=generator) * 160
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
-        y = torch.arange(count) % CLASSES
+        y = torch.arange(count) % classes
         noise = torch.rand((count, 3, size, size), generator=generator) * 95
         return (centres[y] + noise).to(torch.uint8), y
 
     (x, y), (tx, ty) = draw(n), draw(n_test)
     mean, std = (0.5, 0.4, 0.45), (0.25, 0.2, 0.3)
-    return ImageData("toy", x, y, tx, ty, tuple("abcd"), mean, std, f"digest-{seed}-{n}", "nowhere")
+    return ImageData("toy", x, y, tx, ty, tuple("abcd"[:classes]), mean, std, f"digest-{seed}-{n}", "nowhere")
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -111,10 +137,41 @@ def config(**sections: dict[str, Any]) -> Config:
     return Config.model_validate({**merged, **top, "device": "cpu"})
 
 
+EVERYTHING: dict[str, Any] = {
+    "use_teacher_finetuning": True,
+    "teacher_ce_alpha": 0.5,
+    "kd_target": "auto",
+    "kd_ens_alpha": 0.25,
+    "enable_kd_after_syn_acc": "avg-0.6",
+    "use_cccp": True,
+    "cccp_nt": 2,
+    "feat_kd_alpha": 0.05,
+    "hybrid_beta": 0.1,
+    "kd_sample_gate": True,
+    "kd_uncertainty_weight": 0.5,
+    "use_disagree_weight": True,
+    "disagree_lambda_high": 2.0,
+    "kd_max_ratio": 1.75,
+    "use_loss_clamp": True,
+    "loss_clamp_max": 20,
+    "use_partial_freeze": True,
+    "student_freeze_schedule": (-1, 1),
+    "kd_two_view_start_epoch": 1,
+    "kd_two_view_stop_epoch": 3,
+    "cutmix_alpha_distill": 1.0,
+    "use_mu_for_kd": False,
+}
+"""Keys of `method` for a run of two stages in which every part of it acts."""
+
+
 def distillation(c: Config, data: ImageData | None = None, norm: str = "batch", seed: int = 0) -> Distillation:
-    student, teachers = networks(norm, seed)
-    count = len(c.model.teachers)
-    return Distillation(c, data or image_data(), student, teachers[:count], CPU)
+    """The task of `c`, with as many teachers; what it freezes has blocks, what its features need has an adapter."""
+    data, m = data or image_data(), c.method
+    adapts = m.feat_kd_alpha > 0 and "distill_feat" in (m.feat_kd_key, m.ib_mbm_query_key)
+    adapter = m.distill_out_dim if adapts else None
+    more = {"staged": m.use_partial_freeze, "classes": data.num_classes}
+    teachers = [net(width, 100 + k, norm, **more) for k, width in enumerate((5, 7, 4)[: len(c.model.teachers)])]
+    return Distillation(c, data, net(6, seed, norm, adapter=adapter, **more), teachers, CPU)
 
 
 def fine_tuning(c: Config, data: ImageData | None = None, seed: int = 0, drop: float = 0.2) -> FineTuning:
@@ -129,7 +186,8 @@ class Record:
         self.order: list[str] = []
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        self.rows.append((step, {k: v for k, v in values.items() if k not in ("train/images_per_second", "cost/seconds")}))
+        timing = ("train/images_per_second", "cost/seconds")
+        self.rows.append((step, {k: v for k, v in values.items() if k not in timing}))
         self.order.append("metrics")
 
     def snapshot(self) -> str:
@@ -163,8 +221,8 @@ def first_batch(task: Distillation, phase: str = "b", number: int = 0) -> Batch:
 
 
 def double(module: Any) -> Any:
-    """A float64 copy, in the same mode."""
-    return deepcopy(module).double()
+    """A float64 copy, in the same mode; None of None."""
+    return None if module is None else deepcopy(module).double()
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from pipeline.training.checkpoint import Slots, pack
 from pipeline.training.finetune import FineTuning
 from pipeline.training.loop import Loop, NonFinite
 from pipeline.training.stages import Distillation
-from tests.pipeline.training.builders import CPU, Record, config, distillation, image_data, loop_for, net
+from tests.pipeline.training.builders import CPU, EVERYTHING, Record, config, distillation, image_data, loop_for, net
 
 NORM = "group"  # batch statistics are per process on the CPU
 SMALL = {"num_stages": 2, "student_epochs_per_stage": (1, 2), "teacher_adapt_epochs": 1, "ib_beta": 0.05}
@@ -29,6 +29,37 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "deterministic": {"method": {**SMALL, "use_ib": False}},
     "deterministic, with a penalty": {"method": {**SMALL, "use_ib": False, "ib_mbm_reg_lambda": 0.1}},
     "learned query": {"method": {**SMALL, "learnable_q": True, "mixup_alpha": 0.8}},
+    "sample gate, clamps, CCCP, freezing": {
+        "method": {
+            **SMALL,
+            "cutmix_alpha_distill": 1.0,
+            "kd_sample_gate": True,
+            "kd_sample_thr": 0.9,
+            "kd_max_ratio": 0.3,
+            "use_loss_clamp": True,
+            "loss_clamp_max": 1.0,
+            "use_cccp": True,
+            "cccp_nt": 2,
+            "cccp_ns": 2,
+            "use_partial_freeze": True,
+            "student_freeze_schedule": (-1, 1),
+        }
+    },
+    # a third of the batch: some slices have nobody to teach
+    "few samples, two views": {
+        "method": {
+            **SMALL,
+            "kd_target": "auto_min",
+            "kd_sample_gate": True,
+            "kd_sample_thr": 0.0,
+            "kd_sample_min_ratio": 0.1,
+            "kd_two_view_start_epoch": 0,
+            "kd_two_view_stop_epoch": 9,
+            "kd_uncertainty_weight": 0.5,
+            "kd_loss": "dkd",
+        }
+    },
+    "everything": {"method": {**EVERYTHING, **SMALL}},
     "finetune": {"finetune": {"epochs": 2, "cutmix_alpha": 1.0, "optimizer": "sgd"}},
 }
 
@@ -36,7 +67,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 def task_for(name: str) -> Any:
     sections = {k: dict(v) for k, v in SCENARIOS[name].items()}
     sections["dataset"] = {"batch_size": 7}
-    sections["optim"] = {**SGD, "student_lr": 0.05, "a_step_lr": 0.05}
+    sections["optim"] = {**SGD, "student_lr": 0.05, "a_step_lr": 0.05, "ema_decay": 0.9}
     if name == "finetune":
         return FineTuning(config(**sections), image_data(44), net(6, 0, NORM), CPU)
     return distillation(config(**sections), image_data(44), norm=NORM)
@@ -56,6 +87,8 @@ def outcome(name: str, folder: Path) -> dict[str, Any]:
     weights = dict((task.student if isinstance(task, Distillation) else task.net).state_dict())
     if isinstance(task, Distillation) and task.fusion is not None:
         weights |= {f"fusion.{k}": v for k, v in task.fusion.state_dict().items()}
+        weights |= {f"teacher_{i}.{k}": v for i, t in enumerate(task.teachers) for k, v in t.state_dict().items()}
+        weights |= {f"ema.{k}": v for k, v in task.state_dict()["student_ema"].items()}
     return {"weights": weights, "rows": [[s, v] for s, v in record.rows], "results": task.results()}
 
 
@@ -78,8 +111,8 @@ def poisoned(folder: Path) -> str:
     objective, rank = task.phases["finetune"].objective, distributed.world().rank
     forward = objective.forward
 
-    def bad(batch: Any, moment: Any) -> Any:
-        out = forward(batch, moment)
+    def bad(batch: Any, moment: Any, repeat: int = 0) -> Any:
+        out = forward(batch, moment, repeat)
         return out | {"loss": out["loss"] * float("nan")} if rank == 0 and moment.batch > 0 else out
 
     objective.forward = bad

@@ -11,6 +11,7 @@ import torch
 from pipeline.training.checkpoint import Slots
 from pipeline.training.stages import Distillation
 from tests.pipeline.training.builders import (
+    EVERYTHING,
     Record,
     config,
     differences,
@@ -36,6 +37,26 @@ ASSORTED: dict[str, tuple[str, dict[str, Any]]] = {
         {"optim": {"use_amp": True, "amp_dtype": "float16"}, "dataset": {"val_fraction": 0.0}},
     ),
     "average": ("distil", {"method": {"kd_target": "avg", "mixup_alpha": 0.2}, "optim": {"optimizer": "adam"}}),
+    "distil everything": ("distil", {"method": EVERYTHING, "optim": {"ema_decay": 0.9, "ema_update_every": 3}}),
+    "distil everything else": (
+        "distil",
+        {
+            "method": {
+                **EVERYTHING,
+                "kd_target": "auto_min",
+                "kd_loss": "dkd",
+                "learnable_q": True,
+                "cccp_ns": 2,
+                "kd_cooldown_epochs": 1,
+                "cutmix_alpha_distill": 0.0,
+                "mixup_alpha": 0.4,
+                "student_freeze_bn": True,
+                "teacher_freeze_level": 1,
+                "teacher_freeze_bn": False,
+            },
+            "optim": {"ema_decay": 0.9, "select_weights": "ema", "use_amp": True, "amp_dtype": "float16"},
+        },
+    ),
     "finetune": ("finetune", {"finetune": {"cutmix_alpha": 1.0, "label_smoothing": 0.1}}),
     "finetune sgd bfloat16": (
         "finetune",
