@@ -51,6 +51,7 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
         "sources": source_digest(REPOSITORY),
         "to": [config.tracking.mode, config.tracking.uri, config.tracking.experiment],
         "force": force,
+        "amp": config.optim.use_amp,  # no part of the hash, and another identity
     }
     digest = hashlib.sha256(canonical(what).encode()).hexdigest()
     return Plan(tuple(names), tuple(seeds), force == "true", tuple(configs), digest)
