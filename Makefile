@@ -35,7 +35,8 @@ server: setup
 		--host 127.0.0.1 --port 5000 --workers 1
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not postgres and not slurm and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		-m "not slow and not gpu and not postgres and not slurm and not browser"
 
 test-all: setup
 	$(BIN)/python -m pytest

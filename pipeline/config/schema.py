@@ -303,7 +303,7 @@ class Config(Section):
 
     seed: Count = key(0, "of every random stream of the run")
     device: str = key("auto", "auto, cpu, cuda or cuda:<n>")
-    threads: AtLeastOne | None = key(None, "of the processor; null: all cores")
+    threads: AtLeastOne | None = key(None, "of the processor; null: all cores (or OMP_NUM_THREADS)")
     output_dir: str = key("runs", "folder of run folders and fine-tuned teachers")
     run_name: str | None = key(None, "name of the run")
     rung: str | None = key(None, "name under which ablations compare the run")

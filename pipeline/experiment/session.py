@@ -24,11 +24,13 @@ from pipeline.training.checkpoint import pack, require_space, unpack
 from pipeline.training.loop import Loop, NonFinite, Precision, Task
 
 logger = logging.getLogger("asib")
+ALL_THREADS = torch.get_num_threads()
+"""Torch's own choice: all cores, or OMP_NUM_THREADS."""
 
 
 def prepare(config: Config, threads: int | None = None) -> None:
     """Threads and determinism, before the first tensor."""
-    torch.set_num_threads(threads or config.threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or config.threads or ALL_THREADS)
     if config.optim.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

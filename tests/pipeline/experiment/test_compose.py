@@ -102,8 +102,8 @@ def test_base_changes_nothing_beyond_the_table():
         ("+seed=3", "seed", 3),
         ("method.ib_beta=1e-3", "method.ib_beta", 1e-3),
         ("method.student_freeze_level=-1", "method.student_freeze_level", -1),
-        ("method.student_epochs_per_stage=[6, 7]", "method.student_epochs_per_stage", [6, 7]),
-        ("method.student_epochs_per_stage.1=9", "method.student_epochs_per_stage", [6, 9]),
+        ("method.student_epochs_per_stage=[6, 7, 8, 9]", "method.student_epochs_per_stage", [6, 7, 8, 9]),
+        ("method.student_epochs_per_stage.1=9", "method.student_epochs_per_stage", [3, 9, 3, 3]),
         ("method.beta_schedule=[0,1e-3,4]", "method.beta_schedule", [0, 1e-3, 4]),
         ("threads=null", "threads", None),
         ("~dataset.batch_size", "dataset.batch_size", 128),
@@ -274,7 +274,7 @@ def test_a_run_file_is_fetched(tmp_path):
 
 def test_params_are_written_as_overrides():
     found = params(compose("quickstart"))
-    assert found["method.student_epochs_per_stage"] == "[6,6]"
+    assert found["method.student_epochs_per_stage"] == "[3,3,3,3]"
     assert (found["resume"], found["method.use_ib"], found["method.tau"]) == ("null", "true", "4.0")
 
 
