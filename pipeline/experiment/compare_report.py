@@ -200,7 +200,7 @@ def picture(found: Comparison) -> bytes:
 def _bars(axis: Any, found: Comparison, palette: Any) -> None:
     names = [f"{g.name} ({len(g.records)})" for g in found.groups]
     means = [g.mean(ACCURACY) for g in found.groups]
-    deviations = [0.0 if math.isnan(s := g.std(ACCURACY)) else s for g in found.groups]
+    deviations = [g.std(ACCURACY) for g in found.groups]  # NaN, and nothing drawn, for one seed
     places = np.arange(len(names))
     axis.barh(places, means, xerr=deviations, color=palette, alpha=0.85, capsize=3)
     axis.set_yticks(places, names, fontsize=8)
@@ -212,7 +212,7 @@ def _bars(axis: Any, found: Comparison, palette: Any) -> None:
     axis.set_xlim(left=max(0.0, low - 0.35 * (max([*means, *found.references().values()]) - low) - 3))
     axis.set(title="test top-1 in %: mean and standard deviation over seeds (number)")
     if found.references():
-        axis.legend(fontsize=7, loc="lower left")
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)
     axis.grid(alpha=0.3, axis="x")
 
 

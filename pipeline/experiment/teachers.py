@@ -22,6 +22,7 @@ from pipeline.experiment.session import load_data, prepare, threads_of, train
 from pipeline.training import distributed
 from pipeline.training.finetune import FineTuning
 from pipeline.training.fusion import Fusion
+from pipeline.training.stages import check_student, query_width
 
 logger = logging.getLogger("asib")
 FINETUNE_KEYS = ("finetune.", "augment.", "dataset.", "optim.momentum", "optim.grad_clip_norm", "optim.amp_dtype")
@@ -92,9 +93,11 @@ def foresee(config: Config, data: ImageData) -> None:
 
 def _build(config: Config, data: ImageData, student: FeatureNet) -> list[FeatureNet]:
     nets = [networks.build_teacher(config, data, index) for index in range(len(config.model.teachers))]
+    check_student(config, student, data.num_classes)
     if uses_fusion(config):
         with torch.random.fork_rng(devices=[]):
-            Fusion(config.method, [net.feature_dim for net in nets], student.feature_dim, data.num_classes)
+            widths = [net.feature_dim for net in nets]
+            Fusion(config.method, widths, query_width(config.method, student), data.num_classes)
     return nets
 
 

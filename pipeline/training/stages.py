@@ -62,6 +62,11 @@ def check_student(config: Config, student: FeatureNet, num_classes: int) -> None
             )
 
 
+def query_width(method: MethodConfig, student: FeatureNet) -> int:
+    """The width of the student's feature that queries the fusion."""
+    return method.distill_out_dim if method.ib_mbm_query_key == "distill_feat" else student.feature_dim
+
+
 def _freeze(net: FeatureNet, policy: freeze.FreezePolicy, key: str) -> freeze.Frozen:
     """Apply a policy. UserError names `key` where the network cannot be frozen so."""
     try:
@@ -118,9 +123,7 @@ class Distillation:
     # construction ----------------------------------------------------------------------------------------------------
 
     def _make_fusion(self, num_classes: int, device: torch.device) -> Fusion:
-        query = (
-            self.method.distill_out_dim if self.method.ib_mbm_query_key == "distill_feat" else self.student.feature_dim
-        )
+        query = query_width(self.method, self.student)
         with self.streams.initialising("fusion"):
             fusion = Fusion(self.method, [t.feature_dim for t in self.teachers], query, num_classes)
         return fusion.to(device)

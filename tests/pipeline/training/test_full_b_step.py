@@ -312,7 +312,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_method(case: str) -> None:
         batch = batch._replace(lam=torch.minimum(batch.lam, 1 - batch.lam))
     expected = Reference(task, batch, w)
     found = objective(batch, MOMENT)
-    assert not task.method.kd_view == "mixed" or batch.lam < 0.5, "the partner's label is the larger one"
+    assert task.method.kd_view != "mixed" or batch.lam < 0.5, "the partner's label is the larger one"
     m = task.method
     used = {"ce": m.ce_alpha, "kd": m.kd_alpha, "feat": m.feat_kd_alpha * w.synergy, "hybrid": m.hybrid_beta}
     for name in (name for name, weight in used.items() if weight > 0):
