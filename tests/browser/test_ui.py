@@ -34,11 +34,11 @@ def test_main_job_is_shown_nested_with_charts_and_pictures(mlflow_server: Mlflow
     with chromium() as page:
         open_runs(page, mlflow_server.uri, number)
         for name in ("demo", "student_alone", "teacher_0", "teacher_1", "distill", "evaluate"):
-            expect(page.get_by_role("link", name=name, exact=True)).to_be_visible()
+            expect(page.get_by_role("link", name=name, exact=True)).to_be_visible(timeout=60_000)
         open_charts(page, mlflow_server.uri, number, distilled.info.run_id)
-        page.get_by_placeholder("Search metric charts").fill("student")
+        page.get_by_placeholder("Search metric charts").fill("student/acc")
         accuracy = page.get_by_text("distill (student/acc)")
-        expect(accuracy).to_be_visible()
+        expect(accuracy).to_be_visible(timeout=60_000)
         for name in ("curves.png", "confusion.png"):
             open_picture(page, mlflow_server.uri, number, distilled.info.run_id, name)
             picture = page.locator("img[src^='blob:'], img[src*='get-artifact']").first

@@ -65,7 +65,7 @@ def photograph(server: str, folder: Path) -> None:
         page.wait_for_timeout(2000)
         page.screenshot(path=folder / "ui_runs.png")
         open_charts(page, server, number, distilled.info.run_id)
-        page.get_by_placeholder("Search metric charts").fill("student")
+        page.get_by_placeholder("Search metric charts").fill("student/acc")
         page.wait_for_timeout(3000)
         page.screenshot(path=folder / "ui_charts.png")
         open_picture(page, server, number, distilled.info.run_id, "curves.png")
