@@ -229,6 +229,11 @@ class MethodConfig(Section):
             self.__pydantic_fields_set__.update(("ce_alpha", "kd_alpha"))
         return self
 
+    @property
+    def averaging_weights(self) -> list[float] | None:
+        """`teacher_weights` as numbers; None: equal."""
+        return None if self.teacher_weights == "equal" else list(self.teacher_weights)
+
 
 class OptimConfig(Section):
     """Optimisers, precision and numerical safety (method.md sections 2, 5 and 10)."""

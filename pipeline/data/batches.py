@@ -53,6 +53,11 @@ class Batch(NamedTuple):
     x_second: Tensor | None = None
     """float32 (b,C,H,W): the same images under a second, independent augmentation; None where none was drawn."""
 
+    @property
+    def first_row(self) -> int:
+        """Where this process's rows begin in the global batch."""
+        return int(self.rows.start or 0)
+
 
 @dataclass(frozen=True)
 class EpochDraws:

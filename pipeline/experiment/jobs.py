@@ -20,7 +20,7 @@ from pipeline.experiment.session import load_data, prepare, threads_of, train
 from pipeline.journal import read_header
 from pipeline.training import costs, distributed
 from pipeline.training.evaluation import outputs
-from pipeline.training.stages import Distillation
+from pipeline.training.stages import Distillation, query_width
 
 logger = logging.getLogger("asib")
 STUDENT = "checkpoints/student.safetensors"
@@ -109,8 +109,7 @@ def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]
     nets = {"student": task.student} | {f"teacher_{k}": t for k, t in enumerate(task.teachers)}
     found = {name: costs.macs(net, x) for name, net in nets.items()}
     if task.fusion is not None:
-        width = task.method.distill_out_dim if task.method.ib_mbm_query_key == "distill_feat" else 0
-        query = torch.zeros(1, width or task.student.feature_dim, device=task.device)
+        query = torch.zeros(1, query_width(task.method, task.student), device=task.device)
         features = [torch.zeros(1, t.feature_dim, device=task.device) for t in task.teachers]
         found["fusion"] = costs.macs(task.fusion, None if task.method.learnable_q else query, features)
     total = sum(found[name] * results[f"cost/forward_images/{name}"] for name in found)

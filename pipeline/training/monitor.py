@@ -42,8 +42,7 @@ class Monitor:
 
     def average(self, split: str) -> Tensor:
         """p_avg on a split at temperature 1, (n, N)."""
-        weights = None if self.method.teacher_weights == "equal" else list(self.method.teacher_weights)
-        return average_probabilities(self.teachers_on(split), weights)
+        return average_probabilities(self.teachers_on(split), self.method.averaging_weights)
 
     def synergy_on(self, split: str, student: Outputs, chosen: tuple[int, ...] | None = None) -> Tensor:
         """z_syn on a split, (n, N), eval mode, mean path, float32."""

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.training.samples import disagrees
+
 
 def averaged(logits: list[Tensor], weights: list[float] | None, tau: float) -> Tensor:
     """p_avg = softmax(sum_k w_k t_k / tau), (B, N); weights are normalised, None means equal."""
@@ -54,5 +56,5 @@ def mixed(target: Tensor, other: Tensor, share: float) -> Tensor:
 
 def disagreement(logits: list[Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
     """Shares of samples on which the teachers' top-1 is not all equal, and on which all miss the label."""
-    top = torch.stack([t.argmax(dim=1) for t in logits])
-    return (top != top[0]).any(dim=0).float().mean(), (top != y).all(dim=0).float().mean()
+    differ, both_wrong = (disagrees(logits, y, mode).float().mean() for mode in ("pred", "both_wrong"))
+    return differ, both_wrong

@@ -154,7 +154,7 @@ class AStep(Objective):
             keep = self.streams.keep_mask(shape, self.dropout, "head_dropout", *where)[batch.rows].to(self.device)
         teacher_logits: list[Tensor] = []
         if self.finetunes:
-            self.streams.seed_global("network", *where, int(batch.rows.start or 0))
+            self.streams.seed_global("network", *where, batch.first_row)
             synergy, teacher_logits = self.trainable_module(query, batch.x, eps, keep)
         else:
             synergy = self.trainable_module(query, features, eps, keep)

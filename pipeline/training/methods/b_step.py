@@ -88,7 +88,7 @@ class BStep(Objective):
             assert fusion is not None
             fused = fusion(query, [s.feat_2d for s in seen], eps, sample="never" if eps is None else "always")
             syn = fused.logits
-        average = targets.averaged(logits, self._average_weights(), self.weights.tau)
+        average = targets.averaged(logits, self.method.averaging_weights, self.weights.tau)
         if m.kd_target == "auto_min" and syn is not None:
             picked, guard = targets.best_of(targets.synergy(syn, m.tau_syn), average, y)
         found: Lesson = {}
@@ -111,9 +111,6 @@ class BStep(Objective):
             )
         return found
 
-    def _average_weights(self) -> list[float] | None:
-        return None if self.method.teacher_weights == "equal" else list(self.method.teacher_weights)
-
     def _target(
         self, logits: list[Tensor], syn: Tensor | None, picked: Tensor | None, tau: float, tau_syn: float
     ) -> Tensor:
@@ -121,7 +118,7 @@ class BStep(Objective):
         m = self.method
         if m.kd_target == "weighted_conf":
             return targets.confidence_weighted(logits, tau)
-        average = targets.averaged(logits, self._average_weights(), tau)
+        average = targets.averaged(logits, self.method.averaging_weights, tau)
         if syn is None or m.kd_target == "avg":  # syn is None: nothing fuses, or the gate is closed
             return average
         p = targets.synergy(syn, tau_syn)
@@ -138,7 +135,7 @@ class BStep(Objective):
         if not m.kd_sample_gate:
             return torch.arange(batch.global_size, device=logits.device)
         confidence = F.softmax(logits.float(), dim=1).amax(dim=1)
-        everyone = distributed.gather_rows(confidence, int(batch.rows.start or 0), batch.global_size)
+        everyone = distributed.gather_rows(confidence, batch.first_row, batch.global_size)
         return samples.select(everyone, m.kd_sample_thr, m.kd_sample_min_ratio, m.kd_sample_max_ratio)
 
     def _query(self, x: Tensor, features: Tensor | None) -> Tensor | None:
@@ -161,7 +158,7 @@ class BStep(Objective):
 
         Teachers and fusion run on the distilled samples and the mix partners that those need, nothing else.
         """
-        m, size, start = self.method, batch.global_size, int(batch.rows.start or 0)
+        m, size, start = self.method, batch.global_size, batch.first_row
         clean_mix = batch.partner is not None and m.kd_view == "clean"
         if not m.kd_sample_gate and not clean_mix:  # every process teaches its own rows
             return self._lesson_of(None, batch, seen_query, moment), torch.ones(len(batch.y), device=self.device)
@@ -277,7 +274,7 @@ class BStep(Objective):
 
     def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
         m, w = self.method, self.weights
-        self.streams.seed_global("network", *moment, repeat, int(batch.rows.start or 0))
+        self.streams.seed_global("network", *moment, repeat, batch.first_row)
         seen = self.trainable_module(batch.x_mixed)
         ce = mixed_cross_entropy(seen.logits, batch, m.ce_label_smoothing)
         zero = torch.zeros((), device=ce.device)

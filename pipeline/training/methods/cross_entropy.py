@@ -18,12 +18,8 @@ class CrossEntropy(Objective):
         self.streams = streams
 
     def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
-        self.streams.seed_global("network", *moment, distributed_rank(batch))
+        # networks draw their dropout locally; a slice's first row tells the processes apart
+        self.streams.seed_global("network", *moment, batch.first_row)
         logits = self.trainable_module(batch.x_mixed).logits
         loss = mixed_cross_entropy(logits, batch, self.label_smoothing)
         return {"loss": loss, "output": logits}
-
-
-def distributed_rank(batch: Batch) -> int:
-    """Networks draw their dropout locally; a slice's first row tells the processes apart."""
-    return int(batch.rows.start or 0)
