@@ -11,3 +11,11 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by signal {signum}")
         self.signum = signum
+
+
+class Pruned(Exception):
+    """The pruner ended a trial after an epoch whose record and checkpoint are complete."""
+
+
+class Taken(Exception):
+    """Another worker has taken this trial over: nothing more of it may be written here."""
