@@ -14,7 +14,11 @@ class Interrupted(BaseException):
 
 
 class Pruned(Exception):
-    """The pruner ended a trial after an epoch whose record and checkpoint are complete."""
+    """The pruner ended a trial after `epoch`, whose record and checkpoint are complete."""
+
+    def __init__(self, epoch: int, reason: str) -> None:
+        super().__init__(f"pruned after epoch {epoch}: {reason}")
+        self.epoch, self.reason = epoch, reason
 
 
 class Taken(Exception):

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,32 +20,38 @@ from pipeline.errors import UserError
 from pipeline.journal_entries import (
     FILE,
     VERSION,
+    Carrier,
     Entry,
+    check_end,
     decode_number,
     encode_number,
+    generations,
     now_ms,
+    parent_link,
     parse_header,
     read_entries,
     read_header,
     writer_alive,
 )
+from pipeline.journal_files import open_for_writing, relative, sync_folder
+from pipeline.journal_steps import StepEntries
 
 __all__ = [
+    "Carrier",
     "CheckpointRecorder",
     "Entry",
     "Journal",
     "NullJournal",
     "Recorder",
+    "check_end",
     "decode_number",
     "encode_number",
+    "generations",
     "now_ms",
     "read_entries",
     "read_header",
     "writer_alive",
 ]
-
-STATUSES = ("FINISHED", "FAILED", "KILLED")
-OUTCOMES = ("completed", "killed", "failed", "pruned", "refused")
 
 
 class Recorder(Protocol):
@@ -69,7 +73,7 @@ class CheckpointRecorder(Recorder, Protocol):
     def checkpoint(self, path: Path, sha256: str, slot: int) -> None: ...
 
 
-class Journal:
+class Journal(StepEntries):
     """A run's record; a `Recorder`. Made by `create`, `reopen` or `restore`; usable from several threads.
 
     Entries are written at once unless `hold` was called: then they wait in memory for the next `checkpoint`, so that
@@ -95,6 +99,7 @@ class Journal:
         tags: Mapping[str, str] | None = None,
         parent: Path | None = None,
         journal: str | None = None,
+        carrier: Carrier | None = None,
     ) -> Journal:
         """Start the journal of a new run.
 
@@ -103,8 +108,10 @@ class Journal:
             experiment: the MLflow experiment's name.
             name: the run's name; None leaves it to MLflow (or to the run that `mlflow run` made).
             tags: tags that the run has from its start.
-            parent: the folder of the run that this one is nested in.
+            parent: the folder of the run that this one is nested in, or of a carrier of that run.
             journal: the journal's id, when another machine has begun this run; None makes a new one.
+            carrier: the journal is no run of its own: it stands for this one, and only its children count. So a
+                process that has no access to a run's journal adds nested runs to it.
 
         Raises:
             UserError: the folder already holds a journal, or the parent's has none.
@@ -116,7 +123,7 @@ class Journal:
             parent_header = read_header(parent)
             if parent_header is None:
                 raise UserError(f"no journal in {parent}: start the parent's journal before its child's")
-            above = {"journal": parent_header.data["journal"], "folder": os.path.relpath(parent.absolute(), folder)}
+            above = parent_link(parent_header, parent.absolute(), folder)
         try:
             fd = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except FileExistsError:
@@ -129,7 +136,10 @@ class Journal:
             name=name,
             experiment=experiment,
             tags=dict(tags or {}),
+            # Whoever begins a known run again is another writer than the one that began it.
+            generation=uuid.uuid4().hex if journal else None,
             parent=above,
+            carrier=carrier and carrier.link(folder),
             user=_user(),
             source=sys.argv[0] if sys.argv else "",
         )
@@ -150,7 +160,7 @@ class Journal:
         header = read_header(folder)
         if header is None:
             raise UserError(f"no journal in {folder}: nothing to go on with")
-        fd = _open_for_writing(path)
+        fd = open_for_writing(path)
         entries, end = read_entries(path)
         os.ftruncate(fd, end)
         journal = cls(folder, fd, header)
@@ -177,12 +187,12 @@ class Journal:
         header = parse_header(text.split("\n", 1)[0], path)
         folder.mkdir(parents=True, exist_ok=True)
         # The old file's lock is kept until the new one is in place, so that no second writer slips in between.
-        old = _open_for_writing(path) if path.exists() else None
+        old = open_for_writing(path) if path.exists() else None
         try:
             lines = [line for line in text.split("\n") if line]
             if checkpoint is not None:
                 file, sha256, slot = checkpoint
-                real = _line("checkpoint", path=_relative(file, folder), sha256=sha256, slot=slot)
+                real = _line("checkpoint", path=relative(file, folder), sha256=sha256, slot=slot)
                 lines = [real if json.loads(line).get("kind") == "checkpoint_here" else line for line in lines]
             temporary = folder / f".{FILE}.{os.getpid()}"
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -191,7 +201,7 @@ class Journal:
             journal._write(lines)
             journal._resume()
             os.rename(temporary, path)
-            _sync_folder(folder)
+            sync_folder(folder)
         finally:
             if old is not None:
                 os.close(old)
@@ -217,7 +227,7 @@ class Journal:
         Raises:
             ValueError: the path lies outside the run's folder.
         """
-        self._add("artifact", path=_relative(path, self.folder), to=to)
+        self._add("artifact", path=relative(path, self.folder), to=to)
 
     def sync(self) -> None:
         """Bring what is written onto the disk. Held entries stay held."""
@@ -251,77 +261,10 @@ class Journal:
         """
         more = {"manifest": dict(manifest)} if manifest else {}
         with self._lock:
-            self._flush([_line("checkpoint", path=_relative(path, self.folder), sha256=sha256, slot=slot, **more)])
+            self._flush([_line("checkpoint", path=relative(path, self.folder), sha256=sha256, slot=slot, **more)])
             self.sync()
 
-    # What steps add
-
-    def dataset(
-        self,
-        name: str,
-        digest: str,
-        context: str,
-        source: str,
-        schema: Mapping[str, Any] | None = None,
-        profile: Mapping[str, Any] | None = None,
-    ) -> None:
-        """A data set that the run reads; `context` is training, validation or test, `source` a path or a URL."""
-        self._add("dataset", name=name, digest=digest, context=context, source=source, schema=schema, profile=profile)
-
-    def model_input(self, run_id: str) -> None:
-        """A teacher: the model that the run (an MLflow run id, or a journal id for work off line) has logged."""
-        self._add("model_input", run_id=run_id)
-
-    def model(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        kind: str = "pyfunc",
-        python_model: Path | None = None,
-        artifacts: Mapping[str, Path] | None = None,
-        input_example: Path | None = None,
-        pip_requirements: Sequence[str] = (),
-        params: Mapping[str, object] | None = None,
-        metrics: Mapping[str, float] | None = None,
-        tags: Mapping[str, str] | None = None,
-        model_type: str | None = None,
-        step: int = 0,
-    ) -> None:
-        """A prepared folder to become a LoggedModel; every path lies inside the run's folder.
-
-        Args:
-            folder: the prepared files.
-            name: the LoggedModel's name.
-            kind: "pyfunc" (servable; needs `python_model`) or "weights" (the folder's files as they are).
-            python_model: a file that ends with `mlflow.models.set_model(…)`.
-            artifacts: name → file, as `context.artifacts` gives them to the model.
-            input_example: a .json or .npy file.
-            pip_requirements: what the served model needs.
-            params, metrics, tags: for the LoggedModel; metrics that the run has too are linked to its points.
-            step: the epoch that the model is of.
-
-        Raises:
-            ValueError: a path lies outside the run's folder, or kind and python_model do not fit.
-        """
-        if kind not in ("pyfunc", "weights") or (kind == "pyfunc") != (python_model is not None):
-            raise ValueError('a model is of kind "pyfunc" with python_model, or of kind "weights" without')
-        self._add(
-            "model",
-            entry=hashlib.sha256(f"{self.id}/{name}/{step}".encode()).hexdigest()[:32],  # the same when logged again
-            folder=_relative(folder, self.folder),
-            name=name,
-            model_kind=kind,
-            python_model=_relative(python_model, self.folder) if python_model else None,
-            artifacts={key: _relative(path, self.folder) for key, path in (artifacts or {}).items()},
-            input_example=_relative(input_example, self.folder) if input_example else None,
-            pip_requirements=list(pip_requirements),
-            params={key: str(value) for key, value in (params or {}).items()},
-            metrics={key: encode_number(value) for key, value in (metrics or {}).items()},
-            tags=dict(tags or {}),
-            model_type=model_type,
-            step=step,
-        )
+    # The end, and what runs beside
 
     def child(self, folder: Path) -> None:
         """A nested run's folder, whose journal the same delivery follows. Written at once, also while holding."""
@@ -336,8 +279,7 @@ class Journal:
         Raises:
             ValueError: an unknown status (FINISHED, FAILED, KILLED) or outcome.
         """
-        if status not in STATUSES or outcome not in OUTCOMES:
-            raise ValueError(f"status is one of {STATUSES}, outcome one of {OUTCOMES}: got {status}, {outcome}")
+        check_end(status, outcome)
         with self._lock:
             self._flush([], _line("end", status=status, outcome=outcome, exit_code=exit_code, message=message))
             self.sync()
@@ -384,39 +326,6 @@ class NullJournal:
 
 def _line(kind: str, **values: Any) -> str:
     return json.dumps({"kind": kind, "time": now_ms(), **values}, allow_nan=False, ensure_ascii=False)
-
-
-def _relative(path: Path, folder: Path) -> str:
-    absolute = Path(os.path.normpath(path.absolute()))
-    if not path.is_absolute() and not absolute.is_relative_to(folder):
-        absolute = Path(os.path.normpath(folder / path))
-    try:
-        return absolute.relative_to(folder).as_posix()
-    except ValueError:
-        raise ValueError(f"{path} lies outside the run's folder {folder}") from None
-
-
-def _open_for_writing(path: Path, patience: float = 10.0) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            # A killed trainer's worker processes hold its files for a few seconds more.
-            if time.monotonic() > deadline:
-                os.close(fd)
-                raise UserError(f"another process is writing {path}: wait for it or end it") from None
-            time.sleep(0.1)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _user() -> str:

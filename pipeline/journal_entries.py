@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from pipeline.errors import UserError
 
 FILE = "journal.jsonl"
 VERSION = 1
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+OUTCOMES = ("completed", "killed", "failed", "pruned", "refused")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,28 @@ class Entry:
     time: int
     data: Mapping[str, Any] = field(hash=False)
     end: int = 0
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """The run that a carrier journal stands for, which has a journal and a delivery of its own elsewhere.
+
+    Attributes:
+        run: its MLflow run id; "" when it has none yet.
+        journal: its journal's id.
+        experiment: the MLflow experiment's name.
+        folder: its folder, for the message that it is to be delivered first; it need not be on this machine.
+    """
+
+    run: str
+    journal: str
+    experiment: str
+    folder: Path | None = None
+
+    def link(self, folder: Path) -> dict[str, str]:
+        """What leads from `folder` to it."""
+        where = os.path.relpath(self.folder.absolute(), folder) if self.folder else ""
+        return {"journal": self.journal, "folder": where, "run": self.run}
 
 
 def now_ms() -> int:
@@ -40,6 +64,12 @@ def encode_number(value: float) -> float | str:
 
 def decode_number(value: float | str) -> float:
     return float(value)
+
+
+def check_end(status: str, outcome: str) -> None:
+    """Raises ValueError for a status or an outcome that no run can have."""
+    if status not in STATUSES or outcome not in OUTCOMES:
+        raise ValueError(f"status is one of {STATUSES}, outcome one of {OUTCOMES}: got {status}, {outcome}")
 
 
 def read_entries(path: Path, offset: int = 0) -> tuple[list[Entry], int]:
@@ -81,6 +111,24 @@ def read_header(folder: Path) -> Entry | None:
     if not line.endswith(b"\n"):
         return None
     return parse_header(line.decode(errors="replace"), path)
+
+
+def parent_link(parent: Entry, above: Path, folder: Path) -> dict[str, str]:
+    """What leads from a nested run's `folder` to its parent, whose header and absolute folder are given.
+
+    It leads past a carrier to the run itself: carriers come and go with the processes that have them.
+    """
+    carried = parent.data.get("carrier")
+    if carried:
+        where = os.path.relpath(above / carried["folder"], folder) if carried["folder"] else ""
+        return {**carried, "folder": where}
+    return {"journal": parent.data["journal"], "folder": os.path.relpath(above, folder)}
+
+
+def generations(entries: Sequence[Entry]) -> list[str]:
+    """The marks of those who have written a journal's text, in their order; the last is its present writer's."""
+    begun = entries[0].data
+    return [begun.get("generation") or begun["journal"], *(e.data["generation"] for e in entries if e.kind == "resume")]
 
 
 def writer_alive(folder: Path) -> bool:

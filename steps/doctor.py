@@ -4,7 +4,7 @@ import sys
 
 from pipeline.errors import UserError
 from pipeline.experiment import cli
-from pipeline.experiment.compose import compose
+from pipeline.experiment.execute import configuration
 
 
 def main(argv: list[str]) -> int:
@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
         if command.help:
             print(cli.help_text("doctor", command.cfg))
             return 0
-        config = compose(command.cfg, command.overrides)
+        config = configuration(command)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,3 +1,3 @@
-"""Fixtures for all tests: tracking stores and servers (tests/servers.py)."""
+"""Fixtures for all tests: tracking stores and servers, PostgreSQL and Slurm."""
 
-pytest_plugins = ["tests.servers"]
+pytest_plugins = ["tests.servers", "tests.postgres", "tests.slurm"]

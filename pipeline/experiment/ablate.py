@@ -14,7 +14,8 @@ from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import compare, compare_report, export, jobs, networks, records, rungs, teachers
 from pipeline.experiment.ablate_plan import PLAN_TAG, Plan
-from pipeline.experiment.run import REPOSITORY, Run, ended, tracking_uri
+from pipeline.experiment.options import REPOSITORY
+from pipeline.experiment.run import Run, ended, tracking_uri
 from pipeline.experiment.session import load_data, prepare, threads_of
 from pipeline.journal import read_entries
 from pipeline.training.loop import NonFinite, Precision

@@ -11,8 +11,8 @@ from pipeline.config import Config, config_hash, source_digest
 from pipeline.config.identity import canonical
 from pipeline.errors import UserError
 from pipeline.experiment import rungs
-from pipeline.experiment.tracking import REPOSITORY
-from pipeline.journal import read_entries, read_header, writer_alive
+from pipeline.experiment.interrupted import interrupted
+from pipeline.experiment.options import REPOSITORY
 
 logger = logging.getLogger("asib")
 OWN = {
@@ -61,7 +61,7 @@ def prepared(config: Config, plan: Plan) -> Config:
     """The parent's configuration: its name, and the interrupted ablation that it continues."""
     changes: dict[str, object] = {}
     if config.resume is None:
-        before = interrupted(Path(config.output_dir), plan.digest)
+        before = interrupted(Path(config.output_dir), "ablate", PLAN_TAG, plan.digest)
         if before is not None:
             logger.info("going on with %s, which was interrupted", before)
             changes["resume"] = str(before)
@@ -72,18 +72,3 @@ def prepared(config: Config, plan: Plan) -> Config:
 
 def _count(items: Sequence[object], word: str) -> str:
     return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"
-
-
-def interrupted(root: Path, digest: str) -> Path | None:
-    """The newest unfinished ablation with this plan that no process works on."""
-    for folder in sorted((p.parent for p in root.glob("*/journal.jsonl")), reverse=True):
-        header = read_header(folder)
-        if header is None or header.data["tags"].get("asib.step") != "ablate":
-            continue
-        entries = read_entries(folder / "journal.jsonl")[0]
-        if entries[-1].kind == "end" and entries[-1].data["status"] == "FINISHED":
-            continue
-        plans = [e.data["values"][PLAN_TAG] for e in entries if e.kind == "tags" and PLAN_TAG in e.data["values"]]
-        if plans[-1:] == [digest] and not writer_alive(folder):
-            return folder
-    return None

@@ -59,6 +59,9 @@ def parse(argv: Sequence[str]) -> Command:
 def take(argv: Sequence[str], own: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """A step's own keys, which the schema does not know, and the other arguments.
 
+    Args:
+        own: keys, and prefixes of keys that end with a dot.
+
     Example:
         >>> take(["--rungs", "ladder", "cfg=quickstart", "method.tau=2"], ["rungs"])
         ({'rungs': 'ladder'}, ['cfg=quickstart', 'method.tau=2'])
@@ -67,10 +70,13 @@ def take(argv: Sequence[str], own: Collection[str]) -> tuple[dict[str, str], lis
         UserError: as `parse`.
     """
     command = parse(argv)
+    prefixes = tuple(key for key in own if key.endswith("."))
     pairs = [(text, *text.partition("=")[::2]) for text in command.overrides]
-    rest = [text for text, key, _ in pairs if key not in own]
+    mine = [key in own or key.startswith(prefixes) for _, key, _ in pairs]
+    rest = [text for (text, _, _), taken in zip(pairs, mine, strict=True) if not taken]
+    taken = {k: v.strip().strip("'\"") for (_, k, v), taken in zip(pairs, mine, strict=True) if taken}
     first = [f"cfg={command.cfg}"] if command.cfg else []
-    return {k: v.strip().strip("'\"") for _, k, v in pairs if k in own}, [*first, *rest, *["--help"] * command.help]
+    return taken, [*first, *rest, *["--help"] * command.help]
 
 
 def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
@@ -164,6 +170,7 @@ def help_text(step: str, cfg: str | None = None, overrides: Sequence[str] = ()) 
         "",
         "cfg names a file of conf/experiment, or any YAML file. A key may also be written --key value.",
         "Single items of lists: model.teachers.0.checkpoint=<file>.",
+        "Variables: TEACHER_PAIR=t1,t2 STUDENT METHOD SEED are overrides; DRY_RUN=1 shows what would be done.",
         "",
         *_groups_help(),
     ]

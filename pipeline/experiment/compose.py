@@ -28,7 +28,7 @@ from pipeline.config import Config, explain, flatten
 from pipeline.config.describe import field_at, is_text, section_of, written
 from pipeline.config.names import known_names, near_miss, unknown_key
 from pipeline.errors import UserError
-from pipeline.experiment.options import CONF, groups
+from pipeline.experiment.options import CONF, NOT_GROUPS, groups
 
 _EXPERIMENT = "experiment"
 _SECTIONS = tuple(name for name, field in Config.model_fields.items() if section_of(field) is not None)
@@ -49,6 +49,7 @@ def compose(
     cfg: str | None = None,
     overrides: Sequence[str] = (),
     fetch: Callable[[str], Path] | None = None,
+    presets: Callable[[DictConfig], Sequence[Setting]] = lambda composed: (),
 ) -> Config:
     """The effective configuration, validated and immutable.
 
@@ -58,6 +59,7 @@ def compose(
         overrides: `method.tau=2`, `model.teachers.0.checkpoint=x`, group choices such as `dataset=cifar100`;
             Hydra's `~key`, `+key` and `++key` are taken too. The last one wins; what is given here wins over `cfg`.
         fetch: brings `runs:/<id>/best.yaml` to this machine and says where it lies.
+        presets: values that follow from what groups and `cfg` make; they win over these, and `overrides` over them.
 
     Raises:
         UserError: one line that names the key and says what would do.
@@ -73,8 +75,8 @@ def compose(
         cfg = choices.pop(_EXPERIMENT)
     source = f"cfg={cfg}" if cfg else "conf/config.yaml"
     with _one_line(source):
-        composed = _compose_groups(_locate(cfg, fetch) if cfg else None, choices)
-        for setting in settings:
+        composed = _compose_groups(_locate(cfg, fetch) if cfg else None, choices, source)
+        for setting in [*presets(composed), *settings]:
             _apply(composed, setting)
         plain: Any = OmegaConf.to_container(composed, resolve=True)
     sections = {name: value for name, value in plain.items() if value is not None or name not in _SECTIONS}
@@ -98,6 +100,25 @@ def params(config: Config) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- overrides
 
 
+def keys_of(overrides: Sequence[str]) -> set[str]:
+    """The groups and the dotted keys that overrides set. Raises UserError: one that does not do.
+
+    Example:
+        >>> sorted(keys_of(["optim=sgd", "model={student: {name: resnet18}}"]))
+        ['model.student.name', 'optim']
+    """
+    choices, settings = _read_overrides(overrides)
+    return {*choices, *(key for setting in settings for key in _leaves(setting.key, setting.value))}
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield key
+        return
+    for inner, item in value.items():
+        yield from _leaves(f"{key}.{inner}", item)
+
+
 def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[Setting]]:
     """Group choices (the last of each group) and settings of values, in order."""
     options = groups()
@@ -107,6 +128,8 @@ def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[Sett
         prefix, key, value = _split(text)
         if "@" in key:
             raise UserError(f"{text}: packages (@) are not for overrides; choose {key.split('@')[0]}=<option>")
+        if key.split(".")[0] in NOT_GROUPS:
+            raise UserError(f"{text}: this is for -e sweep: python -m steps.sweep {text} …")
         if (key in options or "/" in key) and not (value or "").lstrip().startswith("{"):
             if prefix == "~":
                 choices.pop(key, None)
@@ -251,11 +274,11 @@ def _locate(cfg: str, fetch: Callable[[str], Path] | None) -> Path:
     )
 
 
-def _compose_groups(file: Path | None, choices: dict[str, str]) -> DictConfig:
+def _compose_groups(file: Path | None, choices: dict[str, str], source: str) -> DictConfig:
     """What Hydra makes of the groups, the file and the choices. Explicit choices come last: they win over the file,
     a dumped configuration included, which names every key.
     """
-    with _HYDRA_IS_GLOBAL, _search_path(file) as found, initialize_config_dir(str(CONF), version_base="1.3"):
+    with _HYDRA_IS_GLOBAL, _search_path(file, source) as found, initialize_config_dir(str(CONF), version_base="1.3"):
         paths, name = found
         chosen = [f"{group}={option}" for group, option in choices.items()]
         experiment = [f"{_EXPERIMENT}@_global_={name}"] if name else []
@@ -269,7 +292,7 @@ def _compose_groups(file: Path | None, choices: dict[str, str]) -> DictConfig:
 
 
 @contextmanager
-def _search_path(file: Path | None) -> Iterator[tuple[list[str], str | None]]:
+def _search_path(file: Path | None, source: str) -> Iterator[tuple[list[str], str | None]]:
     """Hydra overrides and option name under which `file`, wherever it lies, is an option of the group experiment."""
     inside = CONF / _EXPERIMENT
     if file is None:
@@ -277,7 +300,7 @@ def _search_path(file: Path | None) -> Iterator[tuple[list[str], str | None]]:
     elif file.is_relative_to(inside) and file.suffix == ".yaml":
         yield [], file.relative_to(inside).with_suffix("").as_posix()
     else:
-        _check_yaml(file)
+        _check_yaml(file, source)
         with tempfile.TemporaryDirectory(prefix="asib-cfg-") as folder:
             own, siblings = Path(folder, "own"), Path(folder, "siblings")
             for root in (own, siblings):
@@ -288,12 +311,12 @@ def _search_path(file: Path | None) -> Iterator[tuple[list[str], str | None]]:
             yield [f"hydra.searchpath=['file://{own}','file://{siblings}']"], "given_file"
 
 
-def _check_yaml(file: Path) -> None:
+def _check_yaml(file: Path, source: str) -> None:
     """A readable mapping, or one line of why not."""
-    with _one_line(f"cfg={file}"):
+    with _one_line(source):
         content = OmegaConf.load(file)
         if not isinstance(content, DictConfig):
-            raise UserError(f"cfg={file}: holds a list, not groups of keys")
+            raise UserError(f"{source}: holds a list, not groups of keys")
 
 
 # ---------------------------------------------------------------------------------------------- errors, dumping

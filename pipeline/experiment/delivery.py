@@ -71,6 +71,7 @@ class Process:
         self._finishing = False
         self._leave_by = float("inf")
         self._client: MlflowClient | None = None
+        self._loop: DeliveryLoop | None = None
         self._ready = False
 
     def run(self) -> int:
@@ -106,6 +107,7 @@ class Process:
         return 0
 
     def _follow(self, loop: DeliveryLoop) -> int:
+        self._loop = loop
         pause, failures = BACKOFF_S[0], 0
         last_progress, last_change = loop.progress, time.monotonic()
         while True:
@@ -116,6 +118,7 @@ class Process:
             if dead and loop.asked_to_leave():
                 log.info("a newer delivery has asked for the folder")
                 return 0
+            loop.give_way(dead)
             # Asked before reading, so that nothing is written after the last read.
             abandoned = dead and (not loop.writer_alive() or time.monotonic() - last_change > QUIET_S)
             try:
@@ -188,6 +191,10 @@ class Process:
             return self._fetch_answer(request)
         if request["do"] == "info":
             return self._info_answer(request)
+        if request["do"] == "forget":
+            if self._loop is not None:  # else there is nothing that would be followed
+                self._loop.forget(Path(request["folder"]))
+            return {"value": None}
         assert self._client is not None
         return delivery_read.answer(self._client, request, self.options.uri)
 
@@ -250,8 +257,9 @@ def main(arguments: list[str] | None = None) -> int:
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # Ctrl-C and a job's SIGTERM are for the trainer, which then writes its last entries.
-    for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    # Ctrl-C, a job's SIGTERM and Slurm's warning, which reaches every process of a job's step, are for the trainer,
+    # which then writes its last entries.
+    for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.nice(5)

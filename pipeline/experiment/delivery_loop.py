@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from pipeline.experiment.delivery_server import absolute_uri, connect, locked
 log = logging.getLogger("asib.delivery")
 
 LOCK, TAKEOVER = "delivery.lock", "delivery.takeover"
+WRITER = "by the writer's"
+"""A request to take a folder over that comes from the delivery of the process that writes there now."""
 
 
 class DeliveryLoop:
@@ -53,8 +56,10 @@ class DeliveryLoop:
         self.uri = absolute_uri(uri)
         self._live = live
         self._on_attached = on_attached
-        self._locks = contextlib.ExitStack()
+        self._locks: dict[Path, contextlib.ExitStack] = {}
         self._elsewhere: set[Path] = set()
+        self._asked: set[Path] = set()  # for what another delivery still has
+        self._past = [0, 0]  # refused and progress of the runs that are no longer followed
         self._parents: dict[Path, RunDelivery] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock_top(patience)
@@ -70,21 +75,38 @@ class DeliveryLoop:
 
     def close(self) -> None:
         """Let go of the folders."""
-        self._locks.close()
+        for folder in [*self._locks, *self._asked]:
+            self._release(folder)
 
     @property
     def refused(self) -> int:
         """How many things the server will never take; delivery.log names them."""
-        return sum(run.refused for run in self.runs.values())
+        return self._past[0] + sum(run.refused for run in self.runs.values())
 
     @property
     def progress(self) -> int:
         """Grows whenever something was sent."""
-        return sum(run.state.offset for run in self.runs.values())
+        return self._past[1] + sum(run.state.offset for run in self.runs.values())
 
     def asked_to_leave(self) -> bool:
         """Whether a newer delivery waits for this folder (a resume while the server was away)."""
         return (self.folder / TAKEOVER).exists()
+
+    def give_way(self, trainer_dead: bool) -> None:
+        """Let go of the nested runs that a newer delivery asks for: its trainer writes them, or ours is dead."""
+        for folder in [folder for folder in self.runs if folder != self.folder]:
+            with contextlib.suppress(OSError):
+                request = (folder / TAKEOVER).read_text()
+                if trainer_dead or request == WRITER:
+                    log.info("a newer delivery has %s", folder)
+                    self.forget(folder)
+
+    def forget(self, folder: Path) -> None:
+        """Follow that nested run, and those below it, no more, unless its parent's journal names it once more."""
+        folder = Path(os.path.normpath(folder.absolute()))
+        for run in self.runs.values():
+            run.forget(folder)
+        self._drop(folder)
 
     def run_once(self, final: bool = False) -> bool:
         """Send everything that the journals hold now.
@@ -102,6 +124,8 @@ class DeliveryLoop:
         # A run's own entries may name further children, and a child's its own.
         queue = [self.folder]
         for folder in queue:
+            if folder != self.folder and folder not in self._parents:
+                continue  # retired with its parent
             run = self._follow(folder)
             if run is None:
                 continue
@@ -111,6 +135,7 @@ class DeliveryLoop:
                 if child not in queue:
                     self._parents.setdefault(child, run)
                     queue.append(child)
+            self._retire(folder)
         return self.top.state.ended and all(self._finished(folder) for folder in queue)
 
     def _deliver_children(self, parent: RunDelivery) -> None:
@@ -125,7 +150,6 @@ class DeliveryLoop:
         """Every followed run that has no end becomes KILLED: its trainer died without a word."""
         for run in self.runs.values():
             if run.attached and not run.state.ended:
-                log.warning("%s has no end: its trainer died; the run is KILLED", run.folder)
                 run.kill()
 
     def writer_alive(self) -> bool:
@@ -137,11 +161,18 @@ class DeliveryLoop:
         if run is None:
             if folder in self._elsewhere or not (folder / journal.FILE).exists():
                 return None
-            if not self._locks.enter_context(locked(folder / LOCK, 0.0)):
-                log.info("%s is delivered by another process", folder)
-                self._elsewhere.add(folder)
-                return None
             parent = self._parents.get(folder)
+            if not self._lock(folder, 0.0):
+                if self._live and parent is not None and parent.carrier:
+                    # Our trainer goes on with what another worker had begun.
+                    self._asked.add(folder)
+                    with contextlib.suppress(OSError):
+                        (folder / TAKEOVER).write_text(WRITER)
+                else:
+                    log.info("%s is delivered by another process", folder)
+                    self._elsewhere.add(folder)
+                return None
+            self._withdraw(folder)  # or what somebody asked who was killed meanwhile
             run = RunDelivery(folder, self.uri, self.client, live=self._live, parent=parent)
             self.runs[folder] = run
         if not run.attached:
@@ -152,16 +183,59 @@ class DeliveryLoop:
         return run
 
     def _finished(self, folder: Path) -> bool:
+        if folder in self._asked:
+            return False
         run = self.runs.get(folder)
         return run is None or run.state.ended or not journal.writer_alive(folder)
 
+    def _retire(self, folder: Path) -> None:
+        """Let go of a carrier's child that has ended: a worker has hundreds of them, and a file is open for each.
+
+        The newest stays: whoever goes on with an ended run names it first, and its journal says so only then.
+        """
+        parent = self._parents.get(folder)
+        if parent is not None and parent.carrier and folder not in parent.children[-1:] and self._over(folder):
+            parent.forget(folder, parent.state.offset)
+            self._drop(folder)
+
+    def _over(self, folder: Path) -> bool:
+        run = self.runs.get(folder)
+        return run is not None and run.state.ended and all(self._over(child) for child in run.children)
+
+    def _drop(self, folder: Path) -> None:
+        run = self.runs.pop(folder, None)
+        if run is not None:
+            self._past[0] += run.refused
+            self._past[1] += run.state.offset
+            for child in run.children:
+                self._drop(child)
+        self._parents.pop(folder, None)
+        self._elsewhere.discard(folder)
+        self._release(folder)
+
+    def _lock(self, folder: Path, patience: float) -> bool:
+        with contextlib.ExitStack() as stack:
+            held = stack.enter_context(locked(folder / LOCK, patience))
+            if held:
+                self._locks[folder] = stack.pop_all()
+        return held
+
+    def _release(self, folder: Path) -> None:
+        if folder in self._asked:
+            self._withdraw(folder)
+        if folder in self._locks:
+            self._locks.pop(folder).close()
+
+    def _withdraw(self, folder: Path) -> None:
+        self._asked.discard(folder)
+        (folder / TAKEOVER).unlink(missing_ok=True)
+
     def _lock_top(self, patience: float) -> None:
         request = self.folder / TAKEOVER
-        if not self._locks.enter_context(locked(self.folder / LOCK, 0.0)):
+        if not self._lock(self.folder, 0.0):
             # A delivery whose trainer is dead leaves when it sees this; one with a living trainer does not.
             request.touch()
-            if not self._locks.enter_context(locked(self.folder / LOCK, patience)):
+            if not self._lock(self.folder, patience):
                 request.unlink(missing_ok=True)
-                self._locks.close()
                 raise UserError(f"{self.folder} is being delivered by another process: wait for it or end it")
         request.unlink(missing_ok=True)

@@ -1,21 +1,25 @@
-"""What steps ask of the tracking server through their delivery process: runs as files, runs by identity, uploads."""
+"""What steps ask of the tracking server through their delivery process: runs as files, runs by what they are, uploads,
+the end of runs that nobody works on any more."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.experiment import delivery_server as server
+from pipeline.journal import now_ms
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 FILES = ("config.yaml", "predictions.npz")
 """Artifacts that are read with a run."""
+STUDY_TAG = "asib.study"
 
 
 def answer(client: MlflowClient, request: dict[str, Any], uri: str) -> dict[str, Any]:
@@ -32,6 +36,10 @@ def answer(client: MlflowClient, request: dict[str, Any], uri: str) -> dict[str,
                 for path in request["files"]:
                     client.log_artifact(request["run_id"], path, request["to"] or None)
                 value = None
+            case "running":
+                value = running(client, request["study"])
+            case "reap":
+                value = reap(client, request["runs"])
             case other:
                 return {"error": f"delivery does not know {other}"}
     except UserError as error:
@@ -83,10 +91,37 @@ def nested(client: MlflowClient, run_id: str) -> list[str]:
 
 def find_finished(client: MlflowClient, identities: Sequence[str]) -> dict[str, str]:
     """The newest FINISHED run of each identity, where there is one."""
-    experiments = [found.experiment_id for found in client.search_experiments()]
+    experiments = server.all_experiments(client)
     found: dict[str, str] = {}
     for identity in identities:
         query = f"tags.`asib.identity` = '{identity}' and attributes.status = 'FINISHED'"
         for run in client.search_runs(experiments, query, max_results=1):
             found[identity] = run.info.run_id
     return found
+
+
+def running(client: MlflowClient, study: str | None) -> list[dict[str, Any]]:
+    """`{"run_id": …, "tags": …}` of each RUNNING run of the study, of any study for None."""
+    which = "!= ''" if study is None else f'= "{study}"'
+    query = f"attributes.status = 'RUNNING' and tags.`{STUDY_TAG}` {which}"
+    experiments = server.all_experiments(client)
+    found = server.all_pages(lambda token: client.search_runs(experiments, query, page_token=token))
+    return [{"run_id": run.info.run_id, "tags": dict(run.data.tags)} for run in found]
+
+
+def reap(client: MlflowClient, runs: Mapping[str, Sequence[Any]]) -> list[str]:
+    """End those runs that are still RUNNING: run id -> status, outcome, exit code, message; ids of those ended.
+
+    A run that was deleted meanwhile is passed over.
+    """
+    from pipeline.experiment.delivery_target import end_run, find_run
+
+    ended = []
+    for run_id, (status, outcome, exit_code, message) in runs.items():
+        run = None
+        with contextlib.suppress(UserError):  # deleted
+            run = find_run(client, run_id)
+        if run is not None and run.info.status == "RUNNING":
+            end_run(client, run_id, status, outcome, exit_code, message, now_ms())
+            ended.append(run_id)
+    return ended

@@ -5,38 +5,45 @@ Everything here may be repeated after a crash at any point: nothing is lost and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Run, RunTag
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import (
-    MLFLOW_PARENT_RUN_ID,
-    MLFLOW_SOURCE_NAME,
-    MLFLOW_SOURCE_TYPE,
-    MLFLOW_USER,
-)
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
 
 from pipeline import journal
 from pipeline.errors import UserError
 from pipeline.experiment.delivery_checkpoint import CheckpointUpload
 from pipeline.experiment.delivery_models import log_dataset, log_model, log_model_input
-from pipeline.experiment.delivery_server import artifact_location, is_transient, run_url, shown
+from pipeline.experiment.delivery_outbox import Outbox
+from pipeline.experiment.delivery_server import run_url
 from pipeline.experiment.delivery_state import JOURNAL_TAG, State, find_by_journal
+from pipeline.experiment.delivery_target import (
+    GENERATION_TAG,
+    TAG_LENGTH,
+    Place,
+    carried_run,
+    end_run,
+    experiment_id,
+    get_run,
+    parent_place,
+)
 from pipeline.journal import Entry
 
 log = logging.getLogger("asib.delivery")
 
-PARAM_LENGTH, TAG_LENGTH = 6000, 8000
 BATCH = 5000  # entities between two commits of the offset; the client cuts them into requests
 
 
 class RunDelivery:
     """Follows the journal in `folder`. `attach` first, then `deliver` as often as wished.
+
+    A carrier's journal stands for another run, which has a delivery of its own: nothing of that run is changed here,
+    it only becomes the parent of the children.
 
     Args:
         adopt: the run that `mlflow run` made for this journal.
@@ -61,18 +68,22 @@ class RunDelivery:
         self.client = client
         self.state = State()
         self.attached = False
-        self.children: list[Path] = []
+        self.carrier = False
+        self.children: list[Path] = []  # the one named last comes last
         self.before_model_input: Callable[[], None] = lambda: None
-        self.refused = 0
         self._path = folder / journal.FILE
         self._adopt, self._resume, self._live, self._parent = adopt, resume, live, parent
         self._inode = -1
-        self._params: set[str] = set()  # on the server
-        self._new_params: set[str] = set()  # in the batch
+        self._generations: list[str] = []
+        self._forgotten: dict[Path, int] = {}  # up to which offset the journal named it in vain
         self._last_time = 0
         self._checkpoints: CheckpointUpload | None = None
-        self._batch: list[Metric | Param | RunTag] = []
-        self._artifacts: dict[tuple[str, str], None] = {}
+        self._outbox: Outbox | None = None
+
+    @property
+    def refused(self) -> int:
+        """How many things the server will never take."""
+        return self._outbox.refused if self._outbox is not None else 0
 
     # The run
 
@@ -80,21 +91,39 @@ class RunDelivery:
         """Find, adopt or make the run. False while there is no journal yet.
 
         Raises:
-            UserError: a run id that the server does not know, a deleted run or experiment.
+            UserError: a run id that the server does not know, a deleted run or experiment, a carrier's run that is
+                not on the server.
         """
         header = journal.read_header(self.folder)
         if header is None:
             return False
         self.state = State.load(self.folder, self.uri, header.data["journal"])
         self._last_time = header.time
+        link = header.data.get("carrier")
+        self.carrier = link is not None
+        if link is None:
+            run = self._own(header)
+        else:
+            run = carried_run(self.client, self.uri, self.folder, link, header.data["experiment"])
+            self._survey()
+        self.state.run_id, self.state.experiment_id = run.info.run_id, run.info.experiment_id
+        self.state.url = run_url(self.uri, run.info.experiment_id, run.info.run_id)
+        self._outbox = Outbox(self.client, self.uri, run, self.folder)
+        self.state.save(self.folder)
+        self.attached = True
+        return True
+
+    def _own(self, header: Entry) -> Run:
+        """The journal's own run, ready to take its entries."""
         run = self._existing(header)
         made = run is None
+        self._survey()
         tags = dict(header.data["tags"])
-        parent_id = self._parent_run_id(header)
-        if parent_id:
-            tags[MLFLOW_PARENT_RUN_ID] = parent_id
+        place = self._place(header)
+        if place is not None:
+            tags[MLFLOW_PARENT_RUN_ID] = place.run_id
         if run is None:
-            run = self._create(header, tags)
+            run = self._create(header, tags, place)
         else:
             self._take_over(run, header, tags)
         run_id = run.info.run_id
@@ -102,15 +131,10 @@ class RunDelivery:
             self.state.shell = self._adopt
         if self.state.shell:
             self.client.set_tag(self.state.shell, "asib.resumes", run_id)
-        self._params = set(run.data.params)
-        self.state.run_id, self.state.experiment_id = run_id, run.info.experiment_id
-        self.state.url = run_url(self.uri, run.info.experiment_id, run_id)
         self._checkpoints = CheckpointUpload(self.client, run_id, self.folder, header.data["journal"])
         if not made and not self.state.checkpoint:
             self.state.checkpoint = self._checkpoints.on_server()
-        self.state.save(self.folder)
-        self.attached = True
-        return True
+        return run
 
     def _existing(self, header: Entry) -> Run | None:
         if self.state.run_id:
@@ -125,24 +149,18 @@ class RunDelivery:
         return self._by_tag(header) or (self._get(self._adopt) if self._adopt else None)
 
     def _get(self, run_id: str) -> Run:
-        try:
-            run = self.client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise UserError(f"tracking server {shown(self.uri)} knows no run {run_id}: check the id") from error
-            raise
-        if run.info.lifecycle_stage == "deleted":
-            raise UserError(f"run {run_id} is deleted: `mlflow runs restore --run-id {run_id}` brings it back")
-        return run
+        return get_run(self.client, self.uri, run_id)
 
     def _by_tag(self, header: Entry) -> Run | None:
         return find_by_journal(self.client, header.data["journal"], header.data["experiment"])
 
-    def _create(self, header: Entry, tags: dict[str, str]) -> Run:
+    def _create(self, header: Entry, tags: dict[str, str], place: Place | None) -> Run:
         source = {MLFLOW_USER: header.data.get("user", ""), MLFLOW_SOURCE_NAME: header.data.get("source", "")}
         tags = {**source, MLFLOW_SOURCE_TYPE: "LOCAL", **tags, JOURNAL_TAG: header.data["journal"]}
+        if self._live:
+            tags[GENERATION_TAG] = self._generations[-1]
         return self.client.create_run(
-            self._experiment(header.data["experiment"]),
+            place.experiment_id if place else experiment_id(self.client, self.uri, header.data["experiment"]),
             start_time=header.time,
             tags={key: str(value)[:TAG_LENGTH] for key, value in tags.items() if value},
             run_name=header.data["name"],
@@ -156,41 +174,16 @@ class RunDelivery:
             missing.append(RunTag(JOURNAL_TAG, header.data["journal"]))
             if header.data["name"]:
                 self.client.update_run(run_id, name=header.data["name"])
+        if self._live:
+            missing.append(RunTag(GENERATION_TAG, self._generations[-1]))
         self.client.log_batch(run_id, tags=missing)
         if self._live and not self.state.ended and run.info.status != "RUNNING":
             self.client.update_run(run_id, status="RUNNING")
 
-    def _parent_run_id(self, header: Entry) -> str:
+    def _place(self, header: Entry) -> Place | None:
         if self._parent is not None:
-            return self._parent.state.run_id
-        above = header.data["parent"]
-        if above is None:
-            return ""
-        state = State.load(self.folder / above["folder"], self.uri, above["journal"])
-        if state.run_id:
-            return state.run_id
-        run = find_by_journal(self.client, above["journal"], header.data["experiment"])
-        return run.info.run_id if run else ""
-
-    def _experiment(self, name: str) -> str:
-        if self._parent is not None:
-            return self._parent.state.experiment_id
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return str(self.client.create_experiment(name, artifact_location(self.uri, name)))
-            except MlflowException as error:
-                # Another run was faster.
-                experiment = self.client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise error
-        if experiment.lifecycle_stage == "deleted":
-            number = experiment.experiment_id
-            raise UserError(
-                f'experiment "{name}" is deleted: `mlflow experiments restore -x {number}` brings it back, '
-                "or take another name"
-            )
-        return str(experiment.experiment_id)
+            return Place(self._parent.state.run_id, self._parent.state.experiment_id)
+        return parent_place(self.client, self.uri, self.folder, header)
 
     # The entries
 
@@ -204,16 +197,18 @@ class RunDelivery:
             Exception: what the client raised and may succeed later; then `deliver` again.
             UserError: the run was deleted meanwhile.
         """
+        if final and self._live and not self.state.ended and self._taken_over():
+            return False  # who goes on with the run has begun at its checkpoint: what lies beyond is void
         entries = self._read()
         checkpoints = [entry for entry in entries if entry.kind == "checkpoint"]
         final = final or any(entry.kind == "end" for entry in entries)
         start = behind = self.state.offset
-        self._clear()
-        self._artifacts.clear()
+        assert self._outbox is not None
+        self._outbox.clear()
         covered = 0
-        assert self._checkpoints is not None
         for entry in entries:
             if entry.kind == "checkpoint" and entry.end > covered:
+                assert self._checkpoints is not None
                 self._commit(behind)
                 later = [candidate for candidate in checkpoints if candidate.end >= entry.end]
                 chosen = self._checkpoints.bring(later, self.state.checkpoint, self.state.generation)
@@ -226,7 +221,7 @@ class RunDelivery:
                     log.warning("%s: no checkpoint file is intact; its entries go without", self.folder)
                     covered = later[-1].end
                 self._commit(entry.end)
-            elif self._apply(entry) or len(self._batch) >= BATCH:
+            elif self._apply(entry) or len(self._outbox) >= BATCH:
                 self._commit(entry.end)
             behind = entry.end
         if behind > self.state.offset:
@@ -239,137 +234,125 @@ class RunDelivery:
         except FileNotFoundError:
             return []
         if found.st_ino != self._inode or found.st_size < self.state.offset:
-            self._inode = found.st_ino
-            everything, _ = journal.read_entries(self._path)
-            marks = [entry.data["generation"] for entry in everything if entry.kind == "resume"]
-            generation = marks[-1] if marks else self.state.journal
-            if generation != self.state.generation:
-                # Another text than the one the offset belongs to: all of it again, which doubles nothing.
-                self.state.generation, self.state.offset, self.state.ended = generation, 0, False
-            self.children = []
-            for entry in everything:
-                self._last_time = max(self._last_time, entry.time)
-                if entry.kind == "child" and entry.end <= self.state.offset:
-                    self._child(entry)
+            self._survey()
         if found.st_size <= self.state.offset:
             return []
         entries = journal.read_entries(self._path, self.state.offset)[0]
         self._last_time = max([self._last_time, *(entry.time for entry in entries)])
         return entries
 
+    def _survey(self) -> None:
+        """Learn a text that is new to us: who has written it, and what was done with it before."""
+        self._inode = self._path.stat().st_ino
+        everything, _ = journal.read_entries(self._path)
+        self._generations = journal.generations(everything)
+        if self._generations[-1] != self.state.generation:
+            # Another text than the one the offset belongs to: all of it again, which doubles nothing.
+            self.state.generation, self.state.offset, self.state.ended = self._generations[-1], 0, False
+        self.children = []
+        for entry in everything:
+            self._last_time = max(self._last_time, entry.time)
+            if entry.kind == "child" and entry.end <= self.state.offset:
+                self._child(entry)
+
     def _apply(self, entry: Entry) -> bool:
         """Take an entry in; True when everything before it had to be, and was, sent."""
-        data, run_id = entry.data, self.state.run_id
+        data, run_id, outbox = entry.data, self.state.run_id, self._outbox
+        assert outbox is not None
+        if self.carrier and entry.kind not in ("child", "resume", "end"):
+            return False
         match entry.kind:
             case "params":
-                for key, value in data["values"].items():
-                    # What is there stays: `mlflow run` has logged «4» where we would say 4.0.
-                    if key not in self._params and key not in self._new_params:
-                        self._new_params.add(key)
-                        self._batch.append(Param(key, value[:PARAM_LENGTH]))
+                outbox.params(data["values"])
             case "tags":
-                self._batch += [RunTag(key, value[:TAG_LENGTH]) for key, value in data["values"].items()]
+                outbox.tags(data["values"])
             case "metrics":
-                self._batch += [
-                    Metric(key, journal.decode_number(value), entry.time, data["step"])
-                    for key, value in data["values"].items()
-                ]
+                outbox.metrics(data["values"], data["step"], entry.time)
             case "artifact":
-                self._artifacts[data["path"], data["to"]] = None
+                outbox.artifact(data["path"], data["to"])
             case "child":
                 self._child(entry)
             case "dataset":
-                self._try(log_dataset, self.client, run_id, entry)
+                outbox.attempt(log_dataset, self.client, run_id, entry)
             case "model_input":
                 self.before_model_input()  # a teacher of this run may be one of its children
-                self._try(log_model_input, self.client, run_id, entry)
+                outbox.attempt(log_model_input, self.client, run_id, entry)
             case "model":
-                self._flush()  # the model is linked to the run's metrics
+                outbox.flush()  # the model is linked to the run's metrics
                 if data["entry"] not in self.state.models:
-                    model_id = self._try(log_model, self.client, self.state, self.folder, entry)
+                    model_id = outbox.attempt(log_model, self.client, self.state, self.folder, entry)
                     if model_id:
                         self.state.models[data["entry"]] = model_id
                 return True
             case "resume":
-                self._flush()
+                outbox.flush()
                 self.state.generation = data["generation"]
+                if data["generation"] not in self._generations:
+                    self._generations.append(data["generation"])
                 self.state.ended = False
-                self.client.update_run(run_id, status="RUNNING")
+                self._go_on()
                 return True
             case "end":
-                self._flush()
+                outbox.flush()
                 self._end(data["status"], data["outcome"], data["exit_code"], data["message"], entry.time)
                 return True
         return False
 
     def _child(self, entry: Entry) -> None:
         folder = Path(os.path.normpath(self.folder / entry.data["folder"]))
-        if folder not in self.children:
+        if folder in self.children:
+            self.children.remove(folder)
+        if entry.end > self._forgotten.get(folder, 0):
             self.children.append(folder)
 
+    def forget(self, folder: Path, upto: int | None = None) -> None:
+        """Have that child no more, until the journal names it again beyond the offset `upto` (by default: its end)."""
+        with contextlib.suppress(FileNotFoundError):
+            self._forgotten[folder] = self._path.stat().st_size if upto is None else upto
+        if folder in self.children:
+            self.children.remove(folder)
+
+    # The status
+
+    def _go_on(self) -> None:
+        """Tell the server that this text's last writer has the run now."""
+        if self.carrier:
+            return
+        if self._live:
+            # The mark comes first: see `kill`.
+            self.client.set_tag(self.state.run_id, GENERATION_TAG, self.state.generation)
+        elif self._taken_over():
+            return
+        self.client.update_run(self.state.run_id, status="RUNNING")
+
+    def _taken_over(self) -> bool:
+        """Whether a writer that this text does not know has gone on with the run, from a copy of its checkpoint."""
+        if self.carrier:
+            return False
+        mark = self.client.get_run(self.state.run_id).data.tags.get(GENERATION_TAG)
+        return mark is not None and mark not in self._generations
+
     def kill(self) -> None:
-        """End a run whose trainer died without an `end` entry."""
+        """End a run whose trainer died without an `end` entry, unless another has taken it over."""
+        if self.carrier:
+            return
+        if self._taken_over():
+            log.info("%s has no end, and its run is another's now", self.folder)
+            return
+        log.warning("%s has no end: its trainer died; the run is KILLED", self.folder)
         self._end("KILLED", "killed", 137, None, self._last_time)
         self.state.ended = False  # the journal has no end: a trainer that comes back goes on with it
         self.state.save(self.folder)
+        if self._taken_over():  # between the question and the end
+            self.client.update_run(self.state.run_id, status="RUNNING")
 
     def _end(self, status: str, outcome: str, exit_code: int, message: str | None, at: int) -> None:
-        tags = [RunTag("asib.outcome", outcome), RunTag("asib.exit_code", str(exit_code))]
-        if message:
-            tags.append(RunTag("asib.error", message[:TAG_LENGTH]))
-        for run_id in filter(None, (self.state.run_id, self.state.shell)):
-            self.client.log_batch(run_id, tags=tags)
-            self.client.set_terminated(run_id, status=status, end_time=at)
+        for run_id in () if self.carrier else filter(None, (self.state.run_id, self.state.shell)):
+            end_run(self.client, run_id, status, outcome, exit_code, message, at)
         self.state.ended = True
 
     def _commit(self, offset: int) -> None:
-        self._flush()
+        assert self._outbox is not None
+        self._outbox.flush()
         self.state.offset = max(self.state.offset, offset)
         self.state.save(self.folder)
-
-    def _flush(self) -> None:
-        if self._batch:
-            self._send(self._batch)
-            self._params |= self._new_params
-            self._clear()
-        for path, to in list(self._artifacts):
-            if (self.folder / path).exists():
-                self._try(self.client.log_artifact, self.state.run_id, str(self.folder / path), to or None)
-            else:
-                log.warning("%s: artifact %s is not there", self.folder, path)
-            del self._artifacts[path, to]
-
-    def _clear(self) -> None:
-        self._batch.clear()
-        self._new_params.clear()
-
-    def _send(self, items: Sequence[Metric | Param | RunTag]) -> None:
-        try:
-            self.client.log_batch(
-                self.state.run_id,
-                metrics=[item for item in items if isinstance(item, Metric)],
-                params=[item for item in items if isinstance(item, Param)],
-                tags=[item for item in items if isinstance(item, RunTag)],
-            )
-        except MlflowException as error:
-            if is_transient(error):
-                raise
-            if len(items) == 1:
-                self.refused += 1
-                log.error("%s: %s refused: %s", self.folder, items[0], str(error).split("\n", 1)[0])
-                return
-            self._get(self.state.run_id)  # a deleted run refuses everything: say that instead
-            # One bad name must not keep the others away.
-            self._send(items[: len(items) // 2])
-            self._send(items[len(items) // 2 :])
-
-    def _try(self, call: Any, *arguments: Any) -> Any:
-        """Call; what may succeed later is raised, what never will is written down and passed over."""
-        try:
-            return call(*arguments)
-        except Exception as error:
-            if is_transient(error):
-                raise
-            self.refused += 1
-            log.error("%s: %s refused: %s", self.folder, call.__name__, str(error).split("\n", 1)[0])
-            return None

@@ -13,9 +13,9 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.errors import UserError
@@ -154,6 +154,22 @@ def prepare_sqlite(uri: str) -> None:
             _upgrade_db(create_sqlalchemy_engine_with_retry(uri))
         # Also makes the default experiment, whose artifacts then lie beside the file wherever we were started.
         SqlAlchemyStore(uri, str(path.parent / "mlartifacts"))
+
+
+def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Everything that a search finds, which takes a page's token and gives a thousand at most."""
+    token = None
+    while True:
+        page = search(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def all_experiments(client: MlflowClient) -> list[str]:
+    """Ids of the experiments that are not deleted."""
+    return [found.experiment_id for found in all_pages(lambda token: client.search_experiments(page_token=token))]
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:

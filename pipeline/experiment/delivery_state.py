@@ -11,7 +11,7 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from pipeline.experiment.delivery_server import shown
+from pipeline.experiment.delivery_server import all_experiments, shown
 
 FILE = "delivery.json"
 JOURNAL_TAG = "asib.journal"
@@ -58,6 +58,5 @@ def find_by_journal(client: MlflowClient, journal_id: str, experiment: str | Non
     runs = client.search_runs([named.experiment_id], query, max_results=1) if named else []
     if not runs:
         # A run that `mlflow run` made lies in that command's experiment.
-        others = [found.experiment_id for found in client.search_experiments()]
-        runs = client.search_runs(others, query, max_results=1)
+        runs = client.search_runs(all_experiments(client), query, max_results=1)
     return runs[0] if runs else None

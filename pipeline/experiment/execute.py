@@ -1,16 +1,18 @@
 """The life of a step's process: arguments, configuration, the run, signals, and the exit code that says how it ended.
 
-Torch is imported only after the configuration is known to be good.
+Torch is imported only after the configuration is known to be good (or when a variable of the environment names a
+network, which the zoo alone knows).
 """
 
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.errors import Interrupted, UserError
-from pipeline.experiment import cli
-from pipeline.experiment.compose import compose
+from pipeline.experiment import cli, shortcuts
+from pipeline.experiment.compose import compose, dump
 
 if TYPE_CHECKING:
     from pipeline.experiment.run import Run
@@ -40,7 +42,7 @@ class Stop:
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._arrived)
+            signal.signal(number, self.arrived)
 
     @contextmanager
     def between_batches(self) -> Iterator[None]:
@@ -51,7 +53,7 @@ class Stop:
         finally:
             self._in_loop = False
 
-    def _arrived(self, number: int, frame: FrameType | None) -> None:
+    def arrived(self, number: int, frame: FrameType | None) -> None:
         if self.signum:
             return
         self.signum = number
@@ -68,6 +70,7 @@ def execute(
     job: str | Job,
     argv: list[str] | None = None,
     variant: Callable[[Config], Config] = lambda config: config,
+    dry_run: Callable[[Config], str] | None = None,
 ) -> int:
     """Run a step from its command line.
 
@@ -76,11 +79,12 @@ def execute(
         job: "module:function" that takes the Run and returns the metric the step optimises, imported late; or itself.
         argv: arguments without the program's name; None: sys.argv.
         variant: what the step makes of the composed configuration.
+        dry_run: what DRY_RUN=1 prints below the configuration.
 
     Returns:
         The exit code: 0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT.
     """
-    _log_to_terminal()
+    log_to_terminal()
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments or "debug=true" in arguments  # until the arguments are understood
     try:
@@ -89,7 +93,10 @@ def execute(
         if command.help:
             print(cli.help_text(step, command.cfg, command.overrides))
             return 0
-        config = variant(compose(command.cfg, command.overrides))
+        config = variant(configuration(command))
+        if shortcuts.wants_dry_run(os.environ):
+            _show(config, dry_run)
+            return 0
     except UserError as error:
         return _refuse(step, error, debug)
     stop.install()
@@ -105,6 +112,62 @@ def execute(
         return _refuse(step, error, config.debug)
     except Interrupted as error:
         return 128 + error.signum  # before the run, or after its end: nothing is lost
+
+
+def outside(step: str, argv: Sequence[str], act: Callable[[cli.Command], int]) -> int:
+    """A command of a step that makes no run of its own; refusals are said as `execute` says them.
+
+    Args:
+        act: what it does; returns the exit code.
+    """
+    log_to_terminal()
+    debug = "--debug" in argv
+    try:
+        command = cli.parse(argv)
+        debug = command.debug
+        return act(command)
+    except UserError as error:
+        return _refuse(step, error, debug)
+    except Interrupted as error:
+        return 128 + error.signum
+
+
+def configuration(command: cli.Command) -> Config:
+    """What a command line asks for, and the environment's shortcuts beneath it. Raises UserError."""
+    found = shortcuts.read(os.environ, command.overrides)
+    with tempfile.TemporaryDirectory(prefix="asib-fetched-") as folder:
+        return compose(
+            command.cfg,
+            [*found.overrides, *command.overrides],
+            lambda uri: _fetch(uri, command.overrides, Path(folder)),
+            found.presets,
+        )
+
+
+def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
+    """A file of a run for `cfg`, from where the overrides say that runs go. Raises UserError: it is not there."""
+    from pipeline.experiment import tracking
+
+    if re.fullmatch(r"runs:/+[^/]+/.*[^/]", uri) is None:
+        raise UserError(f"cfg={uri}: give runs:/<run id>/<file>, such as runs:/<run id>/config.yaml")
+    where = compose(None, [text for text in overrides if text.lstrip(" +~").startswith("tracking")]).tracking
+    if where.mode == "offline":
+        raise UserError(f"cfg={uri} lies on a tracking server, and tracking is off line: download it, give its path")
+    try:
+        path = tracking.fetch_now(where.uri or tracking.default_uri(), uri, folder)
+    except UserError as error:
+        raise UserError(f"cfg={uri}: {str(error).removeprefix(uri).lstrip(': ')}") from error
+    if path.is_dir():
+        raise UserError(f"cfg={uri} is a folder: give a YAML file in it")
+    return path
+
+
+def _show(config: Config, dry_run: Callable[[Config], str] | None) -> None:
+    """DRY_RUN=1. Of several processes the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(dump(config), end="")
+        if dry_run is not None:
+            print(f"\n{dry_run(config).rstrip()}")
 
 
 def _call(job: str | Job, run: "Run") -> None:
@@ -196,10 +259,11 @@ def _leave_mlflow_run() -> None:
     tracking.kill_mlflow_run_parent()
 
 
-def _log_to_terminal() -> None:
+def log_to_terminal() -> None:
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        # torchrun's other processes would say the same
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
         logger.propagate = False

@@ -10,16 +10,16 @@ from models.weights import weights_hash
 from pipeline.config import Config
 from pipeline.config.rules import inactive, needs_distillation
 from pipeline.config.variants import student_alone
-from pipeline.data import sources
 from pipeline.data.batches import EvalBatches
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import export, networks, report, teachers
 from pipeline.experiment.run import Run
-from pipeline.experiment.session import load_data, prepare, threads_of, train
+from pipeline.experiment.session import images, load_data, prepare, threads_of, train
 from pipeline.journal import read_header
 from pipeline.training import costs, distributed
 from pipeline.training.evaluation import outputs
+from pipeline.training.loop import Loop, Watch
 from pipeline.training.stages import Distillation, query_width
 
 logger = logging.getLogger("asib")
@@ -53,6 +53,41 @@ def finetune(run: Run) -> float | None:
 
 def distill(run: Run) -> float | None:
     """Distil the student from the configuration's teachers."""
+    data, task, loop = _trained(run, None)
+    results = task.results()
+    results |= macs_found(task, data, results)
+    loop.finish(results)
+    if not run.follower:
+        _keep_weights(run, data, task)
+        _keep_pictures(run, data, task)
+        if run.config.log_model:
+            export.log_student(run, task.student, data, results)
+        if run.parent is None:
+            report.print_results(run.config, results)
+    report.write_results(run, results)
+    return results.get("final/val_acc", results["final/acc_last"])
+
+
+def trial(run: Run, watch: Watch) -> dict[str, float]:
+    """Distil as `distill` does, for a sweep: the test split stays unseen, and of the student only weights are kept.
+
+    Returns:
+        Every metric's last value.
+
+    Raises:
+        Pruned, Taken: as `watch` decided.
+    """
+    data, task, loop = _trained(run, watch)
+    results = task.results(test=False)
+    results |= macs_found(task, data, results)
+    loop.finish(results)
+    if not run.follower:
+        _keep_weights(run, data, task)
+    report.write_results(run, results)
+    return {name: points[-1][1] for name, points in report.metrics_of(run).items()} | results
+
+
+def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Loop]:
     config = run.config
     prepare(config, threads_of(run))
     for sentence in inactive(config):
@@ -68,19 +103,10 @@ def distill(run: Run) -> float | None:
     for teacher in found:
         if teacher.made_by is not None:
             run.journal.model_input(teacher.made_by)
-    loop = train(run, task, data, [t.hash for t in found])
-    results = task.results()
-    results |= macs_found(task, data, results)
-    loop.finish(results)
-    if not run.follower:
-        _keep_student(run, data, task, results)
-        if run.parent is None:
-            report.print_results(config, results)
-    report.write_results(run, results)
-    return results.get("final/val_acc", results["final/acc_last"])
+    return data, task, train(run, task, data, [t.hash for t in found], watch=watch)
 
 
-def _keep_student(run: Run, data: ImageData, task: Distillation, results: dict[str, float]) -> None:
+def _keep_weights(run: Run, data: ImageData, task: Distillation) -> None:
     path = run.folder / STUDENT
     networks.save(task.student, path, run.config, data)
     run.journal.artifact(path, "checkpoints")
@@ -89,13 +115,13 @@ def _keep_student(run: Run, data: ImageData, task: Distillation, results: dict[s
         export.save_fusion(task.fusion, fusion)
         run.journal.artifact(fusion, "checkpoints")
     run.journal.tags({"asib.weights": weights_hash(task.student.net)})
+
+
+def _keep_pictures(run: Run, data: ImageData, task: Distillation) -> None:
+    assert task.predicted is not None
     report.curves(run)
-    test = task.data.test
-    predicted = outputs(task.student, test).logits.argmax(dim=1)
-    report.predictions(run, predicted, test.labels)
-    report.confusion(run, predicted, test.labels, data.classes)
-    if run.config.log_model:
-        export.log_student(run, task.student, data, results)
+    report.predictions(run, task.predicted, task.data.test.labels)
+    report.confusion(run, task.predicted, task.data.test.labels, data.classes)
 
 
 def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]) -> dict[str, float]:
@@ -182,7 +208,7 @@ def main(run: Run) -> float | None:
     if not config.model.teachers or not needs_distillation(config):
         raise UserError("the main job distils: it needs model.teachers and method.kd_alpha > 0, or use -e baseline")
     prepare(config)
-    teachers.foresee(config, sources.load(config.dataset))
+    teachers.foresee(config, images(config))
     run.ready()
     alone_config = student_alone(config).model_copy(update={"log_model": False})
     alone = _nested(run, "baseline", "student_alone", alone_config, distill)

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, config_hash
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import Interrupted, Pruned, Taken, UserError
 from pipeline.experiment import compose, tracking
-from pipeline.journal import Journal, NullJournal, read_entries, read_header
+from pipeline.experiment.options import REPOSITORY
+from pipeline.journal import Carrier, Journal, NullJournal, read_entries, read_header
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
 
 logger = logging.getLogger("asib")
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Run:
@@ -42,6 +42,7 @@ class Run:
         delivery: tracking.Delivery | None,
         state: Any = None,
         parent: "Run | None" = None,
+        parent_id: str | None = None,
     ) -> None:
         self.step, self.config, self.folder, self.journal = step, config, folder, journal
         self.delivery, self.state, self.parent = delivery, state, parent
@@ -50,6 +51,8 @@ class Run:
         self._run_id: str | None = None
         self._from_server = False
         """Whether it was begun on another machine: its nested runs may be on the server, and not here."""
+        self._nesting = parent_id or journal.id
+        """From what the journal ids of its nested runs are derived."""
 
     @property
     def config_hash(self) -> str:
@@ -66,6 +69,14 @@ class Run:
         slots = Slots(folder / "checkpoints")
         state = slots.read()[0] if slots.manifest.exists() else None
         return cls(step, config, folder, NullJournal(), None, state, parent)
+
+    @classmethod
+    def carrier(cls, config: Config, folder: Path, stands_for: Carrier) -> "Run":
+        """What a sweep's worker has in the place of a run: its nested runs become those of `stands_for`."""
+        with _writable(config):
+            journal = Journal.create(folder, experiment=stands_for.experiment, name=None, carrier=stands_for)
+        delivery = _deliver(config, folder)
+        return cls("sweep", config, folder, journal, delivery, parent_id=stands_for.journal)
 
     # starting --------------------------------------------------------------------------------------------------------
 
@@ -92,6 +103,7 @@ class Run:
         delivery: tracking.Delivery | None = None,
         known_as: str | None = None,
         name: str | None = None,
+        key: str | None = None,
     ) -> "Run":
         """`known_as`: the journal id of the run on the server that this one is; it has no checkpoint to go on from."""
         name = name or (folder.name if parent is not None else config.run_name)
@@ -100,7 +112,7 @@ class Run:
         with _writable(config):
             journal = Journal.create(
                 folder,
-                journal=known_as if parent is None else _nested_id(parent, folder.name),
+                journal=known_as if parent is None else parent.nested_id(key or folder.name),
                 experiment=config.tracking.experiment,
                 name=name,
                 tags={"asib.step": step},
@@ -174,14 +186,24 @@ class Run:
         journal.tags({"asib.resumed_from": _position(state)})
         return run
 
-    def child(self, step: str, key: str, config: Config, name: str | None = None) -> "Run":
-        """A nested run in `<folder>/<key>`, named so or `name`; what an interrupted parent left there is continued."""
-        folder = self.folder / key
+    def nested_id(self, key: str) -> str:
+        """The journal id of a nested run: the same on whichever machine this one is continued."""
+        return hashlib.sha256(f"{self._nesting}/{key}".encode()).hexdigest()[:32]
+
+    def child(self, step: str, key: str, config: Config, name: str | None = None, folder: Path | None = None) -> "Run":
+        """A nested run in `<folder>/<key>`, named so or `name`; what an interrupted parent left there is continued.
+
+        Args:
+            folder: where it is instead.
+        """
+        folder = folder or self.folder / key
         if self.follower:
             return Run.follow(step, config, folder, self)
-        if (folder / "journal.jsonl").exists():
+        if (folder / "journal.jsonl").exists() or (folder / "checkpoints" / "manifest.json").exists():
+            if not folder.is_relative_to(self.folder):
+                self.journal.child(folder)  # begun by another worker, or a copy of what that has left
             return Run._continue(step, config, folder, self)
-        run = Run._begin(step, config, folder, self, name=name)
+        run = Run._begin(step, config, folder, self, name=name, key=key)
         if self._from_server and self.delivery is not None:
             # by its journal's id delivery has found what there is of it on the server
             if _fetch_checkpoint(self.delivery, self.delivery.child_ready(folder), folder):
@@ -189,6 +211,10 @@ class Run:
                 run = Run._continue(step, config, folder, self)
             run._from_server = True
         return run
+
+    def look_on_server(self) -> None:
+        """From now on nested runs that are not on this machine are looked for on the server, and continued."""
+        self._from_server = True
 
     def finished_child(self, key: str) -> dict[str, float] | None:
         """The results of a nested run that an earlier, interrupted start of this one has finished."""
@@ -266,6 +292,13 @@ class Run:
             except Interrupted as error:
                 self.close("KILLED", "killed", 128 + error.signum)
                 raise
+            except Taken:
+                self.abandon()
+                raise
+            except Pruned as error:
+                tags = {"asib.pruned_epoch": str(error.epoch), "asib.pruned_reason": error.reason}
+                self.close("KILLED", "pruned", 0, tags=tags)
+                raise
             except UserError as error:
                 self.close("FAILED", "refused", 2, str(error))
                 raise
@@ -274,12 +307,27 @@ class Run:
                 raise
             self.close("FINISHED", "completed", 0)
 
-    def close(self, status: str, outcome: str, exit_code: int, message: str | None = None) -> None:
+    def abandon(self) -> None:
+        """Another process has taken this nested run over: nothing more of it is written or sent here, nor its end."""
+        self.journal.close()
+        if self.delivery is not None:
+            self.delivery.forget(self.folder)
+
+    def close(
+        self,
+        status: str,
+        outcome: str,
+        exit_code: int,
+        message: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
         """End the record; the outermost run waits for its delivery and says what was left undelivered."""
         if status != "FINISHED" and isinstance(self.journal, Journal):
             # metrics that no checkpoint covers are given up: a resume measures them again, and they would come twice
             self.journal.close()
             self.journal = Journal.reopen(self.folder)
+        if tags:
+            self.journal.tags(tags)
         log = self.folder / "run.log"
         if log.exists() and not self.follower:
             self.journal.artifact(log)
@@ -321,11 +369,6 @@ def _fetch_checkpoint(delivery: tracking.Delivery, run_id: str, folder: Path) ->
     Slots(folder / "checkpoints").adopt(fetched / newest["file"], newest["sha256"])
     shutil.rmtree(folder / "fetched")
     return True
-
-
-def _nested_id(parent: Run, key: str) -> str:
-    """The journal id of a nested run: the same on whichever machine its parent is continued."""
-    return hashlib.sha256(f"{parent.journal.id}/{key}".encode()).hexdigest()[:32]
 
 
 def _deliver(config: Config, folder: Path) -> tracking.Delivery | None:

@@ -4,24 +4,26 @@ import logging
 import os
 import platform
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from pipeline.config import Config, config_hash
+from pipeline.config import Config, DatasetConfig, config_hash
 from pipeline.config.identity import Identity, computation, source_digest
 from pipeline.data import sources
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import networks
 from pipeline.experiment.execute import stop
-from pipeline.experiment.run import REPOSITORY, Run
+from pipeline.experiment.options import REPOSITORY
+from pipeline.experiment.run import Run
 from pipeline.journal import Journal
 from pipeline.training import distributed
 from pipeline.training.checkpoint import pack, require_space, unpack
-from pipeline.training.loop import Loop, NonFinite, Precision, Task
+from pipeline.training.loop import Loop, NonFinite, Precision, Task, Watch
 
 logger = logging.getLogger("asib")
 ALL_THREADS = torch.get_num_threads()
@@ -37,9 +39,20 @@ def prepare(config: Config, threads: int | None = None) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+def images(config: Config) -> ImageData:
+    """The configuration's images; the last data set stays in memory for a process's next run."""
+    path = config.dataset.path
+    return _load(config.dataset, Path(path).stat().st_mtime_ns if path and Path(path).exists() else 0)
+
+
+@lru_cache(maxsize=1)
+def _load(dataset: DatasetConfig, changed: int) -> ImageData:
+    return sources.load(dataset)
+
+
 def load_data(run: Run) -> ImageData:
     """The run's images, stated in its record."""
-    data = sources.load(run.config.dataset)
+    data = images(run.config)
     run.journal.tags({"asib.data_digest": data.digest})
     profile = {"classes": data.num_classes, "train": len(data.train_y), "test": len(data.test_y)}
     # MLflow keeps one context for each digest, and the digest covers both splits
@@ -48,7 +61,14 @@ def load_data(run: Run) -> ImageData:
     return data
 
 
-def train(run: Run, task: Task, data: ImageData, teachers: Sequence[str] = (), part: str = "") -> Loop:
+def train(
+    run: Run,
+    task: Task,
+    data: ImageData,
+    teachers: Sequence[str] = (),
+    part: str = "",
+    watch: Watch | None = None,
+) -> Loop:
     """Run the task to its end from where the run stands; its metrics and checkpoints are in the run's record.
 
     After `safe_retry_patience` non-finite steps in a row under AMP the run restarts once from its last good checkpoint
@@ -57,9 +77,11 @@ def train(run: Run, task: Task, data: ImageData, teachers: Sequence[str] = (), p
     Args:
         teachers: hashes of the teachers' weights.
         part: which of several results of this configuration the run makes.
+        watch: may end the run after an epoch.
 
     Raises:
         NonFinite: without AMP, or the second time.
+        Pruned, Taken: as `watch` decided.
     """
     config, device = run.config, networks.device_of(run.config)
     retried = run.state is not None and run.state["header"].get("safe_retry", False)
@@ -85,6 +107,7 @@ def train(run: Run, task: Task, data: ImageData, teachers: Sequence[str] = (), p
         device,
         stop=stop,
         every_seconds=config.checkpoint.every_seconds,
+        watch=watch,
     )
     if run.state is not None:
         check_continuation(run, header)

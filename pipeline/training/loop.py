@@ -5,9 +5,10 @@ networks, objectives and what happens between epochs.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from pipeline.config import OptimConfig
 from pipeline.data.augment import MixKind
 from pipeline.data.batches import EpochDraws, TrainBatches
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, Pruned, Taken
 from pipeline.journal import CheckpointRecorder
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
@@ -79,6 +80,28 @@ class Task(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Watch(Protocol):
+    """Who looks at every epoch's metrics before they are kept, and may end the run: a trial's pruner."""
+
+    reason: str
+    """Why it pruned."""
+
+    def __call__(self, epoch: int, metrics: Mapping[str, float]) -> "Verdict":
+        """`epoch`: the one that `metrics` are logged under. Asked in the first process only."""
+
+    def still_ours(self) -> bool:
+        """Whether this process may go on writing the run's record."""
+
+
+class Verdict(IntEnum):
+    """What becomes of a run after an epoch."""
+
+    GO_ON = 0
+    PRUNE = 1
+    LEAVE = 2
+    """Another worker has the trial: nothing more may be written."""
 
 
 class NonFinite(Exception):
@@ -183,6 +206,7 @@ class Loop:
         header: what every checkpoint states about the run (hashes, threads).
         stop: the number of a signal that arrived, or 0.
         every_seconds: also a checkpoint this often within long epochs.
+        watch: may end the run after an epoch.
     """
 
     task: Task
@@ -193,6 +217,7 @@ class Loop:
     device: torch.device
     stop: Callable[[], int] = lambda: 0
     every_seconds: float = 600.0
+    watch: Watch | None = None
     epoch: int = 0
     batch: int = 0
     streak: int = 0
@@ -272,6 +297,7 @@ class Loop:
             due = time.monotonic() - saved > self.every_seconds if self._look_up() else False
             if self._anyone(bool(signum) or due) and self.batch < len(task.batches):
                 begun = self._clock(begun)
+                self._leave_if_taken()
                 self._save(None, epoch.overall)
                 saved = time.monotonic()
                 self._leave_if_stopped()
@@ -283,9 +309,28 @@ class Loop:
         metrics["train/images_per_second"] = images / max(task.costs.seconds - before, 1e-9)
         metrics["schedule/lr"] = phase.optimizer.param_groups[0]["lr"]
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.device)
+        verdict = self._verdict(epoch.overall, metrics)
+        if verdict == Verdict.LEAVE:
+            raise Taken
         self._save(metrics, epoch.overall)
+        if verdict == Verdict.PRUNE:
+            assert self.watch is not None
+            raise Pruned(epoch.overall, self.watch.reason)
         if self._anyone(bool(self.stop())):
             self._leave_if_stopped()
+
+    def _verdict(self, epoch: int, metrics: Mapping[str, float]) -> Verdict:
+        """The first process asks, all hear the same."""
+        if self.watch is None:
+            return Verdict.GO_ON
+        found = self.watch(epoch, metrics) if distributed.world().rank == 0 else Verdict.GO_ON
+        return Verdict(int(distributed.first_says([float(found)], self.device)[0]))
+
+    def _leave_if_taken(self) -> None:
+        if self.watch is not None:
+            ours = self.watch.still_ours() if distributed.world().rank == 0 else True
+            if not distributed.first_says([float(ours)], self.device)[0]:
+                raise Taken
 
     def _clock(self, begun: float) -> float:
         """Add the training seconds since `begun` to the costs; the present time."""

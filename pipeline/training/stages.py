@@ -119,6 +119,8 @@ class Distillation:
         self.selection = Selection(self._selected_net(), self.data.has_validation)
         self._last: dict[str, Tensor] = {}
         self.best_test = float("-inf")
+        self.predicted: Tensor | None = None
+        """The selected student's classes of the test images (n,), once `results` has seen them."""
 
     # construction ----------------------------------------------------------------------------------------------------
 
@@ -344,20 +346,31 @@ class Distillation:
         self.best_test = state["best_test"]
         self.selection.load_state_dict(state["selection"])
 
-    def results(self) -> dict[str, float]:
-        """Final accuracies, in percent, and costs; the student holds the selected weights afterwards."""
-        test = self.data.test
-        last = outputs(self.student, test)
-        found = {"final/acc_last": accuracy(last.logits, test.labels)}
+    def results(self, test: bool = True) -> dict[str, float]:
+        """Final accuracies, in percent, and costs; the student holds the selected weights afterwards.
+
+        Args:
+            test: False where the test split must not be seen: a sweep's trials.
+        """
+        last = outputs(self.student, self.data.test) if test else None
         self._last = cpu_copy(self.student.state_dict())  # what a checkpoint continues from
         self.student.load_state_dict(self.selection.chosen())
-        selected = outputs(self.student, test)
-        found["final/acc_val_selected"] = accuracy(selected.logits, test.labels)
+        found = self._on_test(last) if last is not None else {}
         if self.data.has_validation:
             val = self.data.eval
             found["final/val_acc"] = accuracy(outputs(self.student, val).logits, val.labels)
         elif any(e.phase == "b" for e in self.plan):
             found["final/acc_best"] = self.best_test
+        return found | self.costs.metrics()
+
+    def _on_test(self, last: Outputs) -> dict[str, float]:
+        """`last`: the last epoch's student on the test split, beside which the selected one is evaluated."""
+        test = self.data.test
+        selected = outputs(self.student, test)
+        found = {
+            "final/acc_last": accuracy(last.logits, test.labels),
+            "final/acc_val_selected": accuracy(selected.logits, test.labels),
+        }
         seen = self.monitor.teachers_on("test") if self.teachers else []
         for k, teacher in enumerate(seen):
             found[f"final/teacher_{k}_acc"] = accuracy(teacher.logits, test.labels)
@@ -365,4 +378,5 @@ class Distillation:
             found["final/teacher_avg_acc"] = accuracy(self.monitor.average("test"), test.labels)
         if self.fusion is not None:
             found["final/synergy_acc"] = accuracy(self.monitor.synergy_on("test", selected), test.labels)
-        return found | self.costs.metrics()
+        self.predicted = selected.logits.argmax(dim=1)
+        return found

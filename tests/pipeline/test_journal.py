@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.journal import FILE, Journal, decode_number, read_entries, read_header, writer_alive
+from pipeline.journal import (
+    FILE,
+    Carrier,
+    Journal,
+    decode_number,
+    generations,
+    read_entries,
+    read_header,
+    writer_alive,
+)
 
 
 def kinds(folder: Path) -> list[str]:
@@ -136,6 +145,29 @@ def test_a_child_names_its_parent(tmp_path: Path) -> None:
     assert read_entries(tmp_path / "main" / FILE)[0][-1].data == {"folder": "distill"}
     with pytest.raises(UserError, match="parent"):
         Journal.create(tmp_path / "x", experiment="e", parent=tmp_path / "nowhere")
+
+
+def test_a_child_of_a_carrier_names_the_run_that_the_carrier_stands_for(tmp_path: Path) -> None:
+    stands_for = Carrier("r" * 32, "p" * 32, "e", tmp_path / "sweep")  # whose folder is not here
+    carrier = Journal.create(tmp_path / "workers" / "0", experiment="e", carrier=stands_for)
+    assert carrier.header.data["carrier"] == {"journal": "p" * 32, "folder": "../../sweep", "run": "r" * 32}
+    child = Journal.create(tmp_path / "trials" / "0", experiment="e", parent=carrier.folder)
+    assert child.header.data["parent"] == {"journal": "p" * 32, "folder": "../../sweep", "run": "r" * 32}
+    nowhere = Journal.create(tmp_path / "1", experiment="e", carrier=Carrier("", "p" * 32, "e"))
+    child = Journal.create(tmp_path / "trials" / "1", experiment="e", parent=nowhere.folder)
+    assert child.header.data["parent"] == {"journal": "p" * 32, "folder": "", "run": ""}
+
+
+def test_every_writer_of_a_run_has_a_mark_of_its_own(tmp_path: Path) -> None:
+    def marks(journal: Journal) -> list[str]:
+        return generations(read_entries(journal.folder / FILE)[0])
+
+    first = Journal.create(tmp_path / "a", experiment="e")
+    assert marks(first) == [first.id]
+    again = [Journal.create(tmp_path / name, experiment="e", journal=first.id) for name in "bc"]
+    resumed = Journal.restore(tmp_path / "d", again[0].snapshot())
+    assert marks(resumed)[0] == marks(again[0])[0]
+    assert len({mark for journal in (first, *again, resumed) for mark in marks(journal)}) == 4
 
 
 def test_paths_outside_the_folder_are_refused(tmp_path: Path) -> None:

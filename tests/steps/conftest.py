@@ -12,7 +12,8 @@ from tests.steps.lab import Done, Lab
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE"):
+    tracking = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "ASIB_STORAGE")
+    for name in (*tracking, "TEACHER_PAIR", "STUDENT", "METHOD", "SEED", "DRY_RUN"):
         monkeypatch.delenv(name, raising=False)
 
 

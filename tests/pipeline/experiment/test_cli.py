@@ -82,6 +82,7 @@ def test_help_names_every_key_within_100_columns():
         if not name.startswith("model.teachers.1"):
             assert f" {name} = " in text, name
     assert "python -m steps.distill" in text
+    assert "TEACHER_PAIR=t1,t2 STUDENT METHOD SEED" in text
     assert "  method.tau = 4.0 " in text
 
 

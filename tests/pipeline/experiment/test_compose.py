@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from pipeline.config import Config, config_hash, flatten
 from pipeline.config.later import ONLY_FOR_NOW
 from pipeline.errors import UserError
-from pipeline.experiment.compose import compose, dump, params
+from pipeline.experiment.compose import Setting, compose, dump, keys_of, params
 from pipeline.experiment.options import CONF, groups
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -194,6 +194,30 @@ def test_any_number_survives_override_and_params(tau, epochs, flag):
     assert config.method.learnable_q is flag
     again = compose(None, [f"{k}={v}" for k, v in params(config).items()])
     assert again == config
+
+
+@pytest.mark.parametrize(
+    ("override", "keys"),
+    [
+        ("++method.kd_alpha=1", {"method.kd_alpha"}),
+        ("~seed", {"seed"}),
+        ("optim=sgd", {"optim"}),
+        ("~model/teacher", {"model/teacher"}),
+        ("model.teachers[1].name=x", {"model.teachers.1.name"}),
+        ("model={student: {name: a, pretrained: true}, teachers: []}",
+         {"model.student.name", "model.student.pretrained", "model.teachers"}),
+    ],
+)  # fmt: skip
+def test_keys_of(override, keys):
+    assert keys_of([override]) == keys
+
+
+def test_presets_win_over_the_file_and_lose_to_overrides():
+    def presets(composed):
+        return [Setting("seed", composed.finetune.epochs), Setting("method.tau", 9)]
+
+    config = compose("quickstart", ["method.tau=2"], presets=presets)
+    assert (config.seed, config.method.tau) == (compose("quickstart").finetune.epochs, 2)
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.experiment import delivery_server
+from pipeline.experiment import delivery_server, tracking
 from pipeline.experiment.delivery_loop import DeliveryLoop
 from pipeline.experiment.tracking import deliver
 from pipeline.journal import FILE, Journal, decode_number, read_entries
@@ -397,6 +398,23 @@ def test_a_folder_is_delivered_by_one_at_a_time(sqlite_uri: str, tmp_path: Path)
             DeliveryLoop(tmp_path / "run", sqlite_uri, client=loop.client)
         assert not loop.asked_to_leave()
     DeliveryLoop(tmp_path / "run", sqlite_uri).close()
+
+
+def test_deliver_waits_for_a_delivery_that_is_just_ending(
+    sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path / "run")
+    loop = DeliveryLoop(tmp_path / "run", sqlite_uri)
+    ending = threading.Timer(0.3, loop.close)
+    ending.start()
+    assert deliver([tmp_path / "run"], sqlite_uri)[0].complete
+    ending.join()
+    monkeypatch.setattr(tracking, "PATIENCE_S", 0.1)
+    with (
+        DeliveryLoop(tmp_path / "run", sqlite_uri),
+        pytest.raises(UserError, match="being delivered by another process"),
+    ):
+        deliver([tmp_path / "run"], sqlite_uri)
 
 
 def test_artifacts_lie_beside_a_sqlite_file_wherever_we_are(

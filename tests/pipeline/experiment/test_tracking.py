@@ -19,7 +19,7 @@ pytest.importorskip("mlflow")
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.experiment import tracking
+from pipeline.experiment import delivery_server, tracking
 from pipeline.journal import Journal
 
 if TYPE_CHECKING:
@@ -51,6 +51,31 @@ while True:
 """
 
 
+WORKER = """
+import sys
+from pathlib import Path
+from pipeline.experiment import tracking
+from pipeline.journal import Carrier, Journal
+home, uri, run_id, journal_id = Path(sys.argv[1]), *sys.argv[2:]
+stands_for = Carrier(run_id, journal_id, "sweeps")
+delivery = tracking.start_delivery(home / "worker", uri=uri)
+carrier = Journal.create(home / "worker", experiment="sweeps", carrier=stands_for)
+assert delivery.wait_ready().run_id == run_id
+for name in ("own", "taken"):
+    trial = Journal.create(home / name, experiment="sweeps", tags={"asib.study": "s", "n": name}, parent=carrier.folder)
+    carrier.child(trial.folder)
+    print(delivery.child_ready(trial.folder), flush=True)
+trial.metrics({"student/acc": 1.0}, step=0)
+trial.close()
+delivery.forget(trial.folder)
+try:
+    delivery.forget(carrier.folder)
+except ValueError:
+    print("forgotten", flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
@@ -62,6 +87,12 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.1)
+
+
+def free(folder: Path) -> bool:
+    """Whether no delivery has the folder."""
+    with delivery_server.locked(folder / "delivery.lock", 0.0) as held:
+        return held
 
 
 def steps(client: MlflowClient, run_id: str) -> list[int]:
@@ -131,6 +162,39 @@ def test_a_killed_trainer_leaves_a_killed_run_with_everything(sqlite_uri: str, t
         assert client.get_run(run).data.tags["asib.outcome"] == "killed"
     # The process leaves, and the folder is free for a resume.
     Journal.reopen(tmp_path / "run").close()
+
+
+def test_a_killed_worker_leaves_its_sweep_running_and_what_it_had_forgotten(sqlite_uri: str, tmp_path: Path) -> None:
+    parent = tracking.start_delivery(tmp_path / "sweep", uri=sqlite_uri)
+    journal = Journal.create(tmp_path / "sweep", experiment="sweeps")
+    sweep = parent.wait_ready().run_id
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(tmp_path), sqlite_uri, sweep, journal.id],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert worker.stdout is not None
+    own, taken, said = (worker.stdout.readline().strip() for _ in range(3))
+    assert said == "forgotten"
+    worker.kill()
+    worker.communicate()
+    client = MlflowClient(sqlite_uri)
+    until(lambda: client.get_run(own).info.status == "KILLED")
+    until(lambda: free(tmp_path / "worker"))  # its delivery has left
+    assert client.get_run(taken).info.status == client.get_run(sweep).info.status == "RUNNING"
+    assert parent.nested(sweep) == [own, taken]
+    (orphan,) = parent.running("s")
+    assert (orphan["run_id"], orphan["tags"]["n"]) == (taken, "taken")
+    assert parent.running("another") == []
+    with pytest.raises(ValueError, match="status"):
+        parent.reap({taken: ("RUNNING", "killed", 137, None)})
+    assert parent.reap({taken: ("KILLED", "killed", 137, "gone"), own: ("FAILED", "failed", 1, None)}) == [taken]
+    assert client.get_run(taken).data.tags["asib.error"] == "gone"
+    journal.end("FINISHED", "completed", 0)
+    assert parent.finish(60.0)
+    assert client.get_run(sweep).info.status == "FINISHED"
 
 
 def test_a_resume_takes_the_folder_from_a_delivery_that_waits_for_its_server(

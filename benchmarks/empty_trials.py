@@ -1,0 +1,157 @@
+"""What a trial costs outside training: many empty ones, claimed and completed by several processes.
+
+    python -m benchmarks.empty_trials [--trials 1000] [--workers 4] [--postgres postgresql://…]
+
+On SQLite, and on PostgreSQL: a private server of the tests' kind where no URL is given. Uses all cores; writes
+benchmarks/results/empty_trials.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sqlite3
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.experiment.study import Study
+from pipeline.experiment.sweep_space import SweepConfig
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "empty_trials.json"
+SPACE = {
+    "method.kd_alpha": {"type": "float", "low": 0.1, "high": 0.9},
+    "method.ib_beta": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True},
+    "method.tau": {"type": "float", "low": 1, "high": 8},
+}
+"""The default sweep's."""
+EDGE = 100
+"""So many trials at the beginning and at the end show whether the cost grows with the study."""
+
+
+def worker(url: str, name: str, start: Any) -> None:
+    """Claim and complete until nothing is left."""
+    study = Study.open(url, name)
+    start.wait()
+    while (claim := study.claim(f"process {os.getpid()}")) is not None:
+        claim.complete([claim.values["method.tau"]])
+
+
+def measure(url: str, sampler: str, trials: int, workers: int) -> dict[str, Any]:
+    """Seconds from the moment when every worker is ready to the end of the last one."""
+    sweep = SweepConfig.model_validate(
+        {"name": sampler, "space": SPACE, "sampler": {"name": sampler}, "pruner": {"name": "none"}, "trials": trials}
+    )
+    Study.create(url, sampler, sweep, {"digest": sampler}).close()
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(workers + 1)
+    processes = [context.Process(target=worker, args=(url, sampler, start)) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    start.wait()
+    begin = time.perf_counter()
+    for process in processes:
+        process.join()
+    seconds = time.perf_counter() - begin
+    study = Study.open(url, sampler)
+    found = study.trials()
+    by_worker: dict[str, int] = {}
+    for trial in found:
+        by_worker[trial.user_attrs["asib.worker"]] = by_worker.get(trial.user_attrs["asib.worker"], 0) + 1
+    if study.counts().complete != trials or len(found) != trials:
+        raise SystemExit(f"{url}: {study.counts()} instead of {trials} complete trials")
+    starts = [trial.datetime_start for trial in found if trial.datetime_start is not None]
+    edge = min(EDGE, trials // 2)
+    return {
+        "storage": url.partition(":")[0],
+        "sampler": sampler,
+        "trials": len(found),
+        "complete": study.counts().complete,
+        "workers": workers,
+        "trials_by_worker": sorted(by_worker.values()),
+        "seconds": round(seconds, 3),
+        "ms_per_trial": round(1000 * seconds / trials, 2),
+        f"ms_per_trial_first_{edge}": round(1000 * (starts[edge] - starts[0]).total_seconds() / edge, 2),
+        f"ms_per_trial_last_{edge}": round(1000 * (starts[-1] - starts[-1 - edge]).total_seconds() / edge, 2),
+    }
+
+
+@contextmanager
+def storages(postgres: str | None) -> Iterator[list[str]]:
+    """URLs of empty databases."""
+    from tests.postgres import PostgresServer, programs
+
+    with tempfile.TemporaryDirectory(prefix="asib-empty-trials-") as folder:
+        urls = [f"sqlite:///{folder}/studies.db"]
+        if postgres:
+            yield [*urls, postgres]
+        elif programs() is None:
+            print("PostgreSQL is not installed (apt-get install postgresql): only SQLite is measured")
+            yield urls
+        else:
+            server = PostgresServer(fsync=True)
+            try:
+                server.start()
+                yield [*urls, server.create_database()]
+            finally:
+                server.close()
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    names = [x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.platform(),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("optuna", "sqlalchemy", "psycopg")}
+    return {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version, **packages}
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--samplers", nargs="+", default=["random", "tpe"], choices=["random", "tpe", "gp", "cmaes"])
+    parser.add_argument("--postgres", metavar="URL", help="an empty database")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+        "machine": machine(),
+        "versions": versions(),
+        "results": [],
+    }
+    with storages(options.postgres) as urls:
+        for url in urls:
+            for sampler in options.samplers:
+                measured = measure(url, sampler, options.trials, options.workers)
+                result["results"].append(measured)
+                print(json.dumps(measured), flush=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()

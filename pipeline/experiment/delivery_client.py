@@ -1,0 +1,253 @@
+"""The trainer's end of the pipes: a delivery process of its own, asked and answered in JSON lines.
+
+Imports no MLflow: the delivery process does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import journal
+from pipeline.errors import UserError
+from pipeline.experiment.options import REPOSITORY
+
+LOG = "delivery.log"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The run exists on the server."""
+
+    run_id: str
+    experiment_id: str
+    url: str
+
+
+class Delivery:
+    """A running delivery process; made by `tracking.start_delivery`."""
+
+    def __init__(self, uri: str, arguments: Sequence[str], folder: Path | None) -> None:
+        self.folder = folder
+        self._numbers = itertools.count()
+        self._connected: Future[dict[str, str]] = Future()
+        self._ready: Future[Ready] = Future()
+        self._finished: Future[dict[str, Any]] = Future()
+        self._answers: dict[int, Future[Any]] = {}
+        self._lock = threading.Lock()
+        self._closed: UserError | None = None
+        with (folder / LOG).open("ab") if folder else open(os.devnull, "wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "pipeline.experiment.delivery", "--trainer", str(os.getpid()), *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=_environment(uri),
+                start_new_session=True,  # Ctrl-C reaches the trainer alone
+            )
+        threading.Thread(target=self._listen, name="delivery-events", daemon=True).start()
+
+    def wait_fetched(self, timeout: float = 300.0) -> dict[str, Path]:
+        """The server answered and the artifacts asked for at the start are here: URI → local path.
+
+        Raises:
+            UserError: refused, unreachable, or one of the artifacts is not there.
+        """
+        return {uri: Path(path) for uri, path in self._wait(self._connected, timeout).items()}
+
+    def wait_ready(self, timeout: float = 120.0) -> Ready:
+        """The run exists; needs the journal in the folder.
+
+        Raises:
+            UserError: one line: the server's address, its reason, and what would do.
+        """
+        return self._wait(self._ready, timeout)
+
+    def child_ready(self, folder: Path, timeout: float = 120.0) -> str:
+        """The run id of a nested run whose folder the journal has named with `child`.
+
+        Raises:
+            UserError: it does not come.
+        """
+        deadline = time.monotonic() + timeout
+        header = None
+        while time.monotonic() < deadline:
+            header = header or journal.read_header(folder)
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                state = json.loads((folder / "delivery.json").read_text())
+                if header and state["journal"] == header.data["journal"] and state["run_id"]:
+                    return str(state["run_id"])
+            if self._closed is not None:
+                raise self._closed
+            time.sleep(0.05)
+        raise UserError(f"no MLflow run for {folder} after {timeout:.0f} s: see {self._log()}")
+
+    def fetch(self, uri: str, dest: Path, timeout: float = 600.0) -> Path:
+        """Download `runs:/<id>/<path>` or `models:/…` into the folder `dest`; the local path.
+
+        Raises:
+            UserError: it is not there, or the server does not answer.
+        """
+        return Path(self._ask("fetch", timeout, uri=uri, dest=str(dest.absolute())))
+
+    def run_info(self, run_id: str, timeout: float = 60.0) -> dict[str, Any]:
+        """run_id, experiment_id, status, name, params, tags, metrics (as text) of any run.
+
+        Raises:
+            UserError: the server does not know it.
+        """
+        return dict(self._ask("info", timeout, run_id=run_id))
+
+    def read(self, runs: Sequence[str], dest: Path, histories: Sequence[str], timeout: float = 600.0) -> list[Path]:
+        """A folder for each run, with `record.json`, its config.yaml and predictions.npz where it has them.
+
+        Raises:
+            UserError: the server does not know one of them.
+        """
+        where = str(dest.absolute())
+        found = self._ask("read", timeout, runs=list(runs), dest=where, histories=list(histories))
+        return [Path(path) for path in found]
+
+    def nested(self, run_id: str, timeout: float = 60.0) -> list[str]:
+        """Ids of the runs nested in a run. Raises UserError."""
+        return list(self._ask("nested", timeout, run_id=run_id))
+
+    def find_finished(self, identities: Sequence[str], timeout: float = 120.0) -> dict[str, str]:
+        """Identity -> newest FINISHED run on the server that has it. Raises UserError."""
+        return dict(self._ask("find", timeout, identities=list(identities)))
+
+    def log_files(self, run_id: str, files: Sequence[Path], to: str, timeout: float = 300.0) -> None:
+        """Add artifacts to a run that is not this delivery's. Raises UserError."""
+        self._ask("log", timeout, run_id=run_id, files=[str(file.absolute()) for file in files], to=to)
+
+    def running(self, study: str | None = None, timeout: float = 120.0) -> list[dict[str, Any]]:
+        """`{"run_id": …, "tags": {…}}` of each RUNNING run on the server with that `asib.study`, with any for None.
+
+        Raises:
+            UserError: the server does not answer.
+        """
+        return list(self._ask("running", timeout, study=study))
+
+    def reap(self, runs: Mapping[str, tuple[str, str, int, str | None]], timeout: float = 120.0) -> list[str]:
+        """End runs of any process, as far as they are still RUNNING.
+
+        Args:
+            runs: run id -> status, outcome, exit code and message, as for `Journal.end`.
+
+        Returns:
+            Ids of the runs that were ended.
+
+        Raises:
+            UserError: the server does not answer.
+            ValueError: an unknown status or outcome.
+        """
+        for status, outcome, *_ in runs.values():
+            journal.check_end(status, outcome)
+        return list(self._ask("reap", timeout, runs={run_id: list(end) for run_id, end in runs.items()}))
+
+    def forget(self, folder: Path, timeout: float = 120.0) -> None:
+        """Give up a nested run that is another worker's now: from here on nothing of it is sent, nor does it end.
+
+        Call it when the run's journal is closed. A later `Journal.child` of the same folder takes it up again.
+
+        Raises:
+            UserError: the delivery process is gone, or still waits for its server.
+            ValueError: the folder is not a nested run's.
+        """
+        if folder.absolute() == self.folder:
+            raise ValueError(f"{folder} is the delivery's own: only nested runs can be forgotten")
+        self._ask("forget", timeout, folder=str(folder.absolute()))
+
+    def finish(self, timeout: float = 600.0) -> bool:
+        """After `Journal.end`: wait until everything is on the server.
+
+        Returns:
+            False when it is not: the server was away for the grace time, or `timeout` is over (then the process still
+            tries for a while after this one's end). `f"{tracking.DELIVER} {folder}"` brings the rest later.
+        """
+        with contextlib.suppress(UserError):
+            self._send({"do": "finish"})
+        try:
+            delivered = bool(self._wait(self._finished, timeout)["delivered"])
+        except UserError:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        return delivered
+
+    def _ask(self, what: str, timeout: float, **values: Any) -> Any:
+        number = next(self._numbers)
+        answer: Future[Any] = Future()
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            self._answers[number] = answer
+        self._send({"do": what, "id": number, **values})
+        return self._wait(answer, timeout)
+
+    def _send(self, request: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            with self._lock:
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+        except (OSError, ValueError):
+            raise self._closed or UserError(f"the delivery process has ended: see {self._log()}") from None
+
+    def _wait(self, future: Future[Any], timeout: float) -> Any:
+        try:
+            return future.result(timeout)
+        except FutureTimeout:
+            raise UserError(
+                f"the tracking server gave no answer within {timeout:.0f} s: see {self._log()}, or use tracking=offline"
+            ) from None
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        refusal = ""
+        for line in self._process.stdout:
+            event = json.loads(line)
+            match event.pop("event"):
+                case "connected":
+                    self._connected.set_result(event["fetched"])
+                case "ready":
+                    self._ready.set_result(Ready(**event))
+                case "answer" if "error" in event:
+                    self._answers.pop(event["id"]).set_exception(UserError(event["error"]))
+                case "answer":
+                    self._answers.pop(event["id"]).set_result(event["value"])
+                case "refused":
+                    refusal = event["message"]
+                case "finished":
+                    self._finished.set_result(event)
+        # The process is gone: nobody may wait for it in vain.
+        with self._lock:
+            self._closed = UserError(refusal or f"the delivery process has ended: see {self._log()}")
+            waiting: list[Future[Any]] = [self._connected, self._ready, self._finished, *self._answers.values()]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(self._closed)
+        self._process.wait()
+
+    def _log(self) -> str:
+        return str(self.folder / LOG) if self.folder else "the messages above"
+
+
+def _environment(uri: str) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+    # The trainer's cores and its GPU are the trainer's.
+    ours = {"PYTHONPATH": path, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **ours}

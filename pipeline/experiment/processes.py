@@ -1,0 +1,42 @@
+"""Processes by more than their number: the system gives numbers again."""
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def identity(pid: int) -> dict[str, Any]:
+    """What tells a process from a later one with its number, on this host and on others."""
+    return {"pid": pid, "started": _started(pid), "host": socket.gethostname()}
+
+
+def lives(process: Mapping[str, Any]) -> bool:
+    """Whether the process that `identity` described runs on this machine; one that waits for its parent has ended."""
+    started = _started(int(process["pid"])) if process["host"] == socket.gethostname() else ""
+    return bool(started) and started == process["started"]
+
+
+def send(process: Mapping[str, Any], number: signal.Signals) -> None:
+    """Send a signal to it, if it lives."""
+    if lives(process):
+        try:
+            os.kill(int(process["pid"]), number)
+        except ProcessLookupError:
+            return
+
+
+def _started(pid: int) -> str:
+    """When it was started, in whatever the system counts; empty for one that has ended."""
+    try:
+        # Behind the command's name, in brackets, which may hold spaces: the state first, the start as number 20.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return ""
+    found = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.split()
+    return "" if not found or found[0].startswith("Z") else " ".join(found[1:])

@@ -1,0 +1,122 @@
+"""Trials whose worker is gone: found, failed, and queued again; and how many trials of each kind there are.
+
+Everything here is called with the study's lock held, and may die between any two statements: `tend` finds the rest.
+"""
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+
+OUTCOME = "asib.outcome"
+"""Note, written by a trial's own worker just before it ends it: one of these, pruned or repeated."""
+FAILED, RELEASED = "failed", "released"
+WORKER = "asib.worker"
+"""Note: who runs it. Written after the last parameter was suggested: without it the parameters may be incomplete."""
+REPEATS = "asib.repeats"
+"""Note: the number of the trial of the same configuration, whose result this one has got without running."""
+ERROR = "asib.error"
+OF_ATTEMPT = (OUTCOME, REPEATS, ERROR, "asib.reason", "asib.epoch")
+"""Notes that a retry does not inherit."""
+CRASHES = "asib:crashes"
+"""System attribute: how many of a trial's attempts before this one have died."""
+
+NEVER_BEAT = sqlalchemy.text(
+    "SELECT trials.trial_id FROM trials LEFT JOIN trial_heartbeats ON trials.trial_id = trial_heartbeats.trial_id "
+    "WHERE trials.study_id = :study AND trials.state = 'RUNNING' AND trial_heartbeats.trial_id IS NULL"
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Trials by state. `failed`: those that are not tried again; `retried`: those that another trial has replaced."""
+
+    complete: int = 0
+    pruned: int = 0
+    running: int = 0
+    waiting: int = 0
+    failed: int = 0
+    retried: int = 0
+
+    @property
+    def used(self) -> int:
+        """What counts towards the total."""
+        return self.complete + self.pruned + self.running + self.waiting + self.failed
+
+    @property
+    def ended(self) -> int:
+        """What will not run any more."""
+        return self.complete + self.pruned + self.failed
+
+
+def history(trial: FrozenTrial) -> list[int]:
+    """The numbers of the attempts before this one, first to last."""
+    return list(trial.system_attrs.get("retry_history", []))
+
+
+def count(trials: Sequence[FrozenTrial]) -> Counts:
+    """Each trial counted once, in the state that it has."""
+    replaced = {number for trial in trials for number in history(trial)}
+    counts = {"complete": 0, "pruned": 0, "running": 0, "waiting": 0, "failed": 0, "retried": 0}
+    for trial in trials:
+        state = trial.state.name.lower() if trial.state != TrialState.FAIL else "failed"
+        counts["retried" if trial.number in replaced else state] += 1
+    return Counts(**counts)
+
+
+def tend(study: optuna.Study, rdb: RDBStorage, max_retry: int) -> list[FrozenTrial]:
+    """Fail the trials whose heartbeat has stopped, and queue again all those that are due for it; all trials then."""
+    optuna.storages.fail_stale_trials(study)
+    # A trial's first heartbeat is written under the lock that its claim holds, and we hold it now: whoever claimed a
+    # trial that has none is dead.
+    with rdb.engine.connect() as connection:
+        dead = connection.execute(NEVER_BEAT, {"study": study._study_id}).scalars().all()
+    for trial_id in dead:
+        with contextlib.suppress(UpdateFinishedTrialError):
+            rdb.set_trial_state_values(trial_id, TrialState.FAIL)
+    trials = study.get_trials(deepcopy=False)
+    due = _due(trials, max_retry)
+    for trial in due:
+        queue_again(study, trial)
+    return study.get_trials(deepcopy=False) if due else trials
+
+
+def _due(trials: Sequence[FrozenTrial], max_retry: int) -> list[FrozenTrial]:
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    if not failed:
+        return []
+    replaced = {number for trial in trials for number in history(trial)}
+    return [t for t in failed if t.number not in replaced and _may_retry(t, max_retry)]
+
+
+def _may_retry(trial: FrozenTrial, max_retry: int) -> bool:
+    outcome = trial.user_attrs.get(OUTCOME)
+    # One that was to be pruned, and is FAIL, has died in between.
+    return outcome == RELEASED or (outcome != FAILED and _crashes(trial) < max_retry)
+
+
+def _crashes(trial: FrozenTrial) -> int:
+    crashes: Any = trial.system_attrs.get(CRASHES, 0)
+    return int(crashes)
+
+
+def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """A WAITING trial with what `trial` had, as Optuna's own callback makes it does it."""
+    again = copy.deepcopy(trial)  # what Optuna gave is its cache
+    crashed = trial.user_attrs.get(OUTCOME) != RELEASED
+    again.user_attrs = {key: value for key, value in again.user_attrs.items() if key not in OF_ATTEMPT}
+    again.system_attrs = {k: v for k, v in again.system_attrs.items() if not k.startswith("constraints")}
+    if WORKER not in trial.user_attrs:
+        # It died while its parameters were suggested: all of them are suggested anew, with the same random numbers.
+        again.params, again.distributions = {}, {}
+        kept = ("failed_trial", "retry_history", "fixed_params", CRASHES)
+        again.system_attrs = {key: again.system_attrs[key] for key in kept if key in again.system_attrs}
+    again.system_attrs[CRASHES] = _crashes(again) + crashed
+    RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(study, again)

@@ -1,0 +1,187 @@
+"""The dimensions of a search space: ranges of numbers, and values one by one. Needs pydantic only."""
+
+import math
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from pipeline.config.describe import written
+from pipeline.config.identity import canonical
+
+
+class Part(BaseModel):
+    """One immutable group of keys of a sweep; unknown keys are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def _number(value: Any) -> Any:
+    """`true` and `"4"` are no numbers: pydantic would take them for some."""
+    if isinstance(value, bool | str):
+        raise PydanticCustomError("no_number", "no number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_number)]
+Count = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+AtLeastOne = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+AtLeastTwo = Annotated[int, BeforeValidator(_number), Field(ge=2)]
+Value = bool | int | float | str | list[Any] | dict[Any, Any] | None
+
+
+class FloatRange(Part):
+    """Numbers from `low` to `high`, both included; with `step` only low, low + step, …"""
+
+    type: Literal["float"] = "float"
+    low: Number
+    high: Number
+    log: bool = False
+    step: Positive | None = None
+
+    @model_validator(mode="after")
+    def _rules(self) -> "FloatRange":
+        _check_range(self.low, self.high, self.log, self.step)
+        return self
+
+    def size(self) -> int | None:
+        """How many values there are; None: endless."""
+        if self.step is None:
+            return 1 if self.low == self.high else None
+        return int((_decimal(self.high) - _decimal(self.low)) // _decimal(self.step)) + 1
+
+    def at(self, index: int) -> float:
+        """The value at a place of a finite range, as it is written: 0.3, where low + 2·step is 0.30000000000000004."""
+        return float(_decimal(self.low) + index * _decimal(self.step or 0))
+
+    def nearest(self, value: float) -> float:
+        """The range's value nearest to one that a sampler has computed."""
+        if self.step is None:
+            return value
+        return self.at(round((value - self.low) / self.step))
+
+    def values(self) -> list[float]:
+        """All values of a finite range."""
+        return [self.at(index) for index in range(self.size() or 0)]
+
+    @property
+    def extremes(self) -> dict[str, float]:
+        size = self.size()
+        return {"low": self.low, "high": self.high if size is None else self.at(size - 1)}
+
+
+class IntRange(Part):
+    """Whole numbers from `low` to `high`, both included; with `step` only low, low + step, …"""
+
+    type: Literal["int"] = "int"
+    low: Whole
+    high: Whole
+    log: bool = False
+    step: AtLeastOne | None = None
+
+    @model_validator(mode="after")
+    def _rules(self) -> "IntRange":
+        _check_range(self.low, self.high, self.log, self.step)
+        return self
+
+    def size(self) -> int:
+        return (self.high - self.low) // (self.step or 1) + 1
+
+    def values(self) -> list[int]:
+        return list(range(self.low, self.high + 1, self.step or 1))
+
+    @property
+    def extremes(self) -> dict[str, int]:
+        return {"low": self.low, "high": self.low + (self.size() - 1) * (self.step or 1)}
+
+
+class _Listed(Part):
+    """Values one by one; a list or a group of keys is a value too, and Optuna sees its text."""
+
+    def listed(self) -> Sequence[Any]:
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _rules(self) -> "_Listed":
+        word = "values" if "values" in type(self).model_fields else "choices"
+        if not self.listed():
+            raise ValueError(f"{word} is empty: list at least one value")
+        for value in self.listed():
+            _check_value(word, value)
+        labels = self.labels()
+        for index, label in enumerate(labels):
+            if label in labels[:index]:
+                raise ValueError(f"{word} holds {written(label)} twice")
+        return self
+
+    def size(self) -> int:
+        return len(self.listed())
+
+    def labels(self) -> list[Any]:
+        """What stands for each value in Optuna, which takes only numbers, texts, true, false and null."""
+        return [canonical_text(v) if isinstance(v, list | dict) else v for v in self.listed()]
+
+    def value(self, label: Any) -> Any:
+        """The value that a label stands for."""
+        return self.listed()[self.labels().index(label)]
+
+
+class Categorical(_Listed):
+    """One of `choices`."""
+
+    type: Literal["categorical"] = "categorical"
+    choices: tuple[Value, ...]
+
+    def listed(self) -> Sequence[Any]:
+        return self.choices
+
+
+class GridValues(_Listed):
+    """One of `values`: a dimension of a grid; other samplers treat it as choices."""
+
+    type: Literal["grid"] = "grid"
+    values: tuple[Value, ...]
+
+    def listed(self) -> Sequence[Any]:
+        return self.values
+
+
+Range = FloatRange | IntRange
+Listed = Categorical | GridValues
+Dimension = Annotated[FloatRange | IntRange | Categorical | GridValues, Field(discriminator="type")]
+
+
+def _check_value(word: str, value: Any) -> None:
+    """Only what a configuration file may hold, at any depth."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{word} holds {value}: give numbers")
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"{word} holds a group with the key {written(key)}: keys are texts")
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_value(word, item)
+
+
+def canonical_text(value: Any) -> str:
+    """A list or a group of keys on one line, the same for the same content: `[6,6]`."""
+    return canonical({"": value})[len('{"":') : -1]
+
+
+def _decimal(number: float) -> Decimal:
+    return Decimal(str(number))
+
+
+def _check_range(low: float, high: float, log: bool, step: float | None) -> None:
+    if low > high:
+        raise ValueError(f"low={low} is above high={high}: give the smaller one as low")
+    if log and low <= 0:
+        raise ValueError(f"log=true with low={low}: a logarithmic range begins above 0")
+    if log and step is not None:
+        raise ValueError(f"log=true with step={step}: a range has one of them; leave the other out")

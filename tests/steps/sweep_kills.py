@@ -1,0 +1,220 @@
+"""Kills a sweep's workers and its driver at random moments, or stops workers until they are given up for dead, and says
+whether anything was lost.
+
+    python -m tests.steps.sweep_kills --kills 20 --seed 0 [--storage postgresql://…]
+
+The study runs twice on data of seconds: undisturbed, and killed. Whatever was killed, the killed one must end with
+exactly its trials, no run left RUNNING, and each trial's metrics, point for point, those of the undisturbed study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+
+from tests.steps.lab import Lab, client, journal, points
+
+ROOT = Path(__file__).resolve().parents[2]
+SPACE: dict[str, Any] = {
+    "space": {
+        "method.kd_alpha": {"type": "float", "low": 0.1, "high": 0.9},
+        "method.tau": {"type": "float", "low": 1, "high": 8},
+    },
+    "sampler": {"name": "random", "seed": 5},
+    "pruner": {"name": "none"},
+    "max_retry": 1000,
+    "heartbeat_seconds": 1,
+    "grace_seconds": 3,
+}
+EPOCHS = "method.student_epochs_per_stage=[6,6]"
+
+
+@dataclass
+class Sweep:
+    """One study in a folder of its own, started as often as it takes."""
+
+    lab: Lab
+    uri: str
+    storage: str
+    trials: int
+    workers: int
+    driver: subprocess.Popen[bytes] | None = None
+    kills: Counter[str] = field(default_factory=Counter)
+
+    def command(self) -> list[str]:
+        file = self.lab.folder / "killed.yaml"
+        file.write_text(yaml.safe_dump({**SPACE, "trials": self.trials}))
+        given = [f"sweep={file}", f"workers={self.workers}", f"storage={self.storage}", EPOCHS]
+        tracking = ["tracking.mode=online", f"tracking.uri={self.uri}"]
+        return [sys.executable, "-m", "steps.sweep", *self.lab.arguments(*given, *tracking)]
+
+    def start(self) -> None:
+        with (self.lab.folder / "driver.log").open("ab") as log:
+            self.driver = subprocess.Popen(
+                self.command(), cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+
+    def code(self) -> int | None:
+        assert self.driver is not None
+        return self.driver.poll()
+
+    def wait(self) -> int:
+        assert self.driver is not None
+        return self.driver.wait(1200)
+
+    def log(self) -> str:
+        return (self.lab.folder / "driver.log").read_text()[-3000:]
+
+    def workers_alive(self) -> list[int]:
+        """Process ids of the workers that say who they are, and live."""
+        from pipeline.experiment import processes
+
+        found = []
+        for path in self.lab.runs.glob("*-sweep-*/launched/processes/*.json"):
+            who = json.loads(path.read_text())
+            if processes.lives(who):
+                found.append(int(who["pid"]))
+        return found
+
+    def kill(self, draw: random.Random) -> None:
+        """Kill -9 one of the processes; a driver is started again, by the same command."""
+        assert self.driver is not None
+        workers = self.workers_alive()
+        if not workers and draw.random() < 0.8:
+            return  # it is only starting
+        if not workers or draw.random() < 0.3:
+            self.driver.kill()
+            self.driver.wait()
+            self.kills["driver"] += 1
+            self.start()
+        elif draw.random() < 0.3:
+            victim = draw.choice(workers)
+            os.kill(victim, signal.SIGSTOP)
+            threading.Timer(SPACE["grace_seconds"] + 5, _wake, [victim]).start()
+            self.kills["worker back from the dead"] += 1
+        else:
+            os.kill(draw.choice(workers), signal.SIGKILL)
+            self.kills["worker"] += 1
+
+    # what is left ----------------------------------------------------------------------------------------------------
+
+    def study(self) -> optuna.Study:
+        (name,) = optuna.get_all_study_names(self.storage)
+        return optuna.load_study(study_name=name, storage=self.storage)
+
+    def configurations(self) -> dict[int, Path]:
+        """Folder of the finished run of each configuration, by the number of its first attempt."""
+        found = {}
+        for trial in self.study().trials:
+            if trial.state == optuna.trial.TrialState.COMPLETE:
+                found[int(trial.system_attrs.get("failed_trial", trial.number))] = Path(trial.user_attrs["folder"])
+        return found
+
+
+def _wake(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+def check(killed: Sweep, quiet: Sweep) -> dict[str, Any]:
+    """Raises AssertionError naming what was lost; numbers for people."""
+    trials = killed.study().trials
+    states = Counter(trial.state.name for trial in trials)
+    assert states["COMPLETE"] == killed.trials, states
+    assert set(states) <= {"COMPLETE", "FAIL"}, states
+    retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
+    assert {t.number for t in trials if t.state.name == "FAIL"} == retried, "every crash was retried"
+
+    mlflow = client(killed.uri)
+    experiments = [e.experiment_id for e in mlflow.search_experiments()]
+    assert mlflow.search_runs(experiments, "attributes.status = 'RUNNING'") == [], "orphans"
+    runs = mlflow.search_runs(experiments, "tags.`asib.trial` != ''")
+    assert len(runs) == killed.trials, f"{len(runs)} runs for {killed.trials} configurations"
+
+    ours = list(killed.configurations().values())
+    by_parameters = {parameters(folder): folder for folder in quiet.configurations().values()}
+    continued = 0
+    for folder in ours:
+        assert points(folder) == points(by_parameters[parameters(folder)]), folder
+        resumed = [e.data["values"].get("asib.resumed_from", "") for e in journal(folder) if e.kind == "tags"]
+        continued += any(value.startswith("epoch ") and not value.startswith("epoch 0, batch 0") for value in resumed)
+        run = next(r for r in runs if r.info.run_id == json.loads((folder / "delivery.json").read_text())["run_id"])
+        for name in ("student/acc", "a_step/loss"):
+            there = [(p.step, p.value) for p in mlflow.get_metric_history(run.info.run_id, name)]
+            here = [(step, v) for (key, step), values in points(folder).items() if key == name for v in values]
+            assert sorted(there) == sorted(here), (folder, name)
+    return {
+        "kills": dict(killed.kills),
+        "states": dict(states),
+        "retries": len(retried),
+        "continued in the middle": continued,
+    }
+
+
+def parameters(folder: Path) -> tuple[Any, ...]:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    return config["method"]["kd_alpha"], config["method"]["tau"]
+
+
+def run(
+    folder: Path, kills: int, seed: int, trials: int, workers: int, storage: str | None, template: Path
+) -> dict[str, Any]:
+    """The whole experiment in `folder`; `template`: a migrated MLflow database."""
+    draw = random.Random(seed)
+    sweeps = []
+    for name in ("quiet", "killed"):
+        lab = Lab(folder / name)
+        database = lab.folder / "mlflow.db"
+        database.write_bytes(template.read_bytes())
+        url = storage if storage and name == "killed" else f"sqlite:///{lab.folder / 'studies.db'}"
+        sweeps.append(Sweep(lab, f"sqlite:///{database}", url, trials, workers))
+    quiet, killed = sweeps
+    quiet.start()
+    assert quiet.wait() == 0, quiet.log()
+    killed.start()
+    deadline = time.monotonic() + 3600
+    while killed.code() != 0:
+        assert killed.code() in (None, 0), killed.log()
+        assert time.monotonic() < deadline, killed.log()
+        time.sleep(draw.uniform(1, 8))
+        if sum(killed.kills.values()) < kills and killed.code() != 0:
+            killed.kill(draw)
+    return check(killed, quiet)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("kills", 20), ("seed", 0), ("trials", 16), ("workers", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--storage")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="asib-kills-") as folder:
+        from mlflow.store.db.utils import _initialize_tables
+        from sqlalchemy import create_engine
+
+        template = Path(folder) / "template.db"
+        _initialize_tables(create_engine(f"sqlite:///{template}"))
+        print(
+            run(Path(folder), options.kills, options.seed, options.trials, options.workers, options.storage, template)
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

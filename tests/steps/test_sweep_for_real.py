@@ -1,0 +1,171 @@
+"""Sweeps with workers in processes of their own: killed, over PostgreSQL, through Slurm, joined, several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+import yaml
+
+from pipeline.experiment import session, sweep
+from tests.pipeline.experiment.test_sweep import InProcess
+from tests.steps import sweep_kills
+from tests.steps.lab import Lab, SignalAt, client, points, run_id, see, until
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    yield
+    for process in psutil.Process().children(recursive=True):
+        if "steps.sweep" in " ".join(process.cmdline()) or "submitit" in " ".join(process.cmdline()):
+            process.kill()
+
+
+def arguments(lab: Lab, uri: str, *overrides: str, **changes: Any) -> list[str]:
+    file = lab.folder / "small.yaml"
+    file.write_text(yaml.safe_dump(sweep_kills.SPACE | {"trials": 4} | changes))
+    return lab.arguments(f"sweep={file}", "tracking.mode=online", f"tracking.uri={uri}", *overrides)
+
+
+def start(lab: Lab, uri: str, *overrides: str, **changes: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "steps.sweep", *arguments(lab, uri, *overrides, **changes)]
+    with (lab.folder / "driver.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def finish(lab: Lab, driver: subprocess.Popen[bytes], seconds: float = 300) -> None:
+    assert driver.wait(seconds) == 0, (lab.folder / "driver.log").read_text()[-3000:]
+
+
+def only_study(storage: str) -> optuna.Study:
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def states(study: optuna.Study) -> Counter[str]:
+    return Counter(trial.state.name for trial in study.trials)
+
+
+def parent(lab: Lab) -> Path:
+    (folder,) = lab.runs.glob("*-sweep-*")
+    return folder
+
+
+def local(lab: Lab) -> str:
+    return f"sqlite:///{lab.runs / 'studies.db'}"
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_however_it_is_killed(tmp_path: Path, sqlite_template: Path) -> None:
+    found = sweep_kills.run(tmp_path, sqlite_template, kills=5, seed=0, trials=6)
+    assert sum(found["kills"].values()) == 5, found
+    assert found["states"]["COMPLETE"] == 6
+
+
+@pytest.mark.postgres
+def test_four_workers_over_postgresql_make_exactly_the_trials(lab: Lab, sqlite_uri: str, postgres_url: str) -> None:
+    driver = start(lab, sqlite_uri, f"storage={postgres_url}", "workers=4", trials=10)
+    finish(lab, driver)
+    study = only_study(postgres_url.replace("postgresql://", "postgresql+psycopg://"))
+    assert states(study) == {"COMPLETE": 10}
+    found = see(sqlite_uri, run_id(parent(lab)))
+    assert {child.status for child in found.children.values()} == {"FINISHED"}
+    assert len([name for name in found.children if name.startswith("trial ")]) == 10
+    assert len({trial.user_attrs["asib.worker"] for trial in study.trials}) > 1
+    assert "s3cret" not in str(found), "no password is shown"
+
+
+@pytest.mark.slurm
+def test_two_workers_through_slurm(lab: Lab, sqlite_uri: str, slurm: Any) -> None:
+    given = ["cluster=slurm", "cluster.gpus_per_node=0", "cluster.cpus_per_task=1", "cluster.time_minutes=10"]
+    finish(lab, start(lab, sqlite_uri, "workers=2", *given))
+    assert states(only_study(local(lab))) == {"COMPLETE": 4}
+    found = see(sqlite_uri, run_id(parent(lab)))
+    assert found.status == "FINISHED"
+    assert {child.status for child in found.children.values()} == {"FINISHED"}
+
+
+@pytest.mark.slow
+def test_several_processes_train_a_trial_together(ready_lab: Lab, sqlite_uri: str) -> None:
+    finish(ready_lab, start(ready_lab, sqlite_uri, "cluster.processes_per_trial=2", trials=2))
+    study = only_study(local(ready_lab))
+    assert states(study) == {"COMPLETE": 2}
+    found = see(sqlite_uri, run_id(parent(ready_lab)))
+    for trial in study.trials:
+        assert trial.value == found.children[f"trial {trial.number}"].metrics["final/val_acc", 3][0]
+
+
+@pytest.mark.slow
+def test_what_a_dead_machine_left_running_is_reaped_and_goes_on(ready_lab: Lab, sqlite_uri: str) -> None:
+    lab, epochs = ready_lab, "method.student_epochs_per_stage=[8,8]"
+    driver = start(lab, sqlite_uri, epochs)
+    until(lambda: list(lab.runs.glob("*-sweep-*/trials/*/checkpoints/manifest.json")), 120)
+    everything = psutil.Process(driver.pid).children(recursive=True)
+    for process in [psutil.Process(driver.pid), *everything]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            os.kill(process.pid, signal.SIGSTOP)  # nobody is to see another die
+    for process in [psutil.Process(driver.pid), *everything]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    driver.wait()
+    mlflow = client(sqlite_uri)
+    experiments = [e.experiment_id for e in mlflow.search_experiments()]
+
+    def running() -> int:
+        return len(mlflow.search_runs(experiments, "attributes.status = 'RUNNING'"))
+
+    assert running() == 2, "the sweep and its trial"
+    online = ["tracking.mode=online", f"tracking.uri={sqlite_uri}", f"output_dir={lab.runs}"]
+
+    def reaped() -> bool:
+        assert lab.raw("sweep", ["reap=true", *online]).code == 0
+        return running() == 0
+
+    until(reaped, 60)
+    finish(lab, start(lab, sqlite_uri, epochs))
+    assert states(only_study(local(lab))) == {"COMPLETE": 4, "FAIL": 1}
+    found = see(sqlite_uri, run_id(parent(lab)))
+    assert {run.status for run in (found, *found.children.values())} == {"FINISHED"}
+    assert {len(values) for run in found.children.values() for values in run.metrics.values()} == {1}
+
+
+@pytest.mark.slow
+def test_another_machine_joins_and_continues_from_the_server_alone(
+    ready_lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = ready_lab
+    storage = f"storage=sqlite:///{lab.folder / 'shared.db'}"
+    monkeypatch.setattr(sweep, "Launcher", InProcess)
+    monkeypatch.setattr(sweep, "TICK_S", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "stop", SignalAt(13))  # in the second stage of the first trial
+        stopped = lab.raw("sweep", arguments(lab, sqlite_uri, storage))
+    assert stopped.code == 143, stopped.err
+    folder = parent(lab)
+    before = points(folder / "trials/0000")
+    sweep_run, study = run_id(folder), only_study(storage.removeprefix("storage="))
+    shutil.move(folder, lab.folder / "gone")
+
+    elsewhere = lab.folder / "elsewhere"
+    joined = lab.raw("sweep", [f"join={study.study_name}", storage, f"output_dir={elsewhere}"])
+    assert joined.code == 0, joined.err
+    assert states(study) == {"COMPLETE": 4, "FAIL": 1}
+    found = see(sqlite_uri, sweep_run)
+    trial = found.children["trial 0"]
+    assert trial.status == "FINISHED"
+    assert {len(values) for values in trial.metrics.values()} == {1}
+    assert before.items() <= dict(trial.steady.items()).items()
+    assert "epoch 0, batch 0" not in trial.tags["asib.resumed_from"]
