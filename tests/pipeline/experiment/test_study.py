@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psycopg
 import pytest
 from optuna.trial import TrialState
 
@@ -280,3 +281,19 @@ def test_heart_beats_while_the_worker_is_busy(study_url: str) -> None:
     assert study.tend().running == 1
     claim.complete([1.0])
     assert not claim._heart.is_alive()
+
+
+@pytest.mark.postgres
+def test_training_holds_no_connection_between_heartbeats(postgres_server: PostgresServer, postgres_url: str) -> None:
+    study = Study.create(postgres_url, "s", sweep(grace_seconds=600), FACTS)
+    claimed(study)
+    name = postgres_url.rpartition("/")[2]
+    deadline = time.monotonic() + 60
+    with psycopg.connect(postgres_server.url("postgres"), autocommit=True) as server:
+        while time.monotonic() < deadline:
+            open_ones = server.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = %s", [name]).fetchone()
+            if open_ones == (0,):
+                break
+            time.sleep(0.05)
+    assert open_ones == (0,)
+    assert study.counts().running == 1
