@@ -22,8 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.experiment.study import Study
-from pipeline.experiment.sweep_space import SweepConfig
+from pipeline.experiment.study.study import Study
+from pipeline.experiment.sweep.space import SweepConfig
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "empty_trials.json"

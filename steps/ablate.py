@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.experiment import ablate_plan, cli, rungs
+from pipeline.experiment import cli
+from pipeline.experiment.ablation import plan as ablate_plan
+from pipeline.experiment.ablation import rungs
 from pipeline.experiment.execute import execute
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         return ablate_plan.prepared(config, plans[0])
 
     def job(run: "Run") -> float | None:
-        from pipeline.experiment.ablate import ablate
+        from pipeline.experiment.ablation.ablate import ablate
 
         return ablate(run, plans[0])
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         return config if config.run_name else config.model_copy(update={"run_name": "compare"})
 
     def job(run: "Run") -> float | None:
-        from pipeline.experiment.compare_job import compare_runs
+        from pipeline.experiment.ablation.compare_job import compare_runs
 
         return compare_runs(run, parent, runs)
 

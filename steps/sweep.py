@@ -11,7 +11,7 @@ from pipeline.experiment.execute import configuration, execute, outside
 
 if TYPE_CHECKING:
     from pipeline.experiment.run import Run
-    from pipeline.experiment.sweep_plan import Plan
+    from pipeline.experiment.sweep.plan import Plan
 
 OWN = {
     "sweep": "the search space: a name in conf/sweep (kd_ib_tau by default), or a YAML file",
@@ -42,13 +42,13 @@ def main(argv: Sequence[str]) -> int:
     plans: list[Plan] = []
 
     def planned(config: Config) -> Config:
-        from pipeline.experiment import sweep_plan
+        from pipeline.experiment.sweep import plan as sweep_plan
 
         plans.append(sweep_plan.make(config, own, [text for text in rest if not text.startswith("cfg=")]))
         return sweep_plan.prepared(config, plans[0])
 
     def job(run: "Run") -> float | None:
-        from pipeline.experiment.sweep import sweep
+        from pipeline.experiment.sweep.driver import sweep
 
         return sweep(run, plans[0])
 
@@ -56,14 +56,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _join(own: dict[str, str], command: cli.Command) -> int:
-    from pipeline.experiment import sweep_plan, sweep_worker
+    from pipeline.experiment.sweep import plan as sweep_plan
+    from pipeline.experiment.sweep import worker as sweep_worker
 
     storage = sweep_plan.storage_url(own.get("storage"), configuration(command))
     return sweep_worker.work(0, own["join"], storage, command.overrides)
 
 
 def _reap(own: dict[str, str], command: cli.Command) -> int:
-    from pipeline.experiment import sweep_plan, sweep_reap
+    from pipeline.experiment.sweep import plan as sweep_plan
+    from pipeline.experiment.sweep import reap as sweep_reap
 
     config = configuration(command)
     ended = sweep_reap.reap_all(sweep_plan.storage_url(own.get("storage"), config), config)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from pipeline import journal
 from pipeline.errors import UserError
-from pipeline.experiment.delivery_client import Delivery, Ready
-from pipeline.experiment.delivery_server import absolute_uri, prepare_environment
+from pipeline.experiment.delivery.client import Delivery, Ready
+from pipeline.experiment.delivery.server import absolute_uri, prepare_environment
 from pipeline.experiment.mlflow_run import kill_mlflow_run_parent
 
 DELIVER = "python -m pipeline.experiment.tracking deliver"
@@ -99,8 +99,8 @@ def deliver(folders: Sequence[Path], uri: str | None = None) -> list[Delivered]:
     for folder in folders:
         if journal.read_header(folder) is None:
             raise UserError(f"no journal in {folder}: give the folder of a run")
-    from pipeline.experiment import delivery_server as server
-    from pipeline.experiment.delivery_loop import DeliveryLoop
+    from pipeline.experiment.delivery import server
+    from pipeline.experiment.delivery.loop import DeliveryLoop
 
     client = server.connect(uri)
     server.patience(server.LATER_PATIENCE, ours)

@@ -18,8 +18,9 @@ import psutil
 import pytest
 import yaml
 
-from pipeline.experiment import session, sweep
-from tests.pipeline.experiment.test_sweep import InProcess
+from pipeline.experiment import session
+from pipeline.experiment.sweep import driver as sweep
+from tests.pipeline.experiment.sweep.test_sweep import InProcess
 from tests.steps import sweep_kills
 from tests.steps.lab import Lab, SignalAt, client, points, run_id, see, until
 

@@ -1,0 +1,1 @@
+"""The ablation ladder, and comparisons of finished runs."""

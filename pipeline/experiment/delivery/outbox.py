@@ -1,0 +1,104 @@
+"""What is about to be sent to a run, in one batch; what the server will never take is written down and passed over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from pipeline.experiment.delivery.server import is_transient
+from pipeline.experiment.delivery.target import TAG_LENGTH, get_run
+from pipeline.journal import decode_number
+
+log = logging.getLogger("asib.delivery")
+
+PARAM_LENGTH = 6000
+
+
+class Outbox:
+    """Of the run whose journal lies in `folder`. `refused`: how many things the server will never take."""
+
+    def __init__(self, client: MlflowClient, uri: str, run: Run, folder: Path) -> None:
+        self.refused = 0
+        self._client, self._uri, self._run_id, self._folder = client, uri, run.info.run_id, folder
+        self._there: set[str] = set(run.data.params)
+        self._new: set[str] = set()  # params in the batch
+        self._batch: list[Metric | Param | RunTag] = []
+        self._artifacts: dict[tuple[str, str], None] = {}
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    def params(self, values: Mapping[str, str]) -> None:
+        """What is there stays: `mlflow run` has logged «4» where we would say 4.0."""
+        for key, value in values.items():
+            if key not in self._there and key not in self._new:
+                self._new.add(key)
+                self._batch.append(Param(key, value[:PARAM_LENGTH]))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self._batch += [RunTag(key, value[:TAG_LENGTH]) for key, value in values.items()]
+
+    def metrics(self, values: Mapping[str, float | str], step: int, at: int) -> None:
+        """`at`: ms since 1970."""
+        self._batch += [Metric(key, decode_number(value), at, step) for key, value in values.items()]
+
+    def artifact(self, path: str, to: str) -> None:
+        """`path` inside the run's folder; the same file named twice is sent once."""
+        self._artifacts[path, to] = None
+
+    def clear(self) -> None:
+        """Drop what was not sent."""
+        self._batch.clear()
+        self._new.clear()
+        self._artifacts.clear()
+
+    def flush(self) -> None:
+        """Send it. Raises what the client raised and may succeed later; UserError: the run was deleted meanwhile."""
+        if self._batch:
+            self._send(self._batch)
+            self._there |= self._new
+            self._batch.clear()
+            self._new.clear()
+        for path, to in list(self._artifacts):
+            if (self._folder / path).exists():
+                self.attempt(self._client.log_artifact, self._run_id, str(self._folder / path), to or None)
+            else:
+                log.warning("%s: artifact %s is not there", self._folder, path)
+            del self._artifacts[path, to]
+
+    def attempt(self, call: Any, *arguments: Any) -> Any:
+        """Call; what may succeed later is raised, what never will is written down, and gives None."""
+        try:
+            return call(*arguments)
+        except Exception as error:
+            if is_transient(error):
+                raise
+            self.refused += 1
+            log.error("%s: %s refused: %s", self._folder, call.__name__, str(error).split("\n", 1)[0])
+            return None
+
+    def _send(self, items: Sequence[Metric | Param | RunTag]) -> None:
+        try:
+            self._client.log_batch(
+                self._run_id,
+                metrics=[item for item in items if isinstance(item, Metric)],
+                params=[item for item in items if isinstance(item, Param)],
+                tags=[item for item in items if isinstance(item, RunTag)],
+            )
+        except MlflowException as error:
+            if is_transient(error):
+                raise
+            if len(items) == 1:
+                self.refused += 1
+                log.error("%s: %s refused: %s", self._folder, items[0], str(error).split("\n", 1)[0])
+                return
+            get_run(self._client, self._uri, self._run_id)  # a deleted run refuses everything: say that instead
+            # One bad name must not keep the others away.
+            self._send(items[: len(items) // 2])
+            self._send(items[len(items) // 2 :])

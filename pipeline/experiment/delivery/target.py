@@ -1,0 +1,129 @@
+"""The MLflow runs that journals lead to: looked up, placed below a parent or in an experiment, ended."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlflow.entities import Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from pipeline.errors import UserError
+from pipeline.experiment.delivery.server import artifact_location, shown
+from pipeline.experiment.delivery.state import State, find_by_journal
+from pipeline.journal import Entry
+
+GENERATION_TAG = "asib.generation"
+TAG_LENGTH = 8000
+UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+class Place(NamedTuple):
+    """A parent run on the server."""
+
+    run_id: str
+    experiment_id: str
+
+
+def find_run(client: MlflowClient, run_id: str) -> Run | None:
+    """The run, None where the server does not know it.
+
+    Raises:
+        UserError: it is deleted.
+    """
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code in UNKNOWN:
+            return None
+        raise
+    if run.info.lifecycle_stage == "deleted":
+        raise UserError(f"run {run_id} is deleted: `mlflow runs restore --run-id {run_id}` brings it back")
+    return run
+
+
+def get_run(client: MlflowClient, uri: str, run_id: str) -> Run:
+    """The run.
+
+    Raises:
+        UserError: the server does not know it, or it is deleted.
+    """
+    run = find_run(client, run_id)
+    if run is None:
+        raise UserError(f"tracking server {shown(uri)} knows no run {run_id}: check the id")
+    return run
+
+
+def carried_run(client: MlflowClient, uri: str, folder: Path, link: dict[str, Any], experiment: str) -> Run:
+    """The run that a carrier stands for, or a carrier's nested run belongs to.
+
+    Args:
+        folder: where the journal with the link lies.
+        link: journal, folder and run of it, from the journal's header.
+        experiment: where it is looked for first, when its id does not lead to it.
+
+    Raises:
+        UserError: it is deleted, or not on this server (yet): names the folder to deliver first.
+    """
+    run = find_run(client, link["run"]) if link["run"] else None
+    run = run or find_by_journal(client, link["journal"], experiment)
+    if run is None:
+        above = os.path.normpath(folder / link["folder"]) if link["folder"] else f"the run of journal {link['journal']}"
+        raise UserError(f"{folder} belongs to a run that is not on {shown(uri)}: deliver {above} first")
+    return run
+
+
+def parent_place(client: MlflowClient, uri: str, folder: Path, header: Entry) -> Place | None:
+    """Where the run of a journal is nested when it is delivered alone; None for no parent, or one unknown yet.
+
+    Raises:
+        UserError: the parent of a carrier's nested run is not there.
+    """
+    above, experiment = header.data["parent"], header.data["experiment"]
+    if above is None:
+        return None
+    if "run" in above:
+        run: Run | None = carried_run(client, uri, folder, above, experiment)
+    else:
+        state = State.load(folder / above["folder"], uri, above["journal"])
+        if state.run_id:
+            return Place(state.run_id, state.experiment_id)
+        run = find_by_journal(client, above["journal"], experiment)
+    return Place(run.info.run_id, run.info.experiment_id) if run else None
+
+
+def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """The experiment of that name, made when there is none.
+
+    Raises:
+        UserError: it is deleted.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location(uri, name)))
+        except MlflowException as error:
+            # Another run was faster.
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise error
+    if experiment.lifecycle_stage == "deleted":
+        number = experiment.experiment_id
+        raise UserError(
+            f'experiment "{name}" is deleted: `mlflow experiments restore -x {number}` brings it back, '
+            "or take another name"
+        )
+    return str(experiment.experiment_id)
+
+
+def end_run(
+    client: MlflowClient, run_id: str, status: str, outcome: str, exit_code: int, message: str | None, at: int
+) -> None:
+    """Set a run's end; `at`: ms since 1970."""
+    tags = [RunTag("asib.outcome", outcome), RunTag("asib.exit_code", str(exit_code))]
+    if message:
+        tags.append(RunTag("asib.error", message[:TAG_LENGTH]))
+    client.log_batch(run_id, tags=tags)
+    client.set_terminated(run_id, status=status, end_time=at)

@@ -1,0 +1,1 @@
+"""The one home of submitit: workers on this machine, or through Slurm."""

@@ -1,0 +1,1 @@
+"""The one home of Optuna: storage, claims, retries, samplers, pictures and tables of a study."""

@@ -1,0 +1,1 @@
+"""A sweep: its search space, its driver, its workers."""

@@ -1,0 +1,272 @@
+"""What a sweep will cost in time and disk, from a few real updates of a trial's own phases, before it starts."""
+
+import copy
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import cast
+
+import torch
+from torch import nn
+
+from models.features import FeatureNet
+from pipeline.config import Config
+from pipeline.data.batches import batch_bounds
+from pipeline.data.sources import ImageData
+from pipeline.experiment import networks
+from pipeline.experiment.launch.local import cores
+from pipeline.experiment.session import ALL_THREADS
+from pipeline.journal import CheckpointRecorder
+from pipeline.training.checkpoint import pack
+from pipeline.training.evaluation import outputs
+from pipeline.training.loop import Epoch, Loop, Precision
+from pipeline.training.stages import Distillation
+
+UPDATES_S, EVALUATION_S = 3.0, 1.0
+"""How long may be measured: updates of all kinds of epochs, and evaluation."""
+TIMED = 6
+"""Batches of each kind that are timed, after one to warm up."""
+SMALL = 16
+"""Images of a first, small batch, which tells whether whole batches can be afforded."""
+AROUND_S = 2.0
+"""What a trial takes beside training and evaluation, at most (benchmarks/)."""
+OTHER_BYTES = 1_000_000
+"""Journal, configuration, log, difference to the commit, results."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds and bytes of one trial, and of all `trials` on `workers`; bytes are those of the folders of the runs."""
+
+    seconds_per_trial: float
+    seconds: float
+    bytes_per_trial: int
+    bytes: int
+    trials: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one trial does.
+
+    Attributes:
+        batches: kind of epoch -> batches of all epochs of that kind.
+        images: network -> images that it sees in evaluations. The fusion, which works on their features, is left out.
+        checkpoints: how many are written.
+    """
+
+    batches: Mapping[Hashable, int]
+    images: Mapping[str, int]
+    checkpoints: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured seconds: of a batch of each kind of epoch, of an image in evaluation, of a checkpoint."""
+
+    batch: Mapping[Hashable, float]
+    image: Mapping[str, float]
+    checkpoint: float
+
+    def seconds(self, work: Work) -> float:
+        """Of one trial."""
+        training = sum(n * self.batch[kind] for kind, n in work.batches.items())
+        evaluation = sum(n * self.image[name] for name, n in work.images.items())
+        return AROUND_S + training + evaluation + work.checkpoints * self.checkpoint
+
+
+def estimate(config: Config, data: ImageData, teachers: Sequence[FeatureNet], trials: int, workers: int) -> Estimate:
+    """Measure what a trial of `config` takes, in about five seconds.
+
+    The base configuration is measured with its gate open and every epoch in it; what the search space changes of the
+    cost (networks, epochs) is not foreseen. Teachers and all random states are left as they are.
+
+    Args:
+        teachers: those of the configuration, on its device.
+        trials: how many are left to be run.
+        workers: at a time, on this machine: its threads are divided among them.
+    """
+    threads = config.threads or min(ALL_THREADS, max(1, cores() // workers))  # as launch_local divides them
+    with _undisturbed(threads):
+        whole = _Probe(config, data, teachers, config.dataset.batch_size)
+        small = _Probe(config, data, teachers, SMALL) if config.dataset.batch_size > SMALL else whole
+        rates = _rates(whole, small)
+        size = small.bytes()
+    crowded = max(1.0, workers * threads / cores()) if whole.task.device.type == "cpu" else 1.0
+    each = rates.seconds(work(whole.task)) * crowded
+    return Estimate(each, math.ceil(trials / workers) * each, size, trials * size, trials, workers)
+
+
+@contextmanager
+def _undisturbed(threads: int) -> Iterator[None]:
+    """With as many threads as a worker has; the generators' states and the number of threads are restored."""
+    before = torch.get_num_threads()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+# what a trial does ---------------------------------------------------------------------------------------------------
+
+
+def work(task: Distillation) -> Work:
+    """Count what a run of the task's plan does, as a sweep's trial: the test split is not seen."""
+    batches = len(batch_bounds(len(task.data.train.indices), task.data.train.batch_size))
+    counted = {kind: len(epochs) * batches for kind, epochs in kinds(task).items()}
+    m, evaluated = task.method, len(task.data.eval.labels)
+    adapted = sum(e.phase == "a" and ((e.in_stage + 1) % m.teacher_eval_every == 0 or e.last) for e in task.plan)
+    distilled = sum(e.phase == "b" for e in task.plan) * (1 if task.optim.ema_decay is None else 2)
+    images = {"student": (adapted + distilled + task.data.has_validation) * evaluated}
+    # frozen teachers are run once; others after every A-epoch, and again when the best snapshot is brought back
+    again = adapted + m.num_stages if m.use_teacher_finetuning else 0
+    images |= {f"teacher_{k}": (1 + again) * evaluated for k in range(len(task.teachers))}
+    return Work(counted, images, len(task.plan))
+
+
+def kinds(task: Distillation) -> dict[Hashable, list[Epoch]]:
+    """The plan's epochs by what decides about their cost: phase, distillation, views, what is frozen."""
+    found: dict[Hashable, list[Epoch]] = {}
+    for epoch in task.plan:
+        task.begin_epoch(epoch)
+        kind: Hashable = (epoch.phase,)
+        if epoch.phase == "b":
+            weights = task.phases["b"].objective.weights
+            trained = sum(p.requires_grad for p in task.student.parameters())
+            kind = (epoch.phase, weights.scale > 0, weights.two_view, trained)
+        found.setdefault(kind, []).append(epoch)
+    return found
+
+
+# measuring -----------------------------------------------------------------------------------------------------------
+
+
+class _Probe:
+    """A trial's task and loop, made as `jobs.trial` makes them, on copies of the teachers."""
+
+    def __init__(self, config: Config, data: ImageData, teachers: Sequence[FeatureNet], batch_size: int) -> None:
+        dataset = config.dataset.model_copy(update={"batch_size": batch_size})
+        optim = config.optim.model_copy(update={"safe_retry_patience": 10**9})  # a few bad steps end no estimate
+        config = config.model_copy(update={"dataset": dataset, "optim": optim})
+        device = networks.device_of(config)
+        student = networks.build_student(config, data)
+        self.task = Distillation(config, data, student, [copy.deepcopy(t) for t in teachers], device)
+        self.task.monitor.gate_open, self.task.monitor.share = True, 0.5
+        recorder = cast(CheckpointRecorder, None)  # nothing is recorded without slots
+        self.loop = Loop(self.task, recorder, None, {}, Precision(optim, device), device)
+        self.kinds = kinds(self.task)
+
+    def batch_seconds(self, epoch: Epoch, limit: float) -> float:
+        """The median of a few whole batches, within about `limit` seconds."""
+        task, phase, times = self.task, self.task.phases[epoch.phase], list[float]()
+        whole = max(1, len(task.data.train.indices) // task.data.train.batch_size)
+        task.begin_epoch(epoch)
+        phase.objective.train()
+        while len(times) <= TIMED and (len(times) < 2 or sum(times) < limit):
+            self.loop.batch, began = 0, self._now()
+            for _ in islice(self.loop._updates(epoch, phase), min(whole, TIMED + 1 - len(times))):
+                times.append((now := self._now()) - began)
+                began = now
+                if len(times) > 1 and sum(times) > limit:
+                    break
+        return median(times[1:])
+
+    def image_seconds(self, net: FeatureNet, limit: float) -> float:
+        """Of an image in evaluation, by growing batches up to a whole one, within about `limit` seconds."""
+        everything, part = self.task.data.eval, copy.copy(self.task.data.eval)
+        count, most, spent = SMALL, min(everything.batch_size, len(everything.labels)), 0.0
+        while True:
+            count = min(count, most)
+            part.indices, part.labels = everything.indices[:count], everything.labels[:count]
+            began = self._now()
+            outputs(net, part)
+            took = self._now() - began
+            spent += took
+            if count == most or spent + 2 * took > limit:
+                return took / count
+            count *= 2
+
+    def checkpoint_seconds(self) -> float:
+        """Of making one, without the disk's share."""
+        began = self._now()
+        hashlib.sha256(pack(self.loop.state_dict()))
+        return self._now() - began
+
+    def _now(self) -> float:
+        if self.task.device.type == "cuda":
+            torch.cuda.synchronize(self.task.device)
+        return time.perf_counter()
+
+    def bytes(self) -> int:
+        """Of the run's folder at the trial's end: two checkpoints with their best snapshots, and the kept weights.
+
+        Optimisers hold their moments once every phase was updated.
+        """
+        task = self.task
+        kept = [task.student, *([task.fusion] if task.fusion is not None else [])]
+        snapshot = [*kept, *(task.teachers if task.method.use_teacher_finetuning and task.fusion is not None else [])]
+        slot = len(pack(self.loop.state_dict())) + sum(map(_bytes, snapshot))
+        return 2 * slot + sum(map(_bytes, kept)) + OTHER_BYTES
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(v.numel() * v.element_size() for v in module.state_dict().values())
+
+
+def _rates(whole: _Probe, small: _Probe) -> Rates:
+    """Of whole batches where they can be afforded; else small ones, taken to cost as much for each image."""
+    scale = whole.task.data.train.batch_size / small.task.data.train.batch_size
+    seconds = {kind: scale * small.batch_seconds(epochs[0], 0.0) for kind, epochs in small.kinds.items()}
+    share = UPDATES_S / max(len(seconds), 1)
+    for kind, epochs in whole.kinds.items():
+        if 2 * seconds[kind] <= share:
+            seconds[kind] = whole.batch_seconds(epochs[0], share)
+    nets = {"student": small.task.student} | {f"teacher_{k}": t for k, t in enumerate(small.task.teachers)}
+    images = {name: small.image_seconds(net, EVALUATION_S / len(nets)) for name, net in nets.items()}
+    return Rates(seconds, images, small.checkpoint_seconds())
+
+
+# words ---------------------------------------------------------------------------------------------------------------
+
+
+def words(estimate: Estimate, folder: Path) -> str:
+    """One line for people; `folder`: where the runs go."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    fits = "" if estimate.bytes < free else ": that does not fit, make room or choose another output_dir"
+    return (
+        f"{_plural(estimate.trials, 'trial')} of about {_duration(estimate.seconds_per_trial)} with "
+        f"{_plural(estimate.workers, 'worker')}: about {_duration(estimate.seconds)} (upper bound: pruning saves part "
+        f"of it); {_size(estimate.bytes_per_trial)} each, {_size(estimate.bytes)} together, {_size(free)} free in "
+        f"{folder}/{fits}"
+    )
+
+
+def _plural(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length, until in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
+        if seconds < until * length:
+            count = seconds / length
+            return f"{count:.1f} {unit}" if count < 9.95 and unit != "s" else f"{max(count, 1):.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def _size(count: int) -> str:
+    for unit, length in (("TB", 10**12), ("GB", 10**9)):
+        if count >= length:
+            return f"{count / length:.0f} {unit}" if count >= 10 * length else f"{count / length:.1f} {unit}"
+    return f"{max(1, round(count / 10**6))} MB"

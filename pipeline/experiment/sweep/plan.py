@@ -1,0 +1,104 @@
+"""What a sweep is asked for, checked before torch is imported, and the study that it goes on with."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.experiment.compose import keys_of
+from pipeline.experiment.delivery.server import shown
+from pipeline.experiment.interrupted import newest
+from pipeline.experiment.launch import cluster as clusters
+from pipeline.experiment.launch.cluster import ClusterConfig
+from pipeline.experiment.launch.launcher import Launcher
+from pipeline.experiment.study.study import Study
+from pipeline.experiment.sweep import space as sweep_space
+from pipeline.experiment.sweep.space import SweepConfig
+
+STUDY_TAG = "asib.study"
+DEFAULT = "kd_ib_tau"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`storage`: the database's URL. `name`: the study's. `digest`: of all that decides what is found."""
+
+    sweep: SweepConfig
+    cluster: ClusterConfig
+    workers: int
+    storage: str
+    name: str
+    digest: str
+
+    @property
+    def trials(self) -> int:
+        return self.sweep.trials
+
+    def words(self) -> str:
+        """What DRY_RUN=1 shows: the study, and the jobs that would take its trials."""
+        head = f"study {self.name} in {shown(self.storage)}: {self.trials} trials, {self.workers} at a time"
+        return f"{head}\n{Launcher(self.cluster, Path(), self.workers).plan()}"
+
+
+def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Plan:
+    """Read the step's own keys.
+
+    Raises:
+        UserError: a space that does not fit the schema, a database that cannot be reached, another study of that name.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("a sweep is started by one process; several per trial: cluster.processes_per_trial=2")
+    settings = _settings(own, "sweep.")
+    if own.get("trials"):
+        settings["trials"] = str(_whole("trials", own["trials"]))
+    sweep = sweep_space.load(own.get("sweep") or DEFAULT, settings)
+    sweep_space.check(sweep, config, keys_of(overrides))
+    workers = _whole("workers", own.get("workers") or "1")
+    cluster = clusters.load(own.get("cluster") or "local", _settings(own, "cluster."))
+    digest = sweep_space.digest(sweep, config)
+    name = own.get("study") or sweep_space.study_name(sweep, config)
+    plan = Plan(sweep, cluster, workers, storage_url(own.get("storage"), config), name, digest)
+    Launcher(cluster, Path(config.output_dir), workers).check()
+    return plan
+
+
+def storage_url(given: str | None, config: Config) -> str:
+    """Where studies are kept; never a relative path, which would be another file for another process."""
+    url = given or os.environ.get("ASIB_STORAGE") or f"sqlite:///{Path(config.output_dir).absolute() / 'studies.db'}"
+    head, slashes, path = url.partition("sqlite:///")
+    return f"{head}{slashes}{Path(path).expanduser().absolute()}" if slashes and path else url
+
+
+def prepared(config: Config, plan: Plan) -> Config:
+    """The parent run's configuration: its name, and the earlier run of this study that it goes on with."""
+    Study.refuse_other(plan.storage, plan.name, plan.digest)
+    changes: dict[str, Any] = {}
+    if config.resume is None:
+        before = newest(Path(config.output_dir), "sweep", STUDY_TAG, plan.name)
+        if before is not None:
+            changes |= {"resume": str(before), "extend": True}
+    if config.run_name is None and "MLFLOW_RUN_ID" not in os.environ:
+        changes["run_name"] = plan.name
+    return config.model_copy(update=changes)
+
+
+def params(plan: Plan) -> dict[str, str]:
+    """What the parent run states besides the configuration that trials start from."""
+    space = {f"sweep.space.{key}": str(d.model_dump(exclude_defaults=True)) for key, d in plan.sweep.space.items()}
+    others = plan.sweep.model_dump(exclude={"space"})
+    return (
+        space | {f"sweep.{key}": str(value) for key, value in others.items()} | {"sweep.storage": shown(plan.storage)}
+    )
+
+
+def _settings(own: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}
+
+
+def _whole(key: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{key}={text}: give a whole number from 1")
+    return int(text)

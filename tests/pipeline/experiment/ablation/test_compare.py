@@ -1,0 +1,174 @@
+"""Comparisons of hand-made runs: the numbers, the grouping, what is refused, and the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+from urllib.parse import parse_qs
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.experiment.ablation import compare, compare_report, rungs, statistics
+from pipeline.experiment.records import Record
+
+IMAGES = 40
+
+
+def record(rung: str | None, seed: int, right: int, val: float = 50.0, **changes: Any) -> Record:
+    """A run that classified the first `right` test images."""
+    config = {"seed": str(seed), "dataset.name": "npz", "method.use_ib": str(rung == "l1_ib").lower(), "threads": "1"}
+    metrics = {
+        "final/acc_val_selected": 100.0 * right / IMAGES,
+        "final/val_acc": val,
+        "final/teacher_0_acc": 60.0,
+        "final/teacher_avg_acc": 65.0,
+        "cost/updates/b": 16.0,
+        "cost/forward_images/student": 512.0,
+        "cost/seconds": 2.0,
+        "cost/gmacs": 3.0,
+    }
+    values: dict[str, Any] = {
+        "id": f"{rung}-{seed}",
+        "name": f"{rung} seed {seed}",
+        "status": "FINISHED",
+        "tags": {"asib.data_digest": "d" * 64, "asib.step": "distill", "asib.config_hash": "c" * 64},
+        "config": config,
+        "metrics": metrics,
+        "histories": {"student/acc": [(0, 10.0), (1, 20.0 + seed)]},
+        "classes": 4,
+        "correct": np.arange(IMAGES) < right,
+    }
+    if rung:
+        values["tags"]["asib.rung"] = rung
+    for key, change in changes.items():
+        values[key] = {**values[key], **change} if isinstance(values[key], dict) else change
+    return Record(**values)
+
+
+def ladder() -> list[Record]:
+    return [
+        record("l1_ib", 1, 26, val=56.0),
+        record("l1_ib", 0, 30, val=60.0),
+        record("l0_baseline", 0, 20, val=70.0),
+        record("l0_baseline", 1, 22, val=44.0),
+    ]
+
+
+def test_numbers_are_those_computed_by_hand() -> None:
+    table = compare.compare(ladder()).table
+    assert list(table.index) == ["l0_baseline", "l1_ib"], "in the ladder's order"
+    l0, l1 = table.loc["l0_baseline"], table.loc["l1_ib"]
+    assert (l0["acc"], l1["acc"]) == (52.5, 70.0)
+    assert (l0["std"], l1["std"]) == (pytest.approx(np.sqrt(2 * 2.5**2)), pytest.approx(np.sqrt(2 * 5**2)))
+    assert (l1["seeds"], l1["val_acc"], l1["parent"]) == (2, 58.0, "l0_baseline")
+    assert (l1["vs l0_baseline"], l1["vs parent"]) == (17.5, 17.5)
+    difference = np.stack([(np.arange(40) < a) * 100.0 - (np.arange(40) < b) * 100.0 for a, b in ((30, 20), (26, 22))])
+    expected = statistics.interval(difference)
+    assert (l1["vs parent low"], l1["vs parent high"]) == (expected.low, expected.high)
+    assert np.isnan(l0["vs l0_baseline"])
+    assert (l1["student updates"], l1["fusion updates"], l1["images student"], l1["GMACs"]) == (16, 0, 512, 3)
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    runs = [*ladder(), record("l1_ib", 2, 40)]
+    row = compare.compare(runs).table.loc["l1_ib"]
+    assert row["acc"] == pytest.approx(80.0)
+    assert row["vs l0_baseline"] == 17.5
+
+
+def test_a_rung_is_compared_with_the_next_one_below_that_was_run() -> None:
+    runs = [record("l4_full", 0, 30), record("l0_baseline", 0, 20), record("l0k_aver", 0, 24)]
+    assert list(compare.compare(runs).table["parent"]) == ["", "l0_baseline", "l0k_aver"]
+
+
+def test_the_best_is_chosen_by_validation_and_never_by_test() -> None:
+    best = compare.compare([*ladder(), record("l2_cccp", 0, 40, val=10.0)]).best()
+    assert best is not None
+    assert (best[0].name, best[1].id) == ("l1_ib", "l1_ib-0")
+    without = [Record(**{**vars(r), "metrics": {"final/acc_val_selected": 50.0}}) for r in ladder()]
+    assert compare.compare(without).best() is None
+
+
+def test_runs_without_rungs_are_grouped_by_configuration_seeds_left_out() -> None:
+    same = [record(None, seed, 20, config={"method.tau": "4.0", "output_dir": f"r{seed}"}) for seed in (0, 1)]
+    other = record(None, 0, 22, config={"method.tau": "2.0"}, id="x", tags={"asib.config_hash": "e" * 64})
+    found = compare.compare([*same, other])
+    assert [len(g.records) for g in found.groups] == [2, 1]
+    assert [g.name for g in found.groups] == ["distill cccccccc", "distill eeeeeeee"]
+    assert list(found.differing.index) == ["method.tau"]
+    assert list(found.differing.loc["method.tau"]) == ["4.0", "2.0"]
+
+
+def test_other_configurations_of_one_rung_are_groups_of_their_own() -> None:
+    runs = [record("l1_ib", 0, 20), record("l1_ib", 0, 30, config={"method.tau": "1.0"}, id="other")]
+    assert [g.name for g in compare.compare(runs).groups] == ["l1_ib", "l1_ib (2)"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tags": {"asib.data_digest": "e" * 64}}, ("l1_ib seed 9", "l1_ib seed 1", "d" * 12, "e" * 12)),
+        ({"classes": 10}, ("l1_ib seed 9", "has 4 classes", "has 10")),
+        ({"status": "RUNNING"}, ("l1_ib seed 9", "is RUNNING")),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_line_that_names_both(
+    change: dict[str, Any], said: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError) as error:
+        compare.compare([*ladder(), record("l1_ib", 9, 20, **change)])
+    assert all(word in str(error.value) for word in said), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_runs_that_trained_no_student_are_refused() -> None:
+    with pytest.raises(UserError, match="has no final/acc_val_selected"):
+        compare.compare([Record(**{**vars(ladder()[0]), "metrics": {"final/teacher_0_acc": 1.0}})])
+    with pytest.raises(UserError, match="nothing to compare"):
+        compare.compare([])
+
+
+def test_what_the_table_cannot_say_is_said_beside_it() -> None:
+    sample = [Record(**{**vars(r), "config": {**r.config, "dataset.name": "cifar100_sample"}}) for r in ladder()]
+    assert compare.compare(sample).notes == ("smoke test: cannot rank methods",)
+    assert compare.compare(ladder()).notes == ()
+    notes = compare.compare([record("l2_cccp", 0, 20, correct=None), record("l0_baseline", 0, 20)])
+    assert any("l2_control" in note for note in notes.notes)
+    assert any("images only" in note for note in notes.notes)
+    assert any("no intervals" in note for note in notes.notes)
+    assert notes.table.loc["l2_cccp", "vs l0_baseline"] == 0.0
+    assert np.isnan(notes.table.loc["l2_cccp", "vs l0_baseline low"])
+
+
+def test_the_page_is_one_file_with_everything_in_it(tmp_path: Any) -> None:
+    found = compare.compare(ladder())
+    paths = compare_report.write(found, tmp_path)
+    assert [p.suffix for p in paths] == [".csv", ".md", ".png", ".html"]
+    page = paths[3].read_text()
+    links = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page) + re.findall(r"url\(([^)]*)\)", page)
+    assert [link[:22] for link in links] == ["data:image/png;base64,"]
+    assert "http" not in page.replace("data:image", "")[:2000]
+    for word in ("l1_ib", "70.00 ± 7.07", "+17.50", "teachers averaged 65.00", "method.use_ib", "l1_ib-0"):
+        assert word in page
+    assert paths[2].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "| l1_ib | l0_baseline | 2 | 70.00 ± 7.07 |" in paths[1].read_text()
+    import pandas as pd
+
+    read = pd.read_csv(paths[0], index_col="group")
+    assert read.loc["l1_ib", "acc"] == 70.0
+
+
+def test_the_link_opens_all_runs_and_the_note_fits_into_a_tag() -> None:
+    ids = [f"{number:032x}" for number in range(105)]
+    link = compare_report.link(ids, "7")
+    query = parse_qs(link.partition("?")[2])
+    assert link.startswith("#/compare-runs?")
+    assert (json.loads(query["runs"][0]), json.loads(query["experiments"][0])) == (ids, ["7"])
+    runs = [record(name, seed, 20 + seed) for name in rungs.RUNGS for seed in range(5)]
+    note = compare_report.note(compare.compare(runs), link)
+    assert link in note
+    assert len(note) <= 8000
+    assert "| l4_full |" in compare_report.note(compare.compare(runs), compare_report.link(ids[:21], "7"))
