@@ -16,7 +16,7 @@ setup: .venv/.installed
 		uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; \
 	else \
 		test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
-		$(BIN)/python -m pip --disable-pip-version-check install --quiet uv; \
+		test -x $(BIN)/uv || $(BIN)/python -m pip --disable-pip-version-check install --quiet uv; \
 		$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; \
 	fi
 	@touch $@

@@ -317,7 +317,7 @@ def test_the_student_refuses_what_is_no_image(loaded: Any, given: Any, says: str
 
 # off line, then delivered -----------------------------------------------------------------------------------------
 
-CLOCK_AND_IDS = {"asib.journal", "mlflow.parentRunId", "mlflow.runName", "asib.student"}
+CLOCK_AND_IDS = {"asib.journal", "asib.generation", "mlflow.parentRunId", "mlflow.runName", "asib.student"}
 
 
 def compare(direct: Seen, later: Seen) -> None:

@@ -255,7 +255,8 @@ def test_bad_input_is_found_without_torch(tmp_path):
     (tmp_path / "bad.yaml").write_text("space: {method.tau: {type: float, low: 0, high: 8}}")
     code = (
         "import sys\n"
-        "from pipeline.experiment import compose, sweep_space\n"
+        "from pipeline.experiment import compose\n"
+        "from pipeline.experiment.sweep import space as sweep_space\n"
         f"sweep = sweep_space.load({str(tmp_path / 'bad.yaml')!r})\n"
         "try: sweep_space.check(sweep, compose.compose('quickstart'), [])\n"
         "except compose.UserError as error: print(error)\n"
