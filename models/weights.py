@@ -107,7 +107,7 @@ def load_weights(model: FeatureNet, path: str | Path, *, expect: Mapping[str, An
             fit, with the first few named.
     """
     record = read_metadata(path)
-    state = _read_state(Path(path))
+    state = read_state(Path(path))
     adapter = {k.removeprefix(ADAPTER): v for k, v in state.items() if k.startswith(ADAPTER)}
     state = {k: v for k, v in state.items() if not k.startswith(ADAPTER)}
     wanted = {
@@ -125,9 +125,9 @@ def load_weights(model: FeatureNet, path: str | Path, *, expect: Mapping[str, An
                 f"{path}: {key} is {_short(found[key])} in the checkpoint, {_short(value)} here; "
                 "choose the matching checkpoint or configuration"
             )
-    _check_fit(model.net, state, f"{path} is no checkpoint of {model.architecture}")
+    check_fit(model.net, state, f"{path} is no checkpoint of {model.architecture}")
     if adapter and model.distillation_adapter is not None:
-        _check_fit(model.distillation_adapter, adapter, f"{path}: its distillation adapter does not fit")
+        check_fit(model.distillation_adapter, adapter, f"{path}: its distillation adapter does not fit")
         model.distillation_adapter.load_state_dict(adapter, strict=True)
     model.net.load_state_dict(state, strict=True)
     return record
@@ -143,8 +143,12 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a file, without wrappers' prefixes."""
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file (as `load_weights` reads them), without wrappers' prefixes.
+
+    Raises:
+        ValueError: unreadable, or no state dict.
+    """
     if path.suffix == ".safetensors":
         try:
             content: Any = safetensors.torch.load_file(path)
@@ -196,7 +200,8 @@ def _count_classes(model: FeatureNet, state: Mapping[str, torch.Tensor], default
     return default if weight is None or weight.dim() == 0 else weight.shape[0]
 
 
-def _check_fit(module: nn.Module, state: Mapping[str, torch.Tensor], complaint: str) -> None:
+def check_fit(module: nn.Module, state: Mapping[str, torch.Tensor], complaint: str) -> None:
+    """ValueError, which begins with `complaint`, for names or shapes that are not the module's."""
     own = module.state_dict()
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 FILE = "journal.jsonl"
 VERSION = 1
 STATUSES = ("FINISHED", "FAILED", "KILLED")
-OUTCOMES = ("completed", "killed", "failed", "pruned", "refused")
+OUTCOMES = ("completed", "killed", "failed", "pruned", "refused", "promoted")
 
 
 @dataclass(frozen=True)

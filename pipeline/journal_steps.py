@@ -1,4 +1,4 @@
-"""What steps add to a journal beside parameters and metrics: data sets, teachers, models."""
+"""What steps add to a journal beside parameters and metrics: data sets, teachers, models, registered versions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class StepEntries:
             raise ValueError('a model is of kind "pyfunc" with python_model, or of kind "weights" without')
         self._add(
             "model",
-            entry=hashlib.sha256(f"{self.id}/{name}/{step}".encode()).hexdigest()[:32],  # the same when logged again
+            entry=self._model_entry(name, step),
             folder=relative(folder, self.folder),
             name=name,
             model_kind=kind,
@@ -86,3 +86,22 @@ class StepEntries:
             model_type=model_type,
             step=step,
         )
+
+    def register(
+        self, registered: str, *, model: str, alias: str, tags: Mapping[str, str] | None = None, step: int = 0
+    ) -> None:
+        """A model that was logged before becomes a new version of a registered model, once, and gets an alias.
+
+        Args:
+            registered: the registered model's name; it is made when there is none.
+            model, step: the LoggedModel's, as given to `model`.
+            alias: moved to the new version, unless a newer one has it.
+            tags: of the version.
+        """
+        self._add(
+            "register", entry=self._model_entry(model, step), registered=registered, alias=alias, tags=dict(tags or {})
+        )
+
+    def _model_entry(self, name: str, step: int) -> str:
+        """What a model is known by: the same when it is logged again."""
+        return hashlib.sha256(f"{self.id}/{name}/{step}".encode()).hexdigest()[:32]

@@ -1,3 +1,3 @@
-"""Fixtures for all tests: tracking stores and servers, PostgreSQL and Slurm."""
+"""Fixtures for all tests: tracking stores and servers, PostgreSQL, Slurm and the team's server."""
 
-pytest_plugins = ["tests.servers", "tests.postgres", "tests.slurm"]
+pytest_plugins = ["tests.servers", "tests.postgres", "tests.slurm", "tests.team_server"]

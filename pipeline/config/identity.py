@@ -19,6 +19,7 @@ NOT_COMPUTATION = (
     "resume",
     "extend",
     "log_model",
+    "register",
     "debug",
     "dataset.root",
     "dataset.path",

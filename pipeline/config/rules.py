@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from pipeline.config import registered
 from pipeline.config.inactive import inactive
 from pipeline.config.later import DEPENDENTS, ONLY_FOR_NOW, check_later
 from pipeline.config.names import OLD_NAMES, known_names, near_miss, unknown_key
@@ -356,3 +357,10 @@ def _check_surroundings(config: Config) -> None:
         re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device) is None,
         f"device={config.device!r}: give auto, cpu, mps, cuda or cuda:<n>",
     )
+    if config.register is not None:
+        fault = registered.fault(config.register)
+        _refuse(fault is not None, f"register={config.register}: {fault}")
+        _refuse(
+            not config.log_model,
+            f"register={config.register} needs log_model=true: a version is made of the model that is logged",
+        )

@@ -4,6 +4,7 @@ A `Config` is validated once, then immutable; it is the only configuration objec
 Descriptions are what `--help` prints.
 """
 
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -303,6 +304,10 @@ class TrackingConfig(Section):
     finish_seconds: Positive = key(120.0, "how long the end of a run waits for a silent server")
 
 
+# abc gives every model class a method of that name, which an instance's key may well hide
+warnings.filterwarnings("ignore", message='Field name "register" in "Config" shadows')
+
+
 class Config(Section):
     """The whole effective configuration."""
 
@@ -318,6 +323,9 @@ class Config(Section):
     resume: str | None = key(None, "run id (or run folder) to continue")
     extend: bool = key(False, "allow to continue a finished run for more epochs")
     log_model: bool = key(True, "log the student as a model that can be served")
+    register: str | None = key(
+        None, "registered model of which the student becomes a new version, with the alias challenger"
+    )
     debug: bool = key(False, "tracebacks instead of one-line errors")
 
     dataset: DatasetConfig = DatasetConfig()

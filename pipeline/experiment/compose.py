@@ -129,6 +129,8 @@ def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[Sett
         if "@" in key:
             raise UserError(f"{text}: packages (@) are not for overrides; choose {key.split('@')[0]}=<option>")
         if key.split(".")[0] in NOT_GROUPS:
+            if key.split(".")[0] == "promotion":
+                raise UserError(f"{text}: a gate is named for -e promote: python -m steps.promote gate=<file> …")
             raise UserError(f"{text}: this is for -e sweep: python -m steps.sweep {text} …")
         if (key in options or "/" in key) and not (value or "").lstrip().startswith("{"):
             if prefix == "~":

@@ -82,7 +82,8 @@ def execute(
         dry_run: what DRY_RUN=1 prints below the configuration.
 
     Returns:
-        The exit code: 0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT.
+        The exit code: 0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT, or what the
+        job concludes with (`Run.conclusion`).
     """
     log_to_terminal()
     arguments = sys.argv[1:] if argv is None else argv
@@ -205,8 +206,11 @@ def _supervise(run: "Run", job: str | Job) -> int:
         logger.exception("the run failed")
         run.close("FAILED", "failed", 1, f"{type(error).__name__}: {error}")
         return 1
-    run.close("FINISHED", "completed", 0)
-    return 0
+    outcome, code = run.conclusion
+    run.close("FINISHED", outcome, code)
+    if code:
+        _leave_mlflow_run()
+    return code
 
 
 def _follow(step: str, config: Config, job: str | Job) -> int:
@@ -253,7 +257,7 @@ def _fail_adopted_run(step: str, message: str) -> None:
 
 
 def _leave_mlflow_run() -> None:
-    """`mlflow run` would overwrite KILLED with FAILED when its child ends: end it first (recipes.md)."""
+    """`mlflow run` would overwrite KILLED, and a refusal's FINISHED, with FAILED: end it first (recipes.md)."""
     from pipeline.experiment import tracking
 
     tracking.kill_mlflow_run_parent()

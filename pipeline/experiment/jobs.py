@@ -1,8 +1,7 @@
-"""What the steps do inside a tracked run: fine-tune, distil, train the student alone, evaluate, and all together."""
+"""What the steps do inside a tracked run: fine-tune, distil, train the student alone, and all together."""
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
@@ -10,21 +9,20 @@ from models.weights import weights_hash
 from pipeline.config import Config
 from pipeline.config.rules import inactive, needs_distillation
 from pipeline.config.variants import student_alone
-from pipeline.data.batches import EvalBatches
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import export, networks, report, teachers
+from pipeline.experiment.evaluation import source
+from pipeline.experiment.registry import register
 from pipeline.experiment.run import Run
 from pipeline.experiment.session import images, load_data, prepare, threads_of, train
 from pipeline.journal import read_header
 from pipeline.training import costs, distributed
-from pipeline.training.evaluation import outputs
 from pipeline.training.loop import Loop, Watch
 from pipeline.training.stages import Distillation, query_width
 
 logger = logging.getLogger("asib")
-STUDENT = "checkpoints/student.safetensors"
-FUSION = "checkpoints/fusion.safetensors"
+STUDENT, FUSION = source.STUDENT, source.FUSION
 
 
 # fine-tuning ---------------------------------------------------------------------------------------------------------
@@ -62,6 +60,7 @@ def distill(run: Run) -> float | None:
         _keep_pictures(run, data, task)
         if run.config.log_model:
             export.log_student(run, task.student, data, results)
+            register.student(run, run.config, data, results)
         if run.parent is None:
             report.print_results(run.config, results)
     report.write_results(run, results)
@@ -150,55 +149,6 @@ def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]
     return {f"cost/macs_per_image/{name}": float(n) for name, n in found.items()} | {"cost/gmacs": total / 1e9}
 
 
-# evaluation ----------------------------------------------------------------------------------------------------------
-
-
-def evaluate(run: Run) -> float | None:
-    """Evaluate a student on the test split: `student`, a file or runs:/<id>."""
-    config = run.config
-    if config.student is None:
-        raise UserError("student is not set: give student=runs:/<id> or a weights file")
-    prepare(config)
-    path, source_run = teachers.locate(run, config.student, STUDENT, f"student={config.student}")
-    return _evaluate_file(run, path, source_run)["test/acc"]
-
-
-def _evaluate_file(run: Run, path: Path, source_run: str | None) -> dict[str, float]:
-    config, data = run.config, load_data(run)
-    net = networks.build_student(config, data)
-    metadata = networks.load(net, path, f"student={config.student}")
-    if metadata.get("classes", list(data.classes)) != list(data.classes):
-        raise UserError(
-            f"student={config.student}: it was trained on other classes ({', '.join(metadata['classes'][:3])}, …) than "
-            f"dataset.name={config.dataset.name} has ({', '.join(data.classes[:3])}, …)"
-        )
-    if source_run is not None:
-        run.journal.model_input(source_run)
-        run.journal.tags({"asib.student": source_run})
-    run.journal.tags({"asib.eval_split": "test", "asib.weights": weights_hash(net.net)})
-    run.ready()
-    batches = EvalBatches(
-        data.test_x,
-        data.test_y,
-        None,
-        config.dataset.eval_batch_size,
-        mean=data.mean,
-        std=data.std,
-        device=networks.device_of(config),
-        channels_last=config.optim.use_channels_last,
-    )
-    logits = outputs(net, batches).logits
-    found = report.classification(logits, batches.labels)
-    run.journal.hold()
-    run.journal.metrics(found, 0)
-    if not run.follower:
-        report.confusion(run, logits.argmax(dim=1), batches.labels, data.classes)
-        report.write_results(run, found)
-        title = f"{config.model.student.name} on {data.name} (test, {len(data.test_y)} images)"
-        report.print_table(title, list(found.items()))
-    return found
-
-
 # all together --------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +160,7 @@ def main(run: Run) -> float | None:
     prepare(config)
     teachers.foresee(config, images(config))
     run.ready()
-    alone_config = student_alone(config).model_copy(update={"log_model": False})
+    alone_config = student_alone(config).model_copy(update={"log_model": False, "register": None})
     alone = _nested(run, "baseline", "student_alone", alone_config, distill)
     for index, teacher in enumerate(config.model.teachers):
         if teacher.checkpoint is None and config.finetune.epochs > 0:
@@ -228,10 +178,15 @@ def main(run: Run) -> float | None:
 
 
 def _evaluate_distilled(run: Run) -> float | None:
+    # late: training alone needs neither pandas nor scikit-learn
+    from pipeline.experiment.evaluation.evaluate import evaluate
+    from pipeline.experiment.evaluation.request import Request
+
     assert run.parent is not None
     distilled = run.parent.folder / "distill"
     header = read_header(distilled)
-    return _evaluate_file(run, distilled / STUDENT, header.data["journal"] if header else None)["test/acc"]
+    student = source.Source(distilled / STUDENT, header.data["journal"] if header else None)
+    return evaluate(run, Request(teachers="false", speed=False), student)
 
 
 def _nested(parent: Run, step: str, key: str, config: Config, job: Callable[[Run], float | None]) -> dict[str, float]:

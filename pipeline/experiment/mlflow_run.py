@@ -12,8 +12,8 @@ from pathlib import Path
 def kill_mlflow_run_parent() -> int | None:
     """SIGTERM the `mlflow run` that started this step, if one did, also through shells; its process id.
 
-    It would overwrite the status KILLED with FAILED when its child ends. To be called when the run's status is on
-    the server, just before leaving.
+    It would overwrite the run's status with FAILED when its child ends with a code other than 0. To be called when the
+    status is on the server, just before leaving.
     """
     pid = os.getppid()
     for _ in range(4):

@@ -8,8 +8,9 @@ from pipeline.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONF = REPOSITORY / "conf"
-NOT_GROUPS = ("sweep", "cluster")
-"""Folders of conf/ that are no part of a run's configuration: what a study searches, and where its workers run."""
+NOT_GROUPS = ("sweep", "cluster", "promotion")
+"""Folders of conf/ that are no part of a run's configuration: what a study searches, where its workers run, and what
+a challenger must be."""
 
 
 def groups() -> dict[str, list[str]]:
@@ -27,12 +28,16 @@ def names(folder: str) -> list[str]:
     return sorted(file.stem for file in (CONF / folder).glob("*.yaml"))
 
 
-def locate(folder: str, given: str) -> Path:
+def locate(folder: str, given: str, key: str | None = None) -> Path:
     """The file that `sweep=<given>` or `cluster=<given>` names: of conf/<folder>, or a YAML file anywhere.
+
+    Args:
+        key: what names it on the command line, where that is not the folder's name.
 
     Raises:
         UserError: there is no such file; near misses are named.
     """
+    key = key or folder
     is_path = given.endswith((".yaml", ".yml")) or os.sep in given
     file = Path(given).expanduser()
     if is_path and file.is_file():
@@ -41,11 +46,11 @@ def locate(folder: str, given: str) -> Path:
     if given.removesuffix(".yaml") in known:
         return CONF / folder / f"{given.removesuffix('.yaml')}.yaml"
     if file.is_dir():
-        raise UserError(f"{folder}={given} is a folder: give a YAML file in it")
+        raise UserError(f"{key}={given} is a folder: give a YAML file in it")
     if is_path:
         beside = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
         near = near_miss(file.name, beside)
-        raise UserError(f"{folder}={given}: no such file" + (f"; did you mean {file.parent / near}?" if near else ""))
+        raise UserError(f"{key}={given}: no such file" + (f"; did you mean {file.parent / near}?" if near else ""))
     near = near_miss(given, known)
     hint = f"did you mean {near}? " if near else ""
-    raise UserError(f"{folder}={given}: not known; {hint}there are {', '.join(known)}, or give the path of a YAML file")
+    raise UserError(f"{key}={given}: not known; {hint}there are {', '.join(known)}, or give the path of a YAML file")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import Config
@@ -49,17 +49,6 @@ def print_results(config: Config, results: dict[str, float]) -> None:
 
 
 # numbers -------------------------------------------------------------------------------------------------------------
-
-
-def classification(logits: Tensor, y: Tensor) -> dict[str, float]:
-    """Top-1 and top-5 in percent and NLL in nats of logits (n, N) against labels (n,)."""
-    k = min(5, logits.shape[1])
-    top = (logits.topk(k, dim=1).indices == y[:, None]).any(dim=1)
-    return {
-        "test/acc": 100.0 * (logits.argmax(dim=1) == y).double().mean().item(),
-        "test/top5": 100.0 * top.double().mean().item(),
-        "test/nll": F.cross_entropy(logits.float(), y).item(),
-    }
 
 
 def predictions(run: Run, predicted: Tensor, y: Tensor) -> None:
@@ -131,23 +120,24 @@ def _num_classes(run: Run) -> Any:
 # pictures ------------------------------------------------------------------------------------------------------------
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def figure(rows: int, columns: int, width: float, height: float, **layout: Any) -> tuple[Any, Any]:
+    """A figure of so many inches with its axes; `layout`: further arguments of `pyplot.subplots`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(rows, columns, figsize=(width, height), constrained_layout=True)
+    made, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **layout)
+    return made, axes
 
 
-def _save(figure: Any, run: Run, name: str) -> Path:
+def save(made: Any, path: Path) -> None:
+    """Write a figure as PNG, and let it go."""
     import matplotlib.pyplot as plt
 
-    path = run.folder / name
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    run.journal.artifact(path)
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(made)
 
 
 def curves(run: Run) -> None:
@@ -158,7 +148,7 @@ def curves(run: Run) -> None:
         ("loss", ("a_step/loss", "a_step/ce", "a_step/kd", "b_step/loss", "b_step/ce", "b_step/kd")),
         ("certainty, gate, KD weight", ("a_step/cw_mean", "gate/open", "schedule/kd_weight")),
     )
-    figure, axes = _figure(1, len(panels), 15, 4)
+    made, axes = figure(1, len(panels), 15, 4)
     a_epochs = [step for step, _ in history.get("a_step/loss", [])]
     for axis, (title, names) in zip(axes, panels, strict=True):
         for name in names:
@@ -176,20 +166,34 @@ def curves(run: Run) -> None:
     if "teacher/avg_acc" in history:
         axes[0].axhline(history["teacher/avg_acc"][-1][1], color="black", ls="--", lw=1)
     title = f"{run.config.dataset.name}, seed {run.config.seed}; grey: teachers, dashed: their average"
-    figure.suptitle(title, fontsize=10)
-    _save(figure, run, "curves.png")
+    made.suptitle(title, fontsize=10)
+    save(made, run.folder / "curves.png")
+    run.journal.artifact(run.folder / "curves.png")
 
 
 def confusion(run: Run, predicted: Tensor, y: Tensor, classes: tuple[str, ...]) -> None:
-    """`confusion.png`: rows are labels, columns predictions, shares of each label."""
+    """`confusion.png` of the test split."""
     n = len(classes)
-    counts = torch.bincount(y.cpu() * n + predicted.cpu(), minlength=n * n).reshape(n, n).double()
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
-    figure, axis = _figure(1, 1, 8, 7)
-    image = axis.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    figure.colorbar(image, ax=axis, label="share of the label's images")
+    counts = torch.bincount(y.cpu() * n + predicted.cpu(), minlength=n * n).reshape(n, n)
+    draw_confusion(counts.numpy(), classes, run.folder / "confusion.png")
+    run.journal.artifact(run.folder / "confusion.png")
+
+
+def draw_confusion(counts: NDArray[np.int64], classes: tuple[str, ...], path: Path) -> None:
+    """Counts (N, N) as shares of each label's images: rows are labels, columns predictions; numbers where they fit."""
+    from matplotlib.colors import PowerNorm
+
+    n = len(classes)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    made, axis = figure(1, 1, 8, 7)
+    image = axis.imshow(shares, norm=PowerNorm(0.5, 0, 1), cmap="viridis", interpolation="nearest")  # errors are rare
+    made.colorbar(image, ax=axis, label="share of the label's images")
     axis.set(xlabel="predicted", ylabel="label")
     if n <= 30:
         axis.set_xticks(range(n), classes, rotation=90, fontsize=7)
         axis.set_yticks(range(n), classes, fontsize=7)
-    _save(figure, run, "confusion.png")
+    if n <= 20:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "black" if shares[row, column] > 0.4 else "white"
+            axis.text(column, row, counts[row, column], ha="center", va="center", fontsize=6, color=color)
+    save(made, path)

@@ -48,6 +48,8 @@ class Run:
         self.delivery, self.state, self.parent = delivery, state, parent
         self.slots = Slots(folder / "checkpoints")
         self.started = time.time()
+        self.conclusion: tuple[str, int] = ("completed", 0)
+        """Outcome and exit code of a step that comes to its end; a promotion's verdict is one."""
         self._run_id: str | None = None
         self._from_server = False
         """Whether it was begun on another machine: its nested runs may be on the server, and not here."""
@@ -337,7 +339,7 @@ class Run:
         if self.delivery is None:
             logger.info("tracking was off line; to deliver: %s %s", tracking.DELIVER, self.folder)
             return
-        if not self.delivery.finish(self.config.tracking.finish_seconds) and outcome != "refused":
+        if not self.delivery.finish(self.config.tracking.finish_seconds) and exit_code != 2:
             logger.warning("the tracking server did not take everything: %s %s", tracking.DELIVER, self.folder)
 
 

@@ -56,7 +56,7 @@ def load_data(run: Run) -> ImageData:
     run.journal.tags({"asib.data_digest": data.digest})
     profile = {"classes": data.num_classes, "train": len(data.train_y), "test": len(data.test_y)}
     # MLflow keeps one context for each digest, and the digest covers both splits
-    context = "test" if run.step == "evaluate" else "training"
+    context = "test" if run.step in ("evaluate", "promote") else "training"
     run.journal.dataset(data.name, data.digest, context, data.source, profile=profile)
     return data
 

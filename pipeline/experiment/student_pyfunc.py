@@ -1,68 +1,172 @@
 """A student as MLflow serves it: images in, class names and probabilities out.
 
-Logged with the model and loaded without this project: it needs mlflow, numpy, onnxruntime and pillow only.
+MLflow runs this file by its path, out of the logged model and without this project: mlflow, numpy, onnxruntime and
+pillow are all it needs. The project imports it for its functions, so that predictions on a folder of files are those
+of the server; that way it imports no MLflow.
 """
 
 import base64
-import binascii
 import io
 import json
 from typing import Any
 
-import mlflow
 import numpy as np
-from mlflow.exceptions import MlflowException
+from numpy.typing import NDArray
+
+MAX_PIXELS = 64_000_000
+"""Larger pictures are refused: a file of some kilobytes can unpack to any amount of memory."""
+BATCH = 256
+"""Images that go through the network at once, so that memory does not grow with the request."""
 
 
-class Student(mlflow.pyfunc.PythonModel):
-    """Takes uint8 images (H, W, C) as nested lists, or PNG and JPEG files as base64 strings, in a list."""
+class Refused(ValueError):
+    """What was given is no image that the student can take; the text says why."""
 
-    def load_context(self, context: Any) -> None:
+
+class Classifier:
+    """The network of a logged model.
+
+    Args:
+        net: its ONNX file, uint8 (n, size, size, channels) -> `probabilities` (n, N).
+        meta: its meta.json.
+    """
+
+    def __init__(self, net: str, meta: str) -> None:
         import onnxruntime
 
-        with open(context.artifacts["meta"], encoding="utf-8") as file:
-            self.meta = json.load(file)
-        self.session = onnxruntime.InferenceSession(context.artifacts["net"], providers=["CPUExecutionProvider"])
+        with open(meta, encoding="utf-8") as file:
+            described = json.load(file)
+        self.classes: list[str] = described["classes"]
+        self.size, self.channels = int(described["image_size"]), int(described["in_chans"])
+        self._session = onnxruntime.InferenceSession(net, providers=["CPUExecutionProvider"])
 
-    def predict(
-        self, context: Any, model_input: list[Any], params: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
-        """For each image: `class`, `probability`, and `probabilities` of all classes by name."""
-        if len(model_input) == 0:
-            raise MlflowException.invalid_parameter_value("the list of images is empty")
-        batch = np.stack([self._image(item, position) for position, item in enumerate(model_input)])
-        (found,) = self.session.run(None, {"images": batch})
-        names = self.meta["classes"]
-        return [
-            {
-                "class": names[int(row.argmax())],
-                "probability": float(row.max()),
-                "probabilities": {name: float(p) for name, p in zip(names, row, strict=True)},
-            }
-            for row in found
-        ]
+    def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(n, size, size, channels) -> (n, N), for any n > 0."""
+        starts = range(0, len(images), BATCH)
+        found = [self._session.run(["probabilities"], {"images": images[i : i + BATCH]})[0] for i in starts]
+        return np.concatenate(found)
 
-    def _image(self, item: Any, position: int) -> np.ndarray:
-        size, channels = self.meta["image_size"], self.meta["in_chans"]
-        image = self._decode(item, position) if isinstance(item, str) else np.asarray(item)
-        if image.shape != (size, size, channels):
-            raise MlflowException.invalid_parameter_value(
-                f"image {position} has shape {image.shape}, expected ({size}, {size}, {channels})"
-            )
-        if image.dtype.kind not in "iu" or image.min() < 0 or image.max() > 255:
-            raise MlflowException.invalid_parameter_value(f"image {position}: pixels must be integers from 0 to 255")
-        return image.astype(np.uint8)
+    def picture(self, file: bytes) -> NDArray[np.uint8]:
+        """A PNG or JPEG file as the network takes it, (size, size, channels). Raises Refused."""
+        return decode(file, self.size, self.channels)
 
-    def _decode(self, text: str, position: int) -> np.ndarray:
-        from PIL import Image, UnidentifiedImageError
-
-        size, channels = self.meta["image_size"], self.meta["in_chans"]
+    def image(self, item: Any) -> NDArray[np.uint8]:
+        """One item of a request: a base64 string, or nested lists of pixels. Raises Refused."""
+        if not isinstance(item, str):
+            return pixels(item, self.size, self.channels)
         try:
-            with Image.open(io.BytesIO(base64.b64decode(text, validate=True))) as picture:
-                fitted = picture.convert("RGB" if channels == 3 else "L").resize((size, size))
-        except (binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
-            raise MlflowException.invalid_parameter_value(f"image {position} is no base64 PNG or JPEG") from error
-        return np.asarray(fitted).reshape(size, size, channels)
+            # tools that write base64 break its lines
+            return self.picture(base64.b64decode("".join(item.split()), validate=True))
+        except ValueError as error:
+            reason = f" ({error})" if isinstance(error, Refused) else ""
+            raise Refused(f"is no base64 PNG or JPEG{reason}") from error
 
 
-mlflow.models.set_model(Student())
+def decode(file: bytes, size: int, channels: int) -> NDArray[np.uint8]:
+    """A PNG or JPEG file as uint8 (size, size, channels).
+
+    Upright as its EXIF says, transparent parts on white, grey and CMYK converted, then squeezed to the size
+    bicubically: the aspect ratio is not kept.
+
+    Raises:
+        Refused: another format, a damaged file, more than `MAX_PIXELS`.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise Refused(f"it has {opened.width} × {opened.height} pixels, at most {MAX_PIXELS} are taken")
+            opened.load()
+            picture: Any = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):  # 16 bits of grey, of which Pillow would cut off what is above 255
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            if picture.has_transparency_data:
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture.convert("RGBA"))
+            picture = picture.convert("RGB" if channels == 3 else "L")
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    except Refused:
+        raise
+    except Image.DecompressionBombError as error:
+        raise Refused(f"more than {MAX_PIXELS} pixels") from error
+    except Exception as error:
+        # on damaged files Pillow's decoders raise whatever their parsers do: SyntaxError, struct.error, EOFError, …
+        raise Refused("not such a picture, or a damaged one") from error
+    return np.asarray(picture, dtype=np.uint8).reshape(size, size, channels)
+
+
+def pixels(item: Any, size: int, channels: int) -> NDArray[np.uint8]:
+    """Nested lists of integers from 0 to 255 as uint8 (size, size, channels). Raises Refused."""
+    expected = f"expected ({size}, {size}, {channels})"
+    try:
+        image = np.asarray(item)
+    except ValueError as error:
+        raise Refused(f"has rows of different lengths, {expected}") from error
+    if image.ndim == 0:
+        raise Refused(f"is neither nested lists of pixels, {expected}, nor a base64 PNG or JPEG")
+    if image.shape != (size, size, channels):
+        raise Refused(f"has shape {image.shape}, {expected}")
+    if image.dtype.kind not in "iu" or image.min() < 0 or image.max() > 255:
+        raise Refused("has other pixels than integers from 0 to 255")
+    return image.astype(np.uint8)
+
+
+def answers(classifier: Classifier, items: list[Any]) -> list[dict[str, Any]]:
+    """For each image of a request: `class`, `probability`, and `probabilities` of all classes by name.
+
+    Raises:
+        Refused: no images, or one that is none; its position is named.
+    """
+    if len(items) == 0:
+        raise Refused("the list of images is empty")
+    batch = []
+    for position, item in enumerate(items):
+        try:
+            batch.append(classifier.image(item))
+        except Refused as error:
+            raise Refused(f"image {position} {error}") from error
+    rows = classifier.probabilities(np.stack(batch))
+    names = classifier.classes
+    return [
+        {"class": names[best], "probability": row[best], "probabilities": dict(zip(names, row, strict=True))}
+        for best, row in zip(rows.argmax(axis=1).tolist(), rows.tolist(), strict=True)
+    ]
+
+
+if not __package__:  # run by its path, by MLflow
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+    class BadRequest(MlflowException):
+        """A 400 that says the reason alone: the server would put everything that it was sent before it."""
+
+        def __init__(self, reason: str) -> None:
+            self._reason = reason
+            super().__init__(reason, error_code=INVALID_PARAMETER_VALUE)
+
+        @property
+        def message(self) -> str:
+            return self._reason
+
+        @message.setter
+        def message(self, text: str) -> None:
+            """Stays what it was."""
+
+    class Student(mlflow.pyfunc.PythonModel):
+        """Takes uint8 images (H, W, C) as nested lists, or PNG and JPEG files as base64 strings, in a list."""
+
+        def load_context(self, context: Any) -> None:
+            self.classifier = Classifier(context.artifacts["net"], context.artifacts["meta"])
+
+        def predict(
+            self, context: Any, model_input: list[Any], params: dict[str, Any] | None = None
+        ) -> list[dict[str, Any]]:
+            """See `answers`."""
+            try:
+                return answers(self.classifier, model_input)
+            except Refused as error:
+                raise BadRequest(str(error)) from error
+
+    mlflow.models.set_model(Student())

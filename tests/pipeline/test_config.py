@@ -208,7 +208,7 @@ def changed(value):
 
 
 UNCOMPUTED = ("device", "threads", "output_dir", "run_name", "rung", "resume", "extend", "log_model", "debug",
-              "student", "dataset.root",
+              "register", "student", "dataset.root",
               "dataset.path", "dataset.download", "optim.use_amp", "checkpoint.every_seconds",
               "tracking.uri", "tracking.mode", "tracking.experiment")  # fmt: skip
 

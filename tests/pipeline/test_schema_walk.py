@@ -28,6 +28,8 @@ from pipeline.data import sources
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import export, jobs, networks, report, session, teachers, tracking
+from pipeline.experiment.evaluation.evaluate import evaluate
+from pipeline.experiment.evaluation.request import Request
 from pipeline.experiment.run import Run
 from pipeline.journal import read_entries
 from pipeline.training import monitor
@@ -382,6 +384,17 @@ def models_logged(keys: Keys) -> Any:
 
 
 @refused
+def registered(keys: Keys) -> Any:
+    """Of which registered model the record of a run makes its student a version, and with which tags."""
+    run = Run.open("distill", place().config(keys))
+    with quiet():
+        jobs.distill(run)
+    run.close("FINISHED", "completed", 0)
+    found = [e.data for e in read_entries(run.folder / "journal.jsonl")[0] if e.kind == "register"]
+    return [(data["registered"], data["alias"], sorted(data["tags"])) for data in found]
+
+
+@refused
 def evaluated(keys: Keys) -> Any:
     """The accuracy of the student that is named, or that none is."""
     given = {
@@ -390,7 +403,7 @@ def evaluated(keys: Keys) -> Any:
     run = Run.open("evaluate", place().config(given))
     with quiet():
         try:
-            return jobs.evaluate(run)
+            return evaluate(run, Request(teachers="false", speed=False))
         finally:
             run.close("FINISHED", "completed", 0)
 
@@ -486,6 +499,7 @@ TABLE: dict[str, Case] = {
     "resume": Case("{finished}", observer=continuation),
     "extend": Case(True, {"resume": "{finished}"}, continuation),
     "log_model": Case(True, observer=models_logged),
+    "register": Case("a-model", {"log_model": True}, registered),
     "debug": Case(True, observer=error_style),
     "checkpoint.every_seconds": Case(1e-9, observer=checkpoints),
     "tracking.mode": Case("online", observer=delivery),
@@ -699,8 +713,8 @@ DEFAULTS_IN_THE_TABLE = {"log_model": False, "tracking.mode": "offline", "datase
                          "model.teachers.0.pretrained": True, "method.ib_mbm_n_head": 8}  # fmt: skip
 """Other values of keys for which the table's is the default."""
 BOOKKEEPING = {"device", "threads", "output_dir", "run_name", "rung", "student", "resume", "extend", "log_model",
-               "debug", "dataset.root", "dataset.path", "dataset.download", "dataset.eval_batch_size", "optim.use_amp",
-               "model.teachers.0.checkpoint"}  # fmt: skip
+               "register", "debug", "dataset.root", "dataset.path", "dataset.download", "dataset.eval_batch_size",
+               "optim.use_amp", "model.teachers.0.checkpoint"}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", TABLE)

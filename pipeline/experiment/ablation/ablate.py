@@ -16,6 +16,7 @@ from pipeline.experiment import export, jobs, networks, records, teachers
 from pipeline.experiment.ablation import compare, compare_report, rungs
 from pipeline.experiment.ablation.plan import PLAN_TAG, Plan
 from pipeline.experiment.options import REPOSITORY
+from pipeline.experiment.registry import register
 from pipeline.experiment.run import Run, ended, tracking_uri
 from pipeline.experiment.session import load_data, prepare, threads_of
 from pipeline.journal import read_entries
@@ -227,5 +228,6 @@ def _keep_best(run: Run, data: ImageData, children: Sequence[Child], found: comp
     shutil.copyfile(child.folder / jobs.STUDENT, kept)
     run.journal.artifact(kept, "checkpoints")
     export.log_student(run, net, data, dict(record.metrics))
+    register.student(run, child.config, data, record.metrics)
     mark.write_text(json.dumps({"to": where, "time": time.time()}))
     return group.validation

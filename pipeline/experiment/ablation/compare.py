@@ -17,7 +17,8 @@ from pipeline.experiment.records import Record
 ACCURACY, VALIDATION = "final/acc_val_selected", "final/val_acc"
 BEST = (ACCURACY, VALIDATION, "final/acc_last")
 BASELINE = "l0_baseline"
-NOT_COMPARED = ("seed", "rung", "run_name", "resume", "log_model", "output_dir", "tracking.", "threads", "debug")
+NOT_COMPARED = ("seed", "rung", "run_name", "resume", "log_model", "register", "output_dir", "tracking.", "threads",
+                "debug")  # fmt: skip
 """Keys, and prefixes, in which runs of one group may differ: they do not change what is computed."""
 UPDATES = {"student updates": "cost/updates/b", "fusion updates": "cost/updates/a"}
 REFERENCES = {"final/teacher_avg_acc": "teachers averaged", "final/synergy_acc": "synergy"}

@@ -44,7 +44,8 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
     if force not in ("true", "false"):
         raise UserError(f"force={force}: give true or false")
     rungs.refuse_overrides(names, overrides)
-    configs = [c.model_copy(update={"log_model": False}) for c in rungs.configurations(config, names, seeds)]
+    unlogged = {"log_model": False, "register": None}  # the parent's model is the best one's
+    configs = [c.model_copy(update=unlogged) for c in rungs.configurations(config, names, seeds)]
     what = {
         "children": [[c.rung, config_hash(c)] for c in configs],
         "teachers": [t.model_dump() for t in config.model.teachers],

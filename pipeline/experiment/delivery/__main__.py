@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.experiment.delivery import read as delivery_read
+from pipeline.experiment.delivery import registry as delivery_registry
 from pipeline.experiment.delivery import server
 
 if TYPE_CHECKING:
@@ -196,6 +197,8 @@ class Process:
                 self._loop.forget(Path(request["folder"]))
             return {"value": None}
         assert self._client is not None
+        if request["do"].startswith("registry."):
+            return delivery_registry.answer(self._client, request, self.options.uri)
         return delivery_read.answer(self._client, request, self.options.uri)
 
     def _fetch_answer(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -158,6 +158,14 @@ class Delivery:
             journal.check_end(status, outcome)
         return list(self._ask("reap", timeout, runs={run_id: list(end) for run_id, end in runs.items()}))
 
+    def registry(self, what: str, timeout: float = 120.0, **values: Any) -> Any:
+        """A request to delivery/registry.py; `pipeline.experiment.registry.remote` says which there are.
+
+        Raises:
+            UserError: the registry refuses, or the server does not answer.
+        """
+        return self._ask(f"registry.{what}", timeout, **values)
+
     def forget(self, folder: Path, timeout: float = 120.0) -> None:
         """Give up a nested run that is another worker's now: from here on nothing of it is sent, nor does it end.
 

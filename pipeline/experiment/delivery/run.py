@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.experiment.delivery.checkpoint import CheckpointUpload
 from pipeline.experiment.delivery.models import log_dataset, log_model, log_model_input
 from pipeline.experiment.delivery.outbox import Outbox
+from pipeline.experiment.delivery.registry import register
 from pipeline.experiment.delivery.server import run_url
 from pipeline.experiment.delivery.state import JOURNAL_TAG, State, find_by_journal
 from pipeline.experiment.delivery.target import (
@@ -283,6 +284,10 @@ class RunDelivery:
                     model_id = outbox.attempt(log_model, self.client, self.state, self.folder, entry)
                     if model_id:
                         self.state.models[data["entry"]] = model_id
+                return True
+            case "register":
+                outbox.flush()
+                outbox.attempt(register, self.client, self.state, entry)
                 return True
             case "resume":
                 outbox.flush()

@@ -189,7 +189,8 @@ def explain(error: BaseException, uri: str) -> str:
     text = str(error).replace(password, "***") if password else str(error)
     code = getattr(error, "error_code", "")
     at = f"tracking server {shown(uri)}"
-    if code == "UNAUTHENTICATED" or "401" in text[:200] or code == "CUSTOMER_UNAUTHORIZED":
+    # not within a port or an id
+    if code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED") or re.search(r"\b401\b", text[:200]):
         return f"{at}: wrong user name or password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     if "Invalid Host header" in text:
         return f"{at}: it does not accept this host name (403): start it with --allowed-hosts, or use its own name"
@@ -199,6 +200,8 @@ def explain(error: BaseException, uri: str) -> str:
         return f"{at}: there is no MLflow at this address (404): check the URI"
     if not uri.startswith("http"):
         return f"{at}: {_first_line(text)}: check the URI, or use tracking=offline"
+    if (failed := re.search(r"too many (5\d\d) error responses", text)) is not None:
+        return f"{at} is out of order (error {failed[1]}): see its log, or use tracking=offline"
     if is_transient(error):
         return f"{at} does not answer ({_reason(text)}): start the server, or use tracking=offline"
     return f"{at}: {_first_line(text)}"

@@ -20,6 +20,7 @@ from pipeline.errors import Interrupted
 from pipeline.experiment import compose, export, jobs, networks, records, teachers
 from pipeline.experiment.execute import stop
 from pipeline.experiment.launch.launcher import Launcher
+from pipeline.experiment.registry import register
 from pipeline.experiment.run import Run
 from pipeline.experiment.session import load_data, prepare, threads_of
 from pipeline.experiment.study import report as study_report
@@ -75,6 +76,7 @@ def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, 
     found: list[teachers.Teacher] = []
     if needs_distillation(base):
         found = teachers.obtain(run, data, networks.build_student(base, data))
+    run.journal.tags({"asib.teachers": ",".join(t.hash for t in found) or "none"})
     facts = {
         "digest": plan.digest,
         "config": compose.dump(base),
@@ -258,4 +260,6 @@ def _keep_best(run: Run, study: Study, best: optuna.trial.FrozenTrial, config: C
     networks.save(net, kept, config, data)
     run.journal.artifact(kept, "checkpoints")
     if run.config.log_model:
-        export.log_student(run, net, data, {"final/val_acc": float(best.values[0])})
+        results = {"final/val_acc": float(best.values[0])}
+        export.log_student(run, net, data, results)
+        register.student(run, config, data, results)

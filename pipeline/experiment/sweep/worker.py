@@ -250,8 +250,8 @@ class _Silent:
 
 def trial_config(config: Config, threads: int | None) -> Config:
     """A trial's configuration: what is computed is `config`'s; threads are stated, so that it can be repeated."""
-    kept = {"log_model": False, "resume": None, "extend": False, "run_name": None, "rung": None, "threads": threads}
-    return config.model_copy(update=kept)
+    own = {"log_model": False, "register": None, "resume": None, "extend": False, "run_name": None, "rung": None}
+    return config.model_copy(update={**own, "threads": threads})
 
 
 def finished(folder: Path) -> dict[str, float] | None:

@@ -1,0 +1,138 @@
+"""Removes what nobody needs to keep: checkpoints to resume from, of runs finished long ago, and old parts of the bank.
+
+    python deploy/clean_up.py [--days 30] [--bank <folder>] [--apply]
+
+Says what it would remove; removes it with `--apply`. Only `checkpoints/slot*` and `checkpoints/manifest.json` of runs
+that are FINISHED, and whose parents are, are ever touched: weights, models, pictures, numbers and the runs stay. A run
+without its checkpoint cannot be extended any more; it gets the tag `asib.checkpoint_removed`. The bank is computed anew
+where it is missed. Needs MLflow alone; asks the server in MLFLOW_TRACKING_URI, as an administrator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+FOLDER = "checkpoints"
+RESUME = re.compile(rf"{FOLDER}/(manifest\.json|slot\d+\.[a-z]+)")
+"""What a resume reads, and nothing else does: the names of `pipeline/experiment/delivery/checkpoint.py`."""
+TAG = "asib.checkpoint_removed"
+PARENT = "mlflow.parentRunId"
+DAY_S = 86_400
+
+
+@dataclass
+class Found:
+    """A run's files to resume from. `size` in bytes."""
+
+    run: Any
+    paths: list[str] = field(default_factory=list)
+    size: int = 0
+
+
+def old_checkpoints(client: Any, days: float) -> Iterator[Found]:
+    """Runs that ended more than `days` ago, FINISHED together with all above them, and still have checkpoints."""
+    before = int((time.time() - days * DAY_S) * 1000)
+    query = f"attributes.status = 'FINISHED' and attributes.end_time < {before}"
+    statuses: dict[str, bool] = {}
+    for experiment in _pages(lambda token: client.search_experiments(page_token=token)):
+        for run in _pages(lambda token, e=experiment: client.search_runs([e.experiment_id], query, page_token=token)):
+            if TAG in run.data.tags or not _finished_above(client, run, statuses):
+                continue
+            found = Found(run)
+            for file in client.list_artifacts(run.info.run_id, FOLDER):
+                if not file.is_dir and RESUME.fullmatch(file.path):
+                    found.paths.append(file.path)
+                    found.size += file.file_size or 0
+            if found.paths:
+                yield found
+
+
+def remove(client: Any, found: Found) -> None:
+    """The manifest goes first: it never names a file that is not there."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    repository = get_artifact_repository(found.run.info.artifact_uri, tracking_uri=client.tracking_uri)
+    for path in sorted(found.paths):
+        repository.delete_artifacts(path)
+    client.set_tag(found.run.info.run_id, TAG, time.strftime("%Y-%m-%d"))
+
+
+def old_bank(folder: Path, days: float) -> list[tuple[Path, int]]:
+    """Entries of the bank's folder in which nothing was read or written for `days`, with their size in bytes."""
+    before = time.time() - days * DAY_S
+    found = []
+    for entry in sorted(folder.iterdir()):
+        files = [entry] if entry.is_file() else [path for path in entry.rglob("*") if path.is_file()]
+        stats = [path.stat() for path in files]
+        if all(max(stat.st_atime, stat.st_mtime) < before for stat in stats):
+            found.append((entry, sum(stat.st_size for stat in stats)))
+    return found
+
+
+def _finished_above(client: Any, run: Any, known: dict[str, bool]) -> bool:
+    """A main job that goes on from the server alone still reads what its finished nested runs have left."""
+    above = run.data.tags.get(PARENT)
+    if above is None:
+        return True
+    if above not in known:
+        parent = client.get_run(above)
+        known[above] = parent.info.status == "FINISHED" and _finished_above(client, parent, known)
+    return known[above]
+
+
+def _pages(search: Any) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--days", type=float, default=30.0, help="how old is old (default: 30)")
+    parser.add_argument("--bank", type=Path, help="the bank's folder on this machine")
+    parser.add_argument("--apply", action="store_true", help="remove it")
+    options = parser.parse_args(arguments)
+    if options.days < 1:
+        parser.error("--days: give 1 or more, so that nothing of a run that has just ended goes")
+    if options.bank is not None and not options.bank.is_dir():
+        parser.error(f"--bank: {options.bank} is no folder")
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    total, did = 0, "removed" if options.apply else "would remove"
+    try:
+        client = MlflowClient()
+        for found in old_checkpoints(client, options.days):
+            if options.apply:
+                remove(client, found)
+            total += found.size
+            print(f"{did} {found.run.info.run_id} {found.run.info.run_name}: {', '.join(found.paths)}")
+    except (MlflowException, OSError) as error:  # requests' errors are OSErrors
+        print(f"{type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    for entry, size in old_bank(options.bank, options.days) if options.bank else ():
+        if options.apply:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        total += size
+        print(f"{did} {entry}")
+    print(f"{did} {total / 1e6:.3f} MB" + ("" if options.apply else ": --apply does it"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

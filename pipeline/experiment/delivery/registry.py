@@ -1,0 +1,277 @@
+"""The model registry as delivery sees it: versions made of a run's models, aliases moved, promotions in a queue.
+
+`register` takes a journal's entry; `answer` serves the requests of `pipeline.experiment.registry.remote`. An alias is
+never moved without saying so first: `MOVE`, a tag of the registered model, holds all that is about to be done, so that
+whoever comes after a crash finishes it (`repair`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.experiment.delivery import server
+from pipeline.journal import now_ms
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+    from pipeline.experiment.delivery.state import State
+    from pipeline.journal import Entry
+
+log = logging.getLogger("asib.delivery")
+
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+MOVE = "asib.move"
+"""Tag of a registered model while its aliases are being moved: what is done, as JSON (see `move`)."""
+PAST = "asib.champions"
+"""Tag of a registered model: versions that were champion before the present one, as JSON, the latest last."""
+QUEUE, SEEN = "asib.promote", "asib.promote_seen"
+"""Tags of a promotion's run: the registered model that it is about, and when it was last alive, in ms since 1970."""
+ANNOUNCED = "asib.announced"
+"""Tag of a version: it has had its alias."""
+TAG_LENGTH = 5000
+"""MLflow takes more; databases of older versions do not."""
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
+
+
+# versions ------------------------------------------------------------------------------------------------------------
+
+
+def register(client: MlflowClient, state: State, entry: Entry) -> str:
+    """A version of the entry's registered model from the entry's LoggedModel: made once, its alias set once.
+
+    Returns:
+        Its number.
+
+    Raises:
+        ValueError: the model itself was refused.
+    """
+    data = entry.data
+    model_id = state.models.get(data["entry"])
+    if model_id is None:
+        raise ValueError(f"there is no model to register as {data['registered']}: it was refused")
+    found = _made_of(client, data["registered"], state.run_id, model_id)
+    if found is None:
+        _make_registered_model(client, data["registered"])
+        found = client.create_model_version(
+            data["registered"],
+            f"models:/{model_id}",
+            run_id=state.run_id,
+            tags={key: str(value)[:TAG_LENGTH] for key, value in data["tags"].items()},
+            model_id=model_id,
+        )
+    _link(client, model_id, found)
+    if ANNOUNCED not in found.tags:
+        _announce(client, found, data["alias"])
+    return str(found.version)
+
+
+def _made_of(client: MlflowClient, name: str, run_id: str, model_id: str) -> ModelVersion | None:
+    """The version that an earlier attempt has made of a model."""
+    query = f"name = '{name}' and run_id = '{run_id}'"
+    for found in server.all_pages(lambda token: client.search_model_versions(query, page_token=token)):
+        if _model_of(found) == model_id:
+            return found
+    return None
+
+
+def _model_of(version: ModelVersion) -> str:
+    """The id of the LoggedModel that a version was made of, which MLflow's database keeps in the source only."""
+    return str(version.model_id or str(version.source).partition("models:/")[2])
+
+
+def _make_registered_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
+            raise
+
+
+def _link(client: MlflowClient, model_id: str, version: ModelVersion) -> None:
+    """On the LoggedModel's page: which versions were made of it, as MLflow's own `register_model` notes it."""
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+    known = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS) or "[]")
+    names = [(str(item["name"]), str(item["version"])) for item in known]
+    if (version.name, str(version.version)) not in names:
+        known.append({"name": version.name, "version": version.version})
+        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(known)})
+
+
+def _announce(client: MlflowClient, version: ModelVersion, alias: str) -> None:
+    """The alias goes to the newest: a run that is delivered late does not take it from one that came after it."""
+    holder = client.get_registered_model(version.name).aliases.get(alias)
+    if holder is None or int(holder) < int(version.version):
+        client.set_registered_model_alias(version.name, alias, str(version.version))
+    client.set_model_version_tag(version.name, str(version.version), ANNOUNCED, alias)
+
+
+# what a promotion asks -----------------------------------------------------------------------------------------------
+
+
+def answer(client: MlflowClient, request: dict[str, Any], uri: str) -> dict[str, Any]:
+    """`{"value": …}` or `{"error": one line}` for `registry.<what>`, whose arguments are the request's other values."""
+    values = {key: value for key, value in request.items() if key not in ("do", "id")}
+    what, name = request["do"].removeprefix("registry."), request["name"]
+    try:
+        if what not in REQUESTS:
+            return {"error": f"delivery does not know registry.{what}"}
+        return {"value": REQUESTS[what](client, **values)}
+    except UserError as error:
+        return {"error": str(error)}
+    except Exception as error:
+        log.warning("registry.%s of %s", what, name, exc_info=error)
+        said = server.explain(error, uri)
+        return {"error": said.replace("EDIT permission on the experiment", f"EDIT permission on the model {name}")}
+
+
+def overview(client: MlflowClient, name: str) -> dict[str, Any]:
+    """Aliases (name -> version) and tags of a registered model.
+
+    Raises:
+        UserError: there is no such model; the nearest names are given.
+    """
+    try:
+        model = client.get_registered_model(name)
+    except Exception as error:
+        if getattr(error, "error_code", "") not in MISSING:
+            raise
+        raise UserError(f"name={name}: {_no_such_model(client, name)}") from error
+    aliases = {alias: str(version) for alias, version in model.aliases.items()}
+    return {"aliases": aliases, "tags": dict(model.tags)}
+
+
+def _no_such_model(client: MlflowClient, name: str) -> str:
+    import difflib
+
+    found = server.all_pages(lambda token: client.search_registered_models(page_token=token))
+    known = [model.name for model in found]
+    near = difflib.get_close_matches(name, known, n=1) or known[:5]
+    hint = f"did you mean {', '.join(near)}?" if near else "register one with -e distill -P register=<name>"
+    return f"the registry has no such model; {hint}"
+
+
+def version(client: MlflowClient, name: str, number: str) -> dict[str, Any]:
+    """A version: number, run_id, model_id, status and tags. Raises UserError: there is none of that number."""
+    try:
+        found = client.get_model_version(name, number)
+    except Exception as error:
+        if getattr(error, "error_code", "") not in MISSING:
+            raise
+        every = server.all_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
+        numbers = sorted(int(item.version) for item in every)
+        has = f"it has {', '.join(map(str, numbers[-10:]))}" if numbers else "it has none"
+        raise UserError(f"version={number}: {name} has no such version; {has}") from error
+    return {
+        "number": str(found.version),
+        "run_id": found.run_id or "",
+        "model_id": _model_of(found),
+        "status": str(found.status),
+        "tags": dict(found.tags),
+    }
+
+
+def tag(client: MlflowClient, name: str, number: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a version."""
+    for key, value in tags.items():
+        client.set_model_version_tag(name, number, key, value[-TAG_LENGTH:])
+
+
+# moving aliases ------------------------------------------------------------------------------------------------------
+
+
+def move(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
+    """Move aliases as planned, all or, after a crash, by the next `repair`: never without a champion in between.
+
+    Args:
+        plan: `before` and `after`: version (or None) of champion and previous; `past`: the later value of `PAST`, a
+            list; `tags`: version -> tags to set; `run`: the run that decided it; `why`: in words.
+
+    Raises:
+        UserError: the champion is another than the plan's `before`: somebody has moved it meanwhile.
+    """
+    present = overview(client, name)["aliases"].get(CHAMPION)
+    if present != plan["before"][CHAMPION]:
+        raise UserError(
+            f"champion of {name} was version {plan['before'][CHAMPION]} when this began and is {present} now: "
+            "somebody else has moved it; start again"
+        )
+    client.set_registered_model_tag(name, MOVE, json.dumps(plan))
+    _finish(client, name, plan)
+
+
+def repair(client: MlflowClient, name: str) -> dict[str, Any] | None:
+    """Finish the move that somebody has begun and not ended; it, or None where there is none.
+
+    A champion that is neither the one before nor the one after was set by hand since: then nothing is moved.
+    """
+    now = overview(client, name)
+    if not now["tags"].get(MOVE):
+        return None
+    plan: dict[str, Any] = json.loads(now["tags"][MOVE])
+    if now["aliases"].get(CHAMPION) not in (plan["before"][CHAMPION], plan["after"][CHAMPION]):
+        log.warning("%s: the champion was moved by hand since; %s is given up", name, plan)
+        client.delete_registered_model_tag(name, MOVE)
+        return None
+    _finish(client, name, plan)
+    return plan
+
+
+def _finish(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
+    """Every step may be repeated; the tag that says what is to be done goes last."""
+    for alias in (PREVIOUS, CHAMPION):
+        target = plan["after"][alias]
+        if target is not None:
+            client.set_registered_model_alias(name, alias, target)
+        elif alias in client.get_registered_model(name).aliases:
+            client.delete_registered_model_alias(name, alias)
+    client.set_registered_model_tag(name, PAST, json.dumps(plan["past"]))
+    for number, tags in plan["tags"].items():
+        tag(client, name, number, tags)
+    client.delete_registered_model_tag(name, MOVE)
+
+
+# the queue -----------------------------------------------------------------------------------------------------------
+
+
+def enter(client: MlflowClient, name: str, run_id: str) -> None:
+    """A promotion's run joins the queue of a model, or says that it is still alive."""
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(QUEUE, name), RunTag(SEEN, str(now_ms()))])
+
+
+def queue(client: MlflowClient, name: str) -> list[dict[str, Any]]:
+    """The RUNNING promotions of a model, the oldest first: run_id, user, seen and now (ms by this machine's clock)."""
+    query = f"attributes.status = 'RUNNING' and tags.`{QUEUE}` = '{name}'"
+    experiments = server.all_experiments(client)
+    runs = server.all_pages(lambda token: client.search_runs(experiments, query, page_token=token))
+    found = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+    return [
+        {
+            "run_id": run.info.run_id,
+            "user": run.data.tags.get("mlflow.user", ""),
+            "seen": int(run.data.tags.get(SEEN, run.info.start_time)),
+            "now": now_ms(),
+        }
+        for run in found
+    ]
+
+
+REQUESTS: dict[str, Callable[..., Any]] = {
+    "overview": overview,
+    "version": version,
+    "tag": tag,
+    "move": move,
+    "repair": repair,
+    "enter": enter,
+    "queue": queue,
+}

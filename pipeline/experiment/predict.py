@@ -1,0 +1,260 @@
+"""Predictions for a folder of pictures, with a logged student: its ONNX file, and the preprocessing of the server."""
+
+import csv
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from pipeline.experiment.student_pyfunc import BATCH, Classifier, Refused
+
+if TYPE_CHECKING:
+    import pandas
+
+    from pipeline.experiment.run import Run
+
+logger = logging.getLogger("asib")
+PICTURES = (".png", ".jpg", ".jpeg")
+TABLES = (".csv", ".parquet")
+TOP = 5
+SHOWN = 10
+"""So many skipped files are named in the log; skipped.csv has all."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line; `files` lie under `images`, sorted; `to` None: the table stays in the run's folder."""
+
+    model: str
+    images: Path
+    files: tuple[Path, ...]
+    to: Path | None
+
+    def words(self) -> str:
+        """What DRY_RUN=1 shows."""
+        return f"classify {len(self.files)} pictures in {self.images} with {self.model}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A logged student on this machine, and where it comes from: "" where its folder does not say.
+
+    Attributes:
+        version: models:/<name>/<version>, which an alias led to.
+    """
+
+    net: Path
+    meta: Path
+    run_id: str = ""
+    model_id: str = ""
+    version: str = ""
+
+
+def understand(own: Mapping[str, str]) -> Asked:
+    """The step's own keys. Raises UserError: one is missing, or names what cannot be."""
+    model, images, to = own.get("model", ""), own.get("images", ""), own.get("to", "")
+    if not model:
+        raise UserError("model is not set: give model=models:/<name>@<alias>, runs:/<id>, or a logged model's folder")
+    if not images:
+        raise UserError("images is not set: give images=<folder> with PNG or JPEG files")
+    folder = Path(images).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"images={images}: no such folder; give a folder with PNG or JPEG files")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+    if not files:
+        raise UserError(f"images={images}: no {', '.join(PICTURES)} file in it, at any depth; give another folder")
+    return Asked(model, folder, tuple(files), _target(to) if to else None)
+
+
+def _target(to: str) -> Path:
+    path = Path(to).expanduser()
+    if path.suffix.lower() not in TABLES or path.is_dir():
+        raise UserError(f"to={to}: give a file that ends with {' or '.join(TABLES)}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"to={to}: cannot write in {path.parent}; give a file in a folder that is there")
+    return path
+
+
+# the job -------------------------------------------------------------------------------------------------------------
+
+
+def predict(run: "Run", asked: Asked) -> float | None:
+    """Write the table, log it, and link the model; pictures that cannot be read are listed and left out.
+
+    Raises:
+        UserError: no such model, a model that is no student, no picture that can be read.
+    """
+    if run.follower:
+        return None  # one process is enough
+    model = locate(run, asked.model)
+    classifier = load(model, asked.model)
+    run.ready()
+    if model.run_id:
+        run.journal.model_input(model.run_id)
+    tags = {"asib.model": model.version or asked.model, "asib.student": model.run_id, "asib.model_id": model.model_id}
+    run.journal.tags({key: value for key, value in tags.items() if value})
+    started = time.perf_counter()
+    skipped: dict[str, str] = {}
+    digest = hashlib.sha256()
+    parts = []
+    for names, images in _read(asked, classifier, digest, skipped):
+        parts.append(table(names, classifier.probabilities(images), classifier.classes))
+    seconds = time.perf_counter() - started
+    _tell(run, asked, skipped)
+    if not parts:
+        raise UserError(f"images={asked.images}: none of its {len(asked.files)} pictures can be read; see skipped.csv")
+    written = _write(run, asked, parts)
+    count = sum(len(part) for part in parts)
+    profile = {"images": count, "skipped": len(skipped)}
+    source = str(asked.images.absolute())
+    run.journal.dataset(asked.images.absolute().name, digest.hexdigest(), "prediction", source, profile=profile)
+    run.journal.hold()
+    speed = {"predict/images_per_second": count / seconds}
+    run.journal.metrics({f"predict/{name}": float(n) for name, n in profile.items()} | speed, 0)
+    print(f"{count} pictures classified, {len(skipped)} skipped: {written}", flush=True)
+    return None
+
+
+def _read(
+    asked: Asked, classifier: Classifier, digest: "hashlib._Hash", skipped: dict[str, str]
+) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
+    """Names and images (n, size, size, channels) by batches; fills `digest` and `skipped` (name -> reason)."""
+
+    def read(path: Path) -> tuple[bytes, NDArray[np.uint8] | str]:
+        try:
+            file = path.read_bytes()
+            return hashlib.sha256(file).digest(), classifier.picture(file)
+        except (Refused, OSError) as error:
+            return b"", str(error)
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(asked.files), BATCH):
+            names, images = [], []
+            files = asked.files[start : start + BATCH]
+            for path, (content, image) in zip(files, pool.map(read, files), strict=True):
+                name = path.relative_to(asked.images).as_posix()
+                if isinstance(image, str):
+                    skipped[name] = image
+                else:
+                    digest.update(name.encode() + b"\0" + content)
+                    names.append(name)
+                    images.append(image)
+            if images:
+                yield names, np.stack(images)
+
+
+def table(names: Sequence[str], probabilities: NDArray[np.float32], classes: Sequence[str]) -> "pandas.DataFrame":
+    """file, class, probability, then class_2, probability_2 and so on up to 5, as far as there are classes.
+
+    Args:
+        probabilities: (n, N), for n names and N classes.
+    """
+    import pandas
+
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
+    columns: dict[str, Any] = {"file": list(names)}
+    for rank in range(order.shape[1]):
+        suffix = f"_{rank + 1}" if rank else ""
+        columns[f"class{suffix}"] = [classes[k] for k in order[:, rank]]
+        columns[f"probability{suffix}"] = np.take_along_axis(probabilities, order[:, rank : rank + 1], axis=1)[:, 0]
+    return pandas.DataFrame(columns)
+
+
+def _write(run: "Run", asked: Asked, parts: Sequence["pandas.DataFrame"]) -> Path:
+    """The table in the run's folder, as an artifact, and where it was asked for; that path."""
+    import pandas
+
+    everything = pandas.concat(parts, ignore_index=True)
+    path = run.folder / f"predictions{asked.to.suffix.lower() if asked.to else '.csv'}"
+    if path.suffix == ".parquet":
+        everything.to_parquet(path, index=False)
+    else:
+        everything.to_csv(path, index=False, float_format="%.6f")
+    run.journal.artifact(path)
+    if asked.to is None:
+        return path
+    try:
+        shutil.copyfile(path, asked.to)
+    except OSError as error:
+        raise UserError(f"to={asked.to}: cannot be written ({error.strerror}); the table is in {path}") from error
+    return asked.to
+
+
+def _tell(run: "Run", asked: Asked, skipped: Mapping[str, str]) -> None:
+    """Warn of every file left out, and list them in `skipped.csv`."""
+    if not skipped:
+        return
+    for name, reason in list(skipped.items())[:SHOWN]:
+        logger.warning("skipped: %s: %s", asked.images / name, reason)
+    if len(skipped) > SHOWN:
+        logger.warning("skipped: %d more, all of them in skipped.csv", len(skipped) - SHOWN)
+    path = run.folder / "skipped.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file", "reason"), *skipped.items()])
+    run.journal.artifact(path)
+
+
+# the model -----------------------------------------------------------------------------------------------------------
+
+
+def locate(run: "Run", source: str) -> Model:
+    """The logged student that `model=` names, downloaded where it is not on this machine. Raises UserError."""
+    if source.startswith(("models:/", "runs:/")):
+        uri = source.rstrip("/")
+        if source.startswith("runs:/") and "/" not in uri.removeprefix("runs:/"):
+            uri += "/student"
+        try:
+            folder = run.fetch(uri, run.folder / "fetched")
+        except UserError as error:
+            raise UserError(f"model={source}: {str(error).removeprefix(uri).lstrip(': ')}") from error
+    else:
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise UserError(
+                f"model={source}: no such folder; give models:/<name>@<alias>, runs:/<id>, or a logged model's folder"
+            )
+    return _student(folder, source)
+
+
+def _student(folder: Path, source: str) -> Model:
+    """What lies in a logged model's folder: as MLflow stores it, or as the run has prepared it."""
+    mlmodel, registered = folder / "MLmodel", folder / "registered_model_meta"
+    model = Model(folder / "student.onnx", folder / "meta.json")
+    try:
+        if mlmodel.exists():
+            told = yaml.safe_load(mlmodel.read_text())
+            artifacts = told["flavors"]["python_function"]["artifacts"]
+            net, meta = (folder / artifacts[name]["path"] for name in ("net", "meta"))
+            model = Model(net, meta, told.get("run_id") or "", told.get("model_id") or "")
+        if registered.exists():
+            told = yaml.safe_load(registered.read_text())
+            if told.get("model_name"):
+                model = replace(model, version=f"models:/{told['model_name']}/{told['model_version']}")
+    except (KeyError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
+        raise UserError(f"model={source}: {mlmodel} describes no student of this project") from error
+    if not (model.net.is_file() and model.meta.is_file()):
+        raise UserError(f"model={source}: no student is in it; give the model of a distill run with log_model=true")
+    return model
+
+
+def load(model: Model, source: str) -> Classifier:
+    """The network, ready. Raises UserError where its files are damaged."""
+    try:
+        return Classifier(str(model.net), str(model.meta))
+    except Exception as error:  # onnxruntime has no common class for what it raises
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(f"model={source}: its files cannot be read ({reason}); fetch or log it again") from error
+
+
+__all__ = ["Asked", "predict", "understand"]

@@ -1,0 +1,98 @@
+"""What `-e promote` is asked for: the step's own keys, read and checked before torch is imported."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config import Config, registered
+from pipeline.errors import UserError
+from pipeline.experiment.registry import config as gates
+from pipeline.experiment.registry.config import Gate
+
+OWN = {
+    "name": "the registered model",
+    "version": "the challenger; by default the version with the alias challenger",
+    "gate": "what it must be: a name in conf/promotion (default by default), or a YAML file",
+    "dry_run": "true: say what would happen, and move nothing",
+    "rollback": "true: the version with the alias previous becomes champion again",
+    "retire": "a version that is never to be promoted (again); it stays where it is",
+    "reason": "why, in words; kept with the decision",
+    "gate.": "any key of the gate's file: gate.alpha=0.01, gate.first.min_acc=60",
+}
+Action = Literal["promote", "rollback", "retire"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`version`: of what is promoted (None: the alias says) or retired."""
+
+    action: Action
+    name: str
+    version: str | None
+    gate: Gate
+    dry_run: bool
+    reason: str
+
+    def words(self) -> str:
+        """What DRY_RUN=1 shows."""
+        which = f"version {self.version}" if self.version else "the version with the alias challenger"
+        does = {
+            "promote": f"judge {which} of {self.name} by the gate {self.gate.name}",
+            "rollback": f"make the version of {self.name} with the alias previous champion again",
+            "retire": f"retire {which} of {self.name}",
+        }
+        return does[self.action] + (", and move nothing" if self.dry_run else "")
+
+
+def make(config: Config, own: Mapping[str, str]) -> Plan:
+    """Read the step's own keys.
+
+    Raises:
+        UserError: no name, keys that exclude each other, a gate that is none, tracking off line.
+    """
+    name = own.get("name", "")
+    if not name:
+        raise UserError("name is not set: give name=<registered model>")
+    fault = registered.fault(name)
+    if fault is not None:
+        raise UserError(f"name={name}: {fault}")
+    rollback, retire = _flag(own, "rollback"), own.get("retire") or None
+    version = own.get("version") or None
+    if sum((rollback, retire is not None, version is not None)) > 1:
+        given = [f"{key}={own[key]}" for key in ("version", "rollback", "retire") if own.get(key)]
+        raise UserError(f"{' and '.join(given)} exclude each other: give one of them")
+    for key, number in (("version", version), ("retire", retire)):
+        if number is not None and (not number.isdecimal() or int(number) < 1):
+            raise UserError(f"{key}={number}: give the number of a version, such as {key}=3")
+    _check(config)
+    settings = {key.removeprefix("gate."): value for key, value in own.items() if key.startswith("gate.")}
+    gate = gates.load(own.get("gate") or "default", settings)
+    action: Action = "rollback" if rollback else "retire" if retire else "promote"
+    reason = " ".join(own.get("reason", "").split())
+    return Plan(action, name, version or retire, gate, _flag(own, "dry_run"), reason)
+
+
+def prepared(config: Config, plan: Plan) -> Config:
+    """The run's configuration: its name."""
+    if config.run_name is not None or "MLFLOW_RUN_ID" in os.environ:
+        return config
+    return config.model_copy(update={"run_name": f"{plan.action} {plan.name}"})
+
+
+def _check(config: Config) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("promote runs as one process: start it without torchrun")
+    if config.tracking.mode == "offline":
+        raise UserError("tracking=offline: the registry is on the tracking server; leave tracking on line")
+    if config.resume is not None:
+        raise UserError(
+            f"resume={config.resume}: a promotion is not continued; start it again, it finishes what was half done"
+        )
+
+
+def _flag(own: Mapping[str, str], key: str) -> bool:
+    text = own.get(key, "").lower() or "false"
+    if text not in ("true", "false"):
+        raise UserError(f"{key}={own[key]}: give true or false")
+    return text == "true"

@@ -1,0 +1,48 @@
+"""Classify a folder of pictures: `python -m steps.predict model=models:/<name>@champion images=<folder>`."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.experiment import cli
+from pipeline.experiment.execute import execute
+
+if TYPE_CHECKING:
+    from pipeline.experiment.predict import Asked
+    from pipeline.experiment.run import Run
+
+OWN = {
+    "model": "models:/<name>@<alias>, models:/<name>/<version>, runs:/<id>, or the folder of a logged model",
+    "images": "a folder with PNG and JPEG files, at any depth",
+    "to": "the table to write, .csv or .parquet; predictions.csv in the run's folder by default",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """`model`, `images` and `to` are the step's own."""
+    try:
+        own, rest = cli.take(argv, OWN)
+    except UserError:
+        return execute("predict", "", list(argv))  # which says what is wrong with them
+    if "--help" in rest:
+        print("\n".join(f"  {key}: {words}" for key, words in OWN.items()) + "\n")
+    found: list[Asked] = []
+
+    def asked(config: Config) -> Config:
+        from pipeline.experiment import predict
+
+        found.append(predict.understand(own))
+        return config if config.run_name else config.model_copy(update={"run_name": "predict"})
+
+    def job(run: "Run") -> float | None:
+        from pipeline.experiment.predict import predict
+
+        return predict(run, found[0])
+
+    return execute("predict", job, rest, asked, dry_run=lambda config: found[0].words())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,44 @@
+"""Promote a registered student, or not: `python -m steps.promote cfg=quickstart name=<model>`.
+
+Exit codes: 0 promoted (or rolled back, or retired), 3 refused by the gate, 2 bad input.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.experiment import cli
+from pipeline.experiment.execute import execute
+from pipeline.experiment.registry import plan as plans
+from pipeline.experiment.registry.plan import OWN
+
+if TYPE_CHECKING:
+    from pipeline.experiment.run import Run
+
+
+def main(argv: Sequence[str]) -> int:
+    """The keys of `OWN` are the step's own."""
+    try:
+        own, rest = cli.take(argv, OWN)
+    except UserError:
+        return execute("promote", "", list(argv))  # which says what is wrong with them
+    if "--help" in rest:
+        print("\n".join(f"  {key}: {words}" for key, words in OWN.items()) + "\n")
+    made: list[plans.Plan] = []
+
+    def planned(config: Config) -> Config:
+        made.append(plans.make(config, own))
+        return plans.prepared(config, made[0])
+
+    def job(run: "Run") -> float | None:
+        from pipeline.experiment.registry.promote import promote
+
+        return promote(run, made[0])
+
+    return execute("promote", job, rest, planned, dry_run=lambda config: made[0].words())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

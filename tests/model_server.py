@@ -1,0 +1,113 @@
+"""`mlflow models serve` on a free port of this machine, as users start it: far from the repository."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+START_S = 180.0
+FOREIGN = ("PYTHONPATH", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
+"""What the environment of a test or a step has, and a server's has not."""
+
+
+class ModelServer:
+    """Serves `model`, with pickle deserialisation disabled and neither this repository nor its folder in reach.
+
+    Args:
+        model: models:/<name>@<alias>, or another URI.
+        tracking_uri: where it is registered.
+        folder: the working directory; gets serve.log.
+    """
+
+    def __init__(self, model: str, tracking_uri: str, folder: Path) -> None:
+        self.model, self.tracking_uri, self.folder = model, tracking_uri, folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> float:
+        """Start it, wait until it answers; the seconds that took."""
+        environment = {k: v for k, v in os.environ.items() if k not in FOREIGN}
+        environment |= {
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # it starts `uvicorn`
+        }
+        command = ["mlflow", "models", "serve", "-m", self.model, "--env-manager", "local"]
+        began = time.monotonic()
+        with (self.folder / "serve.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", *command, "--host", "127.0.0.1", "--port", str(self.port)],
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=environment,
+                start_new_session=True,
+            )
+        while time.monotonic() < began + START_S:
+            try:
+                self.ask("GET", "/ping")
+                return time.monotonic() - began
+            except OSError:
+                if self._process.poll() is not None:
+                    break
+                time.sleep(0.1)
+        text = self.log()[-3000:]
+        self.stop()
+        raise RuntimeError(f"mlflow models serve -m {self.model} does not answer:\n{text}")
+
+    def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """Status and body of one request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"} if body is not None else {})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def invoke(self, payload: Any) -> tuple[int, Any]:
+        """POST /invocations; the status and the decoded answer."""
+        status, body = self.ask("POST", "/invocations", json.dumps(payload).encode())
+        return status, json.loads(body)
+
+    def processes(self) -> list[int]:
+        """Ids of the server's processes: the command, and those below it."""
+        assert self._process is not None
+        group = self._process.pid
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if os.getpgid(int(entry.name)) == group:
+                        found.append(int(entry.name))
+                except ProcessLookupError:
+                    continue
+        return sorted(found)
+
+    def log(self) -> str:
+        """What it has written so far."""
+        return (self.folder / "serve.log").read_text(errors="replace")
+
+    def stop(self) -> None:
+        """End it with everything that it has started."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(self._process.pid, signal.SIGTERM)
+            self._process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # what has not gone with it
+        self._process.wait()
+        self._process = None

@@ -1,0 +1,339 @@
+"""`-e promote` on a real store: a better student is promoted, an equal and a worse one are not, rollback restores.
+
+The students are one network that knows its task by heart, and copies of it that mistake classes for each other: their
+accuracies, and the p-values between them, are known exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+pytest.importorskip("mlflow")
+
+from models import weights, zoo
+from pipeline.config import DatasetConfig
+from pipeline.data import sources
+from pipeline.data.batches import EvalBatches
+from pipeline.data.sources import ImageData
+from pipeline.experiment import tracking
+from pipeline.experiment.evaluation import speed
+from pipeline.training.evaluation import outputs
+from tests.pipeline.experiment.registry.local import Fragile, LocalDelivery, registered
+from tests.steps.lab import CLASSES, TEST, Done, Lab, client, ending, points, run_id, see
+
+pytest_plugins = ["tests.servers"]
+NAME = "stripes"
+SWAPPED = {"good": (0, 1, 2, 3), "half": (1, 0, 2, 3), "bad": (1, 0, 3, 2)}
+"""Which row of the classifier each class gets: the accuracies are 100, 50 and 0 %."""
+
+
+@pytest.fixture(scope="module")
+def data(bench: Lab) -> ImageData:
+    return sources.load(DatasetConfig(name="npz", path=str(bench.data)))
+
+
+@pytest.fixture(scope="module")
+def students(data: ImageData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """Files of the logged models, by name."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net = zoo.create_model("cifar_resnet8", len(CLASSES), image_size=data.image_size)
+    batches = EvalBatches(data.train_x, data.train_y, None, 32, data.mean, data.std, "cpu")
+    test = EvalBatches(data.test_x, data.test_y, None, 500, data.mean, data.std, "cpu")
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(30):
+        net.train()
+        for x, y in batches:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(x).logits, y).backward()
+            optimizer.step()
+        if bool((outputs(net, test).logits.argmax(dim=1) == test.labels).all()):
+            break
+    else:
+        raise AssertionError("the students' network has not learned its task")
+    folder = tmp_path_factory.mktemp("students")
+    meta = {"classes": list(data.classes), "image_size": data.image_size, "in_chans": 3, "mean": list(data.mean),
+            "std": list(data.std), "architecture": "cifar_resnet8", "data_digest": data.digest}  # fmt: skip
+    head: Any = net.net.get_classifier()
+    right = [p.detach().clone() for p in (head.weight, head.bias)]
+    files = {}
+    for name, rows in SWAPPED.items():
+        with torch.no_grad():
+            head.weight.copy_(right[0][list(rows)])
+            head.bias.copy_(right[1][list(rows)])
+        weights.save_weights(net, folder / f"{name}.safetensors", {})
+        content = (folder / f"{name}.safetensors").read_bytes()
+        files[name] = {"student.safetensors": content, "meta.json": json.dumps(meta).encode()}
+    return files
+
+
+@dataclass
+class Desk:
+    """A workplace with a registry; `step` promotes in this process, `client` is what its requests go through."""
+
+    lab: Lab
+    uri: str
+    students: dict[str, dict[str, bytes]]
+    digest: str
+    registry: Any = None
+    runs: list[str] = field(default_factory=list)
+
+    def register(self, *names: str, **tags: str) -> None:
+        for name in names:
+            folder = self.lab.folder / f"{len(self.runs)} {name}"
+            given = {"asib.data_digest": self.digest, **{f"asib.{k}": v for k, v in tags.items()}}
+            self.runs.append(registered(folder, self.uri, NAME, self.students[name], given))
+
+    def promote(self, *own: str) -> Done:
+        return self.lab.step("promote", f"name={NAME}", "tracking.mode=online", f"tracking.uri={self.uri}", *own)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        return {a: str(v) for a, v in client(self.uri).get_registered_model(NAME).aliases.items()}
+
+    def tags(self, number: int) -> dict[str, str]:
+        return dict(client(self.uri).get_model_version(NAME, str(number)).tags)
+
+
+@pytest.fixture
+def desk(
+    lab: Lab,
+    data: ImageData,
+    sqlite_uri: str,
+    students: dict[str, dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Desk]:
+    lab.data.write_bytes(Path(data.source).read_bytes())
+    made = Desk(lab, sqlite_uri, students, data.digest)
+
+    def start(folder: Path, *, uri: str | None = None, **more: Any) -> LocalDelivery:
+        return LocalDelivery(folder, str(uri), made.registry)
+
+    monkeypatch.setattr(tracking, "start_delivery", start)
+    monkeypatch.setattr(speed, "BATCHES", (1,))
+    monkeypatch.setattr(speed, "BUDGET_S", {1: 0.05})
+    return made
+
+
+LAX = ("gate.max_latency_ratio=50", "gate.max_ece_increase=1")
+"""Timings of a shared machine are no part of these tests."""
+
+
+def test_only_a_better_student_becomes_champion(desk: Desk) -> None:
+    desk.register("half", "half", "bad", "good")
+    assert desk.aliases == {"challenger": "4"}
+
+    first = desk.promote("version=1")
+    assert first.code == 0, first.err
+    assert desk.aliases == {"challenger": "4", "champion": "1"}
+    seen = see(desk.uri, run_id(first.folder))
+    assert (seen.status, seen.tags["asib.outcome"], seen.tags["asib.exit_code"]) == ("FINISHED", "promoted", "0")
+    assert seen.metrics["challenger/test/acc", 0] == [50.0]
+
+    for number, improvement, p, words in (("2", 0.0, 1.0, "equally good"), ("3", -50.0, 2.0**-19, "worse")):
+        done = desk.promote(f"version={number}", *LAX, "reason=nightly run")
+        assert done.code == 3, done.err
+        assert desk.aliases == {"challenger": "4", "champion": "1"}
+        seen = see(desk.uri, run_id(done.folder))
+        assert (seen.status, seen.tags["asib.outcome"], seen.tags["asib.exit_code"]) == ("FINISHED", "refused", "3")
+        assert ending(done.folder) == ("FINISHED", "refused", 3)
+        assert seen.metrics["promotion/improvement", 0] == [improvement]
+        assert seen.metrics["promotion/p_value", 0] == [pytest.approx(p)]
+        assert words in seen.tags["asib.verdict_reason"]
+        assert words in done.out
+        assert f"version {number} refused" in done.out
+        tags = desk.tags(int(number))
+        assert (tags["asib.verdict"], tags["asib.against"]) == ("refused", "version 1")
+        assert tags["asib.decided_in"] == seen.id
+        assert tags["asib.reason"] == "nightly run"
+
+    trial = desk.promote("dry_run=true", *LAX)
+    assert trial.code == 0, trial.err
+    assert "version 4 would be promoted" in trial.out
+    assert desk.aliases == {"challenger": "4", "champion": "1"}
+    assert "asib.verdict" not in desk.tags(4)
+
+    done = desk.promote(*LAX)
+    assert done.code == 0, done.err
+    assert desk.aliases == {"challenger": "4", "champion": "4", "previous": "1"}
+    tags = desk.tags(4)
+    assert (tags["asib.verdict"], tags["asib.against"], tags["asib.against_run"]) == (
+        "promoted",
+        "version 1",
+        desk.runs[0],
+    )
+    assert float(tags["asib.promotion_p_value"]) == pytest.approx(2.0**-19, rel=1e-5)
+    assert "promoted over version 1" in tags["asib.history"]
+    assert "replaced as champion by version 4" in desk.tags(1)["asib.history"]
+    seen = see(desk.uri, run_id(done.folder))
+    assert seen.steady == points(done.folder)
+    assert (seen.metrics["challenger/test/acc", 0], seen.metrics["champion/test/acc", 0]) == ([100.0], [50.0])
+    assert seen.metrics["promotion/challenger_only", 0] == [TEST / 2]
+    assert {"promotion/verdict.json", "promotion/differences.png", "promotion/paired.parquet"} <= seen.artifacts
+    assert len(seen.models_in) == 2
+    assert "| McNemar test |" in seen.tags["mlflow.note.content"]
+    paired = pd.read_parquet(done.folder / "promotion/paired.parquet")
+    labels = np.arange(TEST) % len(CLASSES)
+    np.testing.assert_array_equal(paired["label"], labels)
+    np.testing.assert_array_equal(paired["champion_correct"], labels >= 2)
+    assert paired["challenger_correct"].all()
+    store = client(desk.uri)
+    table = store.load_table(store.get_run(seen.id).info.experiment_id, "promotion/verdict.json", [seen.id])
+    assert list(table["criterion"][:3]) == ["improvement", "McNemar test", "bootstrap interval"]
+    assert set(table["verdict"]) == {"passed"}
+    assert not (done.folder / "fetched").exists() or not list((done.folder / "fetched").rglob("*.safetensors"))
+
+    again = desk.promote(*LAX)
+    assert (again.code, len(again.lines)) == (2, 1)
+    assert "champion already" in again.lines[0]
+
+
+def test_rollback_restores_and_what_was_rolled_back_is_not_promoted_by_chance(desk: Desk) -> None:
+    desk.register("bad", "half", "good")
+    nothing = desk.promote("rollback=true")
+    assert nothing.code == 2
+    for number in "123":
+        assert desk.promote(f"version={number}", "gate.first.min_acc=0", *LAX).code == 0
+    assert desk.aliases == {"challenger": "3", "champion": "3", "previous": "2"}
+    trial = desk.promote("rollback=true", "dry_run=true")
+    assert (trial.code, "would be" in trial.out) == (0, True)
+    assert desk.aliases["champion"] == "3"
+    back = desk.promote("rollback=true", "reason=it is slow on the old phones")
+    assert back.code == 0, back.err
+    assert desk.aliases == {"challenger": "3", "champion": "2", "previous": "1"}
+    assert "it is slow on the old phones" in desk.tags(3)["asib.rolled_back"]
+    assert see(desk.uri, run_id(back.folder)).tags["asib.reason"] == "it is slow on the old phones"
+
+    nightly = desk.promote(*LAX)
+    assert nightly.code == 2
+    assert "it is slow on the old phones" in nightly.lines[0]
+    assert desk.aliases["champion"] == "2"
+    assert desk.promote("version=3", *LAX).code == 0
+    assert desk.aliases == {"challenger": "3", "champion": "3", "previous": "2"}
+
+    assert desk.promote("retire=3").code == 2, "the champion"
+    assert desk.promote("retire=1", "reason=old data").code == 0
+    retired = desk.promote("version=1", *LAX)
+    assert retired.code == 2
+    assert "is retired" in retired.lines[0]
+    assert len(client(desk.uri).search_model_versions(f"name = '{NAME}'")) == 3
+
+
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_promotion_that_breaks_off_is_finished_by_the_next_call(desk: Desk, after: bool) -> None:
+    """Wherever it breaks off behind the verdict: the next call ends with version 2 as champion and says so."""
+    desk.register("half", "good")
+    assert desk.promote("version=1").code == 0
+
+    class AtTheMove(Fragile):
+        def __getattr__(self, name: str) -> Any:
+            if name in ("set_registered_model_alias", "set_registered_model_tag", "delete_registered_model_tag"):
+                return super().__getattr__(name)
+            return getattr(self._client, name)
+
+    plain = client(desk.uri)
+    for step in range(1, 10):
+        desk.registry = AtTheMove(plain, step, after)
+        broken = desk.promote(*LAX)
+        desk.registry = None
+        if broken.code == 0:
+            break
+        assert desk.aliases["champion"] in ("1", "2")
+        done = desk.promote(*LAX)
+        began = not (step == 1 and not after)
+        assert done.code == 0 or (step >= 5 and "champion already" in done.err), done.err
+        assert desk.aliases == {"challenger": "2", "champion": "2", "previous": "1"}
+        assert began is False or "McNemar" not in done.out
+        assert desk.tags(2)["asib.verdict"] == "promoted"
+        assert desk.promote("rollback=true").code == 0
+        plain.delete_model_version_tag(NAME, "2", "asib.rolled_back")
+        assert desk.aliases == {"challenger": "2", "champion": "1"}
+    assert step >= 5
+
+
+def other_data(desk: Desk) -> list[str]:
+    desk.register("half", data_digest="e" * 64)
+    return ["version 1 of stripes is of data eeeeeeeeeeee", "cfg=runs:/"]
+
+
+def no_digest(desk: Desk) -> list[str]:
+    desk.digest = ""
+    desk.register("half")
+    client(desk.uri).delete_model_version_tag(NAME, "1", "asib.data_digest")
+    return ["no tag asib.data_digest"]
+
+
+def no_student(desk: Desk) -> list[str]:
+    desk.students = {"half": {"readme.txt": b"nothing"}}
+    desk.register("half")
+    return ["holds no student.safetensors"]
+
+
+def other_classes(desk: Desk) -> list[str]:
+    meta = json.loads(desk.students["half"]["meta.json"])
+    meta["classes"] = ["one", "two", "three", "four"]
+    desk.students = {"half": {**desk.students["half"], "meta.json": json.dumps(meta).encode()}}
+    desk.register("half")
+    return ["version 1 of stripes knows other classes (one, two, three"]
+
+
+def no_challenger(desk: Desk) -> list[str]:
+    desk.register("half")
+    client(desk.uri).delete_registered_model_alias(NAME, "challenger")
+    return ["no version has the alias challenger"]
+
+
+def unknown_model(desk: Desk) -> list[str]:
+    return ["name=stripes: the registry has no such model"]
+
+
+@pytest.mark.parametrize("prepare", [other_data, no_digest, no_student, other_classes, no_challenger, unknown_model])
+def test_bad_input_is_said_in_one_line_and_nothing_moves(desk: Desk, prepare: Callable[[Desk], list[str]]) -> None:
+    needles = prepare(desk)
+    done = desk.promote()
+    assert (done.code, len(done.lines)) == (2, 1), done.err
+    for needle in needles:
+        assert needle in done.lines[0]
+    assert ending(done.folder) == ("FAILED", "refused", 2)
+    if prepare is not unknown_model:
+        assert "champion" not in desk.aliases
+
+
+def test_another_promotion_under_way_is_named(desk: Desk) -> None:
+    desk.register("half")
+    store = client(desk.uri)
+    other = store.create_run("0", start_time=1, tags={"mlflow.user": "ada"}).info.run_id
+    LocalDelivery(None, desk.uri).registry("enter", name=NAME, run_id=other)
+    done = desk.promote()
+    assert (done.code, len(done.lines)) == (2, 1), done.err
+    assert f"run {other} by ada" in done.lines[0]
+    assert "champion" not in desk.aliases
+    store.set_terminated(other, "FINISHED")
+    assert desk.promote().code == 0
+
+
+@pytest.mark.slow
+def test_of_two_promotions_at_once_one_promotes(desk: Desk) -> None:
+    """Two processes, each with a delivery of its own: whoever loses is told in one line, and no move is half done."""
+    desk.register("half")
+    own = [f"name={NAME}", "tracking.mode=online", f"tracking.uri={desk.uri}"]
+    command = [sys.executable, "-m", "steps.promote", *desk.lab.arguments(*own)]
+    root = Path(__file__).resolve().parents[2]
+    both = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate()[1].decode() for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    loser = next(err for process, err in zip(both, said, strict=True) if process.returncode == 2)
+    assert "another promotion of stripes is under way" in loser or "champion already" in loser
+    assert desk.aliases == {"challenger": "1", "champion": "1"}
+    assert desk.tags(1)["asib.history"].count("\n") == 0

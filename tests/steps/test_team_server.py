@@ -1,0 +1,128 @@
+"""The steps against the server that a team shares: PostgreSQL, an object store, passwords, over HTTP."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+from tests.steps import sweep_kills
+from tests.steps.lab import Done, Lab, client, deliver, journal, points, run_id, same_tensors, see
+from tests.team_server import BUCKET, TeamServer, log_in
+
+pytestmark = pytest.mark.postgres
+ROOT = Path(__file__).resolve().parents[2]
+READER = ("reader", "may read, no more")
+
+
+def online(uri: str, experiment: str) -> list[str]:
+    return ["tracking.mode=online", f"tracking.uri={uri}", f"tracking.experiment={experiment}"]
+
+
+@pytest.fixture
+def reader(team: TeamServer) -> tuple[str, str]:
+    """A user who may read the experiment `theirs`, as everybody may everything, and nothing else."""
+    from mlflow.server import get_app_client
+
+    mlflow = client(team.uri)
+    theirs = mlflow.get_experiment_by_name("theirs")
+    if theirs is None:  # else an earlier test has made both
+        number = mlflow.create_experiment("theirs")
+        users = get_app_client("basic-auth", tracking_uri=team.uri)
+        users.create_user(*READER)
+        users.grant_user_permission(READER[0], "experiment", number, "READ")
+    return READER
+
+
+def test_the_main_job_arrives_whole_over_http_with_a_password(
+    lab: Lab, undisturbed: Done, team: TeamServer, sqlite_uri: str
+) -> None:
+    done = lab.step("main", *online(team.uri, "main job"))
+    assert done.code == 0, done.err
+    found = see(team.uri, run_id(done.folder))
+    assert set(found.children) == {"student_alone", "teacher_0", "teacher_1", "distill", "evaluate"}
+    assert {run.status for run in (found, *found.children.values())} == {"FINISHED"}
+    distilled = found.children["distill"]
+    assert distilled.steady == points(undisturbed.folder) == points(done.folder / "distill")
+    assert {len(values) for run in found.children.values() for values in run.metrics.values()} == {1}
+
+    # a journal delivered to SQLite leaves the same in MLflow
+    deliver(sqlite_uri, done.folder)
+    local = see(sqlite_uri, run_id(done.folder))
+    for name, run in found.children.items():
+        other = local.children[name]
+        assert (run.artifacts, run.params, run.datasets) == (other.artifacts, other.params, other.datasets), name
+
+    # artifacts lie in the bucket, and come back through the server
+    listed = team.bucket().get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
+    keys = {item["Key"] for page in listed for item in page.get("Contents", ())}
+    assert any(key.endswith(f"{distilled.id}/artifacts/checkpoints/student.safetensors") for key in keys)
+    path = client(team.uri).download_artifacts(distilled.id, "checkpoints/student.safetensors", str(lab.folder))
+    assert same_tensors(Path(path), undisturbed.folder / "checkpoints/student.safetensors")
+
+
+def test_a_sweep_with_its_study_in_the_same_database_server(
+    ready_lab: Lab, team: TeamServer, postgres_url: str
+) -> None:
+    file = ready_lab.folder / "small.yaml"
+    file.write_text(yaml.safe_dump(sweep_kills.SPACE | {"trials": 4}))
+    arguments = ready_lab.arguments(f"sweep={file}", f"storage={postgres_url}", "workers=2", *online(team.uri, "sweep"))
+    done = subprocess.run(
+        [sys.executable, "-m", "steps.sweep", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = ready_lab.runs.glob("*-sweep-*")
+    found = see(team.uri, run_id(folder))
+    assert {run.status for run in (found, *found.children.values())} == {"FINISHED"}
+    assert set(found.children) >= {f"trial {n}" for n in range(4)}
+    storage = postgres_url.replace("postgresql://", "postgresql+psycopg://")
+    (study,) = optuna.get_all_study_names(storage)
+    for trial in optuna.load_study(study_name=study, storage=storage).trials:
+        metrics = found.children[f"trial {trial.number}"].metrics
+        assert [values for (name, _), values in metrics.items() if name == "final/val_acc"] == [[trial.value]]
+    assert {"best.yaml", "config.yaml"} <= found.artifacts
+    for text in (done.stderr, done.stdout, str(found)):
+        assert os.environ["MLFLOW_TRACKING_PASSWORD"] not in text
+        assert "s3cret" not in text
+
+
+def test_who_may_not_is_told_so_before_training(
+    ready_lab: Lab, team: TeamServer, reader: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [
+        (team.uri, ("admin", "another password"), "wrong user name or password (401)", "MLFLOW_TRACKING_PASSWORD"),
+        (team.uri, ("nobody", "a long password"), "wrong user name or password (401)", "MLFLOW_TRACKING_USERNAME"),
+        (team.uri, ("", ""), "wrong user name or password (401)", "set MLFLOW_TRACKING_USERNAME"),
+        (team.uri, reader, "permission denied (403)", "EDIT permission"),
+        (team.other_host, None, "does not accept this host name (403)", "--allowed-hosts"),
+    ]
+    for uri, credentials, reason, advice in cases:
+        with monkeypatch.context() as patched:
+            if credentials is not None:
+                log_in(patched, *credentials)
+            done = ready_lab.step("distill", *online(uri, "theirs"), "checkpoint.every_seconds=1e-6")
+        assert done.code == 2, (reason, done.err)
+        (line,) = done.lines
+        assert line.startswith(f"tracking server {uri}: "), line
+        assert reason in line
+        assert advice in line
+        assert not {entry.kind for entry in journal(done.folder)} & {"metrics", "checkpoint"}, "it had begun to train"
+    mlflow = client(team.uri)
+    theirs = mlflow.get_experiment_by_name("theirs")
+    assert mlflow.search_runs([theirs.experiment_id]) == []
+
+
+def test_a_reader_sees_what_others_have_made(
+    ready_lab: Lab, team: TeamServer, reader: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ready_lab.step("distill", *online(team.uri, "readable"))
+    assert made.code == 0, made.err
+    log_in(monkeypatch, *reader)
+    found = see(team.uri, run_id(made.folder))
+    assert found.steady == points(made.folder)
+    assert "config.yaml" in found.artifacts

@@ -1,0 +1,220 @@
+"""The team's server, natively: PostgreSQL, an S3 endpoint (moto's), and `mlflow server` with basic authentication.
+
+It is started by deploy/serve.sh, the script that the container runs. Each part can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from tests.postgres import ESCAPED, PostgresServer
+from tests.servers import Wire
+
+ROOT = Path(__file__).resolve().parents[1]
+DEPLOY = ROOT / "deploy"
+ADMIN = ("admin", "a first password")
+BUCKET = "team"
+START_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Serves(Protocol):
+    """What a door leads to."""
+
+    port: int
+
+
+class S3Server:
+    """moto's S3 on a port of loopback. It keeps everything in memory: an outage is the door's (see `Door`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.log = folder / "s3.log"
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            assert self._process.poll() is None, self.log.read_text()[-2000:]
+            time.sleep(0.1)
+        raise TimeoutError(f"no S3 endpoint on port {self.port} after {START_S} s")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Door(Wire):
+    """A wire that can be mended: what is behind it refuses for a while, and loses nothing."""
+
+    def __init__(self, server: Serves) -> None:
+        super().__init__(server)  # type: ignore[arg-type]  # it asks for the port alone
+
+    def mend(self) -> None:
+        """Lead to the server again, at the same address."""
+        port = int(self.uri.rpartition(":")[2])
+        self._ends.clear()
+        self._listener = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+
+class TeamServer:
+    """All three. `uri` is the tracking server's; `host`, a name of this machine that it does not accept."""
+
+    def __init__(self, folder: Path, postgres: PostgresServer) -> None:
+        self.folder, self.postgres, self.secrets = folder, postgres, folder / "secrets"
+        self.database, self.auth_database = postgres.create_database(), postgres.create_database()
+        self.s3 = S3Server(folder)
+        self.door = Door(self.s3)
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.other_host = f"http://localhost:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The tracking server's process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the scripts of deploy/ read."""
+        # as in the compose file, no URL shows the password
+        uris = [f"postgresql+psycopg{u.removeprefix('postgresql').replace(f':{ESCAPED}@', '@')}"
+                for u in (self.database, self.auth_database)]  # fmt: skip
+        ours = {
+            "ASIB_SECRETS": str(self.secrets),
+            "ASIB_DATABASE_URI": uris[0],
+            "ASIB_AUTH_DATABASE_URI": uris[1],
+            "ASIB_ARTIFACTS": f"s3://{BUCKET}",
+            "ASIB_MAKE_BUCKET": "1",
+            "ASIB_PORT": str(self.port),
+            "ASIB_WORKERS": "1",
+            "ASIB_AUTH_CACHE_SECONDS": "2",  # so that an outage outlasts it
+            "ASIB_ALLOWED_HOSTS": "127.0.0.1:*",
+            "ASIB_ALLOWED_ORIGINS": "https://mlflow.example.org",
+            "ASIB_MLFLOW": str(Path(sys.executable).with_name("mlflow")),
+            "ASIB_PYTHON": sys.executable,
+            "MLFLOW_S3_ENDPOINT_URL": self.door.uri,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        # nothing of the test's own settings reaches the server, as on a machine of its own
+        return {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "AWS_", "PG"))} | ours
+
+    def script(self, name: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        """Run a script of deploy/ to its end."""
+        return subprocess.run(
+            [str(DEPLOY / name), *arguments], env=self.environment | changes, capture_output=True, text=True
+        )
+
+    def make_secrets(self) -> None:
+        """deploy/first_start.sh, with the database's own password."""
+        file = self.folder / "password"
+        file.write_text(f"{ADMIN[1]}\n")
+        done = self.script("first_start.sh", "mlflow.example.org", str(file), ASIB_NO_ENV="1")
+        assert done.returncode == 0, done.stderr
+        from tests.postgres import PASSWORD
+
+        (self.secrets / "database_password").write_text(PASSWORD)
+
+    def start(self) -> None:
+        """Start the tracking server and wait until it answers."""
+        self.s3.wait()
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(DEPLOY / "serve.sh")],
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=self.environment,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                    return
+            except OSError:
+                assert self._process.poll() is None, self.log()
+                time.sleep(0.1)
+        raise TimeoutError(f"no mlflow server at {self.uri} after {START_S} s: {self.log()}")
+
+    def log(self) -> str:
+        return (self.folder / "server.log").read_text()[-4000:]
+
+    def stop(self) -> None:
+        """Kill it with its workers, as an outage would."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def close(self) -> None:
+        self.stop()
+        self.door.cut()
+        self.s3.close()
+
+    def bucket(self) -> Any:
+        """boto3's client of the store, past the door."""
+        import boto3
+
+        keys = [(self.secrets / name).read_text() for name in ("s3_access_key", "s3_secret_key")]
+        return boto3.client(
+            "s3",
+            endpoint_url=f"http://127.0.0.1:{self.s3.port}",
+            region_name="us-east-1",
+            aws_access_key_id=keys[0],
+            aws_secret_access_key=keys[1],
+        )
+
+
+@pytest.fixture(scope="session")
+def team_server(postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeamServer]:
+    """One server for the session; a test that stops a part of it starts that again."""
+    server = TeamServer(tmp_path_factory.mktemp("team"), postgres_server)
+    try:
+        server.make_secrets()
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def team(team_server: TeamServer, monkeypatch: pytest.MonkeyPatch) -> TeamServer:
+    """The server, with the administrator's credentials in the environment."""
+    log_in(monkeypatch, *ADMIN)
+    return team_server
+
+
+def log_in(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
+    """The credentials that MLflow's clients, and the steps, send from now on."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
