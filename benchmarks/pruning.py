@@ -3,7 +3,7 @@
     python -m benchmarks.pruning [--seeds 0 1 2] [--trials 30] [--workers 2] [--pruner median]
 
 Real sweeps of `kd_ib_tau` on the bundled sample with shortened trials, each of both kinds with the same sampler seed.
-The best configuration of each study is then trained with other seeds: its validation accuracy there was not selected on.
+The best configuration of each study is then trained with other seeds: its accuracy there was not selected on.
 Writes benchmarks/results/pruning.json.
 """
 
