@@ -66,8 +66,14 @@ def to_onnx(net: FeatureNet, data: ImageData, path: Path) -> None:
         )
 
 
-def log_student(run: Run, net: FeatureNet, data: ImageData, results: dict[str, float]) -> None:
-    """The student as a servable model: ONNX, class names, preprocessing, an example, and its safetensors beside it."""
+def log_student(
+    run: Run, net: FeatureNet, data: ImageData, results: dict[str, float], config_hash: str | None = None
+) -> None:
+    """The student as a servable model: ONNX, class names, preprocessing, an example, and its safetensors beside it.
+
+    Args:
+        config_hash: of what made it; None: of the run's configuration.
+    """
     folder = run.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -97,7 +103,7 @@ def log_student(run: Run, net: FeatureNet, data: ImageData, results: dict[str, f
         },
         input_example=folder / "example.json",
         pip_requirements=["mlflow", "numpy", "onnxruntime", "pillow"],
-        params={"architecture": net.architecture, "config_hash": run.config_hash},
+        params={"architecture": net.architecture, "config_hash": config_hash or run.config_hash},
         metrics={k: v for k, v in results.items() if k.startswith("final/")},
         model_type="classifier",
     )

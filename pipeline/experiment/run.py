@@ -22,6 +22,7 @@ from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
 
 logger = logging.getLogger("asib")
+CONFIG = "config.yaml"
 
 
 class Run:
@@ -183,6 +184,8 @@ class Run:
         elif delivery is None:
             delivery = _deliver(config, folder)
         run = cls(step, config, folder, journal, delivery, state, parent)
+        if state is None and not _described(folder):
+            run.describe()  # it was killed before it had stated what it is
         journal.tags({"asib.resumed_from": _position(state)})
         return run
 
@@ -227,15 +230,15 @@ class Run:
         self.journal.tags({"asib.config_hash": self.config_hash, **_git_tags()})
         if self.config.rung:
             self.journal.tags({"asib.rung": self.config.rung})
-        self.write("config.yaml", compose.dump(self.config))
         diff = _git("diff", "HEAD")
         if diff:
             self.write("git.diff", diff)
+        self.write(CONFIG, compose.dump(self.config))  # the last: with it the description is whole
 
     def restate(self) -> None:
         """The configuration of a run that is continued for more epochs; its parameters in MLflow cannot change."""
         self.journal.tags({"asib.config_hash": self.config_hash})
-        self.write("config.yaml", compose.dump(self.config))
+        self.write(CONFIG, compose.dump(self.config))
 
     # while it goes on ------------------------------------------------------------------------------------------------
 
@@ -375,6 +378,11 @@ def _deliver(config: Config, folder: Path) -> tracking.Delivery | None:
     if config.tracking.mode == "offline":
         return None
     return tracking.start_delivery(folder, uri=tracking_uri(config))
+
+
+def _described(folder: Path) -> bool:
+    entries, _ = read_entries(folder / "journal.jsonl")
+    return any(entry.kind == "artifact" and entry.data["path"] == CONFIG for entry in entries)
 
 
 def ended(folder: Path) -> bool:
