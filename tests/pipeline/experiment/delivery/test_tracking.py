@@ -112,6 +112,7 @@ def start_trainer(folder: Path, uri: str) -> tuple[subprocess.Popen[str], str, s
     return trainer, run_id, child_id
 
 
+@pytest.mark.slow
 def test_a_run_goes_through_an_outage_without_loss(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     run = tmp_path / "run"
     delivery = tracking.start_delivery(run, uri=mlflow_server.uri)

@@ -135,7 +135,12 @@ def test_trials_and_runs_are_one_thing(lab: Lab, sqlite_uri: str) -> None:
     assert len(found.models_out) == 1
     assert f"runs/{best.user_attrs['run_id']}" in found.tags["mlflow.note.content"]
 
-    # the best trial's configuration, from the server, is that trial again
+
+@pytest.mark.slow
+def test_the_best_configuration_from_the_server_is_that_trial_again(lab: Lab, sqlite_uri: str) -> None:
+    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    swept(lab, *online)
+    found, best = see(sqlite_uri, run_id(parent(lab))), study(lab).best_trial
     again = lab.raw("distill", [f"cfg=runs:/{found.id}/best.yaml", f"output_dir={lab.folder / 'again'}", *online])
     assert again.code == 0, again.err
     (folder,) = (lab.folder / "again").glob("*-distill-*")
