@@ -1,9 +1,15 @@
-"""Runs of this machine that did not come to their end, found again by the command that started them."""
+"""Runs of this machine, found again: those that hold a file, and those that did not come to their end."""
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.journal import read_entries, read_header, writer_alive
+
+
+def folders_with(root: Path, file: str) -> list[Path]:
+    """Folders anywhere below `root` that hold such a file, by path; deliveries may remove folders meanwhile."""
+    return sorted((root / name).parent for name in glob.iglob(f"**/{file}", root_dir=root, recursive=True))
 
 
 def interrupted(root: Path, step: str, tag: str, value: str) -> Path | None:

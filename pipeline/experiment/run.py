@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config import Config, config_hash
 from pipeline.errors import Interrupted, Pruned, Taken, UserError
 from pipeline.experiment import compose, tracking
+from pipeline.experiment.interrupted import folders_with
 from pipeline.experiment.options import REPOSITORY
 from pipeline.journal import Carrier, Journal, NullJournal, read_entries, read_header
 from pipeline.training import distributed
@@ -395,7 +396,7 @@ def find_folder(root: Path, name: str) -> Path | None:
     """The local folder of a run: given as a path, by its MLflow run id, or by its journal id."""
     if (Path(name) / "journal.jsonl").exists():
         return Path(name)
-    for folder in sorted(p.parent for p in root.glob("**/journal.jsonl")):
+    for folder in folders_with(root, "journal.jsonl"):
         header = next(iter(read_entries(folder / "journal.jsonl")[0]), None)
         if header is not None and header.data.get("journal") == name:
             return folder

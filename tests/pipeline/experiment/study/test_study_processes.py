@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import Taken

@@ -165,7 +165,10 @@ def test_the_same_command_goes_on_and_never_exceeds_its_total(lab: Lab) -> None:
     assert len(list(lab.runs.glob("*-sweep-*"))) == 2, "another sampler, another study"
 
 
-@pytest.mark.parametrize("question", [1, 3, 8, PER_TRIAL + 6])
+@pytest.mark.parametrize(
+    "question",
+    [8, PER_TRIAL + 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))],
+)
 def test_an_interrupted_trial_is_continued_from_its_checkpoint(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teachers: Path, question: int
 ) -> None:
