@@ -216,9 +216,7 @@ def main() -> int:
 
         template = Path(folder) / "template.db"
         _initialize_tables(create_engine(f"sqlite:///{template}"))
-        print(
-            run(Path(folder), options.kills, options.seed, options.trials, options.workers, options.storage, template)
-        )
+        print(run(Path(folder), template, **vars(options)))
     return 0
 
 
