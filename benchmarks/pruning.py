@@ -69,10 +69,18 @@ def study(root: Path, seed: int, pruner: str, trials: int, workers: int) -> dict
         "trials": {state.lower(): states.count(state) for state in sorted(set(states))},
         "epochs": sum(_epochs(folder) for folder in folders),
         "seconds": round(seconds, 1),
+        "outside_training_seconds": _outside(found),
         "best_value": found.best_value,
         "best_params": found.best_params,
         "best_with_fresh_seeds": fresh,
     }
+
+
+def _outside(found: optuna.Study) -> float:
+    """What a complete trial costs besides its training, evaluation of its epochs included: the median, in seconds."""
+    complete = found.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    whole = [(t.duration.total_seconds(), t.user_attrs.get("seconds")) for t in complete if t.duration is not None]
+    return round(statistics.median(all_ - training for all_, training in whole if training is not None), 2)
 
 
 def _epochs(folder: Path) -> int:

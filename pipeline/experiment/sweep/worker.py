@@ -32,6 +32,8 @@ logger = logging.getLogger("asib")
 STORAGE = "ASIB_STORAGE"
 HOPELESS = 3
 """So many failures in a row, and no success, end a worker: the next trials would fail too."""
+LINK_S = 30.0
+"""So long a trial that has ended waits for its run's id: an ended trial takes no more notes."""
 
 
 def work(index: int, study: str, storage: str | None = None, overrides: Sequence[str] = ()) -> int:
@@ -171,6 +173,7 @@ class Worker:
         results = finished(folder, digest)
         if results is not None:
             self.run_.journal.child(folder)  # what the lost worker has not brought to the server
+            self._link(claim, folder)
         else:
             results = self._distil(claim, config, folder)
         if results is not None:
@@ -210,11 +213,20 @@ class Worker:
                 self._together = False
         except Pruned as error:
             self._together = False
-            _note_run(claim, folder)
+            self._link(claim, folder)
             claim.prune(error.reason, error.epoch)
             return None
-        _note_run(claim, folder)
+        self._link(claim, folder)
         return results
+
+    def _link(self, claim: Claim, folder: Path) -> None:
+        """Note the trial's MLflow run; one of seconds may end before delivery has made it."""
+        if self.run_.delivery is None or _note_run(claim, folder):
+            return
+        try:
+            claim.note(run_id=self.run_.delivery.child_ready(folder, LINK_S))
+        except UserError as error:
+            logger.warning("trial %d ends without its run's id: %s", claim.number, error)
 
     def _complete(self, claim: Claim, results: Mapping[str, float]) -> None:
         sweep = self.study.sweep
