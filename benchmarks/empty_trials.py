@@ -10,18 +10,14 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
-import sqlite3
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import described
 from pipeline.experiment.study.study import Study
 from pipeline.experiment.sweep.space import SweepConfig
 
@@ -105,27 +101,6 @@ def storages(postgres: str | None) -> Iterator[list[str]]:
                 server.close()
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were taken on."""
-    names = [x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "system": platform.platform(),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
-
-
-def versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("optuna", "sqlalchemy", "psycopg")}
-    return {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version, **packages}
-
-
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000)
@@ -135,11 +110,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-        "machine": machine(),
-        "versions": versions(),
+        **described("sqlalchemy", "psycopg"),
         "results": [],
     }
     with storages(options.postgres) as urls:

@@ -145,8 +145,13 @@ def to_timm(net: nn.Module, model: FeatureNet, data: ImageData, folder: Path) ->
 # MLflow --------------------------------------------------------------------------------------------------------------
 
 
-def log_student(run: Run, net: FeatureNet, data: ImageData, results: dict[str, float]) -> None:
+def log_student(
+    run: Run, net: FeatureNet, data: ImageData, results: dict[str, float], config_hash: str | None = None
+) -> None:
     """The student as a servable model: ONNX, class names, preprocessing, an example; weights and timm's folder with it.
+
+    Args:
+        config_hash: of what made it; None: of the run's configuration.
 
     Raises:
         RuntimeError: its ONNX file disagrees with the network.
@@ -185,7 +190,7 @@ def log_student(run: Run, net: FeatureNet, data: ImageData, results: dict[str, f
         },
         input_example=folder / "example.json",
         pip_requirements=requirements(),
-        params={"architecture": net.architecture, "config_hash": run.config_hash},
+        params={"architecture": net.architecture, "config_hash": config_hash or run.config_hash},
         metrics={k: v for k, v in results.items() if k.startswith("final/")},
         model_type="classifier",
     )

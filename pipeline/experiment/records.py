@@ -114,6 +114,15 @@ def delivered_as(folder: Path, uri: str | None = None) -> str | None:
     return values.get("run_id") or None if uri in (None, values.get("uri")) else None
 
 
+def delivered_whole(folder: Path) -> bool:
+    """Whether a server has everything that a folder's journal holds, and its end."""
+    state = folder / "delivery.json"
+    if not state.exists():
+        return False
+    values = json.loads(state.read_text())
+    return bool(values.get("ended")) and values.get("offset", 0) >= (folder / "journal.jsonl").stat().st_size
+
+
 def _config(path: Path) -> dict[str, str]:
     """A dumped configuration, flattened as MLflow's parameters are."""
     if not path.exists():

@@ -16,12 +16,14 @@ from typing import Any
 from pipeline.config import Config, config_hash
 from pipeline.errors import Interrupted, Pruned, Taken, UserError
 from pipeline.experiment import compose, tracking
+from pipeline.experiment.interrupted import folders_with
 from pipeline.experiment.options import REPOSITORY
 from pipeline.journal import Carrier, Journal, NullJournal, read_entries, read_header
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
 
 logger = logging.getLogger("asib")
+CONFIG = "config.yaml"
 
 
 class Run:
@@ -185,6 +187,8 @@ class Run:
         elif delivery is None:
             delivery = _deliver(config, folder)
         run = cls(step, config, folder, journal, delivery, state, parent)
+        if state is None and not _described(folder):
+            run.describe()  # it was killed before it had stated what it is
         journal.tags({"asib.resumed_from": _position(state)})
         return run
 
@@ -229,15 +233,15 @@ class Run:
         self.journal.tags({"asib.config_hash": self.config_hash, **_git_tags()})
         if self.config.rung:
             self.journal.tags({"asib.rung": self.config.rung})
-        self.write("config.yaml", compose.dump(self.config))
         diff = _git("diff", "HEAD")
         if diff:
             self.write("git.diff", diff)
+        self.write(CONFIG, compose.dump(self.config))  # the last: with it the description is whole
 
     def restate(self) -> None:
         """The configuration of a run that is continued for more epochs; its parameters in MLflow cannot change."""
         self.journal.tags({"asib.config_hash": self.config_hash})
-        self.write("config.yaml", compose.dump(self.config))
+        self.write(CONFIG, compose.dump(self.config))
 
     # while it goes on ------------------------------------------------------------------------------------------------
 
@@ -379,6 +383,11 @@ def _deliver(config: Config, folder: Path) -> tracking.Delivery | None:
     return tracking.start_delivery(folder, uri=tracking_uri(config))
 
 
+def _described(folder: Path) -> bool:
+    entries, _ = read_entries(folder / "journal.jsonl")
+    return any(entry.kind == "artifact" and entry.data["path"] == CONFIG for entry in entries)
+
+
 def ended(folder: Path) -> bool:
     """Whether the journal in `folder` ends with a completed run."""
     entries, _ = read_entries(folder / "journal.jsonl")
@@ -389,7 +398,7 @@ def find_folder(root: Path, name: str) -> Path | None:
     """The local folder of a run: given as a path, by its MLflow run id, or by its journal id."""
     if (Path(name) / "journal.jsonl").exists():
         return Path(name)
-    for folder in sorted(p.parent for p in root.glob("**/journal.jsonl")):
+    for folder in folders_with(root, "journal.jsonl"):
         header = next(iter(read_entries(folder / "journal.jsonl")[0]), None)
         if header is not None and header.data.get("journal") == name:
             return folder

@@ -42,7 +42,8 @@ def prepare(config: Config, threads: int | None = None) -> None:
 def images(config: Config) -> ImageData:
     """The configuration's images; the last data set stays in memory for a process's next run."""
     path = config.dataset.path
-    return _load(config.dataset, Path(path).stat().st_mtime_ns if path and Path(path).exists() else 0)
+    dataset = config.dataset.model_copy(update={"batch_size": 1, "eval_batch_size": 1})  # the same images
+    return _load(dataset, Path(path).stat().st_mtime_ns if path and Path(path).exists() else 0)
 
 
 @lru_cache(maxsize=1)

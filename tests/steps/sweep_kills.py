@@ -173,7 +173,13 @@ def parameters(folder: Path) -> tuple[Any, ...]:
 
 
 def run(
-    folder: Path, kills: int, seed: int, trials: int, workers: int, storage: str | None, template: Path
+    folder: Path,
+    template: Path,
+    kills: int,
+    seed: int = 0,
+    trials: int = 16,
+    workers: int = 2,
+    storage: str | None = None,
 ) -> dict[str, Any]:
     """The whole experiment in `folder`; `template`: a migrated MLflow database."""
     draw = random.Random(seed)
@@ -210,9 +216,7 @@ def main() -> int:
 
         template = Path(folder) / "template.db"
         _initialize_tables(create_engine(f"sqlite:///{template}"))
-        print(
-            run(Path(folder), options.kills, options.seed, options.trials, options.workers, options.storage, template)
-        )
+        print(run(Path(folder), template, **vars(options)))
     return 0
 
 

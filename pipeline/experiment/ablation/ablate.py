@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.experiment import export, jobs, networks, records, teachers
 from pipeline.experiment.ablation import compare, compare_report, rungs
 from pipeline.experiment.ablation.plan import PLAN_TAG, Plan
+from pipeline.experiment.interrupted import folders_with
 from pipeline.experiment.options import REPOSITORY
 from pipeline.experiment.registry import register
 from pipeline.experiment.run import Run, ended, tracking_uri
@@ -127,7 +128,7 @@ def _find_finished(run: Run, children: Sequence[Child], force: bool) -> None:
 def _finished_here(root: Path, wanted: set[str]) -> dict[str, Path]:
     """Identity -> folder of a finished run on this machine, with results and predictions."""
     found: dict[str, Path] = {}
-    for folder in sorted(p.parent for p in root.glob("**/results.json")):
+    for folder in folders_with(root, "results.json"):
         if not wanted or not (folder / records.PREDICTIONS).exists() or not ended(folder):
             continue
         for entry in read_entries(folder / "journal.jsonl")[0]:

@@ -225,6 +225,7 @@ class Delivery:
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
+        assert self._process.stdin is not None
         refusal = ""
         for line in self._process.stdout:
             event = json.loads(line)
@@ -249,6 +250,9 @@ class Delivery:
             if not future.done():
                 future.set_exception(self._closed)
         self._process.wait()
+        with self._lock, contextlib.suppress(OSError):  # what was not read any more is lost with the process
+            self._process.stdout.close()
+            self._process.stdin.close()
 
     def _log(self) -> str:
         return str(self.folder / LOG) if self.folder else "the messages above"

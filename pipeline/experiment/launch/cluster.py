@@ -50,7 +50,9 @@ class SlurmCluster(ClusterConfig):
     mem_gb: Positive | None = key(None, "memory of one worker")
     array_parallelism: AtLeastOne | None = key(None, "workers that may run at a time; null: all")
     requeue: bool = key(True, "a preempted worker, or one at its time limit, is queued again")
-    signal_delay_s: AtLeastOne = key(90, "seconds between SIGUSR2 and the time limit: long enough for a checkpoint")
+    signal_delay_s: AtLeastOne = key(
+        180, "seconds between SIGUSR2 and the time limit: for a checkpoint and its delivery"
+    )
     setup: tuple[str, ...] = key((), "shell lines before the worker, such as `module load cuda`")
     additional: dict[str, str | int | bool] = key({}, "further options of sbatch, such as {exclusive: true}")
 

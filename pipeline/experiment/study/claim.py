@@ -29,6 +29,7 @@ class Claim:
     Attributes:
         number: the trial's own. origin: the number of its first attempt; attempt: how many there were before this one.
         values: what to apply to the configuration. notes: its user attributes, inherited by the next attempt.
+        reached: the last epoch that earlier attempts have reported.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Claim:
         self.attempt = len(history(as_stored))
         self.values = values
         self.notes: dict[str, Any] = dict(as_stored.user_attrs)
+        self.reached = max(as_stored.intermediate_values, default=None)
         self._epoch: int | None = None
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name=f"heartbeat of trial {self.number}", daemon=True)

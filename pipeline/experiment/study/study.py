@@ -96,14 +96,20 @@ class Study:
         return cls(database, study, sweep)
 
     @staticmethod
-    def refuse_other(url: str, name: str, digest: str, sweep: SweepConfig | None = None) -> None:
-        """Raise UserError where `create` would: it cannot be reached, or has this study for another sweep."""
-        database = Database(url, create=True)
+    def refuse_other(url: str, name: str, digest: str, sweep: SweepConfig | None = None) -> dict[str, Any]:
+        """The study's facts, none where there is no such study yet.
+
+        Raises:
+            UserError: where `create` would: the database cannot be reached, or has this study for another sweep.
+        """
+        database, facts = Database(url, create=True), dict[str, Any]()
         if name in optuna.study.get_all_study_names(database.rdb):
             study = _load(database, name)
             if DIGEST in study.user_attrs or study.get_trials(deepcopy=False):
-                _refuse_other(database, name, study.user_attrs, digest, sweep, {})
+                facts = study.user_attrs
+                _refuse_other(database, name, facts, digest, sweep, {})
         database.close()
+        return facts
 
     # what it knows ---------------------------------------------------------------------------------------------------
 
@@ -131,6 +137,15 @@ class Study:
 
     def counts(self) -> Counts:
         return study_retry.count(self.trials())
+
+    def progress(self) -> int:
+        """Grows with every result, and with every epoch that a configuration has not reached before."""
+        reached: dict[int, int] = {}
+        for trial in self.trials():
+            origin = [*study_retry.history(trial), trial.number][0]
+            done = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+            reached[origin] = max(reached.get(origin, 0), len(trial.intermediate_values) + done)
+        return sum(reached.values())
 
     def best(self) -> FrozenTrial | None:
         """The best feasible trial, the first of equals; None before there is one, and with several objectives."""

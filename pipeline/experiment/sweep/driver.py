@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from pipeline.config import Config, config_hash
 from pipeline.config.rules import needs_distillation
 from pipeline.data.sources import ImageData
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, UserError
 from pipeline.experiment import compose, export, jobs, networks, records, teachers
+from pipeline.experiment.delivery.server import shown
 from pipeline.experiment.execute import stop
 from pipeline.experiment.launch.launcher import Launcher
 from pipeline.experiment.registry import register
-from pipeline.experiment.run import Run
+from pipeline.experiment.run import Run, tracking_uri
 from pipeline.experiment.session import load_data, prepare, threads_of
 from pipeline.experiment.study import report as study_report
+from pipeline.experiment.study.retry import history
 from pipeline.experiment.study.study import Counts, Study
 from pipeline.experiment.sweep import estimate as sweep_estimate
 from pipeline.experiment.sweep import plan as sweep_plan
@@ -33,10 +36,14 @@ from pipeline.experiment.sweep import worker as sweep_worker
 from pipeline.experiment.sweep.plan import STUDY_TAG, Plan
 
 logger = logging.getLogger("asib")
+Made = Sequence[Mapping[str, Any]]
+"""Fine-tuned teachers as a study's facts have them: file, run_id, hash."""
 TICK_S = 1.0
 BEST = "best.yaml"
-OF_THE_RUN = ("parent_run", "parent_journal", "folder", "host", "teachers")
-"""Facts that change when a study goes on in another run than it began in."""
+OF_THE_RUN = ("config", "config_hash", "parent_run", "parent_journal", "folder", "host", "teachers", "parents")
+"""Facts that may change when a study goes on: its run, its folder, the tracking server."""
+KEPT = "asib.kept_trial"
+"""Tag: the trial whose student is the sweep's model."""
 
 
 def sweep(run: Run, plan: Plan) -> float | None:
@@ -53,17 +60,27 @@ def sweep(run: Run, plan: Plan) -> float | None:
     run.journal.params(sweep_plan.params(plan))
     run.journal.tags({STUDY_TAG: plan.name})
     run.ready()
-    base = _base(run.config)
+    base = run.config = _base(run.config)
     study, found = _study(run, plan, base, data)
     sweep_reap.reap(plan.storage, run.delivery, except_run=run.run_id)
     left = study.total - study.tend().ended
+    study.note(driver_seen=time.time())
     if left > 0:
-        estimate = sweep_estimate.estimate(
-            base, data, [t.net for t in found], trials=left, workers=min(plan.workers, left)
-        )
-        logger.info("%s", sweep_estimate.words(estimate, Path(base.output_dir)))
+        _say_estimate(base, data, found, left, min(plan.workers, left))
+    del found
+    sweep_worker.free_memory()  # the workers' GPUs are this process's
     _Driver(run, plan, study).drive()
     return _finish(run, plan, study, base, data)
+
+
+def _say_estimate(base: Config, data: ImageData, found: list[teachers.Teacher], trials: int, workers: int) -> None:
+    """Time and disk; what cannot be measured here is no reason not to begin."""
+    try:
+        estimate = sweep_estimate.estimate(base, data, [t.net for t in found], trials=trials, workers=workers)
+    except Exception as error:
+        logger.warning("no estimate of time and disk: %s: %s", type(error).__name__, error)
+    else:
+        logger.info("%s", sweep_estimate.words(estimate, Path(base.output_dir)))
 
 
 def _base(config: Config) -> Config:
@@ -74,10 +91,16 @@ def _base(config: Config) -> Config:
 def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, list[teachers.Teacher]]:
     """The study with all that a worker needs to know; teachers that are not there are fine-tuned first, once."""
     found: list[teachers.Teacher] = []
+    before = Study.refuse_other(plan.storage, plan.name, plan.digest)
+    _refuse_other_data(plan.name, before, data)
+    try:
+        sweep_worker.fetch_teachers(before.get("teachers", ()), run)
+    except UserError as error:
+        logger.warning("%s: the teachers are fine-tuned anew", error)
     if needs_distillation(base):
         found = teachers.obtain(run, data, networks.build_student(base, data))
     run.journal.tags({"asib.teachers": ",".join(t.hash for t in found) or "none"})
-    facts = {
+    facts: dict[str, Any] = {
         "digest": plan.digest,
         "config": compose.dump(base),
         "config_hash": config_hash(base),
@@ -85,25 +108,56 @@ def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, 
         "parent_journal": run.journal.id,
         "folder": str(run.folder.absolute()),
         "host": socket.gethostname(),
-        "teachers": _made_teachers(run, base, data, found),
+        "teachers": _made_teachers(run, base, data, found, before.get("teachers", ())),
+        "data": data.digest,
+        "parents": [*dict.fromkeys([*before.get("parents", ()), run.journal.id])],
+        "driver_seen": time.time(),
     }
+    _refuse_other_teachers(plan.name, before.get("teachers", ()), facts["teachers"])
     study = Study.create(plan.storage, plan.name, plan.sweep, facts)
     study.note(**{name: facts[name] for name in OF_THE_RUN})
     return study, found
 
 
+def _refuse_other_data(name: str, before: Mapping[str, Any], data: ImageData) -> None:
+    if before.get("data", data.digest) != data.digest:
+        raise UserError(
+            f"study {name}: its trials were trained on other data (digest {before['data'][:12]} there, "
+            f"{data.digest[:12]} here): give study=<another name>"
+        )
+
+
+def _refuse_other_teachers(name: str, before: Made, now: Made) -> None:
+    """Trials of one study have the same teachers, to the bit."""
+    hashes = {made["file"]: made["hash"] for made in before}
+    for made in now:
+        known = hashes.get(made["file"], made["hash"])
+        if known != made["hash"]:
+            raise UserError(
+                f"study {name}: its trials learn from other weights of teachers/{made['file']} ({known} there, "
+                f"{made['hash']} here): bring that file from where the study began, or give study=<another name>"
+            )
+
+
 def _made_teachers(
-    run: Run, base: Config, data: ImageData, found: list[teachers.Teacher]
+    run: Run, base: Config, data: ImageData, found: list[teachers.Teacher], before: Made
 ) -> list[dict[str, str | None]]:
-    """Where workers on other machines find the teachers that were fine-tuned here."""
-    made = []
+    """Where workers on other machines find the teachers that were fine-tuned for this study, or before it."""
+    made: list[dict[str, str | None]] = []
+    uri = shown(tracking_uri(base))
+    known = {there["file"]: there["run_id"] for there in before}
     for index, teacher in enumerate(found):
         if base.model.teachers[index].checkpoint is None and base.finetune.epochs > 0:
-            folder = run.folder / f"teacher_{index}"
-            run_id = records.delivered_as(folder)
-            if run_id is None and run.delivery is not None and (folder / "journal.jsonl").exists():
-                run_id = run.delivery.child_ready(folder)
-            made.append({"file": teachers.store(base, data, index).name, "run_id": run_id, "hash": teacher.hash})
+            kept = teachers.store(base, data, index)
+            note, folder = kept.with_suffix(".json"), run.folder / f"teacher_{index}"
+            if not (folder / "journal.jsonl").exists() and note.exists():
+                folder = Path(json.loads(note.read_text())["folder"])
+            run_id = None
+            if run.delivery is not None:
+                run_id = records.delivered_as(folder, uri) or known.get(kept.name)
+                if run_id is None and folder.parent == run.folder:
+                    run_id = run.delivery.child_ready(folder)
+            made.append({"file": kept.name, "run_id": run_id, "hash": teacher.hash})
     return made
 
 
@@ -123,8 +177,7 @@ class _Driver:
             logging_redirect_tqdm([logger]),
             tqdm(total=self.study.total, unit="trial", disable=None, leave=False) as bar,
         ):
-            counts = self.study.tend()
-            results = counts.complete + counts.pruned
+            counts, progress = self.study.tend(), self.study.progress()
             next_tend = 0.0
             while counts.ended < self.study.total:
                 if stop():
@@ -133,17 +186,22 @@ class _Driver:
                 time.sleep(TICK_S)
                 if time.monotonic() > next_tend:
                     counts = self.study.tend()
+                    self.study.note(driver_seen=time.time())
                     next_tend = time.monotonic() + self.plan.sweep.heartbeat_seconds / 2
                 else:
                     counts = self.study.counts()
-                if counts.complete + counts.pruned > results:
-                    results, self.idle_starts = counts.complete + counts.pruned, 0
+                    if counts.ended >= self.study.total:  # one that is just being queued again looks failed
+                        counts = self.study.tend()
+                if (now := self.study.progress()) > progress:
+                    progress, self.idle_starts = now, 0
                 self._show(counts, bar)
             self._wait_for_workers()
 
     def _start_missing(self, counts: Counts) -> None:
-        left = self.study.total - counts.ended
-        missing = min(self.plan.workers, left) - max(self.launcher.alive(), counts.running)
+        """So many workers as are wanted and find a trial, counting those that are only starting."""
+        alive = self.launcher.alive()
+        open_trials = max(0, self.study.total - counts.used) + counts.waiting
+        missing = min(self.plan.workers - alive, open_trials - max(0, alive - counts.running))
         if missing <= 0:
             return
         if self.idle_starts >= 2 * self.plan.workers + 1:
@@ -165,6 +223,8 @@ class _Driver:
         until = time.monotonic() + self.run.config.tracking.finish_seconds + 5
         while self.launcher.alive() and time.monotonic() < until and not stop():
             time.sleep(0.2)
+        if stop():
+            raise Interrupted(stop())
 
     def _show(self, counts: Counts, bar: Any) -> None:
         bar.n = counts.ended
@@ -179,7 +239,6 @@ class _Driver:
 
     def _state(self, counts: Counts) -> None:
         """What the parent shows while the sweep goes on."""
-        self.study.note(driver_seen=time.time())
         numbers = {f"sweep/{name}": float(n) for name, n in asdict(counts).items()}
         best = self.study.best()
         if best is not None and len(self.plan.sweep.objectives) == 1:
@@ -201,16 +260,20 @@ def _finish(run: Run, plan: Plan, study: Study, base: Config, data: ImageData) -
     _name_undelivered(run, study)
     best = study.best()
     print(study_report.text(study.optuna, plan.sweep), flush=True)
-    if len(plan.sweep.objectives) > 1:
-        _keep_front(run, study, base)
+    if len(plan.sweep.objectives) > 1 and study.pareto():
+        _keep_front(run, study, base, data)
         return None
     if best is None:
         why = study.last_error() or "none is within the constraints"
         raise RuntimeError(f"no trial of {plan.name} can be taken: {why}")
     config = _config_of(study, best, base)
-    run.write(BEST, compose.dump(config.model_copy(update={"log_model": base.log_model})))
-    run.journal.metrics({plan.sweep.objectives[0].metric: float(best.values[0])}, 0)
-    _keep_best(run, study, best, config, data)
+    repeated = _with_teachers(config, study, data).model_copy(update={"log_model": base.log_model})
+    run.write(BEST, compose.dump(repeated))
+    stated, metric = records.from_folder(run.folder), plan.sweep.objectives[0].metric
+    if stated.metrics.get(metric) != best.values[0]:  # the same command, once more, doubles nothing
+        run.journal.metrics({metric: float(best.values[0])}, 0)
+    if stated.tags.get(KEPT) != str(best.number):
+        _keep_best(run, study, best, config, data)
     return float(best.values[0])
 
 
@@ -226,20 +289,31 @@ def _config_of(study: Study, trial: optuna.trial.FrozenTrial, base: Config) -> C
     return sweep_worker.trial_config(sweep_space.apply(base, study.values_of(trial)), threads)
 
 
-def _keep_front(run: Run, study: Study, base: Config) -> None:
+def _with_teachers(config: Config, study: Study, data: ImageData) -> Config:
+    """The configuration with the study's own teachers as checkpoints: fine-tuned elsewhere their bits differ."""
+    made = {there["file"]: there["run_id"] for there in study.facts["teachers"]}
+    specs = []
+    for index, spec in enumerate(config.model.teachers):
+        run_id = made.get(teachers.store(config, data, index).name) if spec.checkpoint is None else None
+        specs.append(spec.model_copy(update={"checkpoint": f"runs:/{run_id}"}) if run_id else spec)
+    model = config.model.model_copy(update={"teachers": tuple(specs)})
+    return config.model_copy(update={"model": model})
+
+
+def _keep_front(run: Run, study: Study, base: Config, data: ImageData) -> None:
     """Each trial of the Pareto front as a configuration that can be run."""
     for trial in study.pareto():
-        config = sweep_worker.trial_config(
-            sweep_space.apply(base, study.values_of(trial)), trial.user_attrs.get("threads")
-        )
+        config = _with_teachers(_config_of(study, trial, base), study, data)
         run.write(f"front_{trial.number:04d}.yaml", compose.dump(config), "front")
 
 
 def _name_undelivered(run: Run, study: Study) -> None:
-    """Trials whose runs are not on the server (off line, or it was away) are brought there with this run."""
-    for trial in study.trials():
+    """Trials whose runs are not whole on the server (off line, or it was away) are brought there with this run."""
+    trials = study.trials()
+    replaced = {number for trial in trials for number in history(trial)}  # a later attempt may go on in a copy
+    for trial in trials:
         folder = Path(trial.user_attrs.get("folder", "/nowhere"))
-        if (folder / "journal.jsonl").exists() and records.delivered_as(folder) is None:
+        if trial.number not in replaced and (folder / "journal.jsonl").exists() and not records.delivered_whole(folder):
             run.journal.child(folder)
 
 
@@ -253,7 +327,11 @@ def _keep_best(run: Run, study: Study, best: optuna.trial.FrozenTrial, config: C
                 "the best trial's weights are on %s: no model is logged", attrs.get("host", "another machine")
             )
             return
-        weights = run.fetch(f"runs:/{attrs['run_id']}/{jobs.STUDENT}", run.folder / "fetched")
+        try:
+            weights = run.fetch(f"runs:/{attrs['run_id']}/{jobs.STUDENT}", run.folder / "fetched")
+        except UserError as error:
+            logger.warning("%s: no model is logged; the same command tries it again", error)
+            return
     net = networks.build_student(config, data)
     networks.load(net, weights, str(weights))
     kept = run.folder / jobs.STUDENT
@@ -261,5 +339,6 @@ def _keep_best(run: Run, study: Study, best: optuna.trial.FrozenTrial, config: C
     run.journal.artifact(kept, "checkpoints")
     if run.config.log_model:
         results = {"final/val_acc": float(best.values[0])}
-        export.log_student(run, net, data, results)
+        export.log_student(run, net, data, results, config_hash(config))
         register.student(run, config, data, results)
+    run.journal.tags({KEPT: str(best.number)})

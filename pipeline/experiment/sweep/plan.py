@@ -1,5 +1,6 @@
 """What a sweep is asked for, checked before torch is imported, and the study that it goes on with."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,18 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.experiment.compose import keys_of
-from pipeline.experiment.delivery.server import shown
-from pipeline.experiment.interrupted import newest
+from pipeline.experiment.interrupted import tagged
 from pipeline.experiment.launch import cluster as clusters
 from pipeline.experiment.launch.cluster import ClusterConfig
 from pipeline.experiment.launch.launcher import Launcher
+from pipeline.experiment.shortcuts import wants_dry_run
+from pipeline.experiment.study.storage import shown_url
 from pipeline.experiment.study.study import Study
 from pipeline.experiment.sweep import space as sweep_space
 from pipeline.experiment.sweep.space import SweepConfig
+from pipeline.journal import read_header, writer_alive
 
+logger = logging.getLogger("asib")
 STUDY_TAG = "asib.study"
 DEFAULT = "kd_ib_tau"
 
@@ -39,7 +43,7 @@ class Plan:
 
     def words(self) -> str:
         """What DRY_RUN=1 shows: the study, and the jobs that would take its trials."""
-        head = f"study {self.name} in {shown(self.storage)}: {self.trials} trials, {self.workers} at a time"
+        head = f"study {self.name} in {shown_url(self.storage)}: {self.trials} trials, {self.workers} at a time"
         return f"{head}\n{Launcher(self.cluster, Path(), self.workers).plan()}"
 
 
@@ -47,7 +51,7 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
     """Read the step's own keys.
 
     Raises:
-        UserError: a space that does not fit the schema, a database that cannot be reached, another study of that name.
+        UserError: a space that does not fit the schema.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("a sweep is started by one process; several per trial: cluster.processes_per_trial=2")
@@ -60,9 +64,7 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
     cluster = clusters.load(own.get("cluster") or "local", _settings(own, "cluster."))
     digest = sweep_space.digest(sweep, config)
     name = own.get("study") or sweep_space.study_name(sweep, config)
-    plan = Plan(sweep, cluster, workers, storage_url(own.get("storage"), config), name, digest)
-    Launcher(cluster, Path(config.output_dir), workers).check()
-    return plan
+    return Plan(sweep, cluster, workers, storage_url(own.get("storage"), config), name, digest)
 
 
 def storage_url(given: str | None, config: Config) -> str:
@@ -73,11 +75,30 @@ def storage_url(given: str | None, config: Config) -> str:
 
 
 def prepared(config: Config, plan: Plan) -> Config:
-    """The parent run's configuration: its name, and the earlier run of this study that it goes on with."""
-    Study.refuse_other(plan.storage, plan.name, plan.digest)
+    """The parent run's configuration: its name, and the earlier run of this study that it goes on with.
+
+    Raises:
+        UserError: workers that cannot be started, a database that cannot be reached, another study of that name, a
+            study that another sweep is at work on.
+    """
+    if wants_dry_run(os.environ):
+        return config
+    Launcher(plan.cluster, Path(config.output_dir), plan.workers).check()
+    facts = Study.refuse_other(plan.storage, plan.name, plan.digest)
+    if "***" in shown_url(plan.storage) and os.environ.get("ASIB_STORAGE") != plan.storage:
+        logger.warning(
+            "storage=%s: a command line, and under mlflow run the run's parameters, show the password to others; "
+            "give it as ASIB_STORAGE, or leave it to ~/.pgpass",
+            shown_url(plan.storage),
+        )
+    root = Path(config.output_dir)
+    driven = [Path(facts["folder"])] if writer_alive(Path(facts.get("folder", "/nowhere"))) else []
+    for folder in (*driven, *tagged(root, "sweep", STUDY_TAG, plan.name, alive=True)):
+        raise UserError(f"study {plan.name}: the sweep in {folder} is at work on it; join={plan.name} helps it")
     changes: dict[str, Any] = {}
     if config.resume is None:
-        before = newest(Path(config.output_dir), "sweep", STUDY_TAG, plan.name)
+        earlier = tagged(root, "sweep", STUDY_TAG, plan.name)
+        before = next((folder for folder in earlier if _of_this_study(folder, facts)), None)
         if before is not None:
             changes |= {"resume": str(before), "extend": True}
     if config.run_name is None and "MLFLOW_RUN_ID" not in os.environ:
@@ -85,13 +106,19 @@ def prepared(config: Config, plan: Plan) -> Config:
     return config.model_copy(update=changes)
 
 
+def _of_this_study(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a sweep's run is of the very study in the database: its name may have been another's, in another one."""
+    if not facts:  # it ended before there was a study: while it fine-tuned the teachers
+        return not any((folder / name).exists() for name in ("launched", "trials"))
+    header = read_header(folder)
+    return header is not None and header.data["journal"] in (facts.get("parent_journal"), *facts.get("parents", ()))
+
+
 def params(plan: Plan) -> dict[str, str]:
     """What the parent run states besides the configuration that trials start from."""
     space = {f"sweep.space.{key}": str(d.model_dump(exclude_defaults=True)) for key, d in plan.sweep.space.items()}
-    others = plan.sweep.model_dump(exclude={"space"})
-    return (
-        space | {f"sweep.{key}": str(value) for key, value in others.items()} | {"sweep.storage": shown(plan.storage)}
-    )
+    others = {f"sweep.{key}": str(value) for key, value in plan.sweep.model_dump(exclude={"space"}).items()}
+    return space | others | {"sweep.storage": shown_url(plan.storage)}
 
 
 def _settings(own: Mapping[str, str], prefix: str) -> dict[str, str]:

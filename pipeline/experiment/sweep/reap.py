@@ -2,19 +2,23 @@
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.errors import UserError
 from pipeline.experiment.run import tracking_uri
+from pipeline.experiment.study.retry import history
 from pipeline.experiment.study.study import Study, studies
 from pipeline.experiment.tracking import Delivery
+from pipeline.journal import writer_alive
 
 logger = logging.getLogger("asib")
 ENDINGS = {
-    "COMPLETE": ("FINISHED", "completed", 0),
-    "PRUNED": ("KILLED", "pruned", 0),
-    "FAIL": ("FAILED", "failed", 1),
-    "WAITING": ("KILLED", "killed", 137),
+    "COMPLETE": ("FINISHED", "completed", 0, None),
+    "PRUNED": ("KILLED", "pruned", 0, None),
+    "FAIL": ("FAILED", "failed", 1, "the worker's heartbeat is gone"),
+    "WAITING": ("KILLED", "killed", 137, "the worker's heartbeat is gone"),
 }
 """What a trial's state in Optuna says of its run."""
 
@@ -29,17 +33,22 @@ def reap(storage: str, delivery: Delivery | None, except_run: str | None = None)
     Returns:
         Ids of the runs that were ended.
     """
-    orphans: dict[str, tuple[str, str, int, str]] = {}
+    orphans: dict[str, tuple[str, str, int, str | None]] = {}
     for name in studies(storage):
-        study = Study.open(storage, name)
-        study.tend()
-        if delivery is None:
+        try:
+            study = Study.open(storage, name)
+        except UserError as error:  # of another version: no reason to refuse the study that is asked for
+            logger.warning("%s: its runs are left as they are", error)
             continue
-        states = {trial.number: trial.state.name for trial in study.trials()}
-        for run in delivery.running(name):
+        study.tend()
+        states: dict[int, str] = {}
+        for trial in study.trials():  # a later attempt at a trial says what has become of the earlier ones
+            states |= dict.fromkeys([*history(trial), trial.number], trial.state.name)
+        for run in delivery.running(name) if delivery is not None else ():
             ending = _ending(study, run["tags"], states)
             if ending is not None and run["run_id"] != except_run:
                 orphans[run["run_id"]] = ending
+        study.close()
     if delivery is None or not orphans:
         return []
     ended = delivery.reap(orphans)
@@ -60,17 +69,17 @@ def reap_all(storage: str, config: Config) -> list[str]:
         delivery.finish(0.0)
 
 
-def _ending(study: Study, tags: dict[str, str], states: dict[int, str]) -> tuple[str, str, int, str] | None:
+def _ending(study: Study, tags: dict[str, str], states: dict[int, str]) -> tuple[str, str, int, str | None] | None:
     """How a RUNNING run is to end; None while somebody works on it."""
     number: Any = tags.get("asib.trial")
     if number is None:
-        seen = float(study.facts.get("driver_seen", 0.0))
+        facts = study.facts
         grace = study.sweep.grace_seconds + study.sweep.heartbeat_seconds
-        gone = time.time() - seen > grace
+        gone = time.time() - float(facts.get("driver_seen", 0.0)) > grace and not writer_alive(Path(facts["folder"]))
         return (
             ("KILLED", "killed", 137, "the sweep's process is gone; the same command goes on with it") if gone else None
         )
     state = states.get(int(number), "FAIL")
     if state == "RUNNING":
         return None
-    return (*ENDINGS[state], "the worker's heartbeat is gone")
+    return ENDINGS[state]

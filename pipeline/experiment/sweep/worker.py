@@ -1,5 +1,6 @@
 """A sweep's worker: takes trials of a study, one after the other, and distils each in a nested run of the sweep's."""
 
+import contextlib
 import gc
 import json
 import logging
@@ -31,6 +32,8 @@ logger = logging.getLogger("asib")
 STORAGE = "ASIB_STORAGE"
 HOPELESS = 3
 """So many failures in a row, and no success, end a worker: the next trials would fail too."""
+LINK_S = 30.0
+"""So long a trial that has ended waits for its run's id: an ended trial takes no more notes."""
 
 
 def work(index: int, study: str, storage: str | None = None, overrides: Sequence[str] = ()) -> int:
@@ -82,18 +85,22 @@ class Worker:
         facts = study.facts
         here = Path(facts["folder"])
         shared = (here / "journal.jsonl").exists() and facts["parent_journal"] == _journal_id(here)
-        self.home = here if shared else Path(base.output_dir) / study.name
+        self.home = here if shared else Path(base.output_dir) / f"{study.name}-{facts['parent_journal'][:6]}"
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         stands_for = Carrier(facts["parent_run"], facts["parent_journal"], base.tracking.experiment, here)
         self.run_: Run = Run.carrier(base, self.home / "workers" / self.name, stands_for)
         self._failures = 0
+        self._together = False
+        """Whether torchrun's other processes are in the middle of the trial too."""
 
     def run(self) -> int:
         """Take trials until none is left."""
         from pipeline.training import distributed
 
         distributed.join()
-        _fetch_teachers(self.study, self.run_)
+        self._refuse_other_data()
+        fetch_teachers(self.study.facts["teachers"], self.run_)
+        self.run_.ready()  # a server that refuses us is to cost no trial
         while True:
             with stop.between_batches():  # a claim is not to be cut in the middle
                 claim = None if stop() else self.study.claim(self.name)
@@ -114,28 +121,46 @@ class Worker:
         """Let the worker's delivery bring the rest, and wait for it."""
         self.run_.close("FINISHED", "completed", 0)
 
+    def _refuse_other_data(self) -> None:
+        from pipeline.experiment.session import images
+
+        known, found = self.study.facts.get("data"), images(self.base).digest
+        if known not in (None, found):
+            raise UserError(
+                f"study {self.study.name}: its trials are trained on other data (digest {known[:12]}) than this "
+                f"machine has (digest {found[:12]}); bring the same, or name it with dataset.root or dataset.path"
+            )
+
     # one trial -------------------------------------------------------------------------------------------------------
 
     def _take(self, claim: Claim) -> None:
-        """Run one claim to one of its ends; only signals get out."""
+        """Run one claim to one of its ends; only signals get out, and errors that leave other processes behind."""
+        self._together = False
         try:
             self._try(claim)
             self._failures = 0
         except Taken:
             logger.warning("trial %d was taken over by another worker", claim.number)
         except Interrupted:
-            claim.release()
+            _release(claim)
             raise
         except Exception as error:  # whatever a configuration does, the others are tried
+            if stop():  # the signal has ended a process that trains along first
+                _release(claim)
+                raise Interrupted(stop()) from error
             logger.error("trial %d failed: %s", claim.number, error, exc_info=not isinstance(error, UserError))
-            claim.fail(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+            with contextlib.suppress(Taken):
+                claim.fail(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
             self._failures += 1
-            _free_memory()
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise  # the other processes are in the middle of it
+            free_memory()
+            if self._together and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise
 
     def _try(self, claim: Claim) -> None:
-        threads = self.base.threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or None
+        from pipeline.experiment.session import ALL_THREADS
+
+        # a trial goes on with the threads it began with: they decide the last bits
+        threads = self.base.threads or claim.notes.get("threads") or ALL_THREADS
         config = trial_config(sweep_space.apply(self.base, claim.values), threads)
         digest = config_hash(config)
         claim.note(config_hash=digest)
@@ -144,12 +169,12 @@ class Worker:
             logger.info("trial %d is configured as trial %d, which has ended: not run again", claim.number, twin.number)
             claim.repeat(twin)
             return
-        if claim.attempt and claim.should_prune():
-            claim.prune("it was about to be pruned when its worker ended")
-            return
         folder = self._folder(claim)
-        results = finished(folder)
-        if results is None:
+        results = finished(folder, digest)
+        if results is not None:
+            self.run_.journal.child(folder)  # what the lost worker has not brought to the server
+            self._link(claim, folder)
+        else:
             results = self._distil(claim, config, folder)
         if results is not None:
             self._complete(claim, results)
@@ -178,16 +203,30 @@ class Worker:
         run.journal.tags({"asib.study": self.study.name, "asib.trial": str(claim.number)})
         me = {"host": socket.gethostname(), "pid": os.getpid(), "threads": config.threads}
         claim.note(folder=str(folder), journal=run.journal.id, **me)
-        _tell_followers({"config": config.model_dump(mode="json"), "folder": str(folder)})
         try:
             with run.nested():
+                if claim.attempt and claim.should_prune():
+                    raise Pruned(claim.reached or 0, "it was about to be pruned when its worker ended")
+                self._together = True
+                _tell_followers({"config": config.model_dump(mode="json"), "folder": str(folder)})
                 results = jobs.trial(run, TrialWatch(claim, self.study.sweep, folder))
+                self._together = False
         except Pruned as error:
-            _note_run(claim, folder)
+            self._together = False
+            self._link(claim, folder)
             claim.prune(error.reason, error.epoch)
             return None
-        _note_run(claim, folder)
+        self._link(claim, folder)
         return results
+
+    def _link(self, claim: Claim, folder: Path) -> None:
+        """Note the trial's MLflow run; one of seconds may end before delivery has made it."""
+        if self.run_.delivery is None or _note_run(claim, folder):
+            return
+        try:
+            claim.note(run_id=self.run_.delivery.child_ready(folder, LINK_S))
+        except UserError as error:
+            logger.warning("trial %d ends without its run's id: %s", claim.number, error)
 
     def _complete(self, claim: Claim, results: Mapping[str, float]) -> None:
         sweep = self.study.sweep
@@ -213,9 +252,9 @@ class TrialWatch:
     def __call__(self, epoch: int, metrics: Mapping[str, float]) -> "Verdict":
         from pipeline.training.loop import Verdict
 
-        if not self._linked:
-            self._linked = _note_run(self._claim, self._folder)
         try:
+            if not self._linked:
+                self._linked = _note_run(self._claim, self._folder)
             value = metrics.get(self._metric) if self._metric else None
             if value is None:
                 self._claim.check()
@@ -254,14 +293,24 @@ def trial_config(config: Config, threads: int | None) -> Config:
     return config.model_copy(update={**own, "threads": threads})
 
 
-def finished(folder: Path) -> dict[str, float] | None:
-    """Every metric's last value of a trial whose run has finished in `folder`; its worker died before it said so."""
+def finished(folder: Path, config_hash: str) -> dict[str, float] | None:
+    """Every metric's last value of a trial whose run has finished in `folder`; its worker died before it said so.
+
+    Args:
+        config_hash: the trial's; another's results are not taken.
+    """
     from pipeline.experiment import records
     from pipeline.experiment.run import ended
 
     if not (folder / "results.json").exists() or not ended(folder):
         return None
-    return dict(records.from_folder(folder).metrics)
+    found = records.from_folder(folder)
+    return dict(found.metrics) if found.tags.get("asib.config_hash") == config_hash else None
+
+
+def _release(claim: Claim) -> None:
+    with contextlib.suppress(Taken):  # its end had been written when the signal came
+        claim.release()
 
 
 def _metric(results: Mapping[str, float], name: str) -> float:
@@ -280,9 +329,9 @@ def _note_run(claim: Claim, folder: Path) -> bool:
     return bool(run_id)
 
 
-def _fetch_teachers(study: Study, run: "Run") -> None:
+def fetch_teachers(teachers: Sequence[Mapping[str, Any]], run: "Run") -> None:
     """Fine-tuned teachers that another machine made, brought to where `teachers.obtain` looks for them."""
-    for made in study.facts["teachers"]:
+    for made in teachers:
         path = Path(run.config.output_dir) / "teachers" / made["file"]
         if path.exists() or not made["run_id"] or run.delivery is None:
             continue
@@ -298,7 +347,7 @@ def _journal_id(folder: Path) -> str | None:
     return header.data["journal"] if header else None
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     import torch
 
     gc.collect()

@@ -158,8 +158,8 @@ def test_a_run_delivered_later_is_reused_with_its_record(copy: Lab, sqlite_uri: 
 @pytest.mark.parametrize(
     ("question", "left"),
     [
-        pytest.param(PER_TEACHER + 2, 4, id="in a teacher's fine-tuning"),
-        pytest.param(2 * PER_TEACHER + 3, 4, id="in the first run"),
+        pytest.param(PER_TEACHER + 2, 4, id="in a teacher's fine-tuning", marks=pytest.mark.slow),
+        pytest.param(2 * PER_TEACHER + 3, 4, id="in the first run", marks=pytest.mark.slow),
         pytest.param(2 * PER_TEACHER + 2 * PER_L0 + 8, 2, id="in the third run"),
     ],
 )

@@ -112,6 +112,7 @@ def start_trainer(folder: Path, uri: str) -> tuple[subprocess.Popen[str], str, s
     return trainer, run_id, child_id
 
 
+@pytest.mark.slow
 def test_a_run_goes_through_an_outage_without_loss(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     run = tmp_path / "run"
     delivery = tracking.start_delivery(run, uri=mlflow_server.uri)
@@ -165,6 +166,7 @@ def test_a_killed_trainer_leaves_a_killed_run_with_everything(sqlite_uri: str, t
     Journal.reopen(tmp_path / "run").close()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_leaves_its_sweep_running_and_what_it_had_forgotten(sqlite_uri: str, tmp_path: Path) -> None:
     parent = tracking.start_delivery(tmp_path / "sweep", uri=sqlite_uri)
     journal = Journal.create(tmp_path / "sweep", experiment="sweeps")
@@ -198,6 +200,7 @@ def test_a_killed_worker_leaves_its_sweep_running_and_what_it_had_forgotten(sqli
     assert client.get_run(sweep).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_resume_takes_the_folder_from_a_delivery_that_waits_for_its_server(
     mlflow_server: MlflowServer, wire: Wire, tmp_path: Path
 ) -> None:
@@ -221,6 +224,7 @@ def test_a_resume_takes_the_folder_from_a_delivery_that_waits_for_its_server(
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_simultaneous_first_starts_on_a_fresh_sqlite_file(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'fresh' / 'mlflow.db'}"
     folders = [tmp_path / f"run{i}" for i in range(4)]

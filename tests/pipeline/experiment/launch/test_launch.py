@@ -261,7 +261,7 @@ def test_the_slurm_plan_is_the_arrays_script_and_needs_no_slurm(site: Site, monk
     assert lines[0] == "#!/bin/bash"
     wanted = ["array=0-3%2", "exclusive", "gpus-per-node=1", "mem=1536M", "partition=a100", "requeue", "time=240"]
     assert [line for line in lines if line[10:] in wanted] == [f"#SBATCH --{w}" for w in wanted]
-    assert "#SBATCH --signal=USR2@90" in lines
+    assert "#SBATCH --signal=USR2@180" in lines
     assert lines.index("module load cuda") < next(i for i, line in enumerate(lines) if line.startswith("srun "))
 
 

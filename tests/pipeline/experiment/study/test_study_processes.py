@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import Taken
@@ -63,6 +64,7 @@ def chains(trials: list[FrozenTrial]) -> list[list[FrozenTrial]]:
     return sorted(found, key=lambda attempts: attempts[0].number)
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_no_total(study_url: str, tmp_path: Path) -> None:
     total, dice, kills = 16, random.Random(5), 0
     Study.create(study_url, "s", sweep(trials=total), FACTS).close()

@@ -296,6 +296,7 @@ def overlaps(figure: Figure) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("objectives", [1, 2])
 @pytest.mark.parametrize("keys", [1, 3, 6])
+@pytest.mark.slow
 def test_pictures_can_be_read(keys: int, objectives: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is cut off at the edges, no name covers another, and the metric is named in words."""
     covered: list[tuple[str, str]] = []

@@ -15,9 +15,12 @@ import yaml
 
 from pipeline.errors import Interrupted
 from pipeline.experiment import jobs, session
+from pipeline.experiment.run import Run
 from pipeline.experiment.study.claim import Claim
+from pipeline.experiment.study.study import Study
 from pipeline.experiment.sweep import driver as sweep
-from tests.steps.lab import Done, Lab, SignalAt, ending, journal, points, run_id, see
+from pipeline.experiment.sweep import worker
+from tests.steps.lab import Done, Lab, SignalAt, ending, journal, points, run_id, see, write_npz
 
 PER_TRIAL = 20  # questions that the loop asks for a signal
 SPACE = {
@@ -107,7 +110,8 @@ def swept(lab: Lab, *overrides: str, **changes: Any) -> Done:
     return done
 
 
-def test_trials_and_runs_are_one_thing(lab: Lab, sqlite_uri: str) -> None:
+def test_trials_and_runs_are_one_thing(lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_note_run", lambda *_: False)  # trials of a second end before delivery has their runs
     online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
     swept(lab, "log_model=true", *online)
     found = see(sqlite_uri, run_id(parent(lab)))
@@ -132,7 +136,12 @@ def test_trials_and_runs_are_one_thing(lab: Lab, sqlite_uri: str) -> None:
     assert len(found.models_out) == 1
     assert f"runs/{best.user_attrs['run_id']}" in found.tags["mlflow.note.content"]
 
-    # the best trial's configuration, from the server, is that trial again
+
+@pytest.mark.slow
+def test_the_best_configuration_from_the_server_is_that_trial_again(lab: Lab, sqlite_uri: str) -> None:
+    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    swept(lab, *online)
+    found, best = see(sqlite_uri, run_id(parent(lab))), study(lab).best_trial
     again = lab.raw("distill", [f"cfg=runs:/{found.id}/best.yaml", f"output_dir={lab.folder / 'again'}", *online])
     assert again.code == 0, again.err
     (folder,) = (lab.folder / "again").glob("*-distill-*")
@@ -157,7 +166,10 @@ def test_the_same_command_goes_on_and_never_exceeds_its_total(lab: Lab) -> None:
     assert len(list(lab.runs.glob("*-sweep-*"))) == 2, "another sampler, another study"
 
 
-@pytest.mark.parametrize("question", [1, 3, 8, PER_TRIAL + 6])
+@pytest.mark.parametrize(
+    "question",
+    [8, PER_TRIAL + 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))],
+)
 def test_an_interrupted_trial_is_continued_from_its_checkpoint(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teachers: Path, question: int
 ) -> None:
@@ -292,3 +304,152 @@ def test_bad_input_is_one_line(lab: Lab, arguments: list[str], said: str) -> Non
     assert said in line
     assert "secret" not in done.err
     assert not list(lab.runs.glob("*-sweep-*"))
+
+
+def test_a_dry_run_shows_the_jobs_and_leaves_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRY_RUN", "1")
+    done = lab.step("sweep", space(lab), "workers=2", "cluster=slurm", "storage=postgresql://me:se/cret@nowhere:1/x")
+    assert (done.code, done.new) == (0, []), done.err
+    assert "val_fraction" in done.out
+    assert "3 trials, 2 at a time" in done.out
+    assert "#SBATCH" in done.out
+    assert "cret" not in done.out
+    assert not list(lab.runs.glob("*.db")), "not even the study's database"
+
+
+@pytest.mark.usefixtures("stopped_before_torch")
+def test_a_second_sweep_of_a_study_is_told_to_join(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(run: Run, _: Any) -> None:
+        again = lab.step("sweep", space(lab))
+        assert again.code == 2
+        (line,) = again.lines
+        assert "join=small-" in line
+        assert str(run.folder) in line
+
+    def began(run: Run, plan: Any) -> None:
+        run.journal.tags({"asib.study": plan.name})
+        never(run, plan)
+
+    monkeypatch.setattr(sweep, "sweep", began)
+    done = lab.step("sweep", space(lab))
+    assert done.code == 0, done.err
+    assert len(list(lab.runs.glob("*-sweep-*"))) == 1
+
+
+def test_a_study_made_anew_takes_nothing_from_the_one_before(lab: Lab) -> None:
+    swept(lab)
+    first, values = parent(lab), [trial.value for trial in study(lab).trials]
+    for file in lab.runs.glob("studies.db*"):
+        file.unlink()
+    swept(lab)
+    (second,) = set(lab.runs.glob("*-sweep-*")) - {first}
+    assert len(list(second.glob("trials/*"))) == 3
+    assert [trial.value for trial in study(lab).trials] == values
+    swept(lab, "trials=4")
+    assert len(list(lab.runs.glob("*-sweep-*"))) == 2
+    assert len(list(second.glob("trials/*"))) == 4
+
+
+def test_a_finished_sweep_once_more_doubles_nothing(lab: Lab) -> None:
+    swept(lab, "log_model=true")
+    before = points(parent(lab))
+    swept(lab, "log_model=true")
+    assert points(parent(lab)) == before
+    assert [entry.kind for entry in journal(parent(lab))].count("model") == 1
+
+
+def test_a_trial_killed_before_it_had_stated_what_it_is_states_it_when_it_goes_on(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, left = Run.describe, []
+
+    def describe(run: Run) -> None:
+        if run.folder.name == "0000" and not left:
+            left.append(run.folder)
+            run.journal.close()  # as the process's end does
+            raise Interrupted(15)
+        original(run)
+
+    monkeypatch.setattr(Run, "describe", describe)
+    swept(lab)
+    for folder in trials(lab):
+        params = [entry.data["values"] for entry in journal(folder) if entry.kind == "params"]
+        assert "method.tau" in params[0]
+        assert (folder / "config.yaml").exists()
+
+
+def test_an_error_that_follows_from_a_signal_is_no_failure_of_the_trial(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, left = jobs.trial, []
+
+    def trial(run: Any, watch: Any) -> Any:
+        if not left:
+            left.append(run)
+            monkeypatch.setattr(worker.stop, "signum", 15)
+            raise RuntimeError("Connection closed by peer")  # as when a process that trains along has left
+        return original(run, watch)
+
+    monkeypatch.setattr(jobs, "trial", trial)
+    stopped = lab.step("sweep", space(lab))
+    assert stopped.code == 143, stopped.err
+    assert states(lab) == ["FAIL", "WAITING"]
+    monkeypatch.setattr(worker.stop, "signum", 0)
+    swept(lab)
+    assert states(lab) == ["FAIL", *["COMPLETE"] * 3]
+
+
+def test_a_trial_that_was_to_be_pruned_when_its_worker_died_is_pruned_in_mlflow_too(
+    lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([Interrupted(15), True])
+
+    def should_prune(claim: Claim) -> bool:
+        if claim.origin:
+            return False
+        answer = next(answers)
+        if isinstance(answer, Interrupted):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(Claim, "should_prune", should_prune)
+    swept(lab, "tracking.mode=online", f"tracking.uri={sqlite_uri}", pruner={"name": "median"})
+    assert sorted(states(lab)) == ["COMPLETE", "COMPLETE", "FAIL", "PRUNED"]
+    run = see(sqlite_uri, run_id(parent(lab))).children["trial 0"]
+    assert (run.status, run.tags["asib.outcome"], run.tags["asib.pruned_epoch"]) == ("KILLED", "pruned", "1")
+
+
+def test_reaping_leaves_a_sweep_whose_driver_lives(lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    original, seen = jobs.trial, []
+
+    def trial(run: Any, watch: Any) -> Any:
+        if not seen:
+            name = study(lab).study_name
+            Study.open(f"sqlite:///{lab.runs / 'studies.db'}", name).note(driver_seen=0.0)  # a long trial, a slow clock
+            done = lab.raw("sweep", ["reap=true", *online, f"output_dir={lab.runs}"])
+            assert done.code == 0, done.err
+            seen.append(done.out)
+        return original(run, watch)
+
+    monkeypatch.setattr(jobs, "trial", trial)
+    swept(lab, *online)
+    assert seen[0].startswith("0 runs")
+
+
+def test_a_study_begun_off_line_goes_on_with_a_server(lab: Lab, sqlite_uri: str) -> None:
+    swept(lab)
+    swept(lab, "trials=4", "tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    found = see(sqlite_uri, run_id(parent(lab)))
+    assert set(found.children) == {f"trial {number}" for number in range(4)}
+    assert {run.status for run in found.children.values()} == {"FINISHED"}
+    assert {len(values) for run in found.children.values() for values in run.metrics.values()} == {1}
+
+
+def test_other_data_under_the_same_name_is_another_study(lab: Lab) -> None:
+    swept(lab)
+    write_npz(lab.data, seed=1)
+    done = lab.step("sweep", space(lab), "trials=5")
+    assert done.code == 2
+    assert "other data" in done.err
+    assert states(lab) == ["COMPLETE"] * 3

@@ -1,0 +1,1 @@
+"""What is fast, measured; results with the machine and the versions in results/."""
