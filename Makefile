@@ -1,11 +1,12 @@
 # make setup   the environment, .venv          make demo   the main job on the bundled images, then a table
 # make test    the fast tests                  make check  what .ci/run runs: lint, types, imports, all tests
+# make bench   how fast it is: benchmarks/README.md
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all lint lock ui server check clean
+.PHONY: setup demo test test-all lint lock ui server bench check clean
 
 setup: .venv/.installed
 
@@ -40,6 +41,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest
+
+# alone on the machine; CIFAR_ROOT=<folder with cifar-100-python>, else data/, else the bundled images
+bench: setup
+	$(BIN)/python -m benchmarks
 
 lint: setup
 	$(BIN)/ruff check .

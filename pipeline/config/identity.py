@@ -26,6 +26,9 @@ NOT_COMPUTATION = (
     "dataset.download",
     "dataset.eval_batch_size",
     "optim.use_amp",
+    "bank",
+    "bank_folder",
+    "bank_gb",
     "checkpoint.",
     "tracking.",
 )
@@ -81,6 +84,8 @@ class Identity:
     sources: str
     part: str = ""
     """Which of several results of one configuration: `teacher_0` of a fine-tuning."""
+    bank: bool = False
+    """Whether teachers' outputs came from the bank: fp16 rounding makes other bits of the same computation."""
 
     def digest(self) -> str:
         return hashlib.sha256(canonical(asdict(self)).encode()).hexdigest()

@@ -47,6 +47,8 @@ def derive(data: Any) -> Any:
     """Fill in defaults that follow from other keys: distillation width 256 for small students, fusion aligned."""
     if not isinstance(data, dict):
         return data
+    if data.get("bank") is False:  # what YAML makes of off
+        data = {**data, "bank": "off"}
     method, model = _as_dict(data.get("method")), _as_dict(data.get("model"))
     student = _as_dict((model or {}).get("student"))
     name = str((student or {}).get("name", "")).lower()

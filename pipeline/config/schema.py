@@ -314,7 +314,12 @@ class Config(Section):
     seed: Count = key(0, "of every random stream of the run")
     device: str = key("auto", "auto, cpu, cuda or cuda:<n>")
     threads: AtLeastOne | None = key(None, "of the processor; null: all cores (or OMP_NUM_THREADS)")
-    output_dir: str = key("runs", "folder of run folders and fine-tuned teachers")
+    output_dir: str = key("runs", "folder of run folders, fine-tuned teachers and the teacher bank")
+    bank: Literal["auto", "ahead", "lazy", "off"] = key(
+        "auto", "frozen teachers' outputs kept for other epochs and runs; auto: where that pays back"
+    )
+    bank_folder: str | None = key(None, "where they are kept; null: bank in output_dir")
+    bank_gb: Positive = key(20.0, "size limit of that folder; what was not used for longest goes first")
     run_name: str | None = key(None, "name of the run")
     rung: str | None = key(None, "name under which ablations compare the run")
     student: str | None = key(

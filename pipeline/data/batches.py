@@ -27,6 +27,27 @@ from pipeline.data.augment import (
 from pipeline.errors import UserError
 
 
+class Seen(NamedTuple):
+    """What a frozen teacher says of n images, float32 on the device: of its outputs those that the bank keeps."""
+
+    logits: Tensor
+    """(n,N)."""
+    feat_2d: Tensor
+    """(n,C)."""
+
+    def take(self, rows: Tensor | slice) -> "Seen":
+        return Seen(self.logits[rows], self.feat_2d[rows])
+
+
+Known = Callable[[], Sequence[Seen]]
+"""Every teacher's outputs for the rows of a batch, looked up (or computed) when they are asked for."""
+
+
+def taken(known: Known | None, rows: Tensor | None) -> Known | None:
+    """The outputs for some rows of a batch; `rows` None: for all."""
+    return known if known is None or rows is None else lambda: [seen.take(rows) for seen in known()]
+
+
 class Batch(NamedTuple):
     """This process's b rows of one global batch; everything but `rows` and `global_size` lies on the device."""
 
@@ -52,6 +73,10 @@ class Batch(NamedTuple):
     """The crop and flip behind each row of x; None without augmentation."""
     x_second: Tensor | None = None
     """float32 (b,C,H,W): the same images under a second, independent augmentation; None where none was drawn."""
+    known: Known | None = None
+    """What the teacher bank has of x; None without a bank: the teachers are to be run."""
+    known_second: Known | None = None
+    """The same of `x_second`."""
 
     @property
     def first_row(self) -> int:
@@ -75,6 +100,9 @@ class EpochDraws:
     two_views: bool = False
     second: CropFlip | None = None
     seeds: Tensor | None = None
+
+
+Companion = Callable[[Iterator[Batch], EpochDraws, int], Iterator[Batch]]
 
 
 def batch_bounds(n_images: int, batch_size: int) -> list[tuple[int, int]]:
@@ -153,6 +181,8 @@ class TrainBatches:
         self.rank = rank
         self.world_size = world_size
         self.bounds = batch_bounds(len(indices), batch_size)
+        self.companion: Companion | None = None
+        """Completes the batches of an epoch, given its draws and first batch: the teacher bank does."""
         if not self.bounds:
             raise UserError(
                 f"dataset.batch_size={batch_size} and {len(indices)} training images make no batch of at least 2; "
@@ -202,7 +232,12 @@ class TrainBatches:
             )
         if not 0 <= start <= self.steps:
             raise ValueError(f"batch {start} of an epoch of {self.steps}")
-        return self._epoch(draws, start)
+        batches = self._epoch(draws, start)
+        return batches if self.companion is None else self.companion(batches, draws, start)
+
+    def slice_of(self, size: int) -> slice:
+        """This process's rows of a global batch of `size` images."""
+        return slice(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
 
     def _epoch(self, draws: EpochDraws, start: int) -> Iterator[Batch]:
         # one transfer per epoch and tensor: within the loop nothing waits for the device
@@ -220,7 +255,7 @@ class TrainBatches:
     def _batch(self, index: Tensor, views: "_View", second: "_View | None", mixture: Mix | None, one: Tensor) -> Batch:
         """This process's rows of the global batch `index` (B,)."""
         size = len(index)
-        rows = slice(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
+        rows = self.slice_of(size)
         mine, mine_views = index[rows], views.take(rows)
         x, y = self.view(mine, *mine_views), self.labels[mine]
         other = None if second is None else self.view(mine, *second.take(rows))

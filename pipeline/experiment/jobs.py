@@ -7,11 +7,12 @@ import torch
 
 from models.weights import weights_hash
 from pipeline.config import Config
+from pipeline.config.bank import bank_use
 from pipeline.config.rules import inactive, needs_distillation
 from pipeline.config.variants import student_alone
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
-from pipeline.experiment import export, networks, report, teachers
+from pipeline.experiment import bank, export, networks, report, teachers
 from pipeline.experiment.evaluation import source
 from pipeline.experiment.registry import register
 from pipeline.experiment.run import Run
@@ -102,7 +103,14 @@ def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Lo
     for teacher in found:
         if teacher.made_by is not None:
             run.journal.model_input(teacher.made_by)
-    return data, task, train(run, task, data, [t.hash for t in found], watch=watch)
+    hashes = [t.hash for t in found]
+    banked = bank.attach(task, data, hashes)
+    run.journal.tags({"asib.bank": "off" if banked is None else bank_use(config).mode})
+    try:
+        return data, task, train(run, task, data, hashes, watch=watch, bank=banked is not None)
+    finally:
+        if banked is not None:
+            bank.conclude(banked)
 
 
 def _keep_weights(run: Run, data: ImageData, task: Distillation) -> None:

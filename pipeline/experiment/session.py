@@ -69,6 +69,7 @@ def train(
     teachers: Sequence[str] = (),
     part: str = "",
     watch: Watch | None = None,
+    bank: bool = False,
 ) -> Loop:
     """Run the task to its end from where the run stands; its metrics and checkpoints are in the run's record.
 
@@ -79,6 +80,7 @@ def train(
         teachers: hashes of the teachers' weights.
         part: which of several results of this configuration the run makes.
         watch: may end the run after an epoch.
+        bank: whether teachers' outputs come from the bank.
 
     Raises:
         NonFinite: without AMP, or the second time.
@@ -92,6 +94,7 @@ def train(
         "computation": computation(config),
         "data_digest": data.digest,
         "teachers": list(teachers),
+        "bank": bank,
         "amp_dtype": precision.name,
         "safe_retry": retried,
         "threads": torch.get_num_threads(),
@@ -132,7 +135,15 @@ def _precision(config: Config, device: torch.device, amp: bool) -> Precision:
 
 def _state_identity(run: Run, header: dict[str, Any], part: str) -> None:
     sources, teachers = source_digest(REPOSITORY), tuple(header["teachers"])
-    identity = Identity(header["config_hash"], header["amp_dtype"], teachers, header["data_digest"], sources, part)
+    identity = Identity(
+        header["config_hash"],
+        header["amp_dtype"],
+        teachers,
+        header["data_digest"],
+        sources,
+        part,
+        header["bank"],
+    )
     run.journal.tags({"asib.identity": identity.digest(), "asib.teachers": ",".join(teachers) or "none"})
 
 
@@ -195,6 +206,9 @@ def check_continuation(run: Run, header: dict[str, Any]) -> None:
             before["threads"],
             before["cpu"],
         )
+    if before.get("bank", False) != header["bank"]:
+        change = "without" if before.get("bank", False) else "with"
+        logger.warning("continued %s the teacher bank, unlike before: results agree within rounding only", change)
 
 
 def _check_extension(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What a run costs: updates, forward images of each network in training, multiply-accumulates, seconds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,13 +53,22 @@ class Costs:
         return count
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Forward calls inside count."""
-        self._active = True
+    def counting(self, active: bool = True) -> Iterator[None]:
+        """Forward calls inside count; with `active` False they do not."""
+        before, self._active = self._active, active
         try:
             yield
         finally:
-            self._active = False
+            self._active = before
+
+    def asked(self, names: Iterable[str], images: int) -> None:
+        """Count outputs that the teacher bank gave in the place of a forward call.
+
+        What a method costs does not depend on which run came first and filled the bank: `bank/computed` says that.
+        """
+        if self._active:
+            for name in names:
+                self.images[name] += images
 
     def updated(self, phase: str) -> None:
         """One optimiser update of a phase."""

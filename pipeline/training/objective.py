@@ -1,5 +1,6 @@
 """What every objective has in common: timm's TrainingTask, with a batch and a moment instead of input and target."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.freeze import Frozen
-from pipeline.data.batches import Batch
+from pipeline.data.batches import Batch, Known, Seen
 from pipeline.training import clamps, distributed
 from pipeline.training.losses import cross_entropy
 
@@ -37,6 +38,8 @@ class Objective(TrainingTask):
         self._frozen = tuple(frozen)  # a tuple: not registered as sub-modules
         self.held: list[tuple[Frozen, nn.Module]] = []
         """Partly frozen networks: their frozen normalisation layers stay in eval mode."""
+        self.asked: Callable[[int], None] = lambda images: None
+        """Told how many images' outputs are taken from the teacher bank."""
 
     def train(self, mode: bool = True) -> "Objective":
         super().train(mode)
@@ -53,6 +56,14 @@ class Objective(TrainingTask):
     def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
         """`repeat` counts several updates on one batch, from 0."""
         raise NotImplementedError
+
+    def say(self, teachers: Sequence[nn.Module], x: Tensor, known: Known | None) -> list[Seen]:
+        """What frozen teachers say of images x (n,C,H,W): from the bank where it is used, else each is run once."""
+        if known is not None:
+            self.asked(len(x))
+            return list(known())
+        outputs = [teacher(x) for teacher in teachers]
+        return [Seen(out.logits, out.feat_2d) for out in outputs]
 
     def clamp(self, loss: Tensor, bound: float, mode: str) -> Tensor:
         """The bounded loss; the bound acts on the loss of the global batch."""

@@ -93,3 +93,9 @@ def lr_schedule(optimizer: Optimizer, config: ScheduleConfig, epochs: int, updat
     # milestones count from the start of the run, warm-up included; timm applies each one update before its time
     falls = [milestone * updates + 1 for milestone in config.milestones]
     return MultiStepLRScheduler(optimizer, falls, decay_rate=config.gamma, warmup_prefix=False, **common)
+
+
+def two_views(method: MethodConfig, b: int) -> bool:
+    """Whether the targets of B-epoch b are means over two views."""
+    start, stop = method.kd_two_view_start_epoch, method.kd_two_view_stop_epoch
+    return start is not None and stop is not None and start <= b < stop

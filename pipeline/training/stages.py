@@ -1,5 +1,7 @@
 """ASIB's stages: A-steps teach the fusion, B-steps the student, as one task of the loop (method.md section 3)."""
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from pipeline.data.batches import EpochDraws
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.training import distributed, schedules
+from pipeline.training.bank import BankedTeachers
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.common import RunData, Selection, prepare
 from pipeline.training.costs import Costs
@@ -99,6 +102,7 @@ class Distillation:
         self.teachers = teachers if needs_distillation(config) else []
         self.data = RunData(config, data, device)
         self.batches = self.data.train
+        self.bank: BankedTeachers | None = None
         self.streams = Streams(config.seed)
         check_student(config, student, data.num_classes)
         self.fusion = self._make_fusion(data.num_classes, device) if uses_fusion(config) else None
@@ -121,6 +125,21 @@ class Distillation:
         self.best_test = float("-inf")
         self.predicted: Tensor | None = None
         """The selected student's classes of the test images (n,), once `results` has seen them."""
+
+    def use_bank(self, bank: BankedTeachers) -> None:
+        """Take the teachers' outputs for clean views from a bank, which is of these teachers and images."""
+        self.bank, self.batches.companion = bank, bank.complete
+        bank.uncounted = partial(self.costs.counting, False)
+        names = [f"teacher_{k}" for k in range(len(self.teachers))]
+        for phase in self.phases.values():
+            phase.objective.asked = partial(self.costs.asked, names)
+
+    def asked_of_teachers(self) -> Iterator[EpochDraws]:
+        """The draws of the epochs in which teachers look at images: what a bank built ahead has to know."""
+        for epoch in self.plan:
+            if epoch.phase == "a" or schedules.kd_weight(self.method, epoch.in_phase, self._b_epochs()) > 0:
+                two_views = epoch.phase == "b" and schedules.two_views(self.method, epoch.in_phase)
+                yield self.data.draws(self.streams, epoch, self.phases[epoch.phase], two_views)
 
     # construction ----------------------------------------------------------------------------------------------------
 
@@ -212,13 +231,12 @@ class Distillation:
             return
         self._freeze_student(epoch.stage)
         m, b = self.method, epoch.in_phase
-        start, stop = m.kd_two_view_start_epoch, m.kd_two_view_stop_epoch
         self._b_step().weights = BLoss(
             scale=schedules.kd_weight(m, b, self._b_epochs()) if self.teachers else 0.0,
             tau=schedules.tau(m, epoch.overall, len(self.plan)),
             synergy=self.monitor.gate_open,
             averaged_share=self._averaged_share(b),
-            two_view=start is not None and stop is not None and start <= b < stop,
+            two_view=schedules.two_views(m, b),
             ratio=m.kd_max_ratio if b >= m.kd_warmup_epochs else None,
             bound=m.loss_clamp_max if m.use_loss_clamp and b >= m.loss_clamp_warmup_epochs else None,
             dkd=min(1.0, (b + 1) / m.dkd_warmup_epochs) if m.dkd_warmup_epochs else 1.0,
@@ -268,6 +286,8 @@ class Distillation:
         found = {"schedule/tau": schedules.tau(self.method, epoch.overall, len(self.plan))}
         if epoch.overall == 0 and self.teachers:
             found |= self.monitor.teachers_found()
+        if self.bank is not None:
+            found |= self.bank.metrics()
         return found | (self._end_a_epoch(epoch) if epoch.phase == "a" else self._end_b_epoch(epoch))
 
     def _end_a_epoch(self, epoch: Epoch) -> dict[str, float]:

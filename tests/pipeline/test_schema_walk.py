@@ -27,7 +27,7 @@ from pipeline.config import Config, config_hash, explain, flatten
 from pipeline.data import sources
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
-from pipeline.experiment import export, jobs, networks, report, session, teachers, tracking
+from pipeline.experiment import bank, export, jobs, networks, report, session, teachers, tracking
 from pipeline.experiment.evaluation.evaluate import evaluate
 from pipeline.experiment.evaluation.request import Request
 from pipeline.experiment.run import Run
@@ -35,6 +35,7 @@ from pipeline.journal import read_entries
 from pipeline.training import monitor
 from pipeline.training.evaluation import outputs
 from pipeline.training.loop import NonFinite, Precision
+from pipeline.training.stages import Distillation
 from tests.pipeline.training.builders import (
     CPU,
     Calls,
@@ -423,6 +424,19 @@ def prepared(keys: Keys) -> Any:
 
 
 @refused
+def bank_of(keys: Keys) -> Any:
+    """Where the banks of a distillation are, and how large they may be."""
+    made = place().config(keys)
+    data = sources.load(made.dataset)
+    nets = [networks.build_teacher(made, data, 0)]
+    attached = bank.attach(Distillation(made, data, networks.build_student(made, data), nets, CPU), data, ["hash"])
+    if attached is None:
+        return []
+    attached.close()
+    return [str(attached.cache.folder), attached.cache.limit]
+
+
+@refused
 def device(keys: Keys) -> Any:
     return str(networks.device_of(place().config(keys)))
 
@@ -484,6 +498,9 @@ MIXED = m(cutmix_alpha_distill=1.0)
 WARM = m(teacher_adapt_kd_warmup=2, kd_ens_alpha=0.5)
 FETCHED = {"method.kd_alpha": 0.5, "finetune.epochs": 1, "model.teachers.0.name": "cifar_resnet8"}
 NAMED = {"model.teachers.0.name": "resnet18"}
+TAUGHT = {"method.kd_alpha": 0.5, "finetune.epochs": 0, "model.teachers.0.name": "cifar_resnet8",
+          "model.teachers.0.checkpoint": "{here}/none", "output_dir": "{here}/runs"}  # fmt: skip
+BANKED = {**TAUGHT, "bank": "lazy"}
 ONLINE = {"tracking.mode": "online", "tracking.uri": "sqlite:///a.db"}
 TORCHVISION = {"dataset.name": "cifar10", "dataset.root": "{here}/nothing"}
 
@@ -493,6 +510,9 @@ TABLE: dict[str, Case] = {
     "device": Case("cuda:99", observer=device),
     "threads": Case(2, observer=prepared),
     "output_dir": Case("{here}/elsewhere", observer=record),
+    "bank": Case("lazy", TAUGHT, bank_of),
+    "bank_folder": Case("{here}/bank", BANKED, bank_of),
+    "bank_gb": Case(1.0, BANKED, bank_of),
     "run_name": Case("mine", observer=record),
     "rung": Case("l1_ib", observer=record),
     "student": Case("{finished}", observer=evaluated),
@@ -714,7 +734,7 @@ DEFAULTS_IN_THE_TABLE = {"log_model": False, "tracking.mode": "offline", "datase
 """Other values of keys for which the table's is the default."""
 BOOKKEEPING = {"device", "threads", "output_dir", "run_name", "rung", "student", "resume", "extend", "log_model",
                "register", "debug", "dataset.root", "dataset.path", "dataset.download", "dataset.eval_batch_size",
-               "optim.use_amp", "model.teachers.0.checkpoint"}  # fmt: skip
+               "optim.use_amp", "model.teachers.0.checkpoint", "bank", "bank_folder", "bank_gb"}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", TABLE)

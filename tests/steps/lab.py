@@ -133,7 +133,7 @@ class Lab:
 
     def run_folders(self) -> list[Path]:
         """All run folders, nested ones left out."""
-        return sorted(p for p in self.runs.glob("*") if p.is_dir() and p.name != "teachers")
+        return sorted(p for p in self.runs.glob("*") if p.is_dir() and p.name not in ("teachers", "bank"))
 
 
 @contextlib.contextmanager
@@ -206,12 +206,12 @@ def journal(folder: Path) -> list[Any]:
 
 
 def points(folder: Path) -> dict[tuple[str, int], list[float]]:
-    """Every metric in a journal: (name, step) -> values; what depends on the clock is left out."""
+    """Every metric in a journal: (name, step) -> values; what depends on the clock or on who filled the bank is not."""
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     for entry in journal(folder):
         if entry.kind == "metrics":
             for name, value in entry.data["values"].items():
-                if name not in NOT_COMPARED:
+                if name not in NOT_COMPARED and not name.startswith("bank/"):
                     found[name, entry.data["step"]].append(float(value))
     return dict(found)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, Identity, config_hash, source_digest
+from pipeline.config.bank import bank_use
 from pipeline.config.rules import needs_distillation
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
@@ -95,6 +96,7 @@ def _identified(run: Run, plan: Plan, data: ImageData) -> list[Child]:
                 hashes if needs_distillation(child) else (),
                 data.digest,
                 sources,
+                bank=bank_use(child).on,
             ).digest(),
         )
         for child in plan.configs

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, config_hash, source_digest
+from pipeline.config.bank import shared
 from pipeline.config.identity import canonical
 from pipeline.errors import UserError
 from pipeline.experiment.ablation import rungs
@@ -45,7 +46,7 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
         raise UserError(f"force={force}: give true or false")
     rungs.refuse_overrides(names, overrides)
     unlogged = {"log_model": False, "register": None}  # the parent's model is the best one's
-    configs = [c.model_copy(update=unlogged) for c in rungs.configurations(config, names, seeds)]
+    configs = [shared(c.model_copy(update=unlogged)) for c in rungs.configurations(config, names, seeds)]
     what = {
         "children": [[c.rung, config_hash(c)] for c in configs],
         "teachers": [t.model_dump() for t in config.model.teachers],

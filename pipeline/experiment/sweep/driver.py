@@ -28,6 +28,7 @@ from pipeline.experiment.session import load_data, prepare, threads_of
 from pipeline.experiment.study import report as study_report
 from pipeline.experiment.study.retry import history
 from pipeline.experiment.study.study import Counts, Study
+from pipeline.experiment.sweep import ahead as sweep_ahead
 from pipeline.experiment.sweep import estimate as sweep_estimate
 from pipeline.experiment.sweep import plan as sweep_plan
 from pipeline.experiment.sweep import reap as sweep_reap
@@ -67,6 +68,8 @@ def sweep(run: Run, plan: Plan) -> float | None:
     study.note(driver_seen=time.time())
     if left > 0:
         _say_estimate(base, data, found, left, min(plan.workers, left))
+    if found and sweep_ahead.pays(base, plan, left):
+        sweep_ahead.build(base, data, found)
     del found
     sweep_worker.free_memory()  # the workers' GPUs are this process's
     _Driver(run, plan, study).drive()

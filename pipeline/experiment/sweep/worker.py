@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, config_hash
+from pipeline.config.bank import shared
 from pipeline.errors import Interrupted, Pruned, Taken, UserError
 from pipeline.experiment.compose import compose
 from pipeline.experiment.execute import log_to_terminal, stop
@@ -288,9 +289,12 @@ class _Silent:
 
 
 def trial_config(config: Config, threads: int | None) -> Config:
-    """A trial's configuration: what is computed is `config`'s; threads are stated, so that it can be repeated."""
+    """A trial's configuration: what is computed is `config`'s; threads are stated, so that it can be repeated.
+
+    Trials share their teachers, and so the bank.
+    """
     own = {"log_model": False, "register": None, "resume": None, "extend": False, "run_name": None, "rung": None}
-    return config.model_copy(update={**own, "threads": threads})
+    return shared(config.model_copy(update={**own, "threads": threads}))
 
 
 def finished(folder: Path, config_hash: str) -> dict[str, float] | None:

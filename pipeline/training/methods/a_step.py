@@ -132,7 +132,7 @@ class AStep(Objective):
         feature = w.feat > 0
         (student,) = self._student
         seen = student(batch.x) if logits or feature or not m.learnable_q else None
-        features = [] if self.finetunes else [teacher(batch.x).feat_2d for teacher in self._teachers]
+        features = [] if self.finetunes else [s.feat_2d for s in self.say(self._teachers, batch.x, batch.known)]
         if seen is None:
             return None, None, None, features
         return (

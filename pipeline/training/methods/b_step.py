@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.features import FeatureNet
 from pipeline.config import MethodConfig
-from pipeline.data.batches import Batch
+from pipeline.data.batches import Batch, Known, taken
 from pipeline.training import clamps, distributed, losses, samples, targets
 from pipeline.training.fusion import Fusion
 from pipeline.training.objective import Moment, Objective, batch_mean, mixed_cross_entropy
@@ -77,10 +77,16 @@ class BStep(Objective):
         return m.kd_uncertainty_weight > 0 and (m.kd_alpha > 0 or m.feat_kd_alpha > 0)
 
     @torch.no_grad()
-    def lesson(self, x: Tensor, y: Tensor, query: Tensor | None, eps: Tensor | None) -> Lesson:
-        """What teachers and fusion say of images x (n,C,H,W) with labels y (n,); each network runs once."""
+    def lesson(
+        self, x: Tensor, y: Tensor, query: Tensor | None, eps: Tensor | None, known: Known | None = None
+    ) -> Lesson:
+        """What teachers and fusion say of images x (n,C,H,W) with labels y (n,); each network runs once.
+
+        Args:
+            known: the teachers' outputs for x, from the bank.
+        """
         m = self.method
-        seen = [teacher(x) for teacher in self._teachers]
+        seen = self.say(self._teachers, x, known)
         logits = [s.logits for s in seen]
         fused = syn = picked = guard = None
         if self._fuses():
@@ -198,11 +204,13 @@ class BStep(Objective):
             assert fusion is not None
             noise = self.streams.normal((batch.global_size, fusion.width), "kd_noise", *moment)
             eps = rows(noise[batch.rows].to(self.device))
+        known = (None, None) if mixed else (taken(batch.known, own), taken(batch.known_second, own))
         picked = rows(x)
-        found = self.lesson(picked, rows(y), self._query(picked, rows(seen_query) if reuse else None), eps)
+        query = self._query(picked, rows(seen_query) if reuse else None)
+        found = self.lesson(picked, rows(y), query, eps, known[0])
         if self.weights.two_view and batch.x_second is not None:
             second = rows(batch.x_second)
-            other = self.lesson(second, rows(y), self._query(second, None), eps)
+            other = self.lesson(second, rows(y), self._query(second, None), eps, known[1])
             found, _ = self._blend(found, other, torch.full((), 0.5, device=self.device))
         return found
 

@@ -1,0 +1,114 @@
+"""What evaluation, checkpoints and tracking take of an epoch of 50,000 images (45,000 trained, 5,000 for validation).
+
+    python -m benchmarks.overhead [--quick] [--rounds 3] [--validation 1000]
+
+The two-teacher pair in a tracked run of short epochs: evaluation (scaled to 5,000 images), the writing of checkpoint
+and journal as the loop waits for it, and the processor time of the delivery to MLflow (SQLite), a process of its own,
+which takes that much from training where every core trains. An epoch's training is 45,000 images at the speed measured
+in the same run. The teachers' outputs on the validation images are made once per run and stated apart. Writes
+benchmarks/results/overhead_<kind>.json.
+"""
+
+import argparse
+import logging
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import kinds
+from benchmarks.machine import described
+from benchmarks.steps.cases import PAIRS, TWO_TEACHERS, Case, by_class, first_images, real_images
+from benchmarks.steps.clock import descendants, processor_seconds, wait_until_quiet
+from benchmarks.steps.ours import Ours
+from pipeline.data.sources import ImageData
+
+TRAINED, VALIDATED = 45_000, 5_000
+
+
+def measure(case: Case, data: ImageData, device: torch.device, rounds: int, batches: int, val: int) -> dict[str, Any]:
+    """Seconds per epoch of each part, for A- and B-epochs, and their share."""
+    fraction = val / (val + batches * case.batch)
+    more = (f"dataset.val_fraction={fraction!r}", "method.teacher_eval_every=2")
+    with tempfile.TemporaryDirectory(prefix="asib-overhead-", ignore_cleanup_errors=True) as name:
+        images = first_images(by_class(data), val + batches * case.batch)
+        ours = Ours(case, images, rounds + 1, Path(name), device, more, fused=False)
+        seen: dict[str, list[dict[str, float]]] = {which: [] for which in case.pair.steps}
+        try:
+            for number in range(rounds + 1):
+                for which in case.pair.steps:
+                    wait_until_quiet()
+                    before = processor_seconds(descendants())
+                    training = ours.seconds(which)
+                    wait_until_quiet()
+                    delivery = processor_seconds(descendants()) - before
+                    parts = {
+                        "training_per_image": training / ours.images,
+                        "evaluation": ours.evaluation_seconds,
+                        "saving": ours.saving_seconds,
+                        "delivery": delivery,
+                    }
+                    if number == 0 and which == case.pair.steps[0]:
+                        once = ours.evaluation_seconds
+                    elif number > 0:
+                        seen[which].append(parts)
+        finally:
+            ours.close()
+    scale = VALIDATED / len(ours.task.data.eval.indices)
+    found = {which: _summary(values, scale) for which, values in seen.items()}
+    ordinary = statistics.median(v["evaluation"] for v in seen[case.pair.steps[0]])
+    return {
+        "case": case.name,
+        "validation_images": len(ours.task.data.eval.indices),
+        "teachers_on_validation_once_seconds": round((once - ordinary) * scale, 2),
+        "epochs": found,
+    }
+
+
+def _summary(values: list[dict[str, float]], scale: float) -> dict[str, float]:
+    medians = {part: statistics.median(v[part] for v in values) for part in values[0]}
+    training = TRAINED * medians["training_per_image"]
+    cores = len(os.sched_getaffinity(0))
+    parts = {
+        "evaluation": medians["evaluation"] * scale,
+        "checkpoint_and_journal": medians["saving"],
+        "tracking": medians["delivery"] / cores,
+    }
+    beside = sum(parts.values())
+    return {
+        "training_seconds": round(training, 3),
+        **{f"{part}_seconds": round(seconds, 4) for part, seconds in parts.items()},
+        "delivery_processor_seconds": round(medians["delivery"], 3),
+        "share_of_epoch": round(beside / (training + beside), 5),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, help="of an epoch; default: 4, on a GPU 200")
+    parser.add_argument("--validation", type=int, help="images; default: 1000, on a GPU 5000")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--root", type=Path, default=Path(os.environ.get("CIFAR_ROOT", "data")))
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    logging.getLogger("asib").setLevel(logging.WARNING)
+    on = kinds.device()
+    gpu = on.type == "cuda"
+    rounds = 1 if options.quick else options.rounds
+    batches = 4 if options.quick else options.batches or (200 if gpu else 4)
+    val = 100 if options.quick else options.validation or (VALIDATED if gpu else 1000)
+    result = described("timm") | {"device": str(on), "threads": torch.get_num_threads(), "rounds": rounds}
+    case = Case(PAIRS[TWO_TEACHERS], options.precision, 64)
+    result |= measure(case, real_images(options.root), on, rounds, batches, val)
+    for which, parts in result["epochs"].items():
+        print(f"{which}-epoch: {100 * parts['share_of_epoch']:.2f} % beside training", flush=True)
+    print(kinds.write("overhead", kinds.kind(on, options.quick), result, options.output))
+
+
+if __name__ == "__main__":
+    main()

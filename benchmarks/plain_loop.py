@@ -1,0 +1,205 @@
+"""The loop as the research documents write it: what a reader of them would type in, without any of this project's care.
+
+PIL transforms image by image in a DataLoader with two workers; images alone in channels-last; autocast where asked;
+`.item()` and `float()` of the loss in every step; the A-step runs the student three times on a batch (once for its
+features, twice more in the line of the concave-convex term) and computes penalties whose weight is zero; optimisers as
+torch makes them by default. Teachers and fusion see the mixed images, so that the student's training pass is the query.
+Own code after their description: what was wrong there for the result (method.md, last section) does not matter here.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from models.adapter import DistillationAdapter
+from models.features import FeatureNet
+from models.ib_mbm import IBMBM, SynergyHead
+from pipeline.config import Config
+from pipeline.data.sources import ImageData
+
+WORKERS = 2
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """The first `count` training images (repeated where there are fewer), as PIL reads them, through the transforms."""
+
+    def __init__(self, data: ImageData, count: int) -> None:
+        self.images = data.train_x.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels = data.train_y.tolist()
+        self.count = count
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(data.mean, data.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        at = index % len(self.images)
+        return self.transform(Image.fromarray(self.images[at])), self.labels[at]
+
+
+class PlainLoop:
+    """Networks, optimisers and steps of the plain loop.
+
+    Args:
+        config: weights, widths and rates; the networks are copied.
+        batches: what the loader yields in one iteration.
+        dtype: of autocast; None: off.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: ImageData,
+        student: FeatureNet,
+        teachers: list[FeatureNet],
+        batches: int,
+        dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:
+        self.config, self.method, self.device, self.dtype = config, config.method, device, dtype
+        self.student = copy.deepcopy(student).to(memory_format=torch.contiguous_format)
+        self.teachers = [copy.deepcopy(t).to(memory_format=torch.contiguous_format) for t in teachers]
+        for teacher in self.teachers:
+            teacher.requires_grad_(False).eval()
+        o = config.optim
+        self.b_optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=o.student_lr, weight_decay=o.student_weight_decay
+        )
+        self.fused = len(teachers) > 1
+        if self.fused:
+            self._make_fusion(student, teachers)
+        self.loader = DataLoader(
+            Pictures(data, batches * config.dataset.batch_size),
+            batch_size=config.dataset.batch_size,
+            shuffle=True,
+            num_workers=WORKERS,
+            persistent_workers=True,
+            pin_memory=device.type == "cuda",
+        )
+        self.loss_sum, self.count = 0.0, 0
+
+    def _make_fusion(self, student: FeatureNet, teachers: list[FeatureNet]) -> None:
+        m, o = self.method, self.config.optim
+        self.adapters = nn.ModuleList(DistillationAdapter(t.feature_dim, m.distill_out_dim) for t in teachers)
+        self.ib_mbm = IBMBM(
+            student.feature_dim,
+            m.distill_out_dim,
+            m.ib_mbm_out_dim,
+            m.ib_mbm_n_head,
+            m.ib_mbm_logvar_clip,
+            m.ib_mbm_min_std,
+        )
+        self.head = SynergyHead(m.ib_mbm_out_dim, student.num_classes, p=m.synergy_head_dropout)
+        self.fusion = nn.ModuleList([self.adapters, self.ib_mbm, self.head]).to(self.device)
+        self.a_optimizer = torch.optim.AdamW(
+            self.fusion.parameters(), lr=o.a_step_lr, weight_decay=o.a_step_weight_decay
+        )
+
+    def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over the loader."""
+        yield from self.loader
+
+    def step(self, which: str, batch: tuple[Tensor, Tensor]) -> None:
+        """One update of the A- or the B-step."""
+        x, y = (part.to(self.device, non_blocking=True) for part in batch)
+        x = x.to(memory_format=torch.channels_last)
+        if which == "a":
+            self._a_step(x, y)
+        else:
+            self._b_step(x, y)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        del self.loader
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _synergy(self, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        seen = [teacher(x) for teacher in self.teachers]
+        tokens = [adapter(s.feat_2d) for adapter, s in zip(self.adapters, seen, strict=True)]
+        z, mu, logvar = self.ib_mbm(query, torch.stack(tokens, dim=1))
+        return self.head(z), mu.float(), logvar.float(), [s.logits for s in seen]
+
+    def _a_step(self, x: Tensor, y: Tensor) -> None:
+        m, tau = self.method, self.method.tau
+        self.student.eval()
+        self.fusion.train()
+        with self._autocast():
+            with torch.no_grad():
+                seen = self.student(x)
+            z_syn, mu, logvar, _ = self._synergy(seen.feat_2d, x)
+            cw = torch.exp(-logvar).mean(dim=1).clamp(m.min_cw, m.max_cw).detach()
+            ce = (cw * F.cross_entropy(z_syn, y, label_smoothing=m.label_smoothing, reduction="none")).mean()
+            kd = (cw * self._divergence(z_syn, seen.logits, tau).sum(dim=1)).mean()
+            ib = m.ib_beta * -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(dim=1).mean()
+            with torch.no_grad():  # as it stands there: is the output a tuple? then run it again for it
+                again = self.student(x).logits if isinstance(self.student(x), tuple) else self.student(x)
+            cccp = m.kd_alpha * self._divergence(z_syn, again.detach(), tau).sum(dim=1).mean()
+            penalty = torch.stack([p.pow(2).mean() for p in self.fusion.parameters()]).mean()
+            loss = m.kd_alpha * kd + m.synergy_ce_alpha * ce + ib + m.ib_mbm_reg_lambda * penalty + cccp
+            loss = torch.clamp(loss, 0.0, m.loss_clamp_max) if m.use_loss_clamp else loss
+        self._update(self.a_optimizer, list(self.fusion.parameters()), loss)
+        self.loss_sum += float(loss.detach())
+        self.count += len(x)
+
+    def _b_step(self, x: Tensor, y: Tensor) -> None:
+        m, tau = self.method, self.method.tau
+        self.student.train()
+        x, y_b, lam = self._cutmix(x, y)
+        with self._autocast():
+            seen = self.student(x)
+            with torch.no_grad():
+                if self.fused:
+                    self.fusion.eval()
+                    target = self._synergy(seen.feat_2d.detach(), x)[0]
+                else:
+                    target = self.teachers[0](x).logits
+            smooth = m.ce_label_smoothing
+            ce = lam * F.cross_entropy(seen.logits, y, label_smoothing=smooth)
+            ce = ce + (1 - lam) * F.cross_entropy(seen.logits, y_b, label_smoothing=smooth)
+            kd = self._divergence(seen.logits, target, tau).sum(dim=1).mean()
+            loss = m.ce_alpha * ce + m.kd_alpha * kd
+            loss = torch.clamp(loss, 0.0, m.loss_clamp_max) if m.use_loss_clamp else loss
+        self._update(self.b_optimizer, list(self.student.parameters()), loss)
+        self.loss_sum += loss.item() * len(x)
+        self.count += len(x)
+
+    @staticmethod
+    def _divergence(logits: Tensor, target: Tensor, tau: float) -> Tensor:
+        log_q, p = F.log_softmax(logits.float() / tau, dim=1), F.softmax(target.float() / tau, dim=1)
+        return tau**2 * F.kl_div(log_q, p, reduction="none")
+
+    def _cutmix(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
+        """CutMix as its paper's code has it; the images are changed in place."""
+        lam = float(np.random.beta(self.method.cutmix_alpha_distill, self.method.cutmix_alpha_distill))
+        partner = torch.randperm(len(x), device=x.device)
+        size = x.shape[-1]
+        side, (row, column) = int(size * np.sqrt(1 - lam)), np.random.randint(size, size=2)
+        top, bottom = (int(v) for v in np.clip((row - side // 2, row + side // 2), 0, size))
+        left, right = (int(v) for v in np.clip((column - side // 2, column + side // 2), 0, size))
+        x[:, :, top:bottom, left:right] = x[partner, :, top:bottom, left:right]
+        return x, y[partner], 1 - (bottom - top) * (right - left) / size**2
+
+    def _update(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        if self.config.optim.grad_clip_norm > 0:
+            nn.utils.clip_grad_norm_(parameters, self.config.optim.grad_clip_norm)
+        optimizer.step()

@@ -1,0 +1,157 @@
+"""What is measured: pairs of teachers and student, precision and batch size, as configurations of the real pipeline."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.data.sources import ImageData, load
+from pipeline.experiment.compose import compose
+
+FEW_TEST_IMAGES = 64
+"""Evaluation is not part of a step: `benchmarks.overhead` measures it."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Teachers and the student that learns from them."""
+
+    name: str
+    teachers: tuple[str, ...]
+    student: str
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """A fusion needs two teachers: with one there is no A-step (method.md section 1)."""
+        return ("a", "b") if len(self.teachers) > 1 else ("b",)
+
+
+PAIRS = {
+    pair.name: pair
+    for pair in (
+        Pair("resnet56-resnet20", ("cifar_resnet56",), "cifar_resnet20"),
+        Pair("resnet32x4+wrn_40_2-resnet8x4", ("cifar_resnet32x4", "cifar_wrn_40_2"), "cifar_resnet8x4"),
+        Pair("resnet50+convnext_tiny-mobilenetv2", ("resnet50", "convnext_tiny"), "mobilenetv2_100"),
+    )
+}
+TWO_TEACHERS = "resnet32x4+wrn_40_2-resnet8x4"
+LARGE_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the tables."""
+
+    pair: Pair
+    precision: str
+    """fp32 or bf16."""
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.pair.name} {self.precision} {self.batch}"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of autocast; None: off."""
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+    def config(self, folder: Path, rounds: int, device: str, more: tuple[str, ...] = ()) -> Config:
+        """The ladder's common base with its weights at full strength, `rounds` stages of one A- and one B-epoch.
+
+        Teachers come from checkpoints of untrained networks: what they have learned does not change how fast they are.
+        Nothing is held out, so that the gate is open once the fusion has been trained at all, whatever its accuracy.
+
+        Args:
+            folder: for runs and their tracking store; teachers' weights are used where they lie there.
+            more: further overrides.
+        """
+        composed = compose(
+            "base",
+            [
+                *(
+                    f"device={device}",
+                    f"output_dir={folder / 'runs'}",
+                    f"tracking.uri=sqlite:///{folder / 'mlflow.db'}",
+                ),
+                *(f"dataset.batch_size={self.batch}", "dataset.val_fraction=0", "log_model=false"),
+                *(f"method.num_stages={rounds}", f"method.student_epochs_per_stage={[1] * rounds}"),
+                *("method.teacher_adapt_epochs=1", "method.teacher_eval_every=1", "method.synergy_only_epochs=0"),
+                *("method.kd_warmup_epochs=0", "method.ib_beta_warmup_epochs=0", "schedule.lr_warmup_epochs=0"),
+                f"method.kd_target={'synergy' if len(self.pair.teachers) > 1 else 'avg'}",
+                *(f"optim.use_amp={str(self.dtype is not None).lower()}", "optim.amp_dtype=bfloat16"),
+                *more,
+            ],
+        )
+        # without what was not set: derived values, such as widths for small students, follow from this pair
+        sections: dict[str, Any] = composed.model_dump(exclude_unset=True)
+        sections["model"] = {
+            "student": {"name": self.pair.student, "pretrained": False},
+            "teachers": [self._teacher(k, folder) for k in range(len(self.pair.teachers))],
+        }
+        return Config.model_validate(sections)
+
+    def _teacher(self, index: int, folder: Path) -> dict[str, Any]:
+        found: dict[str, Any] = {"name": self.pair.teachers[index], "pretrained": False}
+        path = weights(folder, index)
+        return found | ({"checkpoint": str(path)} if path.exists() else {})
+
+
+def weights(folder: Path, index: int) -> Path:
+    """Where a teacher's weights lie for the runs of `folder`."""
+    return folder / f"teacher_{index}.safetensors"
+
+
+def cases(pairs: list[str], precisions: list[str], batch: int, large: list[str]) -> list[Case]:
+    """Every pair in every precision; the two-teacher pair with the large batch as well, in the precisions `large`."""
+    found = [Case(PAIRS[pair], precision, batch) for pair in pairs for precision in precisions]
+    if TWO_TEACHERS in pairs:
+        found += [Case(PAIRS[TWO_TEACHERS], precision, LARGE_BATCH) for precision in large]
+    return found
+
+
+def real_images(root: Path) -> ImageData:
+    """CIFAR-100 below `root` (torchvision's layout), or the bundled sample of it where it is not there."""
+    if (root / "cifar-100-python").is_dir():
+        return load(compose(None, ["dataset=cifar100", f"dataset.root={root}"]).dataset)
+    return load(compose(None, ["dataset=cifar100_sample"]).dataset)
+
+
+def by_class(data: ImageData) -> ImageData:
+    """The training images in rounds of one of each class: whatever part is taken has all classes alike."""
+    order = torch.argsort(data.train_y, stable=True)
+    rank = torch.empty_like(order)
+    first = torch.searchsorted(data.train_y[order], data.train_y)
+    rank[order] = torch.arange(len(order))
+    order = torch.argsort((rank - first) * data.num_classes + data.train_y)
+    return replace(data, train_x=data.train_x[order], train_y=data.train_y[order])
+
+
+def first_images(data: ImageData, count: int) -> ImageData:
+    """As many training images, repeated where there are fewer, and a few test images."""
+    at = torch.arange(count) % len(data.train_x)
+    test = slice(0, FEW_TEST_IMAGES)
+    return replace(
+        data,
+        train_x=data.train_x[at],
+        train_y=data.train_y[at],
+        test_x=data.test_x[test],
+        test_y=data.test_y[test],
+        digest=f"{data.digest[:48]}-{count:015d}",
+    )
+
+
+@torch.no_grad()
+def settle(net: nn.Module, x: torch.Tensor) -> None:
+    """Give an untrained network batch statistics of real images: its activations neither vanish nor overflow."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta, training = [m.momentum for m in norms], net.training
+    for norm in norms:
+        norm.momentum = 1.0
+    net.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    net.train(training)

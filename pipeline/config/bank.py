@@ -1,0 +1,87 @@
+"""Whether a run uses the teacher bank (method.md section 8), as its configuration alone decides.
+
+So a run that is continued, repeated or looked for decides as it did before; whether a bank exists has no part in it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config.rules import needs_distillation, uses_fusion
+from pipeline.config.schema import Config
+
+VIEWS = 162
+"""Crops and flips of an image (pipeline/data/views.py)."""
+PAYS = 0.25
+"""`auto` uses a bank for a single run that saves at least this share of its teachers' forward passes with it."""
+
+
+@dataclass(frozen=True)
+class BankUse:
+    """What is done, and, where that is nothing, why."""
+
+    mode: Literal["ahead", "lazy", "off"]
+    reason: str = ""
+
+    @property
+    def on(self) -> bool:
+        return self.mode != "off"
+
+
+def bank_use(config: Config) -> BankUse:
+    """What `bank` comes to here."""
+    if config.bank == "off":
+        return BankUse("off", "bank=off")
+    obstacle = not_enumerable(config)
+    if obstacle is not None:
+        return BankUse("off", obstacle)
+    if config.bank != "auto":
+        return BankUse(config.bank)
+    saved = saved_alone(config)
+    if saved < PAYS:
+        return BankUse("off", f"it would save {max(saved, 0):.0%} of the teachers' forward passes; bank=lazy uses one")
+    return BankUse("lazy")
+
+
+def shared(config: Config) -> Config:
+    """The configuration for one of several runs with the same teachers: what one computes the others find.
+
+    Streams of random numbers go by the seed: runs that differ in something else ask for the very same views.
+    """
+    return config.model_copy(update={"bank": "lazy"}) if config.bank == "auto" else config
+
+
+def not_enumerable(config: Config) -> str | None:
+    """Why the teachers' outputs cannot be kept; None where they can."""
+    m = config.method
+    if not needs_distillation(config):
+        return "nothing is distilled"
+    if m.use_teacher_finetuning:
+        return "method.use_teacher_finetuning=true: the teachers change"
+    if config.augment.randaugment:
+        return "augment.randaugment=true: an image has no fixed set of views"
+    if m.kd_view == "mixed" and (m.cutmix_alpha_distill > 0 or m.mixup_alpha > 0):
+        return "method.kd_view=mixed: the teachers see mixed images, which do not come again"
+    return None
+
+
+def saved_alone(config: Config) -> float:
+    """The share of its teachers' forward passes that one run saves with a bank that begins empty; below 0: it adds.
+
+    Of V equally likely views, E draws show V (1 − (1 − 1/V)^E) different ones. Without a bank, a sample gate lets the
+    teachers see a part of the images; with one they see all.
+    """
+    m = config.method
+    views = VIEWS if config.augment.crop_flip else 1
+    distilled = sum(m.student_epochs_per_stage) - m.kd_cooldown_epochs
+    second = 0
+    if m.kd_two_view_start_epoch is not None and m.kd_two_view_stop_epoch is not None:
+        second = max(0, min(m.kd_two_view_stop_epoch, distilled) - m.kd_two_view_start_epoch)
+    adapted = m.num_stages * m.teacher_adapt_epochs if uses_fusion(config) else 0
+    needed = 1.0
+    if m.kd_sample_gate:
+        most = m.kd_sample_max_ratio
+        mixes = m.kd_view == "clean" and (m.cutmix_alpha_distill > 0 or m.mixup_alpha > 0)
+        needed = 1 - (1 - most) ** 2 if mixes else most  # with the mix partners
+    draws = adapted + distilled + second
+    without = adapted + needed * (distilled + second)
+    return 1 - views * (1 - (1 - 1 / views) ** draws) / without if without > 0 else 0.0
