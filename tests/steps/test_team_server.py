@@ -11,7 +11,9 @@ import optuna
 import pytest
 import yaml
 
+from pipeline.data.sources import ImageData
 from tests.steps import sweep_kills
+from tests.steps.desk import LAX, NAME, Students, make_desk
 from tests.steps.lab import Done, Lab, client, deliver, journal, points, run_id, same_tensors, see
 from tests.team_server import BUCKET, TeamServer, log_in
 
@@ -126,3 +128,29 @@ def test_a_reader_sees_what_others_have_made(
     found = see(team.uri, run_id(made.folder))
     assert found.steady == points(made.folder)
     assert "config.yaml" in found.artifacts
+
+
+def test_a_promotion_is_for_those_who_may(
+    lab: Lab, task: ImageData, students: Students, team: TeamServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = make_desk(lab, team.uri, task, students, monkeypatch)
+    desk.register("half", "good")
+    assert desk.promote("version=1").code == 0
+    from mlflow.server import get_app_client
+
+    users = get_app_client("basic-auth", tracking_uri=team.uri)
+    users.create_user("visitor", "may train, not promote")
+    users.grant_user_permission("visitor", "registered_model", NAME, "READ")
+    with monkeypatch.context() as patched:
+        log_in(patched, "visitor", "may train, not promote")
+        refused = desk.promote(*LAX)
+    assert (refused.code, len(refused.lines)) == (2, 1), refused.err
+    for words in ("permission denied (403)", f"EDIT permission on the model {NAME}"):
+        assert words in refused.lines[0]
+    assert desk.aliases == {"challenger": "2", "champion": "1"}
+
+    assert desk.promote(*LAX).code == 0
+    assert desk.promote("rollback=true").code == 0
+    assert desk.aliases == {"challenger": "2", "champion": "1"}
+    history = desk.tags(2)["asib.history"]
+    assert ("promoted over version 1" in history, "rolled back" in history) == (True, True), history
