@@ -49,7 +49,7 @@ def test_versions_aliases_decisions_and_pictures_are_shown(mlflow_server: Mlflow
         close_assistant(page)
         rows = page.get_by_role("row")
         for version, alias, decision in shown:
-            row = rows.filter(has_text=f"Version {version}")
+            row = rows.filter(has=page.get_by_role("link", name=f"Version {version}", exact=True))
             expect(row).to_contain_text(f"asib.verdict: {decision}")
             if alias is not None:
                 expect(row).to_contain_text(f"@ {alias}")
