@@ -24,7 +24,7 @@ setup: .venv/.installed
 	@echo "environment ready: source .venv/bin/activate"
 
 demo: setup
-	@$(BIN)/python -m steps.main cfg=quickstart tracking.uri=sqlite:///$(CURDIR)/mlflow.db
+	@$(BIN)/python -m steps.main cfg=quickstart register=quickstart tracking.uri=sqlite:///$(CURDIR)/mlflow.db
 	@echo
 	@echo "open the UI:  make ui    (then http://127.0.0.1:5000)"
 

@@ -13,8 +13,6 @@ import base64
 import http.client
 import io
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,14 +21,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.machine import described
 from tests.model_server import ModelServer
 
 HERE = Path(__file__).resolve().parent
@@ -172,27 +169,6 @@ def student(model: str | None) -> Iterator[tuple[str, str, str]]:
         )
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were taken on."""
-    names = [x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "system": platform.platform(),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
-
-
-def versions() -> dict[str, str]:
-    names = ("mlflow", "onnxruntime", "numpy", "pillow", "uvicorn", "fastapi")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -201,14 +177,8 @@ def main() -> None:
     parser.add_argument("--model", help="a registered model of MLFLOW_TRACKING_URI")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-        "machine": machine(),
-        "versions": versions(),
-        "results": [],
-    }
+    packages = ("onnxruntime", "numpy", "pillow", "uvicorn", "fastapi")
+    result: dict[str, Any] = {**described(*packages), "results": []}
     with student(options.model) as (model, uri, words), tempfile.TemporaryDirectory() as elsewhere:
         server = ModelServer(model, uri, Path(elsewhere))
         result |= {"model": words, "start_seconds": round(server.start(), 1)}

@@ -16,14 +16,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.empty_trials import git, machine
+from benchmarks.machine import described
 from pipeline.experiment.delivery.server import prepare_sqlite
 from pipeline.journal import read_entries
 from tests.servers import MlflowServer
@@ -120,13 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of training")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("mlflow", "torch")},
-    }
+    result = described()
     with tempfile.TemporaryDirectory(prefix="asib-tracking-cost-") as name:
         folder = Path(name)
         prepare_sqlite(f"sqlite:///{folder / 'template.db'}")

@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     total, did = 0, "removed" if options.apply else "would remove"
     try:
-        client = MlflowClient()
+        client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI"))
         for found in old_checkpoints(client, options.days):
             if options.apply:
                 remove(client, found)

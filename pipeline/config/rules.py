@@ -359,6 +359,11 @@ def _check_surroundings(config: Config) -> None:
         re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device) is None,
         f"device={config.device!r}: give auto, cpu, mps, cuda or cuda:<n>",
     )
+    _refuse(
+        re.search(r"://[^/@:]*:[^@]*@", config.tracking.uri or "") is not None,
+        "tracking.uri holds a password, which the run's parameters would show to everybody: put it into "
+        "MLFLOW_TRACKING_PASSWORD (a database's into PGPASSWORD), or the whole URI into MLFLOW_TRACKING_URI",
+    )
     if config.register is not None:
         fault = registered.fault(config.register)
         _refuse(fault is not None, f"register={config.register}: {fault}")

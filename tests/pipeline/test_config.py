@@ -185,6 +185,12 @@ def test_old_names_lead_to_the_new_one(old, new):
     assert new in refusal(method={old: 1})
 
 
+def test_a_password_in_the_tracking_uri_is_refused_and_not_shown():
+    message = refusal(tracking={"uri": "postgresql+psycopg://anna:se/cr@t@db:5432/mlflow"})
+    assert "tracking.uri holds a password" in message
+    assert "cr@t" not in message
+
+
 def test_a_misplaced_key_is_not_called_old():
     assert unknown_key("optim.tau", known_names()) == "optim.tau: unknown key; did you mean method.tau?"
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import DatasetConfig
+from pipeline.data import sources
+from pipeline.data.sources import ImageData
+from tests.steps.desk import Students, make_students
 from tests.steps.lab import Done, Lab
 
 
@@ -42,3 +46,15 @@ def ready_lab(lab: Lab, bench: Lab, undisturbed: Done) -> Lab:
     """A workplace where the teachers are there."""
     shutil.copytree(bench.runs / "teachers", lab.runs / "teachers")
     return lab
+
+
+@pytest.fixture(scope="session")
+def task(bench: Lab) -> ImageData:
+    """The workplace's data, read."""
+    return sources.load(DatasetConfig(name="npz", path=str(bench.data)))
+
+
+@pytest.fixture(scope="session")
+def students(task: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Students:
+    """Students to be registered, whose accuracies are known."""
+    return make_students(task, tmp_path_factory.mktemp("students"))

@@ -76,6 +76,8 @@ def test_a_distilled_student_is_registered_and_promoted_under_mlflow_run(ready_l
         newest = client(sqlite_uri).search_runs([experiment.experiment_id], order_by=["start_time DESC"])[0]
         return ended.returncode, see(sqlite_uri, newest.info.run_id)
 
+    # `mlflow run` would make it with its artifacts in the working directory
+    client(sqlite_uri).create_experiment("promotions", (ready_lab.folder / "promotions").as_uri())
     code, seen = promote("reason=the first one")
     assert (code, seen.status, seen.tags["asib.outcome"]) == (0, "FINISHED", "promoted")
     assert aliases(sqlite_uri) == {"challenger": "1", "champion": "1"}

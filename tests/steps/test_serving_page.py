@@ -1,4 +1,4 @@
-"""docs/serving.md does what it says: its blocks, word for word, one after the other in one shell."""
+"""From nothing to an answer, word for word: the README's blocks, then those of docs/serving.md, in one shell."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ CUT = "---- next block ----"
 
 
 def blocks() -> list[str]:
-    """What the page has between ```bash and ```."""
-    return re.findall(r"^```bash\n(.*?)^```$", (ROOT / "docs/serving.md").read_text(), re.MULTILINE | re.DOTALL)
+    """What the README's section and the page have between ```bash and ```."""
+    section = (ROOT / "README.md").read_text().partition("### Evaluate, promote, serve\n")[2].partition("\n### ")[0]
+    page = (ROOT / "docs/serving.md").read_text()
+    return re.findall(r"^```bash\n(.*?)^```$", f"{section}\n{page}", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.slow
-def test_the_page_on_serving_runs_word_for_word(tmp_path: Path) -> None:
+def test_demo_evaluate_promote_serve_and_ask_word_for_word(tmp_path: Path) -> None:
     """The port apart: 5001 may be taken."""
     for name in ("conf", "models", "pipeline", "steps", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "MLproject", "conda.yaml", "requirements.lock"):
+        shutil.copy2(ROOT / name, tmp_path)
     (tmp_path / ".venv").symlink_to(sys.prefix)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +50,11 @@ def test_the_page_on_serving_runs_word_for_word(tmp_path: Path) -> None:
         start_new_session=True,
     )
     assert done.returncode == 0
-    _, _, picture, pixels, refusal, _, table, elsewhere = done.stdout.split(f"{CUT}\n")
+    demo, judged, _, picture, pixels, refusal, _, table, elsewhere = done.stdout.split(f"{CUT}\n")
+    accuracy = re.search(r"^distilled student .* (\S+)$", demo, re.MULTILINE)
+    assert accuracy is not None
+    assert re.search(rf"^test/acc +{float(accuracy[1]):.4f}$", judged, re.MULTILINE), "evaluated as the main job did"
+    assert "quickstart: version 1 promoted: all" in judged
     (answer,) = json.loads(picture)["predictions"]
     assert len(answer["probabilities"]) == 20
     best, probability = answer["class"], answer["probability"]
@@ -67,6 +75,6 @@ def test_the_page_on_serving_runs_word_for_word(tmp_path: Path) -> None:
 
 def test_the_page_names_what_is_there() -> None:
     """Results apart, which a benchmark writes."""
-    text = (ROOT / "docs/serving.md").read_text()
+    text = (ROOT / "docs/serving.md").read_text() + (ROOT / "README.md").read_text()
     for path in re.findall(r"(?:docs|tests|benchmarks(?!/results)|deploy)/[\w./-]*\w", text):
         assert (ROOT / path).exists(), path

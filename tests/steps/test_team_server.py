@@ -11,7 +11,9 @@ import optuna
 import pytest
 import yaml
 
+from pipeline.data.sources import ImageData
 from tests.steps import sweep_kills
+from tests.steps.desk import LAX, NAME, Students, make_desk
 from tests.steps.lab import Done, Lab, client, deliver, journal, points, run_id, same_tensors, see
 from tests.team_server import BUCKET, TeamServer, log_in
 
@@ -126,3 +128,33 @@ def test_a_reader_sees_what_others_have_made(
     found = see(team.uri, run_id(made.folder))
     assert found.steady == points(made.folder)
     assert "config.yaml" in found.artifacts
+
+
+def test_a_promotion_is_for_those_who_may(
+    lab: Lab, task: ImageData, students: Students, team: TeamServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = make_desk(lab, team.uri, task, students, monkeypatch)
+    desk.register("half", "good")
+    first = desk.promote("version=1")
+    assert first.code == 0, first.err
+    from mlflow.server import get_app_client
+
+    users = get_app_client("basic-auth", tracking_uri=team.uri)
+    users.create_user("visitor", "may train, not promote")
+    experiment = client(team.uri).get_run(run_id(first.folder)).info.experiment_id
+    users.grant_user_permission("visitor", "experiment", experiment, "EDIT")
+    users.grant_user_permission("visitor", "registered_model", NAME, "READ")
+    with monkeypatch.context() as patched:
+        log_in(patched, "visitor", "may train, not promote")
+        refused = desk.promote(*LAX)
+    assert refused.code == 2, refused.err
+    # among what delivery, here in this process, writes into its own log
+    (line,) = (line for line in refused.lines if line.startswith("tracking server"))
+    assert line.endswith(f"permission denied (403): ask for EDIT permission on the model {NAME}")
+    assert desk.aliases == {"challenger": "2", "champion": "1"}
+
+    assert desk.promote(*LAX).code == 0
+    assert desk.promote("rollback=true").code == 0
+    assert desk.aliases == {"challenger": "2", "champion": "1"}
+    history = desk.tags(2)["asib.history"]
+    assert ("promoted over version 1" in history, "rolled back" in history) == (True, True), history

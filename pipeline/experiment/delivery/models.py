@@ -21,6 +21,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from pipeline.experiment.delivery.checkpoint import staging
+from pipeline.experiment.delivery.server import is_forbidden
 from pipeline.experiment.delivery.state import State, find_by_journal
 from pipeline.journal import Entry, decode_number
 
@@ -62,7 +63,13 @@ def log_model_input(client: MlflowClient, run_id: str, entry: Entry) -> None:
     model = max(models, key=lambda found: int(found.creation_timestamp))
     inputs = client.get_run(run_id).inputs.model_inputs
     if model.model_id not in [known.model_id for known in inputs]:
-        client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
+        try:
+            client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
+        except MlflowException as error:
+            if not is_forbidden(error):
+                raise
+            # MLflow asks for EDIT on the model's own experiment: who may use others' models need not have that
+            log.warning("run %s: model %s is not linked, its experiment is read-only here", run_id, model.model_id)
 
 
 def log_model(client: MlflowClient, state: State, folder: Path, entry: Entry) -> str:

@@ -194,7 +194,7 @@ def explain(error: BaseException, uri: str) -> str:
         return f"{at}: wrong user name or password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     if "Invalid Host header" in text:
         return f"{at}: it does not accept this host name (403): start it with --allowed-hosts, or use its own name"
-    if code == "PERMISSION_DENIED" or " 403 " in text[:200]:
+    if is_forbidden(error):
         return f"{at}: permission denied (403): ask for EDIT permission on the experiment"
     if code == "ENDPOINT_NOT_FOUND":
         return f"{at}: there is no MLflow at this address (404): check the URI"
@@ -205,6 +205,11 @@ def explain(error: BaseException, uri: str) -> str:
     if is_transient(error):
         return f"{at} does not answer ({_reason(text)}): start the server, or use tracking=offline"
     return f"{at}: {_first_line(text)}"
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Whether the server knows who asks, and that they may not."""
+    return getattr(error, "error_code", "") == "PERMISSION_DENIED" or " 403 " in str(error)[:200]
 
 
 def is_transient(error: BaseException) -> bool:

@@ -46,7 +46,7 @@ def evaluate(run: Run, request: Request | None = None, source: Source | None = N
     for name in request.splits:
         part = modes.part(config, data, name)
         answers = subject.answers(part)
-        evaluation = measures.evaluate_model(config, data, answers.logits, part.y, name)
+        evaluation = measures.evaluate_model(data, answers.logits, part.y, name)
         found |= evaluation.metrics | measures.agreement(name, answers.logits, answers.teachers, part.y)
         if not run.follower:
             shown += write(run, data, evaluation, part)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from sklearn import metrics
 from torch import Tensor
 
-from pipeline.config import Config
 from pipeline.data.sources import ImageData
 from pipeline.experiment.evaluation.superclasses import superclasses
 from pipeline.training import targets
@@ -55,11 +54,8 @@ class Evaluation:
         return np.asarray(self.probabilities.max(axis=1))
 
 
-def evaluate_model(config: Config, data: ImageData, logits: Tensor, labels: Tensor, split: str) -> Evaluation:
+def evaluate_model(data: ImageData, logits: Tensor, labels: Tensor, split: str) -> Evaluation:
     """All measures of logits (n, N) against labels (n,) on a split of `data`, for metrics named `<split>/…`.
-
-    Args:
-        config: the evaluation's configuration; no measure depends on it now.
 
     Raises:
         ValueError: shapes that do not fit, or no image.

@@ -125,7 +125,7 @@ def test_base_changes_nothing_beyond_the_table():
         ("run_name=null", "run_name", None),
         ("run_name='null'", "run_name", "null"),
         ("run_name=a,b", "run_name", "a,b"),
-        ("tracking.uri=postgresql+psycopg://u:p@h/db?x=1", "tracking.uri", "postgresql+psycopg://u:p@h/db?x=1"),
+        ("tracking.uri=postgresql+psycopg://u@h:1/db?x=1", "tracking.uri", "postgresql+psycopg://u@h:1/db?x=1"),
     ],
 )
 def test_override(override, key, value):

@@ -14,7 +14,7 @@ import torch
 from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
-from pipeline.config import Config, DatasetConfig
+from pipeline.config import DatasetConfig
 from pipeline.data import ImageData, load
 from pipeline.experiment.evaluation import measures
 from pipeline.experiment.evaluation.measures import evaluate_model
@@ -41,7 +41,7 @@ def answers() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def found(data: ImageData, answers: tuple[torch.Tensor, torch.Tensor]) -> measures.Evaluation:
-    return evaluate_model(Config(), data, *answers, "test")
+    return evaluate_model(data, *answers, "test")
 
 
 def test_numbers_are_scikit_learns(found: measures.Evaluation, answers: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -204,4 +204,4 @@ def test_agreement_by_hand() -> None:
 def test_shapes_that_do_not_fit_are_refused(data: ImageData) -> None:
     for rows, columns, labels in ((3, N, 4), (3, N - 1, 3), (0, N, 0)):
         with pytest.raises(ValueError, match="logits"):
-            evaluate_model(Config(), data, torch.zeros(rows, columns), torch.zeros(labels, dtype=torch.long), "test")
+            evaluate_model(data, torch.zeros(rows, columns), torch.zeros(labels, dtype=torch.long), "test")

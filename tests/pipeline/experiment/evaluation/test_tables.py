@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline.config import Config, DatasetConfig
+from pipeline.config import DatasetConfig
 from pipeline.data import ImageData, load
 from pipeline.experiment import report
 from pipeline.experiment.evaluation import measures, pictures, tables
@@ -26,7 +26,7 @@ def data() -> ImageData:
 @pytest.fixture(scope="module")
 def evaluation(data: ImageData) -> measures.Evaluation:
     logits = 3 * torch.eye(20)[data.test_y] + torch.randn(500, 20, generator=torch.Generator().manual_seed(0))
-    return measures.evaluate_model(Config(), data, logits, data.test_y, "test")
+    return measures.evaluate_model(data, logits, data.test_y, "test")
 
 
 def test_correctness_is_read_back(evaluation: measures.Evaluation, data: ImageData, tmp_path: Path) -> None:
