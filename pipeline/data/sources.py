@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import DatasetConfig
+from pipeline.config.places import TORCHVISION, check_data
 from pipeline.data.arrays import Arrays, check, read_npz
 from pipeline.errors import UserError
 
@@ -103,16 +104,13 @@ def _npz(config: DatasetConfig) -> ImageData:
     return _image_data(config.name, arrays, statistics(arrays.x_train), str(path))
 
 
-def _torchvision(class_name: str, folder: str, known: Statistics) -> Callable[[DatasetConfig], ImageData]:
-    """A loader for `torchvision.datasets.<class_name>`, whose files lie in `folder` below dataset.root."""
+def _torchvision(name: str, known: Statistics) -> Callable[[DatasetConfig], ImageData]:
+    """A loader for a data set of torchvision's."""
+    class_name = TORCHVISION[name].class_name
 
     def source(config: DatasetConfig) -> ImageData:
-        place = (Path(config.root).expanduser() / folder).resolve()
-        if not config.download and not place.is_dir():
-            raise UserError(
-                f"dataset.root={config.root}: {class_name} is not there (looked in {place}); "
-                "name the folder that holds it, or set dataset.download=true"
-            )
+        check_data(config)
+        place = TORCHVISION[name].below(config.root)
         train, test = _read_torchvision(class_name, config, place)
         arrays = {
             f"{part}_{split}": np.asarray(values)
@@ -189,8 +187,8 @@ def statistics(images: NDArray[np.uint8]) -> Statistics:
 
 _SOURCES: dict[str, Callable[[DatasetConfig], ImageData]] = {
     "cifar100_sample": _sample,
-    "cifar100": _torchvision("CIFAR100", "cifar-100-python", CIFAR100),
-    "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py", CIFAR10),
-    "fashion_mnist": _torchvision("FashionMNIST", "FashionMNIST/raw", FASHION_MNIST),
+    "cifar100": _torchvision("cifar100", CIFAR100),
+    "cifar10": _torchvision("cifar10", CIFAR10),
+    "fashion_mnist": _torchvision("fashion_mnist", FASHION_MNIST),
     "npz": _npz,
 }

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config
+from pipeline.config.places import check_there
 from pipeline.errors import Interrupted, UserError
 from pipeline.experiment import cli, shortcuts
 from pipeline.experiment.compose import compose, dump
@@ -98,6 +99,7 @@ def execute(
         if shortcuts.wants_dry_run(os.environ):
             _show(config, dry_run)
             return 0
+        check_there(config, step)
     except UserError as error:
         return _refuse(step, error, debug)
     stop.install()

@@ -36,6 +36,8 @@ def prepare(config: Config, threads: int | None = None) -> None:
     if config.optim.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # torch would also fill all that it allocates, a pass over memory each time; our kernels write what they read
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
 
 

@@ -13,9 +13,9 @@ from models.features import FeatureNet
 from models.weights import weights_hash
 from pipeline.config import Config
 from pipeline.config.identity import canonical, computation
+from pipeline.config.places import check_file
 from pipeline.config.rules import uses_fusion
 from pipeline.data.sources import ImageData
-from pipeline.errors import UserError
 from pipeline.experiment import networks, report
 from pipeline.experiment.run import Run
 from pipeline.experiment.session import load_data, prepare, threads_of, train
@@ -88,7 +88,7 @@ def foresee(config: Config, data: ImageData) -> None:
     nets = _build(config, data, networks.build_student(config, data))
     for index, (net, spec) in enumerate(zip(nets, config.model.teachers, strict=True)):
         if spec.checkpoint is not None and not spec.checkpoint.startswith("runs:/"):
-            networks.load(net, _file(spec.checkpoint, _key(config, index)), _key(config, index))
+            networks.load(net, check_file(spec.checkpoint, _key(config, index)), _key(config, index))
 
 
 def _build(config: Config, data: ImageData, student: FeatureNet) -> list[FeatureNet]:
@@ -141,14 +141,7 @@ def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | 
         parts = source.removeprefix("runs:/").strip("/").split("/", 1)
         name = parts[1] if len(parts) == 2 else artifact
         return run.fetch(f"runs:/{parts[0]}/{name}", run.folder / "fetched" / parts[0]), parts[0]
-    return _file(source, key), None
-
-
-def _file(source: str, key: str) -> Path:
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise UserError(f"{key}: no such file; give a weights file or runs:/<id>")
-    return path
+    return check_file(source, key), None
 
 
 def finetune(parent: Run, index: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models import freeze
 from models.features import FeatureNet
+from models.fold import folded
 from pipeline.config import Config, MethodConfig
 from pipeline.config.rules import needs_distillation, uses_fusion
 from pipeline.config.schema import ScheduleConfig
@@ -100,6 +101,9 @@ class Distillation:
         self.config, self.method, self.optim, self.device = config, config.method, config.optim, device
         self.student = student
         self.teachers = teachers if needs_distillation(config) else []
+        if not self.method.use_teacher_finetuning:
+            shape = (data.in_chans, data.image_size, data.image_size)
+            self.teachers = [folded(teacher, shape) for teacher in self.teachers]
         self.data = RunData(config, data, device)
         self.batches = self.data.train
         self.bank: BankedTeachers | None = None
@@ -122,6 +126,7 @@ class Distillation:
         prepare(self.phases, device, unused={"a"} if idle else set())
         self.selection = Selection(self._selected_net(), self.data.has_validation)
         self._last: dict[str, Tensor] = {}
+        self._student_seen: Outputs | None = None
         self.best_test = float("-inf")
         self.predicted: Tensor | None = None
         """The selected student's classes of the test images (n,), once `results` has seen them."""
@@ -229,6 +234,7 @@ class Distillation:
         if epoch.phase == "a":
             self._begin_a_epoch(epoch)
             return
+        self._student_seen = None
         self._freeze_student(epoch.stage)
         m, b = self.method, epoch.in_phase
         self._b_step().weights = BLoss(
@@ -296,10 +302,10 @@ class Distillation:
             found |= self._trainable("fusion", [self.phases["a"].objective.get_trainable_module()])
         if (epoch.in_stage + 1) % self.method.teacher_eval_every and not epoch.last:
             return found
-        return found | self.monitor.end_a_epoch(outputs(self.student, self.data.eval), epoch.last)
+        return found | self.monitor.end_a_epoch(self._student_outputs(), epoch.last)
 
     def _end_b_epoch(self, epoch: Epoch) -> dict[str, float]:
-        out, y = outputs(self.student, self.data.eval), self.data.eval.labels
+        out, y = self._student_outputs(), self.data.eval.labels
         acc, loss = distributed.first_says([accuracy(out.logits, y), nll(out.logits, y)], self.device)
         weights = self._b_step().weights
         found = {"student/acc": acc, "student/loss": loss, "schedule/kd_weight": weights.scale * self.method.kd_alpha}
@@ -314,6 +320,12 @@ class Distillation:
         if epoch.first:
             found |= self._trainable("student", [self.student])
         return found | self._synergy_found(epoch, out)
+
+    def _student_outputs(self) -> Outputs:
+        """The student on the evaluation split; A-epochs leave it as the B-epoch before them has left it."""
+        if self._student_seen is None:
+            self._student_seen = outputs(self.student, self.data.eval)
+        return self._student_seen
 
     def _synergy_found(self, epoch: Epoch, student: Outputs) -> dict[str, float]:
         """Gate and synergy in a B-epoch: monitored, without effect; in the cooldown teachers and fusion rest."""
@@ -353,7 +365,7 @@ class Distillation:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._last = {}
+        self._last, self._student_seen = {}, None
         self.student.load_state_dict(state["student"])
         ema = self._b_step().get_trainable_module(ema=True)
         if ema is not None:

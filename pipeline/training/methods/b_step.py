@@ -94,8 +94,8 @@ class BStep(Objective):
             assert fusion is not None
             fused = fusion(query, [s.feat_2d for s in seen], eps, sample="never" if eps is None else "always")
             syn = fused.logits
-        average = targets.averaged(logits, self.method.averaging_weights, self.weights.tau)
         if m.kd_target == "auto_min" and syn is not None:
+            average = targets.averaged(logits, m.averaging_weights, self.weights.tau)
             picked, guard = targets.best_of(targets.synergy(syn, m.tau_syn), average, y)
         found: Lesson = {}
         if m.kd_alpha > 0:
@@ -105,7 +105,7 @@ class BStep(Objective):
         if self._weighs_uncertainty():
             found["sure"] = self._target(logits, syn, picked, 1.0, 1.0)
         if m.hybrid_beta > 0:
-            found["average"] = average
+            found["average"] = targets.averaged(logits, m.averaging_weights, self.weights.tau)
         if m.feat_kd_alpha > 0 and fused is not None:
             found["mu"] = fused.mu.float()
             found["cw"] = torch.ones(len(y), device=self.device)
@@ -124,13 +124,14 @@ class BStep(Objective):
         m = self.method
         if m.kd_target == "weighted_conf":
             return targets.confidence_weighted(logits, tau)
-        average = targets.averaged(logits, self.method.averaging_weights, tau)
+        share = self.weights.averaged_share
         if syn is None or m.kd_target == "avg":  # syn is None: nothing fuses, or the gate is closed
-            return average
+            return targets.averaged(logits, m.averaging_weights, tau)
         p = targets.synergy(syn, tau_syn)
-        if picked is not None:
-            return torch.where(picked[:, None], p, average)
-        return targets.mixed(p, average, self.weights.averaged_share) if self.weights.averaged_share > 0 else p
+        if picked is None and share == 0:
+            return p
+        average = targets.averaged(logits, m.averaging_weights, tau)
+        return targets.mixed(p, average, share) if picked is None else torch.where(picked[:, None], p, average)
 
     # which images, which views ---------------------------------------------------------------------------------------
 

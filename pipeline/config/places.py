@@ -1,0 +1,57 @@
+"""Files that a configuration names: whether they are there can be said before torch is imported."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.config.rules import needs_distillation
+from pipeline.config.schema import Config, DatasetConfig
+from pipeline.errors import UserError
+
+
+class Place(NamedTuple):
+    """Where torchvision keeps a data set: its class there, and the folder below dataset.root."""
+
+    class_name: str
+    folder: str
+
+    def below(self, root: str) -> Path:
+        return (Path(root).expanduser() / self.folder).resolve()
+
+
+TORCHVISION = {
+    "cifar100": Place("CIFAR100", "cifar-100-python"),
+    "cifar10": Place("CIFAR10", "cifar-10-batches-py"),
+    "fashion_mnist": Place("FashionMNIST", "FashionMNIST/raw"),
+}
+
+
+DISTILLING = ("main", "distill", "ablate", "sweep")
+"""Steps that cannot do without their teachers."""
+
+
+def check_there(config: Config, step: str) -> None:
+    """Raise UserError for the first file or folder on this machine that a step will need and that is not there."""
+    check_data(config.dataset)
+    needed = config.model.teachers if step in DISTILLING and needs_distillation(config) else ()
+    for index, teacher in enumerate(needed):
+        given = teacher.checkpoint
+        if given is not None and not given.startswith("runs:/"):
+            check_file(given, f"model.teachers.{index}.checkpoint={given}")
+
+
+def check_data(dataset: DatasetConfig) -> None:
+    """The same for the data set alone; what `dataset.download` fetches need not be there."""
+    place = TORCHVISION.get(dataset.name)
+    if place is not None and not dataset.download and not place.below(dataset.root).is_dir():
+        raise UserError(
+            f"dataset.root={dataset.root}: {place.class_name} is not there (looked in {place.below(dataset.root)}); "
+            "name the folder that holds it, or set dataset.download=true"
+        )
+
+
+def check_file(given: str, key: str) -> Path:
+    """A weights file on this machine. Raises UserError, which names `key`."""
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise UserError(f"{key}: no such file; give a weights file or runs:/<id>")
+    return path
