@@ -95,7 +95,13 @@ class Done:
     @property
     def lines(self) -> list[str]:
         """Standard error without what every run says."""
-        usual = ("tracked as ", "tracking was off line; to deliver: ", "fine-tuning teacher ", "teacher ")
+        usual = (
+            "tracked as ",
+            "tracking was off line; to deliver: ",
+            "fine-tuning teacher ",
+            "teacher ",
+            "no teacher ",
+        )
         return [line for line in self.err.splitlines() if line.strip() and not line.startswith(usual)]
 
 

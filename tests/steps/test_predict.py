@@ -179,6 +179,7 @@ def registered(uri: str, folder: Path, name: str) -> Any:
     return model_id
 
 
+@pytest.mark.slow
 def test_the_champion_is_fetched_and_becomes_the_runs_input(
     bench: Lab, student: Done, pictures: Path, expected: np.ndarray, lab: Lab, sqlite_uri: str
 ) -> None:

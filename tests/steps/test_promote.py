@@ -129,7 +129,8 @@ def test_rollback_restores_and_what_was_rolled_back_is_not_promoted_by_chance(de
     assert len(client(desk.uri).search_model_versions(f"name = '{NAME}'")) == 3
 
 
-@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True])
 def test_a_promotion_that_breaks_off_is_finished_by_the_next_call(desk: Desk, after: bool) -> None:
     """Wherever it breaks off behind the verdict: the next call ends with version 2 as champion and says so."""
     desk.register("half", "good")

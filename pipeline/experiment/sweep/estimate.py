@@ -127,8 +127,10 @@ def work(task: Distillation) -> Work:
     counted = {kind: len(epochs) * batches for kind, epochs in kinds(task).items()}
     m, evaluated = task.method, len(task.data.eval.labels)
     adapted = sum(e.phase == "a" and ((e.in_stage + 1) % m.teacher_eval_every == 0 or e.last) for e in task.plan)
+    # a student that no B-epoch has changed since is not evaluated again
+    alone = int(adapted > 0 and task.plan[0].phase == "a")
     distilled = sum(e.phase == "b" for e in task.plan) * (1 if task.optim.ema_decay is None else 2)
-    images = {"student": (adapted + distilled + task.data.has_validation) * evaluated}
+    images = {"student": (alone + distilled + task.data.has_validation) * evaluated}
     # frozen teachers are run once; others after every A-epoch, and again when the best snapshot is brought back
     again = adapted + m.num_stages if m.use_teacher_finetuning else 0
     images |= {f"teacher_{k}": (1 + again) * evaluated for k in range(len(task.teachers))}

@@ -78,6 +78,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module,
     return net, data, path
 
 
+@pytest.mark.slow
 def test_timm_builds_the_students_from_their_folders_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Those that timm alone would make another network of, it does not know before our modules are imported."""
     expected = {}

@@ -73,6 +73,7 @@ def nested(folder: Path) -> list[str]:
     return sorted(path.parent.name[: -len("-12345678")] for path in folder.glob("l*/journal.jsonl"))
 
 
+@pytest.mark.slow
 def test_mlflow_shows_a_parent_with_a_run_for_each_rung_and_seed(lab: Lab, sqlite_uri: str, trained: list[str]) -> None:
     online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
     done = lab.step("ablate", *TWO, "log_model=true", *online)

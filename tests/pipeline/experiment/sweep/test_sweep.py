@@ -225,6 +225,7 @@ def test_out_of_memory_fails_the_trial_not_the_sweep(
     assert found.metrics["sweep/failed", 3] == [1]
 
 
+@pytest.mark.slow
 def test_when_every_trial_fails_the_sweep_does(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     def trial(run: Any, watch: Any) -> Any:
         raise RuntimeError("broken everywhere")
@@ -336,6 +337,7 @@ def test_a_second_sweep_of_a_study_is_told_to_join(lab: Lab, monkeypatch: pytest
     assert len(list(lab.runs.glob("*-sweep-*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_study_made_anew_takes_nothing_from_the_one_before(lab: Lab) -> None:
     swept(lab)
     first, values = parent(lab), [trial.value for trial in study(lab).trials]
@@ -350,6 +352,7 @@ def test_a_study_made_anew_takes_nothing_from_the_one_before(lab: Lab) -> None:
     assert len(list(second.glob("trials/*"))) == 4
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_once_more_doubles_nothing(lab: Lab) -> None:
     swept(lab, "log_model=true")
     before = points(parent(lab))
@@ -358,6 +361,7 @@ def test_a_finished_sweep_once_more_doubles_nothing(lab: Lab) -> None:
     assert [entry.kind for entry in journal(parent(lab))].count("model") == 1
 
 
+@pytest.mark.slow
 def test_a_trial_killed_before_it_had_stated_what_it_is_states_it_when_it_goes_on(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,6 +382,7 @@ def test_a_trial_killed_before_it_had_stated_what_it_is_states_it_when_it_goes_o
         assert (folder / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_an_error_that_follows_from_a_signal_is_no_failure_of_the_trial(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +404,7 @@ def test_an_error_that_follows_from_a_signal_is_no_failure_of_the_trial(
     assert states(lab) == ["FAIL", *["COMPLETE"] * 3]
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_to_be_pruned_when_its_worker_died_is_pruned_in_mlflow_too(
     lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +425,7 @@ def test_a_trial_that_was_to_be_pruned_when_its_worker_died_is_pruned_in_mlflow_
     assert (run.status, run.tags["asib.outcome"], run.tags["asib.pruned_epoch"]) == ("KILLED", "pruned", "1")
 
 
+@pytest.mark.slow
 def test_reaping_leaves_a_sweep_whose_driver_lives(lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
     original, seen = jobs.trial, []
@@ -437,6 +444,7 @@ def test_reaping_leaves_a_sweep_whose_driver_lives(lab: Lab, sqlite_uri: str, mo
     assert seen[0].startswith("0 runs")
 
 
+@pytest.mark.slow
 def test_a_study_begun_off_line_goes_on_with_a_server(lab: Lab, sqlite_uri: str) -> None:
     swept(lab)
     swept(lab, "trials=4", "tracking.mode=online", f"tracking.uri={sqlite_uri}")
@@ -446,6 +454,7 @@ def test_a_study_begun_off_line_goes_on_with_a_server(lab: Lab, sqlite_uri: str)
     assert {len(values) for run in found.children.values() for values in run.metrics.values()} == {1}
 
 
+@pytest.mark.slow
 def test_other_data_under_the_same_name_is_another_study(lab: Lab) -> None:
     swept(lab)
     write_npz(lab.data, seed=1)
