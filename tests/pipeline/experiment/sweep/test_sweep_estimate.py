@@ -95,7 +95,7 @@ def test_an_estimate_with_a_clock_that_ticks(
     # 36 training images, 12 for validation; two stages of two A- and two B-epochs
     batches = {10: 4, 30: 2}[batch_size] * 8
     of_a_batch = max(1, batch_size / 16)
-    images = (4 + 1 + 1) * 12 + 2 * 12  # the A-epochs share one evaluation of the student, or that of the B-epoch before
+    images = (4 + 1 + 1) * 12 + 2 * 12  # the student once before, and after every B-epoch
     expected = AROUND_S + batches * of_a_batch + images / 6 + 8
     assert found.seconds_per_trial == pytest.approx(expected)
     assert found.seconds == pytest.approx(rounds * expected)
