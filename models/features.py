@@ -55,10 +55,20 @@ class FeatureNet(nn.Module):
         self.distillation_adapter = None if adapter_dim is None else DistillationAdapter(self.feature_dim, adapter_dim)
         self.architecture = _name(net)
         self.small_input = False
+        self._pass = decompose
+
+    def compile_pass(self) -> None:
+        """From now on passes go through torch.compile: compiled when they first run, for each mode and shape.
+
+        Not the module but its pass is compiled: counting hooks, copies and state dicts stay as they are.
+        """
+        # each network, mode and shape takes one of the entries of the one code object that is compiled
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self._pass = torch.compile(decompose)
 
     def forward(self, x: torch.Tensor) -> Features:
         """(B, in_chans, H, W) → Features; the network runs once."""
-        raw, feat, logits = decompose(self.net, x)
+        raw, feat, logits = self._pass(self.net, x)
         adapted = None if self.distillation_adapter is None else self.distillation_adapter(feat)
         return Features(logits, feat, to_nchw(self.net, raw), adapted)
 

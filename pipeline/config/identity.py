@@ -26,6 +26,7 @@ NOT_COMPUTATION = (
     "dataset.download",
     "dataset.eval_batch_size",
     "optim.use_amp",
+    "optim.compile",
     "bank",
     "bank_folder",
     "bank_gb",
@@ -86,6 +87,8 @@ class Identity:
     """Which of several results of one configuration: `teacher_0` of a fine-tuning."""
     bank: bool = False
     """Whether teachers' outputs came from the bank: fp16 rounding makes other bits of the same computation."""
+    compiled: bool = False
+    """Whether the networks went through torch.compile, which rounds otherwise too."""
 
     def digest(self) -> str:
         return hashlib.sha256(canonical(asdict(self)).encode()).hexdigest()

@@ -23,6 +23,7 @@ from pipeline.experiment.run import Run
 from pipeline.journal import Journal
 from pipeline.training import distributed
 from pipeline.training.checkpoint import pack, require_space, unpack
+from pipeline.training.compiling import compiles
 from pipeline.training.loop import Loop, NonFinite, Precision, Task, Watch
 
 logger = logging.getLogger("asib")
@@ -97,6 +98,7 @@ def train(
         "data_digest": data.digest,
         "teachers": list(teachers),
         "bank": bank,
+        "compiled": compiles(config, device) and not part,
         "amp_dtype": precision.name,
         "safe_retry": retried,
         "threads": torch.get_num_threads(),
@@ -145,6 +147,7 @@ def _state_identity(run: Run, header: dict[str, Any], part: str) -> None:
         sources,
         part,
         header["bank"],
+        header["compiled"],
     )
     run.journal.tags({"asib.identity": identity.digest(), "asib.teachers": ",".join(teachers) or "none"})
 
@@ -208,9 +211,10 @@ def check_continuation(run: Run, header: dict[str, Any]) -> None:
             before["threads"],
             before["cpu"],
         )
-    if before.get("bank", False) != header["bank"]:
-        change = "without" if before.get("bank", False) else "with"
-        logger.warning("continued %s the teacher bank, unlike before: results agree within rounding only", change)
+    for key, words in (("bank", "the teacher bank"), ("compiled", "torch.compile")):
+        if before.get(key, False) != header[key]:
+            change = "without" if before.get(key, False) else "with"
+            logger.warning("continued %s %s, unlike before: results agree within rounding only", change, words)
 
 
 def _check_extension(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:

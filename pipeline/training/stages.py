@@ -20,6 +20,7 @@ from pipeline.training import distributed, schedules
 from pipeline.training.bank import BankedTeachers
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.common import RunData, Selection, prepare
+from pipeline.training.compiling import compiles
 from pipeline.training.costs import Costs
 from pipeline.training.evaluation import Outputs, accuracy, nll, outputs
 from pipeline.training.fusion import Fusion
@@ -112,6 +113,10 @@ class Distillation:
         self.fusion = self._make_fusion(data.num_classes, device) if uses_fusion(config) else None
         self._freeze_teachers()
         self._try_student_levels()
+        self.compiled = compiles(config, device)
+        if self.compiled:
+            for net in (student, *self.teachers):
+                net.compile_pass()
         self.monitor = Monitor(self.method, self.data, self.teachers, self.fusion)
         networks: dict[str, nn.Module] = {"student": student}
         networks |= {f"teacher_{k}": t for k, t in enumerate(self.teachers)}

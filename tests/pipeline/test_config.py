@@ -216,7 +216,8 @@ def changed(value):
 UNCOMPUTED = ("device", "threads", "output_dir", "run_name", "rung", "resume", "extend", "log_model", "debug",
               "bank", "bank_folder", "bank_gb",
               "register", "student", "dataset.root",
-              "dataset.path", "dataset.download", "optim.use_amp", "checkpoint.every_seconds",
+              "dataset.path", "dataset.download", "optim.use_amp", "optim.compile",
+              "checkpoint.every_seconds",
               "tracking.uri", "tracking.mode", "tracking.experiment")  # fmt: skip
 
 

@@ -200,6 +200,10 @@ def evaluation_batches(keys: Keys) -> Any:
     return calls.seen
 
 
+def compiled(keys: Keys) -> Any:
+    return distillation(tiny(keys), images()).compiled
+
+
 @refused
 def precision(keys: Keys) -> Any:
     return Precision(tiny(keys).optim, CPU).name
@@ -664,6 +668,7 @@ TABLE: dict[str, Case] = {
     "optim.safe_retry_patience": Case(3, {"finetune.epochs": 9}, patience),
     "optim.use_channels_last": Case(False, observer=first_images),
     "optim.deterministic": Case(False, observer=prepared),
+    "optim.compile": Case(True, observer=compiled),
     "schedule.type": Case("step", more={"schedule.milestones": [1]}),
     "schedule.lr_warmup_epochs": Case(2),
     "schedule.min_lr": Case(5e-3),
@@ -734,7 +739,8 @@ DEFAULTS_IN_THE_TABLE = {"log_model": False, "tracking.mode": "offline", "datase
 """Other values of keys for which the table's is the default."""
 BOOKKEEPING = {"device", "threads", "output_dir", "run_name", "rung", "student", "resume", "extend", "log_model",
                "register", "debug", "dataset.root", "dataset.path", "dataset.download", "dataset.eval_batch_size",
-               "optim.use_amp", "model.teachers.0.checkpoint", "bank", "bank_folder", "bank_gb"}  # fmt: skip
+               "optim.use_amp", "optim.compile", "model.teachers.0.checkpoint",
+               "bank", "bank_folder", "bank_gb"}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", TABLE)

@@ -22,6 +22,7 @@ from pipeline.experiment.registry import register
 from pipeline.experiment.run import Run, ended, tracking_uri
 from pipeline.experiment.session import load_data, prepare, threads_of
 from pipeline.journal import read_entries
+from pipeline.training.compiling import compiles
 from pipeline.training.loop import NonFinite, Precision
 
 logger = logging.getLogger("asib")
@@ -97,6 +98,7 @@ def _identified(run: Run, plan: Plan, data: ImageData) -> list[Child]:
                 data.digest,
                 sources,
                 bank=bank_use(child).on,
+                compiled=compiles(child, device),
             ).digest(),
         )
         for child in plan.configs

@@ -1,0 +1,74 @@
+"""Folded and compiled networks: one step's losses are those of the networks as they are, within stated rounding."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pipeline.training import stages
+from pipeline.training.compiling import LONG, compiles
+from pipeline.training.objective import Moment
+from pipeline.training.stages import Distillation
+from tests.pipeline.training.builders import CPU, config, distillation
+
+ROUNDING = 1e-5
+"""Relative tolerance of a float32 loss after sums in another order; measured: below 1e-6."""
+METHOD = {"feat_kd_alpha": 0.3, "hybrid_beta": 0.2, "cutmix_alpha_distill": 1.0}
+
+
+def step_losses(task: Distillation) -> dict[str, tuple[float, float]]:
+    """Loss and norm of its gradient, of the first batch of the first A- and B-epoch."""
+    found = {}
+    for phase in ("a", "b"):
+        epoch = next(e for e in task.plan if e.phase == phase)
+        task.monitor.gate_open = True
+        task.begin_epoch(epoch)
+        objective = task.phases[phase].objective
+        objective.train()
+        batch = next(iter(task.batches.epoch(task.draws(epoch))))
+        loss = objective(batch, Moment(phase, epoch.in_phase, 0), 0)["loss"]
+        task.phases[phase].optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grads = [p.grad for p in objective.trainable_module.parameters() if p.grad is not None]
+        found[phase] = (loss.item(), float(torch.nn.utils.get_total_norm(grads)))
+    return found
+
+
+def assert_equal(found: dict[str, tuple[float, float]], expected: dict[str, tuple[float, float]]) -> None:
+    for phase in ("a", "b"):
+        assert found[phase] == pytest.approx(expected[phase], rel=ROUNDING), phase
+
+
+def test_folded_teachers_give_the_losses_of_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain: Callable[..., object] = lambda net, size: net  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "folded", plain)
+        expected = step_losses(distillation(config(method=METHOD)))
+    task = distillation(config(method=METHOD))
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for teacher in task.teachers for m in teacher.modules())
+    assert_equal(step_losses(task), expected)
+
+
+@pytest.mark.slow
+def test_compiled_networks_give_the_losses_of_eager_ones() -> None:
+    expected = step_losses(distillation(config(method=METHOD, optim={"compile": False})))
+    task = distillation(config(method=METHOD, optim={"compile": True}))
+    assert task.compiled
+    assert_equal(step_losses(task), expected)
+    assert task.costs.images["student"] == 0, "only training counts"
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "epochs", "expected"),
+    [("auto", "cpu", 240, False), ("auto", "cuda", LONG, True), ("auto", "cuda", LONG - 1, False),
+     (True, "cpu", 1, True), (False, "cuda", 240, False)],
+)  # fmt: skip
+def test_auto_compiles_long_runs_on_a_gpu(asked: bool | str, device: str, epochs: int, expected: bool) -> None:
+    method = {"num_stages": 1, "student_epochs_per_stage": (epochs,), "teacher_adapt_epochs": 0}
+    made = config(method=method, optim={"compile": asked})
+    assert compiles(made, torch.device(device)) is expected
+
+
+def test_networks_are_eager_on_processors() -> None:
+    assert not distillation(config()).compiled
+    assert compiles(config(), CPU) is False
