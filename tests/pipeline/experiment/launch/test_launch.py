@@ -147,8 +147,10 @@ def test_stop_kills_what_does_not_listen(site: Site) -> None:
 
 
 DRIVER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # in tests that run in the background they are ignored, which is inherited
 from pipeline.experiment.launch.launcher import Launcher, load
 from tests.pipeline.experiment.launch.launch_work import hold
 Launcher(load("local", {}), Path(sys.argv[1]), 1).start(hold, 1, folder=sys.argv[2])
