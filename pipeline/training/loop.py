@@ -303,7 +303,7 @@ class Loop:
                 self._leave_if_stopped()
         before = task.costs.seconds
         self._clock(begun)
-        images = (len(task.batches) - first) * task.batches.batch_size
+        images = sum(stop - start for start, stop in task.batches.bounds[first:])
         metrics = self._means(phase)
         metrics |= task.end_epoch(epoch)
         metrics["train/images_per_second"] = images / max(task.costs.seconds - before, 1e-9)
