@@ -19,8 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks.images import write_images
 from benchmarks.machine import described
 from pipeline.experiment.delivery.server import prepare_sqlite
 from pipeline.journal import read_entries
@@ -35,17 +34,6 @@ RUN = [
     "cfg=quickstart", "dataset=npz", "dataset.val_fraction=0.1", "finetune.epochs=1", "log_model=false",
     "method.num_stages=2", "method.student_epochs_per_stage=[2,2]", "method.teacher_adapt_epochs=2",
 ]  # fmt: skip
-
-
-def write_images(path: Path, count: int) -> Path:
-    """Random images of ten classes; 1/10 as many for testing."""
-    rng = np.random.default_rng(0)
-    arrays: dict[str, Any] = {}
-    for split, n in (("train", count), ("test", count // 10)):
-        arrays[f"x_{split}"] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        arrays[f"y_{split}"] = np.arange(n) % 10
-    np.savez(path, **arrays)
-    return path
 
 
 def distil(folder: Path, data: Path, threads: int, *tracking: str) -> dict[str, Any]:
