@@ -64,7 +64,7 @@ def test_compiled_networks_give_the_losses_of_eager_ones() -> None:
      (True, "cpu", 1, True), (False, "cuda", 240, False)],
 )  # fmt: skip
 def test_auto_compiles_long_runs_on_a_gpu(asked: bool | str, device: str, epochs: int, expected: bool) -> None:
-    method = {"num_stages": 1, "student_epochs_per_stage": (epochs,), "teacher_adapt_epochs": 0}
+    method = {"num_stages": 1, "student_epochs_per_stage": (epochs,), "teacher_adapt_epochs": 0, "kd_target": "avg"}
     made = config(method=method, optim={"compile": asked})
     assert compiles(made, torch.device(device)) is expected
 

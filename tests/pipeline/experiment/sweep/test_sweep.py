@@ -205,6 +205,7 @@ def test_a_pruned_trial_says_when_and_why(lab: Lab, sqlite_uri: str, monkeypatch
     assert found.metrics["sweep/pruned", 3] == [1]
 
 
+@pytest.mark.slow
 def test_out_of_memory_fails_the_trial_not_the_sweep(
     lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
