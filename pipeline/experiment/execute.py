@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -166,11 +167,11 @@ def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
 
 
 def _show(config: Config, dry_run: Callable[[Config], str] | None) -> None:
-    """DRY_RUN=1. Of several processes the first one speaks."""
+    """DRY_RUN=1: the configuration as YAML, what would be done as a comment. Of several processes the first one speaks."""
     if os.environ.get("RANK", "0") == "0":
         print(dump(config), end="")
         if dry_run is not None:
-            print(f"\n{dry_run(config).rstrip()}")
+            print("\n" + textwrap.indent(dry_run(config).rstrip(), "# "))
 
 
 def _call(job: str | Job, run: "Run") -> None:

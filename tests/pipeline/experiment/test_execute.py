@@ -56,7 +56,7 @@ def test_a_dry_run_prints_the_configuration_and_ends(monkeypatch, capsys, err, t
 def test_a_dry_run_prints_what_the_step_adds(monkeypatch, capsys):
     monkeypatch.setenv("DRY_RUN", "1")
     assert execute("sweep", never, ["cfg=quickstart"], dry_run=lambda config: f"2 jobs of seed {config.seed}\n") == 0
-    assert capsys.readouterr().out == dump(compose("quickstart")) + "\n2 jobs of seed 0\n"
+    assert capsys.readouterr().out == dump(compose("quickstart")) + "\n# 2 jobs of seed 0\n"
 
 
 def refuses(config: object) -> str:
