@@ -167,7 +167,7 @@ def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
 
 
 def _show(config: Config, dry_run: Callable[[Config], str] | None) -> None:
-    """DRY_RUN=1: the configuration as YAML, what would be done as a comment. Of several processes the first one speaks."""
+    """DRY_RUN=1: the configuration as YAML, what would be done as a comment. Of several processes the first speaks."""
     if os.environ.get("RANK", "0") == "0":
         print(dump(config), end="")
         if dry_run is not None:
