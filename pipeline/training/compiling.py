@@ -1,4 +1,4 @@
-"""Whether a run's networks go through torch.compile, and what that took."""
+"""Whether a run's networks go through torch.compile."""
 
 import torch
 
@@ -16,10 +16,3 @@ def compiles(config: Config, device: torch.device) -> bool:
     m = config.method
     epochs = sum(m.student_epochs_per_stage) + m.num_stages * m.teacher_adapt_epochs
     return device.type == "cuda" and epochs >= LONG
-
-
-def seconds() -> float:
-    """Spent by torch.compile in this process so far."""
-    from torch._dynamo.utils import calculate_time_spent
-
-    return float(calculate_time_spent().get("total_wall_time", 0.0))

@@ -85,8 +85,8 @@ class Worker:
         self.study, self.base, self.index = study, base, index
         facts = study.facts
         here = Path(facts["folder"])
-        shared = (here / "journal.jsonl").exists() and facts["parent_journal"] == _journal_id(here)
-        self.home = here if shared else Path(base.output_dir) / f"{study.name}-{facts['parent_journal'][:6]}"
+        reachable = (here / "journal.jsonl").exists() and facts["parent_journal"] == _journal_id(here)
+        self.home = here if reachable else Path(base.output_dir) / f"{study.name}-{facts['parent_journal'][:6]}"
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         stands_for = Carrier(facts["parent_run"], facts["parent_journal"], base.tracking.experiment, here)
         self.run_: Run = Run.carrier(base, self.home / "workers" / self.name, stands_for)
