@@ -94,7 +94,8 @@ def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Lo
         logger.info("has no effect here: %s", sentence)
     data = load_data(run)
     student = networks.build_student(config, data)
-    found = teachers.obtain(run, data, student) if needs_distillation(config) else []
+    test = watch is None  # a sweep never looks at the test split
+    found = teachers.obtain(run, data, student, test) if needs_distillation(config) else []
     device = networks.device_of(config)
     task = Distillation(config, data, student, [t.net for t in found], device)
     run.journal.tags({"asib.eval_split": task.data.eval_split})

@@ -68,8 +68,11 @@ def keep(net: FeatureNet, run: Run, config: Config, data: ImageData, index: int)
     note.replace(path.with_suffix(".json"))
 
 
-def obtain(run: Run, data: ImageData, student: FeatureNet) -> list[Teacher]:
+def obtain(run: Run, data: ImageData, student: FeatureNet, test: bool = True) -> list[Teacher]:
     """All teachers of a run's configuration, in order; what cannot do is refused before anything is fine-tuned.
+
+    Args:
+        test: False where the test split must not be seen: those fine-tuned here are not evaluated on it.
 
     Raises:
         UserError: a checkpoint that is not there or does not fit, teachers that cannot be fused.
@@ -79,7 +82,7 @@ def obtain(run: Run, data: ImageData, student: FeatureNet) -> list[Teacher]:
     found: dict[int, Teacher] = {}
     order = sorted(range(len(nets)), key=lambda k: config.model.teachers[k].checkpoint is None)  # what is given first
     for index in order:
-        found[index] = _obtain(run, data, index, nets[index])
+        found[index] = _obtain(run, data, index, nets[index], test)
     return [found[index] for index in range(len(nets))]
 
 
@@ -105,7 +108,7 @@ def _key(config: Config, index: int) -> str:
     return f"model.teachers.{index}.checkpoint={config.model.teachers[index].checkpoint}"
 
 
-def _obtain(run: Run, data: ImageData, index: int, net: FeatureNet) -> Teacher:
+def _obtain(run: Run, data: ImageData, index: int, net: FeatureNet, test: bool) -> Teacher:
     config = run.config
     spec = config.model.teachers[index]
     key, kept = _key(config, index), store(config, data, index)
@@ -118,7 +121,7 @@ def _obtain(run: Run, data: ImageData, index: int, net: FeatureNet) -> Teacher:
         if kept.exists():
             logger.info("teacher %d: %s, fine-tuned before", index, spec.name)
         else:
-            finetune(run, index)
+            finetune(run, index, test)
         path = kept if kept.exists() else run.folder / f"teacher_{index}" / WEIGHTS
         key = f"{path} (delete it to fine-tune anew)"
         note = kept.with_suffix(".json")
@@ -144,8 +147,12 @@ def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | 
     return check_file(source, key), None
 
 
-def finetune(parent: Run, index: int) -> dict[str, float]:
-    """A nested run that fine-tunes one teacher, and keeps it for other runs on this machine."""
+def finetune(parent: Run, index: int, test: bool = True) -> dict[str, float]:
+    """A nested run that fine-tunes one teacher, and keeps it for other runs on this machine.
+
+    Args:
+        test: whether it is evaluated on the test split at its end.
+    """
     key = f"teacher_{index}"
     done = parent.finished_child(key)
     if done is not None:
@@ -161,7 +168,7 @@ def finetune(parent: Run, index: int) -> dict[str, float]:
         name = run.config.model.teachers[index].name
         logger.info("fine-tuning teacher %d, %s, for %d epochs", index, name, run.config.finetune.epochs)
         loop = train(run, task, data, part=key)
-        results = task.results()
+        results = task.results(test)
         loop.finish(results)
         if not run.follower:
             path = run.folder / WEIGHTS

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.features import FeatureNet
 from pipeline.config import Config
-from pipeline.data.batches import EpochDraws
+from pipeline.data.batches import EpochDraws, EvalBatches
 from pipeline.data.sources import ImageData
 from pipeline.training import distributed, schedules
 from pipeline.training.checkpoint import cpu_copy
@@ -69,15 +69,18 @@ class FineTuning:
         self.net.load_state_dict(state["net"])
         self.selection.load_state_dict(state["selection"])
 
-    def results(self) -> dict[str, float]:
-        """Final accuracies; the network holds the selected weights afterwards."""
-        test = self.data.test
-        last = accuracy(outputs(self.net, test).logits, test.labels)
+    def results(self, test: bool = True) -> dict[str, float]:
+        """Final accuracies, in percent, and costs; the network holds the selected weights afterwards.
+
+        Args:
+            test: False where the test split must not be seen: a sweep's teachers.
+        """
+        last = {"final/acc_last": self._accuracy_on(self.data.test)} if test else {}
         self._last = cpu_copy(self.net.state_dict())  # what a checkpoint continues from
         self.net.load_state_dict(self.selection.chosen())
-        selected = accuracy(outputs(self.net, test).logits, test.labels)
-        found = {"final/acc_last": last, "final/acc_val_selected": selected}
-        if self.data.has_validation:
-            val = self.data.eval
-            found["final/val_acc"] = accuracy(outputs(self.net, val).logits, val.labels)
-        return found | self.costs.metrics()
+        selected = {"final/acc_val_selected": self._accuracy_on(self.data.test)} if test else {}
+        val = {"final/val_acc": self._accuracy_on(self.data.eval)} if self.data.has_validation else {}
+        return last | selected | val | self.costs.metrics()
+
+    def _accuracy_on(self, split: EvalBatches) -> float:
+        return accuracy(outputs(self.net, split).logits, split.labels)

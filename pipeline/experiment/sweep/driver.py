@@ -101,7 +101,7 @@ def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, 
     except UserError as error:
         logger.warning("%s: the teachers are fine-tuned anew", error)
     if needs_distillation(base):
-        found = teachers.obtain(run, data, networks.build_student(base, data))
+        found = teachers.obtain(run, data, networks.build_student(base, data), test=False)
     run.journal.tags({"asib.teachers": ",".join(t.hash for t in found) or "none"})
     facts: dict[str, Any] = {
         "digest": plan.digest,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import optuna
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
+from pipeline.data.batches import EvalBatches
 from pipeline.errors import Interrupted
 from pipeline.experiment import jobs, session
 from pipeline.experiment.run import Run
@@ -20,8 +22,9 @@ from pipeline.experiment.study.claim import Claim
 from pipeline.experiment.study.study import Study
 from pipeline.experiment.sweep import driver as sweep
 from pipeline.experiment.sweep import worker
-from tests.steps.lab import Done, Lab, SignalAt, ending, journal, points, run_id, see, write_npz
+from tests.steps.lab import TEST, TRAIN, Done, Lab, SignalAt, ending, journal, points, run_id, see, write_npz
 
+VAL = TRAIN // 5  # the lab's dataset.val_fraction
 PER_TRIAL = 20  # questions that the loop asks for a signal
 SPACE = {
     "method.kd_alpha": {"type": "float", "low": 0.1, "high": 0.9},
@@ -135,6 +138,30 @@ def test_trials_and_runs_are_one_thing(lab: Lab, sqlite_uri: str, monkeypatch: p
     assert {"best.yaml", "study/study.html", "study/history.png", "checkpoints/student.safetensors"} <= found.artifacts
     assert len(found.models_out) == 1
     assert f"runs/{best.user_attrs['run_id']}" in found.tags["mlflow.note.content"]
+
+
+def test_a_sweep_never_looks_at_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the teachers either that it fine-tunes itself: neither an image read nor a metric written."""
+    whole = EvalBatches.__iter__
+    evaluated: set[int] = set()
+
+    def noting(self: EvalBatches) -> Iterator[tuple[Tensor, Tensor]]:
+        evaluated.add(len(self.labels))
+        return whole(self)
+
+    monkeypatch.setattr(EvalBatches, "__iter__", noting)
+    lab = Lab(tmp_path / "fresh")
+    swept(lab, trials=1)
+    folders = [parent(lab), *parent(lab).glob("teacher_*"), *trials(lab)]
+    assert len(folders) == 4
+    written = {name for folder in folders for name, _ in points(folder)}
+    assert not [name for name in written if name.startswith(("test/", "final/acc", "final/teacher"))]
+    assert {"teacher/acc", "final/val_acc"} <= written
+    assert VAL in evaluated
+    assert TEST not in evaluated
+    done = lab.step("finetune", "finetune.seed=1")
+    assert done.code == 0, done.err
+    assert TEST in evaluated, "elsewhere it is evaluated"
 
 
 @pytest.mark.slow
