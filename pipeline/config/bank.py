@@ -57,6 +57,8 @@ def not_enumerable(config: Config) -> str | None:
         return "nothing is distilled"
     if m.use_teacher_finetuning:
         return "method.use_teacher_finetuning=true: the teachers change"
+    if config.dataset.name == "image_folder":
+        return "dataset.name=image_folder: pictures cropped at random are no fixed set of views"
     if config.augment.randaugment:
         return "augment.randaugment=true: an image has no fixed set of views"
     if m.kd_view == "mixed" and (m.cutmix_alpha_distill > 0 or m.mixup_alpha > 0):

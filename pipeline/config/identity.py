@@ -25,6 +25,7 @@ NOT_COMPUTATION = (
     "dataset.path",
     "dataset.download",
     "dataset.eval_batch_size",
+    "dataset.workers",
     "optim.use_amp",
     "optim.compile",
     "bank",

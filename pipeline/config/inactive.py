@@ -128,6 +128,13 @@ def _switched_off(config: Config) -> Iterator[str]:
         yield "method.gate_source: method.enable_kd_after_syn_acc is 0"
     if not config.augment.crop_flip and config.augment.pad_mode != "zero":
         yield "augment.pad_mode: augment.crop_flip is false"
+    if config.dataset.name == "image_folder":
+        if config.augment.crop_flip and config.augment.pad_mode != "zero":
+            yield "augment.pad_mode: dataset.name=image_folder crops without padding"
+    else:
+        for key in ("image_size", "workers"):
+            if _changed(config.dataset, key):
+                yield f"dataset.{key}: dataset.name is not image_folder"
     if _changed(config.optim, "grad_scaler_init_scale") and config.optim.amp_dtype != "float16":
         yield "optim.grad_scaler_init_scale: optim.amp_dtype is not float16"
     if config.extend and not config.resume:

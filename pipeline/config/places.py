@@ -41,12 +41,24 @@ def check_there(config: Config, step: str) -> None:
 
 def check_data(dataset: DatasetConfig) -> None:
     """The same for the data set alone; what `dataset.download` fetches need not be there."""
+    if dataset.name == "image_folder":
+        _check_image_folder(dataset.root)
     place = TORCHVISION.get(dataset.name)
     if place is not None and not dataset.download and not place.below(dataset.root).is_dir():
         raise UserError(
             f"dataset.root={dataset.root}: {place.class_name} is not there (looked in {place.below(dataset.root)}); "
             "name the folder that holds it, or set dataset.download=true"
         )
+
+
+def _check_image_folder(root: str) -> None:
+    folder = Path(root).expanduser()
+    for names in (("train",), ("val", "test")):
+        if not any((folder / name).is_dir() for name in names):
+            raise UserError(
+                f"dataset.root={root}: {' or '.join(f'{name}/' for name in names)} is not there (looked in "
+                f"{folder.resolve()}); dataset.name=image_folder needs train/<class>/ and val/<class>/ with pictures"
+            )
 
 
 def check_file(given: str, key: str) -> Path:

@@ -43,12 +43,14 @@ class Section(BaseModel):
 class DatasetConfig(Section):
     """What is learned, and how it is split (design.md, «What a run looks like»)."""
 
-    name: Literal["cifar100_sample", "cifar100", "cifar10", "fashion_mnist", "npz"] = key(
+    name: Literal["cifar100_sample", "cifar100", "cifar10", "fashion_mnist", "npz", "image_folder"] = key(
         "cifar100_sample", "data set; the first is bundled"
     )
-    root: str = key("data", "folder of the torchvision layout (cifar100, cifar10, fashion_mnist)")
+    root: str = key("data", "folder of the torchvision layout; of image_folder: with train/<class>/ and val/<class>/")
     path: str | None = key(None, "the file of dataset.name=npz (x_train, y_train, x_test, y_test; uint8 NHWC)")
     download: bool = key(False, "fetch a missing data set with torchvision")
+    image_size: AtLeastOne = key(224, "pixels of a side that image_folder is brought to")
+    workers: Count | None = key(None, "processes that decode image_folder; null: one per thread, at most 8; 0: none")
     batch_size: AtLeastOne = key(128, "images per update, over all processes")
     eval_batch_size: AtLeastOne = key(500, "images per forward pass in evaluation")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = key(

@@ -1,9 +1,12 @@
-"""Batches of a data set that lives on the device as uint8: index → crop and flip → normalise → mix, no worker.
+"""Batches of a data set: index → crop and flip → normalise → mix.
+
+Images live on the device as uint8, and no worker has a part in it; or they are files, and workers decode them ahead.
 
 All random numbers of an epoch are drawn before it begins (`draw_epoch`), for the global batch. So resuming within an
 epoch is skipping batches, and a process of several computes its rows of exactly the batch that one process would see.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +27,7 @@ from pipeline.data.augment import (
     draw_mix,
     rand_augment,
 )
+from pipeline.data.files import ImageFiles, Images, Wanted
 from pipeline.errors import UserError
 
 
@@ -90,7 +94,8 @@ class EpochDraws:
 
     permutation: int64 (n,), positions in the training subset. crop_flip: one draw per *position of the epoch* (n,), or
     None. mixes: one per batch, or None. batch_size: that of the global batch. second: crops and flips of a second view;
-    None where there is none. seeds: int64 (2, n), RandAugment's seeds of both views; None without it.
+    None where there is none. seeds: int64 (2, n), of RandAugment, or of files' whole augmentation, for both views; None
+    without them.
     """
 
     permutation: Tensor
@@ -123,39 +128,43 @@ def draw_epoch(
     mix_alpha: float,
     generators: Callable[[str], torch.Generator],
     two_views: bool = False,
+    by_seed: bool = False,
 ) -> EpochDraws:
     """Draws an epoch over `n_images` images of `image_size`² pixels in global batches of `batch_size`.
 
     `generators` gives a CPU generator for each of the names permutation, crop_flip, crop_flip_2, randaugment and mix.
     The streams are separate: switching mixing on or off changes neither order nor crops. What is switched off is not
-    asked for. `two_views`: every image also has a second, independent augmentation.
+    asked for. `two_views`: every image also has a second, independent augmentation. `by_seed`: crops and flips are
+    those of a seed for each image, as of files, instead of corners in the padded image.
     """
     permutation = torch.randperm(n_images, generator=generators("permutation"))
-    views = draw_crop_flip(n_images, generators("crop_flip")) if augment.crop_flip else None
+    corners = augment.crop_flip and not by_seed
+    views = draw_crop_flip(n_images, generators("crop_flip")) if corners else None
     bounds = batch_bounds(n_images, batch_size)
     mixes: tuple[Mix | None, ...] = (None,) * len(bounds)
     if mix_kind is not None:
         # torch has no Beta draw that takes a generator
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generators("mix"))))
         mixes = tuple(draw_mix(stop - start, image_size, mix_kind, mix_alpha, rng) for start, stop in bounds)
-    second = draw_crop_flip(n_images, generators("crop_flip_2")) if two_views and augment.crop_flip else None
-    seeds = torch.randint(2**62, (2, n_images), generator=generators("randaugment")) if augment.randaugment else None
+    second = draw_crop_flip(n_images, generators("crop_flip_2")) if two_views and corners else None
+    stream = "crop_flip" if by_seed and augment.crop_flip else "randaugment" if augment.randaugment else None
+    seeds = None if stream is None else torch.randint(2**62, (2, n_images), generator=generators(stream))
     return EpochDraws(permutation, views, mixes, batch_size, two_views, second, seeds)
 
 
 class TrainBatches:
     """The training subset of a data set, in augmented batches.
 
-    images: uint8 (N,C,H,W); labels: int64 (N,); indices: int64 (n,), the images that take part. All move to `device`
-    once; tensors already there are shared, not copied: give train_x.to(device) here and to EvalBatches to hold it once.
-    `batch_size` is global. Process `rank` of `world_size` gets a contiguous slice of every global batch; slices differ
-    by at most one row, and are empty where the batch has fewer images than there are processes.
+    images: uint8 (N,C,H,W), or files; labels: int64 (N,); indices: int64 (n,), the images that take part. All but files
+    move to `device` once; tensors already there are shared, not copied: give train_x.to(device) here and to EvalBatches
+    to hold it once. `batch_size` is global. Process `rank` of `world_size` gets a contiguous slice of every global
+    batch; slices differ by at most one row, and are empty where the batch has fewer images than there are processes.
     Raises UserError when the subset is too small to make a batch, ValueError for wrong types or ranks.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        images: Images,
         labels: Tensor,
         indices: Tensor,
         *,
@@ -206,13 +215,15 @@ class TrainBatches:
     ) -> EpochDraws:
         """`draw_epoch` for these images."""
         n, size = len(self.indices), int(self.images.shape[-1])
-        return draw_epoch(n, self.batch_size, size, self.augment, mix_kind, mix_alpha, generators, two_views)
+        by_seed = isinstance(self.images, ImageFiles)
+        return draw_epoch(n, self.batch_size, size, self.augment, mix_kind, mix_alpha, generators, two_views, by_seed)
 
     def view(self, indices: Tensor, draw: CropFlip | None, seeds: Tensor | None = None) -> Tensor:
-        """Images `indices` (b,) of the data set, augmented and normalised: float32 (b,C,H,W).
+        """Images `indices` (b,) of a data set on the device, augmented and normalised: float32 (b,C,H,W).
 
         `draw`: their crops and flips, None for none. `seeds`: RandAugment's, int64 (b,) on the CPU, None for none.
         """
+        assert isinstance(self.images, Tensor)
         x = self.images.index_select(0, indices)
         if draw is not None:
             x = crop_flip(x, draw, pad_mode=self.augment.pad_mode)
@@ -240,35 +251,67 @@ class TrainBatches:
         return slice(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
 
     def _epoch(self, draws: EpochDraws, start: int) -> Iterator[Batch]:
+        one = torch.ones((), device=self.device)
+        waiting: deque[_Plan] = deque()
+
+        def asked() -> Iterator[_Asked]:
+            for plan in self._plans(draws, start):
+                waiting.append(plan)
+                yield from plan.asked
+
+        made = self._views(asked())
+        for _ in self.bounds[start:]:
+            x = next(made)  # workers are ahead: the plan is the oldest that waits
+            yield self._batch(waiting.popleft(), x, made, one)
+
+    def _plans(self, draws: EpochDraws, start: int) -> Iterator["_Plan"]:
+        """What the epoch's batches are, from batch `start` on."""
         # one transfer per epoch and tensor: within the loop nothing waits for the device
         order = self.indices[draws.permutation.to(self.device)]
-        on_device = [None if view is None else view.to(self.device) for view in (draws.crop_flip, draws.second)]
-        one = torch.ones((), device=self.device)
         mixes = _to_device(draws.mixes, self.device)
-        for (first, stop), mixture in zip(self.bounds[start:], mixes[start:], strict=True):
+        # where images are files, who asks for them does not ask the device
+        resident, place = isinstance(self.images, Tensor), self.images.device
+        at_images = order if resident else self.indices.to(place)[draws.permutation]
+        crops = [None if view is None else view.to(place) for view in (draws.crop_flip, draws.second)]
+        for number, (first, stop) in enumerate(self.bounds[start:], start):
             at = slice(first, stop)
-            crops = [None if view is None else view.take(at) for view in on_device]
-            seeds = (None, None) if draws.seeds is None else draws.seeds[:, at]
-            second = _View(crops[1], seeds[1]) if draws.two_views else None
-            yield self._batch(order[at], _View(crops[0], seeds[0]), second, mixture, one)
+            rows = self.slice_of(stop - first)
+            views = [
+                _View(None if drawn is None else drawn.take(at), None if draws.seeds is None else draws.seeds[k, at])
+                for k, drawn in enumerate(crops)
+            ]
+            index, mixture = at_images[at], mixes[number]
+            asked = [_Asked(index[rows], *views[0].take(rows))]
+            if draws.two_views:
+                asked.append(_Asked(index[rows], *views[1].take(rows)))
+            if mixture is not None and self.world_size > 1:  # partners may lie in other processes: made here
+                source = mixture if resident else draws.mixes[number]
+                assert source is not None
+                partner = source.partner[rows]
+                asked.append(_Asked(index[partner], *views[0].take(partner)))
+            yield _Plan(order[at], rows, mixture, draws.two_views, asked)
 
-    def _batch(self, index: Tensor, views: "_View", second: "_View | None", mixture: Mix | None, one: Tensor) -> Batch:
-        """This process's rows of the global batch `index` (B,)."""
-        size = len(index)
-        rows = self.slice_of(size)
-        mine, mine_views = index[rows], views.take(rows)
-        x, y = self.view(mine, *mine_views), self.labels[mine]
-        other = None if second is None else self.view(mine, *second.take(rows))
+    def _views(self, asked: Iterator["_Asked"]) -> Iterator[Tensor]:
+        """What is asked for, augmented and normalised: float32 (b,C,H,W) on the device."""
+        if isinstance(self.images, Tensor):
+            yield from (self.view(*one) for one in asked)
+        else:
+            how = self.augment.crop_flip, self.augment.randaugment
+            wanted = (Wanted(a.indices.numpy(), None if a.seeds is None else a.seeds.numpy(), *how) for a in asked)
+            yield from map(self.normalize, self.images.views(wanted, self.device))
+
+    def _batch(self, plan: "_Plan", x: Tensor, made: Iterator[Tensor], one: Tensor) -> Batch:
+        """This process's rows of the plan's global batch; `made` gives what was asked for beside `x`."""
+        index, rows, mixture = plan.index, plan.rows, plan.mixture
+        size, mine, crops = len(index), index[rows], plan.asked[0].crops
+        y = self.labels[mine]
+        other = next(made) if plan.two_views else None
         if mixture is None:
-            return Batch(x, x, y, y, one, mine, rows, size, None, mine_views.crops, other)
+            return Batch(x, x, y, y, one, mine, rows, size, None, crops, other)
         partner = mixture.partner[rows]
-        if self.world_size == 1:
-            partners = x[partner]
-        else:  # they may lie in other processes: make them here
-            partners = self.view(index[partner], *views.take(partner))
-        mixed = blend(x, partners, mixture)
+        mixed = blend(x, x[partner] if self.world_size == 1 else next(made), mixture)
         y_b = self.labels[index[partner]]
-        return Batch(x, mixed, y, y_b, mixture.lam, mine, rows, size, partner, mine_views.crops, other)
+        return Batch(x, mixed, y, y_b, mixture.lam, mine, rows, size, partner, crops, other)
 
 
 class _View(NamedTuple):
@@ -284,6 +327,26 @@ class _View(NamedTuple):
         return _View(None if self.crops is None else self.crops.take(rows), seeds)
 
 
+class _Asked(NamedTuple):
+    """Images in one view each, where the images are."""
+
+    indices: Tensor
+    crops: CropFlip | None
+    seeds: Tensor | None
+
+
+class _Plan(NamedTuple):
+    """One batch before its images are made."""
+
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a plan
+    """int64 (B,): the global batch, on the device."""
+    rows: slice
+    mixture: Mix | None
+    two_views: bool
+    asked: list[_Asked]
+    """The clean view, the second one, and the mixing partners, as far as they are to be made."""
+
+
 class EvalBatches:
     """Images in their order, unaugmented: iterates (x float32 (b,C,H,W), y int64 (b,)), the last batch as it comes.
 
@@ -293,7 +356,7 @@ class EvalBatches:
 
     def __init__(
         self,
-        images: Tensor,
+        images: Images,
         labels: Tensor,
         indices: Tensor | None,
         batch_size: int,
@@ -314,9 +377,16 @@ class EvalBatches:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index, y in zip(self.indices.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-            if len(index):
-                yield self.normalize(self.images.index_select(0, index)), y
+        if not len(self.indices):
+            return
+        parts = self.indices.split(self.batch_size)
+        images: Iterator[Tensor]
+        if isinstance(self.images, Tensor):
+            images = (self.images.index_select(0, index) for index in parts)
+        else:
+            wanted = [Wanted(index.numpy()) for index in self.indices.cpu().split(self.batch_size)]
+            images = self.images.views(wanted, self.device)
+        yield from zip(map(self.normalize, images), self.labels.split(self.batch_size), strict=True)
 
 
 def _to_device(mixes: tuple[Mix | None, ...], device: torch.device) -> list[Mix | None]:
@@ -329,7 +399,7 @@ def _to_device(mixes: tuple[Mix | None, ...], device: torch.device) -> list[Mix 
     return [None if m is None else m._replace(lam=next(lams), partner=next(partners)) for m in mixes]
 
 
-def _check(images: Tensor, labels: Tensor) -> None:
+def _check(images: Images, labels: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 (N,C,H,W), not {images.dtype} {tuple(images.shape)}")
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:

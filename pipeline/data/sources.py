@@ -1,6 +1,6 @@
-"""Where images come from: the bundled sample, torchvision's data sets, or a user's npz file.
+"""Where images come from: the bundled sample, torchvision's data sets, a user's npz file, or folders of pictures.
 
-Whatever the source, the result is one `ImageData`: checked uint8 arrays and the digest by which results know them.
+Whatever the source, the result is one `ImageData`: checked images and the digest by which results know them.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.config import DatasetConfig
 from pipeline.config.places import TORCHVISION, check_data
 from pipeline.data.arrays import Arrays, check, read_npz
+from pipeline.data.files import CROP_PCT, ImageFiles, Images, scan
 from pipeline.errors import UserError
 
 SAMPLE = Path(__file__).parent / "sample" / "cifar100_sample.npz"
@@ -32,28 +33,31 @@ class Statistics(NamedTuple):
 
 CIFAR100 = Statistics((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761))
 CIFAR10 = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FASHION_MNIST = Statistics((0.2860,), (0.3530,))
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A labelled image data set in memory.
+    """A labelled image data set, in memory or as files.
 
-    train_x, test_x: uint8 (N,C,H,W), H = W; train_y, test_y: int64 (N,) in 0..num_classes-1, every class occurring in
-    training. mean, std: per channel, for images scaled to [0, 1]. digest: SHA-256 (hex) over shapes, types and bytes of
-    the four arrays and the class names. source: where it was read, for people.
+    train_x, test_x: uint8 (N,C,H,W), H = W, or files of such; train_y, test_y: int64 (N,) in 0..num_classes-1, every
+    class occurring in training. mean, std: per channel, for images scaled to [0, 1]. digest: SHA-256 (hex) over shapes,
+    types and bytes of the four arrays and the class names, or over files. source: where it was read, for people.
+    crop_pct: the share of a picture's shorter side that its square shows; None: other shapes are squeezed.
     """
 
     name: str
-    train_x: Tensor
+    train_x: Images
     train_y: Tensor
-    test_x: Tensor
+    test_x: Images
     test_y: Tensor
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
     source: str
+    crop_pct: float | None = None
 
     @property
     def num_classes(self) -> int:
@@ -102,6 +106,25 @@ def _npz(config: DatasetConfig) -> ImageData:
     path = Path(config.path).expanduser()
     arrays = check(read_npz(path, "dataset.path"), f"dataset.path={path}")
     return _image_data(config.name, arrays, statistics(arrays.x_train), str(path))
+
+
+def _image_folder(config: DatasetConfig) -> ImageData:
+    check_data(config)
+    key, root = f"dataset.root={config.root}", Path(config.root).expanduser()
+    found = scan(root, key)
+    return ImageData(
+        name=config.name,
+        train_x=ImageFiles(found.train, config.image_size, config.workers, key),
+        train_y=torch.from_numpy(found.y_train),
+        test_x=ImageFiles(found.test, config.image_size, config.workers, key),
+        test_y=torch.from_numpy(found.y_test),
+        classes=found.classes,
+        mean=IMAGENET.mean,
+        std=IMAGENET.std,
+        digest=found.digest,
+        source=str(root),
+        crop_pct=CROP_PCT,
+    )
 
 
 def _torchvision(name: str, known: Statistics) -> Callable[[DatasetConfig], ImageData]:
@@ -191,4 +214,5 @@ _SOURCES: dict[str, Callable[[DatasetConfig], ImageData]] = {
     "cifar10": _torchvision("cifar10", CIFAR10),
     "fashion_mnist": _torchvision("fashion_mnist", FASHION_MNIST),
     "npz": _npz,
+    "image_folder": _image_folder,
 }

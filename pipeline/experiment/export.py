@@ -137,8 +137,9 @@ def to_timm(net: nn.Module, model: FeatureNet, data: ImageData, folder: Path) ->
     changed = model.small_input and not base.startswith("cifar_")
     if changed and not is_patch_family(model_entrypoint(base).__module__):
         config |= {"pretrained_cfg": {"architecture": stem_timm.NAME}, "model_args": {"base": base.partition(".")[0]}}
-    # squashing to the size is what the served model does with other sizes
-    shown = {"mean": data.mean, "std": data.std, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
+    # what the served model does with pictures of other sizes
+    shape = {"crop_pct": data.crop_pct or 1.0, "crop_mode": "center" if data.crop_pct else "squash"}
+    shown = {"mean": data.mean, "std": data.std, "interpolation": "bicubic", **shape}
     save_for_hf(net, str(folder), config, safe_serialization=True, data_config={"input_size": size, **shown})
 
 
@@ -169,6 +170,7 @@ def log_student(
         "classes": list(data.classes),
         "image_size": data.image_size,
         "in_chans": data.in_chans,
+        "crop_pct": data.crop_pct,
         "mean": list(data.mean),
         "std": list(data.std),
         "architecture": net.architecture,

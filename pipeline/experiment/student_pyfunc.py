@@ -38,6 +38,7 @@ class Classifier:
             described = json.load(file)
         self.classes: list[str] = described["classes"]
         self.size, self.channels = int(described["image_size"]), int(described["in_chans"])
+        self.crop_pct: float | None = described.get("crop_pct")
         self._session = onnxruntime.InferenceSession(net, providers=["CPUExecutionProvider"])
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -48,7 +49,7 @@ class Classifier:
 
     def picture(self, file: bytes) -> NDArray[np.uint8]:
         """A PNG or JPEG file as the network takes it, (size, size, channels). Raises Refused."""
-        return decode(file, self.size, self.channels)
+        return decode(file, self.size, self.channels, self.crop_pct)
 
     def image(self, item: Any) -> NDArray[np.uint8]:
         """One item of a request: a base64 string, or nested lists of pixels. Raises Refused."""
@@ -62,11 +63,11 @@ class Classifier:
             raise Refused(f"is no base64 PNG or JPEG{reason}") from error
 
 
-def decode(file: bytes, size: int, channels: int) -> NDArray[np.uint8]:
+def decode(file: bytes, size: int, channels: int, crop_pct: float | None = None) -> NDArray[np.uint8]:
     """A PNG or JPEG file as uint8 (size, size, channels).
 
-    Upright as its EXIF says, transparent parts on white, grey and CMYK converted, then squeezed to the size
-    bicubically: the aspect ratio is not kept.
+    Upright as its EXIF says, transparent parts on white, grey and CMYK converted, then brought to the size bicubically:
+    as a square in its centre whose side is `crop_pct` of the shorter side; None: squeezed, whatever its shape.
 
     Raises:
         Refused: another format, a damaged file, more than `MAX_PIXELS`.
@@ -85,7 +86,7 @@ def decode(file: bytes, size: int, channels: int) -> NDArray[np.uint8]:
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture.convert("RGBA"))
             picture = picture.convert("RGB" if channels == 3 else "L")
-            picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+            picture = _to_square(picture, size, crop_pct)
     except Refused:
         raise
     except Image.DecompressionBombError as error:
@@ -94,6 +95,19 @@ def decode(file: bytes, size: int, channels: int) -> NDArray[np.uint8]:
         # on damaged files Pillow's decoders raise whatever their parsers do: SyntaxError, struct.error, EOFError, …
         raise Refused("not such a picture, or a damaged one") from error
     return np.asarray(picture, dtype=np.uint8).reshape(size, size, channels)
+
+
+def _to_square(picture: Any, size: int, crop_pct: float | None) -> Any:
+    """A PIL image as the network was evaluated: with `crop_pct`, as torchvision's Resize and CenterCrop do it."""
+    from PIL import Image
+
+    if crop_pct is None:
+        return picture.resize((size, size), Image.Resampling.BICUBIC)
+    shorter = round(size / crop_pct)
+    width, height = (shorter * side // min(picture.size) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return picture.crop((left, top, left + size, top + size))
 
 
 def pixels(item: Any, size: int, channels: int) -> NDArray[np.uint8]:

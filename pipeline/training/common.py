@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.data.batches import EpochDraws, EvalBatches, TrainBatches
+from pipeline.data.files import Images
 from pipeline.data.sources import ImageData
 from pipeline.data.splits import split
 from pipeline.training import distributed
@@ -21,7 +22,7 @@ logger = logging.getLogger("asib")
 
 
 class RunData:
-    """Training, evaluation and test batches of one run, resident on the device.
+    """Training, evaluation and test batches of one run: resident on the device, or files.
 
     Per-epoch evaluation is on the validation split; on the test split only where there is no validation split, and then
     nothing is selected by it (design.md, «What a run looks like»).
@@ -47,7 +48,7 @@ class RunData:
         )
         size = config.dataset.eval_batch_size
 
-        def in_order(x: Tensor, y: Tensor, indices: Tensor | None) -> EvalBatches:
+        def in_order(x: Images, y: Tensor, indices: Tensor | None) -> EvalBatches:
             channels_last = config.optim.use_channels_last
             return EvalBatches(x, y, indices, size, data.mean, data.std, device, channels_last)
 

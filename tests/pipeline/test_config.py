@@ -216,7 +216,7 @@ def changed(value):
 UNCOMPUTED = ("device", "threads", "output_dir", "run_name", "rung", "resume", "extend", "log_model", "debug",
               "bank", "bank_folder", "bank_gb",
               "register", "student", "dataset.root",
-              "dataset.path", "dataset.download", "optim.use_amp", "optim.compile",
+              "dataset.path", "dataset.download", "dataset.workers", "optim.use_amp", "optim.compile",
               "checkpoint.every_seconds",
               "tracking.uri", "tracking.mode", "tracking.experiment")  # fmt: skip
 

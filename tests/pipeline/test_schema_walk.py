@@ -20,11 +20,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
 from models import zoo
 from pipeline.config import Config, config_hash, explain, flatten
-from pipeline.data import sources
+from pipeline.data import files, sources
+from pipeline.data.files import ImageFiles, Wanted
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import bank, export, jobs, networks, report, session, teachers, tracking
@@ -224,6 +226,10 @@ class Place:
                 f"x_{s}": rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for s, n in (("train", 24), ("test", 9))
             }
             np.savez(self.path / f"{name}.npz", **arrays, y_train=np.arange(24) % 3, y_test=np.arange(9) % 3)
+        for k, pixels in enumerate(arrays["x_test"]):
+            for split in ("train", "val"):
+                (folder := self.path / "pictures" / split / str(k % 3)).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / f"{k}.png")
 
     def config(self, keys: Keys) -> Config:
         base = {
@@ -285,6 +291,17 @@ def data_set(keys: Keys) -> Any:
     """The digest of the images, or what is said of their absence."""
     with mock.patch("torchvision.datasets.CIFAR10", side_effect=RuntimeError("asked for")):
         return sources.load(place().config(keys).dataset).digest
+
+
+@refused
+def pictures_read(keys: Keys) -> Any:
+    """One of the pictures in folders, and who read it."""
+    with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(place().path)}):
+        images = sources.load(place().config({**PICTURES, **keys}).dataset).train_x
+    assert isinstance(images, ImageFiles)
+    with mock.patch.object(files, "DataLoader", side_effect=files.DataLoader) as loader:
+        (seen,) = images.views([Wanted(np.array([4]))], CPU)
+    return {"x": seen, "workers": loader.call_args.kwargs["num_workers"]}
 
 
 def asked_of_the_zoo(build: Callable[[Config, ImageData], Any]) -> Observer:
@@ -506,6 +523,8 @@ TAUGHT = {"method.kd_alpha": 0.5, "finetune.epochs": 0, "model.teachers.0.name":
           "model.teachers.0.checkpoint": "{here}/none", "output_dir": "{here}/runs"}  # fmt: skip
 BANKED = {**TAUGHT, "bank": "lazy"}
 ONLINE = {"tracking.mode": "online", "tracking.uri": "sqlite:///a.db"}
+PICTURES = {"dataset.name": "image_folder", "dataset.root": "{here}/pictures", "dataset.path": None,
+            "dataset.image_size": 16}  # fmt: skip
 TORCHVISION = {"dataset.name": "cifar10", "dataset.root": "{here}/nothing"}
 
 TABLE: dict[str, Case] = {
@@ -535,6 +554,8 @@ TABLE: dict[str, Case] = {
     "dataset.root": Case("{here}/nothing", {"dataset.name": "cifar10"}, data_set),
     "dataset.path": Case("{here}/two.npz", observer=data_set),
     "dataset.download": Case(True, TORCHVISION, data_set),
+    "dataset.image_size": Case(12, observer=pictures_read),
+    "dataset.workers": Case(0, {"dataset.workers": 1}, pictures_read),
     "dataset.batch_size": Case(6),
     "dataset.eval_batch_size": Case(5, observer=evaluation_batches),
     "dataset.val_fraction": Case(0.5),
@@ -739,7 +760,7 @@ DEFAULTS_IN_THE_TABLE = {"log_model": False, "tracking.mode": "offline", "datase
 """Other values of keys for which the table's is the default."""
 BOOKKEEPING = {"device", "threads", "output_dir", "run_name", "rung", "student", "resume", "extend", "log_model",
                "register", "debug", "dataset.root", "dataset.path", "dataset.download", "dataset.eval_batch_size",
-               "optim.use_amp", "optim.compile", "model.teachers.0.checkpoint",
+               "dataset.workers", "optim.use_amp", "optim.compile", "model.teachers.0.checkpoint",
                "bank", "bank_folder", "bank_gb"}  # fmt: skip
 
 

@@ -86,9 +86,9 @@ def write(run: Run, data: ImageData, evaluation: Evaluation, part: Part) -> list
         "confusion.png",
         *(f"{name}.json" for name in found),
     ]
-    images = part.images[part.indices]
-    if pictures.confused_sheet(pairs.head(SHOWN), evaluation, images, data.classes, folder / "confused_pairs.png"):
-        names.append("confused_pairs.png")
+    sheet = folder / "confused_pairs.png"
+    if pictures.confused_sheet(pairs.head(SHOWN), evaluation, part.images, part.indices, data.classes, sheet):
+        names.append(sheet.name)
     for name in names:
         run.journal.artifact(folder / name, to)
     return [str(Path(to, f"{name}.json")) for name in found]

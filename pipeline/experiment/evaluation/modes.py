@@ -12,6 +12,7 @@ from models.features import FeatureNet
 from models.weights import ADAPTER, read_state, weights_hash
 from pipeline.config import Config, MethodConfig
 from pipeline.data.batches import EvalBatches
+from pipeline.data.files import Images
 from pipeline.data.sources import ImageData
 from pipeline.data.splits import split as make_split
 from pipeline.errors import UserError
@@ -30,10 +31,10 @@ logger = logging.getLogger("asib")
 
 
 class Part(NamedTuple):
-    """The images of a split: uint8 (m, C, H, W) and labels (m,), of which `indices` (n,) take part."""
+    """The images of a split: uint8 (m, C, H, W) or files, and labels (m,), of which `indices` (n,) take part."""
 
     name: str
-    images: Tensor
+    images: Images
     labels: Tensor
     indices: Tensor
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from pipeline.data.files import Images
 from pipeline.experiment import report
 from pipeline.experiment.evaluation.measures import Evaluation
 
@@ -49,13 +50,19 @@ def reliability(evaluation: Evaluation, path: Path) -> None:
 
 
 def confused_sheet(
-    pairs: pd.DataFrame, evaluation: Evaluation, images: Tensor, classes: tuple[str, ...], path: Path
+    pairs: pd.DataFrame,
+    evaluation: Evaluation,
+    images: Images,
+    indices: Tensor,
+    classes: tuple[str, ...],
+    path: Path,
 ) -> bool:
     """A row for each pair: its label, what was predicted, and the images that were predicted with most confidence.
 
     Args:
         pairs: as `measures.confused_pairs` gives them.
-        images: uint8 (n, C, H, W), in the evaluation's order.
+        images: uint8 (m, C, H, W).
+        indices: int64 (n,): which of them was evaluated, in the evaluation's order.
 
     Returns:
         False, and no picture, where no image was classified wrongly.
@@ -67,7 +74,7 @@ def confused_sheet(
     size = images.shape[-1]
     blank = torch.full((rows, columns, *images.shape[1:]), 255, dtype=torch.uint8)
     for row, found in enumerate(chosen):
-        blank[row, : len(found)] = images[torch.from_numpy(found)]
+        blank[row, : len(found)] = images[indices[torch.from_numpy(found)]]
     grid = make_grid(blank.flatten(0, 1), nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
     made, axis = report.figure(1, 1, 3 + 0.75 * columns, 0.6 + 0.75 * rows)
     axis.imshow(grid, interpolation="nearest")

@@ -149,4 +149,4 @@ def _batches(one: Contender, data: ImageData, config: Config) -> EvalBatches:
 
 def _image(images: EvalBatches) -> torch.Tensor:
     """One normalised image (1, C, H, W)."""
-    return images.normalize(images.images[:1])
+    return images.normalize(images.images[:1].to(images.device))

@@ -69,15 +69,17 @@ def test_confusion_is_read_back_with_its_names(tmp_path: Path) -> None:
 def test_pictures_are_drawn(evaluation: measures.Evaluation, data: ImageData, tmp_path: Path) -> None:
     counts = measures.confusion(evaluation.labels, evaluation.predicted, 20)
     pairs = measures.confused_pairs(counts, data.classes, 5)
+    every = torch.arange(len(data.test_y))
     pictures.reliability(evaluation, tmp_path / "reliability.png")
     report.draw_confusion(counts, data.classes, tmp_path / "confusion.png")
-    assert pictures.confused_sheet(pairs, evaluation, data.test_x, data.classes, tmp_path / "pairs.png")
+    assert pictures.confused_sheet(pairs, evaluation, data.test_x, every, data.classes, tmp_path / "pairs.png")
     for name in ("reliability.png", "confusion.png", "pairs.png"):
         content = (tmp_path / name).read_bytes()
         assert content.startswith(SIGNATURE)
         assert len(content) > 5000
-    assert not pictures.confused_sheet(pairs.head(0), evaluation, data.test_x, data.classes, tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
+    none = tmp_path / "none.png"
+    assert not pictures.confused_sheet(pairs.head(0), evaluation, data.test_x, every, data.classes, none)
+    assert not none.exists()
 
 
 def test_the_sheet_shows_the_pairs_images(data: ImageData) -> None:

@@ -1,0 +1,306 @@
+"""Images that stay files, in the layout of torchvision's ImageFolder (ImageNet's): decoded, cropped and flipped by
+worker processes, with torchvision's v2 transforms, some batches ahead of the training.
+
+What is not resident is random by seed: each image of an epoch has its own, so that its crop depends neither on its
+batch nor on the worker that makes it.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pipeline.errors import UserError
+
+logger = logging.getLogger("asib")
+CROP_PCT = 0.875
+"""Of the shorter side, what the centre crop of evaluation shows: 224 of 256 (He et al. 2016)."""
+AHEAD = 4
+"""Batches that each worker makes ahead."""
+MOST_WORKERS = 8
+HASHED_AT_A_TIME = 8
+
+
+class Wanted(NamedTuple):
+    """Some images of a data set in one view each."""
+
+    indices: NDArray[np.int64]
+    """(n,)."""
+    seeds: NDArray[np.int64] | None = None
+    """(n,): each image's, for its crop, flip and RandAugment; None: the centre of each image."""
+    crop_flip: bool = True
+    """RandomResizedCrop and mirroring; without it, seeds serve RandAugment alone."""
+    randaugment: bool = False
+
+
+class ImageFiles:
+    """The images of one split, square and upright: what a uint8 tensor (N,3,size,size) would hold, but on disk.
+
+    Args:
+        paths: of the images, N.
+        size: pixels of a side.
+        workers: processes that decode; 0: this process does. None: one for each of torch's threads, at most eight.
+        key: opens messages about an image that cannot be read.
+    """
+
+    dtype = torch.uint8
+    device = torch.device("cpu")
+
+    def __init__(self, paths: Sequence[str], size: int, workers: int | None, key: str) -> None:
+        self.shape = torch.Size((len(paths), 3, size, size))
+        self.ndim = len(self.shape)
+        self.workers = workers
+        self._decoder = _Decoder(paths, size, key)
+        self._asked = _Asked()
+        self._loader: DataLoader[Tensor | str] | None = None
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        """The centres of some images, decoded here: uint8 (n,3,size,size)."""
+        return _checked(self._decoder[Wanted(torch.arange(len(self))[index].numpy())])
+
+    def to(self, device: torch.device | str) -> "ImageFiles":
+        """Itself: files have no device."""
+        return self
+
+    def views(self, wanted: Iterable[Wanted], device: torch.device) -> Iterator[Tensor]:
+        """For each of `wanted` its images, uint8 (n,3,size,size) on the device.
+
+        One at a time: whoever asks again has ended what was asked before. Copies to a GPU overlap with its work.
+
+        Raises:
+            UserError: an image cannot be read, a worker was killed.
+        """
+        self._asked.now = wanted
+        if self._loader is None:
+            self._loader = self._made(device)
+        made = map(_checked, self._watched(self._loader))
+        return made if device.type == "cpu" else _copied(made, device)
+
+    def _made(self, device: torch.device) -> "DataLoader[Tensor | str]":
+        workers = min(torch.get_num_threads(), MOST_WORKERS) if self.workers is None else self.workers
+        _transform(int(self.shape[-1]), False, False)  # imports what the workers need, before they are forked
+        return DataLoader(
+            self._decoder,
+            batch_size=None,
+            sampler=self._asked,
+            num_workers=workers,
+            prefetch_factor=AHEAD if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # it draws seeds that nobody uses: not from the run's stream
+        )
+
+    def _watched(self, loader: "DataLoader[Tensor | str]") -> Iterator[Tensor | str]:
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self._loader = None
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"dataset.workers={'null' if self.workers is None else self.workers}: {reason} Give fewer workers, "
+                "or more memory (in containers: shared memory)"
+            ) from error
+
+
+Images = Tensor | ImageFiles
+"""uint8 (N,C,H,W), in memory or on disk."""
+
+
+class _Asked(Sampler[Wanted]):
+    """What the loader is to make next; set anew for each epoch, while the workers stay."""
+
+    now: Iterable[Wanted] = ()
+
+    def __iter__(self) -> Iterator[Wanted]:
+        return iter(self.now)
+
+
+class _Decoder(Dataset[Tensor | str]):
+    """What runs in the workers: `Wanted` → uint8 (n,3,size,size), or a message about an image that cannot be read."""
+
+    def __init__(self, paths: Sequence[str], size: int, key: str) -> None:
+        # one buffer: workers that count references to strings would copy the pages that they share with the parent
+        self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        self._size, self._key = size, key
+
+    def __getitem__(self, wanted: Wanted) -> Tensor | str:
+        made = torch.empty((len(wanted.indices), 3, self._size, self._size), dtype=torch.uint8)
+        drawn = wanted.seeds is not None
+        seeds = [None] * len(made) if wanted.seeds is None else wanted.seeds.tolist()
+        transform = _transform(self._size, drawn and wanted.crop_flip, drawn and wanted.randaugment)
+        with torch.random.fork_rng(devices=[]):
+            for row, (index, seed) in enumerate(zip(wanted.indices.tolist(), seeds, strict=True)):
+                path = os.fsdecode(self._paths[index])
+                try:
+                    picture = read(path)
+                # on damaged files Pillow's decoders raise whatever their parsers do: SyntaxError, struct.error, …
+                except Exception as error:
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    return f"{self._key}: {path} cannot be read ({reason}); replace or remove it"
+                if seed is not None:
+                    torch.manual_seed(seed)
+                made[row] = transform(picture)
+        return made
+
+
+def read(path: str) -> Any:
+    """A picture file as a PIL image, RGB, upright as its EXIF says, transparent parts on white: as a served student
+    reads it. Raises what Pillow raises.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as opened:
+        opened.load()
+        picture: Any = ImageOps.exif_transpose(opened)
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+@functools.lru_cache(maxsize=8)
+def _transform(size: int, crop_flip: bool, randaugment: bool) -> Callable[[Any], Tensor]:
+    """PIL image → uint8 (3,size,size): ImageNet's usual training crop (8 to 100 % of the area), or the centre."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    bicubic = InterpolationMode.BICUBIC
+    steps: list[Any] = (
+        [v2.RandomResizedCrop(size, interpolation=bicubic), v2.RandomHorizontalFlip()]
+        if crop_flip
+        else [v2.Resize(round(size / CROP_PCT), interpolation=bicubic), v2.CenterCrop(size)]
+    )
+    if randaugment:
+        steps.append(v2.RandAugment())
+    made: Callable[[Any], Tensor] = v2.Compose([*steps, v2.PILToTensor()])
+    return made
+
+
+def _begin_worker(index: int) -> None:
+    """Signals to all processes of a job are the training's to answer: it still needs its workers for a last batch.
+
+    A second SIGTERM ends the worker: that is how it is stopped when it hangs.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def _checked(made: Tensor | str) -> Tensor:
+    if isinstance(made, str):
+        raise UserError(made)
+    return made
+
+
+def _copied(made: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Each tensor on the GPU, copied on a stream of its own: while the GPU still works on the one before."""
+    stream = torch.cuda.Stream(device)
+    for source in made:
+        with torch.cuda.stream(stream):
+            here = source.to(device, non_blocking=True)
+        working = torch.cuda.current_stream(device)
+        working.wait_stream(stream)
+        here.record_stream(working)  # its memory may be used again only when the work on it is done
+        yield here
+
+
+# the layout ----------------------------------------------------------------------------------------------------------
+
+
+class Folder(NamedTuple):
+    """A data set of files: paths and labels of both splits, the names of the classes, and the data's digest."""
+
+    train: list[str]
+    y_train: NDArray[np.int64]
+    test: list[str]
+    y_test: NDArray[np.int64]
+    classes: tuple[str, ...]
+    digest: str
+
+
+def scan(root: Path, key: str) -> Folder:
+    """The files below train/<class>/ and test/<class>/ (val/ where there is no test/).
+
+    Raises:
+        UserError: no such folders, a class without images, one of the test split that training lacks.
+    """
+    held_out = root / ("test" if (root / "test").is_dir() else "val")
+    if held_out.name == "test" and (root / "val").is_dir():
+        logger.info("%s: val/ is not used: validation images are held out of train/ (dataset.val_fraction)", key)
+    train, test = _read_folder(root / "train", key), _read_folder(held_out, key)
+    number = {name: k for k, name in enumerate(train.classes)}
+    unknown = [name for name in test.classes if name not in number]
+    if unknown:
+        raise UserError(f"{key}: {held_out.name}/ has a class {unknown[0]} that train/ lacks; they must have the same")
+    if len(number) < 2:
+        raise UserError(f"{key}: train/ holds one class only; at least two are needed")
+    renumbered = [number[test.classes[y]] for _, y in test.samples]
+    paths = [[path for path, _ in split.samples] for split in (train, test)]
+    return Folder(
+        paths[0],
+        np.array([y for _, y in train.samples], dtype=np.int64),
+        paths[1],
+        np.array(renumbered, dtype=np.int64),
+        tuple(train.classes),
+        _digest(root, [*paths[0], *paths[1]]),
+    )
+
+
+def _read_folder(folder: Path, key: str) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        reason = str(error).split(" Supported extensions")[0].rstrip(".")
+        raise UserError(f"{key}: {reason}; each class needs a folder with images below {folder}") from error
+
+
+def _digest(root: Path, paths: Sequence[str]) -> str:
+    """SHA-256 (hex) over the files' names below `root` and their contents.
+
+    Reading all of a large data set takes a while: what was hashed is remembered by the files' sizes and times of
+    change, in the user's cache folder.
+    """
+    seen = [os.stat(path) for path in paths]
+    names = [Path(path).relative_to(root).as_posix() for path in paths]
+    listing = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, seen, strict=True)]
+    known = hashlib.sha256(json.dumps([str(root.resolve()), listing]).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "asib" / "digests" / known
+    if cache.is_file() and len(text := cache.read_text()) == 64:
+        return text
+    logger.info("%s: hashing %d files, once", root, len(paths))
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(HASHED_AT_A_TIME) as pool:
+        for name, content in zip(names, pool.map(_hash, paths), strict=True):
+            whole.update(name.encode() + b"\0" + content)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part = cache.with_suffix(f".{os.getpid()}.part")
+        part.write_text(whole.hexdigest())
+        part.replace(cache)
+    except OSError as error:
+        logger.info("%s: %s; the files will be hashed again", cache.parent, error.strerror)
+    return whole.hexdigest()
+
+
+def _hash(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

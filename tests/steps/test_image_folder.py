@@ -1,0 +1,82 @@
+"""Pictures in folders through whole steps: the same results with and without workers, continued bit for bit, logged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.experiment import session
+from tests.steps.lab import BATCH, BATCHES, CLASSES, TEST, TRAIN, Lab, SignalAt, images, points, same_tensors, settings
+
+STUDENT = "checkpoints/student.safetensors"
+SIZE = 16
+
+
+def write_pictures(root: Path) -> Path:
+    """The lab's images as PNG files, a little larger than they are used."""
+    for split, count, seed in (("train", TRAIN, 0), ("val", TEST, 1000)):
+        for number, (pixels, label) in enumerate(zip(*images(count, seed), strict=True)):
+            folder = root / split / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).resize((20, 18), Image.Resampling.BICUBIC).save(folder / f"{number:03}.png")
+    return root
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lab = Lab(tmp_path / "lab")
+    root = write_pictures(lab.folder / "pictures")
+    content = settings(lab.data)
+    content["defaults"][0] = {"override /dataset": "image_folder"}
+    content["dataset"] = {"root": str(root), "image_size": SIZE, "batch_size": BATCH, "val_fraction": 0.2, "workers": 2}
+    lab.cfg.write_text(yaml.safe_dump(content))
+    return lab
+
+
+def test_a_run_does_not_depend_on_its_workers_and_is_continued(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = lab.step("distill", "bank=lazy")
+    assert whole.code == 0, whole.err
+    assert "pictures cropped at random are no fixed set of views" in whole.err
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "stop", SignalAt(BATCHES + 3))  # in the first B-step
+        killed = lab.step("distill")
+    assert killed.code == 143
+    again = lab.step("distill", f"resume={killed.folder}", "dataset.workers=0")
+    assert again.code == 0, again.err
+    assert points(killed.folder) == points(whole.folder)
+    assert same_tensors(killed.folder / STUDENT, whole.folder / STUDENT)
+
+
+@pytest.mark.slow
+def test_its_student_is_logged_with_its_crop_and_evaluated(lab: Lab) -> None:
+    made = lab.step("distill", "log_model=true")
+    assert made.code == 0, made.err
+    meta = json.loads((made.folder / "model/meta.json").read_text())
+    assert (meta["crop_pct"], meta["image_size"]) == (0.875, SIZE)
+    shown = json.loads((made.folder / "model/timm/config.json").read_text())["pretrained_cfg"]
+    assert (shown["crop_pct"], shown["crop_mode"]) == (0.875, "center")
+    done = lab.step("evaluate", f"student={made.folder / STUDENT}")
+    assert done.code == 0, done.err
+    accuracy = points(done.folder)["test/acc", 0]
+    assert accuracy == points(made.folder)["final/acc_val_selected", 3]
+    assert (done.folder / "confused_pairs.png").is_file()
+    predicted = lab.raw(
+        "predict",
+        [
+            f"model={made.folder / 'model'}",
+            f"images={lab.folder / 'pictures/val'}",
+            f"to={lab.folder / 'p.csv'}",
+            f"output_dir={lab.runs}",
+            "tracking.mode=offline",
+        ],
+    )
+    assert predicted.code == 0, predicted.err
+    rows = [line.split(",") for line in (lab.folder / "p.csv").read_text().splitlines()[1:]]
+    right = np.mean([row[0].split("/")[0] == row[1] for row in rows])
+    assert 100 * right == pytest.approx(accuracy[0])
