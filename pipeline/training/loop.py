@@ -23,6 +23,7 @@ from pipeline.data.batches import EpochDraws, TrainBatches
 from pipeline.errors import Interrupted, Pruned, Taken
 from pipeline.journal import CheckpointRecorder
 from pipeline.training import distributed
+from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.checkpoint import Slots
 from pipeline.training.costs import Costs
 from pipeline.training.objective import Moment, Objective
@@ -267,6 +268,8 @@ class Loop:
     def run(self) -> None:
         """Train to the end of the plan. Raises Interrupted or NonFinite."""
         plan, batches = self.task.plan, len(self.task.batches)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.slots is not None:
             self.recorder.hold()  # an epoch's entries wait for the checkpoint that contains them
         done = self.epoch * batches + self.batch
