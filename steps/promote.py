@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
         return promote(run, made[0])
 
-    return execute("promote", job, rest, planned, dry_run=lambda config: made[0].words())
+    return execute("promote", job, rest, planned, dry_run=lambda config: made[0].words(), own=OWN)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config
+from pipeline.config.names import UnknownKey
 from pipeline.config.places import check_there
 from pipeline.errors import Interrupted, UserError
 from pipeline.experiment import cli, shortcuts
@@ -73,6 +74,7 @@ def execute(
     argv: list[str] | None = None,
     variant: Callable[[Config], Config] = lambda config: config,
     dry_run: Callable[[Config], str] | None = None,
+    own: Collection[str] = (),
 ) -> int:
     """Run a step from its command line.
 
@@ -82,6 +84,7 @@ def execute(
         argv: arguments without the program's name; None: sys.argv.
         variant: what the step makes of the composed configuration.
         dry_run: what DRY_RUN=1 prints below the configuration.
+        own: the step's own keys, which `argv` no longer has, for what is said of a misspelt one.
 
     Returns:
         The exit code: 0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT, or what the
@@ -96,7 +99,7 @@ def execute(
         if command.help:
             print(cli.help_text(step, command.cfg, command.overrides))
             return 0
-        config = variant(configuration(command))
+        config = variant(configuration(command, own))
         if shortcuts.wants_dry_run(os.environ):
             _show(config, dry_run)
             return 0
@@ -136,16 +139,26 @@ def outside(step: str, argv: Sequence[str], act: Callable[[cli.Command], int]) -
         return 128 + error.signum
 
 
-def configuration(command: cli.Command) -> Config:
-    """What a command line asks for, and the environment's shortcuts beneath it. Raises UserError."""
-    found = shortcuts.read(os.environ, command.overrides)
-    with tempfile.TemporaryDirectory(prefix="asib-fetched-") as folder:
-        return compose(
-            command.cfg,
-            [*found.overrides, *command.overrides],
-            lambda uri: _fetch(uri, command.overrides, Path(folder)),
-            found.presets,
-        )
+def configuration(command: cli.Command, own: Collection[str] = ()) -> Config:
+    """What a command line asks for, and the environment's shortcuts beneath it.
+
+    Args:
+        own: the step's own keys, for what is said of a misspelt one.
+
+    Raises:
+        UserError: it does not do.
+    """
+    try:
+        found = shortcuts.read(os.environ, command.overrides)
+        with tempfile.TemporaryDirectory(prefix="asib-fetched-") as folder:
+            return compose(
+                command.cfg,
+                [*found.overrides, *command.overrides],
+                lambda uri: _fetch(uri, command.overrides, Path(folder)),
+                found.presets,
+            )
+    except UnknownKey as error:
+        raise UnknownKey(error.name, own) from error
 
 
 def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
