@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from pipeline.experiment.compose import compose, dump
 
 if TYPE_CHECKING:
     from pipeline.experiment.run import Run
+    from pipeline.experiment.tracking import Delivery
 
 logger = logging.getLogger("asib")
 Job = Callable[["Run"], float | None]
@@ -75,6 +77,7 @@ def execute(
     variant: Callable[[Config], Config] = lambda config: config,
     dry_run: Callable[[Config], str] | None = None,
     own: Collection[str] = (),
+    ask: "Callable[[Delivery], None] | None" = None,
 ) -> int:
     """Run a step from its command line.
 
@@ -85,6 +88,7 @@ def execute(
         variant: what the step makes of the composed configuration.
         dry_run: what DRY_RUN=1 prints below the configuration.
         own: the step's own keys, which `argv` no longer has, for what is said of a misspelt one.
+        ask: asks the tracking server what it alone can tell of bad input, before there is a run; raises UserError.
 
     Returns:
         The exit code: 0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT, or what the
@@ -110,9 +114,9 @@ def execute(
     try:
         if os.environ.get("RANK", "0") != "0":
             return _follow(step, config, job)
-        from pipeline.experiment.run import Run, log_to
+        run = _open(step, config, ask)
+        from pipeline.experiment.run import log_to
 
-        run = Run.open(step, config)
         with log_to(run.folder):
             return _supervise(run, job)
     except UserError as error:
@@ -185,6 +189,29 @@ def _show(config: Config, dry_run: Callable[[Config], str] | None) -> None:
         print(dump(config), end="")
         if dry_run is not None:
             print("\n" + textwrap.indent(dry_run(config).rstrip(), "# "))
+
+
+def _open(step: str, config: Config, ask: "Callable[[Delivery], None] | None") -> "Run":
+    """The run; where its delivery is asked first and refuses, nothing is left of it. Raises UserError."""
+    if ask is None:
+        from pipeline.experiment.run import Run
+
+        return Run.open(step, config)
+    from pipeline.experiment import tracking
+    from pipeline.experiment.interrupted import fresh_folder, writable
+
+    folder = fresh_folder(config, step)
+    with writable(config):
+        delivery = tracking.start_delivery(folder, uri=config.tracking.uri)
+    try:
+        from pipeline.experiment.run import Run  # torch, while delivery imports MLflow
+
+        ask(delivery)
+    except (UserError, Interrupted):
+        delivery.finish(0.0)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Run.open(step, config, delivery)
 
 
 def _call(job: str | Job, run: "Run") -> None:

@@ -1,10 +1,31 @@
-"""Runs of this machine, found again: those that hold a file, and those that did not come to their end."""
+"""Folders of runs on this machine: new ones, those that hold a file, and those that did not come to their end."""
 
 import glob
+import secrets
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.config import Config
+from pipeline.errors import UserError
 from pipeline.journal import read_entries, read_header, writer_alive
+
+
+def fresh_folder(config: Config, step: str, mark: str | None = None) -> Path:
+    """Where a new run is to be; nothing is made yet."""
+    return Path(config.output_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{mark or secrets.token_hex(3)}"
+
+
+@contextmanager
+def writable(config: Config) -> Iterator[None]:
+    """What the file system says of a new run folder, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"output_dir={config.output_dir}: cannot write there ({error.strerror}); choose another folder"
+        ) from error
 
 
 def folders_with(root: Path, file: str) -> list[Path]:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import subprocess
 import time
@@ -16,7 +15,7 @@ from typing import Any
 from pipeline.config import Config, config_hash
 from pipeline.errors import Interrupted, Pruned, Taken, UserError
 from pipeline.experiment import compose, tracking
-from pipeline.experiment.interrupted import folders_with
+from pipeline.experiment.interrupted import folders_with, fresh_folder, writable
 from pipeline.experiment.options import REPOSITORY
 from pipeline.journal import Carrier, Journal, NullJournal, read_entries, read_header
 from pipeline.training import distributed
@@ -77,7 +76,7 @@ class Run:
     @classmethod
     def carrier(cls, config: Config, folder: Path, stands_for: Carrier) -> "Run":
         """What a sweep's worker has in the place of a run: its nested runs become those of `stands_for`."""
-        with _writable(config):
+        with writable(config):
             journal = Journal.create(folder, experiment=stands_for.experiment, name=None, carrier=stands_for)
         delivery = _deliver(config, folder)
         return cls("sweep", config, folder, journal, delivery, parent_id=stands_for.journal)
@@ -85,17 +84,19 @@ class Run:
     # starting --------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, step: str, config: Config) -> "Run":
+    def open(cls, step: str, config: Config, delivery: tracking.Delivery | None = None) -> "Run":
         """Start a run, or continue the one that `resume` names; delivery starts at once, beside this process's imports.
+
+        Args:
+            delivery: that of a new run's folder, where it was started before.
 
         Raises:
             UserError: what `resume` names cannot be continued.
         """
         if config.resume is not None:
             return cls._resume(step, config)
-        root = Path(config.output_dir)
-        folder = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{secrets.token_hex(3)}"
-        return cls._begin(step, config, folder, None)
+        folder = delivery.folder if delivery is not None else None
+        return cls._begin(step, config, folder or fresh_folder(config, step), None, delivery)
 
     @classmethod
     def _begin(
@@ -113,7 +114,7 @@ class Run:
         name = name or (folder.name if parent is not None else config.run_name)
         if name is None and "MLFLOW_RUN_ID" not in os.environ:  # the run that `mlflow run` has made has a name
             name = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
-        with _writable(config):
+        with writable(config):
             journal = Journal.create(
                 folder,
                 journal=known_as if parent is None else parent.nested_id(key or folder.name),
@@ -141,8 +142,8 @@ class Run:
             raise UserError(f"resume={name}: no such run in output_dir={config.output_dir}, and tracking is off line")
         if "/" in name:
             raise UserError(f"resume={name}: no run in that folder; give the folder of a run, or a run id")
-        folder = Path(config.output_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{name[:6]}"
-        with _writable(config):
+        folder = fresh_folder(config, step, name[:6])
+        with writable(config):
             folder.mkdir(parents=True)
         delivery = tracking.start_delivery(folder, uri=tracking_uri(config), resume=name)
         try:
@@ -345,17 +346,6 @@ class Run:
             return
         if not self.delivery.finish(self.config.tracking.finish_seconds) and exit_code != 2:
             logger.warning("the tracking server did not take everything: %s %s", tracking.DELIVER, self.folder)
-
-
-@contextmanager
-def _writable(config: Config) -> Iterator[None]:
-    """What the file system says of a new run folder, as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"output_dir={config.output_dir}: cannot write there ({error.strerror}); choose another folder"
-        ) from error
 
 
 def tracking_uri(config: Config) -> str:
