@@ -198,7 +198,7 @@ def _open(step: str, config: Config, ask: "Callable[[Delivery], None] | None") -
 
         return Run.open(step, config)
     from pipeline.experiment import tracking
-    from pipeline.experiment.interrupted import fresh_folder, writable
+    from pipeline.experiment.folders import fresh_folder, writable
 
     folder = fresh_folder(config, step)
     with writable(config):
@@ -223,6 +223,7 @@ def _call(job: str | Job, run: "Run") -> None:
 
 
 def _supervise(run: "Run", job: str | Job) -> int:
+    from pipeline.experiment.ending import ending_of
     from pipeline.training import distributed
     from pipeline.training.loop import NonFinite
 
@@ -230,25 +231,18 @@ def _supervise(run: "Run", job: str | Job) -> int:
         distributed.join()
         distributed.first_process_says(str(run.folder))
         _call(job, run)
-    except Interrupted as error:
-        code = 128 + error.signum
-        run.close("KILLED", "killed", code)
-        _leave_mlflow_run()
-        return code
-    except UserError as error:
-        if run.config.debug:
+    except (Interrupted, Exception) as error:
+        if isinstance(error, UserError) and run.config.debug:
             traceback.print_exc()
-        logger.error("%s", error)
-        run.close("FAILED", "refused", 2, str(error))
-        return 2
-    except NonFinite as error:
-        logger.error("%s", error)
-        run.close("FAILED", "failed", 1, str(error))
-        return 1
-    except Exception as error:
-        logger.exception("the run failed")
-        run.close("FAILED", "failed", 1, f"{type(error).__name__}: {error}")
-        return 1
+        if isinstance(error, UserError | NonFinite):
+            logger.error("%s", error)
+        elif not isinstance(error, Interrupted):
+            logger.exception("the run failed")
+        ending = ending_of(error)
+        run.close(*ending)
+        if isinstance(error, Interrupted):
+            _leave_mlflow_run()
+        return ending.exit_code
     outcome, code = run.conclusion
     run.close("FINISHED", outcome, code)
     if code:

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, config_hash
-from pipeline.errors import Interrupted, Pruned, Taken, UserError
-from pipeline.experiment import compose, tracking
-from pipeline.experiment.interrupted import folders_with, fresh_folder, writable
-from pipeline.experiment.options import REPOSITORY
+from pipeline.errors import Interrupted, Taken, UserError
+from pipeline.experiment import compose, revision, tracking
+from pipeline.experiment.ending import COMPLETED, ending_of
+from pipeline.experiment.folders import ended, find_folder, fresh_folder, writable
 from pipeline.journal import Carrier, Journal, NullJournal, read_entries, read_header
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
@@ -231,10 +230,10 @@ class Run:
     def describe(self) -> None:
         """What every run states at its start: parameters, tags, the configuration as a file."""
         self.journal.params(compose.params(self.config))
-        self.journal.tags({"asib.config_hash": self.config_hash, **_git_tags()})
+        self.journal.tags({"asib.config_hash": self.config_hash, **revision.tags()})
         if self.config.rung:
             self.journal.tags({"asib.rung": self.config.rung})
-        diff = _git("diff", "HEAD")
+        diff = revision.difference()
         if diff:
             self.write("git.diff", diff)
         self.write(CONFIG, compose.dump(self.config))  # the last: with it the description is whole
@@ -296,23 +295,13 @@ class Run:
         with nullcontext() if self.follower else log_to(self.folder):
             try:
                 yield
-            except Interrupted as error:
-                self.close("KILLED", "killed", 128 + error.signum)
-                raise
             except Taken:
                 self.abandon()
                 raise
-            except Pruned as error:
-                tags = {"asib.pruned_epoch": str(error.epoch), "asib.pruned_reason": error.reason}
-                self.close("KILLED", "pruned", 0, tags=tags)
+            except (Interrupted, Exception) as error:
+                self.close(*ending_of(error))
                 raise
-            except UserError as error:
-                self.close("FAILED", "refused", 2, str(error))
-                raise
-            except Exception as error:
-                self.close("FAILED", "failed", 1, f"{type(error).__name__}: {error}")
-                raise
-            self.close("FINISHED", "completed", 0)
+            self.close(*COMPLETED)
 
     def abandon(self) -> None:
         """Another process has taken this nested run over: nothing more of it is written or sent here, nor its end."""
@@ -378,26 +367,6 @@ def _described(folder: Path) -> bool:
     return any(entry.kind == "artifact" and entry.data["path"] == CONFIG for entry in entries)
 
 
-def ended(folder: Path) -> bool:
-    """Whether the journal in `folder` ends with a completed run."""
-    entries, _ = read_entries(folder / "journal.jsonl")
-    return bool(entries) and entries[-1].kind == "end" and entries[-1].data["status"] == "FINISHED"
-
-
-def find_folder(root: Path, name: str) -> Path | None:
-    """The local folder of a run: given as a path, by its MLflow run id, or by its journal id."""
-    if (Path(name) / "journal.jsonl").exists():
-        return Path(name)
-    for folder in folders_with(root, "journal.jsonl"):
-        header = next(iter(read_entries(folder / "journal.jsonl")[0]), None)
-        if header is not None and header.data.get("journal") == name:
-            return folder
-        delivered = folder / "delivery.json"
-        if delivered.exists() and json.loads(delivered.read_text()).get("run_id") == name:
-            return folder
-    return None
-
-
 def _refuse_other_step(name: str, made_by: str | None, step: str) -> None:
     if made_by not in (None, step):
         raise UserError(f"resume={name}: that run is of step {made_by}; continue it with steps.{made_by}")
@@ -415,23 +384,6 @@ def _position(state: Any) -> str:
     return f"epoch {position['epoch']}, batch {position['batch']}"
 
 
-def _git(*arguments: str) -> str:
-    """What git says of the repository's working tree; empty outside one."""
-    try:
-        return subprocess.run(
-            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=20, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _git_tags() -> Mapping[str, str]:
-    sha = _git("rev-parse", "HEAD").strip()
-    if not sha:
-        return {}
-    return {"asib.git_sha": sha, "asib.git_dirty": str(bool(_git("status", "--porcelain").strip())).lower()}
-
-
 @contextmanager
 def log_to(folder: Path) -> Iterator[None]:
     """Log lines also go to `<folder>/run.log`."""
@@ -445,4 +397,4 @@ def log_to(folder: Path) -> Iterator[None]:
         handler.close()
 
 
-__all__ = ["Run", "ended", "find_folder", "log_to", "tracking_uri"]
+__all__ = ["Run", "log_to", "tracking_uri"]

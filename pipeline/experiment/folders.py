@@ -1,6 +1,7 @@
-"""Folders of runs on this machine: new ones, those that hold a file, and those that did not come to their end."""
+"""Folders of runs on this machine: new ones, those of a name or with a file, those that did not come to their end."""
 
 import glob
+import json
 import secrets
 import time
 from collections.abc import Iterator
@@ -33,9 +34,29 @@ def folders_with(root: Path, file: str) -> list[Path]:
     return sorted((root / name).parent for name in glob.iglob(f"**/{file}", root_dir=root, recursive=True))
 
 
+def find_folder(root: Path, name: str) -> Path | None:
+    """The local folder of a run: given as a path, by its MLflow run id, or by its journal id."""
+    if (Path(name) / "journal.jsonl").exists():
+        return Path(name)
+    for folder in folders_with(root, "journal.jsonl"):
+        header = next(iter(read_entries(folder / "journal.jsonl")[0]), None)
+        if header is not None and header.data.get("journal") == name:
+            return folder
+        delivered = folder / "delivery.json"
+        if delivered.exists() and json.loads(delivered.read_text()).get("run_id") == name:
+            return folder
+    return None
+
+
+def ended(folder: Path) -> bool:
+    """Whether the journal in `folder` ends with a completed run."""
+    entries, _ = read_entries(folder / "journal.jsonl")
+    return bool(entries) and entries[-1].kind == "end" and entries[-1].data["status"] == "FINISHED"
+
+
 def interrupted(root: Path, step: str, tag: str, value: str) -> Path | None:
     """The newest run of `step` in `root` that has not finished, carries the tag, and that no process works on."""
-    return next((folder for folder in tagged(root, step, tag, value) if not _finished(folder)), None)
+    return next((folder for folder in tagged(root, step, tag, value) if not ended(folder)), None)
 
 
 def tagged(root: Path, step: str, tag: str, value: str, alive: bool = False) -> Iterator[Path]:
@@ -48,8 +69,3 @@ def tagged(root: Path, step: str, tag: str, value: str, alive: bool = False) -> 
         values = [e.data["values"][tag] for e in entries if e.kind == "tags" and tag in e.data["values"]]
         if values[-1:] == [value]:
             yield folder
-
-
-def _finished(folder: Path) -> bool:
-    last = read_entries(folder / "journal.jsonl")[0][-1]
-    return last.kind == "end" and bool(last.data["status"] == "FINISHED")
