@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
         return ablate(run, plans[0])
 
-    return execute("ablate", job, rest, planned)
+    return execute("ablate", job, rest, planned, own=ablate_plan.OWN)
 
 
 def _print_table(rest: list[str]) -> int:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
         return compare_runs(run, parent, runs)
 
-    return execute("compare", job, rest, asked)
+    return execute("compare", job, rest, asked, own=OWN)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
         return evaluate(run, asked[0])
 
-    return execute("evaluate", job, rest, planned)
+    return execute("evaluate", job, rest, planned, own=requests.OWN)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
         return predict(run, found[0])
 
-    return execute("predict", job, rest, asked, dry_run=lambda config: found[0].words())
+    return execute("predict", job, rest, asked, dry_run=lambda config: found[0].words(), own=OWN)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from pipeline.experiment import cli
 from pipeline.experiment.execute import execute
 from pipeline.experiment.registry import plan as plans
 from pipeline.experiment.registry.plan import OWN
+from pipeline.experiment.registry.remote import Registry
 
 if TYPE_CHECKING:
     from pipeline.experiment.run import Run
+    from pipeline.experiment.tracking import Delivery
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,12 +34,15 @@ def main(argv: Sequence[str]) -> int:
         made.append(plans.make(config, own))
         return plans.prepared(config, made[0])
 
+    def ask(delivery: "Delivery") -> None:
+        plans.check(made[0], Registry(delivery, made[0].name))
+
     def job(run: "Run") -> float | None:
         from pipeline.experiment.registry.promote import promote
 
         return promote(run, made[0])
 
-    return execute("promote", job, rest, planned, dry_run=lambda config: made[0].words())
+    return execute("promote", job, rest, planned, dry_run=lambda config: made[0].words(), own=OWN, ask=ask)
 
 
 if __name__ == "__main__":

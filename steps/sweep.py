@@ -52,14 +52,14 @@ def main(argv: Sequence[str]) -> int:
 
         return sweep(run, plans[0])
 
-    return execute("sweep", job, rest, planned, dry_run=lambda config: plans[0].words())
+    return execute("sweep", job, rest, planned, dry_run=lambda config: plans[0].words(), own=OWN)
 
 
 def _join(own: dict[str, str], command: cli.Command) -> int:
     from pipeline.experiment.sweep import plan as sweep_plan
     from pipeline.experiment.sweep import worker as sweep_worker
 
-    storage = sweep_plan.storage_url(own.get("storage"), configuration(command))
+    storage = sweep_plan.storage_url(own.get("storage"), configuration(command, OWN))
     return sweep_worker.work(0, own["join"], storage, command.overrides)
 
 
@@ -67,7 +67,7 @@ def _reap(own: dict[str, str], command: cli.Command) -> int:
     from pipeline.experiment.sweep import plan as sweep_plan
     from pipeline.experiment.sweep import reap as sweep_reap
 
-    config = configuration(command)
+    config = configuration(command, OWN)
     ended = sweep_reap.reap_all(sweep_plan.storage_url(own.get("storage"), config), config)
     print(f"{len(ended)} runs were left without a process, and are ended now")
     return 0

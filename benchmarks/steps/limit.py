@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.steps.bare import bare, fastest
 from benchmarks.steps.cases import Case
 from benchmarks.steps.clock import Window, algorithms
-from benchmarks.steps.folding import bare, folded
 from models.features import FeatureNet
 from pipeline.config import Config
 from pipeline.training import schedules
 from pipeline.training.fusion import Fusion
 
 KINDS = ("eager", "folded", "compiled")
+IMAGE = (3, 32, 32)
 
 
 class Limit:
@@ -49,7 +50,10 @@ class Limit:
         self.case, self.device, self.kind = case, device, kind
         self.tau, self.beta = config.method.tau, config.method.ib_beta
         classes = student.num_classes
-        frozen = [folded(t, case.dtype) if kind != "eager" else bare(t).requires_grad_(False).eval() for t in teachers]
+        if kind == "eager":
+            frozen = [bare(t).requires_grad_(False).eval() for t in teachers]
+        else:
+            frozen = [fastest(t, case.dtype, IMAGE) for t in teachers]
         student_net: nn.Module = bare(student).to(memory_format=torch.channels_last)
         self.networks: dict[str, nn.Module] = {"student": student_net}
         self.networks |= {f"teacher_{k}": net for k, net in enumerate(frozen)}
@@ -66,7 +70,7 @@ class Limit:
             )
             self.eps = torch.randn(case.batch, fusion.width, device=device)
         self.run = {name: self._compiled(net) if kind == "compiled" else net for name, net in self.networks.items()}
-        shape = (case.batch, 3, 32, 32)
+        shape = (case.batch, *IMAGE)
         self.x, self.x_mixed = (
             torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2)
         )
@@ -164,7 +168,7 @@ def best(
             for which in case.pair.steps:
                 limit.seconds(which, 1 if kind != "compiled" else 3)  # not counted: first times, recordings of graphs
             taken = {which: limit.seconds(which, steps) / steps for which in case.pair.steps}
-        except Exception as error:  # a network that cannot be traced or compiled: the other kinds stand
+        except Exception as error:  # a network that cannot be compiled: the other kinds stand
             tried[kind] = {
                 "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             }

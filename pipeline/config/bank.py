@@ -69,8 +69,7 @@ def not_enumerable(config: Config) -> str | None:
 def saved_alone(config: Config) -> float:
     """The share of its teachers' forward passes that one run saves with a bank that begins empty; below 0: it adds.
 
-    Of V equally likely views, E draws show V (1 − (1 − 1/V)^E) different ones. Without a bank, a sample gate lets the
-    teachers see a part of the images; with one they see all.
+    Without a bank, a sample gate lets the teachers see a part of the images; with one they see all.
     """
     m = config.method
     views = VIEWS if config.augment.crop_flip else 1
@@ -86,4 +85,9 @@ def saved_alone(config: Config) -> float:
         needed = 1 - (1 - most) ** 2 if mixes else most  # with the mix partners
     draws = adapted + distilled + second
     without = adapted + needed * (distilled + second)
-    return 1 - views * (1 - (1 - 1 / views) ** draws) / without if without > 0 else 0.0
+    return 1 - different(views, draws) / without if without > 0 else 0.0
+
+
+def different(views: int, draws: int) -> float:
+    """How many different ones of V equally likely views E draws show on average: V (1 − (1 − 1/V)^E)."""
+    return views * (1 - (1 - 1 / views) ** draws)

@@ -1,9 +1,11 @@
 """The names of the keys: all of the schema's, those of the research code, and the nearest to a misspelt one."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from pydantic import BaseModel
+
+from pipeline.errors import UserError
 
 OLD_NAMES = {
     "student_iters": "method.student_epochs_per_stage",
@@ -93,3 +95,17 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
         near = lasts[best] if best else near_miss(name, known)
     hint = f"did you mean {near}?" if near else "--help lists all keys"
     return f"{name}: unknown key; {hint}"
+
+
+class UnknownKey(UserError):
+    """A key that is not the schema's; said with the nearest one of the schema and of `own`.
+
+    Args:
+        own: keys of the step alone, and prefixes of such keys that end with a dot.
+    """
+
+    def __init__(self, name: str, own: Collection[str] = ()) -> None:
+        self.name = name
+        first, dot, rest = name.partition(".")
+        near = [key + rest for key in own if dot and key.endswith(".") and near_miss(first, [key[:-1]], 0.75)]
+        super().__init__(unknown_key(name, [*near, *known_names(), *(key for key in own if not key.endswith("."))]))

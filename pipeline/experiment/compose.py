@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config, explain, flatten
 from pipeline.config.describe import field_at, is_text, section_of, written
-from pipeline.config.names import known_names, near_miss, unknown_key
+from pipeline.config.names import UnknownKey, near_miss
 from pipeline.errors import UserError
 from pipeline.experiment.options import CONF, NOT_GROUPS, groups
 
@@ -174,7 +174,7 @@ def _setting(prefix: str, key: str, value: str | None) -> Setting:
     path = key.split(".")
     found = field_at(path)
     if found is None or (found[1] < len(path) and not _leads_into_list(found[0].annotation, path[found[1] :])):
-        raise UserError(unknown_key(key, known_names()))
+        raise UnknownKey(key)
     if prefix == "~":
         return Setting(key, delete=True)
     text = value or ""

@@ -8,18 +8,20 @@ import importlib
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config
+from pipeline.config.names import UnknownKey
 from pipeline.config.places import check_there
 from pipeline.errors import Interrupted, UserError
 from pipeline.experiment import cli, shortcuts
@@ -27,6 +29,7 @@ from pipeline.experiment.compose import compose, dump
 
 if TYPE_CHECKING:
     from pipeline.experiment.run import Run
+    from pipeline.experiment.tracking import Delivery
 
 logger = logging.getLogger("asib")
 Job = Callable[["Run"], float | None]
@@ -73,6 +76,8 @@ def execute(
     argv: list[str] | None = None,
     variant: Callable[[Config], Config] = lambda config: config,
     dry_run: Callable[[Config], str] | None = None,
+    own: Collection[str] = (),
+    ask: "Callable[[Delivery], None] | None" = None,
 ) -> int:
     """Run a step from its command line.
 
@@ -82,6 +87,8 @@ def execute(
         argv: arguments without the program's name; None: sys.argv.
         variant: what the step makes of the composed configuration.
         dry_run: what DRY_RUN=1 prints below the configuration.
+        own: the step's own keys, which `argv` no longer has, for what is said of a misspelt one.
+        ask: asks the tracking server what it alone can tell of bad input, before there is a run; raises UserError.
 
     Returns:
         The exit code: 0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT, or what the
@@ -96,7 +103,7 @@ def execute(
         if command.help:
             print(cli.help_text(step, command.cfg, command.overrides))
             return 0
-        config = variant(configuration(command))
+        config = variant(configuration(command, own))
         if shortcuts.wants_dry_run(os.environ):
             _show(config, dry_run)
             return 0
@@ -107,9 +114,9 @@ def execute(
     try:
         if os.environ.get("RANK", "0") != "0":
             return _follow(step, config, job)
-        from pipeline.experiment.run import Run, log_to
+        run = _open(step, config, ask)
+        from pipeline.experiment.run import log_to
 
-        run = Run.open(step, config)
         with log_to(run.folder):
             return _supervise(run, job)
     except UserError as error:
@@ -136,16 +143,26 @@ def outside(step: str, argv: Sequence[str], act: Callable[[cli.Command], int]) -
         return 128 + error.signum
 
 
-def configuration(command: cli.Command) -> Config:
-    """What a command line asks for, and the environment's shortcuts beneath it. Raises UserError."""
-    found = shortcuts.read(os.environ, command.overrides)
-    with tempfile.TemporaryDirectory(prefix="asib-fetched-") as folder:
-        return compose(
-            command.cfg,
-            [*found.overrides, *command.overrides],
-            lambda uri: _fetch(uri, command.overrides, Path(folder)),
-            found.presets,
-        )
+def configuration(command: cli.Command, own: Collection[str] = ()) -> Config:
+    """What a command line asks for, and the environment's shortcuts beneath it.
+
+    Args:
+        own: the step's own keys, for what is said of a misspelt one.
+
+    Raises:
+        UserError: it does not do.
+    """
+    try:
+        found = shortcuts.read(os.environ, command.overrides)
+        with tempfile.TemporaryDirectory(prefix="asib-fetched-") as folder:
+            return compose(
+                command.cfg,
+                [*found.overrides, *command.overrides],
+                lambda uri: _fetch(uri, command.overrides, Path(folder)),
+                found.presets,
+            )
+    except UnknownKey as error:
+        raise UnknownKey(error.name, own) from error
 
 
 def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
@@ -174,6 +191,29 @@ def _show(config: Config, dry_run: Callable[[Config], str] | None) -> None:
             print("\n" + textwrap.indent(dry_run(config).rstrip(), "# "))
 
 
+def _open(step: str, config: Config, ask: "Callable[[Delivery], None] | None") -> "Run":
+    """The run; where its delivery is asked first and refuses, nothing is left of it. Raises UserError."""
+    if ask is None:
+        from pipeline.experiment.run import Run
+
+        return Run.open(step, config)
+    from pipeline.experiment import tracking
+    from pipeline.experiment.folders import fresh_folder, writable
+
+    folder = fresh_folder(config, step)
+    with writable(config):
+        delivery = tracking.start_delivery(folder, uri=config.tracking.uri)
+    try:
+        from pipeline.experiment.run import Run  # torch, while delivery imports MLflow
+
+        ask(delivery)
+    except (UserError, Interrupted):
+        delivery.finish(0.0)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Run.open(step, config, delivery)
+
+
 def _call(job: str | Job, run: "Run") -> None:
     if isinstance(job, str):
         module, function = job.split(":")
@@ -183,6 +223,7 @@ def _call(job: str | Job, run: "Run") -> None:
 
 
 def _supervise(run: "Run", job: str | Job) -> int:
+    from pipeline.experiment.ending import ending_of
     from pipeline.training import distributed
     from pipeline.training.loop import NonFinite
 
@@ -190,25 +231,18 @@ def _supervise(run: "Run", job: str | Job) -> int:
         distributed.join()
         distributed.first_process_says(str(run.folder))
         _call(job, run)
-    except Interrupted as error:
-        code = 128 + error.signum
-        run.close("KILLED", "killed", code)
-        _leave_mlflow_run()
-        return code
-    except UserError as error:
-        if run.config.debug:
+    except (Interrupted, Exception) as error:
+        if isinstance(error, UserError) and run.config.debug:
             traceback.print_exc()
-        logger.error("%s", error)
-        run.close("FAILED", "refused", 2, str(error))
-        return 2
-    except NonFinite as error:
-        logger.error("%s", error)
-        run.close("FAILED", "failed", 1, str(error))
-        return 1
-    except Exception as error:
-        logger.exception("the run failed")
-        run.close("FAILED", "failed", 1, f"{type(error).__name__}: {error}")
-        return 1
+        if isinstance(error, UserError | NonFinite):
+            logger.error("%s", error)
+        elif not isinstance(error, Interrupted):
+            logger.exception("the run failed")
+        ending = ending_of(error)
+        run.close(*ending)
+        if isinstance(error, Interrupted):
+            _leave_mlflow_run()
+        return ending.exit_code
     outcome, code = run.conclusion
     run.close("FINISHED", outcome, code)
     if code:

@@ -111,9 +111,9 @@ def predict(run: "Run", asked: Asked) -> float | None:
     for names, images in _read(asked, classifier, digest, skipped):
         parts.append(table(names, classifier.probabilities(images), classifier.classes))
     seconds = time.perf_counter() - started
-    _tell(run, asked, skipped)
+    reasons = _tell(run, asked, skipped)
     if not parts:
-        raise UserError(f"images={asked.images}: none of its {len(asked.files)} pictures can be read; see skipped.csv")
+        raise UserError(f"images={asked.images}: none of its {len(asked.files)} pictures can be read; see {reasons}")
     written = _write(run, asked, parts)
     count = sum(len(part) for part in parts)
     profile = {"images": count, "skipped": len(skipped)}
@@ -123,6 +123,8 @@ def predict(run: "Run", asked: Asked) -> float | None:
     speed = {"predict/images_per_second": count / seconds}
     run.journal.metrics({f"predict/{name}": float(n) for name, n in profile.items()} | speed, 0)
     print(f"{count} pictures classified, {len(skipped)} skipped: {written}", flush=True)
+    if skipped:
+        print(f"{len(skipped)} pictures that cannot be read, with reasons: {reasons}", flush=True)
     return None
 
 
@@ -191,18 +193,19 @@ def _write(run: "Run", asked: Asked, parts: Sequence["pandas.DataFrame"]) -> Pat
     return asked.to
 
 
-def _tell(run: "Run", asked: Asked, skipped: Mapping[str, str]) -> None:
-    """Warn of every file left out, and list them in `skipped.csv`."""
+def _tell(run: "Run", asked: Asked, skipped: Mapping[str, str]) -> Path:
+    """Warn of files left out, and list all of them in `skipped.csv`, which is made where there are some; its path."""
+    path = run.folder / "skipped.csv"
     if not skipped:
-        return
+        return path
     for name, reason in list(skipped.items())[:SHOWN]:
         logger.warning("skipped: %s: %s", asked.images / name, reason)
     if len(skipped) > SHOWN:
         logger.warning("skipped: %d more, all of them in skipped.csv", len(skipped) - SHOWN)
-    path = run.folder / "skipped.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file", "reason"), *skipped.items()])
     run.journal.artifact(path)
+    return path
 
 
 # the model -----------------------------------------------------------------------------------------------------------

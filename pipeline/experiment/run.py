@@ -4,9 +4,7 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, config_hash
-from pipeline.errors import Interrupted, Pruned, Taken, UserError
-from pipeline.experiment import compose, tracking
-from pipeline.experiment.interrupted import folders_with
-from pipeline.experiment.options import REPOSITORY
+from pipeline.errors import Interrupted, Taken, UserError
+from pipeline.experiment import compose, revision, tracking
+from pipeline.experiment.ending import COMPLETED, ending_of
+from pipeline.experiment.folders import ended, find_folder, fresh_folder, writable
 from pipeline.journal import Carrier, Journal, NullJournal, read_entries, read_header
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
@@ -77,7 +75,7 @@ class Run:
     @classmethod
     def carrier(cls, config: Config, folder: Path, stands_for: Carrier) -> "Run":
         """What a sweep's worker has in the place of a run: its nested runs become those of `stands_for`."""
-        with _writable(config):
+        with writable(config):
             journal = Journal.create(folder, experiment=stands_for.experiment, name=None, carrier=stands_for)
         delivery = _deliver(config, folder)
         return cls("sweep", config, folder, journal, delivery, parent_id=stands_for.journal)
@@ -85,17 +83,19 @@ class Run:
     # starting --------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, step: str, config: Config) -> "Run":
+    def open(cls, step: str, config: Config, delivery: tracking.Delivery | None = None) -> "Run":
         """Start a run, or continue the one that `resume` names; delivery starts at once, beside this process's imports.
+
+        Args:
+            delivery: that of a new run's folder, where it was started before.
 
         Raises:
             UserError: what `resume` names cannot be continued.
         """
         if config.resume is not None:
             return cls._resume(step, config)
-        root = Path(config.output_dir)
-        folder = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{secrets.token_hex(3)}"
-        return cls._begin(step, config, folder, None)
+        folder = delivery.folder if delivery is not None else None
+        return cls._begin(step, config, folder or fresh_folder(config, step), None, delivery)
 
     @classmethod
     def _begin(
@@ -113,7 +113,7 @@ class Run:
         name = name or (folder.name if parent is not None else config.run_name)
         if name is None and "MLFLOW_RUN_ID" not in os.environ:  # the run that `mlflow run` has made has a name
             name = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
-        with _writable(config):
+        with writable(config):
             journal = Journal.create(
                 folder,
                 journal=known_as if parent is None else parent.nested_id(key or folder.name),
@@ -141,8 +141,8 @@ class Run:
             raise UserError(f"resume={name}: no such run in output_dir={config.output_dir}, and tracking is off line")
         if "/" in name:
             raise UserError(f"resume={name}: no run in that folder; give the folder of a run, or a run id")
-        folder = Path(config.output_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{name[:6]}"
-        with _writable(config):
+        folder = fresh_folder(config, step, name[:6])
+        with writable(config):
             folder.mkdir(parents=True)
         delivery = tracking.start_delivery(folder, uri=tracking_uri(config), resume=name)
         try:
@@ -230,10 +230,10 @@ class Run:
     def describe(self) -> None:
         """What every run states at its start: parameters, tags, the configuration as a file."""
         self.journal.params(compose.params(self.config))
-        self.journal.tags({"asib.config_hash": self.config_hash, **_git_tags()})
+        self.journal.tags({"asib.config_hash": self.config_hash, **revision.tags()})
         if self.config.rung:
             self.journal.tags({"asib.rung": self.config.rung})
-        diff = _git("diff", "HEAD")
+        diff = revision.difference()
         if diff:
             self.write("git.diff", diff)
         self.write(CONFIG, compose.dump(self.config))  # the last: with it the description is whole
@@ -295,23 +295,13 @@ class Run:
         with nullcontext() if self.follower else log_to(self.folder):
             try:
                 yield
-            except Interrupted as error:
-                self.close("KILLED", "killed", 128 + error.signum)
-                raise
             except Taken:
                 self.abandon()
                 raise
-            except Pruned as error:
-                tags = {"asib.pruned_epoch": str(error.epoch), "asib.pruned_reason": error.reason}
-                self.close("KILLED", "pruned", 0, tags=tags)
+            except (Interrupted, Exception) as error:
+                self.close(*ending_of(error))
                 raise
-            except UserError as error:
-                self.close("FAILED", "refused", 2, str(error))
-                raise
-            except Exception as error:
-                self.close("FAILED", "failed", 1, f"{type(error).__name__}: {error}")
-                raise
-            self.close("FINISHED", "completed", 0)
+            self.close(*COMPLETED)
 
     def abandon(self) -> None:
         """Another process has taken this nested run over: nothing more of it is written or sent here, nor its end."""
@@ -347,17 +337,6 @@ class Run:
             logger.warning("the tracking server did not take everything: %s %s", tracking.DELIVER, self.folder)
 
 
-@contextmanager
-def _writable(config: Config) -> Iterator[None]:
-    """What the file system says of a new run folder, as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"output_dir={config.output_dir}: cannot write there ({error.strerror}); choose another folder"
-        ) from error
-
-
 def tracking_uri(config: Config) -> str:
     """Where runs go."""
     return config.tracking.uri or tracking.default_uri()
@@ -388,26 +367,6 @@ def _described(folder: Path) -> bool:
     return any(entry.kind == "artifact" and entry.data["path"] == CONFIG for entry in entries)
 
 
-def ended(folder: Path) -> bool:
-    """Whether the journal in `folder` ends with a completed run."""
-    entries, _ = read_entries(folder / "journal.jsonl")
-    return bool(entries) and entries[-1].kind == "end" and entries[-1].data["status"] == "FINISHED"
-
-
-def find_folder(root: Path, name: str) -> Path | None:
-    """The local folder of a run: given as a path, by its MLflow run id, or by its journal id."""
-    if (Path(name) / "journal.jsonl").exists():
-        return Path(name)
-    for folder in folders_with(root, "journal.jsonl"):
-        header = next(iter(read_entries(folder / "journal.jsonl")[0]), None)
-        if header is not None and header.data.get("journal") == name:
-            return folder
-        delivered = folder / "delivery.json"
-        if delivered.exists() and json.loads(delivered.read_text()).get("run_id") == name:
-            return folder
-    return None
-
-
 def _refuse_other_step(name: str, made_by: str | None, step: str) -> None:
     if made_by not in (None, step):
         raise UserError(f"resume={name}: that run is of step {made_by}; continue it with steps.{made_by}")
@@ -425,23 +384,6 @@ def _position(state: Any) -> str:
     return f"epoch {position['epoch']}, batch {position['batch']}"
 
 
-def _git(*arguments: str) -> str:
-    """What git says of the repository's working tree; empty outside one."""
-    try:
-        return subprocess.run(
-            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=20, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _git_tags() -> Mapping[str, str]:
-    sha = _git("rev-parse", "HEAD").strip()
-    if not sha:
-        return {}
-    return {"asib.git_sha": sha, "asib.git_dirty": str(bool(_git("status", "--porcelain").strip())).lower()}
-
-
 @contextmanager
 def log_to(folder: Path) -> Iterator[None]:
     """Log lines also go to `<folder>/run.log`."""
@@ -455,4 +397,4 @@ def log_to(folder: Path) -> Iterator[None]:
         handler.close()
 
 
-__all__ = ["Run", "ended", "find_folder", "log_to", "tracking_uri"]
+__all__ = ["Run", "log_to", "tracking_uri"]

@@ -73,7 +73,7 @@ def test_a_folder_becomes_a_table_of_the_checkpoints_probabilities(
     done = bench.step("predict", f"model={student.folder / 'model'}", f"images={pictures}")
     assert done.code == 0, done.err
     check(pandas.read_csv(done.folder / "predictions.csv"), expected)
-    assert f"5 pictures classified, 0 skipped: {done.folder / 'predictions.csv'}" in done.out
+    assert done.out == f"5 pictures classified, 0 skipped: {done.folder / 'predictions.csv'}\n"
     assert ending(done.folder) == ("FINISHED", "completed", 0)
     (data,) = [e.data for e in journal(done.folder) if e.kind == "dataset"]
     assert (data["name"], data["profile"]) == ("pictures", {"images": 5, "skipped": 0})
@@ -120,6 +120,10 @@ def test_broken_pictures_are_listed_and_left_out(
     assert (done.folder / "predictions.parquet").read_bytes() == table.read_bytes()
     assert [line.split(": ")[1] for line in done.lines] == [str(folder / name) for name in ("b/half.png", "empty.png")]
     assert list(pandas.read_csv(done.folder / "skipped.csv")["file"]) == ["b/half.png", "empty.png"]
+    assert done.out.splitlines() == [
+        f"5 pictures classified, 2 skipped: {table}",
+        f"2 pictures that cannot be read, with reasons: {done.folder / 'skipped.csv'}",
+    ]
     artifacts = {e.data["path"] for e in journal(done.folder) if e.kind == "artifact"}
     assert {"predictions.parquet", "skipped.csv", "config.yaml"} <= artifacts
     for path in (folder / "b").rglob("*"):
@@ -129,7 +133,8 @@ def test_broken_pictures_are_listed_and_left_out(
         (folder / name).unlink()
     done = bench.step("predict", f"model={student.folder / 'model'}", f"images={folder}")
     assert done.code == 2
-    assert done.lines[-1] == f"images={folder}: none of its 5 pictures can be read; see skipped.csv"
+    reasons = done.folder / "skipped.csv"
+    assert done.lines[-1] == f"images={folder}: none of its 5 pictures can be read; see {reasons}"
     assert ending(done.folder) == ("FAILED", "refused", 2)
 
 

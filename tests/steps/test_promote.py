@@ -198,7 +198,7 @@ def unknown_model(desk: Desk) -> list[str]:
     return ["name=stripes: the registry has no such model"]
 
 
-@pytest.mark.parametrize("prepare", [other_data, no_digest, no_student, other_classes, no_challenger, unknown_model])
+@pytest.mark.parametrize("prepare", [other_data, no_digest, no_student, other_classes])
 def test_bad_input_is_said_in_one_line_and_nothing_moves(desk: Desk, prepare: Callable[[Desk], list[str]]) -> None:
     needles = prepare(desk)
     done = desk.promote()
@@ -206,8 +206,53 @@ def test_bad_input_is_said_in_one_line_and_nothing_moves(desk: Desk, prepare: Ca
     for needle in needles:
         assert needle in done.lines[0]
     assert ending(done.folder) == ("FAILED", "refused", 2)
-    if prepare is not unknown_model:
-        assert "champion" not in desk.aliases
+    assert "champion" not in desk.aliases
+
+
+def no_version(desk: Desk) -> list[str]:
+    desk.register("half")
+    return ["version=7: stripes has no such version; it has 1"]
+
+
+def nothing_to_retire(desk: Desk) -> list[str]:
+    desk.register("half")
+    return ["version=8: stripes has no such version; it has 1"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "own"),
+    [
+        (unknown_model, []),
+        (unknown_model, ["rollback=true"]),
+        (no_challenger, ["dry_run=true"]),
+        (no_version, ["version=7"]),
+        (nothing_to_retire, ["retire=8"]),
+    ],
+)
+def test_what_the_registry_alone_can_tell_leaves_no_run(
+    desk: Desk, prepare: Callable[[Desk], list[str]], own: list[str]
+) -> None:
+    (needle,) = prepare(desk)
+    before = runs_of(desk)
+    done = desk.promote(*own)
+    assert (done.code, len(done.lines)) == (2, 1), done.err
+    assert needle in done.lines[0]
+    assert (done.new, runs_of(desk)) == ([], before)
+
+
+@pytest.mark.slow
+def test_an_unknown_model_is_said_by_a_real_delivery_and_leaves_nothing(lab: Lab, sqlite_uri: str) -> None:
+    done = lab.step("promote", "name=stripes", "tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    assert (done.code, len(done.lines), done.new) == (2, 1, []), done.err
+    assert "name=stripes: the registry has no such model" in done.lines[0]
+    store = client(sqlite_uri)
+    assert store.search_runs([e.experiment_id for e in store.search_experiments()]) == []
+
+
+def runs_of(desk: Desk) -> set[str]:
+    """Ids of all runs in the store."""
+    store = client(desk.uri)
+    return {run.info.run_id for run in store.search_runs([e.experiment_id for e in store.search_experiments()])}
 
 
 def test_another_promotion_under_way_is_named(desk: Desk) -> None:

@@ -16,10 +16,10 @@ from pipeline.errors import UserError
 from pipeline.experiment import export, jobs, networks, records, teachers
 from pipeline.experiment.ablation import compare, compare_report, rungs
 from pipeline.experiment.ablation.plan import PLAN_TAG, Plan
-from pipeline.experiment.interrupted import folders_with
+from pipeline.experiment.folders import ended, folders_with
 from pipeline.experiment.options import REPOSITORY
 from pipeline.experiment.registry import register
-from pipeline.experiment.run import Run, ended, tracking_uri
+from pipeline.experiment.run import Run, tracking_uri
 from pipeline.experiment.session import load_data, prepare, threads_of
 from pipeline.journal import read_entries
 from pipeline.training.compiling import compiles

@@ -7,7 +7,8 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.experiment import records
 from pipeline.experiment.ablation import compare, compare_report
-from pipeline.experiment.run import Run, find_folder
+from pipeline.experiment.folders import find_folder
+from pipeline.experiment.run import Run
 from pipeline.journal import read_entries
 
 logger = logging.getLogger("asib")

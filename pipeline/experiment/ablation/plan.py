@@ -12,7 +12,7 @@ from pipeline.config.bank import shared
 from pipeline.config.identity import canonical
 from pipeline.errors import UserError
 from pipeline.experiment.ablation import rungs
-from pipeline.experiment.interrupted import interrupted
+from pipeline.experiment.folders import interrupted
 from pipeline.experiment.options import REPOSITORY
 
 logger = logging.getLogger("asib")

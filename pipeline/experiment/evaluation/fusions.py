@@ -22,6 +22,8 @@ from pipeline.training.fusion import Fusion
 
 logger = logging.getLogger("asib")
 MBM, HEAD, OURS = "mbm.pth", "synergy_head.pth", "fusion.safetensors"
+GATE = "gate/open"
+"""A metric of every B-epoch of a run with a fusion, and of no other run."""
 DECIDING = (
     "ib_mbm_query_key",
     "ib_mbm_n_head",
@@ -61,8 +63,28 @@ def find(run: Run, given: str | None, student: Source | None) -> Place:
             )
     if given.startswith("runs:/"):
         run_id, _, path = given.removeprefix("runs:/").strip("/").partition("/")
-        return Place(fetch(run, f"runs:/{run_id}/{path or FUSION}", key), run_id)
+        try:
+            return Place(fetch(run, f"runs:/{run_id}/{path or FUSION}", key), run_id)
+        except UserError as error:
+            if not path and "cannot be fetched" in str(error) and not _had_fusion(run, run_id):
+                raise _without(key) from error
+            raise
     return _local(Path(given).expanduser(), key)
+
+
+def _had_fusion(run: Run, run_id: str) -> bool:
+    """Whether a run has trained with a fusion; one that nobody can be asked about is taken to have."""
+    try:
+        return run.delivery is None or GATE in run.delivery.run_info(run_id)["metrics"]
+    except UserError:
+        return True
+
+
+def _without(key: str) -> UserError:
+    return UserError(
+        f"{key}: that run has no fusion; mode=single and mode=average work without one, mode=synergy needs "
+        "fusion=runs:/<id> of a run that was distilled through one"
+    )
 
 
 def _local(path: Path, key: str) -> Place:
@@ -73,6 +95,8 @@ def _local(path: Path, key: str) -> Place:
             own = [folder for folder in list(file.absolute().parents)[:2] if (folder / "journal.jsonl").exists()]
             return Place(file, None, own[0] if own else None)
     missing = [name for name in (MBM, HEAD) if not (path / name).is_file()]
+    if missing and (path / "journal.jsonl").exists() and GATE not in records.from_folder(path).metrics:
+        raise _without(key)
     if missing:
         raise UserError(f"{key}: no {' and no '.join(missing)} there; give runs:/<id>, {OURS} or a folder with both")
     return Place(path)

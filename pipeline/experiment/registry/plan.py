@@ -1,4 +1,4 @@
-"""What `-e promote` is asked for: the step's own keys, read and checked before torch is imported."""
+"""What `-e promote` is asked for: the step's own keys, checked before torch is imported, then against the registry."""
 
 import os
 from collections.abc import Mapping
@@ -9,6 +9,16 @@ from pipeline.config import Config, registered
 from pipeline.errors import UserError
 from pipeline.experiment.registry import config as gates
 from pipeline.experiment.registry.config import Gate
+from pipeline.experiment.registry.remote import (
+    CHALLENGER,
+    CHAMPION,
+    MOVE,
+    RETIRED,
+    ROLLED_BACK,
+    Overview,
+    Registry,
+    Version,
+)
 
 OWN = {
     "name": "the registered model",
@@ -96,3 +106,45 @@ def _flag(own: Mapping[str, str], key: str) -> bool:
     if text not in ("true", "false"):
         raise UserError(f"{key}={own[key]}: give true or false")
     return text == "true"
+
+
+def check(plan: Plan, registry: Registry) -> None:
+    """Ask the registry before there is a run.
+
+    Raises:
+        UserError: no such model or version, or a challenger that must not be promoted.
+    """
+    now = registry.overview()
+    if plan.action == "promote" and not now.tags.get(MOVE):  # else what was left half done is to be finished first
+        sides(plan, registry, now)
+    elif plan.version is not None:
+        registry.version(plan.version)
+
+
+def sides(plan: Plan, registry: Registry, now: Overview, mended: bool = False) -> tuple[Version | None, Version | None]:
+    """Challenger and champion. No challenger: its promotion was begun before, and finished by the repair just now.
+
+    Raises:
+        UserError: there is no challenger, or one that must not be promoted.
+    """
+    number = plan.version or now.aliases.get(CHALLENGER)
+    if number is None:
+        raise UserError(
+            f"name={plan.name}: no version has the alias {CHALLENGER}; give version=<n>, or register a student"
+        )
+    champion = now.aliases.get(CHAMPION)
+    if number == champion:
+        if mended:
+            return None, None
+        raise UserError(f"version {number} of {plan.name} is the champion already: there is nothing to promote")
+    challenger = registry.version(number)
+    if challenger.status != "READY":
+        raise UserError(f"version {number} of {plan.name} is {challenger.status}: wait until it is READY")
+    if RETIRED in challenger.tags:
+        raise UserError(f"version {number} of {plan.name} is retired ({challenger.tags[RETIRED]}): take another")
+    if challenger.tags.get(ROLLED_BACK) and plan.version is None:
+        raise UserError(
+            f"version {number} of {plan.name} was rolled back ({challenger.tags[ROLLED_BACK]}): version={number} "
+            "promotes it all the same"
+        )
+    return challenger, None if champion is None else registry.version(champion)

@@ -15,19 +15,8 @@ from pipeline.experiment.registry import contender, decision, queue, report
 from pipeline.experiment.registry import gate as gates
 from pipeline.experiment.registry.decision import Occasion
 from pipeline.experiment.registry.gate import Verdict
-from pipeline.experiment.registry.plan import Plan
-from pipeline.experiment.registry.remote import (
-    CHALLENGER,
-    CHAMPION,
-    MOVE,
-    PAST,
-    PREVIOUS,
-    RETIRED,
-    ROLLED_BACK,
-    Overview,
-    Registry,
-    Version,
-)
+from pipeline.experiment.registry.plan import Plan, sides
+from pipeline.experiment.registry.remote import CHAMPION, MOVE, PAST, PREVIOUS, Overview, Registry, Version
 from pipeline.experiment.run import Run
 from pipeline.experiment.session import load_data, prepare
 
@@ -50,7 +39,6 @@ def promote(run: Run, plan: Plan) -> float | None:
     assert run.delivery is not None
     assert run.run_id is not None
     registry = Registry(run.delivery, plan.name)
-    registry.overview()  # an unknown name is said before anything else
     run.journal.params({f"promote.{key}": value for key, value in _params(plan).items()})
     run.journal.tags({"asib.action": plan.action})
     user = str(run.delivery.run_info(run.run_id)["tags"].get("mlflow.user") or _user())
@@ -93,21 +81,21 @@ def _as_if_finished(now: Overview) -> Overview:
 def _promote(
     run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasion, mended: dict[str, object] | None
 ) -> float | None:
-    challenger, champion = _sides(plan, registry, now, mended)
+    challenger, champion = sides(plan, registry, now, mended is not None)
     if challenger is None:
         run.conclusion = ("promoted", 0)
         _say(run, f"{plan.name}: version {now.aliases[CHAMPION]} is the champion: its promotion is finished now")
         return None
     prepare(run.config)
     data = load_data(run)
-    sides = {"challenger": challenger} | ({"champion": champion} if champion else {})
-    for version in sides.values():
+    both = {"challenger": challenger} | ({"champion": champion} if champion else {})
+    for version in both.values():
         contender.same_images(plan.name, version, data, run.config)
         if version.run_id:
             run.journal.model_input(version.run_id)
     fetched = run.folder / "fetched"
-    found = [contender.fetch(registry, v, data, run.config, fetched / v.number) for v in sides.values()]
-    judged = dict(zip(sides, contender.judge(found, data, run.config), strict=True))
+    found = [contender.fetch(registry, v, data, run.config, fetched / v.number) for v in both.values()]
+    judged = dict(zip(both, contender.judge(found, data, run.config), strict=True))
     measured = {side: one.measured for side, one in judged.items()}
     labels = data.test_y.numpy()
     verdict = gates.judge(plan.gate, labels, data.classes, measured["challenger"], measured.get("champion"))
@@ -121,37 +109,6 @@ def _promote(
         run.journal.artifact(path, FOLDER)
     _decide(run, plan, registry, now, why, challenger, champion, verdict)
     return verdict.numbers.get("promotion/improvement")
-
-
-def _sides(
-    plan: Plan, registry: Registry, now: Overview, mended: dict[str, object] | None
-) -> tuple[Version | None, Version | None]:
-    """Challenger and champion. No challenger: its promotion was begun before, and finished by the repair just now.
-
-    Raises:
-        UserError: there is no challenger, or one that must not be promoted.
-    """
-    number = plan.version or now.aliases.get(CHALLENGER)
-    if number is None:
-        raise UserError(
-            f"name={plan.name}: no version has the alias {CHALLENGER}; give version=<n>, or register a student"
-        )
-    champion = now.aliases.get(CHAMPION)
-    if number == champion:
-        if mended is not None:
-            return None, None
-        raise UserError(f"version {number} of {plan.name} is the champion already: there is nothing to promote")
-    challenger = registry.version(number)
-    if challenger.status != "READY":
-        raise UserError(f"version {number} of {plan.name} is {challenger.status}: wait until it is READY")
-    if RETIRED in challenger.tags:
-        raise UserError(f"version {number} of {plan.name} is retired ({challenger.tags[RETIRED]}): take another")
-    if challenger.tags.get(ROLLED_BACK) and plan.version is None:
-        raise UserError(
-            f"version {number} of {plan.name} was rolled back ({challenger.tags[ROLLED_BACK]}): version={number} "
-            "promotes it all the same"
-        )
-    return challenger, None if champion is None else registry.version(champion)
 
 
 def _decide(

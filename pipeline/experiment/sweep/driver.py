@@ -67,7 +67,7 @@ def sweep(run: Run, plan: Plan) -> float | None:
     left = study.total - study.tend().ended
     study.note(driver_seen=time.time())
     if left > 0:
-        _say_estimate(base, data, found, left, min(plan.workers, left))
+        _say_estimate(plan, base, data, found, left)
     if found and sweep_ahead.pays(base, plan, left):
         sweep_ahead.build(base, data, found)
     del found
@@ -76,10 +76,12 @@ def sweep(run: Run, plan: Plan) -> float | None:
     return _finish(run, plan, study, base, data)
 
 
-def _say_estimate(base: Config, data: ImageData, found: list[teachers.Teacher], trials: int, workers: int) -> None:
-    """Time and disk; what cannot be measured here is no reason not to begin."""
+def _say_estimate(plan: Plan, base: Config, data: ImageData, found: list[teachers.Teacher], left: int) -> None:
+    """Time and disk of the trials that are left; what cannot be measured here is no reason not to begin."""
+    nets, workers = [t.net for t in found], min(plan.workers, left)
+    seeds = left if "seed" in plan.sweep.space else 1
     try:
-        estimate = sweep_estimate.estimate(base, data, [t.net for t in found], trials=trials, workers=workers)
+        estimate = sweep_estimate.estimate(base, data, nets, trials=left, workers=workers, seeds=seeds)
     except Exception as error:
         logger.warning("no estimate of time and disk: %s: %s", type(error).__name__, error)
     else:

@@ -4,26 +4,33 @@ import copy
 import hashlib
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import cast
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 from models.features import FeatureNet
 from pipeline.config import Config
-from pipeline.data.batches import batch_bounds
+from pipeline.config.bank import bank_use, different, shared
+from pipeline.data.bank_cache import BankCache
+from pipeline.data.batches import Batch, EpochDraws, Seen, batch_bounds
 from pipeline.data.sources import ImageData
+from pipeline.data.views import Views
 from pipeline.experiment import networks
 from pipeline.experiment.launch.local import cores
 from pipeline.experiment.session import ALL_THREADS
 from pipeline.journal import CheckpointRecorder
+from pipeline.training.bank import WINDOW
 from pipeline.training.checkpoint import pack
 from pipeline.training.evaluation import outputs
 from pipeline.training.loop import Epoch, Loop, Precision
@@ -43,7 +50,11 @@ OTHER_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds and bytes of one trial, and of all `trials` on `workers`; bytes are those of the folders of the runs."""
+    """Seconds and bytes of one trial, and of all `trials` on `workers`; bytes are those of the folders of the runs.
+
+    Attributes:
+        filling: seconds, among `seconds`, until a bank that begins empty has what trials share; 0 without one.
+    """
 
     seconds_per_trial: float
     seconds: float
@@ -51,6 +62,7 @@ class Estimate:
     bytes: int
     trials: int
     workers: int
+    filling: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,48 +73,66 @@ class Work:
         batches: kind of epoch -> batches of all epochs of that kind.
         images: network -> images that it sees in evaluations. The fusion, which works on their features, is left out.
         checkpoints: how many are written.
+        asked: images that the teachers are asked about in training.
     """
 
     batches: Mapping[Hashable, int]
     images: Mapping[str, int]
     checkpoints: int
+    asked: int = 0
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured seconds: of a batch of each kind of epoch, of an image in evaluation, of a checkpoint."""
+    """Measured seconds: of a batch of each kind of epoch, of an image in evaluation, of a checkpoint.
+
+    Attributes:
+        looked_up: of an image that all teachers are asked about, where a bank answers and batches leave them out.
+    """
 
     batch: Mapping[Hashable, float]
     image: Mapping[str, float]
     checkpoint: float
+    looked_up: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """Of one trial."""
-        training = sum(n * self.batch[kind] for kind, n in work.batches.items())
+        training = sum(n * self.batch[kind] for kind, n in work.batches.items()) + work.asked * self.looked_up
         evaluation = sum(n * self.image[name] for name, n in work.images.items())
         return AROUND_S + training + evaluation + work.checkpoints * self.checkpoint
 
 
-def estimate(config: Config, data: ImageData, teachers: Sequence[FeatureNet], trials: int, workers: int) -> Estimate:
+def estimate(
+    config: Config, data: ImageData, teachers: Sequence[FeatureNet], trials: int, workers: int, seeds: int = 1
+) -> Estimate:
     """Measure what a trial of `config` takes, in about five seconds.
 
     The base configuration is measured with its gate open and every epoch in it; what the search space changes of the
-    cost (networks, epochs) is not foreseen. Teachers and all random states are left as they are.
+    cost (networks, epochs) is not foreseen. Where trials share a teacher bank, what fills it counts once and is taken
+    to begin with nothing. Teachers and all random states are left as they are.
 
     Args:
         teachers: those of the configuration, on its device.
         trials: how many are left to be run.
         workers: at a time, on this machine: its threads are divided among them.
+        seeds: that these trials have: those of another seed ask for other views.
     """
+    banked = bank_use(shared(config)).on
     threads = config.threads or min(ALL_THREADS, max(1, cores() // workers))  # as launch_local divides them
     with _undisturbed(threads):
-        whole = _Probe(config, data, teachers, config.dataset.batch_size)
-        small = _Probe(config, data, teachers, SMALL) if config.dataset.batch_size > SMALL else whole
+        whole = _Probe(config, data, teachers, config.dataset.batch_size, banked)
+        small = _Probe(config, data, teachers, SMALL, banked) if config.dataset.batch_size > SMALL else whole
         rates = _rates(whole, small)
         size = small.bytes()
+    does = work(whole.task)
+    filling = 0.0
+    if banked:
+        with _undisturbed(torch.get_num_threads()):  # with several workers the driver does it, which is this process
+            filling = _views(whole.task, does, seeds) * small.teachers_seconds()
     crowded = max(1.0, workers * threads / cores()) if whole.task.device.type == "cpu" else 1.0
-    each = rates.seconds(work(whole.task)) * crowded
-    return Estimate(each, math.ceil(trials / workers) * each, size, trials * size, trials, workers)
+    each = rates.seconds(does) * crowded
+    together = filling + math.ceil(trials / workers) * each
+    return Estimate(each, together, size, trials * size, trials, workers, filling)
 
 
 @contextmanager
@@ -124,7 +154,8 @@ def _undisturbed(threads: int) -> Iterator[None]:
 def work(task: Distillation) -> Work:
     """Count what a run of the task's plan does, as a sweep's trial: the test split is not seen."""
     batches = len(batch_bounds(len(task.data.train.indices), task.data.train.batch_size))
-    counted = {kind: len(epochs) * batches for kind, epochs in kinds(task).items()}
+    by_kind = kinds(task)
+    counted: dict[Hashable, int] = {kind: len(epochs) * batches for kind, epochs in by_kind.items()}
     m, evaluated = task.method, len(task.data.eval.labels)
     adapted = sum(e.phase == "a" and ((e.in_stage + 1) % m.teacher_eval_every == 0 or e.last) for e in task.plan)
     # a student that no B-epoch has changed since is not evaluated again
@@ -134,30 +165,57 @@ def work(task: Distillation) -> Work:
     # frozen teachers are run once; others after every A-epoch, and again when the best snapshot is brought back
     again = adapted + m.num_stages if m.use_teacher_finetuning else 0
     images |= {f"teacher_{k}": (1 + again) * evaluated for k in range(len(task.teachers))}
-    return Work(counted, images, len(task.plan))
+    asked = sum(len(epochs) * kind.looks for kind, epochs in by_kind.items()) * len(task.data.train.indices)
+    return Work(counted, images, len(task.plan), asked)
 
 
-def kinds(task: Distillation) -> dict[Hashable, list[Epoch]]:
-    """The plan's epochs by what decides about their cost: phase, distillation, views, what is frozen."""
-    found: dict[Hashable, list[Epoch]] = {}
+class Kind(NamedTuple):
+    """What decides about an epoch's cost; `trained`: how many of the student's tensors."""
+
+    phase: str
+    distils: bool = True
+    two_views: bool = False
+    trained: int = 0
+
+    @property
+    def looks(self) -> int:
+        """How many views of each image the teachers are asked about."""
+        return self.distils * (1 + self.two_views)
+
+
+def kinds(task: Distillation) -> dict[Kind, list[Epoch]]:
+    """The plan's epochs by what decides about their cost."""
+    found: dict[Kind, list[Epoch]] = {}
     for epoch in task.plan:
         task.begin_epoch(epoch)
-        kind: Hashable = (epoch.phase,)
+        kind = Kind(epoch.phase)
         if epoch.phase == "b":
             weights = task.phases["b"].objective.weights
             trained = sum(p.requires_grad for p in task.student.parameters())
-            kind = (epoch.phase, weights.scale > 0, weights.two_view, trained)
+            kind = Kind("b", weights.scale > 0, weights.two_view, trained)
         found.setdefault(kind, []).append(epoch)
     return found
+
+
+def _views(task: Distillation, work: Work, seeds: int) -> float:
+    """Different views of all images that trials of so many seeds ask the teachers about, on average."""
+    images = len(task.data.train.indices)
+    return images * different(Views.of(task.data.train.augment).count, seeds * work.asked // images)
 
 
 # measuring -----------------------------------------------------------------------------------------------------------
 
 
 class _Probe:
-    """A trial's task and loop, made as `jobs.trial` makes them, on copies of the teachers."""
+    """A trial's task and loop, made as `jobs.trial` makes them, on copies of the teachers.
 
-    def __init__(self, config: Config, data: ImageData, teachers: Sequence[FeatureNet], batch_size: int) -> None:
+    Args:
+        banked: leave the teachers out of updates.
+    """
+
+    def __init__(
+        self, config: Config, data: ImageData, teachers: Sequence[FeatureNet], batch_size: int, banked: bool
+    ) -> None:
         dataset = config.dataset.model_copy(update={"batch_size": batch_size})
         optim = config.optim.model_copy(update={"safe_retry_patience": 10**9})  # a few bad steps end no estimate
         config = config.model_copy(update={"dataset": dataset, "optim": optim})
@@ -167,7 +225,20 @@ class _Probe:
         self.task.monitor.gate_open, self.task.monitor.share = True, 0.5
         recorder = cast(CheckpointRecorder, None)  # nothing is recorded without slots
         self.loop = Loop(self.task, recorder, None, {}, Precision(optim, device), device)
-        self.kinds = kinds(self.task)
+        self.kinds, self.banked = kinds(self.task), banked
+        if banked:
+            self.task.batches.companion = self._answered
+
+    def _answered(self, batches: Iterator[Batch], draws: EpochDraws, start: int) -> Iterator[Batch]:
+        """Batches with anything in the place of the teachers' outputs."""
+
+        def say(images: int) -> list[Seen]:
+            sizes = [(net.num_classes, net.feature_dim) for net in self.task.teachers]
+            return [Seen(*(torch.randn(images, n, device=self.task.device) for n in size)) for size in sizes]
+
+        for batch in batches:
+            known = partial(say, len(batch.y))
+            yield batch._replace(known=known, known_second=None if batch.x_second is None else known)
 
     def batch_seconds(self, epoch: Epoch, limit: float) -> float:
         """The median of a few whole batches, within about `limit` seconds."""
@@ -199,6 +270,30 @@ class _Probe:
                 return took / count
             count *= 2
 
+    def teachers_seconds(self) -> float:
+        """Of an image that all teachers see."""
+        nets = self.task.teachers
+        return sum(self.image_seconds(net, EVALUATION_S / len(nets)) for net in nets)
+
+    def looked_up_seconds(self) -> float:
+        """Of an image in a bank of every teacher, read as training reads it; 0 without banks."""
+        if not self.banked:
+            return 0.0
+        cells = np.arange(WINDOW)
+        with tempfile.TemporaryDirectory(prefix="asib-estimate-") as folder:
+            cache = BankCache(Path(folder), 10**9)
+            widths = [net.num_classes + net.feature_dim for net in self.task.teachers]
+            banks = [cache.open({"teacher": k}, WINDOW, width) for k, width in enumerate(widths)]
+            for bank in banks:
+                bank.add(cells, np.zeros((WINDOW, bank.width), np.float16))
+            began = self._now()
+            for bank in banks:
+                torch.from_numpy(bank.read(cells)[0]).to(self.task.device).float()
+            took = self._now() - began
+            for bank in banks:
+                bank.close()
+        return took / WINDOW
+
     def checkpoint_seconds(self) -> float:
         """Of making one, without the disk's share."""
         began = self._now()
@@ -229,14 +324,16 @@ def _bytes(module: nn.Module) -> int:
 def _rates(whole: _Probe, small: _Probe) -> Rates:
     """Of whole batches where they can be afforded; else small ones, taken to cost as much for each image."""
     scale = whole.task.data.train.batch_size / small.task.data.train.batch_size
-    seconds = {kind: scale * small.batch_seconds(epochs[0], 0.0) for kind, epochs in small.kinds.items()}
+    seconds: dict[Hashable, float] = {
+        kind: scale * small.batch_seconds(epochs[0], 0.0) for kind, epochs in small.kinds.items()
+    }
     share = UPDATES_S / max(len(seconds), 1)
     for kind, epochs in whole.kinds.items():
         if 2 * seconds[kind] <= share:
             seconds[kind] = whole.batch_seconds(epochs[0], share)
     nets = {"student": small.task.student} | {f"teacher_{k}": t for k, t in enumerate(small.task.teachers)}
     images = {name: small.image_seconds(net, EVALUATION_S / len(nets)) for name, net in nets.items()}
-    return Rates(seconds, images, small.checkpoint_seconds())
+    return Rates(seconds, images, small.checkpoint_seconds(), small.looked_up_seconds())
 
 
 # words ---------------------------------------------------------------------------------------------------------------
@@ -247,10 +344,14 @@ def words(estimate: Estimate, folder: Path) -> str:
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     fits = "" if estimate.bytes < free else ": that does not fit, make room or choose another output_dir"
+    filling, saves = "", "pruning saves part of it"
+    if estimate.filling:
+        filling = f" after {_duration(estimate.filling)} for the teacher bank"
+        saves = "pruning and what the bank holds already save part of it"
     return (
         f"{_plural(estimate.trials, 'trial')} of about {_duration(estimate.seconds_per_trial)} with "
-        f"{_plural(estimate.workers, 'worker')}: about {_duration(estimate.seconds)} (upper bound: pruning saves part "
-        f"of it); {_size(estimate.bytes_per_trial)} each, {_size(estimate.bytes)} together, {_size(free)} free in "
+        f"{_plural(estimate.workers, 'worker')}{filling}: about {_duration(estimate.seconds)} (upper bound: {saves}); "
+        f"{_size(estimate.bytes_per_trial)} each, {_size(estimate.bytes)} together, {_size(free)} free in "
         f"{folder}/{fits}"
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.experiment.compose import keys_of
-from pipeline.experiment.interrupted import tagged
+from pipeline.experiment.folders import tagged
 from pipeline.experiment.launch import cluster as clusters
 from pipeline.experiment.launch.cluster import ClusterConfig
 from pipeline.experiment.launch.launcher import Launcher

@@ -304,7 +304,7 @@ def finished(folder: Path, config_hash: str) -> dict[str, float] | None:
         config_hash: the trial's; another's results are not taken.
     """
     from pipeline.experiment import records
-    from pipeline.experiment.run import ended
+    from pipeline.experiment.folders import ended
 
     if not (folder / "results.json").exists() or not ended(folder):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 from collections.abc import Iterator
@@ -125,3 +126,28 @@ def test_off_line_there_is_nothing_to_fetch_from(override):
 def test_only_a_file_of_a_run_is_a_configuration(cfg):
     with pytest.raises(UserError, match="give runs:/<run id>/<file>"):
         configuration(cli.parse([f"cfg={cfg}"]))
+
+
+# ------------------------------------------------------------------------------------------ a step's own keys
+
+
+@pytest.mark.parametrize("seed", ["", "3"])
+@pytest.mark.parametrize(
+    ("step", "argument", "meant"),
+    [
+        ("promote", "nam=x", "name"),
+        ("promote", "gates.alpha=0.1", "gate.alpha"),
+        ("promote", "metod.tau=2", "method.tau"),
+        ("predict", "image=x", "images"),
+        ("evaluate", "splits=test", "split"),
+        ("compare", "run=a,b", "runs"),
+        ("ablate", "sedes=0,1", "seeds"),
+        ("sweep", "trails=3", "trials"),
+        ("sweep", "swep.sampler.name=gp", "sweep.sampler.name"),
+    ],
+)
+def test_a_misspelt_key_of_a_step_is_answered_with_its_own_keys_too(monkeypatch, err, step, argument, meant, seed):
+    monkeypatch.setenv("SEED", seed)
+    assert importlib.import_module(f"steps.{step}").main([argument]) == 2
+    key = argument.partition("=")[0]
+    assert err.getvalue() == f"{key}: unknown key; did you mean {meant}?\n"

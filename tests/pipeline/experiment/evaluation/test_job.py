@@ -177,6 +177,14 @@ def test_teachers_in_one_token(bench: Lab, student: Path, research: Path, tmp_pa
 
 
 @pytest.fixture(scope="module")
+def alone(bench: Lab) -> Path:
+    """A run that has trained the student without teachers, and so without a fusion."""
+    done = bench.step("baseline")
+    assert done.code == 0, done.err
+    return done.folder
+
+
+@pytest.fixture(scope="module")
 def files(student: Path, research: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files that do not do."""
     folder = tmp_path_factory.mktemp("bad")
@@ -229,6 +237,14 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "another scheme": (["model=s3://a/b"], ["model=s3://a/b", "models:/<name>@<alias>"]),
     "half a version": (["model=models:/a/1/b/c"], ["models:/a/1/b/c", "models:/<name>/<version>"]),
     "no fusion": (["model={research}/student.pth", "mode=synergy"], ["mode=synergy", "fusion="]),
+    "a run without a fusion": (
+        ["model={alone}", "mode=synergy"],
+        ["student={alone}/checkpoints/student.safetensors", "has no fusion; mode=single and mode=average work"],
+    ),
+    "a run without a fusion as fusion": (
+        ["model={student}", "mode=synergy", "fusion={alone}"],
+        ["fusion={alone}", "has no fusion; mode=single and mode=average work", "fusion=runs:/<id>"],
+    ),
     "half a fusion": (
         ["model={student}", "mode=synergy", "fusion={files}/half"],
         ["fusion={files}/half", "no synergy_head.pth"],
@@ -253,9 +269,11 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_one_line_and_code_2(bench: Lab, student: Path, research: Path, files: Path, case: str) -> None:
+def test_bad_input_is_one_line_and_code_2(
+    bench: Lab, student: Path, alone: Path, research: Path, files: Path, case: str
+) -> None:
     overrides, needles = REFUSED[case]
-    places = {"student": student, "research": research, "files": files}
+    places = {"student": student, "alone": alone, "research": research, "files": files}
     done = bench.step("evaluate", QUICK, *(text.format(**places) for text in overrides))
     assert done.code == 2, done.err
     assert len(done.lines) == 1, done.err
@@ -306,3 +324,19 @@ def test_registered_models_are_fetched_by_alias_version_and_run(bench: Lab, dist
         assert refused.code == 2, refused.err
         assert len(refused.lines) == 1, refused.err
         assert f"model={name}: " in refused.lines[0]
+
+
+def test_a_run_on_a_server_without_a_fusion_is_no_missing_file(bench: Lab, alone: Path, sqlite_uri: str) -> None:
+    """An unknown run, and a file that is given by name, still cannot be fetched."""
+    deliver(sqlite_uri, alone)
+    source = run_id(alone)
+    online = ["tracking.mode=online", f"tracking.uri={sqlite_uri}", "mode=synergy", QUICK]
+    for more, needle in (
+        ([], f"student=runs:/{source}: that run has no fusion; mode=single and mode=average work"),
+        ([f"fusion=runs:/{source}"], f"fusion=runs:/{source}: that run has no fusion"),
+        ([f"fusion=runs:/{source}/fusion.safetensors"], "cannot be fetched"),
+        (["fusion=runs:/" + 32 * "0"], "cannot be fetched"),
+    ):
+        done = bench.step("evaluate", f"model=runs:/{source}", *online, *more)
+        assert (done.code, len(done.lines)) == (2, 1), done.err
+        assert needle in done.lines[0]

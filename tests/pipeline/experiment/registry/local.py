@@ -35,6 +35,8 @@ class LocalDelivery:
 
     def finish(self, timeout: float = 0) -> bool:
         assert self.folder is not None
+        if not (self.folder / "journal.jsonl").exists():
+            return True  # there is to be no run
         with DeliveryLoop(self.folder, self.uri, client=self.client, live=True) as loop:
             return loop.run_once()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections import Counter
 from pathlib import Path
@@ -13,10 +14,13 @@ import pytest
 import torch
 
 from models.features import FeatureNet
+from pipeline.data import bank_cache
+from pipeline.data.bank_cache import BankCache
 from pipeline.experiment import networks
 from pipeline.experiment.sweep import estimate as sweep_estimate
 from pipeline.experiment.sweep.estimate import AROUND_S, OTHER_BYTES, Estimate, Rates, Work
 from pipeline.training import monitor, stages
+from pipeline.training.bank import BankedTeachers
 from tests.pipeline.training.builders import EVERYTHING, config, differences, distillation, image_data, loop_for
 
 NET = {"name": "cifar_resnet8"}
@@ -65,6 +69,33 @@ def test_work_is_what_a_run_does(sections: Any, tmp_path: Path, monkeypatch: pyt
     assert work.checkpoints == len(task.plan)
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"augment": {"crop_flip": False}},
+        {"method": {"kd_sample_gate": True}},
+        {"method": {"kd_target": "avg", "student_epochs_per_stage": (3, 3), "kd_cooldown_epochs": 2}},
+        {"method": {"kd_target": "avg", "kd_two_view_start_epoch": 1, "kd_two_view_stop_epoch": 3}},
+    ],
+)
+def test_what_a_bank_is_asked_is_what_a_run_asks(
+    sections: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by the bank of a real run whose gate is open; how many views differ is a mean of random draws."""
+    monkeypatch.setattr(bank_cache, "RESERVE", 0)
+    monkeypatch.setattr(monitor.Monitor, "decide", lambda self, *_, **__: setattr(self, "gate_open", True))
+    c, data = config(**sections), image_data()
+    task = distillation(c, data)
+    hashes = [f"hash {k}" for k in range(len(task.teachers))]
+    bank = BankedTeachers(BankCache(tmp_path / "bank", 10**9), data, task.data.train, task.teachers, hashes)
+    task.use_bank(bank)
+    loop_for(task, tmp_path).run()
+    work = sweep_estimate.work(distillation(c, data))
+    assert bank.total.served + bank.total.computed == len(task.teachers) * work.asked
+    assert bank.total.computed == pytest.approx(len(task.teachers) * sweep_estimate._views(task, work, 1), rel=0.05)
+
+
 def test_epochs_of_different_cost_are_told_apart() -> None:
     """Of six B-epochs two are without distillation and two with a second view; two stages freeze differently."""
     method = {"student_epochs_per_stage": (3, 3), "kd_cooldown_epochs": 2, "kd_target": "avg"}
@@ -79,27 +110,49 @@ def test_seconds_are_a_sum_of_products() -> None:
     work = Work({("a",): 30, ("b", 1): 50}, {"student": 1000, "teacher_0": 200}, 7)
     rates = Rates({("a",): 0.5, ("b", 1): 0.2}, {"student": 0.01, "teacher_0": 0.02}, 0.1)
     assert rates.seconds(work) == pytest.approx(AROUND_S + 15 + 10 + 10 + 4 + 0.7)
+    banked = dataclasses.replace(rates, looked_up=0.001)
+    assert banked.seconds(dataclasses.replace(work, asked=500)) == pytest.approx(rates.seconds(work) + 0.5)
 
 
 @pytest.mark.parametrize("batch_size", [10, 30])
 @pytest.mark.parametrize(("trials", "workers", "rounds"), [(30, 2, 15), (7, 3, 3), (1, 1, 1)])
+@pytest.mark.parametrize(("bank", "seeds"), [("auto", 1), ("auto", 3), ("off", 1)])
 def test_an_estimate_with_a_clock_that_ticks(
-    batch_size: int, trials: int, workers: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+    batch_size: int, trials: int, workers: int, rounds: int, bank: str, seeds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything measured takes a second: a small batch, one evaluation pass over at most 16 images, a checkpoint."""
+    """Everything measured takes a second: a small batch, one evaluation pass over at most 16 images, a checkpoint, and
+    looking up 512 images. Trials share a bank, which is filled once."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(sweep_estimate.time, "perf_counter", lambda: float(next(ticks)))
     monkeypatch.setattr(sweep_estimate, "cores", lambda: 8)
-    c, data = config(**GROUND, dataset={"batch_size": batch_size, "eval_batch_size": 6}), image_data()
-    found = sweep_estimate.estimate(c, data, teachers(c, data), trials, workers)
+    sections = {**GROUND, "bank": bank, "dataset": {"batch_size": batch_size, "eval_batch_size": 6}}
+    c, data = config(**sections), image_data()
+    found = sweep_estimate.estimate(c, data, teachers(c, data), trials, workers, seeds)
     # 36 training images, 12 for validation; two stages of two A- and two B-epochs
     batches = {10: 4, 30: 2}[batch_size] * 8
     of_a_batch = max(1, batch_size / 16)
     images = (4 + 1 + 1) * 12 + 2 * 12  # the student once before, and after every B-epoch
-    expected = AROUND_S + batches * of_a_batch + images / 6 + 8
+    expected, filling = AROUND_S + batches * of_a_batch + images / 6 + 8, 0.0
+    if bank == "auto":
+        expected += 8 * 36 / 512
+        filling = 36 * 162 * (1 - (161 / 162) ** (8 * seeds)) * 2 / 6
     assert found.seconds_per_trial == pytest.approx(expected)
-    assert found.seconds == pytest.approx(rounds * expected)
+    assert found.filling == pytest.approx(filling)
+    assert found.seconds == pytest.approx(filling + rounds * expected)
     assert (found.bytes, found.trials, found.workers) == (trials * found.bytes_per_trial, trials, workers)
+
+
+def test_with_a_bank_updates_leave_the_teachers_out() -> None:
+    """Measured on the real clock: the teachers of these batches cost several times the student."""
+    heavy = {"model": {"student": NET, "teachers": [{"name": "cifar_resnet32x4"}] * 2}}
+    method = {"kd_target": "avg", "student_epochs_per_stage": (2, 2)}
+    c = config(**heavy, method=method)
+    data = image_data(size=32)
+    nets = teachers(c, data)
+    run = c.model_copy(update={"bank": "off"})
+    found, without = (sweep_estimate.estimate(x, data, nets, 1, 1) for x in (c, run))
+    assert found.seconds_per_trial - AROUND_S < 0.7 * (without.seconds_per_trial - AROUND_S)
+    assert without.filling == 0 < found.filling
 
 
 @pytest.mark.parametrize("method", [{}, {"kd_alpha": 0.0}, {"use_teacher_finetuning": True, "teacher_ce_alpha": 0.5}])
@@ -156,6 +209,11 @@ def test_measuring_leaves_the_gpus_random_state_alone() -> None:
             "1 trial of about 2.0 h with 1 worker: about 7.5 days (upper bound: pruning saves part of it); "
             "2.5 GB each, 225 GB together, 53 GB free in runs/: that does not fit, make room or choose another "
             "output_dir",
+        ),
+        (
+            Estimate(4.2, 83.0, 12_000_000, 360_000_000, 30, 2, 20.0),
+            "30 trials of about 4 s with 2 workers after 20 s for the teacher bank: about 83 s (upper bound: pruning "
+            "and what the bank holds already save part of it); 12 MB each, 360 MB together, 53 GB free in runs/",
         ),
     ],
 )

@@ -1,16 +1,16 @@
-"""A teacher as bare as it can be: logits and pooled feature, batch norms folded into the convolutions before them."""
+"""Networks as bare as they can be: logits and pooled feature, without wrapper, hooks and feature maps."""
 
 import copy
 
 import torch
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 
 from models.features import FeatureNet
+from models.fold import folded
 
 
 class Bare(nn.Module):
-    """(B, C, H, W) → (logits (B, N), feat_2d (B, C)): the network without wrapper, hooks and feature maps."""
+    """(B, C, H, W) → (logits (B, N), feat_2d (B, C)); takes over the wrapped network and drops its hooks."""
 
     def __init__(self, net: FeatureNet) -> None:
         super().__init__()
@@ -29,21 +29,17 @@ def bare(net: FeatureNet) -> Bare:
     return Bare(copy.deepcopy(net))
 
 
-def folded(net: FeatureNet, dtype: torch.dtype | None) -> nn.Module:
-    """A frozen copy in eval mode whose batch norms are part of the convolutions before them, where that is so.
+def fastest(net: FeatureNet, dtype: torch.dtype | None, input_size: tuple[int, int, int]) -> Bare:
+    """A frozen copy in eval mode, its batch norms folded as the pipeline folds them, its weights cast once.
 
     Args:
-        dtype: what autocast computes in: the weights of convolutions and linear maps are cast once, not in every pass
-            (autocast keeps casts of weights that need a gradient only). None: float32.
+        dtype: what autocast computes in; the pipeline's weights are cast in every pass, since autocast keeps casts of
+            weights that need a gradient only. None: float32.
+        input_size: (in_chans, H, W).
     """
-    made = fuse(bare(net).requires_grad_(False).eval(), inplace=True).to(memory_format=torch.channels_last)
+    made = Bare(folded(net, input_size)).eval().to(memory_format=torch.channels_last)
     if dtype is not None:
         for module in made.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.to(dtype)
     return made
-
-
-def batch_norms(net: nn.Module) -> int:
-    """How many there are left."""
-    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())

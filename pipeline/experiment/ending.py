@@ -1,0 +1,36 @@
+"""How a run ends: what MLflow shows of it, its outcome and exit code, for each way out of a job."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from pipeline.errors import Interrupted, Pruned, UserError
+from pipeline.training.loop import NonFinite
+
+
+class Ending(NamedTuple):
+    """Status, outcome, exit code and message as for `Journal.end`, and tags; in the order that `Run.close` takes."""
+
+    status: str
+    outcome: str
+    exit_code: int
+    message: str | None = None
+    tags: Mapping[str, str] | None = None
+
+
+COMPLETED = Ending("FINISHED", "completed", 0)
+
+
+def ending_of(error: BaseException) -> Ending:
+    """The end of a run whose job has raised `error`."""
+    match error:
+        case Interrupted():
+            return Ending("KILLED", "killed", 128 + error.signum)
+        case Pruned():
+            tags = {"asib.pruned_epoch": str(error.epoch), "asib.pruned_reason": error.reason}
+            return Ending("KILLED", "pruned", 0, tags=tags)
+        case UserError():
+            return Ending("FAILED", "refused", 2, str(error))
+        case NonFinite():
+            return Ending("FAILED", "failed", 1, str(error))
+        case _:
+            return Ending("FAILED", "failed", 1, f"{type(error).__name__}: {error}")
