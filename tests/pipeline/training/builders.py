@@ -1,6 +1,7 @@
 """Small things that the tests of training are made of: data, networks, configurations, a record in memory."""
 
 import math
+import threading
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.config import Config
 from pipeline.data.batches import Batch
 from pipeline.data.sources import ImageData
 from pipeline.errors import Interrupted
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Slots
 from pipeline.training.finetune import FineTuning
 from pipeline.training.loop import Loop, Precision, Task
@@ -281,6 +283,18 @@ class Calls:
 
     def __len__(self) -> int:
         return len(self.seen)
+
+
+class HeldUp:
+    """Stands where checkpoint files are written, and waits with each for `go`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self._real = threading.Event(), checkpoint.write_atomically
+        monkeypatch.setattr(checkpoint, "write_atomically", self)
+
+    def __call__(self, path: Path, content: bytes) -> None:
+        assert self.go.wait(60)
+        self._real(path, content)
 
 
 def run_until(task: Task, folder: Path, at: tuple[int, int], record: Record | None = None, state: Any = None) -> Loop:
