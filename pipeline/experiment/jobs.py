@@ -53,9 +53,7 @@ def finetune(run: Run) -> float | None:
 def distill(run: Run) -> float | None:
     """Distil the student from the configuration's teachers."""
     data, task, loop = _trained(run, None)
-    results = task.results()
-    results |= macs_found(task, data, results)
-    loop.finish(results)
+    results = _conclude(data, task, loop)
     if not run.follower:
         _keep_weights(run, data, task)
         _keep_pictures(run, data, task)
@@ -78,9 +76,7 @@ def trial(run: Run, watch: Watch) -> dict[str, float]:
         Pruned, Taken: as `watch` decided.
     """
     data, task, loop = _trained(run, watch)
-    results = task.results(test=False)
-    results |= macs_found(task, data, results)
-    loop.finish(results)
+    results = _conclude(data, task, loop, test=False)
     if not run.follower:
         _keep_weights(run, data, task)
     report.write_results(run, results)
@@ -112,6 +108,16 @@ def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Lo
     finally:
         if banked is not None:
             bank.conclude(banked)
+
+
+def _conclude(data: ImageData, task: Distillation, loop: Loop, test: bool = True) -> dict[str, float]:
+    """The final metrics, which are then in the run's record."""
+    results = task.results(test)
+    results |= macs_found(task, data, results)
+    if "cost/compile_seconds" in results:
+        logger.info("torch.compile took %.1f s", results["cost/compile_seconds"])
+    loop.finish(results)
+    return results
 
 
 def _keep_weights(run: Run, data: ImageData, task: Distillation) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run's networks go through torch.compile."""
+"""Whether a run's networks go through torch.compile, and what that takes."""
 
 import torch
 
@@ -16,3 +16,21 @@ def compiles(config: Config, device: torch.device) -> bool:
     m = config.method
     epochs = sum(m.student_epochs_per_stage) + m.num_stages * m.teacher_adapt_epochs
     return device.type == "cuda" and epochs >= LONG
+
+
+class CompileClock:
+    """Counts what this process spends compiling from now on."""
+
+    def __init__(self) -> None:
+        self._before = _spent()
+
+    def seconds(self) -> float:
+        """By the clock on the wall: tracing, code generation and compilers, of forward and backward passes."""
+        return _spent() - self._before
+
+
+def _spent() -> float:
+    """Since the process began. Torch keeps the sum, but has no public name for it."""
+    from torch._dynamo.utils import calculate_time_spent  # late: a second, which eager runs need not wait
+
+    return float(calculate_time_spent()["total_wall_time"])

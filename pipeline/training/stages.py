@@ -20,7 +20,7 @@ from pipeline.training import distributed, schedules
 from pipeline.training.bank import BankedTeachers
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.common import RunData, Selection, prepare
-from pipeline.training.compiling import compiles
+from pipeline.training.compiling import CompileClock, compiles
 from pipeline.training.costs import Costs
 from pipeline.training.evaluation import Outputs, accuracy, nll, outputs
 from pipeline.training.fusion import Fusion
@@ -115,6 +115,7 @@ class Distillation:
         self._try_student_levels()
         self.compiled = compiles(config, device)
         if self.compiled:
+            self.compile_clock = CompileClock()
             for net in (student, *self.teachers):
                 net.compile_pass()
         self.monitor = Monitor(self.method, self.data, self.teachers, self.fusion)
@@ -398,6 +399,8 @@ class Distillation:
             found["final/val_acc"] = accuracy(outputs(self.student, val).logits, val.labels)
         elif any(e.phase == "b" for e in self.plan):
             found["final/acc_best"] = self.best_test
+        if self.compiled:
+            found["cost/compile_seconds"] = self.compile_clock.seconds()
         return found | self.costs.metrics()
 
     def _on_test(self, last: Outputs) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """Folded and compiled networks: one step's losses are those of the networks as they are, within stated rounding."""
 
+import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -56,6 +58,19 @@ def test_compiled_networks_give_the_losses_of_eager_ones() -> None:
     assert task.compiled
     assert_equal(step_losses(task), expected)
     assert task.costs.images["student"] == 0, "only training counts"
+
+
+def test_the_seconds_of_compiling_are_reported_where_something_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced alike, and soon done
+    begun = time.perf_counter()
+    task = distillation(config(method=METHOD, optim={"compile": True}))
+    step_losses(task)
+    assert 0 < task.results()["cost/compile_seconds"] < time.perf_counter() - begun
+    other = distillation(config(method=METHOD, optim={"compile": True}))
+    assert other.compile_clock.seconds() == 0, "a process's earlier runs do not count"
+    eager = distillation(config(method=METHOD, optim={"compile": False}))
+    step_losses(eager)
+    assert "cost/compile_seconds" not in eager.results()
 
 
 @pytest.mark.parametrize(
