@@ -112,14 +112,18 @@ def epochs(result: dict[str, Any]) -> str:
 
 def overhead(result: dict[str, Any]) -> str:
     """What goes on beside training."""
-    parts = ("training", "evaluation", "checkpoint_and_journal", "tracking")
-    rows = []
+    parts = ("training", "evaluation", "checkpoint_and_journal", "checkpoint_writer", "tracking")
+    rows, after = [], []
     for which, epoch in result["epochs"].items():
-        row = [f"{which.upper()}-epoch", *(f"{epoch[f'{part}_seconds']:.2f}" for part in parts)]
+        taken = [epoch.get(f"{part}_seconds") for part in parts]  # before it had a thread the writer was not apart
+        row = [f"{which.upper()}-epoch", *("–" if seconds is None else f"{seconds:.2f}" for seconds in taken)]
         rows.append([*row, f"{100 * epoch['share_of_epoch']:.2f} %"])
+        after.append(epoch.get("checkpoint_written_after_seconds", 0.0))
     once = result["teachers_on_validation_once_seconds"]
-    head = ["50,000 images", "training, s", "evaluation, s", "checkpoint, journal, s", "tracking, s", "beside training"]
-    return f"{table(head, rows)}\nOnce per run: the teachers on the validation images, {once:g} s.\n"
+    columns = ("training", "evaluation", "checkpoint, journal", "checkpoint's writer", "tracking")
+    head = ["50,000 images", *(f"{column}, s" for column in columns), "beside training"]
+    written = f" A checkpoint is on disk {max(after):g} s after it was begun." if any(after) else ""
+    return f"{table(head, rows)}\nOnce per run: the teachers on the validation images, {once:g} s.{written}\n"
 
 
 def startup(result: dict[str, Any]) -> str:

@@ -65,7 +65,10 @@ class Recorder(Protocol):
 
 
 class CheckpointRecorder(Recorder, Protocol):
-    """What the code that writes checkpoints sees: the order is hold, entries, snapshot, (the file), checkpoint."""
+    """What the code that writes checkpoints sees: the order is hold, entries, snapshot, (the file), checkpoint.
+
+    Entries may come while the file is written: the next checkpoint covers them.
+    """
 
     def hold(self) -> None: ...
     def release(self) -> None: ...
@@ -76,8 +79,8 @@ class CheckpointRecorder(Recorder, Protocol):
 class Journal(StepEntries):
     """A run's record; a `Recorder`. Made by `create`, `reopen` or `restore`; usable from several threads.
 
-    Entries are written at once unless `hold` was called: then they wait in memory for the next `checkpoint`, so that
-    the file never holds an epoch's entries before the checkpoint that contains them.
+    Entries are written at once unless `hold` was called: then they wait in memory for the `checkpoint` of the next
+    `snapshot`, so that the file never holds an epoch's entries before the checkpoint that contains them.
     """
 
     def __init__(self, folder: Path, fd: int, header: Entry) -> None:
@@ -88,6 +91,8 @@ class Journal(StepEntries):
         self._lock = threading.RLock()
         self._holding = False
         self._held: list[str] = []
+        self._covered = 0
+        """So many of them, the first, are in the last snapshot."""
 
     @classmethod
     def create(
@@ -237,31 +242,35 @@ class Journal(StepEntries):
     # Checkpoints
 
     def hold(self) -> None:
-        """From now on entries wait for the next `checkpoint` (or for `release` or `end`)."""
+        """From now on entries wait for a `checkpoint` that contains them (or for `release` or `end`)."""
         self._holding = True
 
     def release(self) -> None:
         """Write what is held, and hold no longer."""
         with self._lock:
             self._holding = False
-            self._flush([])
+            self._flush()
 
     def snapshot(self) -> str:
         """The whole text including held entries, with a place kept for the entry of the checkpoint it goes into."""
         with self._lock:
+            self._covered = len(self._held)
             size = os.fstat(self._fd).st_size
             written = os.pread(self._fd, size, 0).decode()
             return written + _line("checkpoint_here") + "\n" + "".join(line + "\n" for line in self._held)
 
     def checkpoint(self, path: Path, sha256: str, slot: int, manifest: Mapping[str, Any] | None = None) -> None:
-        """Record a checkpoint that is complete on disk, then the entries held for it, and sync.
+        """Record a checkpoint that is complete on disk, then the held entries that its snapshot contains, and sync.
 
         The file must have been renamed into place (never written in place): delivery reads it through a hard link.
         `manifest`: further fields for the `manifest.json` that delivery puts beside it on the server.
         """
         more = {"manifest": dict(manifest)} if manifest else {}
+        line = _line("checkpoint", path=relative(path, self.folder), sha256=sha256, slot=slot, **more)
         with self._lock:
-            self._flush([_line("checkpoint", path=relative(path, self.folder), sha256=sha256, slot=slot, **more)])
+            self._write([line, *self._held[: self._covered]])
+            del self._held[: self._covered]
+            self._covered = 0
             self.sync()
 
     # The end, and what runs beside
@@ -281,7 +290,7 @@ class Journal(StepEntries):
         """
         check_end(status, outcome)
         with self._lock:
-            self._flush([], _line("end", status=status, outcome=outcome, exit_code=exit_code, message=message))
+            self._flush(_line("end", status=status, outcome=outcome, exit_code=exit_code, message=message))
             self.sync()
             self.close()
 
@@ -305,9 +314,10 @@ class Journal(StepEntries):
             else:
                 self._write([line])
 
-    def _flush(self, before: list[str], *after: str) -> None:
-        self._write([*before, *self._held, *after])
+    def _flush(self, *after: str) -> None:
+        self._write([*self._held, *after])
         self._held.clear()
+        self._covered = 0
 
     def _write(self, lines: Sequence[str]) -> None:
         if self._fd < 0:

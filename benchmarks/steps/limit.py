@@ -145,7 +145,16 @@ class Limit:
             window.open()
             for _ in range(steps):
                 self.step(which)
+            if self.kind == "compiled":
+                _unmark()
             return window.shut()
+
+
+def _unmark() -> None:
+    """Steps that were marked once must be marked for ever, by everybody in the process; ours are not (`kept`)."""
+    from torch._inductor.cudagraph_trees import MarkStepBox
+
+    MarkStepBox.mark_step_counter = 0
 
 
 def kinds(device: torch.device, compile_: bool) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from pipeline.data.sources import ImageData
 from pipeline.errors import Pruned
 from pipeline.experiment import networks, session, teachers
 from pipeline.experiment.run import Run
+from pipeline.training.checkpoint import Copy, Saved, Slots
 from pipeline.training.loop import Epoch, Loop, Precision, Verdict
 from pipeline.training.stages import Distillation
 
@@ -40,6 +41,28 @@ class ClockedDistillation(Distillation):
         found = super().end_epoch(epoch)
         self.evaluation_seconds = time.perf_counter() - begun
         return found
+
+
+class ClockedSlots(Slots):
+    """A run's checkpoints, with a clock in the thread that writes them and one around the waiting for it.
+
+    A loop that is stopped after every epoch has to wait; one that goes on does not.
+    """
+
+    writing_seconds = writer_processor_seconds = waiting_seconds = 0.0
+
+    def settle(self, wait: bool = True) -> Saved | None:
+        begun = time.perf_counter()
+        saved = super().settle(wait)
+        self.waiting_seconds += time.perf_counter() - begun
+        return saved
+
+    def _write(self, state: Copy) -> Saved:
+        begun, used = time.perf_counter(), time.thread_time()
+        saved = super()._write(state)
+        self.writing_seconds = time.perf_counter() - begun
+        self.writer_processor_seconds = time.thread_time() - used
+        return saved
 
 
 class OneEpoch:
@@ -64,7 +87,9 @@ class Ours:
         fused: refuse to measure a B-epoch whose gate is closed, which would leave the fusion out.
 
     Attributes:
-        evaluation_seconds, saving_seconds: of the last epoch: its evaluation; its checkpoint and journal.
+        evaluation_seconds, saving_seconds: of the last epoch: its evaluation; what its checkpoint and journal take of
+            the training thread.
+        slots: whose clocks say what the last checkpoint took of its writer.
     """
 
     def __init__(
@@ -83,7 +108,8 @@ class Ours:
         self.config = case.config(folder, rounds, str(device), more)
         session.prepare(self.config)
         self.run = Run.open("distill", self.config)
-        self.loop, self.task = make_loop(self.run, self.config, data, device)
+        self.slots = ClockedSlots(self.run.slots.folder)
+        self.loop, self.task = make_loop(self.run, self.config, data, device, self.slots)
         self.run.ready()
         self.evaluation_seconds = self.saving_seconds = 0.0
         self.images = len(self.task.data.train.indices)
@@ -94,10 +120,11 @@ class Ours:
         if epoch.phase != which:
             raise ValueError(f"the plan goes on with an {epoch.phase}-epoch, not with {which}")
         session.prepare(self.config)  # others in this process train without
+        self.slots.waiting_seconds = 0.0
         begun = time.perf_counter()
         with suppress(Pruned):  # by `OneEpoch`
             self.loop.run()
-        whole = time.perf_counter() - begun
+        whole = time.perf_counter() - begun - self.slots.waiting_seconds
         self.evaluation_seconds = self.task.evaluation_seconds
         self.saving_seconds = whole - self.task.window.seconds - self.evaluation_seconds
         if self.fused and which == "b" and self.task.fusion is not None and not self.task.monitor.gate_open:
@@ -109,7 +136,9 @@ class Ours:
         self.run.close("FINISHED", "completed", 0)
 
 
-def make_loop(run: Run, config: Config, data: ImageData, device: torch.device) -> tuple[Loop, ClockedDistillation]:
+def make_loop(
+    run: Run, config: Config, data: ImageData, device: torch.device, slots: Slots
+) -> tuple[Loop, ClockedDistillation]:
     """What `jobs.distill` and `session.train` make of a run, and a watch that stops it after every epoch."""
     student = networks.build_student(config, data)
     found = teachers.obtain(run, data, student)
@@ -118,7 +147,7 @@ def make_loop(run: Run, config: Config, data: ImageData, device: torch.device) -
     header = {"threads": torch.get_num_threads(), "data_digest": data.digest, "teachers": [t.hash for t in found]}
     precision = Precision(config.optim, device)
     every = config.checkpoint.every_seconds
-    return Loop(task, run.journal, run.slots, header, precision, device, every_seconds=every, watch=OneEpoch()), task
+    return Loop(task, run.journal, slots, header, precision, device, every_seconds=every, watch=OneEpoch()), task
 
 
 def make_teachers(case: Case, data: ImageData, folder: Path, device: torch.device) -> list[FeatureNet]:

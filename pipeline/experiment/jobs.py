@@ -19,6 +19,7 @@ from pipeline.experiment.run import Run
 from pipeline.experiment.session import images, load_data, prepare, threads_of, train
 from pipeline.journal import read_header
 from pipeline.training import costs, distributed
+from pipeline.training.compiling import check_device
 from pipeline.training.loop import Loop, Watch
 from pipeline.training.stages import Distillation, query_width
 
@@ -53,9 +54,7 @@ def finetune(run: Run) -> float | None:
 def distill(run: Run) -> float | None:
     """Distil the student from the configuration's teachers."""
     data, task, loop = _trained(run, None)
-    results = task.results()
-    results |= macs_found(task, data, results)
-    loop.finish(results)
+    results = _conclude(data, task, loop)
     if not run.follower:
         _keep_weights(run, data, task)
         _keep_pictures(run, data, task)
@@ -78,9 +77,7 @@ def trial(run: Run, watch: Watch) -> dict[str, float]:
         Pruned, Taken: as `watch` decided.
     """
     data, task, loop = _trained(run, watch)
-    results = task.results(test=False)
-    results |= macs_found(task, data, results)
-    loop.finish(results)
+    results = _conclude(data, task, loop, test=False)
     if not run.follower:
         _keep_weights(run, data, task)
     report.write_results(run, results)
@@ -90,13 +87,14 @@ def trial(run: Run, watch: Watch) -> dict[str, float]:
 def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Loop]:
     config = run.config
     prepare(config, threads_of(run))
+    device = networks.device_of(config)
+    check_device(config, device)  # before teachers are fine-tuned
     for sentence in inactive(config):
         logger.info("has no effect here: %s", sentence)
     data = load_data(run)
     student = networks.build_student(config, data)
     test = watch is None  # a sweep never looks at the test split
     found = teachers.obtain(run, data, student, test) if needs_distillation(config) else []
-    device = networks.device_of(config)
     task = Distillation(config, data, student, [t.net for t in found], device)
     run.journal.tags({"asib.eval_split": task.data.eval_split})
     if any(t.saw_validation for t in found) and task.data.has_validation:
@@ -112,6 +110,16 @@ def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Lo
     finally:
         if banked is not None:
             bank.conclude(banked)
+
+
+def _conclude(data: ImageData, task: Distillation, loop: Loop, test: bool = True) -> dict[str, float]:
+    """The final metrics, which are then in the run's record."""
+    results = task.results(test)
+    results |= macs_found(task, data, results)
+    if "cost/compile_seconds" in results:
+        logger.info("torch.compile took %.1f s", results["cost/compile_seconds"])
+    loop.finish(results)
+    return results
 
 
 def _keep_weights(run: Run, data: ImageData, task: Distillation) -> None:
@@ -167,6 +175,7 @@ def main(run: Run) -> float | None:
     if not config.model.teachers or not needs_distillation(config):
         raise UserError("the main job distils: it needs model.teachers and method.kd_alpha > 0, or use -e baseline")
     prepare(config)
+    check_device(config, networks.device_of(config))
     teachers.foresee(config, images(config))
     run.ready()
     alone_config = student_alone(config).model_copy(update={"log_model": False, "register": None})

@@ -169,6 +169,7 @@ def _run_with_retry(run: Run, loop: Loop, part: str) -> None:
         reason = str(error)
     header = loop.header | {"amp_dtype": "float32", "safe_retry": True}
     _check_lock(run, header["config_hash"])
+    distributed.barrier()  # the first process has written what it was writing
     good = run.slots.read_good() if run.slots.manifest.exists() else None
     state = unpack(start) if good is None else good[0]
     distributed.barrier()  # everybody has read what the first process is about to write over

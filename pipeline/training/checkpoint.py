@@ -1,7 +1,7 @@
 """Checkpoints: a tree of state in one safetensors file, two alternating slots, a manifest written last.
 
 No pickle: tensors are stored as such, everything else as JSON in the file's header. A file is written under a
-temporary name, synced and renamed, so that a slot is either whole or the one before.
+temporary name, synced and renamed, so that a slot is either whole or the one before. Training goes on meanwhile.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,10 @@ FORMAT = "asib-checkpoint-1"
 
 
 def _split(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for `tree`; its tensors go to `tensors` under the name that stands in their place."""
+    """JSON for `tree`; copies of its tensors go to `tensors` under the name that stands in their place."""
     if isinstance(tree, Tensor):
         name = f"{len(tensors)}{name}"  # paths alone may coincide: {1: …} and {"1": …}
-        tensors[name] = tree.detach().cpu().contiguous().clone()
+        tensors[name] = tree.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
         return {"tensor": name}
     if isinstance(tree, dict):
         return {"dict": [[k, _split(v, f"{name}/{k}", tensors)] for k, v in tree.items()]}
@@ -49,11 +50,27 @@ def _join(node: Any, tensors: dict[str, Tensor]) -> Any:
     return content
 
 
+class Copy:
+    """A tree of state on the CPU, as it was when it was copied, whatever is trained later.
+
+    Args:
+        tree: dicts with str or int keys, lists, numbers, tensors.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._structure = _split(tree, "", self._tensors)
+
+    def pack(self) -> bytes:
+        """The bytes of a safetensors file that holds it; afterwards they are all that is left of it in memory."""
+        content = save_tensors(self._tensors, metadata={"format": FORMAT, "tree": json.dumps(self._structure)})
+        self._tensors.clear()
+        return content
+
+
 def pack(tree: Any) -> bytes:
-    """The bytes of a safetensors file that holds `tree` (dicts with str or int keys, lists, numbers, tensors)."""
-    tensors: dict[str, Tensor] = {}
-    structure = json.dumps(_split(tree, "", tensors))
-    return save_tensors(tensors, metadata={"format": FORMAT, "tree": structure})
+    """The bytes of a safetensors file that holds `tree`."""
+    return Copy(tree).pack()
 
 
 def unpack(content: bytes) -> Any:
@@ -96,13 +113,20 @@ class Saved(NamedTuple):
 
 
 class Slots:
-    """Two alternating checkpoint files in `folder`, and `manifest.json`, which names the whole ones."""
+    """Two alternating checkpoint files in `folder`, and `manifest.json`, which names the whole ones.
+
+    A thread writes them. Until it is done the state is in memory once more: as the copy that was taken of it, then as
+    the bytes of its file (and, while these are made of it, as both).
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = folder / "manifest.json"
         self._whole: int | None = None
         """The slot of the newest checkpoint that is whole: never written over."""
+        self._writer = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: futures.Future[Saved] | None = None
+        """What is being written, or was, and is not settled."""
 
     def _content(self, record: dict[str, Any]) -> bytes | None:
         """The bytes of a recorded checkpoint; None where they are missing or torn."""
@@ -116,14 +140,34 @@ class Slots:
             return []
         return list(json.loads(self.manifest.read_text())["checkpoints"])
 
-    def write(self, tree: Any) -> Saved:
-        """Write `tree` over the older slot (or the one that is torn), then the manifest."""
+    def write(self, tree: Any) -> None:
+        """Begin to write `tree` as it is now over the older slot (or the one that is torn), then the manifest.
+
+        What was written before has been settled.
+        """
+        assert self._pending is None
+        self._pending = self._writer.submit(self._write, Copy(tree))
+
+    def settle(self, wait: bool = True) -> Saved | None:
+        """The checkpoint that was begun, once it is whole; None: there is none, or (without `wait`) it is not yet.
+
+        Raises:
+            UserError: the disk is full; the checkpoints before it are as they were.
+        """
+        pending = self._pending
+        if pending is None or not (wait or pending.done()):
+            return None
+        futures.wait([pending])  # before it is forgotten: a signal's exception may end the waiting
+        self._pending = None
+        return pending.result()
+
+    def _write(self, state: Copy) -> Saved:
         records = self._records()
         if self._whole is None:
             self._whole = next((r["slot"] for r in records if self._content(r) is not None), None)
         slot = 0 if self._whole is None else 1 - self._whole
         path = self.folder / f"slot{slot}.safetensors"
-        content = pack(tree)
+        content = state.pack()
         sha256 = hashlib.sha256(content).hexdigest()
         write_atomically(path, content)
         kept = [r for r in records if r["slot"] != slot][:1]
@@ -152,6 +196,8 @@ class Slots:
         return None
 
     def _whole_ones(self) -> Iterator[tuple[Any, Saved]]:
+        if self._pending is not None:
+            futures.wait([self._pending])
         for record in self._records():
             content = self._content(record)
             if content is not None:

@@ -256,17 +256,33 @@ class Loop:
         self.task.load_state_dict(state["task"])
 
     def _save(self, metrics: dict[str, float] | None, step: int) -> None:
-        """A checkpoint, and in the journal after it the metrics that it covers."""
+        """Begin a checkpoint of this moment, which is written beside training and covers the metrics."""
         if self.slots is None:
             return
+        self._settle()
         if metrics:
             self.recorder.metrics(metrics, step)
-        self.recorder.checkpoint(*self.slots.write({**self.state_dict(), "journal": self.recorder.snapshot()}))
+        self.slots.write({**self.state_dict(), "journal": self.recorder.snapshot()})
+
+    def _settle(self, wait: bool = True) -> None:
+        """Record the checkpoint that was begun, and what it covers, if it is whole by now; `wait`: once it is.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        saved = None if self.slots is None else self.slots.settle(wait)
+        if saved is not None:
+            self.recorder.checkpoint(*saved)
 
     # running ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end of the plan. Raises Interrupted or NonFinite."""
+        """Train to the end of the plan; however it is left, no checkpoint is being written any more.
+
+        Raises:
+            Interrupted, NonFinite, Pruned, Taken.
+            UserError: a checkpoint could not be written.
+        """
         plan, batches = self.task.plan, len(self.task.batches)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -275,14 +291,20 @@ class Loop:
         done = self.epoch * batches + self.batch
         # tqdm hides itself without a terminal
         with tqdm(total=len(plan) * batches, initial=done, disable=None, unit="batch", leave=False) as bar:
-            while self.epoch < len(plan):
-                self._run_epoch(plan[self.epoch], bar)
+            try:
+                while self.epoch < len(plan):
+                    self._run_epoch(plan[self.epoch], bar)
+            finally:
+                self._settle()
 
     def finish(self, results: dict[str, float]) -> None:
         """Log the final metrics, covered by a last checkpoint: continued from there, they are not logged again."""
-        if not self.finished:
-            self.finished = True
-            self._save(results, max(len(self.task.plan) - 1, 0))
+        try:
+            if not self.finished:
+                self.finished = True
+                self._save(results, max(len(self.task.plan) - 1, 0))
+        finally:
+            self._settle()
         self.recorder.release()
 
     def _run_epoch(self, epoch: Epoch, bar: Any) -> None:
@@ -296,6 +318,7 @@ class Loop:
         for output in self._updates(epoch, phase):
             self.sums.add(output)
             bar.update()
+            self._settle(wait=False)
             signum = self.stop() if self._look_up() else 0
             due = time.monotonic() - saved > self.every_seconds if self._look_up() else False
             if self._anyone(bool(signum) or due) and self.batch < len(task.batches):

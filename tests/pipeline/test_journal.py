@@ -102,6 +102,28 @@ def test_held_entries_follow_the_checkpoint_that_contains_them(tmp_path: Path) -
     assert restored.id == journal.id
 
 
+def test_entries_that_come_while_a_checkpoint_is_written_wait_for_the_next(tmp_path: Path) -> None:
+    """They are not in its snapshot: a resume from it would record them again."""
+    journal = Journal.create(tmp_path, experiment="e")
+    slot = tmp_path / "checkpoints" / "slot0.safetensors"
+    journal.hold()
+    journal.metrics({"acc": 10.0}, step=0)
+    text = journal.snapshot()
+    journal.tags({"late": "1"})
+    journal.artifact(tmp_path / "late.png")
+    journal.checkpoint(slot, "ab", 0)
+    assert kinds(tmp_path) == ["open", "checkpoint", "metrics"]
+    assert "late" not in text
+    journal.metrics({"acc": 20.0}, step=1)
+    assert journal.snapshot().count("late") == 2
+    assert kinds(tmp_path) == ["open", "checkpoint", "metrics"]
+    journal.checkpoint(slot, "cd", 1)
+    journal.tags({"last": "1"})
+    journal.release()
+    expected = ["open", "checkpoint", "metrics", "checkpoint", "tags", "artifact", "metrics", "tags"]
+    assert kinds(tmp_path) == expected
+
+
 def test_end_writes_what_is_held(tmp_path: Path) -> None:
     journal = Journal.create(tmp_path, experiment="e")
     journal.hold()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from pipeline.experiment import session
+from pipeline.training import checkpoint
 from tests.steps.lab import (
     BATCHES,
     Done,
@@ -86,6 +90,41 @@ def test_a_run_interrupted_again_and_again_equals_an_undisturbed_one(
     assert done.code == 0, done.err
     assert starts >= 5
     same_run(folder, undisturbed.folder)
+
+
+@pytest.mark.parametrize(
+    ("moment", "place"),
+    [("before the slot", "epoch 1, batch 1"), ("before the manifest", "epoch 1, batch 1"),
+     ("before the record", "epoch 1, batch 2")],
+)  # fmt: skip
+def test_a_run_killed_while_a_checkpoint_is_written_equals_an_undisturbed_one(
+    ready_lab: Lab, undisturbed: Done, monkeypatch: pytest.MonkeyPatch, moment: str, place: str
+) -> None:
+    """What kill -9 leaves is what a copy has that is made of the folder then; training is ahead by that time."""
+    write, left, written = checkpoint.write_atomically, ready_lab.runs / "left", Counter[str]()
+
+    def leave(path: Path, now: str) -> None:
+        if written["manifest"] == 5 and now == moment:
+            time.sleep(0.1)
+            shutil.copytree(path.parents[1], left)
+
+    def leaving(path: Path, content: bytes) -> None:
+        name = path.stem.rstrip("01")
+        leave(path, f"before the {name}")
+        write(path, content)
+        if name == "manifest":
+            leave(path, "before the record")
+        written[name] += 1
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_atomically", leaving)
+        assert ready_lab.step("distill", "checkpoint.every_seconds=1e-6").code == 0
+    assert sum(entry.kind == "checkpoint" for entry in journal(left)) == 5
+    resumed = ready_lab.step("distill", f"resume={left}")
+    assert resumed.code == 0, resumed.err
+    tags = [entry.data["values"] for entry in journal(left) if entry.kind == "tags"]
+    assert [found["asib.resumed_from"] for found in tags if "asib.resumed_from" in found] == [place]
+    same_run(left, undisturbed.folder)
 
 
 def test_a_signal_within_a_nested_fine_tuning_ends_both_runs_and_both_go_on(

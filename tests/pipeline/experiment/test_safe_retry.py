@@ -1,6 +1,7 @@
 """SAFE-RETRY: NaN under AMP ends in one restart with AMP off; NaN again ends the run (method.md section 5)."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mlflow import MlflowClient
 
 from pipeline.experiment.execute import execute
 from pipeline.training.methods.b_step import BStep
+from tests.pipeline.training.builders import HeldUp
 
 pytest_plugins = ["tests.servers"]
 PATIENCE = 3
@@ -70,6 +72,27 @@ def test_nan_under_amp_restarts_once_with_amp_off_and_says_so(sqlite_uri: str, t
     states = json.loads((folder / "checkpoints" / "manifest.json").read_text())
     assert len(states["checkpoints"]) == 2
     assert found.data.params["optim.use_amp"] == "true"  # the configuration, and its hash, are as they were
+
+
+def test_a_restart_waits_for_the_checkpoint_that_is_being_written(
+    sqlite_uri: str, tmp_path: Path, poison: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(only_under_amp=True)
+    held_up, forward, begun = HeldUp(monkeypatch), BStep.forward, []
+
+    def noted(self: BStep, batch: Any, moment: Any, repeat: int = 0) -> dict[str, torch.Tensor]:
+        if moment.batch == 0:
+            begun.append(moment.epoch)
+        if (moment.epoch, moment.batch) == (1, 1 + PATIENCE):
+            threading.Timer(0.5, held_up.go.set).start()  # the run has ended by then
+        return forward(self, batch, moment, repeat)
+
+    monkeypatch.setattr(BStep, "forward", noted)
+    code, found = run(sqlite_uri, tmp_path)
+    assert (code, found.info.status) == (0, "FINISHED")
+    assert begun == [0, 1, 1, 2], "from the first epoch's checkpoint"
+    history = MlflowClient(sqlite_uri).get_metric_history(found.info.run_id, "student/acc")
+    assert [m.step for m in history] == [0, 1, 2]
 
 
 def test_nan_without_amp_too_ends_the_run_with_step_terms_and_images(

@@ -1,6 +1,7 @@
 """Small things that the tests of training are made of: data, networks, configurations, a record in memory."""
 
 import math
+import threading
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.config import Config
 from pipeline.data.batches import Batch
 from pipeline.data.sources import ImageData
 from pipeline.errors import Interrupted
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Slots
 from pipeline.training.finetune import FineTuning
 from pipeline.training.loop import Loop, Precision, Task
@@ -164,14 +166,17 @@ EVERYTHING: dict[str, Any] = {
 """Keys of `method` for a run of two stages in which every part of it acts."""
 
 
-def distillation(c: Config, data: ImageData | None = None, norm: str = "batch", seed: int = 0) -> Distillation:
+def distillation(
+    c: Config, data: ImageData | None = None, norm: str = "batch", seed: int = 0, device: torch.device = CPU
+) -> Distillation:
     """The task of `c`, with as many teachers; what it freezes has blocks, what its features need has an adapter."""
     data, m = data or image_data(), c.method
     adapts = m.feat_kd_alpha > 0 and "distill_feat" in (m.feat_kd_key, m.ib_mbm_query_key)
     adapter = m.distill_out_dim if adapts else None
     more = {"staged": m.use_partial_freeze, "classes": data.num_classes}
-    teachers = [net(width, 100 + k, norm, **more) for k, width in enumerate((5, 7, 4)[: len(c.model.teachers)])]
-    return Distillation(c, data, net(6, seed, norm, adapter=adapter, **more), teachers, CPU)
+    widths = (5, 7, 4)[: len(c.model.teachers)]
+    teachers = [net(width, 100 + k, norm, **more).to(device) for k, width in enumerate(widths)]
+    return Distillation(c, data, net(6, seed, norm, adapter=adapter, **more).to(device), teachers, device)
 
 
 def fine_tuning(c: Config, data: ImageData | None = None, seed: int = 0, drop: float = 0.2) -> FineTuning:
@@ -186,7 +191,7 @@ class Record:
         self.order: list[str] = []
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        timing = ("train/images_per_second", "cost/seconds")
+        timing = ("train/images_per_second", "cost/seconds", "cost/compile_seconds")
         self.rows.append((step, {k: v for k, v in values.items() if k not in timing}))
         self.order.append("metrics")
 
@@ -233,7 +238,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         if a.keys() != b.keys():
             return [f"{path}: {sorted(map(str, a.keys() ^ b.keys()))}"]
-        timing = ("costs/seconds", "cost/seconds")  # how long it took is no result
+        timing = ("costs/seconds", "cost/seconds", "cost/compile_seconds")  # how long it took is no result
         compared = [k for k in a if not f"{path}/{k}".endswith(timing)]
         return [d for k in compared for d in differences(a[k], b[k], f"{path}/{k}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
@@ -281,6 +286,18 @@ class Calls:
 
     def __len__(self) -> int:
         return len(self.seen)
+
+
+class HeldUp:
+    """Stands where checkpoint files are written, and waits with each for `go`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self._real = threading.Event(), checkpoint.write_atomically
+        monkeypatch.setattr(checkpoint, "write_atomically", self)
+
+    def __call__(self, path: Path, content: bytes) -> None:
+        assert self.go.wait(60)
+        self._real(path, content)
 
 
 def run_until(task: Task, folder: Path, at: tuple[int, int], record: Record | None = None, state: Any = None) -> Loop:

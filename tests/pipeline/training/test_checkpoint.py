@@ -1,6 +1,7 @@
 """Checkpoints: what goes in comes out, and a file is whole or the one before."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.training import checkpoint
-from pipeline.training.checkpoint import Slots, pack, unpack
-from tests.pipeline.training.builders import differences
+from pipeline.training.checkpoint import Saved, Slots, pack, unpack
+from tests.pipeline.training.builders import HeldUp, differences
 
 TENSORS = st.sampled_from(
     [
@@ -81,9 +82,17 @@ def test_bytes_that_are_no_checkpoint_are_refused(damage: Any) -> None:
         unpack(damage)
 
 
+def written(slots: Slots, tree: Any) -> Saved:
+    """A checkpoint that is there."""
+    slots.write(tree)
+    saved = slots.settle()
+    assert saved is not None
+    return saved
+
+
 def test_two_slots_alternate_and_the_newest_is_read(tmp_path: Path) -> None:
     slots = Slots(tmp_path)
-    used = [slots.write({"n": n}).slot for n in range(4)]
+    used = [written(slots, {"n": n}).slot for n in range(4)]
     assert used == [0, 1, 0, 1]
     tree, saved = Slots(tmp_path).read()
     assert (tree, saved.slot) == ({"n": 3}, 1)
@@ -93,8 +102,8 @@ def test_two_slots_alternate_and_the_newest_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["torn", "missing"])
 def test_a_torn_slot_falls_back_to_the_other_which_is_then_not_written_over(tmp_path: Path, how: str) -> None:
     slots = Slots(tmp_path)
-    slots.write({"n": 0, "w": torch.arange(9.0)})
-    newest = slots.write({"n": 1, "w": torch.arange(9.0)})
+    written(slots, {"n": 0, "w": torch.arange(9.0)})
+    newest = written(slots, {"n": 1, "w": torch.arange(9.0)})
     if how == "torn":
         newest.path.write_bytes(newest.path.read_bytes()[:-5])
     else:
@@ -103,7 +112,7 @@ def test_a_torn_slot_falls_back_to_the_other_which_is_then_not_written_over(tmp_
     tree, saved = again.read()
     assert (tree["n"], saved.slot) == (0, 0)
     for writer in (again, Slots(tmp_path)):  # the one that read, and one that did not
-        assert writer.write({"n": 2}).slot == 1
+        assert written(writer, {"n": 2}).slot == 1
         assert [r["slot"] for r in json.loads(slots.manifest.read_text())["checkpoints"]] == [1, 0]
         newest.path.write_bytes(b"torn again")
     assert Slots(tmp_path).read()[0]["n"] == 0
@@ -112,7 +121,7 @@ def test_a_torn_slot_falls_back_to_the_other_which_is_then_not_written_over(tmp_
 def test_without_a_whole_slot_the_run_cannot_be_continued(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no whole checkpoint"):
         Slots(tmp_path).read()
-    saved = Slots(tmp_path).write({"n": 0})
+    saved = written(Slots(tmp_path), {"n": 0})
     saved.path.write_bytes(b"")
     with pytest.raises(UserError, match="no whole checkpoint"):
         Slots(tmp_path).read()
@@ -120,8 +129,8 @@ def test_without_a_whole_slot_the_run_cannot_be_continued(tmp_path: Path) -> Non
 
 def test_a_crash_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file, its renaming, the manifest, its renaming: after each of them the newest that is recorded is whole."""
-    Slots(tmp_path).write({"n": 0})
-    Slots(tmp_path).write({"n": 1})
+    written(Slots(tmp_path), {"n": 0})
+    written(Slots(tmp_path), {"n": 1})
     real, replaced = checkpoint.os.replace, []
 
     class Crash(BaseException):
@@ -138,7 +147,7 @@ def test_a_crash_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path, monkeypa
 
         monkeypatch.setattr(checkpoint.os, "replace", replace)
         with pytest.raises(Crash):
-            Slots(tmp_path).write({"n": 2})
+            written(Slots(tmp_path), {"n": 2})
         monkeypatch.setattr(checkpoint.os, "replace", real)
         assert Slots(tmp_path).read()[0] == {"n": 1}
     assert [Path(b).name for b in replaced] == ["slot0.safetensors", "manifest.json"], "the manifest comes last"
@@ -156,3 +165,48 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, monkeyp
         checkpoint.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_begun_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots, held_up = Slots(tmp_path), HeldUp(monkeypatch)
+    weight, values = torch.zeros(3), {"n": 0}
+    slots.write({"weight": weight, "values": values})
+    weight += 1
+    values["n"] = 1
+    assert slots.settle(wait=False) is None
+    assert not slots.manifest.exists()
+    held_up.go.set()
+    saved = slots.settle()
+    assert saved is not None
+    assert slots.settle() is None, "it is told once"
+    state, found = Slots(tmp_path).read()
+    assert differences(state, {"weight": torch.zeros(3), "values": {"n": 0}}) == []
+    assert found == saved
+
+
+def test_nothing_is_read_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = Slots(tmp_path)
+    written(slots, {"n": 0})
+    held_up = HeldUp(monkeypatch)
+    slots.write({"n": 1})
+    threading.Timer(0.2, held_up.go.set).start()
+    assert slots.read()[0] == {"n": 1}
+
+
+def test_who_asks_for_a_checkpoint_that_could_not_be_written_hears_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = Slots(tmp_path)
+    written(slots, {"n": 0})
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.os, "fsync", full)
+        slots.write({"n": 1})
+        with pytest.raises(UserError, match=r"No space left.*output_dir"):
+            slots.settle()
+    assert slots.settle() is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "slot0.safetensors"]
+    assert written(slots, {"n": 2}).slot == 1, "the whole one is not written over"

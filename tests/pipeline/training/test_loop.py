@@ -1,6 +1,10 @@
 """The loop: updates, non-finite steps, clipping, precision, the order of a checkpoint and the entries it covers."""
 
+import threading
 import time
+from collections.abc import Mapping
+from concurrent.futures import wait
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,13 @@ import torch
 from torch import nn
 
 from pipeline.config import OptimConfig
-from pipeline.training import schedules
-from pipeline.training.checkpoint import Slots
-from pipeline.training.loop import NonFinite, Phase, Precision, Sums, restore_optimizer, update
+from pipeline.errors import Interrupted, Pruned, Taken, UserError
+from pipeline.training import checkpoint, schedules
+from pipeline.training.checkpoint import Slots, unpack
+from pipeline.training.loop import NonFinite, Phase, Precision, Sums, Verdict, restore_optimizer, update
 from tests.pipeline.training.builders import (
     CPU,
+    HeldUp,
     Record,
     config,
     differences,
@@ -219,9 +225,107 @@ def test_long_epochs_have_checkpoints_within(tmp_path: Path) -> None:
     record = Record()
     loop = loop_for(fine_tuning(config(finetune={"epochs": 1})), tmp_path, record, every_seconds=0.0)
     positions: list[tuple[int, int]] = []
-    record.checkpoint = lambda *a: positions.append((loop.epoch, loop.batch))  # type: ignore[method-assign]
+    record.snapshot = lambda: positions.append((loop.epoch, loop.batch)) or "text"  # type: ignore[method-assign, func-returns-value]
     loop.run()
     assert positions == [(0, 1), (0, 2), (0, 3), (1, 0)]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four batches an epoch: the file comes in the second one's, the record's entry when the file is there."""
+    record, held_up = Record(), HeldUp(monkeypatch)
+    loop = loop_for(fine_tuning(config(finetune={"epochs": 2})), tmp_path, record)
+    states: list[Any] = []
+    seen: dict[tuple[int, int], list[str]] = {}
+
+    def snapshot() -> str:
+        states.append(deepcopy(loop.state_dict()) | {"journal": "text"})
+        return Record.snapshot(record)
+
+    def look() -> int:
+        seen[loop.epoch, loop.batch] = list(record.order)
+        if (loop.epoch, loop.batch) == (1, 2):
+            assert not Slots(tmp_path).manifest.exists()
+            held_up.go.set()
+            wait([loop.slots._pending])  # type: ignore[union-attr, list-item]
+        return 0
+
+    record.snapshot, loop.stop = snapshot, look  # type: ignore[method-assign]
+    loop.run()
+    assert seen[1, 2] == ["hold", "metrics", "snapshot"]
+    assert seen[1, 3] == ["hold", "metrics", "snapshot", "checkpoint"]
+    assert record.order == ["hold", *["metrics", "snapshot", "checkpoint"] * 2]
+    for slot, state in enumerate(states):
+        assert differences(unpack((tmp_path / f"slot{slot}.safetensors").read_bytes()), state) == []
+
+
+class Sees:
+    """A watch that says the same of every epoch."""
+
+    reason = "it has seen enough"
+
+    def __init__(self, verdict: Verdict) -> None:
+        self._verdict = verdict
+
+    def __call__(self, epoch: int, metrics: Mapping[str, float]) -> Verdict:
+        return self._verdict if epoch == 1 else Verdict.GO_ON
+
+    def still_ours(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("reason", [NonFinite, Interrupted, Pruned, Taken, ZeroDivisionError])
+def test_nobody_leaves_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: type[BaseException]
+) -> None:
+    record, held_up = Record(), HeldUp(monkeypatch)
+    task = fine_tuning(config(optim={"safe_retry_patience": 1}))
+    if reason is NonFinite:
+        Poison(task, "finetune", (1, 1))
+    verdicts: dict[type[BaseException], Verdict] = {Pruned: Verdict.PRUNE, Taken: Verdict.LEAVE}
+    watch = Sees(verdicts.get(reason, Verdict.GO_ON))
+    loop = loop_for(task, tmp_path, record, watch=watch)
+
+    def stop() -> int:
+        if (loop.epoch, loop.batch) == (1, 1):
+            threading.Timer(0.2, held_up.go.set).start()  # not before the next batch
+            if reason is ZeroDivisionError:
+                raise ZeroDivisionError
+            return 15 if reason is Interrupted else 0
+        return 0
+
+    loop.stop = stop
+    with pytest.raises(reason):
+        loop.run()
+    epochs, batches = {Interrupted: (1, 1), Pruned: (2, 0)}.get(reason, (1, 0))
+    assert Slots(tmp_path).read()[0]["position"] == {"epoch": epochs, "batch": batches, "streak": 0}
+    assert record.order[-1] == "checkpoint"
+    assert record.order.count("snapshot") == record.order.count("checkpoint")
+
+
+@pytest.mark.parametrize("signum", [0, 15])
+def test_a_full_disk_ends_training_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
+    """A signal does not hide it: what it promises, a checkpoint, is not there."""
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    record = Record()
+    loop = loop_for(fine_tuning(config()), tmp_path, record, stop=lambda: signum if loop.epoch else 0)
+    with pytest.raises(UserError, match=r"No space left.*output_dir") as caught:
+        loop.run()
+    assert "\n" not in str(caught.value)
+    assert loop.epoch in (1, 2), "it is said in the epoch after, at its end at the latest"
+    assert record.order == ["hold", "metrics", "snapshot"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_checkpoint_is_there_when_the_run_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = loop_for(fine_tuning(config(finetune={"epochs": 1})), tmp_path)
+    loop.run()
+    threading.Timer(0.2, HeldUp(monkeypatch).go.set).start()
+    loop.finish({"final/acc_last": 1.0})
+    assert Slots(tmp_path).read()[0]["finished"] is True
 
 
 def test_without_slots_nothing_is_written(tmp_path: Path) -> None:
