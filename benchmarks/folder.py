@@ -1,0 +1,150 @@
+"""What pictures in folders cost beside the network: an epoch by workers against its parts.
+
+    python -m benchmarks.folder [--jpegs <npz>] [--size 64] [--batch 64] [--batches 10] [--rounds 3]
+
+Three measures take turns: the loader alone (decode, crop, flip, resize), the network alone (forward, backward and
+optimiser of timm's resnet18, on images that lie on the device), and both as training has them. `--jpegs`: an npz file
+with `train_jpeg` (all files' bytes) and `train_offsets`; without it smooth noise of ImageNet's usual 500 × 375 pixels is
+written as JPEG files. Writes benchmarks/results/folder_<kind>.json.
+"""
+
+import argparse
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import kinds
+from benchmarks.machine import described
+from benchmarks.steps.clock import Window, interleaved, spread
+from models import zoo
+from pipeline.config import AugmentConfig, DatasetConfig
+from pipeline.data import TrainBatches, load
+from pipeline.data.batches import Batch
+from pipeline.training.allocator import keep_freed_memory
+
+CLASSES = 10
+
+
+def write_pictures(root: Path, jpegs: Path | None, count: int) -> None:
+    """`count` training pictures in ten folders, and a few held-out ones."""
+    for k, content in enumerate(_noise(count) if jpegs is None else _stored(jpegs, count)):
+        for split in ("train",) if k >= CLASSES else ("train", "val"):
+            folder = root / split / str(k % CLASSES)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{k}.jpg").write_bytes(content)
+
+
+def _stored(path: Path, count: int) -> Iterator[bytes]:
+    with np.load(path, allow_pickle=False) as archive:
+        content, offsets = archive["train_jpeg"], archive["train_offsets"]
+    for k in range(count):
+        k %= len(offsets) - 1
+        yield content[offsets[k] : offsets[k + 1]].tobytes()
+
+
+def _noise(count: int) -> Iterator[bytes]:
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (38, 50, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        yield file.getvalue()
+
+
+class Race:
+    """The three measures."""
+
+    def __init__(self, root: Path, size: int, workers: int, batch: int, device: torch.device) -> None:
+        self.device, self.batch = device, batch
+        data = load(DatasetConfig(name="image_folder", root=str(root), image_size=size, workers=workers))
+        self.batches = TrainBatches(
+            data.train_x,
+            data.train_y,
+            torch.arange(len(data.train_y)),
+            batch_size=batch,
+            augment=AugmentConfig(),
+            mean=data.mean,
+            std=data.std,
+            device=device,
+        )
+        net = zoo.create_model("resnet18", num_classes=CLASSES, image_size=size)
+        self.net = net.to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), fused=True)
+        self.seed = 0
+        shape = (batch, 3, size, size)
+        self.x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+        self.y = torch.arange(batch, device=device) % CLASSES
+
+    def _epoch(self) -> Iterator[Batch]:
+        self.seed += 1
+        draws = self.batches.draw(None, 0.0, lambda _: torch.Generator().manual_seed(self.seed))
+        return self.batches.epoch(draws)
+
+    def _update(self, x: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(self.net(x), y).backward()
+        self.optimizer.step()
+
+    def loader(self) -> float:
+        """Seconds of an epoch of images."""
+        window = Window(self.device)
+        window.open()
+        for _ in self._epoch():
+            pass
+        return window.shut()
+
+    def network(self) -> float:
+        """Seconds of as many updates."""
+        window = Window(self.device)
+        window.open()
+        for _ in range(len(self.batches)):
+            self._update(self.x, self.y)
+        return window.shut()
+
+    def both(self) -> float:
+        """Seconds of an epoch of training."""
+        window = Window(self.device)
+        window.open()
+        for batch in self._epoch():
+            self._update(batch.x, batch.y)
+        return window.shut()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jpegs", type=Path)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    device = kinds.device()
+    keep_freed_memory()
+    images = options.batch * options.batches
+    found = []
+    with tempfile.TemporaryDirectory(prefix="asib-folder-") as folder:
+        write_pictures(Path(folder), options.jpegs, images)
+        for workers in options.workers:
+            race = Race(Path(folder), options.size, workers, options.batch, device)
+            race.both()  # starts the workers; not counted
+            seconds = interleaved({"loader": race.loader, "network": race.network, "both": race.both}, options.rounds)
+            speeds = {name: spread([images / s for s in values], 1) for name, values in seconds.items()}
+            found.append({"workers": workers, "images_per_second": speeds})
+            print(json.dumps(found[-1]), flush=True)
+    asked = {name: str(value) for name, value in vars(options).items()}
+    kinds.write(
+        "folder", kinds.kind(device, False), {**described("torchvision", "pillow"), "asked": asked, "runs": found}
+    )
+
+
+if __name__ == "__main__":
+    main()
