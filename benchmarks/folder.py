@@ -4,8 +4,8 @@
 
 Three measures take turns: the loader alone (decode, crop, flip, resize), the network alone (forward, backward and
 optimiser of timm's resnet18, on images that lie on the device), and both as training has them. `--jpegs`: an npz file
-with `train_jpeg` (all files' bytes) and `train_offsets`; without it smooth noise of ImageNet's usual 500 × 375 pixels is
-written as JPEG files. Writes benchmarks/results/folder_<kind>.json.
+with `train_jpeg` (all files' bytes) and `train_offsets`; without it smooth noise is written as JPEG
+files of ImageNet's usual 500 × 375 pixels. Writes benchmarks/results/folder_<kind>.json.
 """
 
 import argparse
@@ -90,7 +90,7 @@ class Race:
 
     def _update(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(self.net(x), y).backward()
+        F.cross_entropy(self.net(x).logits, y).backward()
         self.optimizer.step()
 
     def loader(self) -> float:

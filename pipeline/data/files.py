@@ -5,12 +5,14 @@ What is not resident is random by seed: each image of an epoch has its own, so t
 batch nor on the worker that makes it.
 """
 
+import atexit
 import functools
 import hashlib
 import json
 import logging
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +32,8 @@ CROP_PCT = 0.875
 AHEAD = 4
 """Batches that each worker makes ahead."""
 MOST_WORKERS = 8
+GRACE_S = 30
+"""How long a worker goes on after SIGTERM."""
 HASHED_AT_A_TIME = 8
 
 
@@ -94,6 +98,8 @@ class ImageFiles:
     def _made(self, device: torch.device) -> "DataLoader[Tensor | str]":
         workers = min(torch.get_num_threads(), MOST_WORKERS) if self.workers is None else self.workers
         _transform(int(self.shape[-1]), False, False)  # imports what the workers need, before they are forked
+        _open.add(self)
+        _close_at_exit()
         return DataLoader(
             self._decoder,
             batch_size=None,
@@ -106,18 +112,39 @@ class ImageFiles:
             generator=torch.Generator(),  # it draws seeds that nobody uses: not from the run's stream
         )
 
+    def close(self) -> None:
+        """Let the workers go; asked again, there will be others."""
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()  # also where a suspended generator still holds it
+        self._loader = None
+
     def _watched(self, loader: "DataLoader[Tensor | str]") -> Iterator[Tensor | str]:
         try:
             yield from loader
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            self._loader = None
+            self.close()
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"dataset.workers={'null' if self.workers is None else self.workers}: {reason} Give fewer workers, "
                 "or more memory (in containers: shared memory)"
             ) from error
+
+
+_open: "weakref.WeakSet[ImageFiles]" = weakref.WeakSet()
+"""Those that may have workers."""
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    """Before multiprocessing's own end, which would wait for workers that nobody has told."""
+
+    @atexit.register
+    def close_all() -> None:
+        for files in list(_open):
+            files.close()
 
 
 Images = Tensor | ImageFiles
@@ -196,11 +223,11 @@ def _transform(size: int, crop_flip: bool, randaugment: bool) -> Callable[[Any],
 def _begin_worker(index: int) -> None:
     """Signals to all processes of a job are the training's to answer: it still needs its workers for a last batch.
 
-    A second SIGTERM ends the worker: that is how it is stopped when it hangs.
+    SIGTERM ends a worker all the same, some seconds later: that is how one that hangs is stopped.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
 
 
 def _checked(made: Tensor | str) -> Tensor:

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +256,24 @@ def test_workers_leave_signals_to_the_training_and_a_killed_one_is_said(root: Pa
     with pytest.raises(UserError, match=r"dataset\.workers=2: DataLoader worker"):
         list(made.epoch(draws))
     assert len(list(made.epoch(draws))) == len(made), "new workers"
+
+
+PROGRAM = """
+import sys, torch
+from pipeline.config import DatasetConfig
+from pipeline.data import EvalBatches, load
+data = load(DatasetConfig(name="image_folder", root=sys.argv[1], image_size=16, workers=2))
+batches = EvalBatches(data.train_x, data.train_y, None, 5, data.mean, data.std, "cpu")
+seen = iter(batches)
+next(seen)
+raise ValueError("left in the middle")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_though_nobody_let_its_workers_go(root: Path) -> None:
+    here = Path(__file__).resolve().parents[3]
+    command = [sys.executable, "-c", PROGRAM, str(root)]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=25, check=False)
+    assert done.returncode == 1
+    assert "left in the middle" in done.stderr
