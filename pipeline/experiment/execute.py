@@ -193,10 +193,13 @@ def _show(config: Config, dry_run: Callable[[Config], str] | None) -> None:
 
 def _open(step: str, config: Config, ask: "Callable[[Delivery], None] | None") -> "Run":
     """The run; where its delivery is asked first and refuses, nothing is left of it. Raises UserError."""
-    if ask is None:
-        from pipeline.experiment.run import Run
+    delivery = _asked(step, config, ask) if ask is not None else None
+    from pipeline.experiment.run import Run
 
-        return Run.open(step, config)
+    return Run.open(step, config, delivery)
+
+
+def _asked(step: str, config: Config, ask: "Callable[[Delivery], None]") -> "Delivery":
     from pipeline.experiment import tracking
     from pipeline.experiment.folders import fresh_folder, writable
 
@@ -204,14 +207,12 @@ def _open(step: str, config: Config, ask: "Callable[[Delivery], None] | None") -
     with writable(config):
         delivery = tracking.start_delivery(folder, uri=config.tracking.uri)
     try:
-        from pipeline.experiment.run import Run  # torch, while delivery imports MLflow
-
         ask(delivery)
     except (UserError, Interrupted):
         delivery.finish(0.0)
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Run.open(step, config, delivery)
+    return delivery
 
 
 def _call(job: str | Job, run: "Run") -> None:

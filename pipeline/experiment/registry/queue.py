@@ -77,7 +77,7 @@ def still_ours(registry: Registry, run_id: str) -> None:
     Raises:
         UserError: it was.
     """
-    if [other.run_id for other in registry.queue()][:1] != [run_id]:
+    if run_id not in [other.run_id for other in registry.queue()]:  # an older one that joined later waits
         raise UserError(f"this promotion of {registry.name} was taken for dead and ended: start it again")
 
 

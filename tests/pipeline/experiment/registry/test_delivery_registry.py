@@ -239,6 +239,7 @@ def test_a_younger_one_that_looked_too_early_is_waited_for(
 
     def sleep(seconds: float) -> None:
         waits.append(seconds)
+        queue.still_ours(registry, young)
         if len(waits) == 3:
             client.set_terminated(young, "FINISHED")
 
