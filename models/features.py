@@ -4,7 +4,7 @@ Everything downstream (fusion, feature distillation, teacher bank) reads these f
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from models.adapter import DistillationAdapter
+
+Pass = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""What `decompose` is."""
 
 
 class Features(NamedTuple):
@@ -55,16 +58,19 @@ class FeatureNet(nn.Module):
         self.distillation_adapter = None if adapter_dim is None else DistillationAdapter(self.feature_dim, adapter_dim)
         self.architecture = _name(net)
         self.small_input = False
-        self._pass = decompose
+        self._pass: Pass = decompose
 
-    def compile_pass(self) -> None:
+    def compile_pass(self, graphs: bool = False) -> None:
         """From now on passes go through torch.compile: compiled when they first run, for each mode and shape.
 
         Not the module but its pass is compiled: counting hooks, copies and state dicts stay as they are.
+
+        Args:
+            graphs: and recorded as CUDA graphs, to be replayed. On a GPU only.
         """
         # each network, mode and shape takes one of the entries of the one code object that is compiled
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self._pass = torch.compile(decompose)
+        self._pass = kept(torch.compile(decompose, mode="reduce-overhead")) if graphs else torch.compile(decompose)
 
     def forward(self, x: torch.Tensor) -> Features:
         """(B, in_chans, H, W) → Features; the network runs once."""
@@ -83,6 +89,21 @@ def decompose(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     else:
         logits = classifier(feat)
     return raw, feat.flatten(1), logits
+
+
+def kept(replayed: Pass) -> Pass:
+    """A pass whose outputs are the caller's own: the next replay writes over those of a CUDA graph.
+
+    With that, torch's own rule does: a compiled call begins an iteration unless a backward pass is still to come.
+    `torch.compiler.cudagraph_mark_step_begin` is for where it does not, and ends it for the whole process: then each
+    batch of an evaluation has to be marked too, or it is recorded behind the ones before.
+    """
+
+    def run(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        raw, feat, logits = replayed(net, x)
+        return raw.clone(), feat.clone(), logits.clone()
+
+    return run
 
 
 def to_nchw(net: nn.Module, raw: torch.Tensor) -> torch.Tensor:

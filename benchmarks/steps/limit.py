@@ -141,7 +141,17 @@ class Limit:
             window.open()
             for _ in range(steps):
                 self.step(which)
-            return window.shut()
+            found = window.shut()
+        if self.kind == "compiled":
+            _unmark()
+        return found
+
+
+def _unmark() -> None:
+    """Once steps are marked, all in the process have to be; those of ours are not (`models.features.kept`)."""
+    from torch._inductor.cudagraph_trees import MarkStepBox
+
+    MarkStepBox.mark_step_counter = 0
 
 
 def kinds(device: torch.device, compile_: bool) -> tuple[str, ...]:

@@ -256,7 +256,9 @@ class OptimConfig(Section):
     safe_retry_patience: AtLeastOne = key(10, "non-finite steps in a row that end the run")
     use_channels_last: bool = key(True, "memory format of images and convolutions")
     deterministic: bool = key(True, "only deterministic kernels")
-    compile: Literal["auto"] | bool = key("auto", "torch.compile of the networks; auto: on a GPU, in long runs")
+    compile: Literal["auto", "graphs"] | bool = key(
+        "auto", "torch.compile of the networks; auto: on a GPU, in long runs; graphs: CUDA graphs too, not measured yet"
+    )
 
 
 class ScheduleConfig(Section):

@@ -19,6 +19,7 @@ from pipeline.experiment.run import Run
 from pipeline.experiment.session import images, load_data, prepare, threads_of, train
 from pipeline.journal import read_header
 from pipeline.training import costs, distributed
+from pipeline.training.compiling import check_device
 from pipeline.training.loop import Loop, Watch
 from pipeline.training.stages import Distillation, query_width
 
@@ -86,13 +87,14 @@ def trial(run: Run, watch: Watch) -> dict[str, float]:
 def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Loop]:
     config = run.config
     prepare(config, threads_of(run))
+    device = networks.device_of(config)
+    check_device(config, device)  # before teachers are fine-tuned
     for sentence in inactive(config):
         logger.info("has no effect here: %s", sentence)
     data = load_data(run)
     student = networks.build_student(config, data)
     test = watch is None  # a sweep never looks at the test split
     found = teachers.obtain(run, data, student, test) if needs_distillation(config) else []
-    device = networks.device_of(config)
     task = Distillation(config, data, student, [t.net for t in found], device)
     run.journal.tags({"asib.eval_split": task.data.eval_split})
     if any(t.saw_validation for t in found) and task.data.has_validation:
@@ -173,6 +175,7 @@ def main(run: Run) -> float | None:
     if not config.model.teachers or not needs_distillation(config):
         raise UserError("the main job distils: it needs model.teachers and method.kd_alpha > 0, or use -e baseline")
     prepare(config)
+    check_device(config, networks.device_of(config))
     teachers.foresee(config, images(config))
     run.ready()
     alone_config = student_alone(config).model_copy(update={"log_model": False, "register": None})

@@ -3,16 +3,26 @@
 import torch
 
 from pipeline.config import Config
+from pipeline.errors import UserError
 
 LONG = 40
 """`auto` compiles on a GPU for runs of at least so many epochs; compiling takes about a minute."""
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """UserError where `optim.compile` asks for what the device does not have."""
+    if config.optim.compile == "graphs" and device.type != "cuda":
+        raise UserError(
+            f"optim.compile=graphs: CUDA graphs are a GPU's, and device={config.device} is {device.type} here; use "
+            "optim.compile=true or auto"
+        )
 
 
 def compiles(config: Config, device: torch.device) -> bool:
     """What `optim.compile` comes to here. On processors `auto` is off: in float32 nothing was gained (benchmarks/)."""
     asked = config.optim.compile
     if asked != "auto":
-        return asked
+        return bool(asked)
     m = config.method
     epochs = sum(m.student_epochs_per_stage) + m.num_stages * m.teacher_adapt_epochs
     return device.type == "cuda" and epochs >= LONG

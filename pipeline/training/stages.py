@@ -20,7 +20,7 @@ from pipeline.training import distributed, schedules
 from pipeline.training.bank import BankedTeachers
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.common import RunData, Selection, prepare
-from pipeline.training.compiling import CompileClock, compiles
+from pipeline.training.compiling import CompileClock, check_device, compiles
 from pipeline.training.costs import Costs
 from pipeline.training.evaluation import Outputs, accuracy, nll, outputs
 from pipeline.training.fusion import Fusion
@@ -99,6 +99,7 @@ class Distillation:
         teachers: list[FeatureNet],
         device: torch.device,
     ) -> None:
+        check_device(config, device)
         self.config, self.method, self.optim, self.device = config, config.method, config.optim, device
         self.student = student
         self.teachers = teachers if needs_distillation(config) else []
@@ -117,7 +118,7 @@ class Distillation:
         if self.compiled:
             self.compile_clock = CompileClock()
             for net in (student, *self.teachers):
-                net.compile_pass()
+                net.compile_pass(graphs=config.optim.compile == "graphs")
         self.monitor = Monitor(self.method, self.data, self.teachers, self.fusion)
         networks: dict[str, nn.Module] = {"student": student}
         networks |= {f"teacher_{k}": t for k, t in enumerate(self.teachers)}

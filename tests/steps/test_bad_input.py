@@ -162,6 +162,16 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "nothing to fine-tune": ("finetune", ["model/teacher=none", "model.teachers=[]"], ["model.teachers"]),
     "nothing to distil": ("main", ["method.kd_alpha=0"], ["method.kd_alpha"]),
     "no such GPU": ("baseline", ["device=cuda:7"], ["device=cuda:7", "device=cpu"]),
+    "CUDA graphs on a processor": (
+        "distill",
+        ["model.teachers.0.name=cifar_resnet14", "device=cpu", "optim.compile=graphs"],
+        ["optim.compile=graphs", "device=cpu", "optim.compile=true"],
+    ),
+    "CUDA graphs on a processor, main": (
+        "main",
+        ["model.teachers.0.name=cifar_resnet14", "device=cpu", "optim.compile=graphs"],
+        ["optim.compile=graphs", "device=cpu", "optim.compile=true"],
+    ),
     "output_dir is a file": ("baseline", ["output_dir={files}/a_file"], ["output_dir={files}/a_file", "folder"]),
     "resume of an unknown run": ("distill", ["resume=0123456789abcdef"], ["resume=0123456789abcdef", "no such run"]),
 }

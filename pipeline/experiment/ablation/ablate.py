@@ -22,7 +22,7 @@ from pipeline.experiment.registry import register
 from pipeline.experiment.run import Run, ended, tracking_uri
 from pipeline.experiment.session import load_data, prepare, threads_of
 from pipeline.journal import read_entries
-from pipeline.training.compiling import compiles
+from pipeline.training.compiling import check_device, compiles
 from pipeline.training.loop import NonFinite, Precision
 
 logger = logging.getLogger("asib")
@@ -83,11 +83,13 @@ def ablate(run: Run, plan: Plan) -> float | None:
 def _identified(run: Run, plan: Plan, data: ImageData) -> list[Child]:
     """Every child with the identity that its result will have; teachers that are not there are fine-tuned first."""
     config, hashes = run.config, tuple[str, ...]()
+    device = networks.device_of(config)
+    for child in plan.configs:
+        check_device(child, device)
     if any(needs_distillation(c) for c in plan.configs):
         student = networks.build_student(config, data)
         hashes = tuple(t.hash for t in teachers.obtain(run, data, student))
     sources = source_digest(REPOSITORY)
-    device = networks.device_of(config)
     return [
         Child(
             child,

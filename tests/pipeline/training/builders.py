@@ -166,14 +166,17 @@ EVERYTHING: dict[str, Any] = {
 """Keys of `method` for a run of two stages in which every part of it acts."""
 
 
-def distillation(c: Config, data: ImageData | None = None, norm: str = "batch", seed: int = 0) -> Distillation:
+def distillation(
+    c: Config, data: ImageData | None = None, norm: str = "batch", seed: int = 0, device: torch.device = CPU
+) -> Distillation:
     """The task of `c`, with as many teachers; what it freezes has blocks, what its features need has an adapter."""
     data, m = data or image_data(), c.method
     adapts = m.feat_kd_alpha > 0 and "distill_feat" in (m.feat_kd_key, m.ib_mbm_query_key)
     adapter = m.distill_out_dim if adapts else None
     more = {"staged": m.use_partial_freeze, "classes": data.num_classes}
-    teachers = [net(width, 100 + k, norm, **more) for k, width in enumerate((5, 7, 4)[: len(c.model.teachers)])]
-    return Distillation(c, data, net(6, seed, norm, adapter=adapter, **more), teachers, CPU)
+    widths = (5, 7, 4)[: len(c.model.teachers)]
+    teachers = [net(width, 100 + k, norm, **more).to(device) for k, width in enumerate(widths)]
+    return Distillation(c, data, net(6, seed, norm, adapter=adapter, **more).to(device), teachers, device)
 
 
 def fine_tuning(c: Config, data: ImageData | None = None, seed: int = 0, drop: float = 0.2) -> FineTuning:
