@@ -145,13 +145,14 @@ class Limit:
             window.open()
             for _ in range(steps):
                 self.step(which)
-            if self.kind == "compiled":
-                _unmark()
-            return window.shut()
+            found = window.shut()
+        if self.kind == "compiled":
+            _unmark()
+        return found
 
 
 def _unmark() -> None:
-    """Steps that were marked once must be marked for ever, by everybody in the process; ours are not (`kept`)."""
+    """Once steps are marked, all in the process have to be; those of ours are not (`models.features.kept`)."""
     from torch._inductor.cudagraph_trees import MarkStepBox
 
     MarkStepBox.mark_step_counter = 0
