@@ -128,7 +128,7 @@ class Echo(Classifier):
     """Three classes; the probabilities are the upper left pixel's channels."""
 
     def __init__(self) -> None:
-        self.classes, self.size, self.channels = ["red", "green", "blue"], SIZE, 3
+        self.classes, self.size, self.channels, self.crop_pct = ["red", "green", "blue"], SIZE, 3, None
 
     def probabilities(self, images: Any) -> Any:
         return images[:, 0, 0].astype(np.float32) / 256
