@@ -298,6 +298,7 @@ class Journal(StepEntries):
         """Give the file back without an end: a reader takes the run for killed. Held entries are lost."""
         with self._lock:
             if self._fd >= 0:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)  # forked processes (data workers) hold the descriptor too
                 os.close(self._fd)
                 self._fd = -1
 

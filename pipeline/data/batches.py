@@ -27,7 +27,7 @@ from pipeline.data.augment import (
     draw_mix,
     rand_augment,
 )
-from pipeline.data.files import ImageFiles, Images, Wanted
+from pipeline.data.files import AT_ONCE, ImageFiles, Images, Wanted
 from pipeline.errors import UserError
 
 
@@ -370,7 +370,7 @@ class EvalBatches:
         self.images = images.to(self.device)
         self.indices = torch.arange(len(images), device=self.device) if indices is None else indices.to(self.device)
         self.labels = labels.to(self.device)[self.indices]
-        self.batch_size = batch_size
+        self.batch_size = batch_size if isinstance(images, Tensor) else min(batch_size, AT_ONCE)
         self.normalize = Normalize(mean, std, self.device, channels_last)
 
     def __len__(self) -> int:

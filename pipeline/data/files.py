@@ -12,9 +12,11 @@ import json
 import logging
 import os
 import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +31,8 @@ from pipeline.errors import UserError
 logger = logging.getLogger("asib")
 CROP_PCT = 0.875
 """Of the shorter side, what the centre crop of evaluation shows: 224 of 256 (He et al. 2016)."""
-AHEAD = 4
-"""Batches that each worker makes ahead."""
+AT_ONCE = 64
+"""Images that evaluation asks for together, at most: what is made ahead lies in shared memory, which may be scarce."""
 MOST_WORKERS = 8
 GRACE_S = 30
 """How long a worker goes on after SIGTERM."""
@@ -69,6 +71,8 @@ class ImageFiles:
         self._decoder = _Decoder(paths, size, key)
         self._asked = _Asked()
         self._loader: DataLoader[Tensor | str] | None = None
+        self._copying: Any = None
+        """The CUDA stream of the copies: one, since freed memory is used again on the stream that took it."""
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -93,7 +97,11 @@ class ImageFiles:
         if self._loader is None:
             self._loader = self._made(device)
         made = map(_checked, self._watched(self._loader))
-        return made if device.type == "cpu" else _copied(made, device)
+        if device.type == "cpu":
+            return made
+        if self._copying is None:
+            self._copying = torch.cuda.Stream(device)
+        return _copied(made, device, self._copying)
 
     def _made(self, device: torch.device) -> "DataLoader[Tensor | str]":
         workers = min(torch.get_num_threads(), MOST_WORKERS) if self.workers is None else self.workers
@@ -105,7 +113,6 @@ class ImageFiles:
             batch_size=None,
             sampler=self._asked,
             num_workers=workers,
-            prefetch_factor=AHEAD if workers else None,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_begin_worker,
@@ -121,7 +128,12 @@ class ImageFiles:
 
     def _watched(self, loader: "DataLoader[Tensor | str]") -> Iterator[Tensor | str]:
         try:
-            yield from loader
+            answer = signal.getsignal(signal.SIGCHLD)
+            made = iter(loader)
+            if threading.current_thread() is threading.main_thread():
+                # torch's would raise of a dead worker wherever this process is; `next` says it too, here
+                signal.signal(signal.SIGCHLD, answer)
+            yield from made
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -183,7 +195,7 @@ class _Decoder(Dataset[Tensor | str]):
                     reason = " ".join(str(error).split()) or type(error).__name__
                     return f"{self._key}: {path} cannot be read ({reason}); replace or remove it"
                 if seed is not None:
-                    torch.manual_seed(seed)
+                    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs as well
                 made[row] = transform(picture)
         return made
 
@@ -236,9 +248,8 @@ def _checked(made: Tensor | str) -> Tensor:
     return made
 
 
-def _copied(made: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+def _copied(made: Iterator[Tensor], device: torch.device, stream: Any) -> Iterator[Tensor]:
     """Each tensor on the GPU, copied on a stream of its own: while the GPU still works on the one before."""
-    stream = torch.cuda.Stream(device)
     for source in made:
         with torch.cuda.stream(stream):
             here = source.to(device, non_blocking=True)
@@ -310,9 +321,10 @@ def _digest(root: Path, paths: Sequence[str]) -> str:
     names = [Path(path).relative_to(root).as_posix() for path in paths]
     listing = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, seen, strict=True)]
     known = hashlib.sha256(json.dumps([str(root.resolve()), listing]).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "asib" / "digests" / known
-    if cache.is_file() and len(text := cache.read_text()) == 64:
-        return text
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "asib", "digests", known)
+    with suppress(OSError, ValueError):  # what cannot be read is made anew
+        if len(text := cache.read_text()) == 64:
+            return text
     logger.info("%s: hashing %d files, once", root, len(paths))
     whole = hashlib.sha256()
     with ThreadPoolExecutor(HASHED_AT_A_TIME) as pool:

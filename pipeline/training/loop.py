@@ -294,6 +294,10 @@ class Loop:
             try:
                 while self.epoch < len(plan):
                     self._run_epoch(plan[self.epoch], bar)
+            except Taken:
+                if self.slots is not None:
+                    self.slots.settle()  # and not recorded: the record is another's now
+                raise
             finally:
                 self._settle()
 
@@ -373,6 +377,8 @@ class Loop:
 
     def _leave_if_stopped(self) -> None:
         if distributed.anyone(bool(self.stop())):
+            self._settle()
+            distributed.barrier()  # torchrun soon kills the first process where another one has left
             raise Interrupted(self.stop() or 15)
 
     def _updates(self, epoch: Epoch, phase: Phase) -> Iterator[dict[str, Tensor]]:

@@ -259,6 +259,8 @@ class _Probe:
         """Of an image in evaluation, by growing batches up to a whole one, within about `limit` seconds."""
         everything, part = self.task.data.eval, copy.copy(self.task.data.eval)
         count, most, spent = SMALL, min(everything.batch_size, len(everything.labels)), 0.0
+        part.indices, part.labels = everything.indices[:1], everything.labels[:1]
+        outputs(net, part)  # where images are files, workers first end what was asked of them before
         while True:
             count = min(count, most)
             part.indices, part.labels = everything.indices[:count], everything.labels[:count]
