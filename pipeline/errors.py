@@ -21,5 +21,9 @@ class Pruned(Exception):
         self.epoch, self.reason = epoch, reason
 
 
+class NonFinite(Exception):
+    """Too many non-finite steps in a row (method.md section 5)."""
+
+
 class Taken(Exception):
     """Another worker has taken this trial over: nothing more of it may be written here."""

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pipeline.errors import Interrupted, Pruned, UserError
-from pipeline.training.loop import NonFinite
+from pipeline.errors import Interrupted, NonFinite, Pruned, UserError
 
 
 class Ending(NamedTuple):

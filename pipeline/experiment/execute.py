@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config
 from pipeline.config.names import UnknownKey
 from pipeline.config.places import check_there
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import Interrupted, NonFinite, UserError
 from pipeline.experiment import cli, shortcuts
 from pipeline.experiment.compose import compose, dump
 
@@ -226,7 +226,6 @@ def _call(job: str | Job, run: "Run") -> None:
 def _supervise(run: "Run", job: str | Job) -> int:
     from pipeline.experiment.ending import ending_of
     from pipeline.training import distributed
-    from pipeline.training.loop import NonFinite
 
     try:
         distributed.join()

@@ -15,7 +15,7 @@ from pipeline.config import Config, DatasetConfig, config_hash
 from pipeline.config.identity import Identity, computation, source_digest
 from pipeline.data import sources
 from pipeline.data.sources import ImageData
-from pipeline.errors import UserError
+from pipeline.errors import NonFinite, UserError
 from pipeline.experiment import networks
 from pipeline.experiment.execute import stop
 from pipeline.experiment.options import REPOSITORY
@@ -24,7 +24,7 @@ from pipeline.journal import Journal
 from pipeline.training import distributed
 from pipeline.training.checkpoint import pack, require_space, unpack
 from pipeline.training.compiling import compiles
-from pipeline.training.loop import Loop, NonFinite, Precision, Task, Watch
+from pipeline.training.loop import Loop, Precision, Task, Watch
 
 logger = logging.getLogger("asib")
 ALL_THREADS = torch.get_num_threads()

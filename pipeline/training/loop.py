@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pipeline.config import OptimConfig
 from pipeline.data.augment import MixKind
 from pipeline.data.batches import EpochDraws, TrainBatches
-from pipeline.errors import Interrupted, Pruned, Taken
+from pipeline.errors import Interrupted, NonFinite, Pruned, Taken
 from pipeline.journal import CheckpointRecorder
 from pipeline.training import distributed
 from pipeline.training.allocator import keep_freed_memory
@@ -103,10 +103,6 @@ class Verdict(IntEnum):
     PRUNE = 1
     LEAVE = 2
     """Another worker has the trial: nothing more may be written."""
-
-
-class NonFinite(Exception):
-    """Too many non-finite steps in a row."""
 
 
 class Precision:

@@ -28,7 +28,7 @@ from pipeline.config import Config, config_hash, explain, flatten
 from pipeline.data import files, sources
 from pipeline.data.files import ImageFiles, Wanted
 from pipeline.data.sources import ImageData
-from pipeline.errors import UserError
+from pipeline.errors import NonFinite, UserError
 from pipeline.experiment import bank, export, jobs, networks, report, session, teachers, tracking
 from pipeline.experiment.evaluation.evaluate import evaluate
 from pipeline.experiment.evaluation.request import Request
@@ -36,7 +36,7 @@ from pipeline.experiment.run import Run
 from pipeline.journal import read_entries
 from pipeline.training import monitor
 from pipeline.training.evaluation import outputs
-from pipeline.training.loop import NonFinite, Precision
+from pipeline.training.loop import Precision
 from pipeline.training.stages import Distillation
 from tests.pipeline.training.builders import (
     CPU,

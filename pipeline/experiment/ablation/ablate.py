@@ -12,7 +12,7 @@ from pipeline.config import Config, Identity, config_hash, source_digest
 from pipeline.config.bank import bank_use
 from pipeline.config.rules import needs_distillation
 from pipeline.data.sources import ImageData
-from pipeline.errors import UserError
+from pipeline.errors import NonFinite, UserError
 from pipeline.experiment import export, jobs, networks, records, teachers
 from pipeline.experiment.ablation import compare, compare_report, rungs
 from pipeline.experiment.ablation.plan import PLAN_TAG, Plan
@@ -23,7 +23,7 @@ from pipeline.experiment.run import Run, tracking_uri
 from pipeline.experiment.session import load_data, prepare, threads_of
 from pipeline.journal import read_entries
 from pipeline.training.compiling import check_device, compiles
-from pipeline.training.loop import NonFinite, Precision
+from pipeline.training.loop import Precision
 
 logger = logging.getLogger("asib")
 

@@ -4,10 +4,9 @@ import signal
 
 import pytest
 
-from pipeline.errors import Interrupted, Pruned, UserError
+from pipeline.errors import Interrupted, NonFinite, Pruned, UserError
 from pipeline.experiment.ending import COMPLETED, ending_of
 from pipeline.journal import check_end
-from pipeline.training.loop import NonFinite
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, NonFinite
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots, pack
 from pipeline.training.finetune import FineTuning
-from pipeline.training.loop import Loop, NonFinite
+from pipeline.training.loop import Loop
 from pipeline.training.stages import Distillation
 from tests.pipeline.training.builders import CPU, EVERYTHING, Record, config, distillation, image_data, loop_for, net
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from pipeline.config import OptimConfig
-from pipeline.errors import Interrupted, Pruned, Taken, UserError
+from pipeline.errors import Interrupted, NonFinite, Pruned, Taken, UserError
 from pipeline.training import checkpoint, schedules
 from pipeline.training.checkpoint import Slots, unpack
-from pipeline.training.loop import NonFinite, Phase, Precision, Sums, Verdict, restore_optimizer, update
+from pipeline.training.loop import Phase, Precision, Sums, Verdict, restore_optimizer, update
 from tests.pipeline.training.builders import (
     CPU,
     HeldUp,
