@@ -206,8 +206,8 @@ class Run:
         if self.follower:
             return Run.follow(step, config, folder, self)
         if (folder / "journal.jsonl").exists() or (folder / "checkpoints" / "manifest.json").exists():
-            if not folder.is_relative_to(self.folder):
-                self.journal.child(folder)  # begun by another worker, or a copy of what that has left
+            # begun by another worker, a copy of what that has left, or by this run, killed before it had named it
+            self.journal.child(folder)
             return Run._continue(step, config, folder, self)
         run = Run._begin(step, config, folder, self, name=name, key=key)
         if self._from_server and self.delivery is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.experiment import session
+from pipeline.journal import Journal
 from pipeline.training import checkpoint
 from tests.steps.lab import (
     BATCHES,
@@ -188,3 +189,19 @@ def test_a_checkpoint_within_an_epoch_is_taken_when_the_time_has_come(ready_lab:
     assert done.code == 0, done.err
     assert sum(entry.kind == "checkpoint" for entry in journal(done.folder)) >= 4 * BATCHES
     same_run(done.folder, undisturbed.folder)
+
+
+def test_a_nested_run_that_its_parent_was_killed_before_naming_is_delivered(
+    lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "child", lambda journal, folder: None)
+        patched.setattr(session, "stop", SignalAt(2))
+        killed = lab.step("distill", *online)
+    assert killed.code == 143, killed.err
+    assert not see(sqlite_uri, run_id(killed.folder)).children
+    assert (killed.folder / "teacher_0" / "journal.jsonl").exists()
+    done = lab.step("distill", *online, f"resume={killed.folder}")
+    assert done.code == 0, done.err
+    assert {"teacher_0", "teacher_1"} <= see(sqlite_uri, run_id(killed.folder)).children.keys()
