@@ -66,7 +66,7 @@ def find(run: Run, given: str | None, student: Source | None) -> Place:
         try:
             return Place(fetch(run, f"runs:/{run_id}/{path or FUSION}", key), run_id)
         except UserError as error:
-            if not path and "cannot be fetched" in str(error) and not _had_fusion(run, run_id):
+            if not path and not _had_fusion(run, run_id):
                 raise _without(key) from error
             raise
     return _local(Path(given).expanduser(), key)
