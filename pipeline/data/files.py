@@ -129,7 +129,11 @@ class ImageFiles:
     def _watched(self, loader: "DataLoader[Tensor | str]") -> Iterator[Tensor | str]:
         try:
             answer = signal.getsignal(signal.SIGCHLD)
-            made = iter(loader)
+            held = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_ALL)
+            try:
+                made = iter(loader)  # a worker is forked with them held: none ends it before it has begun
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
             if threading.current_thread() is threading.main_thread():
                 # torch's would raise of a dead worker wherever this process is; `next` says it too, here
                 signal.signal(signal.SIGCHLD, answer)
@@ -138,9 +142,9 @@ class ImageFiles:
             if "DataLoader worker" not in str(error):
                 raise
             self.close()
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].rstrip(" .")
             raise UserError(
-                f"dataset.workers={'null' if self.workers is None else self.workers}: {reason} Give fewer workers, "
+                f"dataset.workers={'null' if self.workers is None else self.workers}: {reason}. Give fewer workers, "
                 "or more memory (in containers: shared memory)"
             ) from error
 
@@ -232,6 +236,10 @@ def _transform(size: int, crop_flip: bool, randaugment: bool) -> Callable[[Any],
     return made
 
 
+_TO_ALL = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+"""What a terminal or a scheduler sends to all processes of a job."""
+
+
 def _begin_worker(index: int) -> None:
     """Signals to all processes of a job are the training's to answer: it still needs its workers for a last batch.
 
@@ -240,6 +248,7 @@ def _begin_worker(index: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_ALL)
 
 
 def _checked(made: Tensor | str) -> Tensor:

@@ -258,6 +258,23 @@ def test_workers_leave_signals_to_the_training_and_a_killed_one_is_said(root: Pa
     assert len(list(made.epoch(draws))) == len(made), "new workers"
 
 
+@pytest.mark.slow
+def test_a_worker_outlives_signals_that_come_before_it_has_begun(root: Path) -> None:
+    made = batches(root, workers=2, batch_size=2)
+    forking = [True]
+
+    def end_at_once() -> None:
+        if forking:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                os.kill(os.getpid(), number)
+
+    os.register_at_fork(after_in_child=end_at_once)
+    try:
+        assert len(list(made.epoch(made.draw(None, 0, generators)))) == len(made)
+    finally:
+        forking.clear()
+
+
 PROGRAM = """
 import sys, torch
 from pipeline.config import DatasetConfig
