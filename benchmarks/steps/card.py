@@ -63,7 +63,7 @@ def _seconds(act: Any, device: torch.device) -> float:
     return window.shut() / count
 
 
-def work(networks: Mapping[str, nn.Module], which: str, x: Tensor) -> dict[str, float]:
+def work(networks: Mapping[str, nn.Module], which: str, x: Tensor, query: bool = True) -> dict[str, float]:
     """Operations and bytes that one image of a step takes.
 
     An operation is a multiplication or an addition; training passes count three times. Bytes: what every layer reads
@@ -72,11 +72,11 @@ def work(networks: Mapping[str, nn.Module], which: str, x: Tensor) -> dict[str, 
     Args:
         networks: student and teachers by the names that costs have; a fusion is a thousandth of a teacher.
         x: a batch of images.
+        query: whether a B-step with a fusion (two teachers) takes a pass of the student as the query alone.
     """
     flops = moved = 0.0
     for name, net in networks.items():
-        # in a B-step with a fusion (two teachers) the student also runs once as the query
-        passes = 1 if name != "student" or which == "a" else 3 + int("teacher_1" in networks)
+        passes = 1 if name != "student" or which == "a" else 3 + int(query and "teacher_1" in networks)
         flops += passes * 2 * costs.macs(net, x) / len(x)
         moved += passes * traffic(net, x) / len(x)
     return {"gflops_per_image": flops / 1e9, "mb_per_image": moved / 1e6}

@@ -1,5 +1,6 @@
 """Measuring fairly: windows that wait for the device, quiet between contestants, interleaved rounds, spread."""
 
+import ctypes
 import os
 import statistics
 import time
@@ -9,6 +10,10 @@ from typing import Any
 
 import torch
 
+from pipeline.training.allocator import MMAP_MAX, TRIM_THRESHOLD, keep_freed_memory
+
+MMAP_THRESHOLD = -3
+"""Of mallopt(3)."""
 QUIET_SECONDS, QUIET_USE = 0.2, 0.02
 """Processes that were started here are at rest when they have used no more processor time than that in so long."""
 LONGEST_WAIT = 8.0
@@ -53,6 +58,25 @@ def algorithms(deterministic: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.backends.cudnn.benchmark = searched
+
+
+@contextmanager
+def untouched_memory(device: torch.device) -> Iterator[None]:
+    """glibc's allocator as the plain loop would have it: what this process keeps by ours is given back before.
+
+    A process that leaves the allocator alone comes to these limits, at most, by what it frees (mallopt(3)).
+    """
+    if device.type != "cpu" or not keep_freed_memory():  # another allocator than glibc's
+        yield
+        return
+    libc = ctypes.CDLL("libc.so.6")
+    for limit, value in ((MMAP_MAX, 65536), (MMAP_THRESHOLD, 32 << 20), (TRIM_THRESHOLD, 64 << 20)):
+        libc.mallopt(limit, value)
+    libc.malloc_trim(0)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def interleaved(

@@ -1,7 +1,8 @@
 """The limit: the passes of an A- or B-step and nothing else, on random images that lie on the device.
 
 A-step: student and teachers forward, fusion forward and backward, optimiser. B-step: student forward and backward,
-optimiser; teachers, and with a fusion the student once more as the query, forward on the clean images. Losses are the
+optimiser; teachers, and with a fusion the student once more as the query, forward on the clean images; with
+`kd_view=mixed` teachers forward on the mixed images, the student's training pass being the query. Losses are the
 plainest of their kind: cross-entropy and KL divergence. No augmentation, mixing, norm of gradients, metric or record.
 """
 
@@ -49,6 +50,7 @@ class Limit:
     ) -> None:
         self.case, self.device, self.kind = case, device, kind
         self.tau, self.beta = config.method.tau, config.method.ib_beta
+        self.clean = config.method.kd_view == "clean"
         classes = student.num_classes
         if kind == "eager":
             frozen = [bare(t).requires_grad_(False).eval() for t in teachers]
@@ -100,17 +102,19 @@ class Limit:
         optimizer.step()
 
     @torch.no_grad()
-    def _seen(self, x: Tensor, query: bool) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor] | None]:
-        """Teachers' and, with `query`, the student's logits and features of clean images."""
-        seen = [net(x) for name, net in self.run.items() if name.startswith("teacher_")]
-        if not query:
-            return seen, None
+    def _teachers(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Logits and features of each."""
+        return [net(x) for name, net in self.run.items() if name.startswith("teacher_")]
+
+    @torch.no_grad()
+    def _asked(self) -> tuple[Tensor, Tensor]:
+        """The student's logits and feature of the clean images, in eval mode: a pass for the query alone."""
         self.networks["student"].eval()
-        return seen, self.run["student"](x)
+        found: tuple[Tensor, Tensor] = self.run["student"](self.x)
+        return found
 
     def _a_loss(self) -> Tensor:
-        seen, student = self._seen(self.x, query=True)
-        assert student is not None
+        seen, student = self._teachers(self.x), self._asked()
         self.networks["fusion"].train()
         synergy = self.run["fusion"](student[1], [feature for _, feature in seen], self.eps)
         mu, logvar = synergy.mu, synergy.logvar
@@ -120,17 +124,18 @@ class Limit:
         return loss
 
     def _b_loss(self) -> Tensor:
-        fused = "fusion" in self.run
-        with torch.no_grad():
-            seen, student = self._seen(self.x, query=fused)
-            if student is not None:
-                self.networks["fusion"].eval()
-                synergy = self.run["fusion"](student[1], [feature for _, feature in seen], sample="never")
-                target = F.softmax(synergy.logits / self.tau, dim=1)
-            else:
-                target = F.softmax(seen[0][0].float() / self.tau, dim=1)
+        seen = self._teachers(self.x if self.clean else self.x_mixed)
+        asked = self._asked()[1] if "fusion" in self.run and self.clean else None
         self.networks["student"].train()
-        logits = self.run["student"](self.x_mixed)[0].float()
+        logits, feature = self.run["student"](self.x_mixed)
+        with torch.no_grad():
+            target = seen[0][0]
+            if "fusion" in self.run:
+                self.networks["fusion"].eval()
+                query = feature.detach() if asked is None else asked
+                target = self.run["fusion"](query, [feature for _, feature in seen], sample="never").logits
+            target = F.softmax(target.float() / self.tau, dim=1)
+        logits = logits.float()
         return F.cross_entropy(logits, self.y) + self._divergence(logits, target)
 
     def _divergence(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from benchmarks.plain_loop import WORKERS, PlainLoop
 from benchmarks.steps import card
 from benchmarks.steps.cases import Case, first_images
-from benchmarks.steps.clock import Window, algorithms, interleaved, ratios, spread, wait_until_quiet
+from benchmarks.steps.clock import Window, algorithms, interleaved, ratios, spread, untouched_memory, wait_until_quiet
 from benchmarks.steps.limit import Limit, best, kinds
 from benchmarks.steps.ours import Ours, make_teachers
 from pipeline.data.sources import ImageData
@@ -49,7 +49,7 @@ def measure(
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="asib-bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        config = case.config(folder, 1, str(device))
+        config = case.config(folder, 1, str(device), effort.ours)
         few = first_images(data, 2 * case.batch)
         student = networks.build_student(config, few)
         teachers = make_teachers(case, few, folder, device)
@@ -61,7 +61,7 @@ def measure(
         )
         nets = {"student": student} | {f"teacher_{k}": t for k, t in enumerate(teachers)}
         for which, limit in limits.items():
-            limit.work[which] = card.work(nets, which, limit.x[:2])
+            limit.work[which] = card.work(nets, which, limit.x[:2], limit.clean)
         batches = batches_of(case, tried, effort)
         images = first_images(data, batches * case.batch)
         plain = (
@@ -147,7 +147,7 @@ def _contestants(
 
 def plain_seconds(plain: PlainLoop, which: str, batches: int) -> float:
     """Of so many steps of the plain loop; its workers begin with their queues full and make a batch for each taken."""
-    with algorithms(deterministic=False):
+    with algorithms(deterministic=False), untouched_memory(plain.device):
         iterator = plain.epoch()
         next(iterator)
         wait_until_quiet()

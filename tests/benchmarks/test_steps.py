@@ -1,6 +1,10 @@
 """What the speed benchmark measures is what it says: the same passes, fair turns, numbers that add up."""
 
+import ctypes
+import resource
+import sys
 from collections import Counter
+from ctypes import c_size_t, c_void_p
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ from benchmarks import render
 from benchmarks.steps import card
 from benchmarks.steps.bare import fastest
 from benchmarks.steps.cases import Case, Pair, by_class, first_images
-from benchmarks.steps.clock import Window, interleaved, ratios, spread
+from benchmarks.steps.clock import Window, interleaved, ratios, spread, untouched_memory
 from benchmarks.steps.limit import KINDS, Limit
 from benchmarks.steps.ours import ClockedDistillation, OneEpoch
 from pipeline.errors import Pruned
@@ -23,10 +27,10 @@ CPU = torch.device("cpu")
 CASE = Case(Pair("tiny", ("one", "other"), "student"), "fp32", 10)
 
 
-def passes_of_limit(kind: str) -> dict[str, dict[str, float]]:
+def passes_of_limit(kind: str, view: str) -> dict[str, dict[str, float]]:
     """Forward passes of each network in one bare step."""
     student, teachers = networks()
-    limit = Limit(CASE, config(), student, teachers, CPU, kind)
+    limit = Limit(CASE, config(method={"kd_view": view}), student, teachers, CPU, kind)
     found = {}
     for which in ("a", "b"):
         calls: Counter[str] = Counter()
@@ -41,9 +45,11 @@ def passes_of_limit(kind: str) -> dict[str, dict[str, float]]:
     return found
 
 
+@pytest.mark.parametrize("view", ["clean", "mixed"])
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_the_limit_makes_the_passes_of_the_real_steps(kind: str) -> None:
-    task = ClockedDistillation(config(method={"cutmix_alpha_distill": 1.0}), image_data(), *networks(), CPU)
+def test_the_limit_makes_the_passes_of_the_real_steps(kind: str, view: str) -> None:
+    method = {"cutmix_alpha_distill": 1.0, "kd_view": view}
+    task = ClockedDistillation(config(method=method), image_data(), *networks(), CPU)
     task.window = Window(CPU)
     loop = Loop(task, NullJournal(), None, {}, Precision(task.optim, CPU), CPU, watch=OneEpoch())
     task.monitor.gate_open = True
@@ -55,7 +61,7 @@ def test_the_limit_makes_the_passes_of_the_real_steps(kind: str) -> None:
             loop.run()
         real[epoch.phase] = {name: (n - before[name]) / images for name, n in task.costs.images.items()}
     assert task.monitor.gate_open
-    assert passes_of_limit(kind) == real
+    assert passes_of_limit(kind, view) == real
     assert 0 < task.window.seconds < 60
 
 
@@ -108,12 +114,35 @@ def test_turns_go_round_and_ratios_are_taken_round_by_round() -> None:
     assert ratios([1.0, 4.0, 9.0], [2.0, 2.0, 3.0])["median"] == 2.0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_the_plain_loop_is_not_given_the_memory_that_ours_keeps() -> None:
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = c_void_p, [c_size_t], [c_void_p]
+    size, times = 40 << 20, 5
+
+    def faults() -> float:
+        """Of a block's pages, for each time that it is taken."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(times):
+            block = libc.malloc(size)
+            ctypes.memset(block, 1, size)
+            libc.free(block)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (times * size / 4096)
+
+    with untouched_memory(CPU):
+        assert faults() == pytest.approx(1, rel=0.05)
+    assert faults() < 1.1 / times
+
+
 def test_work_is_counted_layer_by_layer() -> None:
     net, x = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False)), torch.zeros(2, 3, 16, 16)
     image, out, weight = 3 * 256, 8 * 256, 8 * 3 * 9
     assert card.traffic(net, x) == 4 * (2 * (image + out) + weight)
     work = card.work({"teacher_0": net, "student": net}, "b", x)  # a teacher forward, the student three times that
     assert work["gflops_per_image"] == pytest.approx(4 * 2 * out * 27 / 1e9)
+    two = {"teacher_0": net, "teacher_1": net, "student": net}
+    passes = [card.work(two, "b", x, query)["gflops_per_image"] * 1e9 / (2 * out * 27) for query in (True, False)]
+    assert passes == pytest.approx([6, 5])  # with a fusion the student once more, unless its training pass is the query
     shares = card.used(1e9, {"gflops_per_image": 2.0, "mb_per_image": 4.0}, RATES, "bf16")
     assert shares == {"of_dense_rate": 1e9 * 2e9 / 500e12, "of_bandwidth_unfused": 1e9 * 4e6 / 2 / 100e9}
 

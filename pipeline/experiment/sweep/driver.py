@@ -35,6 +35,7 @@ from pipeline.experiment.sweep import reap as sweep_reap
 from pipeline.experiment.sweep import space as sweep_space
 from pipeline.experiment.sweep import worker as sweep_worker
 from pipeline.experiment.sweep.plan import STUDY_TAG, Plan
+from pipeline.training.compiling import check_device
 
 logger = logging.getLogger("asib")
 Made = Sequence[Mapping[str, Any]]
@@ -57,6 +58,8 @@ def sweep(run: Run, plan: Plan) -> float | None:
         RuntimeError: workers end without finishing any trial.
     """
     prepare(run.config, threads_of(run))
+    if plan.cluster.kind == "local":
+        check_device(run.config, networks.device_of(run.config))
     data = load_data(run)
     run.journal.params(sweep_plan.params(plan))
     run.journal.tags({STUDY_TAG: plan.name})

@@ -335,6 +335,14 @@ def test_bad_input_is_one_line(lab: Lab, arguments: list[str], said: str) -> Non
     assert not list(lab.runs.glob("*-sweep-*"))
 
 
+def test_what_this_machine_lacks_is_said_before_any_trial(lab: Lab) -> None:
+    done = lab.step("sweep", space(lab), "device=cpu", "optim.compile=graphs")
+    assert done.code != 0
+    assert "optim.compile=graphs" in done.lines[-1]
+    assert not trials(lab)
+    assert not optuna.get_all_study_names(f"sqlite:///{lab.runs / 'studies.db'}"), "no study either"
+
+
 def test_a_dry_run_shows_the_jobs_and_leaves_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRY_RUN", "1")
     done = lab.step("sweep", space(lab), "workers=2", "cluster=slurm", "storage=postgresql://me:se/cret@nowhere:1/x")
