@@ -5,6 +5,10 @@ class UserError(Exception):
     """Something the user can mend. Steps print it as one line and exit with code 2, without a traceback."""
 
 
+class NotThere(UserError):
+    """What was asked of the tracking server is not there, or cannot be read."""
+
+
 class Interrupted(BaseException):
     """A signal ended the run; what training had done is in its checkpoint. No library may swallow it as an error."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, config_hash
-from pipeline.errors import Interrupted, Taken, UserError
+from pipeline.errors import Interrupted, NotThere, Taken, UserError
 from pipeline.experiment import compose, revision, tracking
 from pipeline.experiment.ending import COMPLETED, ending_of
 from pipeline.experiment.folders import ended, find_folder, fresh_folder, writable
@@ -346,9 +346,7 @@ def _fetch_checkpoint(delivery: tracking.Delivery, run_id: str, folder: Path) ->
     """Bring a run's newest checkpoint from the server into `folder`; False where it has none. Raises UserError."""
     try:
         fetched = delivery.fetch(f"runs:/{run_id}/checkpoints", folder / "fetched")
-    except UserError as error:
-        if "cannot be fetched" not in str(error):
-            raise
+    except NotThere:
         return False
     newest = json.loads((fetched / "manifest.json").read_text())
     Slots(folder / "checkpoints").adopt(fetched / newest["file"], newest["sha256"])

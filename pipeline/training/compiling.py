@@ -19,7 +19,10 @@ def check_device(config: Config, device: torch.device) -> None:
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """What `optim.compile` comes to here. On processors `auto` is off: in float32 nothing was gained (benchmarks/)."""
+    """What `optim.compile` comes to here.
+
+    On processors `auto` is off: what it brings there is little (benchmarks/README.md), and it needs a C++ compiler.
+    """
     asked = config.optim.compile
     if asked != "auto":
         return bool(asked)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import NotThere, UserError
 from pipeline.experiment.delivery import read as delivery_read
 from pipeline.experiment.delivery import registry as delivery_registry
 from pipeline.experiment.delivery import server
@@ -205,7 +205,7 @@ class Process:
         try:
             return {"value": str(self._fetch(request["uri"], Path(request["dest"])))}
         except UserError as error:
-            return {"error": str(error)}
+            return {"error": str(error), "not_there": isinstance(error, NotThere)}
 
     def _info_answer(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._client is not None
@@ -242,7 +242,7 @@ class Process:
                 raise UserError(f"{uri}: {server.explain(error, self.options.uri)}") from error
             reason = str(error).strip().split("\n", 1)[0][:300]
             where = server.shown(self.options.uri)
-            raise UserError(f"{uri} cannot be fetched from {where}: {reason}: check the id and the path") from error
+            raise NotThere(f"{uri} cannot be fetched from {where}: {reason}: check the id and the path") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import journal
-from pipeline.errors import UserError
+from pipeline.errors import NotThere, UserError
 from pipeline.experiment.options import REPOSITORY
 
 LOG = "delivery.log"
@@ -99,7 +99,8 @@ class Delivery:
         """Download `runs:/<id>/<path>` or `models:/…` into the folder `dest`; the local path.
 
         Raises:
-            UserError: it is not there, or the server does not answer.
+            NotThere: the server does not have it.
+            UserError: the server does not answer.
         """
         return Path(self._ask("fetch", timeout, uri=uri, dest=str(dest.absolute())))
 
@@ -235,7 +236,8 @@ class Delivery:
                 case "ready":
                     self._ready.set_result(Ready(**event))
                 case "answer" if "error" in event:
-                    self._answers.pop(event["id"]).set_exception(UserError(event["error"]))
+                    kind = NotThere if event.get("not_there") else UserError
+                    self._answers.pop(event["id"]).set_exception(kind(event["error"]))
                 case "answer":
                     self._answers.pop(event["id"]).set_result(event["value"])
                 case "refused":

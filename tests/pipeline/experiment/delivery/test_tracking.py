@@ -18,7 +18,7 @@ pytest.importorskip("mlflow")
 
 from mlflow.tracking import MlflowClient
 
-from pipeline.errors import UserError
+from pipeline.errors import NotThere, UserError
 from pipeline.experiment import tracking
 from pipeline.experiment.delivery import server as delivery_server
 from pipeline.journal import Journal
@@ -133,7 +133,7 @@ def test_a_run_goes_through_an_outage_without_loss(mlflow_server: MlflowServer, 
     fetched = delivery.fetch(f"runs:/{ready.run_id}/best.yaml", tmp_path / "fetched")
     assert fetched == tmp_path / "fetched" / "best.yaml"
     assert fetched.read_text() == "a: 1\n"
-    with pytest.raises(UserError, match=r"missing\.yaml cannot be fetched"):
+    with pytest.raises(NotThere, match=r"missing\.yaml cannot be fetched"):
         delivery.fetch(f"runs:/{ready.run_id}/missing.yaml", tmp_path / "fetched")
     mlflow_server.stop()
     for step in range(1, 50):
