@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from pipeline.config import Config, config_hash, flatten
-from pipeline.config.later import ONLY_FOR_NOW
 from pipeline.errors import UserError
 from pipeline.experiment.compose import Setting, compose, dump, keys_of, params
 from pipeline.experiment.options import CONF, groups
@@ -71,14 +70,10 @@ COMMON_BASE = {  # method.md section 10, second column
     "feat_kd_alpha": 0, "label_smoothing": 0.05, "ce_label_smoothing": 0.05, "mixup_alpha": 0.2,
     "cutmix_alpha_distill": 1.0, "use_loss_clamp": True, "loss_clamp_max": 20,
 }  # fmt: skip
-TO_COME = {"kd_max_ratio": "method.kd_max_ratio", "use_loss_clamp": "method.use_loss_clamp",
-           "loss_clamp_max": "method.use_loss_clamp"}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", COMMON_BASE)
 def test_base_is_the_common_base(key):
-    if TO_COME.get(key) in ONLY_FOR_NOW:
-        pytest.skip("refused until its feature exists")
     assert getattr(compose("base").method, key) == (
         tuple(COMMON_BASE[key]) if isinstance(COMMON_BASE[key], list) else COMMON_BASE[key]
     )
