@@ -64,7 +64,8 @@ def algorithms(deterministic: bool) -> Iterator[None]:
 def untouched_memory(device: torch.device) -> Iterator[None]:
     """glibc's allocator as the plain loop would have it: what this process keeps by ours is given back before.
 
-    A process that leaves the allocator alone comes to these limits, at most, by what it frees (mallopt(3)).
+    A process that leaves the allocator alone comes to these limits, at most, by what it frees (mallopt(3)). Gaps in
+    the heap stay with the process, more than the plain loop alone would have.
     """
     if device.type != "cpu" or not keep_freed_memory():  # another allocator than glibc's
         yield
