@@ -1,10 +1,8 @@
 """What the speed benchmark measures is what it says: the same passes, fair turns, numbers that add up."""
 
 import json
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +19,7 @@ from benchmarks.steps.ours import ClockedDistillation, OneEpoch
 from pipeline.errors import Pruned
 from pipeline.journal import NullJournal
 from pipeline.training.loop import Loop, Precision
+from tests.page_faults import PAGES, printed_by
 from tests.pipeline.training.builders import config, image_data, networks
 
 CPU = torch.device("cpu")
@@ -115,34 +114,21 @@ def test_turns_go_round_and_ratios_are_taken_round_by_round() -> None:
 
 
 MEMORY = """
-import ctypes, json, resource, sys
-import torch
+import json, torch
 from benchmarks.steps.clock import untouched_memory
-libc = ctypes.CDLL("libc.so.6")
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        block = libc.malloc(40 << 20)
-        ctypes.memset(block, 1, 40 << 20)
-        libc.free(block)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (5 * (40 << 20) / 4096)
-
+from tests.page_faults import faults
 with untouched_memory(torch.device("cpu")):
-    inside = faults()
-print(json.dumps([inside, faults()]))
+    inside = faults(5)
+print(json.dumps([inside, faults(5)]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_the_plain_loop_is_not_given_the_memory_that_ours_keeps() -> None:
-    """Page faults for a block's pages each time that it is taken; in a process of its own, whose heap has no gaps."""
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=root, capture_output=True, text=True, check=True)
-    inside, outside = json.loads(done.stdout)
-    assert inside == pytest.approx(1, rel=0.05)
-    assert outside < 1.1 / 5
+    """Page faults for a block's pages each time that it is taken."""
+    inside, outside = json.loads(printed_by(MEMORY))
+    assert inside == pytest.approx(5 * PAGES, rel=0.05)
+    assert outside < 1.1 * PAGES
 
 
 def test_work_is_counted_layer_by_layer() -> None:
