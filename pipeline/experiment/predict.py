@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from pipeline import escape
 from pipeline.errors import UserError
 from pipeline.experiment.student_pyfunc import BATCH, Classifier, Refused
 
@@ -182,7 +183,7 @@ def _write(run: "Run", asked: Asked, parts: Sequence["pandas.DataFrame"]) -> Pat
     if path.suffix == ".parquet":
         everything.to_parquet(path, index=False)
     else:
-        everything.to_csv(path, index=False, float_format="%.6f")
+        escape.table(everything).to_csv(path, index=False, float_format="%.6f")
     run.journal.artifact(path)
     if asked.to is None:
         return path
@@ -203,7 +204,7 @@ def _tell(run: "Run", asked: Asked, skipped: Mapping[str, str]) -> Path:
     if len(skipped) > SHOWN:
         logger.warning("skipped: %d more, all of them in skipped.csv", len(skipped) - SHOWN)
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("file", "reason"), *skipped.items()])
+        csv.writer(file).writerows([("file", "reason"), *map(escape.cells, skipped.items())])
     run.journal.artifact(path)
     return path
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline import escape
 from pipeline.config import Config
 from pipeline.experiment.run import Run
 from pipeline.journal import decode_number, read_entries
@@ -81,7 +82,8 @@ def write_results(run: Run, results: dict[str, float]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
-        writer.writerow({k: f"{v:.2f}" if k.endswith(("acc", "sec")) and v != "" else v for k, v in columns.items()})
+        row = {k: f"{v:.2f}" if k.endswith(("acc", "sec")) and v != "" else v for k, v in columns.items()}
+        writer.writerow(escape.cells_of(row))
     run.journal.artifact(path)
 
 

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
+from pipeline import escape
 from pipeline.experiment.ablation.compare import ACCURACY, Comparison, Group
 
 NOTE_LENGTH = 7900
@@ -36,7 +37,7 @@ def write(found: Comparison, folder: Path) -> list[Path]:
     """`comparison.csv`, `.md`, `.png` and `.html` in `folder`; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"comparison.{kind}" for kind in ("csv", "md", "png", "html")]
-    found.table.to_csv(paths[0])
+    escape.table(found.table).to_csv(paths[0])
     paths[1].write_text(markdown(found))
     paths[2].write_bytes(image := picture(found))
     paths[3].write_text(page(found, image))

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline import escape
 from pipeline.experiment.evaluation.measures import Evaluation, Ints
 
 CORRECTNESS = "correctness.parquet"
@@ -26,7 +27,8 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 def write_confusion(counts: Ints, classes: tuple[str, ...], path: Path) -> None:
     """Counts as CSV: the first column names the label, the others are predictions."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(counts, index=pd.Index(classes, name="label"), columns=list(classes)).to_csv(path)
+    counted = pd.DataFrame(counts, index=pd.Index(classes, name="label"), columns=list(classes))
+    escape.table(counted).to_csv(path)
 
 
 def logged_tables(paths: list[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 
+from pipeline import escape
 from pipeline.experiment.ablation.compare_report import NOTE_LENGTH, STYLE
 from pipeline.experiment.study import pictures as study_pictures
 from pipeline.experiment.study import retry as study_retry
@@ -41,7 +42,7 @@ def write(study: optuna.Study, folder: Path, sweep: SweepConfig) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found = table(study, sweep)
     paths = [folder / "trials.csv"]
-    found.to_csv(paths[0], index=False)
+    escape.table(found).to_csv(paths[0], index=False)
     pictures = list(study_pictures.draw(study, sweep))
     for picture in pictures:
         paths.append(folder / f"{picture.name}.png")

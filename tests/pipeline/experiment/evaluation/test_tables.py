@@ -66,6 +66,11 @@ def test_confusion_is_read_back_with_its_names(tmp_path: Path) -> None:
     assert back.to_dict("index") == {"ash": {"ash": 2, "fir": 1}, "fir": {"ash": 0, "fir": 3}}
 
 
+def test_class_names_are_no_formulas(tmp_path: Path) -> None:
+    tables.write_confusion(np.eye(2, dtype=np.int64), ("=HYPERLINK(0)", "fir"), tmp_path / "confusion.csv")
+    assert (tmp_path / "confusion.csv").read_text() == "label,'=HYPERLINK(0),fir\n'=HYPERLINK(0),1,0\nfir,0,1\n"
+
+
 def test_pictures_are_drawn(evaluation: measures.Evaluation, data: ImageData, tmp_path: Path) -> None:
     counts = measures.confusion(evaluation.labels, evaluation.predicted, 20)
     pairs = measures.confused_pairs(counts, data.classes, 5)
