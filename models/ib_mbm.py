@@ -90,7 +90,7 @@ class IBMBM(nn.Module):
                 global batch and sliced, so that the result does not depend on the number of processes).
 
         Returns:
-            (z, μ, logvar), each (B, d_emb), or (B, T, d_emb) for a query of shape (B, T, q_dim), T = 1 included.
+            (z, μ, logvar), each (B, d_emb), or (B, T, d_emb) for a query of T > 1 tokens.
             They are float32 (or wider) also under autocast.
 
         Raises:
@@ -156,7 +156,7 @@ class IBMBM(nn.Module):
                 f"it must be ({batch}, {self.q_dim}) or ({batch}, T, {self.q_dim})"
             )
         q: torch.Tensor = self.q_norm(self.q_proj(self._scale(q_feat)))
-        return (q.unsqueeze(1), True) if q_feat.dim() == 2 else (q, False)
+        return (q.unsqueeze(1) if q_feat.dim() == 2 else q), q_feat.dim() == 2 or q_feat.shape[1] == 1
 
     def _scale(self, feat: torch.Tensor) -> torch.Tensor:
         return F.normalize(feat, dim=-1) if self.feature_norm == "l2" else feat

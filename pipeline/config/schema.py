@@ -248,7 +248,7 @@ class OptimConfig(Section):
     a_step_optimizer: Literal["sgd", "adam", "adamw"] = key("adamw", "the fusion's optimiser")
     a_step_lr: Positive = key(1e-4, "peak learning rate of the A-steps")
     a_step_weight_decay: NonNegative = key(3e-4, "on fusion, head and adapters")
-    grad_clip_norm: NonNegative = key(0.0, "bound of the gradient's norm; 0: none")
+    grad_clip_norm: NonNegative = key(0.0, "bound of the student's gradient norm in B-steps; 0: none")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = key(None, "moving average of the student's weights")
     ema_update_every: AtLeastOne = key(1, "updates between its updates")
     select_weights: Literal["raw", "ema"] = key("raw", "which weights are exported")

@@ -55,6 +55,8 @@ class Phase:
     mix_alpha: float = 0.0
     repeats: int = 1
     """Updates per batch."""
+    clip: float = 0.0
+    """Bound of the gradient's norm; 0: none."""
 
 
 class Task(Protocol):
@@ -126,7 +128,7 @@ class Precision:
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
 
 
-def update(phase: Phase, loss: Tensor, precision: Precision, clip: float) -> Tensor:
+def update(phase: Phase, loss: Tensor, precision: Precision) -> Tensor:
     """One optimiser update; a non-finite one is skipped. Returns whether it was, as a tensor: nothing synchronises."""
     optimizer = phase.optimizer
     optimizer.zero_grad(set_to_none=True)
@@ -137,9 +139,9 @@ def update(phase: Phase, loss: Tensor, precision: Precision, clip: float) -> Ten
         precision.scaler.unscale_(optimizer)
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
-    if clip > 0:
+    if phase.clip > 0:
         torch.nn.utils.clip_grads_with_norm_(
-            [p for group in optimizer.param_groups for p in group["params"]], clip, norm
+            [p for group in optimizer.param_groups for p in group["params"]], phase.clip, norm
         )
     bad = ~torch.isfinite(norm)
     if distributed.world().size == 1:
@@ -388,7 +390,7 @@ class Loop:
                 moment = Moment(epoch.phase, epoch.in_phase, self.batch)
                 with task.costs.counting(), self.precision.autocast():
                     output = phase.objective(batch, moment, repeat)
-                bad = update(phase, output["loss"], self.precision, task.optim.grad_clip_norm)
+                bad = update(phase, output["loss"], self.precision)
                 task.costs.updated(epoch.phase)
                 if phase.objective.has_ema() and (done + 1) % task.optim.ema_update_every == 0:
                     phase.objective.update_ema(step=(done + 1) // task.optim.ema_update_every)

@@ -3,6 +3,7 @@
 `reduction` is "none" (one value for each sample) or "mean".
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -107,14 +108,17 @@ def normalised(feature: Tensor, norm: str) -> Tensor:
     return F.normalize(feature.float(), dim=1) if norm == "l2" else feature.float()
 
 
-def ib_kl(mu: Tensor, logvar: Tensor, reduction: str = "mean") -> Tensor:
+def ib_kl(mu: Tensor, logvar: Tensor, reduction: str = "mean", min_std: float = 0.0) -> Tensor:
     """KL(N(mu, sigma^2) || N(0, I)) = 1/2 sum_d (mu^2 + sigma^2 - 1 - log sigma^2) (Alemi et al. 2017).
 
     Args:
         mu, logvar: (B, D).
         reduction: summed over d; "mean" is over samples.
+        min_std: floor of sigma = max(exp(logvar / 2), min_std), the sigma that z is drawn with (method.md section 1).
     """
     mu, logvar = mu.float(), logvar.float()
+    if min_std > 0:
+        logvar = logvar.clamp_min(2 * math.log(min_std))
     return _reduce(0.5 * (mu.square() + torch.expm1(logvar) - logvar).sum(dim=-1), reduction)
 
 

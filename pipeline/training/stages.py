@@ -219,6 +219,7 @@ class Distillation:
             mix="cutmix" if cutmix else "mixup" if m.mixup_alpha > 0 else None,
             mix_alpha=m.cutmix_alpha_distill if cutmix else m.mixup_alpha,
             repeats=m.cccp_ns,
+            clip=o.grad_clip_norm,
         )
         return phases
 
@@ -271,6 +272,7 @@ class Distillation:
             certainty=m.use_ib and not ce_only,
             feat=0.0 if ce_only else m.feat_kd_alpha,
             teacher_ce=m.teacher_ce_alpha if m.use_teacher_finetuning else 0.0,
+            penalties=not ce_only,
             bound=m.loss_clamp_max if clamps else None,
         )
 

@@ -90,12 +90,12 @@ def test_query_tokens_are_fused_independently_and_keep_their_axis():
         torch.testing.assert_close(mu[:, i], m(s[:, i], t)[1])
 
 
-def test_a_single_query_token_keeps_its_axis():
+def test_a_query_of_one_token_is_a_plain_query():
     m = IBMBM(Q, F, D).eval()
     s, t = features(B, Q), features(B, K, F)
     z, mu, logvar = m(s.unsqueeze(1), t)
-    assert z.shape == mu.shape == logvar.shape == (B, 1, D)
-    torch.testing.assert_close(mu.squeeze(1), m(s, t)[1])
+    assert z.shape == mu.shape == logvar.shape == (B, D)
+    torch.testing.assert_close(mu, m(s, t)[1])
     assert m(s[:1], t[:1])[1].shape == (1, D)
 
 

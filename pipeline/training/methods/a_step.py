@@ -28,6 +28,8 @@ class ALoss:
     cccp: float = 0.0
     """Weight of the concave-convex term, which takes the KD term's place."""
     teacher_ce: float = 0.0
+    penalties: bool = True
+    """Whether trained parameters are penalised; not in CE-only epochs."""
     bound: float | None = None
     """Of the total loss; None: not clamped."""
 
@@ -58,7 +60,7 @@ def a_loss(
         divergence = losses.kd(z_syn, student_logits, weights.tau, "none")
         kd = batch_mean(cw * divergence, batch)
         cccp = batch_mean(divergence, batch)
-    raw_kl = batch_mean(losses.ib_kl(mu, logvar, "none"), batch)
+    raw_kl = batch_mean(losses.ib_kl(mu, logvar, "none", method.ib_mbm_min_std), batch)
     if weights.beta > 0:
         ib = raw_kl
     if student_feature is not None and weights.feat > 0:
@@ -165,13 +167,15 @@ class AStep(Objective):
         return out | {"output": synergy.logits}
 
     def _more(self, batch: Batch, teacher_logits: list[Tensor], out: dict[str, Tensor]) -> Tensor:
-        """Each teacher's own cross-entropy, and the penalties on trained parameters."""
+        """Each fine-tuned teacher's own cross-entropy, and the penalties on trained parameters."""
         m = self.method
         total = torch.zeros((), device=self.device)
         if teacher_logits and self.weights.teacher_ce > 0:
             vectors = [losses.cross_entropy(t, batch.y, m.label_smoothing, "none") for t in teacher_logits]
             out["teacher_ce"] = torch.stack([batch_mean(v, batch) for v in vectors]).sum()
             total = total + self.weights.teacher_ce * out["teacher_ce"]
+        if not self.weights.penalties:
+            return total
         if m.ib_mbm_reg_lambda > 0:
             total = total + m.ib_mbm_reg_lambda * losses.mean_square(list(self._fusion[0].parameters()))
         if self.finetunes and m.reg_lambda > 0:

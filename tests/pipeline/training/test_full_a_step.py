@@ -45,6 +45,7 @@ def reference(task: Distillation, batch: Any, w: Any) -> tuple[Tensor, list[Tens
     z = mu + (logvar / 2).exp().clamp_min(m.ib_mbm_min_std) * eps if m.use_ib else mu
     norm, act, _, linear = fusion.head.net
     syn = m.synergy_logit_scale * linear(act(norm(z)) * keep / (1 - m.synergy_head_dropout))
+    floor = 2 * torch.tensor(m.ib_mbm_min_std, dtype=torch.float64).log()
     loss, n, precisions = torch.zeros((), dtype=torch.float64), len(x), []
 
     def cross_entropy(row: Tensor, label: int) -> Tensor:
@@ -63,7 +64,8 @@ def reference(task: Distillation, batch: Any, w: Any) -> tuple[Tensor, list[Tens
             if m.feat_kd_norm == "l2":
                 f, g = f / f.norm(), g / g.norm()
             distance = ((f - g) ** 2).sum()
-        kl = sum(0.5 * (a * a + v.exp() - 1 - v) for a, v in zip(mu[i], logvar[i], strict=True))
+        floored = [torch.maximum(v, floor) for v in logvar[i]]
+        kl = sum(0.5 * (a * a + v.exp() - 1 - v) for a, v in zip(mu[i], floored, strict=True))
         loss = loss + cw * m.synergy_ce_alpha * cross_entropy(syn[i], int(batch.y[i])) / n
         loss = loss + (m.cccp_alpha * divergence if m.use_cccp else cw * w.kd * divergence) / n
         loss = loss + (w.beta * kl + cw * m.feat_kd_alpha * distance) / n
@@ -79,10 +81,10 @@ def reference(task: Distillation, batch: Any, w: Any) -> tuple[Tensor, list[Tens
     trained = [p for t in teachers for p in t.parameters() if p.requires_grad]
     if m.reg_lambda:
         loss = loss + m.reg_lambda * penalty(trained)
-    sigma = (logvar / 2).exp().clamp_min(m.ib_mbm_min_std).mean().item()
+    sigma = (logvar / 2).exp().clamp_min(m.ib_mbm_min_std)
     readings = {
-        "sigma": sigma,
-        "raw_kl": (0.5 * (mu**2 + logvar.exp() - 1 - logvar)).mean().item(),
+        "sigma": sigma.mean().item(),
+        "raw_kl": (0.5 * (mu**2 + sigma**2 - 1 - 2 * sigma.log())).mean().item(),
         "cw_at_bounds": sum(not m.min_cw < v < m.max_cw for v in precisions) / n if m.use_ib else 0.0,
     }
     return loss, list(fusion.parameters()), trained, readings
@@ -154,7 +156,7 @@ def test_repeats_hold_the_student_fixed_and_update_the_fusion_each_time(tmp_path
         out = objective(batch, MOMENT, repeat)
         fixed = fixed or objective._fixed
         assert objective._fixed is fixed
-        update(task.phases["a"], out["loss"], precision, 0.0)
+        update(task.phases["a"], out["loss"], precision)
         weights.append(task.fusion.head.net[3].weight.detach().clone())
     assert [c.seen for c in (student, *teachers)] == [[(False, False, 10)]] * 3
     assert all(not torch.equal(a, b) for a, b in pairwise(weights))
@@ -195,7 +197,7 @@ def test_an_a_step_trains_teachers_only_where_they_are_fine_tuned(tmp_path: Path
         task, objective, batch = prepared(**keys)
         before = [{k: v.clone() for k, v in t.state_dict().items()} for t in task.teachers]
         student = {k: v.clone() for k, v in task.student.state_dict().items()}
-        update(task.phases["a"], objective(batch, MOMENT)["loss"], loop_for(task, tmp_path).precision, 0.0)
+        update(task.phases["a"], objective(batch, MOMENT)["loss"], loop_for(task, tmp_path).precision)
         for teacher, old in zip(task.teachers, before, strict=True):
             moved = {k for k, v in teacher.state_dict().items() if not torch.equal(v, old[k])}
             assert moved == {k for k in old if k.startswith(part)}, "and with level 0 their batch statistics stay"
@@ -221,3 +223,16 @@ def test_without_certainty_weights_none_is_at_its_bounds() -> None:
         _, objective, batch = prepared(**keys, max_cw=1.0)
         out = objective(batch, MOMENT)
         assert (out["cw_at_bounds"].item(), out["cw_mean"].item()) == (0.0, pytest.approx(1.0))
+
+
+def test_the_bound_on_the_students_gradient_does_not_reach_the_fusion(tmp_path: Path) -> None:
+    after = []
+    for bound in (0.0, 1e-6):
+        task = distillation(config(optim={"grad_clip_norm": bound}))
+        loop = loop_for(task, tmp_path / str(bound))
+        phase = task.phases["a"]
+        task.begin_epoch(task.plan[0])
+        batch = first_batch(task, "a")
+        update(phase, phase.objective.train()(batch, MOMENT)["loss"], loop.precision)
+        after.append(task.fusion.state_dict() if task.fusion else {})
+    assert differences(after[0], after[1]) == []

@@ -546,7 +546,7 @@ def test_repeats_of_a_batch_reuse_its_target_and_update_the_student_each_time(tm
     for repeat in range(3):
         out = objective(batch, MOMENT, repeat)
         lesson = objective._held
-        update(task.phases["b"], out["loss"], precision, 0.0)
+        update(task.phases["b"], out["loss"], precision)
         weights.append(task.student.net.fc.weight.detach().clone())
         assert lesson is objective._held
     assert [len(t) for t in teachers] == [1, 1]

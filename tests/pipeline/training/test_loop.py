@@ -59,6 +59,7 @@ def test_a_non_finite_update_changes_neither_weights_nor_moments(
     runs = []
     for poison in (False, True):
         module, phase = phase_for(name)
+        phase.clip = clip
         exact = precision(use_amp=amp is not None, amp_dtype=amp or "bfloat16", grad_scaler_init_scale=8.0)
         skipped = []
         for step in range(4):
@@ -70,7 +71,7 @@ def test_a_non_finite_update_changes_neither_weights_nor_moments(
                     loss = loss + _nan_gradient(module.weight)
                 else:
                     loss = loss * (NAN if kind == "loss" else INF)
-            skipped.append(bool(update(phase, loss, exact, clip)))
+            skipped.append(bool(update(phase, loss, exact)))
         runs.append(([p.detach().clone() for p in module.parameters()], phase.optimizer.state_dict()["state"]))
         assert skipped == ([True, False, True, False] if poison else [False, False])
     assert differences(runs[0], runs[1]) == []
@@ -100,7 +101,8 @@ def test_gradients_are_clipped_to_the_norm(clip: float, amp: str | None) -> None
     norm = sum(float(g.double().square().sum()) for g in grads) ** 0.5
     factor = min(1.0, clip / norm) if clip else 1.0
     exact = precision(use_amp=amp is not None, amp_dtype=amp or "bfloat16", grad_scaler_init_scale=64.0)
-    update(phase, module(X).square().sum(), exact, clip)
+    phase.clip = clip
+    update(phase, module(X).square().sum(), exact)
     for p, w, g in zip(module.parameters(), before, grads, strict=True):
         torch.testing.assert_close(p.detach(), w - 0.1 * factor * g, rtol=1e-4, atol=1e-6)
 
@@ -109,7 +111,7 @@ def test_the_gradient_scaler_halves_its_scale_when_it_overflows() -> None:
     module, phase = phase_for()
     exact = precision(use_amp=True, amp_dtype="float16", grad_scaler_init_scale=16.0)
     assert exact.scaler is not None
-    update(phase, module(X).sum() * INF, exact, 0.0)
+    update(phase, module(X).sum() * INF, exact)
     assert exact.scaler.get_scale() == 8.0
 
 

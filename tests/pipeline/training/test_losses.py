@@ -147,6 +147,16 @@ def test_the_bottleneck_is_the_divergence_between_gaussians() -> None:
     torch.testing.assert_close(losses.ib_kl(mu, logvar).double(), expected.sum(1).mean(), rtol=1e-5, atol=1e-5)
 
 
+def test_the_bottleneck_measures_the_sigma_that_is_drawn_with_floor_included() -> None:
+    logvar = torch.tensor([[-6.0, 0.0, 1.0]], requires_grad=True)  # sigma 0.0498, 1, 1.649
+    found = losses.ib_kl(torch.zeros(1, 3), logvar, min_std=0.5)
+    # by hand: 1/2 (0.25 - 1 - log 0.25) + 0 + 1/2 (e - 1 - 1)
+    assert found.item() == pytest.approx(0.3181471806 + 0.3591409142, rel=1e-6)
+    found.backward()
+    assert logvar.grad is not None
+    assert logvar.grad[0, 0] == 0, "below the floor sigma does not depend on it"
+
+
 def test_the_bottleneck_keeps_tiny_variances_apart_from_rounding() -> None:
     logvar = torch.full((1, 1), 1e-3)
     assert losses.ib_kl(torch.zeros(1, 1), logvar).item() == pytest.approx(0.5 * (math.expm1(1e-3) - 1e-3), rel=1e-3)
