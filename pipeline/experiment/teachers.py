@@ -12,11 +12,12 @@ import torch
 from models.features import FeatureNet
 from models.weights import weights_hash
 from pipeline.config import Config
-from pipeline.config.identity import canonical, computation
+from pipeline.config.identity import canonical, computation, source_digest
 from pipeline.config.places import check_file
 from pipeline.config.rules import uses_fusion
 from pipeline.data.sources import ImageData
 from pipeline.experiment import networks, report
+from pipeline.experiment.options import REPOSITORY
 from pipeline.experiment.run import Run
 from pipeline.experiment.session import load_data, prepare, threads_of, train
 from pipeline.training import distributed
@@ -25,7 +26,7 @@ from pipeline.training.fusion import Fusion
 from pipeline.training.stages import check_student, query_width
 
 logger = logging.getLogger("asib")
-FINETUNE_KEYS = ("finetune.", "augment.", "dataset.", "optim.momentum", "optim.grad_clip_norm", "optim.amp_dtype")
+FINETUNE_KEYS = ("finetune.", "augment.", "dataset.", "optim.use_channels_last", "optim.deterministic")
 WEIGHTS = "checkpoints/teacher.safetensors"
 
 
@@ -47,10 +48,16 @@ class Teacher:
 
 def identity(config: Config, data: ImageData, index: int) -> str:
     """SHA-256 (hex) of all that determines a fine-tuned teacher's weights."""
-    teacher = config.model.teachers[index]
+    teacher, o = config.model.teachers[index], config.optim
     keys = {k: v for k, v in computation(config).items() if k.startswith(FINETUNE_KEYS)}
     keys |= {f"teacher.{k}": v for k, v in teacher.model_dump(exclude={"checkpoint"}).items()}
-    keys |= {"index": index, "data": data.digest, "amp": config.optim.use_amp}
+    keys |= {"index": index, "data": data.digest, "sources": source_digest(REPOSITORY)}
+    # of the student's optimiser only what fine-tuning takes too, and only where it acts
+    if config.finetune.optimizer == "sgd":
+        keys["optim.momentum"] = o.momentum
+    if o.use_amp:
+        keys |= {"optim.amp_dtype": o.amp_dtype, "optim.safe_retry_patience": o.safe_retry_patience}
+        keys |= {"optim.grad_scaler_init_scale": o.grad_scaler_init_scale if o.amp_dtype == "float16" else None}
     return hashlib.sha256(canonical(keys).encode()).hexdigest()
 
 

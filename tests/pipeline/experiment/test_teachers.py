@@ -1,0 +1,70 @@
+"""What a fine-tuned teacher depends on: its weights, and the identity by which other runs find them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.experiment import teachers
+from pipeline.experiment.ablation import rungs
+from pipeline.experiment.compose import compose
+from tests.pipeline.training.builders import config, differences, fine_tuning, image_data, loop_for
+
+STUDENTS_OWN: dict[str, dict[str, Any]] = {
+    "grad_clip_norm": {"optim": {"grad_clip_norm": 1e-3}},
+    "student's optimiser": {"optim": {"optimizer": "sgd", "student_lr": 0.5, "student_weight_decay": 0.1}},
+    "momentum of an optimiser without": {"optim": {"momentum": 0.1}},
+    "moving average": {"optim": {"ema_decay": 0.9, "select_weights": "ema"}},
+    "A-steps": {"optim": {"a_step_lr": 0.3, "a_step_optimizer": "sgd"}},
+    "scaler without AMP": {"optim": {"grad_scaler_init_scale": 2.0, "amp_dtype": "float16"}},
+    "schedule": {"schedule": {"lr_warmup_epochs": 1}},
+    "method": {"method": {"label_smoothing": 0.3, "mixup_alpha": 0.2, "cutmix_alpha_distill": 1.0, "tau": 2.0}},
+    "seed": {"seed": 5},
+}
+
+
+def identity(c: Config) -> str:
+    return teachers.identity(c, image_data(), 0)
+
+
+@pytest.mark.parametrize("case", STUDENTS_OWN)
+def test_what_is_the_students_changes_no_fine_tuned_teacher(case: str, tmp_path: Path) -> None:
+    plain, other = (config(**{"finetune": {"epochs": 1}, **keys}) for keys in ({}, STUDENTS_OWN[case]))
+    trained = []
+    for number, c in enumerate((plain, other)):
+        task = fine_tuning(c)
+        loop_for(task, tmp_path / str(number)).run()
+        trained.append(task.net.state_dict())
+    assert differences(trained[0], trained[1]) == []
+    assert identity(plain) == identity(other)
+
+
+def test_the_research_preset_shares_its_teachers_with_the_ladder() -> None:
+    preset, base = compose("asib_stage"), compose("base")
+    assert preset.optim.grad_clip_norm != base.optim.grad_clip_norm
+    ladder = rungs.configuration(base, "l3d_adaptive", seed=1)
+    assert identity(preset) == identity(base) == identity(ladder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"finetune": {"lr": 0.02}},
+        {"finetune": {"optimizer": "sgd"}, "optim": {"momentum": 0.1}},
+        {"optim": {"use_amp": True}},
+        {"augment": {"crop_flip": False}},
+        {"dataset": {"val_fraction": 0.5}},
+    ],
+)
+def test_what_changes_its_weights_changes_its_identity(changes: dict[str, Any]) -> None:
+    base = config(finetune={"optimizer": changes.get("finetune", {}).get("optimizer", "adamw")})
+    assert identity(config(**changes)) != identity(base)
+
+
+def test_other_sources_make_another_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = identity(config())
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/one.py").write_text("x = 1")
+    monkeypatch.setattr(teachers, "REPOSITORY", tmp_path)
+    assert identity(config()) != before
