@@ -6,9 +6,7 @@ Nothing is ever unpickled as code; a file that does not belong to the network is
 import argparse
 import hashlib
 import json
-import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 
 from models.features import FeatureNet
+from pipeline.files import replacing
 
 METADATA_KEY = "asib"
 ADAPTER = "distillation_adapter."
@@ -34,6 +33,9 @@ def save_weights(model: FeatureNet, path: str | Path, metadata: Mapping[str, Any
         path: target; its folder must exist.
         metadata: JSON values to travel with it (classes, mean, std, …). Architecture, class count, feature width and
             `small_input` are added from the model.
+
+    Raises:
+        UserError: the disk is full, or the file may not be written.
     """
     target = Path(path)
     record = {
@@ -50,22 +52,8 @@ def save_weights(model: FeatureNet, path: str | Path, metadata: Mapping[str, Any
         if value.numel() and value.untyped_storage().data_ptr() in seen:
             tensors[name] = value.clone()
         seen.add(value.untyped_storage().data_ptr())
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
+    with replacing(target) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(record, sort_keys=True)})
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep colleagues from reading a shared checkpoint
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

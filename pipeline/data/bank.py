@@ -7,15 +7,15 @@ is torn, damaged or misplaced counts as absent, and is computed and written anew
 only a lock while they append. They never write through a mapping, where a full disk would be a crash.
 """
 
-import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.files import acquire, locked, release
 
 logger = logging.getLogger("asib")
 RECORDS, INDEX, LOCK, IN_USE = "records.bin", "index.bin", "write.lock", "in_use.lock"
@@ -46,12 +46,11 @@ class Bank:
         self._grant, self._granted = grant, 0
         rng = np.random.default_rng(20)  # a constant of the format
         self._factors = rng.integers(0, 2**63, self._words, dtype=np.uint64) << np.uint64(1) | np.uint64(1)
-        self._open = [os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644) for name in (RECORDS, INDEX, LOCK)]
-        self._records_fd, self._index_fd, self._lock_fd = self._open
+        self._open = [os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666) for name in (RECORDS, INDEX)]
+        self._records_fd, self._index_fd = self._open
         self._index = np.asarray(np.memmap(folder / INDEX, dtype=np.uint32, mode="r", shape=(cells,)))
         self._mapped: NDArray[np.uint64] = np.zeros((0, self._words), np.uint64)
-        self._in_use = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(self._in_use, fcntl.LOCK_SH)  # while it is held, no other process evicts the folder
+        self._in_use = acquire(folder / IN_USE, shared=True)  # while it is held, no other process evicts the folder
         os.utime(folder / IN_USE)
 
     @property
@@ -60,9 +59,12 @@ class Bank:
 
     def close(self) -> None:
         """Let the folder go; what was read stays valid."""
-        for fd in (*self._open, self._in_use):
+        for fd in self._open:
             os.close(fd)
         self._open = []
+        if self._in_use is not None:
+            release(self._in_use)
+            self._in_use = None
 
     # reading ---------------------------------------------------------------------------------------------------------
 
@@ -104,7 +106,7 @@ class Bank:
         if self.full:
             return values
         try:
-            with self._writing():
+            with locked(self.folder / LOCK):
                 held, there = self.read(cells)
                 new = ~there & np.isfinite(values).all(axis=1)
                 if new.any():
@@ -139,14 +141,6 @@ class Bank:
     def _stop(self, why: str) -> None:
         self.full = True
         logger.warning("teacher bank %s %s: what it lacks is computed and not kept", self.folder, why)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
 
 
 class NoBank:

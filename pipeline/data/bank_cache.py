@@ -4,18 +4,17 @@ A bank's folder is named by the SHA-256 of its key (what was computed, of which 
 its `header.json`. Opening, evicting and granting space happen under one lock of the folder.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.bank import IN_USE, INDEX, Bank
+from pipeline.files import acquire, locked, release
 
 logger = logging.getLogger("asib")
 FORMAT = "asib-bank-1"
@@ -81,27 +80,22 @@ class BankCache:
     def _remove(self, path: Path) -> bool:
         """Remove a bank that nobody uses; False where somebody does."""
         try:
-            fd = os.open(path / IN_USE, os.O_RDWR | os.O_CREAT, 0o644)
+            fd = acquire(path / IN_USE, patience=0)
         except OSError:
             return False
+        if fd is None:
+            return False
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path)
         except OSError:
             return False
         finally:
-            os.close(fd)
+            release(fd)
         return True
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> AbstractContextManager[bool]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
+        return locked(self.folder / ".lock")
 
 
 def _make(path: Path, header: str, cells: int) -> None:

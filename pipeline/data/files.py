@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.errors import UserError
+from pipeline.files import write_atomically
 
 logger = logging.getLogger("asib")
 CROP_PCT = 0.875
@@ -341,11 +342,9 @@ def _digest(root: Path, paths: Sequence[str]) -> str:
             whole.update(name.encode() + b"\0" + content)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(f".{os.getpid()}.part")
-        part.write_text(whole.hexdigest())
-        part.replace(cache)
-    except OSError as error:
-        logger.info("%s: %s; the files will be hashed again", cache.parent, error.strerror)
+        write_atomically(cache, whole.hexdigest(), "XDG_CACHE_HOME")
+    except (OSError, UserError) as error:
+        logger.info("%s; the files will be hashed again", error)
     return whole.hexdigest()
 
 

@@ -19,7 +19,7 @@ from models.features import FeatureNet
 from models.small_input import is_patch_family
 from pipeline.data.sources import ImageData
 from pipeline.experiment.run import Run
-from pipeline.training.checkpoint import write_atomically
+from pipeline.files import write_atomically
 from pipeline.training.fusion import Fusion
 
 PYFUNC = Path(__file__).with_name("student_pyfunc.py")

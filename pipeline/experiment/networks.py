@@ -90,7 +90,7 @@ def load(net: FeatureNet, path: Path, key: str) -> dict[str, Any]:
 
 def save(net: FeatureNet, path: Path, config: Config, data: ImageData) -> None:
     """Write a network with what identifies and prepares its inputs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     weights.save_weights(
         net,
         path,

@@ -20,6 +20,7 @@ from pipeline.experiment import networks, report
 from pipeline.experiment.options import REPOSITORY
 from pipeline.experiment.run import Run
 from pipeline.experiment.session import load_data, prepare, threads_of, train
+from pipeline.files import write_atomically
 from pipeline.training import distributed
 from pipeline.training.finetune import FineTuning
 from pipeline.training.fusion import Fusion
@@ -69,10 +70,9 @@ def store(config: Config, data: ImageData, index: int) -> Path:
 def keep(net: FeatureNet, run: Run, config: Config, data: ImageData, index: int) -> None:
     """Put a fine-tuned teacher where other runs find it; whoever comes first, both files are whole."""
     path = store(config, data, index)
+    path.parent.mkdir(parents=True, exist_ok=True)
     networks.save(net, path, config, data)
-    note = path.with_suffix(f".{os.getpid()}.part")
-    note.write_text(json.dumps({"journal": run.journal.id, "folder": str(run.folder)}))
-    note.replace(path.with_suffix(".json"))
+    write_atomically(path.with_suffix(".json"), json.dumps({"journal": run.journal.id, "folder": str(run.folder)}))
 
 
 def obtain(run: Run, data: ImageData, student: FeatureNet, test: bool = True) -> list[Teacher]:

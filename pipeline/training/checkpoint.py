@@ -1,7 +1,7 @@
 """Checkpoints: a tree of state in one safetensors file, two alternating slots, a manifest written last.
 
-No pickle: tensors are stored as such, everything else as JSON in the file's header. A file is written under a
-temporary name, synced and renamed, so that a slot is either whole or the one before. Training goes on meanwhile.
+No pickle: tensors are stored as such, everything else as JSON in the file's header. Files are written atomically, so
+that a slot is either whole or the one before. Training goes on meanwhile.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent import futures
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.files import remove_parts, write_atomically
 
 FORMAT = "asib-checkpoint-1"
 
@@ -85,25 +87,6 @@ def unpack(content: bytes) -> Any:
         raise ValueError("not a checkpoint of this project") from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write, sync and rename; the file at `path` is whole or untouched. UserError when the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        raise UserError(
-            f"{path}: a file of {len(content) / 1e6:.1f} MB could not be written ({error.strerror}; "
-            f"{free / 1e6:.1f} MB free): make room or set output_dir to another disk"
-        ) from error
-
-
 class Saved(NamedTuple):
     """A checkpoint on disk."""
 
@@ -164,6 +147,9 @@ class Slots:
     def _write(self, state: Copy) -> Saved:
         records = self._records()
         if self._whole is None:
+            with suppress(FileNotFoundError):  # the run's folder was removed: writing will say so
+                self.folder.mkdir(exist_ok=True)
+            remove_parts(self.folder)
             self._whole = next((r["slot"] for r in records if self._content(r) is not None), None)
         slot = 0 if self._whole is None else 1 - self._whole
         path = self.folder / f"slot{slot}.safetensors"
@@ -172,7 +158,7 @@ class Slots:
         write_atomically(path, content)
         kept = [r for r in records if r["slot"] != slot][:1]
         newest = {"slot": slot, "sha256": sha256}
-        write_atomically(self.manifest, json.dumps({"checkpoints": [newest, *kept]}).encode())
+        write_atomically(self.manifest, json.dumps({"checkpoints": [newest, *kept]}))
         self._whole = slot
         return Saved(path, sha256, slot)
 
@@ -180,7 +166,7 @@ class Slots:
         """Make a checkpoint file that came from elsewhere the newest one of this folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         os.replace(path, self.folder / "slot0.safetensors")
-        write_atomically(self.manifest, json.dumps({"checkpoints": [{"slot": 0, "sha256": sha256}]}).encode())
+        write_atomically(self.manifest, json.dumps({"checkpoints": [{"slot": 0, "sha256": sha256}]}))
 
     def read(self) -> tuple[Any, Saved]:
         """The newest checkpoint that is whole. UserError where there is none."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import shutil
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,23 +296,6 @@ def test_a_run_without_a_whole_checkpoint_is_not_continued(killed: tuple[Lab, Pa
 
 
 # no disk space -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a disk of so many MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(megabytes: int) -> Path:
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", place], capture_output=True)
-        if made.returncode:
-            pytest.skip("this user may not mount a tmpfs")
-        return place
-
-    yield mount
-    if place.is_mount():
-        subprocess.run(["umount", place], check=True)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_training(

@@ -14,7 +14,8 @@ from mlflow.tracking import MlflowClient
 from pipeline import journal
 from pipeline.errors import UserError
 from pipeline.experiment.delivery.run import RunDelivery
-from pipeline.experiment.delivery.server import absolute_uri, connect, locked
+from pipeline.experiment.delivery.server import absolute_uri, connect
+from pipeline.files import acquire, release
 
 log = logging.getLogger("asib.delivery")
 
@@ -56,7 +57,7 @@ class DeliveryLoop:
         self.uri = absolute_uri(uri)
         self._live = live
         self._on_attached = on_attached
-        self._locks: dict[Path, contextlib.ExitStack] = {}
+        self._locks: dict[Path, int] = {}
         self._elsewhere: set[Path] = set()
         self._asked: set[Path] = set()  # for what another delivery still has
         self._past = [0, 0]  # refused and progress of the runs that are no longer followed
@@ -214,17 +215,16 @@ class DeliveryLoop:
         self._release(folder)
 
     def _lock(self, folder: Path, patience: float) -> bool:
-        with contextlib.ExitStack() as stack:
-            held = stack.enter_context(locked(folder / LOCK, patience))
-            if held:
-                self._locks[folder] = stack.pop_all()
-        return held
+        fd = acquire(folder / LOCK, patience=patience)
+        if fd is not None:
+            self._locks[folder] = fd
+        return fd is not None
 
     def _release(self, folder: Path) -> None:
         if folder in self._asked:
             self._withdraw(folder)
         if folder in self._locks:
-            self._locks.pop(folder).close()
+            release(self._locks.pop(folder))
 
     def _withdraw(self, folder: Path) -> None:
         self._asked.discard(folder)

@@ -6,19 +6,18 @@ Importing this module is cheap; MLflow is imported by the functions that need it
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import re
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.errors import UserError
+from pipeline.files import acquire, explained, release
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -138,13 +137,18 @@ def prepare_sqlite(uri: str) -> None:
     path = sqlite_file(uri)
     if path is None or _schema_is_current(path):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_name(path.name + ".lock")):
+    with explained(path, "tracking.uri"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = acquire(path.with_name(path.name + ".lock"))
+    assert lock is not None
+    try:
         if _schema_is_current(path):
             return
         from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine_with_retry
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+        with explained(path, "tracking.uri"):
+            path.touch()  # with the permissions that the umask asks for; SQLite's own never let a group write
         revision, _ = _revision(path)
         if revision is not None:
             log.info("migrating %s from schema %s", path, revision)
@@ -154,6 +158,8 @@ def prepare_sqlite(uri: str) -> None:
             _upgrade_db(create_sqlalchemy_engine_with_retry(uri))
         # Also makes the default experiment, whose artifacts then lie beside the file wherever we were started.
         SqlAlchemyStore(uri, str(path.parent / "mlartifacts"))
+    finally:
+        release(lock)
 
 
 def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
@@ -224,27 +230,6 @@ def is_transient(error: BaseException) -> bool:
         return status >= 500 or status in (401, 403, 408, 429)
     # Anything unknown (an object store's own exceptions) is worth another try; a local mistake is not.
     return not isinstance(error, PERMANENT_ERRORS)
-
-
-@contextlib.contextmanager
-def locked(path: Path, patience_s: float | None = None) -> Iterator[bool]:
-    """Hold the lock file; gives False when it was not to be had within `patience_s` (None: wait for ever)."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    deadline = None if patience_s is None else time.monotonic() + patience_s
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
-                held = True
-                break
-            except BlockingIOError:
-                if deadline is not None and time.monotonic() > deadline:
-                    held = False
-                    break
-                time.sleep(0.05)
-        yield held
-    finally:
-        os.close(fd)
 
 
 def _revision(path: Path) -> tuple[str | None, bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from pipeline.experiment.delivery.server import all_experiments, shown
+from pipeline.files import write_atomically
 
 FILE = "delivery.json"
 JOURNAL_TAG = "asib.journal"
@@ -46,9 +46,7 @@ class State:
         return state
 
     def save(self, folder: Path) -> None:
-        temporary = folder / f".{FILE}.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(self), indent=1))
-        temporary.rename(folder / FILE)
+        write_atomically(folder / FILE, json.dumps(asdict(self), indent=1))
 
 
 def find_by_journal(client: MlflowClient, journal_id: str, experiment: str | None) -> Run | None:

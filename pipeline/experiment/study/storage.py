@@ -1,10 +1,8 @@
 """The database of studies: its address, one lock over all machines, patience with outages, errors in one line."""
 
 import contextlib
-import fcntl
 import hashlib
 import logging
-import os
 import re
 import time
 import warnings
@@ -22,6 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from pipeline.errors import UserError
 from pipeline.experiment.delivery.server import sqlite_file
+from pipeline.files import acquire, release
 
 logger = logging.getLogger("asib.study")
 PATIENCE_S = 120.0
@@ -81,6 +80,7 @@ class Database:
                 raise UserError(f"storage={self.shown}: there is no such file; check the path")
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.file.touch()  # with the permissions that the umask asks for; SQLite's own never let a group write
             except OSError as error:
                 raise UserError(f"storage={self.shown}: {error.strerror}: {self.file.parent}") from error
         try:
@@ -199,12 +199,7 @@ class Lock:
     def __enter__(self) -> "Lock":
         file = self._database.file
         if file is not None:
-            self._fd = os.open(file.with_name(file.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
-            except BaseException:  # a signal's exception while waiting
-                self._release()
-                raise
+            self._fd = acquire(file.with_name(file.name + ".lock"))
             return self
         key = int.from_bytes(hashlib.sha256(f"asib study {self._name}".encode()).digest()[:8], "big", signed=True)
         self._connection = self._database.engine.connect()
@@ -222,7 +217,7 @@ class Lock:
 
     def _release(self) -> None:
         if self._fd is not None:
-            os.close(self._fd)
+            release(self._fd)
             self._fd = None
         if self._connection is not None:
             connection, self._connection = self._connection, None

@@ -23,6 +23,7 @@ from pipeline.experiment.study.claim import Claim
 from pipeline.experiment.study.study import Study
 from pipeline.experiment.sweep import space as sweep_space
 from pipeline.experiment.sweep.space import SweepConfig
+from pipeline.files import replacing
 from pipeline.journal import Carrier, read_header, writer_alive
 
 if TYPE_CHECKING:
@@ -341,9 +342,8 @@ def fetch_teachers(teachers: Sequence[Mapping[str, Any]], run: "Run") -> None:
             continue
         fetched = run.fetch(f"runs:/{made['run_id']}/checkpoints/teacher.safetensors", run.folder / "fetched")
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        shutil.copyfile(fetched, part)
-        part.replace(path)
+        with replacing(path) as part:
+            shutil.copyfile(fetched, part)
 
 
 def _journal_id(folder: Path) -> str | None:

@@ -153,20 +153,6 @@ def test_a_crash_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path, monkeypa
     assert [Path(b).name for b in replaced] == ["slot0.safetensors", "manifest.json"], "the manifest comes last"
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    checkpoint.write_atomically(path, b"old")
-
-    def full(fd: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(UserError, match=r"No space left.*output_dir"):
-        checkpoint.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
 def test_a_checkpoint_is_of_the_moment_it_was_begun_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slots, held_up = Slots(tmp_path), HeldUp(monkeypatch)
     weight, values = torch.zeros(3), {"n": 0}

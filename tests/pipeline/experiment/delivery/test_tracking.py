@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.errors import NotThere, UserError
 from pipeline.experiment import tracking
-from pipeline.experiment.delivery import server as delivery_server
+from pipeline.files import locked
 from pipeline.journal import Journal
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 def free(folder: Path) -> bool:
     """Whether no delivery has the folder."""
-    with delivery_server.locked(folder / "delivery.lock", 0.0) as held:
+    with locked(folder / "delivery.lock", patience=0) as held:
         return held
 
 

@@ -1,0 +1,222 @@
+"""Files on disk: written whole or not at all, locked, and read back when they hold a process's state.
+
+Every new file has the permissions that the umask asks for.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+logger = logging.getLogger("asib")
+PART = ".part"
+"""How the name of a file ends that is still being written; a leading dot and a process id make it unmistakable."""
+POLL_S = 0.05
+
+
+def write_atomically(path: Path, content: bytes | str, key: str = "output_dir") -> None:
+    """Write, sync and rename: after a crash there is the old file or the new one, whole.
+
+    Args:
+        path: its folder must exist: one that was removed meanwhile is not to come back half filled.
+        content: text is stored as UTF-8.
+        key: the configuration key that says where it lies.
+
+    Raises:
+        UserError: the disk is full, or the file may not be written; the temporary file is gone.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path, key, len(data)) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path, key: str = "output_dir", size: int | None = None) -> Iterator[Path]:
+    """Give an empty file beside `path` to be filled; it takes the name of `path` when the block ends well.
+
+    Args:
+        path, key: as for `write_atomically`.
+        size: bytes that it takes, for the message.
+
+    Raises:
+        UserError: as for `write_atomically`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    with explained(path, key, size):
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            mode = os.fstat(fd).st_mode & 0o777
+            os.close(fd)
+            yield temporary
+            if temporary.stat().st_mode & 0o777 != mode:  # a writer that puts a file of its own there
+                temporary.chmod(mode)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def explained(path: Path, key: str = "output_dir", size: int | None = None) -> Iterator[None]:
+    """Turn an OSError of writing `path` into a one-line UserError with its size, the free space and the key to change.
+
+    Libraries that are not written in Python say «(os error 28)» in an exception of their own: that too.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = _number(error)
+        if number is None:
+            raise
+        raise UserError(_sentence(path, key, size, number)) from error
+
+
+def _number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _sentence(path: Path, key: str, size: int | None, number: int) -> str:
+    what = "" if size is None else f"a file of {size / 1e6:.1f} MB "
+    if number in (errno.ENOENT, errno.ENOTDIR) and not path.parent.is_dir():
+        return f"{path}: {what}could not be written: its folder is not there (removed meanwhile?)"
+    with suppress(OSError):
+        free = shutil.disk_usage(path.parent).free
+        reason = os.strerror(number) if number else "input/output error"
+        return (
+            f"{path}: {what}could not be written ({reason}; {free / 1e6:.1f} MB free): "
+            f"make room, or set {key} to another disk"
+        )
+    return f"{path}: {what}could not be written ({os.strerror(number)}): set {key} to a folder that can be"
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, onto the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed writers have left; nobody may be writing in `folder`."""
+    for part in folder.glob(f".*{PART}"):
+        part.unlink(missing_ok=True)
+
+
+# Locks ----------------------------------------------------------------------------------------------------------------
+
+
+def acquire(path: Path, *, shared: bool = False, patience: float | None = None) -> int | None:
+    """Lock a file that is made when missing and never replaced; the lock ends with `release`, or with the process.
+
+    Args:
+        path: of a file that serves as nothing but a lock, in an existing folder.
+        shared: several holders may share it.
+        patience: seconds to wait for it; None waits for ever.
+
+    Returns:
+        A descriptor for `release`; None when the patience is at its end.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    deadline = None if patience is None else time.monotonic() + patience
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            while True:
+                try:
+                    fcntl.flock(fd, how | (0 if deadline is None else fcntl.LOCK_NB))
+                    break
+                except BlockingIOError:
+                    if deadline is not None and time.monotonic() >= deadline:
+                        os.close(fd)
+                        return None
+                    time.sleep(POLL_S)
+        except BaseException:  # a signal's exception while waiting
+            with suppress(OSError):
+                os.close(fd)
+            raise
+        if _is(fd, path):
+            return fd
+        os.close(fd)  # whoever held it has removed it, or its folder: a lock on it excludes nobody
+
+
+def release(fd: int) -> None:
+    """Free the lock, also where forked processes have inherited the descriptor."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False, patience: float | None = None) -> Iterator[bool]:
+    """Hold a lock (see `acquire`) for a block; gives False when it was not to be had in time."""
+    fd = acquire(path, shared=shared, patience=patience)
+    try:
+        yield fd is not None
+    finally:
+        if fd is not None:
+            release(fd)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process on this machine holds the lock exclusively; a missing file is locked by nobody."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _is(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+# State ----------------------------------------------------------------------------------------------------------------
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a process keeps in a file; None where there is none, or (with one line) it is damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("%s cannot be read (%s): passed over", path, str(error).split("\n", 1)[0][:200])
+        return None
+    if not isinstance(values, dict):
+        logger.warning("%s holds no JSON object: passed over", path)
+        return None
+    return values
