@@ -23,6 +23,7 @@ from pipeline.errors import NotThere, UserError
 from pipeline.experiment.delivery import read as delivery_read
 from pipeline.experiment.delivery import registry as delivery_registry
 from pipeline.experiment.delivery import server
+from pipeline.experiment.delivery.faults import lasting, unknown
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -150,7 +151,7 @@ class Process:
         """Before the run exists an error is the trainer's to show; later only what no attempt can mend ends us."""
         message = server.explain(error, self.options.uri)
         log.warning("attempt %d: %s", failures, message)
-        refusal = isinstance(error, UserError) or not server.is_transient(error)
+        refusal = lasting(error)
         denied = getattr(error, "error_code", "") in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
         if self._ready:
             if isinstance(error, UserError):
@@ -209,15 +210,14 @@ class Process:
 
     def _info_answer(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._client is not None
+        from pipeline.experiment.delivery.target import no_run
+
         run_id = request["run_id"]
         try:
             run = self._client.get_run(run_id)
         except Exception as error:
-            if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return {
-                    "error": f"tracking server {server.shown(self.options.uri)} knows no run {run_id}: check the id"
-                }
-            return {"error": server.explain(error, self.options.uri)}
+            said = no_run(self.options.uri, run_id) if unknown(error) else server.explain(error, self.options.uri)
+            return {"error": said}
         return {
             "value": {
                 "run_id": run_id,
@@ -238,11 +238,22 @@ class Process:
             return Path(download_artifacts(artifact_uri=uri, dst_path=str(dest), tracking_uri=self.options.uri))
         except Exception as error:
             log.warning("fetch %s", uri, exc_info=error)
-            if server.is_transient(error) and getattr(error, "error_code", "") != "INTERNAL_ERROR":
+            if not (unknown(error) or lasting(error) or self._missing(uri)):
                 raise UserError(f"{uri}: {server.explain(error, self.options.uri)}") from error
             reason = str(error).strip().split("\n", 1)[0][:300]
             where = server.shown(self.options.uri)
             raise NotThere(f"{uri} cannot be fetched from {where}: {reason}: check the id and the path") from error
+
+    def _missing(self, uri: str) -> bool:
+        """Whether a run has no such artifact. MLflow's download says of all failures that they are internal errors."""
+        run_id, _, path = uri.removeprefix("runs:/").strip("/").partition("/")
+        if self._client is None or not uri.startswith("runs:/"):
+            return False
+        try:
+            there = self._client.list_artifacts(run_id, path.rpartition("/")[0] or None)
+        except Exception:
+            return False
+        return path not in [file.path for file in there]
 
 
 def main(arguments: list[str] | None = None) -> int:

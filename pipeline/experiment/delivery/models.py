@@ -21,7 +21,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from pipeline.experiment.delivery.checkpoint import staging
-from pipeline.experiment.delivery.server import is_forbidden
+from pipeline.experiment.delivery.faults import Fault, classify, look
 from pipeline.experiment.delivery.state import State, find_by_journal
 from pipeline.journal import Entry, decode_number
 
@@ -50,12 +50,8 @@ def log_dataset(client: MlflowClient, run_id: str, entry: Entry) -> None:
 def log_model_input(client: MlflowClient, run_id: str, entry: Entry) -> None:
     """The newest model of the run that the entry names (by run id or journal id) as an input of this one."""
     wanted = entry.data["run_id"]
-    try:
-        teacher = client.get_run(wanted)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        teacher = find_by_journal(client, wanted, None)
+    # Most are journals of this machine: asked for as a run's, such an id is forbidden to all but the administrator.
+    teacher = find_by_journal(client, wanted, None) or look(lambda: client.get_run(wanted))
     models = _models(client, teacher.info.experiment_id, teacher.info.run_id) if teacher else []
     if not models:
         log.warning("model input: run %s has no model; left out", wanted)
@@ -66,7 +62,7 @@ def log_model_input(client: MlflowClient, run_id: str, entry: Entry) -> None:
         try:
             client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
         except MlflowException as error:
-            if not is_forbidden(error):
+            if classify(error) is not Fault.NOT_ALLOWED:
                 raise
             # MLflow asks for EDIT on the model's own experiment: who may use others' models need not have that
             log.warning("run %s: model %s is not linked, its experiment is read-only here", run_id, model.model_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from pipeline.experiment.delivery.server import is_transient
+from pipeline.experiment.delivery.faults import Refusal, ask, lasting
 from pipeline.experiment.delivery.target import TAG_LENGTH, get_run
 from pipeline.journal import decode_number
 
@@ -75,24 +76,26 @@ class Outbox:
     def attempt(self, call: Any, *arguments: Any) -> Any:
         """Call; what may succeed later is raised, what never will is written down, and gives None."""
         try:
-            return call(*arguments)
+            return ask(partial(call, *arguments), self._uri)
         except Exception as error:
-            if is_transient(error):
+            if not lasting(error):
                 raise
             self.refused += 1
             log.error("%s: %s refused: %s", self._folder, call.__name__, str(error).split("\n", 1)[0])
             return None
 
     def _send(self, items: Sequence[Metric | Param | RunTag]) -> None:
+        send = partial(
+            self._client.log_batch,
+            self._run_id,
+            metrics=[item for item in items if isinstance(item, Metric)],
+            params=[item for item in items if isinstance(item, Param)],
+            tags=[item for item in items if isinstance(item, RunTag)],
+        )
         try:
-            self._client.log_batch(
-                self._run_id,
-                metrics=[item for item in items if isinstance(item, Metric)],
-                params=[item for item in items if isinstance(item, Param)],
-                tags=[item for item in items if isinstance(item, RunTag)],
-            )
-        except MlflowException as error:
-            if is_transient(error):
+            ask(send, self._uri)
+        except (MlflowException, Refusal) as error:
+            if not lasting(error):
                 raise
             if len(items) == 1:
                 self.refused += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.experiment.delivery import server
+from pipeline.experiment.delivery.faults import Fault, classify, look, unknown
 from pipeline.journal import now_ms
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+
+log = logging.getLogger("asib.delivery")
 
 FILES = ("config.yaml", "predictions.npz")
 """Artifacts that are read with a run."""
@@ -24,6 +28,8 @@ STUDY_TAG = "asib.study"
 
 def answer(client: MlflowClient, request: dict[str, Any], uri: str) -> dict[str, Any]:
     """`{"value": …}` or `{"error": one line}` for a request of `tracking.Delivery`."""
+    from pipeline.experiment.delivery.target import no_run
+
     try:
         match request["do"]:
             case "read":
@@ -45,20 +51,25 @@ def answer(client: MlflowClient, request: dict[str, Any], uri: str) -> dict[str,
     except UserError as error:
         return {"error": str(error)}
     except Exception as error:
-        if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return {"error": f"tracking server {server.shown(uri)}: {str(error).splitlines()[0]}: check the id"}
+        if request["do"] == "nested" and unknown(error):
+            return {"error": no_run(uri, request["run_id"])}
         return {"error": server.explain(error, uri)}
     return {"value": value}
 
 
 def read(client: MlflowClient, run_id: str, dest: Path, histories: Sequence[str]) -> str:
     """Write `<dest>/<run id>/record.json` and the run's `FILES` beside it; that folder."""
-    run = client.get_run(run_id)
+    from pipeline.experiment.delivery.state import find_by_journal
+
+    # an id that an off-line parent has stated is its journal's
+    run = look(lambda: client.get_run(run_id)) or find_by_journal(client, run_id, None)
+    if run is None:
+        raise UserError(f"no run {run_id} on the tracking server, or none that you may read: check the id")
     folder = dest / run_id
     folder.mkdir(parents=True, exist_ok=True)
     profiles = [json.loads(d.dataset.profile) for d in run.inputs.dataset_inputs if d.dataset.profile]
     record = {
-        "id": run_id,
+        "id": run.info.run_id,
         "experiment_id": run.info.experiment_id,
         "name": run.info.run_name,
         "status": run.info.status,
@@ -66,16 +77,16 @@ def read(client: MlflowClient, run_id: str, dest: Path, histories: Sequence[str]
         "tags": dict(run.data.tags),
         "metrics": {k: repr(v) for k, v in run.data.metrics.items()},
         "histories": {
-            name: [(point.step, repr(point.value)) for point in client.get_metric_history(run_id, name)]
+            name: [(point.step, repr(point.value)) for point in client.get_metric_history(run.info.run_id, name)]
             for name in histories
             if name in run.data.metrics
         },
         "classes": next((p["classes"] for p in profiles if isinstance(p, dict) and "classes" in p), None),
     }
-    there = {file.path for file in client.list_artifacts(run_id)}
+    there = {file.path for file in client.list_artifacts(run.info.run_id)}
     for name in FILES:
         if name in there:
-            found = Path(client.download_artifacts(run_id, name, str(folder)))
+            found = Path(client.download_artifacts(run.info.run_id, name, str(folder)))
             if found != folder / name:
                 shutil.copyfile(found, folder / name)
     (folder / "record.json").write_text(json.dumps(record))
@@ -112,7 +123,7 @@ def running(client: MlflowClient, study: str | None) -> list[dict[str, Any]]:
 def reap(client: MlflowClient, runs: Mapping[str, Sequence[Any]]) -> list[str]:
     """End those runs that are still RUNNING: run id -> status, outcome, exit code, message; ids of those ended.
 
-    A run that was deleted meanwhile is passed over.
+    A run that was deleted meanwhile, or that this user may not change, is passed over.
     """
     from pipeline.experiment.delivery.target import end_run, find_run
 
@@ -121,7 +132,14 @@ def reap(client: MlflowClient, runs: Mapping[str, Sequence[Any]]) -> list[str]:
         run = None
         with contextlib.suppress(UserError):  # deleted
             run = find_run(client, run_id)
-        if run is not None and run.info.status == "RUNNING":
+        if run is None or run.info.status != "RUNNING":
+            continue
+        try:
             end_run(client, run_id, status, outcome, exit_code, message, now_ms())
-            ended.append(run_id)
+        except Exception as error:
+            if classify(error) is not Fault.NOT_ALLOWED:
+                raise
+            log.warning("run %s is left RUNNING: it is for others to end (403)", run_id)
+            continue
+        ended.append(run_id)
     return ended

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.experiment.delivery import server
+from pipeline.experiment.delivery.faults import Fault, classify, unknown
 from pipeline.journal import now_ms
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ ANNOUNCED = "asib.announced"
 """Tag of a version: it has had its alias."""
 TAG_LENGTH = 5000
 """MLflow takes more; databases of older versions do not."""
-MISSING = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 
 
 # versions ------------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def register(client: MlflowClient, state: State, entry: Entry) -> str:
         Its number.
 
     Raises:
-        ValueError: the model itself was refused.
+        ValueError: the model itself was refused, or this user may not make versions of it.
     """
     data = entry.data
     model_id = state.models.get(data["entry"])
@@ -57,18 +57,29 @@ def register(client: MlflowClient, state: State, entry: Entry) -> str:
         raise ValueError(f"there is no model to register as {data['registered']}: it was refused")
     found = _made_of(client, data["registered"], state.run_id, model_id)
     if found is None:
-        _make_registered_model(client, data["registered"])
-        found = client.create_model_version(
-            data["registered"],
-            f"models:/{model_id}",
-            run_id=state.run_id,
-            tags={key: str(value)[:TAG_LENGTH] for key, value in data["tags"].items()},
-            model_id=model_id,
-        )
+        found = _make_version(client, data, state.run_id, model_id)
     _link(client, model_id, found)
     if ANNOUNCED not in found.tags:
         _announce(client, found, data["alias"])
     return str(found.version)
+
+
+def _make_version(client: MlflowClient, data: Any, run_id: str, model_id: str) -> ModelVersion:
+    name = data["registered"]
+    try:
+        _make_registered_model(client, name)
+        return client.create_model_version(
+            name,
+            f"models:/{model_id}",
+            run_id=run_id,
+            tags={key: str(value)[:TAG_LENGTH] for key, value in data["tags"].items()},
+            model_id=model_id,
+        )
+    except Exception as error:
+        if classify(error) is not Fault.NOT_ALLOWED:
+            raise
+        # What comes behind it, the run's end above all, does not wait for somebody's permission.
+        raise ValueError(f"permission denied (403): ask for EDIT permission on the model {name}") from error
 
 
 def _made_of(client: MlflowClient, name: str, run_id: str, model_id: str) -> ModelVersion | None:
@@ -142,7 +153,7 @@ def overview(client: MlflowClient, name: str) -> dict[str, Any]:
     try:
         model = client.get_registered_model(name)
     except Exception as error:
-        if getattr(error, "error_code", "") not in MISSING:
+        if not unknown(error):
             raise
         raise UserError(f"name={name}: {_no_such_model(client, name)}") from error
     aliases = {alias: str(version) for alias, version in model.aliases.items()}
@@ -164,7 +175,7 @@ def version(client: MlflowClient, name: str, number: str) -> dict[str, Any]:
     try:
         found = client.get_model_version(name, number)
     except Exception as error:
-        if getattr(error, "error_code", "") not in MISSING:
+        if not unknown(error):
             raise
         every = server.all_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
         numbers = sorted(int(item.version) for item in every)

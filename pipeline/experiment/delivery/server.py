@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.errors import UserError
+from pipeline.experiment.delivery.faults import lasting
 from pipeline.files import acquire, explained, release
 
 if TYPE_CHECKING:
@@ -39,16 +40,6 @@ QUIET = {
     "MLFLOW_UV_AUTO_DETECT": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-PERMANENT_CODES = (
-    "INVALID_PARAMETER_VALUE",
-    "BAD_REQUEST",
-    "RESOURCE_DOES_NOT_EXIST",
-    "RESOURCE_ALREADY_EXISTS",
-    "INVALID_STATE",
-    "NOT_FOUND",
-    "ENDPOINT_NOT_FOUND",
-)
-PERMANENT_ERRORS = (UserError, FileNotFoundError, PermissionError, ValueError, TypeError, LookupError, AttributeError)
 # What `mlflow run` sets for its step: the client API is told explicitly, and MLflow's fluent code must not act on it.
 ADOPTION = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
 
@@ -107,8 +98,11 @@ def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     return f"{shown(uri)} run {run_id}"
 
 
-def connect(uri: str) -> MlflowClient:
+def connect(uri: str, answers: bool = True) -> MlflowClient:
     """A client whose server answers, with the SQLite file made or migrated first.
+
+    Args:
+        answers: False where it is no error that the server does not answer now.
 
     Raises:
         UserError: the server refuses or does not answer; one line with the reason and what would do.
@@ -121,7 +115,8 @@ def connect(uri: str) -> MlflowClient:
         # Artifact and model URIs resolve through this global setting.
         mlflow.set_tracking_uri(uri)
         client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
+        if answers:
+            client.search_experiments(max_results=1)
     except UserError:
         raise
     except Exception as error:
@@ -200,7 +195,7 @@ def explain(error: BaseException, uri: str) -> str:
         return f"{at}: wrong user name or password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     if "Invalid Host header" in text:
         return f"{at}: it does not accept this host name (403): start it with --allowed-hosts, or use its own name"
-    if is_forbidden(error):
+    if code == "PERMISSION_DENIED" or " 403 " in text[:200]:
         return f"{at}: permission denied (403): ask for EDIT permission on the experiment"
     if code == "ENDPOINT_NOT_FOUND":
         return f"{at}: there is no MLflow at this address (404): check the URI"
@@ -208,28 +203,9 @@ def explain(error: BaseException, uri: str) -> str:
         return f"{at}: {_first_line(text)}: check the URI, or use tracking=offline"
     if (failed := re.search(r"too many (5\d\d) error responses", text)) is not None:
         return f"{at} is out of order (error {failed[1]}): see its log, or use tracking=offline"
-    if is_transient(error):
+    if not lasting(error):
         return f"{at} does not answer ({_reason(text)}): start the server, or use tracking=offline"
     return f"{at}: {_first_line(text)}"
-
-
-def is_forbidden(error: BaseException) -> bool:
-    """Whether the server knows who asks, and that they may not."""
-    return getattr(error, "error_code", "") == "PERMISSION_DENIED" or " 403 " in str(error)[:200]
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed later: no answer, an overloaded server, a locked file, a changed password."""
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        return error.error_code not in PERMANENT_CODES
-    answer = getattr(error, "response", None)  # of requests.HTTPError: artifacts travel outside MLflow's REST calls
-    status = getattr(answer, "status_code", None)
-    if status is not None:
-        return status >= 500 or status in (401, 403, 408, 429)
-    # Anything unknown (an object store's own exceptions) is worth another try; a local mistake is not.
-    return not isinstance(error, PERMANENT_ERRORS)
 
 
 def _revision(path: Path) -> tuple[str | None, bool]:

@@ -10,6 +10,7 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from pipeline.experiment.delivery.faults import look
 from pipeline.experiment.delivery.server import all_experiments, shown
 from pipeline.files import write_atomically
 
@@ -52,7 +53,7 @@ class State:
 def find_by_journal(client: MlflowClient, journal_id: str, experiment: str | None) -> Run | None:
     """The run that carries this journal's tag, looked for in the named experiment first, then everywhere."""
     query = f"tags.`{JOURNAL_TAG}` = '{journal_id}'"
-    named = client.get_experiment_by_name(experiment) if experiment else None
+    named = look(lambda: client.get_experiment_by_name(experiment)) if experiment else None
     runs = client.search_runs([named.experiment_id], query, max_results=1) if named else []
     if not runs:
         # A run that `mlflow run` made lies in that command's experiment.

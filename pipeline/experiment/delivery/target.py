@@ -11,13 +11,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
+from pipeline.experiment.delivery.faults import look
 from pipeline.experiment.delivery.server import artifact_location, shown
 from pipeline.experiment.delivery.state import State, find_by_journal
 from pipeline.journal import Entry
 
 GENERATION_TAG = "asib.generation"
 TAG_LENGTH = 8000
-UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 class Place(NamedTuple):
@@ -28,17 +28,14 @@ class Place(NamedTuple):
 
 
 def find_run(client: MlflowClient, run_id: str) -> Run | None:
-    """The run, None where the server does not know it.
+    """The run, None where the server does not know it, or does not show it to this user.
 
     Raises:
         UserError: it is deleted.
     """
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code in UNKNOWN:
-            return None
-        raise
+    run = look(lambda: client.get_run(run_id))
+    if run is None:
+        return None
     if run.info.lifecycle_stage == "deleted":
         raise UserError(f"run {run_id} is deleted: `mlflow runs restore --run-id {run_id}` brings it back")
     return run
@@ -52,8 +49,13 @@ def get_run(client: MlflowClient, uri: str, run_id: str) -> Run:
     """
     run = find_run(client, run_id)
     if run is None:
-        raise UserError(f"tracking server {shown(uri)} knows no run {run_id}: check the id")
+        raise UserError(no_run(uri, run_id))
     return run
+
+
+def no_run(uri: str, run_id: str) -> str:
+    """In one line; under basic authentication one that may not be read looks the same."""
+    return f"tracking server {shown(uri)} knows no run {run_id}: check the id, or ask for READ permission on it"
 
 
 def carried_run(client: MlflowClient, uri: str, folder: Path, link: dict[str, Any], experiment: str) -> Run:

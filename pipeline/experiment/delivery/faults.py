@@ -1,0 +1,160 @@
+"""What an error of MLflow's client means: the one place that judges the tracking server's answers.
+
+An answer of 400 or 404 that MLflow has not signed is some proxy's page, and says nothing of what was asked.
+Importing this module is cheap; MLflow is imported by the functions that need it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, TypeVar
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+
+
+class Fault(Enum):
+    """What became of a call."""
+
+    NOT_THERE = "not there"
+    NOT_ALLOWED = "not allowed"
+    """The server knows who asks. For a thing that may not exist this is what others than the administrator are told."""
+    REFUSED = "refused"
+    """The same call never succeeds."""
+    AWAY = "gone for now"
+    """No answer, an overloaded server, a locked file, a proxy's page, a changed password: it may succeed later."""
+
+
+class Refusal(Exception):
+    """An answer that MLflow has not signed, given again while its server was there."""
+
+
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
+WRONG = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "ENDPOINT_NOT_FOUND")
+LOCAL = (UserError, FileNotFoundError, PermissionError, ValueError, TypeError, LookupError, AttributeError, Refusal)
+"""Mistakes of this side; anything else that is unknown (an object store's own exceptions) is worth another try."""
+PASSING = (401, 403, 408, 425, 429)
+"""Of the 4xx, those that may pass."""
+FORBIDDEN = "Permission denied"
+"""The whole body of MLflow's 403: under basic authentication it is no JSON."""
+_PAGE = re.compile(
+    r"API request to endpoint \S+ failed with error code (\d+) != \d+\. Response body: '(.*)'", re.DOTALL
+)
+
+
+def classify(error: BaseException) -> Fault:
+    """What the error of a call of MLflow's client means."""
+    status, signed, code = _answer(error)
+    if status == 403:
+        return Fault.NOT_ALLOWED if signed else Fault.AWAY
+    if status is not None and not signed:
+        return Fault.AWAY
+    if code in MISSING:
+        return Fault.NOT_THERE
+    if code == "PERMISSION_DENIED":
+        return Fault.NOT_ALLOWED
+    if code in WRONG:
+        return Fault.REFUSED
+    if status is not None:  # of an artifact, with words of MLflow's own
+        return Fault.REFUSED if 400 <= status < 500 and status not in PASSING else Fault.AWAY
+    return Fault.REFUSED if not code and isinstance(error, LOCAL) and not _no_json(error) else Fault.AWAY
+
+
+def lasting(error: BaseException) -> bool:
+    """Whether the same call would get the same answer: not there, or refused. What is not allowed may be one day."""
+    return classify(error) in (Fault.NOT_THERE, Fault.REFUSED)
+
+
+def unknown(error: BaseException) -> bool:
+    """Whether what was asked for by its id is not there, as far as this user is told; a malformed id is none."""
+    return classify(error) in (Fault.NOT_THERE, Fault.NOT_ALLOWED) or _answer(error)[2] == "INVALID_PARAMETER_VALUE"
+
+
+def look(call: Callable[[], T]) -> T | None:
+    """What a look-up finds, None where that is not there or not for this user."""
+    try:
+        return call()
+    except Exception as error:
+        if not unknown(error):
+            raise
+        return None
+
+
+def ask(call: Callable[[], T], uri: str) -> T:
+    """Make a call; a 4xx that MLflow has not signed counts where its server is there and the same comes again.
+
+    So a proxy's upper limit, or an older server without that call, refuses for good, and a proxy that stands alone
+    for a while does not.
+
+    Raises:
+        Refusal: that.
+        Exception: the client's.
+    """
+    for again in (False, True):
+        try:
+            return call()
+        except Exception as error:
+            status, signed, _ = _answer(error)
+            doubtful = _no_json(error) if status is None else not signed and status < 500 and status not in PASSING
+            if not doubtful or not identifies_itself(uri):
+                raise
+            if again:
+                raise Refusal(str(error).split("\n", 1)[0]) from error
+    raise AssertionError
+
+
+def identifies_itself(uri: str) -> bool:
+    """Whether an MLflow server answers at this address: it says its version."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    if not uri.startswith("http"):
+        return True
+    try:
+        answer = http_request(get_default_host_creds(uri), "/version", "GET", max_retries=0, raise_on_status=False)
+    except Exception:
+        return False
+    return answer.status_code == 200 and re.fullmatch(r"\d+\.\d+\.\S{1,40}", answer.text.strip()) is not None
+
+
+def _answer(error: BaseException) -> tuple[int | None, bool, str]:
+    """Status of an HTTP answer, whether MLflow has signed it, and MLflow's error code.
+
+    The status is None where there is none to judge: MLflow's own JSON, its client's or its database's own errors.
+    """
+    from mlflow.exceptions import MlflowException, RestException
+
+    if isinstance(error, RestException):
+        return None, True, error.error_code if _signed(error.json) else ""
+    if isinstance(error, MlflowException):
+        page = _PAGE.match(str(error))
+        if page is None:
+            return None, True, str(error.error_code)
+        return int(page[1]), page[1] == "403" and page[2].strip() == FORBIDDEN, ""
+    response = getattr(error, "response", None)  # of requests.HTTPError: artifacts travel outside MLflow's REST calls
+    status = getattr(response, "status_code", None)
+    if status is None:
+        return None, False, ""
+    text = str(getattr(response, "text", ""))
+    try:
+        content: Any = json.loads(text)
+    except ValueError:
+        return status, text.strip() == FORBIDDEN, ""
+    return status, _signed(content), str(content["error_code"]) if _signed(content) else ""
+
+
+def _signed(content: Any) -> bool:
+    """Whether JSON is MLflow's: a proxy's has no error code, or one of its own."""
+    from mlflow.protos.databricks_pb2 import ErrorCode
+
+    code = content.get("error_code") if isinstance(content, dict) else None
+    return isinstance(code, str) and code in ErrorCode.DESCRIPTOR.values_by_name
+
+
+def _no_json(error: BaseException) -> bool:
+    """A page with status 200 in the place of an answer."""
+    return isinstance(error, json.JSONDecodeError)
