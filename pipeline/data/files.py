@@ -28,6 +28,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
+from pipeline.picture_files import find, folders, told
+from pipeline.pictures import Refused, read, square
 
 logger = logging.getLogger("asib")
 CROP_PCT = 0.875
@@ -195,29 +197,13 @@ class _Decoder(Dataset[Tensor | str]):
                 path = os.fsdecode(self._paths[index])
                 try:
                     picture = read(path)
-                # on damaged files Pillow's decoders raise whatever their parsers do: SyntaxError, struct.error, …
-                except Exception as error:
+                except (Refused, OSError) as error:
                     reason = " ".join(str(error).split()) or type(error).__name__
                     return f"{self._key}: {path} cannot be read ({reason}); replace or remove it"
                 if seed is not None:
                     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs as well
                 made[row] = transform(picture)
         return made
-
-
-def read(path: str) -> Any:
-    """A picture file as a PIL image, RGB, upright as its EXIF says, transparent parts on white: as a served student
-    reads it. Raises what Pillow raises.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as opened:
-        opened.load()
-        picture: Any = ImageOps.exif_transpose(opened)
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return picture.convert("RGB")
 
 
 @functools.lru_cache(maxsize=8)
@@ -229,7 +215,7 @@ def _transform(size: int, crop_flip: bool, randaugment: bool) -> Callable[[Any],
     steps: list[Any] = (
         [v2.RandomResizedCrop(size, interpolation=bicubic), v2.RandomHorizontalFlip()]
         if crop_flip
-        else [v2.Resize(round(size / CROP_PCT), interpolation=bicubic), v2.CenterCrop(size)]
+        else [functools.partial(square, size=size, crop_pct=CROP_PCT)]
     )
     if randaugment:
         steps.append(v2.RandAugment())
@@ -292,33 +278,62 @@ def scan(root: Path, key: str) -> Folder:
     held_out = root / ("test" if (root / "test").is_dir() else "val")
     if held_out.name == "test" and (root / "val").is_dir():
         logger.info("%s: val/ is not used: validation images are held out of train/ (dataset.val_fraction)", key)
-    train, test = _read_folder(root / "train", key), _read_folder(held_out, key)
+    train, test = _read_split(root / "train", key), _read_split(held_out, key)
+    ignored = [*train.ignored, *test.ignored]
+    if ignored:
+        logger.info("%s: %s", key, told(ignored, root))
     number = {name: k for k, name in enumerate(train.classes)}
     unknown = [name for name in test.classes if name not in number]
     if unknown:
         raise UserError(f"{key}: {held_out.name}/ has a class {unknown[0]} that train/ lacks; they must have the same")
     if len(number) < 2:
         raise UserError(f"{key}: train/ holds one class only; at least two are needed")
-    renumbered = [number[test.classes[y]] for _, y in test.samples]
-    paths = [[path for path, _ in split.samples] for split in (train, test)]
+    try:
+        digest = _digest(root, [*train.paths, *test.paths])
+    except OSError as error:  # a link to nothing, a file that is not ours to read
+        raise UserError(f"{key}: {error.filename}: {error.strerror}; mend or remove it") from error
     return Folder(
-        paths[0],
-        np.array([y for _, y in train.samples], dtype=np.int64),
-        paths[1],
-        np.array(renumbered, dtype=np.int64),
-        tuple(train.classes),
-        _digest(root, [*paths[0], *paths[1]]),
+        train.paths,
+        np.array([number[name] for name in train.labels], dtype=np.int64),
+        test.paths,
+        np.array([number[name] for name in test.labels], dtype=np.int64),
+        train.classes,
+        digest,
     )
 
 
-def _read_folder(folder: Path, key: str) -> Any:
-    from torchvision.datasets import ImageFolder
+class _Split(NamedTuple):
+    """One of the two folders: paths, the name of each one's class, the classes by name, what was passed over."""
 
+    paths: list[str]
+    labels: list[str]
+    classes: tuple[str, ...]
+    ignored: list[str]
+
+
+def _read_split(folder: Path, key: str) -> _Split:
+    """In the order of torchvision's ImageFolder."""
     try:
-        return ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        reason = str(error).split(" Supported extensions")[0].rstrip(".")
-        raise UserError(f"{key}: {reason}; each class needs a folder with images below {folder}") from error
+        classes, ignored = folders(folder)
+        found = [find(folder / name) for name in classes]
+    except OSError as error:
+        raise UserError(f"{key}: {error.filename}: {error.strerror}") from error
+    foreign = [name for name in classes if name.encode(errors="replace").decode() != name]
+    if foreign:
+        shown = os.fsencode(foreign[0]).decode(errors="backslashreplace")
+        raise UserError(f"{key}: {folder.name}/{shown} is not UTF-8, and cannot be the name of a class; rename it")
+    needed = f"each class needs a folder with images below {folder}"
+    if not classes:
+        raise UserError(f"{key}: Couldn't find any class folder in {folder}; {needed}")
+    empty = [name for name, pictures in zip(classes, found, strict=True) if not pictures.files]
+    if empty:
+        raise UserError(f"{key}: Found no valid file for the classes {', '.join(empty)}; {needed}")
+    return _Split(
+        [path for pictures in found for path in pictures.files],
+        [name for name, pictures in zip(classes, found, strict=True) for _ in pictures.files],
+        tuple(classes),
+        [*ignored, *(path for pictures in found for path in pictures.ignored)],
+    )
 
 
 def _digest(root: Path, paths: Sequence[str]) -> str:
@@ -339,7 +354,7 @@ def _digest(root: Path, paths: Sequence[str]) -> str:
     whole = hashlib.sha256()
     with ThreadPoolExecutor(HASHED_AT_A_TIME) as pool:
         for name, content in zip(names, pool.map(_hash, paths), strict=True):
-            whole.update(name.encode() + b"\0" + content)
+            whole.update(os.fsencode(name) + b"\0" + content)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cache, whole.hexdigest(), "XDG_CACHE_HOME")

@@ -18,11 +18,11 @@ from models import stem_timm
 from models.features import FeatureNet
 from models.small_input import is_patch_family
 from pipeline.data.sources import ImageData
+from pipeline.experiment import served
 from pipeline.experiment.run import Run
 from pipeline.files import write_atomically
 from pipeline.training.fusion import Fusion
 
-PYFUNC = Path(__file__).with_name("student_pyfunc.py")
 OUTPUTS = ("probabilities", "logits")
 """Of the ONNX file, both (n, N)."""
 TOLERANCE = 1e-4
@@ -164,7 +164,7 @@ def log_student(
     to_onnx(network, data, folder / "student.onnx")
     difference = check_onnx(folder / "student.onnx", network, data)
     to_timm(network, net, data, folder / "timm")
-    shutil.copy(PYFUNC, folder / PYFUNC.name)
+    (folder / served.PYFUNC.name).write_text(served.code(), encoding="utf-8")
     shutil.copy(run.folder / "checkpoints/student.safetensors", folder)
     meta: dict[str, Any] = {
         "classes": list(data.classes),
@@ -183,7 +183,7 @@ def log_student(
     run.journal.model(
         folder,
         name="student",
-        python_model=folder / PYFUNC.name,
+        python_model=folder / served.PYFUNC.name,
         artifacts={
             "net": folder / "student.onnx",
             "meta": folder / "meta.json",

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from pipeline import escape
 from pipeline.errors import UserError
-from pipeline.experiment.student_pyfunc import BATCH, Classifier, Refused
+from pipeline.experiment.student_pyfunc import BATCH, Classifier
+from pipeline.picture_files import SUFFIXES, find, told
+from pipeline.pictures import Refused
 
 if TYPE_CHECKING:
     import pandas
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from pipeline.experiment.run import Run
 
 logger = logging.getLogger("asib")
-PICTURES = (".png", ".jpg", ".jpeg")
 TABLES = (".csv", ".parquet")
 TOP = 5
 SHOWN = 10
@@ -35,12 +36,15 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Asked:
-    """The command line; `files` lie under `images`, sorted; `to` None: the table stays in the run's folder."""
+    """The command line; `files` lie under `images`, sorted, and so do those `ignored`; `to` None: the table stays in
+    the run's folder.
+    """
 
     model: str
     images: Path
     files: tuple[Path, ...]
     to: Path | None
+    ignored: tuple[str, ...] = ()
 
     def words(self) -> str:
         """What DRY_RUN=1 shows."""
@@ -68,14 +72,17 @@ def understand(own: Mapping[str, str]) -> Asked:
     if not model:
         raise UserError("model is not set: give model=models:/<name>@<alias>, runs:/<id>, or a logged model's folder")
     if not images:
-        raise UserError("images is not set: give images=<folder> with PNG or JPEG files")
+        raise UserError("images is not set: give images=<folder> with picture files")
     folder = Path(images).expanduser()
     if not folder.is_dir():
-        raise UserError(f"images={images}: no such folder; give a folder with PNG or JPEG files")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
-    if not files:
-        raise UserError(f"images={images}: no {', '.join(PICTURES)} file in it, at any depth; give another folder")
-    return Asked(model, folder, tuple(files), _target(to) if to else None)
+        raise UserError(f"images={images}: no such folder; give a folder with picture files")
+    try:
+        found, ignored = find(folder)
+    except OSError as error:
+        raise UserError(f"images={images}: {error.filename}: {error.strerror}; give another folder") from error
+    if not found:
+        raise UserError(f"images={images}: no {', '.join(SUFFIXES)} file in it, at any depth; give another folder")
+    return Asked(model, folder, tuple(sorted(map(Path, found))), _target(to) if to else None, tuple(ignored))
 
 
 def _target(to: str) -> Path:
@@ -101,6 +108,8 @@ def predict(run: "Run", asked: Asked) -> float | None:
     model = locate(run, asked.model)
     classifier = load(model, asked.model)
     run.ready()
+    if asked.ignored:
+        logger.info("images=%s: %s", asked.images, told(asked.ignored, asked.images))
     if model.run_id:
         run.journal.model_input(model.run_id)
     tags = {"asib.model": model.version or asked.model, "asib.student": model.run_id, "asib.model_id": model.model_id}

@@ -1,26 +1,22 @@
 """A student as MLflow serves it: images in, class names and probabilities out.
 
 MLflow runs this file by its path, out of the logged model and without this project: mlflow, numpy, onnxruntime and
-pillow are all it needs. The project imports it for its functions, so that predictions on a folder of files are those
-of the server; that way it imports no MLflow.
+pillow are all it needs, since the logged copy carries pipeline/pictures.py in the place of its import
+(`pipeline.experiment.served`). The project imports it for its functions, so that predictions on a folder of files are
+those of the server; that way it imports no MLflow.
 """
 
 import base64
-import io
 import json
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_PIXELS = 64_000_000
-"""Larger pictures are refused: a file of some kilobytes can unpack to any amount of memory."""
+from pipeline.pictures import Refused, decode
+
 BATCH = 256
 """Images that go through the network at once, so that memory does not grow with the request."""
-
-
-class Refused(ValueError):
-    """What was given is no image that the student can take; the text says why."""
 
 
 class Classifier:
@@ -47,9 +43,12 @@ class Classifier:
         found = [self._session.run(["probabilities"], {"images": images[i : i + BATCH]})[0] for i in starts]
         return np.concatenate(found)
 
-    def picture(self, file: bytes) -> NDArray[np.uint8]:
-        """A PNG or JPEG file as the network takes it, (size, size, channels). Raises Refused."""
-        return decode(file, self.size, self.channels, self.crop_pct)
+    def picture(self, file: bytes, *, sent: bool = False) -> NDArray[np.uint8]:
+        """A picture file, or one that was `sent` to a server, as the network takes it, (size, size, channels).
+
+        Raises Refused.
+        """
+        return decode(file, self.size, self.channels, self.crop_pct, sent=sent)
 
     def image(self, item: Any) -> NDArray[np.uint8]:
         """One item of a request: a base64 string, or nested lists of pixels. Raises Refused."""
@@ -57,57 +56,10 @@ class Classifier:
             return pixels(item, self.size, self.channels)
         try:
             # tools that write base64 break its lines
-            return self.picture(base64.b64decode("".join(item.split()), validate=True))
+            return self.picture(base64.b64decode("".join(item.split()), validate=True), sent=True)
         except ValueError as error:
             reason = f" ({error})" if isinstance(error, Refused) else ""
             raise Refused(f"is no base64 PNG or JPEG{reason}") from error
-
-
-def decode(file: bytes, size: int, channels: int, crop_pct: float | None = None) -> NDArray[np.uint8]:
-    """A PNG or JPEG file as uint8 (size, size, channels).
-
-    Upright as its EXIF says, transparent parts on white, grey and CMYK converted, then brought to the size bicubically:
-    as a square in its centre whose side is `crop_pct` of the shorter side; None: squeezed, whatever its shape.
-
-    Raises:
-        Refused: another format, a damaged file, more than `MAX_PIXELS`.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise Refused(f"it has {opened.width} × {opened.height} pixels, at most {MAX_PIXELS} are taken")
-            opened.load()
-            picture: Any = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I"):  # 16 bits of grey, of which Pillow would cut off what is above 255
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.has_transparency_data:
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture.convert("RGBA"))
-            picture = picture.convert("RGB" if channels == 3 else "L")
-            picture = _to_square(picture, size, crop_pct)
-    except Refused:
-        raise
-    except Image.DecompressionBombError as error:
-        raise Refused(f"more than {MAX_PIXELS} pixels") from error
-    except Exception as error:
-        # on damaged files Pillow's decoders raise whatever their parsers do: SyntaxError, struct.error, EOFError, …
-        raise Refused("not such a picture, or a damaged one") from error
-    return np.asarray(picture, dtype=np.uint8).reshape(size, size, channels)
-
-
-def _to_square(picture: Any, size: int, crop_pct: float | None) -> Any:
-    """A PIL image as the network was evaluated: with `crop_pct`, as torchvision's Resize and CenterCrop do it."""
-    from PIL import Image
-
-    if crop_pct is None:
-        return picture.resize((size, size), Image.Resampling.BICUBIC)
-    shorter = round(size / crop_pct)
-    width, height = (shorter * side // min(picture.size) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return picture.crop((left, top, left + size, top + size))
 
 
 def pixels(item: Any, size: int, channels: int) -> NDArray[np.uint8]:

@@ -89,8 +89,14 @@ def test_predictions_are_those_of_the_served_model(bench: Lab, student: Done, pi
     Image.fromarray(rng.integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(folder / "wide.jpg")
     Image.fromarray(rng.integers(0, 256, (9, 7, 4), dtype=np.uint8)).save(folder / "glass.png")
     Image.fromarray(rng.integers(0, 256, (30, 30), dtype=np.uint8)).save(folder / "grey.png")
+    Image.fromarray(rng.integers(0, 65536, (30, 30), dtype=np.uint16)).save(folder / "deep.png")
+    (folder / ".ipynb_checkpoints").mkdir()
+    shutil.copy(folder / "grey.png", folder / ".ipynb_checkpoints/grey-checkpoint.png")
+    (folder / "._grey.png").write_bytes(b"\0\5\x16\7")
+    (folder / "round").symlink_to(folder)
     done = bench.step("predict", f"model={student.folder / 'model'}", f"images={folder}")
     assert done.code == 0, done.err
+    assert [line for line in done.lines if "3 ignored: hidden files and folders" in line]
     table = pandas.read_csv(done.folder / "predictions.csv")
     prepared = {"net": "student.onnx", "meta": "meta.json", "weights": "student.safetensors", "timm": "timm"}
     mlflow.pyfunc.save_model(
@@ -101,7 +107,7 @@ def test_predictions_are_those_of_the_served_model(bench: Lab, student: Done, pi
     )
     texts = [base64.b64encode((folder / name).read_bytes()).decode() for name in table["file"]]
     answers = mlflow.pyfunc.load_model(str(tmp_path / "saved")).predict(texts)
-    assert list(table["file"]) == ["glass.png", "grey.png", "wide.jpg"]
+    assert list(table["file"]) == ["deep.png", "glass.png", "grey.png", "wide.jpg"]
     assert list(table["class"]) == [answer["class"] for answer in answers]
     assert list(table["probability"]) == pytest.approx([answer["probability"] for answer in answers], abs=1e-6)
 
@@ -144,7 +150,7 @@ def test_broken_pictures_are_listed_and_left_out(
         ({"model": ""}, "model is not set"),
         ({"images": ""}, "images is not set"),
         ({"images": "{tmp}/nowhere"}, "no such folder"),
-        ({"images": "{tmp}"}, "no .png, .jpg, .jpeg file in it"),
+        ({"images": "{tmp}"}, "no .jpg, .jpeg, .png, "),
         ({"to": "{tmp}/table.xlsx"}, "to={tmp}/table.xlsx: give a file that ends with .csv or .parquet"),
         ({"to": "{tmp}/nowhere/table.csv"}, "cannot write in {tmp}/nowhere"),
     ],

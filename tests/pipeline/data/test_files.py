@@ -19,7 +19,7 @@ from pipeline.config import AugmentConfig, DatasetConfig
 from pipeline.data import EvalBatches, TrainBatches, load
 from pipeline.data.files import ImageFiles
 from pipeline.errors import UserError
-from pipeline.experiment.student_pyfunc import decode
+from pipeline.pictures import decode
 
 SIZE = 16
 CLASSES = ("ash", "birch", "cedar")
@@ -186,6 +186,50 @@ def test_the_digest_is_of_the_contents(root: Path, tmp_path: Path, cache: Path) 
     changed = moved / paths[0].relative_to(root)
     changed.write_bytes(changed.read_bytes()[:-1] + b"\0")
     assert load(config(moved)).digest != first
+
+
+def test_what_is_hidden_is_no_image_and_no_class(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clean = load(config(root))
+    for split in ("train", "val"):
+        for place in (root / split / ".ipynb_checkpoints", root / split / "ash" / ".ipynb_checkpoints"):
+            place.mkdir()
+            picture(7).save(place / "0-checkpoint.png")
+        (root / split / "__MACOSX").mkdir()
+        (root / split / "ash" / "._0.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+        (root / split / "ash" / ".DS_Store").write_bytes(b"")
+    with caplog.at_level("INFO", "asib"):
+        found = load(config(root))
+    assert (found.classes, found.digest, len(found.train_x)) == (clean.classes, clean.digest, 3 * TRAIN)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"dataset.root={root}: 8 ignored: hidden files and folders")
+
+
+def test_a_link_that_leads_round_is_followed_once(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clean = load(config(root)).digest
+    (root / "train/ash/round").symlink_to(root / "train/ash")
+    (root / "train/ash/up").symlink_to(tmp_path)
+    (root / "val/self").symlink_to(".")
+    (root / "train/birch/self.png").symlink_to("self.png")
+    (root / "train/birch/folder.png").mkdir()
+    os.mkfifo(root / "train/birch/pipe.png")
+    with pytest.raises(UserError, match=r"train/birch/self\.png: Too many levels of symbolic links"):
+        load(config(root))
+    (root / "train/birch/self.png").unlink()
+    with caplog.at_level("INFO", "asib"):
+        assert load(config(root)).digest == clean
+    assert "4 ignored" in caplog.text
+    (root / "elsewhere").mkdir()
+    picture(3).save(root / "elsewhere/new.png")
+    (root / "train/birch/more").symlink_to(root / "elsewhere")
+    assert len(load(config(root)).train_x) == 3 * TRAIN + 1, "a link that leads elsewhere"
+
+
+def test_names_that_are_not_utf8(root: Path) -> None:
+    (root / "train/ash/0.jpg").rename(os.fsdecode(os.fsencode(root / "train/ash/") + b"/caf\xe9.jpg"))
+    assert len(load(config(root)).train_x) == 3 * TRAIN
+    os.mkdir(os.fsencode(root / "train") + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"train/caf\\xe9 is not UTF-8"):
+        load(config(root))
 
 
 def test_without_a_cache_folder_it_works(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

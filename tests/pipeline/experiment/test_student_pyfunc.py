@@ -118,7 +118,7 @@ def huge() -> bytes:
 )
 def test_what_is_no_png_or_jpeg_is_refused(file: bytes, says: str) -> None:
     with pytest.raises(Refused, match=says):
-        decode(file, SIZE, 3)
+        decode(file, SIZE, 3, sent=True)
 
 
 # requests ------------------------------------------------------------------------------------------------------------
