@@ -9,6 +9,10 @@ class NotThere(UserError):
     """What was asked of the tracking server is not there, or cannot be read."""
 
 
+class HelperFailed(UserError):
+    """A helper process of this one has ended; nothing was wrong with what the user gave. Exit code 1."""
+
+
 class Interrupted(BaseException):
     """A signal ended the run; what training had done is in its checkpoint. No library may swallow it as an error."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pipeline.errors import Interrupted, NonFinite, Pruned, UserError
+from pipeline.errors import HelperFailed, Interrupted, NonFinite, Pruned, UserError
 
 
 class Ending(NamedTuple):
@@ -27,6 +27,8 @@ def ending_of(error: BaseException) -> Ending:
         case Pruned():
             tags = {"asib.pruned_epoch": str(error.epoch), "asib.pruned_reason": error.reason}
             return Ending("KILLED", "pruned", 0, tags=tags)
+        case HelperFailed():
+            return Ending("FAILED", "failed", 1, str(error))
         case UserError():
             return Ending("FAILED", "refused", 2, str(error))
         case NonFinite():

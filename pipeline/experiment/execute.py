@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config
 from pipeline.config.names import UnknownKey
 from pipeline.config.places import check_there
-from pipeline.errors import Interrupted, NonFinite, UserError
+from pipeline.errors import HelperFailed, Interrupted, NonFinite, UserError
 from pipeline.experiment import cli, shortcuts
 from pipeline.experiment.compose import compose, dump
 
@@ -277,7 +277,7 @@ def _refuse(step: str, error: UserError, debug: bool) -> int:
             _fail_adopted_run(step, str(error))
         except UserError as second:
             logger.error("%s", second)
-    return 2
+    return 1 if isinstance(error, HelperFailed) else 2
 
 
 def _fail_adopted_run(step: str, message: str) -> None:

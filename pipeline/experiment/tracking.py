@@ -71,7 +71,7 @@ def start_delivery(
         arguments += ["--fetch", source, str(dest.absolute())]
     folder.mkdir(parents=True, exist_ok=True)
     where = absolute_uri(uri) if uri else default_uri()
-    return Delivery(where, [*arguments, str(folder.absolute())], folder.absolute())
+    return Delivery(where, arguments, folder.absolute())
 
 
 def fetch_now(uri: str, run_uri: str, dest: Path) -> Path:

@@ -74,12 +74,13 @@ class Process:
         self._leave_by = float("inf")
         self._client: MlflowClient | None = None
         self._loop: DeliveryLoop | None = None
-        self._ready = False
+        self._ready: bool = options.again
 
     def run(self) -> int:
         try:
             self.options.uri = server.absolute_uri(self.options.uri)
-            self._client = server.connect(self.options.uri)
+            # one that has been here before does not give up its run for an outage
+            self._client = server.connect(self.options.uri, answers=not self.options.again)
             paths = {uri: str(self._fetch(uri, Path(dest))) for uri, dest in self.options.fetch}
             self.trainer.tell("connected", fetched=paths)
             server.patience(server.LATER_PATIENCE, self._ours)
@@ -97,6 +98,8 @@ class Process:
                 patience=90.0,
                 on_attached=self._attached,
             ) as loop:
+                for folder, upto in self.options.forgotten:
+                    loop.top.forget(Path(folder), int(upto))
                 return self._follow(loop)
         except UserError as error:
             log.error("%s", error)
@@ -189,6 +192,7 @@ class Process:
             self.trainer.tell("answer", id=request["id"], **answer)
 
     def _answer_to(self, request: dict[str, Any]) -> dict[str, Any]:
+        again = request.pop("again", False)  # another process was killed before it had answered
         if request["do"] == "fetch":
             return self._fetch_answer(request)
         if request["do"] == "info":
@@ -199,8 +203,20 @@ class Process:
             return {"value": None}
         assert self._client is not None
         if request["do"].startswith("registry."):
+            if again and request["do"] == "registry.move" and self._moved(request):
+                return {"value": None}
             return delivery_registry.answer(self._client, request, self.options.uri)
         return delivery_read.answer(self._client, request, self.options.uri)
+
+    def _moved(self, request: dict[str, Any]) -> bool:
+        """Whether the process that was killed has made this move, or is found to have begun it and it is made now."""
+        for what in ("registry.repair", "registry.overview"):
+            asked = {"do": what, "id": request["id"], "name": request["name"]}
+            answer = delivery_registry.answer(self._client, asked, self.options.uri)
+            if "error" in answer:
+                return False
+        champion = answer["value"]["aliases"].get(delivery_registry.CHAMPION)
+        return bool(champion == request["plan"]["after"][delivery_registry.CHAMPION])
 
     def _fetch_answer(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -266,6 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", help="the run that this one goes on with")
     parser.add_argument("--grace", type=float, default=120.0, help="seconds of further attempts after the trainer")
     parser.add_argument("--fetch", nargs=2, action="append", default=[], metavar=("URI", "FOLDER"))
+    parser.add_argument("--again", action="store_true", help="the run was on the server before this start")
+    parser.add_argument("--forgotten", nargs=2, action="append", default=[], metavar=("FOLDER", "OFFSET"))
     options = parser.parse_args(arguments)
     # Events have the real stdout for themselves; whatever a library prints goes into the log.
     events = os.fdopen(os.dup(1), "w")

@@ -1,6 +1,7 @@
 """The trainer's end of the pipes: a delivery process of its own, asked and answered in JSON lines.
 
-Imports no MLflow: the delivery process does.
+Whoever kills that process, the kernel for want of memory above all, does not end delivery: it is started again, and
+asked again what was not answered. Imports no MLflow: the delivery process does.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import journal
-from pipeline.errors import NotThere, UserError
+from pipeline.errors import HelperFailed, NotThere, UserError
 from pipeline.experiment.options import REPOSITORY
 
 LOG = "delivery.log"
+STARTS = 50
+"""How often the process is started at most."""
+IN_VAIN, IN_VAIN_S = 3, 25.0
+"""It is given up when so many starts in a row, over so long, have not come as far as their server."""
+PAUSE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,19 +52,40 @@ class Delivery:
         self._ready: Future[Ready] = Future()
         self._finished: Future[dict[str, Any]] = Future()
         self._answers: dict[int, Future[Any]] = {}
-        self._lock = threading.Lock()
+        self._requests: dict[int, Mapping[str, Any]] = {}  # not answered yet; the last of them may be to finish
+        self._forgotten: dict[str, int] = {}  # folder -> how long the journal was then
+        self._lock = threading.RLock()
         self._closed: UserError | None = None
-        with (folder / LOG).open("ab") if folder else open(os.devnull, "wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "pipeline.experiment.delivery", "--trainer", str(os.getpid()), *arguments],
+        self._arguments, self._uri, self._owner = list(arguments), uri, os.getpid()
+        self._starts = self._in_vain = 0
+        self._alive = time.monotonic()
+        try:
+            self._process = self._start()
+        except OSError as error:
+            raise HelperFailed(f"the delivery process could not be started ({error}): see {self._log()}") from error
+        threading.Thread(target=self._listen, name="delivery-events", daemon=True).start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        arguments = self._arguments
+        if self._connected.done():  # it was here before, and has fetched what was asked for
+            arguments = arguments[: arguments.index("--fetch")] if "--fetch" in arguments else arguments
+            arguments = [*arguments, *(["--again"] if self._ready.done() else [])]
+            for folder, upto in self._forgotten.items():
+                arguments += ["--forgotten", folder, str(upto)]
+        where = [str(self.folder)] if self.folder else []
+        self._starts += 1
+        self._in_vain += 1
+        with (self.folder / LOG).open("ab") if self.folder else open(os.devnull, "wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "pipeline.experiment.delivery", "--trainer", str(self._owner),
+                 *where, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=_environment(uri),
+                env=_environment(self._uri),
                 start_new_session=True,  # Ctrl-C reaches the trainer alone
-            )
-        threading.Thread(target=self._listen, name="delivery-events", daemon=True).start()
+            )  # fmt: skip
 
     def wait_fetched(self, timeout: float = 300.0) -> dict[str, Path]:
         """The server answered and the artifacts asked for at the start are here: URI → local path.
@@ -178,6 +205,9 @@ class Delivery:
         """
         if folder.absolute() == self.folder:
             raise ValueError(f"{folder} is the delivery's own: only nested runs can be forgotten")
+        with contextlib.suppress(OSError):  # without a folder or a journal nothing is followed
+            if self.folder is not None:
+                self._forgotten[str(folder.absolute())] = (self.folder / journal.FILE).stat().st_size
         self._ask("forget", timeout, folder=str(folder.absolute()))
 
     def finish(self, timeout: float = 600.0) -> bool:
@@ -188,7 +218,7 @@ class Delivery:
             tries for a while after this one's end). `f"{tracking.DELIVER} {folder}"` brings the rest later.
         """
         with contextlib.suppress(UserError):
-            self._send({"do": "finish"})
+            self._send(next(self._numbers), {"do": "finish"})
         try:
             delivered = bool(self._wait(self._finished, timeout)["delivered"])
         except UserError:
@@ -204,17 +234,22 @@ class Delivery:
             if self._closed is not None:
                 raise self._closed
             self._answers[number] = answer
-        self._send({"do": what, "id": number, **values})
-        return self._wait(answer, timeout)
-
-    def _send(self, request: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
+        self._send(number, {"do": what, "id": number, **values})
         try:
-            with self._lock:
+            return self._wait(answer, timeout)
+        finally:
+            self._requests.pop(number, None)  # nobody waits for it any more
+
+    def _send(self, number: int, request: Mapping[str, Any]) -> None:
+        """Write it; one that finds no process any more is written to the next."""
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            self._requests[number] = request
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError, ValueError):
                 self._process.stdin.write(json.dumps(request) + "\n")
                 self._process.stdin.flush()
-        except (OSError, ValueError):
-            raise self._closed or UserError(f"the delivery process has ended: see {self._log()}") from None
 
     def _wait(self, future: Future[Any], timeout: float) -> Any:
         try:
@@ -225,36 +260,70 @@ class Delivery:
             ) from None
 
     def _listen(self) -> None:
-        assert self._process.stdout is not None
-        assert self._process.stdin is not None
-        refusal = ""
-        for line in self._process.stdout:
-            event = json.loads(line)
-            match event.pop("event"):
-                case "connected":
-                    self._connected.set_result(event["fetched"])
-                case "ready":
-                    self._ready.set_result(Ready(**event))
-                case "answer" if "error" in event:
-                    kind = NotThere if event.get("not_there") else UserError
-                    self._answers.pop(event["id"]).set_exception(kind(event["error"]))
-                case "answer":
-                    self._answers.pop(event["id"]).set_result(event["value"])
-                case "refused":
-                    refusal = event["message"]
-                case "finished":
-                    self._finished.set_result(event)
+        while True:
+            for line in self._process.stdout or ():
+                with contextlib.suppress(ValueError):  # it was killed in the middle of the line
+                    self._take(json.loads(line))
+            code = self._process.wait()
+            with self._lock:
+                for pipe in (self._process.stdin, self._process.stdout):
+                    with contextlib.suppress(OSError):  # what was not read any more is lost with the process
+                        assert pipe is not None
+                        pipe.close()
+            # One that leaves by itself has said why, here or in its log, and would say it again.
+            if code >= 0 or self._finished.done() or not self._start_again():
+                break
         # The process is gone: nobody may wait for it in vain.
         with self._lock:
-            self._closed = UserError(refusal or f"the delivery process has ended: see {self._log()}")
+            reason = (
+                f"the delivery process was killed by signal {-code}" if code < 0 else "the delivery process has ended"
+            )
+            self._closed = self._closed or HelperFailed(f"{reason}: see {self._log()}")
             waiting: list[Future[Any]] = [self._connected, self._ready, self._finished, *self._answers.values()]
         for future in waiting:
             if not future.done():
                 future.set_exception(self._closed)
-        self._process.wait()
-        with self._lock, contextlib.suppress(OSError):  # what was not read any more is lost with the process
-            self._process.stdout.close()
-            self._process.stdin.close()
+
+    def _start_again(self) -> bool:
+        """After its violent end; False when that was once too often."""
+        vain = self._in_vain >= IN_VAIN and time.monotonic() - self._alive > IN_VAIN_S
+        if self._starts >= STARTS or vain:
+            return False
+        time.sleep(PAUSE_S * max(1, self._in_vain))
+        if self.folder is not None and not self.folder.is_dir():  # nothing is left to deliver
+            return False
+        with self._lock, contextlib.suppress(OSError):
+            self._process = self._start()
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):
+                for request in self._requests.values():
+                    self._process.stdin.write(json.dumps({**request, "again": True}) + "\n")
+                self._process.stdin.flush()
+            return True
+        return False
+
+    def _take(self, event: dict[str, Any]) -> None:
+        match event.pop("event"):
+            case "connected":
+                self._in_vain, self._alive = 0, time.monotonic()
+                if not self._connected.done():
+                    self._connected.set_result(event["fetched"])
+            case "ready":
+                if not self._ready.done():
+                    self._ready.set_result(Ready(**event))
+            case "answer":
+                self._requests.pop(event["id"], None)
+                answer = self._answers.pop(event["id"], None)
+                if answer is None:
+                    pass  # it was answered before
+                elif "error" in event:
+                    answer.set_exception((NotThere if event.get("not_there") else UserError)(event["error"]))
+                else:
+                    answer.set_result(event["value"])
+            case "refused":
+                self._closed = UserError(event["message"])
+            case "finished":
+                self._finished.set_result(event)
 
     def _log(self) -> str:
         return str(self.folder / LOG) if self.folder else "the messages above"

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.errors import UserError
 from pipeline.experiment.delivery.faults import lasting
-from pipeline.files import acquire, explained, release
+from pipeline.files import acquire, explained, release, replacing
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -152,7 +152,15 @@ def prepare_sqlite(uri: str) -> None:
             # As `mlflow db upgrade` does.
             _upgrade_db(create_sqlalchemy_engine_with_retry(uri))
         # Also makes the default experiment, whose artifacts then lie beside the file wherever we were started.
-        SqlAlchemyStore(uri, str(path.parent / "mlartifacts"))
+        artifacts = str(path.parent / "mlartifacts")
+        if path.exists() and path.stat().st_size:
+            SqlAlchemyStore(uri, artifacts)
+            return
+        # A process that is killed in the middle leaves no half of a schema, which MLflow could not complete.
+        for part in path.parent.glob(f".{path.name}.*"):
+            part.unlink()
+        with replacing(path, "tracking.uri") as temporary:
+            SqlAlchemyStore(f"sqlite:///{temporary}", artifacts).engine.dispose()
     finally:
         release(lock)
 
