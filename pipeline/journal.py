@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline import secrets
 from pipeline.errors import UserError
 from pipeline.journal_entries import (
     FILE,
@@ -335,7 +336,13 @@ class NullJournal:
         return lambda *values, **named: ""
 
 
+_STRUCTURE = ("journal", "generation", "path", "folder", "to", "sha256", "parent", "carrier", "entry", "python_model")
+"""What a journal's entries say of themselves: names that we have made, which must stay as they are."""
+
+
 def _line(kind: str, **values: Any) -> str:
+    """An entry; no secret of this process's environment gets into a record, whichever way it came here."""
+    values = secrets.mask_all(values, but=_STRUCTURE)
     return json.dumps({"kind": kind, "time": now_ms(), **values}, allow_nan=False, ensure_ascii=False)
 
 

@@ -4,9 +4,10 @@ A masked value reads `***`. False alarms are cheap (a masked line still says whi
 """
 
 import itertools
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 MASK = "***"
@@ -56,21 +57,37 @@ def values(environ: Mapping[str, str] | None = None) -> list[str]:
 
 def mask(text: str, environ: Mapping[str, str] | None = None) -> str:
     """`text` without the values of secret-looking environment variables, and without passwords in URLs."""
-    for value in values(environ):
+    return _without(text, values(environ))
+
+
+def _without(text: str, found: Iterable[str]) -> str:
+    for value in found:
         if value in text:
             text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])", MASK, text)
     return _IN_URL.sub(rf"\g<1>{MASK}@", text) if "://" in text else text
 
 
-def mask_all(value: Any) -> Any:
-    """The same for every text in lists and mappings (their keys stay)."""
-    if isinstance(value, str):
-        return mask(value)
-    if isinstance(value, Mapping):
-        return {key: mask_all(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [mask_all(item) for item in value]
-    return value
+def mask_all(tree: Any, but: Collection[str] = ()) -> Any:
+    """The same for every text in lists and mappings; their keys stay, and what stands under the keys of `but`."""
+    found = values()
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, str):
+            return _without(value, found)
+        if isinstance(value, Mapping):
+            return {key: item if key in but else walk(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [walk(item) for item in value]
+        return value
+
+    return walk(tree)
+
+
+class Formatter(logging.Formatter):
+    """Log lines, tracebacks included, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask(super().format(record))
 
 
 _IN_URL = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://[^\s/@:'\"]*:)[^\s/@'\"]+@")

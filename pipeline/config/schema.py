@@ -306,6 +306,7 @@ class TrackingConfig(Section):
     mode: Literal["online", "offline"] = key("online", "offline: the journal only; deliver it later")
     uri: str | None = key(None, "tracking server; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
     experiment: str = key("asib", "experiment of the runs")
+    git_diff: bool = key(True, "log what the sources differ in from their commit, lines that look like secrets masked")
     finish_seconds: Positive = key(120.0, "how long the end of a run waits for a silent server")
 
 

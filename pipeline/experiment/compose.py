@@ -4,12 +4,13 @@ Group choices go to Hydra; values are set on what it composed, because Hydra's o
 nor take values such as `a=b` or `it's.pt` without quoting. Imports no torch: composing takes well under a second.
 """
 
+import logging
 import os
 import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ from pipeline.config import Config, explain, flatten
 from pipeline.config.describe import field_at, is_text, section_of, written
 from pipeline.config.names import UnknownKey, near_miss
 from pipeline.errors import UserError
+from pipeline.experiment import settings as setting_files
 from pipeline.experiment.options import CONF, NOT_GROUPS, groups
 
+logger = logging.getLogger("asib")
 _EXPERIMENT = "experiment"
 _SECTIONS = tuple(name for name, field in Config.model_fields.items() if section_of(field) is not None)
 _HYDRA_IS_GLOBAL = threading.Lock()
@@ -55,7 +58,8 @@ def compose(
 
     Args:
         cfg: name of a file in conf/experiment, or path of a YAML file anywhere: changes, or a whole dumped
-            configuration, with or without a Hydra defaults list. None: the defaults.
+            configuration, with or without a Hydra defaults list. None: the defaults. Of a file that is fetched
+            (`runs:/…`) only what changes the computation counts.
         overrides: `method.tau=2`, `model.teachers.0.checkpoint=x`, group choices such as `dataset=cifar100`;
             Hydra's `~key`, `+key` and `++key` are taken too. The last one wins; what is given here wins over `cfg`.
         fetch: brings `runs:/<id>/best.yaml` to this machine and says where it lies.
@@ -74,8 +78,12 @@ def compose(
             raise UserError(f"experiment={choices[_EXPERIMENT]} and cfg={cfg} name the same thing: give one of them")
         cfg = choices.pop(_EXPERIMENT)
     source = f"cfg={cfg}" if cfg else "conf/config.yaml"
-    with _one_line(source):
-        composed = _compose_groups(_locate(cfg, fetch) if cfg else None, choices, source)
+    with ExitStack() as stack, _one_line(source):
+        file = _locate(cfg, fetch) if cfg else None
+        if file is not None and cfg is not None and _URI.match(cfg):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asib-cfg-")))
+            file = _foreign(file, folder, source, [*choices, *(setting.key for setting in settings)])
+        composed = _compose_groups(file, choices, source)
         for setting in [*presets(composed), *settings]:
             _apply(composed, setting)
         plain: Any = OmegaConf.to_container(composed, resolve=True)
@@ -249,9 +257,22 @@ def _is_list(path: Sequence[str]) -> bool:
 # ---------------------------------------------------------------------------------------------- Hydra
 
 
+_URI = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
+
+
+def _foreign(file: Path, folder: Path, source: str, given: Sequence[str]) -> Path:
+    """What may be composed of a file that someone else has made, as a file in `folder`."""
+    text, left_out = setting_files.foreign(file, source, given)
+    if left_out:
+        logger.info("%s: left out, for it says where or what to run: %s", source, ", ".join(left_out))
+    made = folder / "foreign.yaml"
+    made.write_text(text)
+    return made
+
+
 def _locate(cfg: str, fetch: Callable[[str], Path] | None) -> Path:
     """The file that `cfg` names."""
-    if re.match(r"[a-z]+:/", cfg):
+    if _URI.match(cfg):
         if fetch is None:
             raise UserError(f"cfg={cfg} lies on a tracking server: download it and give its path")
         return fetch(cfg)
@@ -299,10 +320,11 @@ def _search_path(file: Path | None, source: str) -> Iterator[tuple[list[str], st
     inside = CONF / _EXPERIMENT
     if file is None:
         yield [], None
-    elif file.is_relative_to(inside) and file.suffix == ".yaml":
+        return
+    _check_yaml(file, source)
+    if file.is_relative_to(inside) and file.suffix == ".yaml":
         yield [], file.relative_to(inside).with_suffix("").as_posix()
     else:
-        _check_yaml(file, source)
         with tempfile.TemporaryDirectory(prefix="asib-cfg-") as folder:
             own, siblings = Path(folder, "own"), Path(folder, "siblings")
             for root in (own, siblings):
@@ -315,10 +337,8 @@ def _search_path(file: Path | None, source: str) -> Iterator[tuple[list[str], st
 
 def _check_yaml(file: Path, source: str) -> None:
     """A readable mapping, or one line of why not."""
-    with _one_line(source):
-        content = OmegaConf.load(file)
-        if not isinstance(content, DictConfig):
-            raise UserError(f"{source}: holds a list, not groups of keys")
+    if not isinstance(setting_files.read_yaml(file, source), DictConfig):
+        raise UserError(f"{source}: holds a list, not groups of keys")
 
 
 # ---------------------------------------------------------------------------------------------- errors, dumping
@@ -329,17 +349,13 @@ def _one_line(source: str) -> Iterator[None]:
     """Errors of YAML, OmegaConf and Hydra as one line."""
     try:
         yield
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{source}: no valid YAML{where}: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:  # of another file that the defaults list names
         raise UserError(f"{source}: no valid YAML: {_flat(str(error))}") from error
+    except RecursionError as error:
+        raise UserError(f"{source}: refers to itself without end") from error
     except (HydraException, OmegaConfBaseException) as error:  # before OSError, which some of Hydra's are too
         raise UserError(f"{source}: {_flat(str(error)).replace('experiment/given_file', 'the file')}") from error
     except OSError as error:
-        if error.errno is None:  # OmegaConf's word for a file that holds a scalar
-            raise UserError(f"{source}: holds a single value, not groups of keys") from error
         raise UserError(f"{source}: cannot be read: {error.strerror}") from error
 
 

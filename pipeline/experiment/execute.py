@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from pipeline import secrets
 from pipeline.config import Config
 from pipeline.config.names import UnknownKey
 from pipeline.config.places import check_there
@@ -303,7 +304,7 @@ def _leave_mlflow_run() -> None:
 def log_to_terminal() -> None:
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(secrets.Formatter("%(message)s"))
         logger.addHandler(handler)
         # torchrun's other processes would say the same
         logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from pipeline.config.describe import written
+from pipeline.experiment.settings import read_data
 from pipeline.journal import decode_number, read_entries
 
 HISTORIES = ("student/acc", "synergy/acc")
@@ -137,7 +137,7 @@ def _config(path: Path) -> dict[str, str]:
             for key, inner in items:
                 walk(f"{prefix}.{key}" if prefix else str(key), inner)
 
-    walk("", yaml.safe_load(path.read_text()))
+    walk("", read_data(path, str(path)))
     return flat
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from pipeline import secrets
 from pipeline.config import Config, config_hash
 from pipeline.errors import Interrupted, NotThere, Taken, UserError
 from pipeline.experiment import compose, revision, tracking
@@ -233,9 +234,9 @@ class Run:
         self.journal.tags({"asib.config_hash": self.config_hash, **revision.tags()})
         if self.config.rung:
             self.journal.tags({"asib.rung": self.config.rung})
-        diff = revision.difference()
+        diff = revision.difference() if self.config.tracking.git_diff else ""
         if diff:
-            self.write("git.diff", diff)
+            self.write("git.diff", secrets.mask_lines(diff))
         self.write(CONFIG, compose.dump(self.config))  # the last: with it the description is whole
 
     def restate(self) -> None:
@@ -283,7 +284,7 @@ class Run:
         path = self.folder / name
         if self.follower:
             return path
-        path.write_text(text)
+        path.write_text(secrets.mask(text))
         self.journal.artifact(path, to)
         return path
 
@@ -386,7 +387,7 @@ def _position(state: Any) -> str:
 def log_to(folder: Path) -> Iterator[None]:
     """Log lines also go to `<folder>/run.log`."""
     handler = logging.FileHandler(folder / "run.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(secrets.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     try:
         yield

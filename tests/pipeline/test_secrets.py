@@ -1,8 +1,14 @@
 """What looks like a secret, and texts without it."""
 
+import logging
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
 from pipeline import secrets
+from pipeline.journal import Journal, read_entries
 
 SECRET = [
     "MLFLOW_TRACKING_PASSWORD",
@@ -74,3 +80,36 @@ def test_values_of_the_environment_are_masked_as_whole_words_and_short_ones_are_
     environment = {"MLFLOW_TRACKING_PASSWORD": "sword.fish", "API_TOKEN": "abc", "OTHER": "plain-text"}
     assert secrets.mask("run sword.fish-7 of abc, plain-text", environment) == "run ***-7 of abc, plain-text"
     assert secrets.mask("passwords.fishes", environment) == "passwords.fishes"
+
+
+def test_a_journal_holds_no_secret_whichever_way_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", 'sword fish-é"1')
+    monkeypatch.setenv("MY_TOKEN", "journal")
+    secret = os.environ["MLFLOW_TRACKING_PASSWORD"]
+    folder = tmp_path / "journal"
+    journal = Journal.create(folder, experiment=secret, name=f"run {secret}", tags={"a": secret})
+    journal.params({"run_name": secret, "tracking.uri": "http://me:pass@host"})
+    journal.tags({"note": f"see {secret}."})
+    (folder / "journal").mkdir()
+    journal.artifact(folder / "journal", "journal")
+    journal.dataset("d", "0", "training", f"http://me:{secret}@host/x", profile={"classes": 2, "from": secret})
+    journal.end("FAILED", "failed", 1, f"401 for {secret}")
+    text = (folder / "journal.jsonl").read_text()
+    assert "sword" not in text
+    assert ":pass@" not in text
+    entries = read_entries(folder / "journal.jsonl")[0]
+    assert entries[0].data["name"] == "run ***"
+    assert entries[-1].data["message"] == "401 for ***"
+    (artifact,) = [entry.data for entry in entries if entry.kind == "artifact"]
+    assert (artifact["path"], artifact["to"]) == ("journal", "journal"), "names of files are the record's own"
+
+
+def test_log_lines_and_tracebacks_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "sword-fish")
+    try:
+        raise ValueError("refused: sword-fish")
+    except ValueError:
+        record = logging.LogRecord("x", 40, "f", 1, "at %s", ("http://me:pw@host",), sys.exc_info())
+    text = secrets.Formatter("%(message)s").format(record)
+    assert "sword-fish" not in text
+    assert text.startswith("at http://me:***@host\nTraceback")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from pipeline.config import Config, explain
@@ -19,6 +18,7 @@ from pipeline.config.names import near_miss
 from pipeline.errors import UserError
 from pipeline.experiment.compose import compose
 from pipeline.experiment.options import CONF
+from pipeline.experiment.settings import read_data
 
 ROOT = "base"
 """What the lowest rung's file is written over."""
@@ -128,7 +128,7 @@ def delta(rung: Rung, cfg: Config) -> dict[str, Any]:
     Raises:
         UserError: the file changes something that `RUNGS` does not state, or has another parent.
     """
-    content = yaml.safe_load(rung.file.read_text()) or {}
+    content = read_data(rung.file, str(rung.file)) or {}
     wanted = [rung.parent or ROOT, "_self_"]
     if content.pop("defaults", None) != wanted:
         raise UserError(f"{rung.file}: a rung's defaults are its parent and itself: write [{', '.join(wanted)}]")

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from pipeline import secrets
 from pipeline.errors import NotThere, UserError
 from pipeline.experiment.delivery import read as delivery_read
 from pipeline.experiment.delivery import registry as delivery_registry
@@ -288,7 +289,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Events have the real stdout for themselves; whatever a library prints goes into the log.
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(secrets.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     # Ctrl-C, a job's SIGTERM and Slurm's warning, which reaches every process of a job's step, are for the trainer,
     # which then writes its last entries.
     for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR2):

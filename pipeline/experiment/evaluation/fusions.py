@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from models.adapter import DistillationAdapter
@@ -18,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.experiment import networks, records, teachers
 from pipeline.experiment.evaluation.source import FUSION, Source, fetch
 from pipeline.experiment.run import Run
+from pipeline.experiment.settings import read_data
 from pipeline.training.fusion import Fusion
 
 logger = logging.getLogger("asib")
@@ -200,7 +200,7 @@ def _origin(run: Run, place: Place) -> tuple[dict[str, Any], str]:
         config = fetch(run, f"runs:/{place.run_id}/config.yaml", f"fusion=runs:/{place.run_id}")
     else:
         return {}, ""
-    content = yaml.safe_load(config.read_text()) if config.is_file() else {}
+    content = read_data(config, str(config)) if config.is_file() else {}
     hashes = tags.get("asib.teachers", "")
     return dict((content or {}).get("method", {})), "" if hashes == "none" else hashes
 

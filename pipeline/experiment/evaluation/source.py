@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from models import weights
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import networks
 from pipeline.experiment.run import Run
+from pipeline.experiment.settings import read_data
 from pipeline.journal import read_header
 
 STUDENT = "checkpoints/student.safetensors"
@@ -145,7 +144,7 @@ def _registered(run: Run, given: str, key: str) -> Source:
 
 def _yaml(folder: Path, name: str) -> dict[str, Any]:
     path = next(iter(sorted(folder.rglob(name))), None)
-    content = yaml.safe_load(path.read_text()) if path is not None else None
+    content = read_data(path, str(path)) if path is not None else None
     return content if isinstance(content, dict) else {}
 
 

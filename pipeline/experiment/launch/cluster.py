@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
 from pipeline.config.describe import expects, is_text, written
@@ -17,6 +15,7 @@ from pipeline.config.names import near_miss
 from pipeline.config.schema import AtLeastOne, Count, Positive, Section, key
 from pipeline.errors import UserError
 from pipeline.experiment.options import locate
+from pipeline.experiment.settings import parse_data, read_yaml
 
 
 class ClusterConfig(Section):
@@ -95,10 +94,7 @@ def load(name_or_path: str, settings: Mapping[str, str]) -> ClusterConfig:
 
 
 def _read(file: Path, given: str) -> dict[str, Any]:
-    try:
-        content = OmegaConf.load(file)  # unlike yaml.safe_load, it refuses a key that is there twice
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"cluster={given}: no valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(file, f"cluster={given}")
     if not isinstance(content, DictConfig):
         raise UserError(f"cluster={given}: holds no keys; begin with kind: local or kind: slurm")
     plain: Any = OmegaConf.to_container(content)
@@ -106,10 +102,7 @@ def _read(file: Path, given: str) -> dict[str, Any]:
 
 
 def _value(name: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"cluster.{name}={text}: no valid YAML") from error
+    return parse_data(text, f"cluster.{name}={text:.100}")
 
 
 def _unknown(name: str, known: set[str], kind: str) -> str:

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
 from pipeline.config.describe import expects, field_at, section_of, written
@@ -17,6 +15,7 @@ from pipeline.config.names import near_miss
 from pipeline.config.schema import AtLeastOne, Fraction, NonNegative, Positive, Section, key
 from pipeline.errors import UserError
 from pipeline.experiment.options import locate
+from pipeline.experiment.settings import parse_data, read_yaml
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Inner = Annotated[float, Field(gt=0, lt=1)]
@@ -73,10 +72,7 @@ def load(name_or_path: str, settings: Mapping[str, str]) -> Gate:
 
 
 def _read(file: Path, given: str) -> dict[str, Any]:
-    try:
-        content = OmegaConf.load(file)  # unlike yaml.safe_load, it refuses a key that is there twice
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"gate={given}: no valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(file, f"gate={given}")
     if not isinstance(content, DictConfig):
         raise UserError(f"gate={given}: holds no keys; begin with such as alpha: 0.05")
     plain: Any = OmegaConf.to_container(content)
@@ -90,10 +86,7 @@ def _set(content: dict[str, Any], name: str, text: str) -> None:
     found = field_at(path, Gate)
     if found is None or found[1] < len(path) or name == "name":
         raise UserError(_unknown(name))
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"gate.{name}={text}: no valid YAML") from error
+    value = parse_data(text, f"gate.{name}={text:.100}")
     node = content
     for part in path[:-1]:
         node = node.setdefault(part, {})

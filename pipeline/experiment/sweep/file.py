@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config.describe import expects, written
 from pipeline.config.names import near_miss
 from pipeline.errors import UserError
+from pipeline.experiment import settings as settings_files
 from pipeline.experiment.options import locate
 from pipeline.experiment.sweep.config import KINDS, Constraint, Objective, SweepConfig, short_forms
 
@@ -43,7 +44,7 @@ def load(name_or_path: str, settings: Mapping[str, str] = MappingProxyType({})) 
     """
     file = locate("sweep", name_or_path)
     source = f"sweep={name_or_path}"
-    content = _yaml(file.read_bytes(), source)
+    content = _yaml(file, source)
     if "name" in content:
         raise UserError(f"{source}: name={content['name']}: a sweep is named after its file; leave the key out")
     try:
@@ -57,18 +58,17 @@ def load(name_or_path: str, settings: Mapping[str, str] = MappingProxyType({})) 
         raise UserError(f"{source}: {error}") from error
 
 
-def _yaml(text: bytes | str, source: str) -> dict[str, Any]:
+def _yaml(text: Path | str, source: str) -> dict[str, Any]:
     """A mapping of YAML as OmegaConf reads it: 1e-3 is a number, and no key may be there twice."""
+    if isinstance(text, Path):
+        content = settings_files.read_yaml(text, source)
+    else:
+        content = settings_files.parse_yaml(text, source)
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{source}: holds no groups of keys; give at least space")
     try:
-        content = OmegaConf.create(text.decode() if isinstance(text, bytes) else text)
-        if not isinstance(content, DictConfig):
-            raise UserError(f"{source}: holds no groups of keys; give at least space")
         plain: Any = OmegaConf.to_container(content, resolve=True)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{source}: no valid YAML{where}: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+    except OmegaConfBaseException as error:
         raise UserError(f"{source}: no valid YAML: {' '.join(str(error).split())}") from error
     return dict(plain)
 

@@ -1,0 +1,241 @@
+"""Files of settings: YAML read with bounds, whoever wrote it, and what a file of someone else's may choose.
+
+One's own file may refer to others of its values and to the environment (`${…}`), but for variables whose names look
+like secrets. What comes from a tracking server is data: no `${…}` counts there, and only keys that change the
+computation do.
+"""
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline import secrets
+from pipeline.config.identity import NOT_COMPUTATION
+from pipeline.config.schema import Config, flatten
+from pipeline.errors import UserError
+from pipeline.experiment.options import groups
+
+MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 40, 50_000
+"""Of a settings file: its size, how deep it nests, and how many values it has once its aliases are filled in. The
+largest that this project writes has 15 kB, 5 levels and 400 values."""
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_yaml(path: Path, source: str) -> DictConfig | ListConfig:
+    """A file of one's own as OmegaConf reads it: 1e-3 is a number, no key may be there twice, `${…}` waits.
+
+    Args:
+        source: what named the file, for errors: `cfg=my.yaml`.
+
+    Raises:
+        UserError: one line that begins with `source`.
+    """
+    return parse_yaml(_text(path, source), source)
+
+
+def parse_yaml(text: str, source: str) -> DictConfig | ListConfig:
+    """The same for a text."""
+    data = parse_data(text, source)
+    if data is not None and not isinstance(data, dict | list):
+        raise UserError(f"{source}: holds a single value, not groups of keys")
+    try:
+        content: DictConfig | ListConfig = OmegaConf.create({} if data is None else data)
+    except OmegaConfBaseException as error:
+        raise _refusal(source, error) from error
+    return content
+
+
+def read_data(path: Path, source: str) -> Any:
+    """Someone else's file as plain data, `${…}` as text. Raises UserError."""
+    return parse_data(_text(path, source), source)
+
+
+def parse_data(text: str, source: str) -> Any:
+    """The same for a text: a value of the command line, too."""
+    _check_bounds(text, source)
+    try:
+        return yaml.load(text, Loader=get_yaml_loader())
+    except yaml.YAMLError as error:
+        raise _refusal(source, error) from error
+
+
+def _text(path: Path, source: str) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error.strerror}") from error
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{source}: larger than {MAX_BYTES // 1_000_000} MB: that is no file of settings")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise _refusal(source, error) from error
+
+
+def _refusal(source: str, error: Exception) -> UserError:
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        return UserError(f"{source}: no valid YAML{where}: {error.problem}")
+    return UserError(f"{source}: no valid YAML: {' '.join(str(error).split())[:300]}")
+
+
+def _check_bounds(text: str, source: str) -> None:
+    """Refuse what would nest, refer to itself or multiply without end, before anything is built of it."""
+    sizes: dict[str, tuple[int, int]] = {}  # of what an anchor names: values, levels
+    open_: list[tuple[str | None, int, int]] = []  # anchor, values so far, levels so far
+    try:
+        for event in yaml.parse(text, Loader=_LOADER):
+            anchor = getattr(event, "anchor", None)
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_.append((anchor, 1, 1))
+                if len(open_) > MAX_DEPTH:
+                    raise UserError(f"{source}: nested deeper than {MAX_DEPTH} levels: that is no file of settings")
+                continue
+            if isinstance(event, yaml.CollectionEndEvent):
+                anchor, values, levels = open_.pop()
+            elif isinstance(event, yaml.AliasEvent):
+                if anchor in [name for name, _, _ in open_]:
+                    raise UserError(f"{source}: *{anchor} stands inside of &{anchor}: a file cannot contain itself")
+                values, levels = sizes.get(anchor or "", (1, 1))
+                anchor = None
+            elif isinstance(event, yaml.ScalarEvent):
+                values, levels = 1, 1
+            else:
+                continue
+            if anchor is not None:
+                sizes[anchor] = values, levels
+            if open_:
+                name, so_far, deep = open_[-1]
+                open_[-1] = name, so_far + values, max(deep, levels + 1)
+                if so_far + values > MAX_NODES:
+                    raise UserError(f"{source}: more than {MAX_NODES} values: that is no file of settings")
+                if len(open_) + levels > MAX_DEPTH:
+                    raise UserError(f"{source}: nested deeper than {MAX_DEPTH} levels: that is no file of settings")
+    except yaml.YAMLError as error:
+        raise _refusal(source, error) from error
+
+
+# the environment -----------------------------------------------------------------------------------------------------
+
+
+def _variable(name: str, *default: str | None) -> str | None:
+    """`${oc.env:NAME}`: as OmegaConf's own, but for secrets: every value of a configuration is shown in MLflow."""
+    if secrets.looks_secret(name):
+        raise UserError(f"${{oc.env:{name}}} looks like a secret, and a run's parameters are shown to everybody")
+    if name in os.environ:
+        return os.environ[name]
+    if default:
+        return None if default[0] is None else str(default[0])
+    raise KeyError(f"Environment variable '{name}' not found")
+
+
+OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
+
+
+# other people's files ------------------------------------------------------------------------------------------------
+
+FOREIGN_GROUPS = ("dataset", "model/student", "model/teacher", "method", "optim", "schedule", "augment")
+NUMERICS = ("threads", "bank", "optim.use_amp", "optim.compile", "dataset.eval_batch_size")
+"""Not in the configuration's hash, but they decide a result's last bits, and say nothing of where or what."""
+_RUN = re.compile(r"runs:/[0-9a-f]{32}(/(?!\.+(/|$))[\w.-]+)*")
+
+
+def foreign(path: Path, source: str, given: Collection[str] = ()) -> tuple[str, list[str]]:
+    """Someone else's configuration as YAML that may be composed, and the keys that were left out of it.
+
+    Kept are group choices and keys that change the computation, and teachers' checkpoints of the form `runs:/<id>`,
+    which are fetched from the same server. Left out is whatever says where to read, write or send, or what to run.
+
+    Args:
+        given: the keys that the command line sets.
+
+    Raises:
+        UserError: a kept value refers to something (`${…}`); a defaults list leads elsewhere; a teacher's checkpoint
+            is a file of another machine, and the command line names none.
+    """
+    content = read_data(path, source)
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: holds {'a list' if isinstance(content, list) else 'a single value'}, not keys")
+    defaults = content.pop("defaults", None)
+    left_out: dict[str, Any] = {}
+    kept = _kept(content, "", left_out, source)
+    _check_checkpoints(left_out, source, given)
+    if defaults is not None:
+        kept = {"defaults": [*_known(defaults, source)], **kept}
+    plain = flatten(Config())
+    named = [key for key, value in left_out.items() if value != plain.get(key)]  # others would change nothing
+    return "# @package _global_\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), named
+
+
+def _kept(content: Mapping[Any, Any], prefix: str, left_out: dict[str, Any], source: str) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        where = _says_where(key) or (key.endswith(".checkpoint") and not _on_server(value))
+        if isinstance(value, dict) and (value or not where):
+            inner = _kept(value, f"{key}.", left_out, source)
+            if not where:
+                kept[name] = inner
+        elif where:
+            left_out[key] = value
+        elif isinstance(value, list):
+            kept[name] = [
+                _kept(item, f"{key}.{i}.", left_out, source) if isinstance(item, dict) else _literal(item, key, source)
+                for i, item in enumerate(value)
+            ]
+        else:
+            kept[name] = _literal(value, key, source)
+    return kept
+
+
+def _says_where(key: str) -> bool:
+    return key not in NUMERICS and any(
+        key == skip or (skip.endswith(".") and f"{key}.".startswith(skip)) for skip in NOT_COMPUTATION
+    )
+
+
+def _on_server(checkpoint: Any) -> bool:
+    return checkpoint is None or (isinstance(checkpoint, str) and _RUN.fullmatch(checkpoint) is not None)
+
+
+def _literal(value: Any, key: str, source: str) -> Any:
+    if isinstance(value, list):
+        return [_literal(item, key, source) for item in value]
+    if "${" in f"{value} {key}":
+        raise UserError(f"{source}: {key} refers to something (${{…}}): only a file of one's own may")
+    return value
+
+
+def _check_checkpoints(left_out: Mapping[str, Any], source: str, given: Collection[str]) -> None:
+    """Teachers' files are on the machine of whoever ran it: without them another computation would begin."""
+    for key, value in left_out.items():
+        if key.endswith(".checkpoint") and not {key, "model.teachers", "model/teacher"}.intersection(given):
+            raise UserError(
+                f"{source}: {key}={value} is a file of another machine: say where it is here, with {key}=<file>"
+            )
+
+
+def _known(defaults: Any, source: str) -> Iterator[Any]:
+    """The entries of a defaults list that lead to groups of this repository."""
+    options = groups()
+    for entry in defaults if isinstance(defaults, list) else [defaults]:
+        if entry == "_self_" or (isinstance(entry, str) and entry in options["experiment"]):
+            yield entry
+            continue
+        if isinstance(entry, dict) and len(entry) == 1:
+            ((name, option),) = entry.items()
+            group = str(name).removeprefix("override ").strip().removeprefix("/")
+            if group in FOREIGN_GROUPS and option in options.get(group, []):
+                yield {f"override /{group}": option}
+                continue
+        raise UserError(f"{source}: defaults: {entry!s:.100} is no choice of {', '.join(FOREIGN_GROUPS)}")
