@@ -1,5 +1,8 @@
-"""Names of files: what others wrote down is a name inside a known folder, or it is refused."""
+"""Names of files: what others wrote down is a name inside a known folder, what the user gives is a usable path, or
+it is refused.
+"""
 
+import errno
 import os
 from pathlib import Path, PurePosixPath
 
@@ -37,3 +40,78 @@ def inside(folder: Path, name: object) -> Path:
     if os.path.commonpath([root, real]) != root:
         raise refusal
     return path
+
+
+LONGEST_NAME = 255
+"""Bytes that Linux file systems allow in one part of a path."""
+
+
+def user_path(given: str, key: str) -> Path:
+    """The file or folder that the user names under `key`, with `~` expanded; it need not exist.
+
+    What is there can be looked at: `exists`, `is_file` and `is_dir` of the path do not raise.
+
+    Args:
+        given: as it was written; a relative path is relative to the working directory.
+        key: of the configuration or of the step, for the error; `key=value` does too.
+
+    Raises:
+        UserError: `given` is empty, is not UTF-8, holds a NUL, is too long for the file system, names the home of an
+            unknown user, leads through a dangling or circular link, or through a folder that may not be searched.
+
+    Example:
+        >>> user_path("~root/runs", "output_dir").as_posix()
+        '/root/runs'
+    """
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{key.partition('=')[0]}={printable(given)}: {reason}")
+
+    if not given.strip():
+        raise refuse("the path is empty; give a file or folder")
+    if "\0" in given:
+        raise refuse("a path holds no NUL character; give another one")
+    if not is_utf8(given):
+        raise refuse("this name is not valid UTF-8; rename the file or folder")
+    try:
+        path = Path(given).expanduser()
+    except RuntimeError:
+        user = Path(given).parts[0]
+        raise refuse(f"there is no home folder for {user}; write the path in full") from None
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        raise refuse(f"a name in it is longer than {LONGEST_NAME} bytes; give a shorter one")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        dangling = next((p for p in (path, *path.parents) if p.is_symlink() and not os.path.exists(p)), None)
+        if dangling is not None:
+            target = printable(os.readlink(dangling))
+            raise refuse(f"{dangling} is a link to {target}, which is not there; mend or remove the link") from None
+    except OSError as error:
+        reasons = {
+            errno.ELOOP: "its links lead in a circle; name the file or folder itself",
+            errno.ENAMETOOLONG: "the path is too long for the file system; give a shorter one",
+            errno.EACCES: "a folder on the way may not be searched (permission denied); ask its owner, or name another",
+        }
+        raise refuse(reasons.get(error.errno or 0, f"cannot be looked up ({error.strerror})")) from None
+    return path
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the text can be written as UTF-8: names of files in other encodings reach Python with surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(text: str, length: int = 200) -> str:
+    """The text on one line of a message: what cannot be printed is escaped, what is too long is cut.
+
+    Example:
+        >>> printable("caf\\udce9\\n")
+        'caf\\\\udce9\\\\n'
+    """
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return escaped if len(escaped) <= length else f"{escaped[: length - 1]}…"

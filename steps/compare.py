@@ -8,6 +8,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.experiment import cli
 from pipeline.experiment.execute import execute
+from pipeline.paths import user_path
 
 if TYPE_CHECKING:
     from pipeline.experiment.run import Run
@@ -34,6 +35,10 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("give parent=<run id>, or runs=<id>,<id>,…: one of them")
         if not parent and len(runs) < 2:
             raise UserError(f"runs={runs[0]} names one run: comparing needs two")
+        for name in runs:
+            user_path(name, "runs")
+        if parent:
+            user_path(parent, "parent")
         return config if config.run_name else config.model_copy(update={"run_name": "compare"})
 
     def job(run: "Run") -> float | None:

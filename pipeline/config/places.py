@@ -1,11 +1,16 @@
 """Files that a configuration names: whether they are there can be said before torch is imported."""
 
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline import urls
 from pipeline.config.rules import needs_distillation
-from pipeline.config.schema import Config, DatasetConfig
+from pipeline.config.schema import Config, DatasetConfig, TrackingConfig
 from pipeline.errors import UserError
+from pipeline.paths import user_path
 
 
 class Place(NamedTuple):
@@ -15,7 +20,7 @@ class Place(NamedTuple):
     folder: str
 
     def below(self, root: str) -> Path:
-        return (Path(root).expanduser() / self.folder).resolve()
+        return (user_path(root, "dataset.root") / self.folder).resolve()
 
 
 TORCHVISION = {
@@ -31,12 +36,51 @@ DISTILLING = ("main", "distill", "ablate", "sweep")
 
 def check_there(config: Config, step: str) -> None:
     """Raise UserError for the first file or folder on this machine that a step will need and that is not there."""
+    for key, text in _named(config):
+        user_path(text, key)
+    if config.tracking.mode == "online":
+        check_tracking(config.tracking)
+    if output_dir(config).is_file():
+        raise UserError(f"output_dir={config.output_dir}: cannot write there (it is a file); choose another folder")
     check_data(config.dataset)
     needed = config.model.teachers if step in DISTILLING and needs_distillation(config) else ()
     for index, teacher in enumerate(needed):
         given = teacher.checkpoint
         if given is not None and not given.startswith("runs:/"):
             check_file(given, f"model.teachers.{index}.checkpoint={given}")
+
+
+def check_tracking(tracking: TrackingConfig) -> None:
+    """The same for the tracking store, of which more is known only when it has answered."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if tracking.uri:
+        urls.tracking(tracking.uri)
+    elif given:
+        urls.tracking(given, "MLFLOW_TRACKING_URI")
+
+
+def output_dir(config: Config) -> Path:
+    """The folder of run folders. Raises UserError: it cannot be one."""
+    return user_path(config.output_dir, "output_dir")
+
+
+def is_uri(text: str) -> bool:
+    """Whether a text names something on a tracking server, such as runs:/<id>, rather than a file."""
+    return re.match(r"[a-z]+:/", text) is not None
+
+
+def _named(config: Config) -> Iterator[tuple[str, str]]:
+    """The keys whose value is a file or folder of this machine, with it."""
+    given = {
+        "output_dir": config.output_dir,
+        "bank_folder": config.bank_folder,
+        "resume": config.resume,
+        "student": config.student,
+        "dataset.root": config.dataset.root,
+        "dataset.path": config.dataset.path,
+        **{f"model.teachers.{index}.checkpoint": t.checkpoint for index, t in enumerate(config.model.teachers)},
+    }
+    return ((key, text) for key, text in given.items() if text is not None and not is_uri(text))
 
 
 def check_data(dataset: DatasetConfig) -> None:
@@ -52,7 +96,7 @@ def check_data(dataset: DatasetConfig) -> None:
 
 
 def _check_image_folder(root: str) -> None:
-    folder = Path(root).expanduser()
+    folder = user_path(root, "dataset.root")
     for names in (("train",), ("val", "test")):
         if not any((folder / name).is_dir() for name in names):
             raise UserError(
@@ -63,7 +107,7 @@ def _check_image_folder(root: str) -> None:
 
 def check_file(given: str, key: str) -> Path:
     """A weights file on this machine. Raises UserError, which names `key`."""
-    path = Path(given).expanduser()
+    path = user_path(given, key)
     if not path.is_file():
         raise UserError(f"{key}: no such file; give a weights file or runs:/<id>")
     return path

@@ -20,6 +20,7 @@ from pipeline.config.places import TORCHVISION, check_data
 from pipeline.data.arrays import Arrays, check, read_npz
 from pipeline.data.files import CROP_PCT, ImageFiles, Images, scan
 from pipeline.errors import UserError
+from pipeline.paths import user_path
 
 SAMPLE = Path(__file__).parent / "sample" / "cifar100_sample.npz"
 
@@ -103,14 +104,14 @@ def _npz(config: DatasetConfig) -> ImageData:
         raise UserError(
             "dataset.path is not set; dataset.name=npz needs the file with x_train, y_train, x_test, y_test"
         )
-    path = Path(config.path).expanduser()
+    path = user_path(config.path, "dataset.path")
     arrays = check(read_npz(path, "dataset.path"), f"dataset.path={path}")
     return _image_data(config.name, arrays, statistics(arrays.x_train), str(path))
 
 
 def _image_folder(config: DatasetConfig) -> ImageData:
     check_data(config)
-    key, root = f"dataset.root={config.root}", Path(config.root).expanduser()
+    key, root = f"dataset.root={config.root}", user_path(config.root, "dataset.root")
     found = scan(root, key)
     return ImageData(
         name=config.name,
@@ -150,7 +151,7 @@ def _read_torchvision(class_name: str, config: DatasetConfig, place: Path) -> tu
     """The two splits; each has `data`, `targets` and `classes`."""
     from torchvision import datasets  # late: its import takes a second, and the sample does not need it
 
-    root = str(Path(config.root).expanduser())
+    root = str(user_path(config.root, "dataset.root"))
     read = getattr(datasets, class_name)
     try:
         return read(root, train=True, download=config.download), read(root, train=False, download=config.download)

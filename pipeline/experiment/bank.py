@@ -6,9 +6,11 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.config.bank import bank_use
+from pipeline.config.places import output_dir
 from pipeline.data.bank_cache import BankCache
 from pipeline.data.sources import ImageData
 from pipeline.experiment.execute import stop
+from pipeline.paths import user_path
 from pipeline.training import distributed
 from pipeline.training.bank import BankedTeachers
 from pipeline.training.loop import Precision
@@ -19,7 +21,7 @@ logger = logging.getLogger("asib")
 
 def folder(config: Config) -> Path:
     """Where the banks of a configuration are."""
-    return Path(config.bank_folder).expanduser() if config.bank_folder else Path(config.output_dir) / "bank"
+    return user_path(config.bank_folder, "bank_folder") if config.bank_folder else output_dir(config) / "bank"
 
 
 def attach(task: Distillation, data: ImageData, hashes: Sequence[str]) -> BankedTeachers | None:

@@ -31,6 +31,7 @@ from pipeline.config.names import UnknownKey, near_miss
 from pipeline.errors import UserError
 from pipeline.experiment import settings as setting_files
 from pipeline.experiment.options import CONF, NOT_GROUPS, groups
+from pipeline.paths import user_path
 
 logger = logging.getLogger("asib")
 _EXPERIMENT = "experiment"
@@ -277,7 +278,7 @@ def _locate(cfg: str, fetch: Callable[[str], Path] | None) -> Path:
             raise UserError(f"cfg={cfg} lies on a tracking server: download it and give its path")
         return fetch(cfg)
     named = CONF / _EXPERIMENT / (cfg if cfg.endswith((".yaml", ".yml")) else f"{cfg}.yaml")
-    given = Path(cfg).expanduser()
+    given = user_path(cfg, "cfg")
     is_path = cfg.endswith((".yaml", ".yml")) or os.sep in cfg
     if is_path and given.is_file():
         return given.resolve()

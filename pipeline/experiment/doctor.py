@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config import Config
+from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.experiment import tracking
 from pipeline.experiment.run import tracking_uri
@@ -89,7 +90,7 @@ def _environment_managers(config: Config) -> Iterator[Finding]:
 
 
 def _output(config: Config) -> Iterator[Finding]:
-    folder = Path(config.output_dir)
+    folder = output_dir(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.journal import read_entries, read_header, writer_alive
+from pipeline.paths import user_path
 
 
 def fresh_folder(config: Config, step: str, mark: str | None = None) -> Path:
     """Where a new run is to be; nothing is made yet."""
-    return Path(config.output_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{mark or secrets.token_hex(3)}"
+    return output_dir(config) / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{mark or secrets.token_hex(3)}"
 
 
 @contextmanager
@@ -34,10 +36,18 @@ def folders_with(root: Path, file: str) -> list[Path]:
     return sorted((root / name).parent for name in glob.iglob(f"**/{file}", root_dir=root, recursive=True))
 
 
-def find_folder(root: Path, name: str) -> Path | None:
-    """The local folder of a run: given as a path, by its MLflow run id, or by its journal id."""
-    if (Path(name) / "journal.jsonl").exists():
-        return Path(name)
+def find_folder(root: Path, name: str, key: str = "resume") -> Path | None:
+    """The local folder of a run: given as a path, by its MLflow run id, or by its journal id.
+
+    Args:
+        key: what names it, for errors.
+
+    Raises:
+        UserError: a path that cannot be one.
+    """
+    given = user_path(name, key)
+    if (given / "journal.jsonl").exists():
+        return given
     for folder in folders_with(root, "journal.jsonl"):
         header = next(iter(read_entries(folder / "journal.jsonl")[0]), None)
         if header is not None and header.data.get("journal") == name:

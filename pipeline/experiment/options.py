@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.config.names import near_miss
 from pipeline.errors import UserError
+from pipeline.paths import user_path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONF = REPOSITORY / "conf"
@@ -39,7 +40,7 @@ def locate(folder: str, given: str, key: str | None = None) -> Path:
     """
     key = key or folder
     is_path = given.endswith((".yaml", ".yml")) or os.sep in given
-    file = Path(given).expanduser()
+    file = user_path(given, key)
     if is_path and file.is_file():
         return file.resolve()
     known = names(folder)

@@ -17,8 +17,10 @@ import yaml
 from numpy.typing import NDArray
 
 from pipeline import escape
+from pipeline.config.places import is_uri
 from pipeline.errors import UserError
 from pipeline.experiment.student_pyfunc import BATCH, Classifier
+from pipeline.paths import user_path
 from pipeline.picture_files import SUFFIXES, find, told
 from pipeline.pictures import Refused
 
@@ -73,7 +75,7 @@ def understand(own: Mapping[str, str]) -> Asked:
         raise UserError("model is not set: give model=models:/<name>@<alias>, runs:/<id>, or a logged model's folder")
     if not images:
         raise UserError("images is not set: give images=<folder> with picture files")
-    folder = Path(images).expanduser()
+    folder = user_path(images, "images")
     if not folder.is_dir():
         raise UserError(f"images={images}: no such folder; give a folder with picture files")
     try:
@@ -82,11 +84,22 @@ def understand(own: Mapping[str, str]) -> Asked:
         raise UserError(f"images={images}: {error.filename}: {error.strerror}; give another folder") from error
     if not found:
         raise UserError(f"images={images}: no {', '.join(SUFFIXES)} file in it, at any depth; give another folder")
+    if not is_uri(model):
+        _model_folder(model)
     return Asked(model, folder, tuple(sorted(map(Path, found))), _target(to) if to else None, tuple(ignored))
 
 
+def _model_folder(given: str) -> Path:
+    folder = user_path(given, "model")
+    if not folder.is_dir():
+        raise UserError(
+            f"model={given}: no such folder; give models:/<name>@<alias>, runs:/<id>, or a logged model's folder"
+        )
+    return folder
+
+
 def _target(to: str) -> Path:
-    path = Path(to).expanduser()
+    path = user_path(to, "to")
     if path.suffix.lower() not in TABLES or path.is_dir():
         raise UserError(f"to={to}: give a file that ends with {' or '.join(TABLES)}")
     if not os.access(path.parent, os.W_OK):
@@ -232,11 +245,7 @@ def locate(run: "Run", source: str) -> Model:
         except UserError as error:
             raise UserError(f"model={source}: {str(error).removeprefix(uri).lstrip(': ')}") from error
     else:
-        folder = Path(source).expanduser()
-        if not folder.is_dir():
-            raise UserError(
-                f"model={source}: no such folder; give models:/<name>@<alias>, runs:/<id>, or a logged model's folder"
-            )
+        folder = _model_folder(source)
     return _student(folder, source)
 
 

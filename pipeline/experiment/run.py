@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import secrets
 from pipeline.config import Config, config_hash
+from pipeline.config.places import output_dir
 from pipeline.errors import Interrupted, NotThere, Taken, UserError
 from pipeline.experiment import compose, revision, tracking
 from pipeline.experiment.ending import COMPLETED, ending_of
@@ -134,7 +135,7 @@ class Run:
     def _resume(cls, step: str, config: Config) -> "Run":
         name = config.resume
         assert name is not None
-        folder = find_folder(Path(config.output_dir), name)
+        folder = find_folder(output_dir(config), name)
         if folder is not None:
             return cls._continue(step, config, folder, None)
         # unknown to this machine: the tracking server alone has to do

@@ -21,6 +21,7 @@ from pipeline.experiment.execute import stop
 from pipeline.experiment.options import REPOSITORY
 from pipeline.experiment.run import Run
 from pipeline.journal import Journal
+from pipeline.paths import user_path
 from pipeline.training import distributed
 from pipeline.training.checkpoint import pack, require_space, unpack
 from pipeline.training.compiling import compiles
@@ -44,9 +45,9 @@ def prepare(config: Config, threads: int | None = None) -> None:
 
 def images(config: Config) -> ImageData:
     """The configuration's images; the last data set stays in memory for a process's next run."""
-    path = config.dataset.path
+    path = user_path(config.dataset.path, "dataset.path") if config.dataset.path else None
     dataset = config.dataset.model_copy(update={"batch_size": 1, "eval_batch_size": 1})  # the same images
-    return _load(dataset, Path(path).stat().st_mtime_ns if path and Path(path).exists() else 0)
+    return _load(dataset, path.stat().st_mtime_ns if path is not None and path.exists() else 0)
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ from models.features import FeatureNet
 from models.weights import weights_hash
 from pipeline.config import Config
 from pipeline.config.identity import canonical, computation, source_digest
-from pipeline.config.places import check_file
+from pipeline.config.places import check_file, output_dir
 from pipeline.config.rules import uses_fusion
 from pipeline.data.sources import ImageData
 from pipeline.experiment import networks, report
@@ -64,7 +64,7 @@ def identity(config: Config, data: ImageData, index: int) -> str:
 
 def store(config: Config, data: ImageData, index: int) -> Path:
     """Where a fine-tuned teacher is kept for other runs on this machine."""
-    return Path(config.output_dir) / "teachers" / f"{identity(config, data, index)[:24]}.safetensors"
+    return output_dir(config) / "teachers" / f"{identity(config, data, index)[:24]}.safetensors"
 
 
 def keep(net: FeatureNet, run: Run, config: Config, data: ImageData, index: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import journal
+from pipeline import journal, urls
 from pipeline.errors import UserError
 from pipeline.experiment.delivery.client import Delivery, Ready
 from pipeline.experiment.delivery.server import absolute_uri, prepare_environment
@@ -37,7 +37,10 @@ class Delivered:
 
 def default_uri() -> str:
     """MLFLOW_TRACKING_URI, else a SQLite file in the working directory; never a relative path."""
-    return absolute_uri(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}")
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given:
+        return urls.tracking(given, "MLFLOW_TRACKING_URI")
+    return urls.tracking(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
 
 
 def start_delivery(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.config import Config, Identity, config_hash, source_digest
 from pipeline.config.bank import bank_use
+from pipeline.config.places import output_dir
 from pipeline.config.rules import needs_distillation
 from pipeline.data.sources import ImageData
 from pipeline.errors import NonFinite, UserError
@@ -115,7 +116,7 @@ def _find_finished(run: Run, children: Sequence[Child], force: bool) -> None:
             child.folder, child.reused = own, True
     if force:
         return
-    here = _finished_here(Path(run.config.output_dir), {c.identity for c in children if c.folder is None})
+    here = _finished_here(output_dir(run.config), {c.identity for c in children if c.folder is None})
     for child in children:
         if child.folder is None and child.identity in here:
             child.folder, child.reused = here[child.identity], True

@@ -4,12 +4,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.experiment import records
 from pipeline.experiment.ablation import compare, compare_report
 from pipeline.experiment.folders import find_folder
 from pipeline.experiment.run import Run
 from pipeline.journal import read_entries
+from pipeline.paths import user_path
 
 logger = logging.getLogger("asib")
 
@@ -33,19 +35,20 @@ def compare_runs(run: Run, parent: str, names: Sequence[str]) -> float | None:
 
 
 def _is_folder(name: str) -> bool:
-    return (Path(name) / "journal.jsonl").exists()
+    return (user_path(name, "runs") / "journal.jsonl").exists()
 
 
 def _read(run: Run, names: Sequence[str]) -> list[records.Record]:
     """Folders are read as they are; ids from the server, off line from what lies in output_dir."""
-    found: dict[str, records.Record] = {name: records.from_folder(Path(name)) for name in names if _is_folder(name)}
+    folders = {name: user_path(name, "runs") for name in names if _is_folder(name)}
+    found: dict[str, records.Record] = {name: records.from_folder(folder) for name, folder in folders.items()}
     ids = [name for name in names if name not in found]
     if run.delivery is not None and ids:
-        folders = run.delivery.read(ids, run.folder / "fetched", records.HISTORIES)
-        found |= {name: records.from_server(folder) for name, folder in zip(ids, folders, strict=True)}
+        fetched = run.delivery.read(ids, run.folder / "fetched", records.HISTORIES)
+        found |= {name: records.from_server(folder) for name, folder in zip(ids, fetched, strict=True)}
     elif ids:
         for name in ids:
-            folder = find_folder(Path(run.config.output_dir), name)
+            folder = find_folder(output_dir(run.config), name, "runs")
             if folder is None:
                 raise UserError(f"runs={name}: no such run in output_dir={run.config.output_dir}; tracking is off line")
             found[name] = records.from_folder(folder)
@@ -58,7 +61,7 @@ def _nested(run: Run, parent: str) -> list[records.Record]:
         tags = run.delivery.run_info(parent)["tags"]
         seen = _read(run, [*run.delivery.nested(parent), *_reused(tags.get("asib.reused"))])
     else:
-        folder = find_folder(Path(run.config.output_dir), parent)
+        folder = find_folder(output_dir(run.config), parent, "parent")
         if folder is None:
             raise UserError(f"parent={parent}: no such run in output_dir={run.config.output_dir}")
         seen = [records.from_folder(f) for f in _children(folder)]

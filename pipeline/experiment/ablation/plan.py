@@ -5,11 +5,11 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.config import Config, config_hash, source_digest
 from pipeline.config.bank import shared
 from pipeline.config.identity import canonical
+from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.experiment.ablation import rungs
 from pipeline.experiment.folders import interrupted
@@ -63,7 +63,7 @@ def prepared(config: Config, plan: Plan) -> Config:
     """The parent's configuration: its name, and the interrupted ablation that it continues."""
     changes: dict[str, object] = {}
     if config.resume is None:
-        before = interrupted(Path(config.output_dir), "ablate", PLAN_TAG, plan.digest)
+        before = interrupted(output_dir(config), "ablate", PLAN_TAG, plan.digest)
         if before is not None:
             logger.info("going on with %s, which was interrupted", before)
             changes["resume"] = str(before)

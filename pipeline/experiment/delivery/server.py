@@ -14,8 +14,9 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
+from pipeline import urls
 from pipeline.errors import UserError
 from pipeline.experiment.delivery.faults import lasting
 from pipeline.files import acquire, explained, release, replacing
@@ -40,6 +41,10 @@ QUIET = {
     "MLFLOW_UV_AUTO_DETECT": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+BUSY_S = 10.0
+"""How long a start waits for who else has the SQLite file locked; a write takes milliseconds."""
+CONNECT_S = 10
+"""The same for a database server; MLflow itself would try for two minutes."""
 # What `mlflow run` sets for its step: the client API is told explicitly, and MLflow's fluent code must not act on it.
 ADOPTION = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
 
@@ -67,29 +72,18 @@ def absolute_uri(uri: str) -> str:
     """The tracking URI with a relative SQLite path made absolute against the present working directory.
 
     Raises:
-        UserError: a store that this project does not use.
+        UserError: it cannot be one (`urls.tracking`).
     """
-    uri = uri.strip()
-    if uri.startswith("sqlite:///"):
-        path, _, query = uri.removeprefix("sqlite:///").partition("?")
-        if not path or path == ":memory:":
-            raise UserError(f"tracking URI {uri}: name a file, for example sqlite:///mlflow.db")
-        return f"sqlite:///{Path(path).absolute()}" + (f"?{query}" if query else "")
-    if re.match(r"(https?|postgresql(\+\w+)?|mysql(\+\w+)?|databricks)\b", uri):
-        return uri
-    raise UserError(f"tracking URI {uri}: give sqlite:///<file>, http(s)://<server>, or tracking=offline")
+    return urls.tracking(uri)
 
 
 def shown(uri: str) -> str:
     """The URI without a password."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}"))
+    return urls.hidden(uri)
 
 
 def sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+    return urls.sqlite_path(uri) if uri.startswith(urls.SQLITE) else None
 
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
@@ -112,6 +106,7 @@ def connect(uri: str, answers: bool = True) -> MlflowClient:
 
     try:
         prepare_sqlite(uri)
+        _check_answers(uri)
         # Artifact and model URIs resolve through this global setting.
         mlflow.set_tracking_uri(uri)
         client = MlflowClient(tracking_uri=uri)
@@ -128,6 +123,9 @@ def prepare_sqlite(uri: str) -> None:
     """Make or migrate the schema of a SQLite file under a lock: simultaneous first use crashes MLflow.
 
     A file that is ready costs one query. Before a migration the file is copied beside itself.
+
+    Raises:
+        UserError: it cannot be made, or another program keeps it locked; MLflow itself would try for minutes.
     """
     path = sqlite_file(uri)
     if path is None or _schema_is_current(path):
@@ -139,6 +137,7 @@ def prepare_sqlite(uri: str) -> None:
     try:
         if _schema_is_current(path):
             return
+        _check_answers(uri)
         from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine_with_retry
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -221,7 +220,7 @@ def _revision(path: Path) -> tuple[str | None, bool]:
     if not path.exists() or path.stat().st_size == 0:
         return None, False
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=20)) as db:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=BUSY_S / 4)) as db:
             tables = {name for (name,) in db.execute("select name from sqlite_master where type = 'table'")}
             if not {"alembic_version", "experiments"} <= tables:
                 return None, False
@@ -233,6 +232,24 @@ def _revision(path: Path) -> tuple[str | None, bool]:
         return None, False  # another process is at it: the lock will tell
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path} is not a SQLite database ({error}): name another file") from error
+
+
+def _check_answers(uri: str) -> None:
+    """One attempt to reach a database, before MLflow begins its many: raises what the driver says."""
+    path = sqlite_file(uri)
+    if path is not None:
+        try:
+            with contextlib.closing(sqlite3.connect(path, timeout=BUSY_S)) as db:
+                db.execute("begin immediate")
+                db.rollback()
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"tracking.uri={uri}: {error}; end what else uses the file, or name another one") from error
+    elif uri.startswith("postgresql"):
+        import sqlalchemy
+
+        engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": CONNECT_S})
+        engine.connect().close()
+        engine.dispose()
 
 
 def _schema_is_current(path: Path) -> bool:

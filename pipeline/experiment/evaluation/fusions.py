@@ -18,6 +18,7 @@ from pipeline.experiment import networks, records, teachers
 from pipeline.experiment.evaluation.source import FUSION, Source, fetch
 from pipeline.experiment.run import Run
 from pipeline.experiment.settings import read_data
+from pipeline.paths import user_path
 from pipeline.training.fusion import Fusion
 
 logger = logging.getLogger("asib")
@@ -69,7 +70,7 @@ def find(run: Run, given: str | None, student: Source | None) -> Place:
             if not path and not _had_fusion(run, run_id):
                 raise _without(key) from error
             raise
-    return _local(Path(given).expanduser(), key)
+    return _local(user_path(given, key), key)
 
 
 def _had_fusion(run: Run, run_id: str) -> bool:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from pipeline.config import Config
 from pipeline.config.names import near_miss
+from pipeline.config.places import is_uri
 from pipeline.errors import UserError
+from pipeline.paths import user_path
 
 MODES = ("single", "synergy", "average")
 SPLITS = {"test": ("test",), "train": ("train",), "val": ("val",), "both": ("train", "test")}
@@ -84,6 +86,9 @@ def check(request: Request, config: Config) -> None:
         raise UserError(f"{which} needs teachers, and model.teachers is empty: choose model/teacher=…, or another cfg")
     if request.fusion and not fused:
         raise UserError(f"fusion={request.fusion} is for mode=synergy, and mode is {mode}")
+    for key, given in (("fusion", request.fusion), (request.named, config.student)):
+        if given and not is_uri(given):
+            user_path(given, key)
     if "val" in request.splits and config.dataset.val_fraction == 0:
         raise UserError(
             "split=val: dataset.val_fraction=0 holds out no validation images; give the model's own val_fraction, "

@@ -12,6 +12,7 @@ from pipeline.experiment import networks
 from pipeline.experiment.run import Run
 from pipeline.experiment.settings import read_data
 from pipeline.journal import read_header
+from pipeline.paths import user_path
 
 STUDENT = "checkpoints/student.safetensors"
 FUSION = "checkpoints/fusion.safetensors"
@@ -56,7 +57,7 @@ def find(run: Run, given: str, key: str) -> Source:
         return _of_run(run, given, key)
     if re.match(r"[a-z]+:/", given):
         raise UserError(f"{key}: give {FORMS}")
-    return local(Path(given).expanduser(), key)
+    return local(user_path(given, key), key)
 
 
 def local(path: Path, key: str) -> Source:

@@ -7,7 +7,6 @@ import re
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from pipeline import urls
 from pipeline.errors import UserError
 from pipeline.experiment.delivery.server import sqlite_file
 from pipeline.files import acquire, release
@@ -46,18 +46,15 @@ def database_url(url: str) -> str:
     """
     url = url.strip()
     if url.startswith("sqlite:///"):
-        path, mark, query = url.removeprefix("sqlite:///").partition("?")
-        if path and path != ":memory:":
-            return f"sqlite:///{Path(path).expanduser().absolute()}{mark}{query}"
-    elif match := re.fullmatch(r"postgres(?:ql)?(?:\+psycopg)?://(.+)", url):
+        return urls.sqlite(url, "storage")
+    if match := re.fullmatch(r"postgres(?:ql)?(?:\+psycopg)?://(.+)", url):
         return f"postgresql+psycopg://{match[1]}"
     raise UserError(f"storage={shown_url(url)}: give sqlite:///<file>, or postgresql://<user>@<host>/<database>")
 
 
 def shown_url(url: str) -> str:
     """The URL without a password, also where one with / or @ makes it unparsable."""
-    url = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
-    return re.sub(r"(password=)[^&]*", r"\1***", url).replace("postgresql+psycopg://", "postgresql://")
+    return re.sub(r"(password=)[^&]*", r"\1***", urls.hidden(url)).replace("postgresql+psycopg://", "postgresql://")
 
 
 class Database:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline.config import Config, config_hash
+from pipeline.config.places import output_dir
 from pipeline.config.rules import needs_distillation
 from pipeline.data.sources import ImageData
 from pipeline.errors import Interrupted, UserError
@@ -88,7 +89,7 @@ def _say_estimate(plan: Plan, base: Config, data: ImageData, found: list[teacher
     except Exception as error:
         logger.warning("no estimate of time and disk: %s: %s", type(error).__name__, error)
     else:
-        logger.info("%s", sweep_estimate.words(estimate, Path(base.output_dir)))
+        logger.info("%s", sweep_estimate.words(estimate, output_dir(base)))
 
 
 def _base(config: Config) -> Config:

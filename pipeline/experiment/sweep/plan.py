@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import urls
 from pipeline.config import Config
+from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.experiment.compose import keys_of
 from pipeline.experiment.folders import tagged
@@ -69,9 +71,8 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
 
 def storage_url(given: str | None, config: Config) -> str:
     """Where studies are kept; never a relative path, which would be another file for another process."""
-    url = given or os.environ.get("ASIB_STORAGE") or f"sqlite:///{Path(config.output_dir).absolute() / 'studies.db'}"
-    head, slashes, path = url.partition("sqlite:///")
-    return f"{head}{slashes}{Path(path).expanduser().absolute()}" if slashes and path else url
+    url = given or os.environ.get("ASIB_STORAGE") or f"sqlite:///{output_dir(config).absolute() / 'studies.db'}"
+    return urls.sqlite(url, "storage") if url.startswith(urls.SQLITE) else url
 
 
 def prepared(config: Config, plan: Plan) -> Config:
@@ -83,7 +84,7 @@ def prepared(config: Config, plan: Plan) -> Config:
     """
     if wants_dry_run(os.environ):
         return config
-    Launcher(plan.cluster, Path(config.output_dir), plan.workers).check()
+    Launcher(plan.cluster, output_dir(config), plan.workers).check()
     facts = Study.refuse_other(plan.storage, plan.name, plan.digest)
     if "***" in shown_url(plan.storage) and os.environ.get("ASIB_STORAGE") != plan.storage:
         logger.warning(
@@ -91,7 +92,7 @@ def prepared(config: Config, plan: Plan) -> Config:
             "give it as ASIB_STORAGE, or leave it to ~/.pgpass",
             shown_url(plan.storage),
         )
-    root = Path(config.output_dir)
+    root = output_dir(config)
     driven = [Path(facts["folder"])] if writer_alive(Path(facts.get("folder", "/nowhere"))) else []
     for folder in (*driven, *tagged(root, "sweep", STUDY_TAG, plan.name, alive=True)):
         raise UserError(f"study {plan.name}: the sweep in {folder} is at work on it; join={plan.name} helps it")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, config_hash
 from pipeline.config.bank import shared
+from pipeline.config.places import output_dir
 from pipeline.errors import Interrupted, Pruned, Taken, UserError
 from pipeline.experiment.compose import compose
 from pipeline.experiment.execute import log_to_terminal, stop
@@ -87,7 +88,7 @@ class Worker:
         facts = study.facts
         here = Path(facts["folder"])
         reachable = (here / "journal.jsonl").exists() and facts["parent_journal"] == _journal_id(here)
-        self.home = here if reachable else Path(base.output_dir) / f"{study.name}-{facts['parent_journal'][:6]}"
+        self.home = here if reachable else output_dir(base) / f"{study.name}-{facts['parent_journal'][:6]}"
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         stands_for = Carrier(facts["parent_run"], facts["parent_journal"], base.tracking.experiment, here)
         self.run_: Run = Run.carrier(base, self.home / "workers" / self.name, stands_for)
@@ -337,7 +338,7 @@ def _note_run(claim: Claim, folder: Path) -> bool:
 def fetch_teachers(teachers: Sequence[Mapping[str, Any]], run: "Run") -> None:
     """Fine-tuned teachers that another machine made, brought to where `teachers.obtain` looks for them."""
     for made in teachers:
-        path = Path(run.config.output_dir) / "teachers" / made["file"]
+        path = output_dir(run.config) / "teachers" / made["file"]
         if path.exists() or not made["run_id"] or run.delivery is None:
             continue
         fetched = run.fetch(f"runs:/{made['run_id']}/checkpoints/teacher.safetensors", run.folder / "fetched")

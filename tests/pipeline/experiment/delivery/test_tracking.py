@@ -272,7 +272,7 @@ def test_refusals_come_before_training_in_one_line(sqlite_uri: str, tmp_path: Pa
         assert not delivery.finish(1.0)
     # A step may also turn back before it has a journal.
     assert not tracking.start_delivery(tmp_path / "no journal", uri=sqlite_uri).finish(30.0)
-    with pytest.raises(UserError, match="tracking URI"):
+    with pytest.raises(UserError, match=r"tracking\.uri="):
         tracking.start_delivery(tmp_path / "d", uri="ftp://x")
 
 
