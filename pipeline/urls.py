@@ -96,7 +96,7 @@ def sqlite(url: str, key: str) -> str:
     elif not _allowed(file.parent, os.W_OK | os.X_OK):
         raise refuse(f"SQLite has to write beside it, and {file.parent} does not allow that; ask its owner")
     elif tables(file) is None:
-        raise refuse("the file is not a SQLite database; name another")
+        raise refuse("the file is no SQLite database; name another")
     return f"{SQLITE}{file}{mark}{query}"
 
 
