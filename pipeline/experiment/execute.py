@@ -265,6 +265,8 @@ def _follow(step: str, config: Config, job: str | Job) -> int:
         return 128 + error.signum
     except UserError:
         return 2
+    except NonFinite:
+        return 1
     return 0
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import remove_parts, write_atomically
+from pipeline.training.nonfinite import is_finite
 
 FORMAT = "asib-checkpoint-1"
 
@@ -175,9 +176,12 @@ class Slots:
         raise UserError(f"{self.folder}: no whole checkpoint there; start the run anew")
 
     def read_good(self) -> tuple[Any, Saved] | None:
-        """The newest whole checkpoint that was not written amid non-finite steps; None where there is none."""
+        """The newest whole checkpoint that is finite throughout and was not written amid non-finite steps, or None.
+
+        The sums of an epoch's terms do not count: they say what skipped steps had.
+        """
         for state, saved in self._whole_ones():
-            if state["position"]["streak"] == 0:
+            if state["position"]["streak"] == 0 and is_finite({k: v for k, v in state.items() if k != "sums"}):
                 return state, saved
         return None
 

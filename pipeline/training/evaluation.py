@@ -10,6 +10,7 @@ from models.features import FeatureNet
 from pipeline.data.batches import EvalBatches
 from pipeline.training import targets
 from pipeline.training.fusion import Fusion
+from pipeline.training.nonfinite import require_finite
 
 
 class Outputs(NamedTuple):
@@ -20,9 +21,23 @@ class Outputs(NamedTuple):
     distill_feat: Tensor | None
 
 
+def outputs(net: FeatureNet, batches: EvalBatches, name: str = "network") -> Outputs:
+    """Run `net` over a split; its mode is restored.
+
+    Args:
+        name: for the error.
+
+    Raises:
+        NonFinite: its logits are not all finite.
+    """
+    found = unchecked(net, batches)
+    require_finite(found.logits, name)
+    return found
+
+
 @torch.no_grad()
-def outputs(net: FeatureNet, batches: EvalBatches) -> Outputs:
-    """Run `net` over a split; its mode is restored."""
+def unchecked(net: FeatureNet, batches: EvalBatches) -> Outputs:
+    """`outputs`, whatever they are."""
     mode = net.training
     net.eval()
     try:
@@ -43,9 +58,11 @@ def accuracy(scores: Tensor, y: Tensor) -> float:
     return 100.0 * (scores.argmax(dim=1) == y).double().mean().item()
 
 
-def nll(logits: Tensor, y: Tensor) -> float:
-    """Mean negative log-likelihood, in nats."""
-    return F.cross_entropy(logits.float(), y).item()
+def nll(logits: Tensor, y: Tensor, name: str = "network") -> float:
+    """Mean negative log-likelihood, in nats. Raises NonFinite where it is not finite."""
+    loss = F.cross_entropy(logits.float(), y)
+    require_finite(loss[None], name, "mean losses")
+    return loss.item()
 
 
 @torch.no_grad()
@@ -58,6 +75,9 @@ def synergy_logits(
         query: the student's feat_2d (n, C); None with a learned query.
         teachers: every teacher's outputs on the same split.
         chosen: indices of the teachers to fuse; None: all.
+
+    Raises:
+        NonFinite: the logits are not all finite.
     """
     mode = fusion.training
     fusion.eval()
@@ -69,7 +89,9 @@ def synergy_logits(
                 rows = slice(i, i + 1000)
                 part = fusion(None if query is None else query[rows], [f[rows] for f in picked], teachers=chosen)
                 parts.append(part.logits)
-        return torch.cat(parts)
+        logits = torch.cat(parts)
+        require_finite(logits, "synergy")
+        return logits
     finally:
         fusion.train(mode)
 

@@ -56,8 +56,10 @@ class FineTuning:
         pass
 
     def end_epoch(self, epoch: Epoch) -> dict[str, float]:
-        out, y = outputs(self.net, self.data.eval), self.data.eval.labels
-        acc, loss = distributed.first_says([accuracy(out.logits, y), nll(out.logits, y)], self.batches.device)
+        out, y = outputs(self.net, self.data.eval, "teacher"), self.data.eval.labels
+        acc, loss = distributed.first_says(
+            [accuracy(out.logits, y), nll(out.logits, y, "teacher")], self.batches.device
+        )
         self.selection.offer(acc, epoch.in_phase)
         return {"teacher/acc": acc, "teacher/loss": loss}
 
@@ -83,4 +85,4 @@ class FineTuning:
         return last | selected | val | self.costs.metrics()
 
     def _accuracy_on(self, split: EvalBatches) -> float:
-        return accuracy(outputs(self.net, split).logits, split.labels)
+        return accuracy(outputs(self.net, split, "teacher").logits, split.labels)

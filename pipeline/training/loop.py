@@ -26,6 +26,7 @@ from pipeline.training import distributed
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.checkpoint import Slots
 from pipeline.training.costs import Costs
+from pipeline.training.nonfinite import Kept, statistics, update_average
 from pipeline.training.objective import Moment, Objective
 
 
@@ -128,8 +129,12 @@ class Precision:
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
 
 
-def update(phase: Phase, loss: Tensor, precision: Precision) -> Tensor:
-    """One optimiser update; a non-finite one is skipped. Returns whether it was, as a tensor: nothing synchronises."""
+def update(phase: Phase, loss: Tensor, precision: Precision, kept: Kept | None = None) -> Tensor:
+    """One optimiser update; a non-finite one is skipped. Returns whether it was, as a tensor: nothing synchronises.
+
+    Args:
+        kept: what the forward pass has changed beside; as it was before, where the update is skipped.
+    """
     optimizer = phase.optimizer
     optimizer.zero_grad(set_to_none=True)
     if precision.scaler is None:
@@ -143,16 +148,18 @@ def update(phase: Phase, loss: Tensor, precision: Precision) -> Tensor:
         torch.nn.utils.clip_grads_with_norm_(
             [p for group in optimizer.param_groups for p in group["params"]], phase.clip, norm
         )
-    bad = ~torch.isfinite(norm)
-    if distributed.world().size == 1:
-        bad = bad | ~torch.isfinite(loss.detach())
-    if precision.scaler is None:
-        # fused optimisers leave the weights alone where found_inf is 1, as they do for GradScaler
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        optimizer.step()
-    else:
-        precision.scaler.step(optimizer)
+    bad = ~torch.isfinite(norm) | ~torch.isfinite(loss.detach())
+    if kept is not None:
+        bad = bad | kept.broken()
+    if distributed.world().size > 1:  # all skip it, or none
+        bad = distributed.total(bad.float()) > 0
+    # fused optimisers leave the weights alone where found_inf is 1, as they do for GradScaler
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+    optimizer.step()
+    if precision.scaler is not None:
         precision.scaler.update()
+    if kept is not None and (bad.is_cuda or bad):  # on a GPU nobody waits for the answer
+        kept.put_back(bad)
     return bad
 
 
@@ -382,18 +389,20 @@ class Loop:
     def _updates(self, epoch: Epoch, phase: Phase) -> Iterator[dict[str, Tensor]]:
         """The rest of an epoch's updates; each gives what is added to the sums."""
         task, size, repeats = self.task, distributed.world().size, phase.repeats
+        kept = Kept(statistics(phase.objective.trainable_module))
         for batch in task.batches.epoch(task.draws(epoch), start=self.batch):
             images, total = batch.global_size / size, Sums(self.device)
             for repeat in range(repeats):
                 done = (epoch.in_phase * len(task.batches) + self.batch) * repeats + repeat
                 phase.scheduler.step_update(done)
                 moment = Moment(epoch.phase, epoch.in_phase, self.batch)
+                kept.save()
                 with task.costs.counting(), self.precision.autocast():
                     output = phase.objective(batch, moment, repeat)
-                bad = update(phase, output["loss"], self.precision)
+                bad = update(phase, output["loss"], self.precision, kept)
                 task.costs.updated(epoch.phase)
                 if phase.objective.has_ema() and (done + 1) % task.optim.ema_update_every == 0:
-                    phase.objective.update_ema(step=(done + 1) // task.optim.ema_update_every)
+                    update_average(phase.objective, (done + 1) // task.optim.ema_update_every, bad)
                 terms = {k: v.detach() for k, v in output.items() if k != "output"}
                 self._watch(bad, epoch, terms, batch.index)
                 total.add({k: v * images for k, v in terms.items()})

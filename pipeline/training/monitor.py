@@ -33,7 +33,7 @@ class Monitor:
         """The teachers' outputs on the evaluation split ("eval") or the test split ("test")."""
         if split not in self._outputs:
             batches = self.data.eval if split == "eval" else self.data.test
-            self._outputs[split] = [outputs(t, batches) for t in self.teachers]
+            self._outputs[split] = [outputs(t, batches, f"teacher {k}") for k, t in enumerate(self.teachers)]
         return self._outputs[split]
 
     def forget_teachers(self) -> None:
@@ -114,7 +114,7 @@ class Monitor:
             self.gate_open = trained
             return
         if self.known.current is None:
-            self.known.update(self.synergy_accuracy(outputs(student, self.data.eval)))
+            self.known.update(self.synergy_accuracy(outputs(student, self.data.eval, "student")))
         known = self.known.current if self.method.gate_source == "snapshot" else self.known.ema
         setting = self.method.enable_kd_after_syn_acc
         relative = isinstance(setting, str)

@@ -315,12 +315,12 @@ class Distillation:
 
     def _end_b_epoch(self, epoch: Epoch) -> dict[str, float]:
         out, y = self._student_outputs(), self.data.eval.labels
-        acc, loss = distributed.first_says([accuracy(out.logits, y), nll(out.logits, y)], self.device)
+        acc, loss = distributed.first_says([accuracy(out.logits, y), nll(out.logits, y, "student")], self.device)
         weights = self._b_step().weights
         found = {"student/acc": acc, "student/loss": loss, "schedule/kd_weight": weights.scale * self.method.kd_alpha}
         ema = self._b_step().get_trainable_module(ema=True)
         if ema is not None:
-            averaged = outputs(ema.module, self.data.eval)
+            averaged = outputs(ema.module, self.data.eval, "student's moving average")
             (found["student/acc_ema"],) = distributed.first_says([accuracy(averaged.logits, y)], self.device)
         chosen = found["student/acc_ema"] if self.optim.select_weights == "ema" else acc
         self.selection.offer(chosen, epoch.in_phase)
@@ -333,7 +333,7 @@ class Distillation:
     def _student_outputs(self) -> Outputs:
         """The student on the evaluation split; A-epochs leave it as the B-epoch before them has left it."""
         if self._student_seen is None:
-            self._student_seen = outputs(self.student, self.data.eval)
+            self._student_seen = outputs(self.student, self.data.eval, "student")
         return self._student_seen
 
     def _synergy_found(self, epoch: Epoch, student: Outputs) -> dict[str, float]:
@@ -393,13 +393,13 @@ class Distillation:
         Args:
             test: False where the test split must not be seen: a sweep's trials.
         """
-        last = outputs(self.student, self.data.test) if test else None
+        last = outputs(self.student, self.data.test, "student") if test else None
         self._last = cpu_copy(self.student.state_dict())  # what a checkpoint continues from
         self.student.load_state_dict(self.selection.chosen())
         found = self._on_test(last) if last is not None else {}
         if self.data.has_validation:
             val = self.data.eval
-            found["final/val_acc"] = accuracy(outputs(self.student, val).logits, val.labels)
+            found["final/val_acc"] = accuracy(outputs(self.student, val, "student").logits, val.labels)
         elif any(e.phase == "b" for e in self.plan):
             found["final/acc_best"] = self.best_test
         if self.compiled:
@@ -409,7 +409,7 @@ class Distillation:
     def _on_test(self, last: Outputs) -> dict[str, float]:
         """`last`: the last epoch's student on the test split, beside which the selected one is evaluated."""
         test = self.data.test
-        selected = outputs(self.student, test)
+        selected = outputs(self.student, test, "student")
         found = {
             "final/acc_last": accuracy(last.logits, test.labels),
             "final/acc_val_selected": accuracy(selected.logits, test.labels),

@@ -134,7 +134,9 @@ class Subject:
     def answers(self, part: Part) -> Answers:
         """Every network runs once over the split, float32, eval mode."""
         method, data = self.config.method, self.data
-        seen = [outputs(net, self._batches(part, data.mean, data.std)) for net in self.nets]
+        seen = [
+            outputs(net, self._batches(part, data.mean, data.std), f"teacher {k}") for k, net in enumerate(self.nets)
+        ]
         members = [out.logits.cpu() for out in seen]
         if self.mode == "average":
             return Answers(_log(average_probabilities(seen, method.averaging_weights)).cpu(), members)
@@ -142,7 +144,7 @@ class Subject:
             return Answers(synergy_logits(self.fusion, None, seen).cpu(), members)
         # the model's own preprocessing, whatever statistics this data has
         mean, std = self.record.get("mean", data.mean), self.record.get("std", data.std)
-        student = outputs(self.student, self._batches(part, mean, std))
+        student = outputs(self.student, self._batches(part, mean, std), "student")
         if self.fusion is None:
             return Answers(student.logits.cpu(), members)
         query = getattr(student, method.ib_mbm_query_key)

@@ -118,7 +118,9 @@ def judge(contenders: list[Contender], data: ImageData, config: Config) -> list[
     correct = []
     for k, (one, images) in enumerate(zip(contenders, batches, strict=True)):
         logger.info("evaluating version %s (%s)", one.version.number, one.net.architecture)
-        found = evaluate_model(data, outputs(one.net, images).logits, images.labels, "test")
+        found = evaluate_model(
+            data, outputs(one.net, images, f"version {one.version.number}").logits, images.labels, "test"
+        )
         metrics[k] |= found.metrics | speed.size(one.net, _image(images))
         correct.append(found.correct)
     for _ in range(ROUNDS):

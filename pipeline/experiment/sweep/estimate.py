@@ -32,7 +32,7 @@ from pipeline.experiment.session import ALL_THREADS
 from pipeline.journal import CheckpointRecorder
 from pipeline.training.bank import WINDOW
 from pipeline.training.checkpoint import pack
-from pipeline.training.evaluation import outputs
+from pipeline.training.evaluation import unchecked
 from pipeline.training.loop import Epoch, Loop, Precision
 from pipeline.training.stages import Distillation
 
@@ -260,12 +260,12 @@ class _Probe:
         everything, part = self.task.data.eval, copy.copy(self.task.data.eval)
         count, most, spent = SMALL, min(everything.batch_size, len(everything.labels)), 0.0
         part.indices, part.labels = everything.indices[:1], everything.labels[:1]
-        outputs(net, part)  # where images are files, workers first end what was asked of them before
+        unchecked(net, part)  # where images are files, workers first end what was asked of them before
         while True:
             count = min(count, most)
             part.indices, part.labels = everything.indices[:count], everything.labels[:count]
             began = self._now()
-            outputs(net, part)
+            unchecked(net, part)
             took = self._now() - began
             spent += took
             if count == most or spent + 2 * took > limit:

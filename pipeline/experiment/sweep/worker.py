@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config, config_hash
 from pipeline.config.bank import shared
 from pipeline.config.places import output_dir
-from pipeline.errors import Interrupted, Pruned, Taken, UserError
+from pipeline.errors import Interrupted, NonFinite, Pruned, Taken, UserError
 from pipeline.experiment.compose import compose
 from pipeline.experiment.execute import log_to_terminal, stop
 from pipeline.experiment.launch.worker import PREEMPTED, requeue_on_signal
@@ -147,6 +148,12 @@ class Worker:
         except Interrupted:
             _release(claim)
             raise
+        except NonFinite as error:  # a result of this configuration, on which all processes agree
+            self._together = False
+            logger.error("trial %d diverged: %s", claim.number, error)
+            with contextlib.suppress(Taken):
+                claim.fail(str(error))
+            free_memory()
         except Exception as error:  # whatever a configuration does, the others are tried
             if stop():  # the signal has ended a process that trains along first
                 _release(claim)
@@ -259,7 +266,7 @@ class TrialWatch:
             if not self._linked:
                 self._linked = _note_run(self._claim, self._folder)
             value = metrics.get(self._metric) if self._metric else None
-            if value is None:
+            if value is None or not math.isfinite(value):  # a mean that one skipped step has spoilt says nothing
                 self._claim.check()
                 return Verdict.GO_ON
             self._claim.report(value, epoch)
@@ -384,6 +391,6 @@ def _follow() -> int:
             jobs.trial(Run.follow("distill", config, Path(trial["folder"])), _Silent())
         except Interrupted:
             return PREEMPTED
-        except (Pruned, Taken):
+        except (NonFinite, Pruned, Taken):
             continue
     return 0

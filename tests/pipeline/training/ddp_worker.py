@@ -125,6 +125,24 @@ def poisoned(folder: Path) -> str:
     return "not noticed"
 
 
+def poisoned_statistics(folder: Path) -> str:
+    """One process's pictures are not finite in one step: no process keeps what its batch statistics make of it."""
+    sections = {"dataset": {"batch_size": 8}, "finetune": {"epochs": 1}}
+    task = FineTuning(config(**sections), image_data(44), net(6, 0), CPU)
+    objective, rank = task.phases["finetune"].objective, distributed.world().rank
+    forward = objective.forward
+
+    def bad(batch: Any, moment: Any, repeat: int = 0) -> Any:
+        factor = float("nan") if rank == 1 and moment.batch == 1 else 1.0
+        return forward(batch._replace(x_mixed=batch.x_mixed * factor), moment, repeat)
+
+    objective.forward = bad
+    loop_of(task, folder, Record()).run()
+    norm: Any = task.net.net.norm
+    finite = all(bool(torch.isfinite(b).all()) for b in (norm.running_mean, norm.running_var))
+    return f"{int(norm.num_batches_tracked)} of {len(task.batches)} steps, statistics finite: {finite}"
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     world = distributed.join()
@@ -132,6 +150,7 @@ def main(folder: Path) -> None:
     if world.size > 1:
         found["stopped"] = stopped_by_one(folder / "stopped")
         found["poisoned"] = poisoned(folder / "poisoned")
+        found["poisoned statistics"] = poisoned_statistics(folder / "poisoned statistics")
         if world.rank == 0:
             found["position"] = Slots(folder / "stopped").read()[0]["position"]
     (folder / f"rank{world.rank}of{world.size}").write_bytes(pack(found))

@@ -62,6 +62,8 @@ def test_a_signal_to_one_process_stops_both_at_the_same_place(two: list[Any]) ->
 def test_a_step_that_is_bad_in_one_process_is_skipped_in_both(two: list[Any]) -> None:
     expected = "2 non-finite steps in a row at finetune-epoch 1, batch 3, weights finite: True"
     assert [found["poisoned"] for found in two] == [expected, expected]
+    kept = "3 of 4 steps, statistics finite: True"
+    assert [found["poisoned statistics"] for found in two] == [kept, kept]
 
 
 def test_with_one_process_everything_is_the_identity() -> None:

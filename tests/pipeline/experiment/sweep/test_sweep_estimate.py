@@ -47,9 +47,9 @@ def test_work_is_what_a_run_does(sections: Any, tmp_path: Path, monkeypatch: pyt
     seen: Counter[int] = Counter()
     real = stages.outputs
 
-    def counted(net: Any, batches: Any) -> Any:
+    def counted(net: Any, batches: Any, name: str) -> Any:
         seen[id(net)] += len(batches.labels)
-        return real(net, batches)
+        return real(net, batches, name)
 
     monkeypatch.setattr(stages, "outputs", counted)
     monkeypatch.setattr(monitor, "outputs", counted)
