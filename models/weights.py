@@ -3,10 +3,9 @@
 Nothing is ever unpickled as code; a file that does not belong to the network is refused before it is touched.
 """
 
-import argparse
 import hashlib
 import json
-import pickle
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,24 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from models import torch_files
 from models.features import FeatureNet
 from pipeline.files import replacing
 
 METADATA_KEY = "asib"
 ADAPTER = "distillation_adapter."
 NESTED = ("state_dict", "model", "net")  # where other code bases keep the state dict in a checkpoint
+MAX_NESTED = 8
+MAX_HEADER = 16 * 2**20
+"""Bytes of names, shapes and metadata of safetensors."""
+TRACKED = "num_batches_tracked"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+RECORDED: dict[str, tuple[Any, str]] = {
+    "classes": (str, "names"),
+    "mean": ((int, float), "numbers"),
+    "std": ((int, float), "numbers"),
+}
+"""Of the metadata, what others' code relies on."""
 PREFIXES = ("module.", "backbone.", "net.", "model.", "_orig_mod.")  # what wrappers put before the names
 
 
@@ -60,26 +71,46 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """The record that `save_weights` wrote; empty for files of other code bases.
 
     Raises:
-        ValueError: no such file, not readable as safetensors.
+        ValueError: no such file, not readable as safetensors, a record that cannot be.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
-    if path.suffix != ".safetensors":
+    if not _is_safetensors(path):
         return {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({_first_line(error)}); is it whole?") from error
-    return record if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        return {}
+    for key, (kind, words) in RECORDED.items():
+        value = record.get(key, [])
+        if not (isinstance(value, list) and all(isinstance(v, kind) for v in value)):
+            raise ValueError(f"{path}: its record of {key} is {_short(value)}, no list of {words}")
+    return record
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its content; by its name where the content is cut off. ValueError: it is neither that nor torch.save's."""
+    with path.open("rb") as file:
+        head, size = file.read(32), os.fstat(file.fileno()).st_size
+    if torch_files.is_torch_file(head):
+        return False
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and length > MAX_HEADER:
+        raise ValueError(f"{path} cannot be read: the names of its tensors alone take {length >> 20} MB")
+    if path.suffix == ".safetensors" or (head[8:9] == b"{" and length <= size):
+        return True
+    raise ValueError(f"{path} cannot be read: it is no file of torch.save or safetensors, it begins with {head[:12]!r}")
 
 
 def load_weights(model: FeatureNet, path: str | Path, *, expect: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Load a checkpoint strictly into `model.net`, and into its adapter where both have one.
 
-    Reads our safetensors, and `.pt`/`.pth` of other code bases: a plain state dict, or one under "state_dict",
-    "model" or "net", with "module." or "backbone." before the names.
+    Reads our safetensors, and what torch.save has written in other code bases, whatever the file's name: a plain state
+    dict, or one under "state_dict", "model" or "net", with "module." or "backbone." before the names.
 
     Args:
         model: the wrapper to fill; left as it was when an error is raised.
@@ -91,8 +122,8 @@ def load_weights(model: FeatureNet, path: str | Path, *, expect: Mapping[str, An
         The metadata record; empty for files of other code bases.
 
     Raises:
-        ValueError: unreadable file; another class count, architecture or `small_input`; names or shapes that do not
-            fit, with the first few named.
+        ValueError: unreadable file; another class count, architecture or `small_input`; names, shapes or values that
+            do not fit, with the first few named.
     """
     record = read_metadata(path)
     state = read_state(Path(path))
@@ -113,10 +144,9 @@ def load_weights(model: FeatureNet, path: str | Path, *, expect: Mapping[str, An
                 f"{path}: {key} is {_short(found[key])} in the checkpoint, {_short(value)} here; "
                 "choose the matching checkpoint or configuration"
             )
-    check_fit(model.net, state, f"{path} is no checkpoint of {model.architecture}")
+    state = checked(model.net, state, f"{path} is no checkpoint of {model.architecture}")
     if adapter and model.distillation_adapter is not None:
-        check_fit(model.distillation_adapter, adapter, f"{path}: its distillation adapter does not fit")
-        model.distillation_adapter.load_state_dict(adapter, strict=True)
+        fill(model.distillation_adapter, adapter, f"{path}: its distillation adapter does not fit")
     model.net.load_state_dict(state, strict=True)
     return record
 
@@ -137,37 +167,40 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: unreadable, or no state dict.
     """
-    if path.suffix == ".safetensors":
-        try:
-            content: Any = safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors ({_first_line(error)}); is it whole?") from error
-    elif path.suffix in (".pt", ".pth"):
-        try:
-            # Checkpoints of the KD tables keep their options beside the weights; a Namespace only holds values.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({_first_line(error)}); it is damaged, or holds more than tensors: "
-                "save its state dict alone"
-            ) from error
-    else:
-        raise ValueError(
-            f"{path}: {path.suffix or 'no suffix'} is no kind of checkpoint; use .safetensors, .pt or .pth"
-        )
-    while isinstance(content, Mapping):
-        inner = next((content[k] for k in NESTED if isinstance(content.get(k), Mapping)), None)
-        if inner is None:
+    try:
+        if _is_safetensors(path):
+            return _strip(safetensors.torch.load_file(path))
+        return _strip(torch_files.read(path, lambda content: _state_dict(content, path)))
+    except (Refused, MemoryError):
+        raise
+    # on damaged files: SafetensorError, BadZipFile, UnpicklingError, IndexError, struct.error, …
+    except Exception as error:
+        kind = "as safetensors " if path.suffix == ".safetensors" else ""
+        raise ValueError(f"{path} cannot be read {kind}({_first_line(error)}); is it whole?") from error
+
+
+class Refused(ValueError):
+    """A file that can be read, and holds no weights; the text names it."""
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, torch_files.Strided]:
+    for _ in range(MAX_NESTED):
+        if not isinstance(content, dict):
             break
-        content = inner
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(v, torch.Tensor) for v in content.values())
-    ):
-        raise ValueError(f"{path} holds no state dict, neither at its top nor under {', '.join(NESTED)}")
-    return _strip({str(k): v for k, v in content.items()})
+        inner = [content[k] for k in NESTED if isinstance(content.get(k), (dict, torch_files.Opaque))]
+        if not inner:
+            break
+        content = inner[0]
+    if isinstance(content, torch_files.Opaque):
+        raise Refused(f"{path} holds an object ({_name(content.what)}), no state dict; save its state_dict() alone")
+    if not isinstance(content, dict) or not content:
+        raise Refused(f"{path} holds no state dict, neither at its top nor under {', '.join(NESTED)}")
+    for name, value in content.items():
+        if isinstance(value, torch_files.Unusable):
+            raise Refused(f"{path}: {_name(name)} is {value.why}; weights are plain tensors")
+        if not isinstance(value, torch_files.Strided):
+            raise Refused(f"{path} holds no state dict: {_name(name)} is no tensor")
+    return content
 
 
 def _strip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -188,9 +221,22 @@ def _count_classes(model: FeatureNet, state: Mapping[str, torch.Tensor], default
     return default if weight is None or weight.dim() == 0 else weight.shape[0]
 
 
-def check_fit(module: nn.Module, state: Mapping[str, torch.Tensor], complaint: str) -> None:
-    """ValueError, which begins with `complaint`, for names or shapes that are not the module's."""
+def fill(module: nn.Module, state: Mapping[str, torch.Tensor], complaint: str) -> None:
+    """Load a state dict that is `checked`. Raises ValueError before anything is changed."""
+    module.load_state_dict(checked(module, state, complaint), strict=True)
+
+
+def checked(module: nn.Module, state: Mapping[str, torch.Tensor], complaint: str) -> dict[str, torch.Tensor]:
+    """The state dict, if a module can take it: its names and shapes, and values that weights can have.
+
+    torch < 0.4.1 kept no `num_batches_tracked`: without any, the module's own are taken.
+
+    Raises:
+        ValueError: it begins with `complaint`.
+    """
     own = module.state_dict()
+    if not any(name.endswith(TRACKED) for name in state):
+        state = {**state, **{name: value for name, value in own.items() if name.endswith(TRACKED)}}
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
     misshapen = [
@@ -199,12 +245,37 @@ def check_fit(module: nn.Module, state: Mapping[str, torch.Tensor], complaint: s
         if k in state and state[k].shape != own[k].shape
     ]
     faults = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        f"{len(names)} {kind} ({', '.join(map(_name, names[:3]))}{', …' if len(names) > 3 else ''})"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshapen))
         if names
     ]
+    faults = faults or [f"{name} {fault}" for name in own if (fault := _fault(name, state[name], own[name]))][:3]
     if faults:
         raise ValueError(f"{complaint}: {'; '.join(faults)}")
+    return dict(state)
+
+
+def _fault(name: str, value: torch.Tensor, own: torch.Tensor) -> str | None:
+    """Why a tensor cannot be the weights or the buffer `own`, or None."""
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return "is sparse, quantised or a meta tensor"
+    if not own.is_floating_point():
+        whole = not (value.is_floating_point() or value.is_complex())
+        return None if whole else f"is {value.dtype}, and should be {own.dtype}"
+    if value.dtype not in FLOATS:
+        return f"is {value.dtype}, and should be {own.dtype}"
+    if value.numel() == 0:
+        return None
+    low, high = value.to(own.dtype).aminmax()
+    if not (low.isfinite() and high.isfinite()) and bool(own.isfinite().all()):
+        return "has values that are not finite"
+    return "has negative variances" if name.endswith("running_var") and low < 0 else None
+
+
+def _name(text: str) -> str:
+    """A name out of a file, fit for one line."""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _short(value: Any) -> str:
@@ -214,4 +285,4 @@ def _short(value: Any) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return _name(lines[0]) if lines else type(error).__name__

@@ -85,10 +85,16 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     for name, content in (("a.pt", whole[:99]), ("b.pth", b""), ("c.pt", pickle.dumps({"x": Path("y")}, protocol=2))):
         (tmp_path / name).write_bytes(content)
         refused(model, tmp_path / name, "cannot be read")
-    (tmp_path / "d.onnx").write_bytes(b"x")
-    refused(model, tmp_path / "d.onnx", "no kind of checkpoint")
+    (tmp_path / "d.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    refused(model, tmp_path / "d.pth", r"no file of torch\.save or safetensors, it begins with b'version http")
     torch.save({"epoch": 3}, tmp_path / "e.pt")
     refused(model, tmp_path / "e.pt", "no state dict")
+    torch.save(model, tmp_path / "f.pt")
+    refused(
+        model,
+        tmp_path / "f.pt",
+        r"holds an object \(models\.features\.FeatureNet\), no state dict; save its state_dict",
+    )
 
 
 def test_pickled_code_is_never_run(tmp_path):
@@ -97,7 +103,7 @@ def test_pickled_code_is_never_run(tmp_path):
             return (Path.touch, (tmp_path / "boom",))
 
     torch.save({"state_dict": Bomb()}, tmp_path / "x.pth")
-    refused(small(), tmp_path / "x.pth", "cannot be read")
+    refused(small(), tmp_path / "x.pth", "holds an object")
     assert not (tmp_path / "boom").exists()
 
 
@@ -118,7 +124,7 @@ def test_another_architecture_is_refused(tmp_path):
     torch.save(small(name="cifar_resnet8x4").net.state_dict(), tmp_path / "u.pt")
     refused(small(), tmp_path / "u.pt", r"mis-shaped \(conv1\.weight \(32, 3, 3, 3\) instead of \(16, 3, 3, 3\)")
     torch.save({"conv9.weight": torch.ones(1)}, tmp_path / "v.pt")
-    refused(small(), tmp_path / "v.pt", r"56 missing \(.*, …\); 1 unexpected \(conv9\.weight\)")
+    refused(small(), tmp_path / "v.pt", r"47 missing \(.*, …\); 1 unexpected \(conv9\.weight\)")
 
 
 def test_another_stem_is_refused_though_the_shapes_agree(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.adapter import DistillationAdapter
 from models.ib_mbm import IBMBM
-from models.weights import ADAPTER, check_fit, read_state
+from models.weights import ADAPTER, fill, read_state
 from pipeline.config import Config
 from pipeline.config.describe import written
 from pipeline.errors import UserError
@@ -117,8 +117,7 @@ def load(run: Run, place: Place, fusion: Fusion, hashes: Sequence[str]) -> None:
     with networks.user_error(key):
         if place.path.is_file():
             state = read_state(place.path)
-            check_fit(fusion, state, "it is no fusion of this configuration")
-            fusion.load_state_dict(state, strict=True)
+            fill(fusion, state, "it is no fusion of this configuration")
         else:
             _load_research_code(run, place.path, fusion)
 
@@ -129,15 +128,12 @@ def _load_research_code(run: Run, folder: Path, fusion: Fusion) -> None:
     if not any(name.startswith("net.") for name in head):  # taken for a wrapper's prefix, as every name has it
         head = {f"net.{name}": value for name, value in head.items()}
     fusion.ib_mbm = _as_wide_as(mbm, fusion.ib_mbm, len(fusion.adapters), run.config)
-    check_fit(fusion.ib_mbm, mbm, f"{MBM} is no IB-MBM of this configuration")
-    check_fit(fusion.head, head, f"{HEAD} is no synergy head of this configuration")
-    fusion.ib_mbm.load_state_dict(mbm, strict=True)
-    fusion.head.load_state_dict(head, strict=True)
+    fill(fusion.ib_mbm, mbm, f"{MBM} is no IB-MBM of this configuration")
+    fill(fusion.head, head, f"{HEAD} is no synergy head of this configuration")
     for index, adapter in enumerate(fusion.adapters):
         if isinstance(adapter, DistillationAdapter):
             state = _adapter(run, index)
-            check_fit(adapter, state, f"model.teachers.{index}.checkpoint: its distillation adapter does not fit")
-            adapter.load_state_dict(state, strict=True)
+            fill(adapter, state, f"model.teachers.{index}.checkpoint: its distillation adapter does not fit")
 
 
 def _as_wide_as(state: Mapping[str, Tensor], module: IBMBM, count: int, config: Config) -> IBMBM:
