@@ -1,4 +1,4 @@
-"""Files of torch.save as other people write them, and as nobody should: loaded, or refused in a line and little memory."""
+"""Files of torch.save as other people write them, and as nobody should: they load, or are refused in one line."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ SPLITS = {"test": ("test",), "train": ("train",), "val": ("val",), "both": ("tra
 TEACHERS = ("auto", "true", "false")
 OWN = {
     "model": "what to evaluate: runs:/<id>[/path], models:/<name>@<alias>, models:/<name>/<version>, a run's folder "
-    "or a weights file (.safetensors, .pt, .pth); student= is the same key",
+    "or a weights file (safetensors or torch.save's); student= is the same key",
     "mode": "single (the default: the model alone), synergy (teachers and fusion, the model as query), or average (the "
     "teachers' mean; no model)",
     "split": "test (the default), train (clean images, without validation), val, or both (train and test)",

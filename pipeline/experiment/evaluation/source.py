@@ -28,7 +28,7 @@ class Source:
     """Weights on this machine.
 
     Attributes:
-        path: .safetensors, .pt or .pth.
+        path: of safetensors or torch.save, whatever its name.
         made_by: the run that made them, by its MLflow or its journal's id; None where that is not known.
         folder: that run's folder, where it is on this machine.
         version: `models:/<name>/<version>`, or `models:/<id>`, for a registered or logged model.
