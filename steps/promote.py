@@ -29,13 +29,19 @@ def main(argv: Sequence[str]) -> int:
     if "--help" in rest:
         print("\n".join(f"  {key}: {words}" for key, words in OWN.items()) + "\n")
     made: list[plans.Plan] = []
+    configs: list[Config] = []
 
     def planned(config: Config) -> Config:
         made.append(plans.make(config, own))
+        configs.append(config)
         return plans.prepared(config, made[0])
 
     def ask(delivery: "Delivery") -> None:
-        plans.check(made[0], Registry(delivery, made[0].name))
+        registry = Registry(delivery, made[0].name)
+        plans.check(made[0], registry)
+        from pipeline.experiment.registry.promote import same_data
+
+        same_data(configs[0], made[0], registry)
 
     def job(run: "Run") -> float | None:
         from pipeline.experiment.registry.promote import promote

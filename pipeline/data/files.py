@@ -70,6 +70,7 @@ class ImageFiles:
     def __init__(self, paths: Sequence[str], size: int, workers: int | None, key: str) -> None:
         self.shape = torch.Size((len(paths), 3, size, size))
         self.ndim = len(self.shape)
+        self.paths = paths
         self.workers = workers
         self._decoder = _Decoder(paths, size, key)
         self._asked = _Asked()

@@ -6,6 +6,7 @@ The students' accuracies, and the p-values between them, are known exactly (test
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,10 +138,13 @@ def test_a_promotion_that_breaks_off_is_finished_by_the_next_call(desk: Desk, af
     assert desk.promote("version=1").code == 0
 
     class AtTheMove(Fragile):
+        """Dies at the n-th change from the one on that says what is about to be moved."""
+
+        begun = False
+
         def __getattr__(self, name: str) -> Any:
-            if name in ("set_registered_model_alias", "set_registered_model_tag", "delete_registered_model_tag"):
-                return super().__getattr__(name)
-            return getattr(self._client, name)
+            self.begun = self.begun or name == "set_model_version_tag"
+            return super().__getattr__(name) if self.begun else getattr(self._client, name)
 
     plain = client(desk.uri)
     for step in range(1, 10):
@@ -160,18 +164,6 @@ def test_a_promotion_that_breaks_off_is_finished_by_the_next_call(desk: Desk, af
         plain.delete_model_version_tag(NAME, "2", "asib.rolled_back")
         assert desk.aliases == {"challenger": "2", "champion": "1"}
     assert step >= 5
-
-
-def other_data(desk: Desk) -> list[str]:
-    desk.register("half", data_digest="e" * 64)
-    return ["version 1 of stripes is of data eeeeeeeeeeee", "cfg=runs:/"]
-
-
-def no_digest(desk: Desk) -> list[str]:
-    desk.digest = ""
-    desk.register("half")
-    client(desk.uri).delete_model_version_tag(NAME, "1", "asib.data_digest")
-    return ["no tag asib.data_digest"]
 
 
 def no_student(desk: Desk) -> list[str]:
@@ -198,7 +190,7 @@ def unknown_model(desk: Desk) -> list[str]:
     return ["name=stripes: the registry has no such model"]
 
 
-@pytest.mark.parametrize("prepare", [other_data, no_digest, no_student, other_classes])
+@pytest.mark.parametrize("prepare", [no_student, other_classes])
 def test_bad_input_is_said_in_one_line_and_nothing_moves(desk: Desk, prepare: Callable[[Desk], list[str]]) -> None:
     needles = prepare(desk)
     done = desk.promote()
@@ -207,6 +199,23 @@ def test_bad_input_is_said_in_one_line_and_nothing_moves(desk: Desk, prepare: Ca
         assert needle in done.lines[0]
     assert ending(done.folder) == ("FAILED", "refused", 2)
     assert "champion" not in desk.aliases
+
+
+def other_data(desk: Desk) -> list[str]:
+    desk.register("half", data_digest="e" * 64)
+    return ["version 1 of stripes is of data eeeeeeeeeeee: versions are compared on the same images; give cfg=runs:/"]
+
+
+def no_digest(desk: Desk) -> list[str]:
+    desk.register("half")
+    client(desk.uri).delete_model_version_tag(NAME, "1", "asib.data_digest")
+    return ["no tag asib.data_digest"]
+
+
+def busy(desk: Desk) -> list[str]:
+    desk.register("half")
+    LocalDelivery(None, desk.uri).registry("enter", name=NAME, run_id="a" * 32, user="ada")
+    return [f"another promotion of stripes is under way, run {'a' * 32} by ada"]
 
 
 def no_version(desk: Desk) -> list[str]:
@@ -227,6 +236,10 @@ def nothing_to_retire(desk: Desk) -> list[str]:
         (no_challenger, ["dry_run=true"]),
         (no_version, ["version=7"]),
         (nothing_to_retire, ["retire=8"]),
+        (other_data, []),
+        (no_digest, ["dry_run=true"]),
+        (busy, []),
+        (busy, ["retire=1"]),
     ],
 )
 def test_what_the_registry_alone_can_tell_leaves_no_run(
@@ -255,17 +268,74 @@ def runs_of(desk: Desk) -> set[str]:
     return {run.info.run_id for run in store.search_runs([e.experiment_id for e in store.search_experiments()])}
 
 
-def test_another_promotion_under_way_is_named(desk: Desk) -> None:
-    desk.register("half")
+def test_the_gate_that_was_asked_for_stays_with_the_decision(desk: Desk) -> None:
+    """`gate.alpha=0.999` left no trace on the version: «default, all 4 criteria hold»."""
+    desk.register("half", "half")
+    assert desk.promote("version=1").code == 0
+    assert desk.tags(1)["asib.gate"] == "default"
+    given = "default with alpha=0.999 (0.05), max_ece_increase=1.0 (0.05), max_latency_ratio=50.0 (1.5)"
+    done = desk.promote("version=2", "gate.alpha=0.999", *LAX)
+    assert done.code == 3
+    tags, seen = desk.tags(2), see(desk.uri, run_id(done.folder))
+    assert tags["asib.gate"] == seen.tags["asib.gate"] == seen.params["promote.gate"] == given
+    for text in (done.out, tags["asib.history"], seen.tags["mlflow.note.content"]):
+        assert f"gate {given}" in text
+    own = desk.lab.folder / "default.yaml"
+    own.write_text("alpha: 0.999\nmax_latency_ratio: null\n")
+    assert desk.promote("version=2", f"gate={own}").code == 3
+    assert desk.tags(2)["asib.gate"].startswith("default.yaml, sha256 "), "a file of that name is not the default"
+
+
+def test_looks_at_one_test_set_are_counted_and_said(desk: Desk) -> None:
+    desk.register("half", "half", "bad", "good")
+    assert desk.promote("version=1").code == 0
+    trial = desk.promote("version=2", "dry_run=true", *LAX)
+    assert "look 1 at these 40 test images" in trial.out
+    for number, look in ((3, 2), (2, 1), (4, 3)):
+        done = desk.promote(f"version={number}", *LAX)
+        assert f"look {look} at these 40 test images" in done.out
+        seen = see(desk.uri, run_id(done.folder))
+        assert seen.metrics["promotion/look", 0] == [look]
+        assert seen.metrics["promotion/alpha", 0] == [pytest.approx(0.05 / (look * (look + 1)))]
+        assert f"look {look} at" in desk.tags(number)["asib.look"]
+    assert desk.aliases["champion"] == "4"
+    (looks,) = [v for k, v in client(desk.uri).get_registered_model(NAME).tags.items() if k.startswith("asib.looks.")]
+    assert looks == "2-1 3-1 4-1"
+
+
+@pytest.mark.slow
+def test_a_champion_that_is_gone_is_no_dead_end(desk: Desk) -> None:
+    """Its version deleted, or its files: one line each, and what it says leads on."""
     store = client(desk.uri)
-    other = store.create_run("0", start_time=1, tags={"mlflow.user": "ada"}).info.run_id
-    LocalDelivery(None, desk.uri).registry("enter", name=NAME, run_id=other)
-    done = desk.promote()
-    assert (done.code, len(done.lines)) == (2, 1), done.err
-    assert f"run {other} by ada" in done.lines[0]
-    assert "champion" not in desk.aliases
-    store.set_terminated(other, "FINISHED")
-    assert desk.promote().code == 0
+    desk.register("bad", "half", "good", "half")
+    for number in "123":
+        assert desk.promote(f"version={number}", "gate.first.min_acc=0", *LAX).code == 0
+    assert "champion of stripes" in store.get_run(desk.runs[2]).data.tags["asib.keep"]
+    store.delete_model_version(NAME, "3")
+    done = desk.promote("version=4", *LAX)
+    assert (done.code, len(done.lines), done.new) == (2, 1, [])
+    assert "the champion of stripes is gone" in done.lines[0]
+    assert "rollback=true makes version 2" in done.lines[0]
+    back = desk.promote("rollback=true")
+    assert back.code == 0, back.err
+    assert desk.aliases == {"challenger": "4", "champion": "2", "previous": "1"}
+
+    for number in "12":  # as `mlflow gc` does
+        source = store.get_model_version(NAME, number).source.removeprefix("models:/")
+        shutil.rmtree(store.get_logged_model(source).artifact_location.removeprefix("file://"))
+    done = desk.promote("version=4", *LAX)
+    assert done.code == 2
+    assert "the files of version 2, the champion, are gone: rollback=true makes" in done.lines[-1]
+    back = desk.promote("rollback=true")
+    assert back.code == 2
+    assert any("version 1 is passed over, its files are gone" in line for line in back.lines)
+    store.delete_registered_model_alias(NAME, "champion")
+    assert desk.promote("retire=1").code == 0
+    done = desk.promote("version=4", *LAX)
+    assert (done.code, "retire=2" in done.err) == (2, True), done.err
+    assert desk.promote("retire=2").code == 0
+    assert desk.promote("version=4", *LAX).code == 0
+    assert desk.aliases["champion"] == "4"
 
 
 @pytest.mark.slow

@@ -1,21 +1,19 @@
-"""The model registry as delivery sees it: versions made of a run's models, aliases moved, promotions in a queue.
+"""The model registry as delivery sees it: versions made of a run's models, and what promotions ask.
 
-`register` takes a journal's entry; `answer` serves the requests of `pipeline.experiment.registry.remote`. An alias is
-never moved without saying so first: `MOVE`, a tag of the registered model, holds all that is about to be done, so that
-whoever comes after a crash finishes it (`repair`).
+`register` takes a journal's entry; `answer` serves the requests of `pipeline.experiment.registry.remote`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.experiment.delivery import server
+from pipeline.experiment.delivery import looks, moves, server, turns
 from pipeline.experiment.delivery.faults import Fault, classify, unknown
-from pipeline.journal import now_ms
+from pipeline.experiment.delivery.model_tags import CHALLENGER, CHAMPION, PREVIOUS, TAG_LENGTH, garbled, is_version
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -26,17 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("asib.delivery")
 
-CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
-MOVE = "asib.move"
-"""Tag of a registered model while its aliases are being moved: what is done, as JSON (see `move`)."""
-PAST = "asib.champions"
-"""Tag of a registered model: versions that were champion before the present one, as JSON, the latest last."""
-QUEUE, SEEN = "asib.promote", "asib.promote_seen"
-"""Tags of a promotion's run: the registered model that it is about, and when it was last alive, in ms since 1970."""
 ANNOUNCED = "asib.announced"
 """Tag of a version: it has had its alias."""
-TAG_LENGTH = 5000
-"""MLflow takes more; databases of older versions do not."""
 
 
 # versions ------------------------------------------------------------------------------------------------------------
@@ -110,8 +99,13 @@ def _link(client: MlflowClient, model_id: str, version: ModelVersion) -> None:
     """On the LoggedModel's page: which versions were made of it, as MLflow's own `register_model` notes it."""
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
-    known = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS) or "[]")
-    names = [(str(item["name"]), str(item["version"])) for item in known]
+    text = client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS) or "[]"
+    try:
+        known = json.loads(text)
+        names = [(str(item["name"]), str(item["version"])) for item in known]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        log.warning("%s: %s", model_id, garbled(MLFLOW_MODEL_VERSIONS, text, "written anew"))
+        known, names = [], []
     if (version.name, str(version.version)) not in names:
         known.append({"name": version.name, "version": version.version})
         client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(known)})
@@ -120,7 +114,7 @@ def _link(client: MlflowClient, model_id: str, version: ModelVersion) -> None:
 def _announce(client: MlflowClient, version: ModelVersion, alias: str) -> None:
     """The alias goes to the newest: a run that is delivered late does not take it from one that came after it."""
     holder = client.get_registered_model(version.name).aliases.get(alias)
-    if holder is None or int(holder) < int(version.version):
+    if not is_version(str(holder)) or int(holder) < int(version.version):
         client.set_registered_model_alias(version.name, alias, str(version.version))
     client.set_model_version_tag(version.name, str(version.version), ANNOUNCED, alias)
 
@@ -145,7 +139,7 @@ def answer(client: MlflowClient, request: dict[str, Any], uri: str) -> dict[str,
 
 
 def overview(client: MlflowClient, name: str) -> dict[str, Any]:
-    """Aliases (name -> version) and tags of a registered model.
+    """Aliases (name -> version) and tags of a registered model; `said`: a line for each alias that names no version.
 
     Raises:
         UserError: there is no such model; the nearest names are given.
@@ -157,7 +151,13 @@ def overview(client: MlflowClient, name: str) -> dict[str, Any]:
             raise
         raise UserError(f"name={name}: {_no_such_model(client, name)}") from error
     aliases = {alias: str(version) for alias, version in model.aliases.items()}
-    return {"aliases": aliases, "tags": dict(model.tags)}
+    loose = [
+        alias
+        for alias in (CHAMPION, PREVIOUS, CHALLENGER)
+        if alias in aliases and not moves.there(client, name, aliases[alias])
+    ]
+    said = [f"alias {alias}={aliases.pop(alias)} names no version: ignored" for alias in loose]
+    return {"aliases": aliases, "tags": dict(model.tags), "said": said}
 
 
 def _no_such_model(client: MlflowClient, name: str) -> str:
@@ -190,99 +190,17 @@ def version(client: MlflowClient, name: str, number: str) -> dict[str, Any]:
     }
 
 
-def tag(client: MlflowClient, name: str, number: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a version."""
-    for key, value in tags.items():
-        client.set_model_version_tag(name, number, key, value[-TAG_LENGTH:])
-
-
-# moving aliases ------------------------------------------------------------------------------------------------------
-
-
-def move(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
-    """Move aliases as planned, all or, after a crash, by the next `repair`: never without a champion in between.
-
-    Args:
-        plan: `before` and `after`: version (or None) of champion and previous; `past`: the later value of `PAST`, a
-            list; `tags`: version -> tags to set; `run`: the run that decided it; `why`: in words.
-
-    Raises:
-        UserError: the champion is another than the plan's `before`: somebody has moved it meanwhile.
-    """
-    present = overview(client, name)["aliases"].get(CHAMPION)
-    if present != plan["before"][CHAMPION]:
-        raise UserError(
-            f"champion of {name} was version {plan['before'][CHAMPION]} when this began and is {present} now: "
-            "somebody else has moved it; start again"
-        )
-    client.set_registered_model_tag(name, MOVE, json.dumps(plan))
-    _finish(client, name, plan)
-
-
-def repair(client: MlflowClient, name: str) -> dict[str, Any] | None:
-    """Finish the move that somebody has begun and not ended; it, or None where there is none.
-
-    A champion that is neither the one before nor the one after was set by hand since: then nothing is moved.
-    """
-    now = overview(client, name)
-    if not now["tags"].get(MOVE):
-        return None
-    plan: dict[str, Any] = json.loads(now["tags"][MOVE])
-    if now["aliases"].get(CHAMPION) not in (plan["before"][CHAMPION], plan["after"][CHAMPION]):
-        log.warning("%s: the champion was moved by hand since; %s is given up", name, plan)
-        client.delete_registered_model_tag(name, MOVE)
-        return None
-    _finish(client, name, plan)
-    return plan
-
-
-def _finish(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
-    """Every step may be repeated; the tag that says what is to be done goes last."""
-    for alias in (PREVIOUS, CHAMPION):
-        target = plan["after"][alias]
-        if target is not None:
-            client.set_registered_model_alias(name, alias, target)
-        elif alias in client.get_registered_model(name).aliases:
-            client.delete_registered_model_alias(name, alias)
-    client.set_registered_model_tag(name, PAST, json.dumps(plan["past"]))
-    for number, tags in plan["tags"].items():
-        tag(client, name, number, tags)
-    client.delete_registered_model_tag(name, MOVE)
-
-
-# the queue -----------------------------------------------------------------------------------------------------------
-
-
-def enter(client: MlflowClient, name: str, run_id: str) -> None:
-    """A promotion's run joins the queue of a model, or says that it is still alive."""
-    from mlflow.entities import RunTag
-
-    client.log_batch(run_id, tags=[RunTag(QUEUE, name), RunTag(SEEN, str(now_ms()))])
-
-
-def queue(client: MlflowClient, name: str) -> list[dict[str, Any]]:
-    """The RUNNING promotions of a model, the oldest first: run_id, user, seen and now (ms by this machine's clock)."""
-    query = f"attributes.status = 'RUNNING' and tags.`{QUEUE}` = '{name}'"
-    experiments = server.all_experiments(client)
-    runs = server.all_pages(lambda token: client.search_runs(experiments, query, page_token=token))
-    found = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
-    return [
-        {
-            "run_id": run.info.run_id,
-            "user": run.data.tags.get("mlflow.user", ""),
-            "seen": int(run.data.tags.get(SEEN, run.info.start_time)),
-            "now": now_ms(),
-        }
-        for run in found
-    ]
-
-
 REQUESTS: dict[str, Callable[..., Any]] = {
     "overview": overview,
     "version": version,
-    "tag": tag,
-    "move": move,
-    "repair": repair,
-    "enter": enter,
-    "queue": queue,
+    "move": moves.move,
+    "repair": moves.repair,
+    "pending": moves.pending,
+    "may_edit": turns.may_edit,
+    "enter": turns.enter,
+    "beat": turns.beat,
+    "leave": turns.leave,
+    "queue": turns.queue,
+    "bury": turns.bury,
+    "look": looks.look,
 }

@@ -17,6 +17,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME, M
 
 from pipeline import journal
 from pipeline.errors import UserError
+from pipeline.experiment.delivery import turns
 from pipeline.experiment.delivery.checkpoint import CheckpointUpload
 from pipeline.experiment.delivery.models import log_dataset, log_model, log_model_input
 from pipeline.experiment.delivery.outbox import Outbox
@@ -346,6 +347,7 @@ class RunDelivery:
             return
         log.warning("%s has no end: its trainer died; the run is KILLED", self.folder)
         self._end("KILLED", "killed", 137, None, self._last_time)
+        turns.left_behind(self.client, self.state.run_id)
         self.state.ended = False  # the journal has no end: a trainer that comes back goes on with it
         self.state.save(self.folder)
         if self._taken_over():  # between the question and the end

@@ -3,6 +3,7 @@
 Needs pydantic and OmegaConf only, so that a promotion that cannot be is refused before torch is imported.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,13 @@ from pipeline.config.describe import expects, field_at, section_of, written
 from pipeline.config.names import near_miss
 from pipeline.config.schema import AtLeastOne, Fraction, NonNegative, Positive, Section, key
 from pipeline.errors import UserError
-from pipeline.experiment.options import locate
+from pipeline.experiment.options import CONF, locate
 from pipeline.experiment.settings import parse_data, read_yaml
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Inner = Annotated[float, Field(gt=0, lt=1)]
+OURS = {"name", "changes"}
+"""Fields that say where a gate comes from."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -32,12 +35,16 @@ class FirstGate(Section):
 class Gate(Section):
     """The criteria of a promotion, all of which must hold; those that are null are not asked for.
 
-    Percentages and points are of test top-1. `name` is the file's, without its folder and suffix.
+    Percentages and points are of test top-1. `name` is the file's, without its folder and suffix; of a file outside
+    conf/promotion also the beginning of its SHA-256. `changes`: what the command line changed, such as
+    `alpha=0.01 (0.05)`, the file's value in parentheses.
     """
 
     name: str = Field(default="", exclude=True)
+    changes: tuple[str, ...] = Field(default=(), exclude=True)
     min_improvement: NonNegative = key(0.0, "points above the champion; an equally good challenger never passes")
     alpha: Inner | None = key(0.05, "the two-sided exact McNemar test must give at most this p")
+    alpha_spending: bool = key(True, "alpha is for all looks at one test set together; false: for each of them")
     interval: Inner | None = key(0.95, "level of the paired bootstrap interval of the improvement")
     min_interval_low: Finite = key(0.0, "points below which that interval must not reach")
     replicates: AtLeastOne = key(10_000, "draws of that bootstrap")
@@ -49,6 +56,11 @@ class Gate(Section):
     max_parameters: AtLeastOne | None = key(None, "numbers in the network at most")
     max_parameters_ratio: Positive | None = key(1.5, "the same relative to the champion's")
     first: FirstGate = key(FirstGate(), "a first version")
+
+    @property
+    def words(self) -> str:
+        """Its name and every change of it: `default with alpha=0.01 (0.05)`."""
+        return " with ".join(filter(None, [self.name, ", ".join(self.changes)]))
 
 
 def load(name_or_path: str, settings: Mapping[str, str]) -> Gate:
@@ -63,12 +75,29 @@ def load(name_or_path: str, settings: Mapping[str, str]) -> Gate:
     """
     file = locate("promotion", name_or_path, "gate")
     content = _read(file, name_or_path)
-    for name, text in settings.items():
-        _set(content, name, text)
+    ours = file.parent == CONF / "promotion"
+    name = file.stem if ours else f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     try:
-        return Gate.model_validate({**content, "name": file.stem})
+        found = plain = Gate.model_validate({**content, "name": name})
+        if settings:
+            for changed, text in settings.items():
+                _set(content, changed, text)
+            found = Gate.model_validate({**content, "name": name})
     except ValidationError as error:
         raise UserError(_explain(error)) from error
+    changes = [f"{k}={_shown(found, k)} ({_shown(plain, k)})" for k in keys() if _at(found, k) != _at(plain, k)]
+    return found.model_copy(update={"changes": tuple(changes)})
+
+
+def _at(gate: Gate, name: str) -> Any:
+    value: Any = gate
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _shown(gate: Gate, name: str) -> str:
+    return written(_at(gate, name))
 
 
 def _read(file: Path, given: str) -> dict[str, Any]:
@@ -76,15 +105,15 @@ def _read(file: Path, given: str) -> dict[str, Any]:
     if not isinstance(content, DictConfig):
         raise UserError(f"gate={given}: holds no keys; begin with such as alpha: 0.05")
     plain: Any = OmegaConf.to_container(content)
-    if "name" in plain:
-        raise UserError(f"gate={given}: name={plain['name']}: a gate is named after its file; leave the key out")
+    for ours in sorted(OURS & plain.keys()):
+        raise UserError(f"gate={given}: {ours}={plain[ours]}: a gate is named after its file; leave the key out")
     return {str(name): value for name, value in plain.items()}
 
 
 def _set(content: dict[str, Any], name: str, text: str) -> None:
     path = name.split(".")
     found = field_at(path, Gate)
-    if found is None or found[1] < len(path) or name == "name":
+    if found is None or found[1] < len(path) or name in OURS:
         raise UserError(_unknown(name))
     value = parse_data(text, f"gate.{name}={text:.100}")
     node = content
@@ -97,7 +126,7 @@ def _set(content: dict[str, Any], name: str, text: str) -> None:
 
 def keys() -> list[str]:
     """All keys of a gate, those of the first version with their group."""
-    own = [name for name, field in Gate.model_fields.items() if name != "name" and section_of(field) is None]
+    own = [name for name, field in Gate.model_fields.items() if name not in OURS and section_of(field) is None]
     return [*own, *(f"first.{name}" for name in FirstGate.model_fields)]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from pipeline.experiment.registry import spending
 from pipeline.experiment.registry.config import Gate
 
 Bools = NDArray[np.bool_]
@@ -156,12 +157,18 @@ def class_accuracies(correct: Bools, labels: Ints, classes: int) -> Floats:
 
 
 def judge(
-    gate: Gate, labels: Ints, classes: tuple[str, ...], challenger: Measured, champion: Measured | None
+    gate: Gate,
+    labels: Ints,
+    classes: tuple[str, ...],
+    challenger: Measured,
+    champion: Measured | None,
+    look: int = 1,
 ) -> Verdict:
     """Whether the gate lets the challenger pass: against the champion, or alone where there is none.
 
     Args:
         labels: (n,) of the images on which both were measured.
+        look: how many pairs were compared on these images, with this one.
 
     Raises:
         ValueError: the two were not measured on these images.
@@ -173,12 +180,15 @@ def judge(
         criteria = [*_first(gate, labels, classes, challenger), *_absolute(gate, challenger)]
     else:
         found = pairs(challenger.correct, champion.correct)
-        numbers |= _numbers(gate, found)
+        numbers |= _numbers(gate, found) | {"promotion/look": float(look)}
+        level = _level(gate, look)
+        if level is not None:
+            numbers["promotion/alpha"] = level
         drops = class_accuracies(champion.correct, labels, len(classes))
         drops -= class_accuracies(challenger.correct, labels, len(classes))
         numbers["promotion/worst_class_drop"] = float(np.nanmax(drops))
         criteria = [
-            *_better(gate, found, numbers),
+            *_better(gate, found, level, numbers),
             *_classes(gate, drops, classes),
             *_absolute(gate, challenger),
             *_relative(gate, challenger, champion),
@@ -199,16 +209,23 @@ def _numbers(gate: Gate, found: Pairs) -> dict[str, float]:
     return numbers
 
 
-def _better(gate: Gate, found: Pairs, numbers: dict[str, float]) -> Iterator[Criterion]:
+def _level(gate: Gate, look: int) -> float | None:
+    """What McNemar's p must not exceed."""
+    if gate.alpha is None or not gate.alpha_spending:
+        return gate.alpha
+    return spending.level(gate.alpha, look)
+
+
+def _better(gate: Gate, found: Pairs, level: float | None, numbers: dict[str, float]) -> Iterator[Criterion]:
     gain = found.improvement
     ahead = found.challenger_only > found.champion_only
     note = "" if ahead else "equally good" if gain == 0 else "worse"
     enough = ahead and gain >= gate.min_improvement - ROUNDING
     yield Criterion("improvement", gain, gate.min_improvement, enough, True, "points", note)
-    if gate.alpha is not None:
+    if level is not None:
         p = numbers["promotion/p_value"]
         note = f"alone right: challenger {found.challenger_only}, champion {found.champion_only}"
-        yield Criterion("McNemar test", p, gate.alpha, p <= gate.alpha, False, "p", note)
+        yield Criterion("McNemar test", p, level, p <= level, False, "p", note)
     if gate.interval is not None:
         low, high = numbers["promotion/interval_low"], numbers["promotion/interval_high"]
         passed = low >= gate.min_interval_low - ROUNDING

@@ -8,11 +8,11 @@ from typing import Literal
 from pipeline.config import Config, registered
 from pipeline.errors import UserError
 from pipeline.experiment.registry import config as gates
+from pipeline.experiment.registry import queue
 from pipeline.experiment.registry.config import Gate
 from pipeline.experiment.registry.remote import (
     CHALLENGER,
     CHAMPION,
-    MOVE,
     RETIRED,
     ROLLED_BACK,
     Overview,
@@ -30,6 +30,7 @@ OWN = {
     "reason": "why, in words; kept with the decision",
     "gate.": "any key of the gate's file: gate.alpha=0.01, gate.first.min_acc=60",
 }
+LONGEST_REASON = 500
 Action = Literal["promote", "rollback", "retire"]
 
 
@@ -48,7 +49,7 @@ class Plan:
         """What DRY_RUN=1 shows."""
         which = f"version {self.version}" if self.version else "the version with the alias challenger"
         does = {
-            "promote": f"judge {which} of {self.name} by the gate {self.gate.name}",
+            "promote": f"judge {which} of {self.name} by the gate {self.gate.words}",
             "rollback": f"make the version of {self.name} with the alias previous champion again",
             "retire": f"retire {which} of {self.name}",
         }
@@ -80,6 +81,10 @@ def make(config: Config, own: Mapping[str, str]) -> Plan:
     gate = gates.load(own.get("gate") or "default", settings)
     action: Action = "rollback" if rollback else "retire" if retire else "promote"
     reason = " ".join(own.get("reason", "").split())
+    if len(reason) > LONGEST_REASON:
+        raise UserError(f"reason has {len(reason)} characters: give at most {LONGEST_REASON}")
+    if action != "promote" and (own.get("gate") or settings):
+        raise UserError(f"{action} asks no gate: leave gate and gate.* out")
     return Plan(action, name, version or retire, gate, _flag(own, "dry_run"), reason)
 
 
@@ -112,10 +117,14 @@ def check(plan: Plan, registry: Registry) -> None:
     """Ask the registry before there is a run.
 
     Raises:
-        UserError: no such model or version, or a challenger that must not be promoted.
+        UserError: no such model or version, a challenger that must not be promoted, no permission, or somebody else's
+            promotion under way.
     """
     now = registry.overview()
-    if plan.action == "promote" and not now.tags.get(MOVE):  # else what was left half done is to be finished first
+    if not plan.dry_run:
+        registry.may_edit()
+        queue.refuse_if_busy(registry)
+    if plan.action == "promote" and now.move is None:  # else what was left half done is to be finished first
         sides(plan, registry, now)
     elif plan.version is not None:
         registry.version(plan.version)
@@ -125,7 +134,7 @@ def sides(plan: Plan, registry: Registry, now: Overview, mended: bool = False) -
     """Challenger and champion. No challenger: its promotion was begun before, and finished by the repair just now.
 
     Raises:
-        UserError: there is no challenger, or one that must not be promoted.
+        UserError: there is no challenger, or one that must not be promoted, or the champion is gone.
     """
     number = plan.version or now.aliases.get(CHALLENGER)
     if number is None:
@@ -133,6 +142,8 @@ def sides(plan: Plan, registry: Registry, now: Overview, mended: bool = False) -
             f"name={plan.name}: no version has the alias {CHALLENGER}; give version=<n>, or register a student"
         )
     champion = now.aliases.get(CHAMPION)
+    if champion is None:
+        _refuse_without(registry, now)
     if number == champion:
         if mended:
             return None, None
@@ -148,3 +159,17 @@ def sides(plan: Plan, registry: Registry, now: Overview, mended: bool = False) -
             "promotes it all the same"
         )
     return challenger, None if champion is None else registry.version(champion)
+
+
+def _refuse_without(registry: Registry, now: Overview) -> None:
+    """Without its deleted champion a model has the one before it to be judged against. Raises UserError."""
+    for number in reversed(now.past):
+        try:
+            usable = RETIRED not in registry.version(number).tags
+        except UserError:  # deleted as well
+            continue
+        if usable:
+            raise UserError(
+                f"the champion of {registry.name} is gone (its version or its alias was deleted): rollback=true makes "
+                f"version {number}, the one before it, champion again; then promote. Or retire={number} to start anew"
+            )

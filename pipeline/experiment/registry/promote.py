@@ -5,20 +5,28 @@ the version's history; moving aliases later takes none of it away.
 """
 
 import getpass
+import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.config import Config
+from pipeline.data.files import ImageFiles
+from pipeline.data.sources import ImageData
+from pipeline.errors import NotThere, UserError
+from pipeline.experiment import networks
 from pipeline.experiment.registry import contender, decision, queue, report
 from pipeline.experiment.registry import gate as gates
 from pipeline.experiment.registry.decision import Occasion
 from pipeline.experiment.registry.gate import Verdict
 from pipeline.experiment.registry.plan import Plan, sides
-from pipeline.experiment.registry.remote import CHAMPION, MOVE, PAST, PREVIOUS, Overview, Registry, Version
+from pipeline.experiment.registry.remote import CHAMPION, PAST, PREVIOUS, Overview, Registry, Version
 from pipeline.experiment.run import Run
-from pipeline.experiment.session import load_data, prepare
+from pipeline.experiment.session import images, load_data, prepare
 
 logger = logging.getLogger("asib")
 REFUSED = 3
@@ -46,18 +54,30 @@ def promote(run: Run, plan: Plan) -> float | None:
     if plan.dry_run:
         return _act(run, plan, registry, why, None)
     run.journal.tags({"asib.promote": plan.name})
-    with queue.turn(registry, run.run_id):
+    with queue.turn(registry, run.run_id, user):
         return _act(run, plan, registry, why, registry.repair())
+
+
+def same_data(config: Config, plan: Plan, registry: Registry) -> None:
+    """Check the device and the versions' data before there is a run. Raises UserError."""
+    now = registry.overview()
+    if plan.action != "promote" or now.move is not None:  # what was left half done is to be finished first
+        return
+    networks.device_of(config)
+    prepare(config)
+    for version in filter(None, sides(plan, registry, now)):
+        contender.same_images(plan.name, version, images(config), config)
 
 
 def _act(run: Run, plan: Plan, registry: Registry, why: Occasion, mended: dict[str, object] | None) -> float | None:
     now = registry.overview()
+    registry.say(now.said)
     if mended is not None:
         logger.info("an interrupted move was finished: %s (decided in run %s)", mended["why"], mended["run"])
         run.journal.tags({"asib.mended": str(mended["run"])})
-    elif now.tags.get(MOVE):
-        logger.info("an interrupted move waits to be finished: %s", json.loads(now.tags[MOVE])["why"])
-        now = _as_if_finished(now)
+    elif now.move is not None:
+        logger.info("an interrupted move waits to be finished: %s", now.move["why"])
+        now = _as_if_finished(now, now.move)
     match plan.action:
         case "rollback":
             _rollback(run, plan, registry, now, why)
@@ -68,11 +88,10 @@ def _act(run: Run, plan: Plan, registry: Registry, why: Occasion, mended: dict[s
     return None
 
 
-def _as_if_finished(now: Overview) -> Overview:
+def _as_if_finished(now: Overview, move: dict[str, Any]) -> Overview:
     """What a dry run would find after the repair that it does not do."""
-    after = json.loads(now.tags[MOVE])
-    aliases = {k: v for k, v in {**now.aliases, **after["after"]}.items() if v is not None}
-    return Overview(aliases, {**now.tags, PAST: json.dumps(after["past"])})
+    aliases = {k: v for k, v in {**now.aliases, **move["after"]}.items() if v is not None}
+    return Overview(aliases, {**now.tags, PAST: json.dumps(move["past"])})
 
 
 # promotion -----------------------------------------------------------------------------------------------------------
@@ -93,12 +112,12 @@ def _promote(
         contender.same_images(plan.name, version, data, run.config)
         if version.run_id:
             run.journal.model_input(version.run_id)
-    fetched = run.folder / "fetched"
-    found = [contender.fetch(registry, v, data, run.config, fetched / v.number) for v in both.values()]
+    found = [_fetched(run, registry, now, side, version, data) for side, version in both.items()]
+    look = _look(run, plan, registry, data, challenger, champion)
     judged = dict(zip(both, contender.judge(found, data, run.config), strict=True))
     measured = {side: one.measured for side, one in judged.items()}
     labels = data.test_y.numpy()
-    verdict = gates.judge(plan.gate, labels, data.classes, measured["challenger"], measured.get("champion"))
+    verdict = gates.judge(plan.gate, labels, data.classes, measured["challenger"], measured.get("champion"), look)
     run.journal.hold()
     for side, one in judged.items():
         run.journal.metrics({f"{side}/{name}": value for name, value in one.metrics.items()}, 0)
@@ -109,6 +128,48 @@ def _promote(
         run.journal.artifact(path, FOLDER)
     _decide(run, plan, registry, now, why, challenger, champion, verdict)
     return verdict.numbers.get("promotion/improvement")
+
+
+def _fetched(
+    run: Run, registry: Registry, now: Overview, side: str, version: Version, data: ImageData
+) -> contender.Contender:
+    """A version's network. Raises UserError: its files are gone, or are no student's; what to do about it."""
+    try:
+        return contender.fetch(registry, version, data, run.config, run.folder / "fetched" / version.number)
+    except NotThere as error:
+        way = "promote another with version=<n>, or register it anew"
+        if side == "champion" and now.past:
+            way = "rollback=true makes an earlier champion champion again; then promote"
+        elif side == "champion":
+            way = (
+                "take its alias away (MlflowClient().delete_registered_model_alias("
+                f"{registry.name!r}, {CHAMPION!r})), and promote again as a first version"
+            )
+        raise UserError(f"the files of version {version.number}, the {side}, are gone: {way} ({error})") from error
+
+
+def _look(
+    run: Run, plan: Plan, registry: Registry, data: ImageData, challenger: Version, champion: Version | None
+) -> int:
+    """Which look at these test images this is; a dry run sees the same numbers, and counts."""
+    if champion is None:
+        return 1
+    pair = f"{challenger.number}-{champion.number}"
+    found = registry.look(_test_digest(data), data.digest, pair, turn=not plan.dry_run)
+    if not found.counted:
+        logger.warning("this look at the test set is not counted: you have no EDIT permission on %s", plan.name)
+    return found.number
+
+
+def _test_digest(data: ImageData) -> str:
+    """SHA-256 (hex) of the test split alone: other training images make no fresh test set."""
+    hashed = hashlib.sha256(data.test_y.numpy().tobytes())
+    if isinstance(data.test_x, ImageFiles):
+        for path in data.test_x.paths:
+            hashed.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    else:
+        hashed.update(data.test_x.cpu().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def _decide(
@@ -124,19 +185,22 @@ def _decide(
     """Say the verdict, keep it, and move the aliases where it is a good one."""
     reason = report.sentence(verdict)
     against = f"version {champion.number}, the champion" if champion else "the thresholds of a first version"
-    title = f"{plan.name}: version {challenger.number} against {against} (gate {plan.gate.name})"
-    print(report.text(title, verdict), flush=True)
+    title = f"{plan.name}: version {challenger.number} against {against} (gate {plan.gate.words})"
+    looks = report.looks(verdict, plan.gate)
+    warning = report.warning(verdict, plan.gate)
+    print("\n".join(filter(None, [report.text(title, verdict), looks])), flush=True)
+    if warning:
+        logger.warning("%s", warning)
     did = "promoted" if verdict.passed else "refused"
     words = f"would be {did}" if plan.dry_run else did
     conclusion = f"{plan.name}: version {challenger.number} {words}: {reason}"
-    tags = decision.verdict_tags(verdict, champion, plan.gate.name, why, reason)
+    tags = decision.verdict_tags(verdict, champion, plan.gate.words, why, reason, looks)
     if not plan.dry_run:
         queue.still_ours(registry, why.run_id)
         if verdict.passed:
             registry.move(decision.promotion(now, challenger, champion, tags, why))
         else:
-            line = f"refused against {tags['asib.against']} ({reason})"
-            registry.tag(challenger.number, {**tags, **decision.history(challenger, why, line)})
+            registry.move(decision.refusal(now, challenger, tags, why))
     if verdict.passed:
         run.conclusion = ("completed" if plan.dry_run else "promoted", 0)
     else:
@@ -147,7 +211,9 @@ def _decide(
             "asib.verdict_reason": reason,
             "asib.version": challenger.number,
             "asib.against": tags["asib.against"],
-            "mlflow.note.content": report.note(title, verdict, conclusion),
+            "asib.gate": tags["asib.gate"],
+            "asib.look": looks or "none: there is no champion",
+            "mlflow.note.content": report.note(title, verdict, conclusion, *filter(None, [looks, warning])),
             "mlflow.loggedArtifacts": json.dumps([{"path": f"{FOLDER}/{report.TABLE}", "type": "table"}]),
         }
     )
@@ -164,6 +230,9 @@ def _rollback(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occa
     if gone:
         logger.warning("past champions that are no longer there: %s", ", ".join(gone))
     move = decision.rollback(_without(now, gone), versions, why)
+    while not _has_files(run, registry, move["after"][CHAMPION]):
+        gone.append(move["after"][CHAMPION])
+        move = decision.rollback(_without(now, gone), versions, why)
     if not plan.dry_run:
         queue.still_ours(registry, why.run_id)
         registry.move(move)
@@ -172,6 +241,20 @@ def _rollback(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occa
     then = f"version {after}" if after else "none: a further rollback would be refused"
     would = "would be: " if plan.dry_run else ""
     _say(run, f"{plan.name}: {would}{move['why']}; previous is now {then}")
+
+
+def _has_files(run: Run, registry: Registry, number: str) -> bool:
+    """Whether a version can be served; `mlflow gc` takes the files away, and leaves the version."""
+    folder = run.folder / "fetched" / number
+    try:
+        if any(registry.fetch(number, folder).rglob(contender.WEIGHTS)):
+            return True
+        logger.warning("version %s is passed over: it holds no %s any more", number, contender.WEIGHTS)
+    except NotThere as error:
+        logger.warning("version %s is passed over, its files are gone: %s", number, error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def _known(registry: Registry, numbers: set[str]) -> Iterator[tuple[str, Version]]:
@@ -186,16 +269,17 @@ def _known(registry: Registry, numbers: set[str]) -> Iterator[tuple[str, Version
 
 def _without(now: Overview, gone: list[str]) -> Overview:
     kept = [number for number in decision.champions(now) if number not in gone]
-    aliases = {alias: number for alias, number in now.aliases.items() if number not in gone}
+    aliases = {alias: n for alias, n in now.aliases.items() if alias == CHAMPION or n not in gone}
     return Overview(aliases, {**now.tags, PAST: json.dumps(kept)})
 
 
 def _retire(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasion) -> None:
     assert plan.version is not None
     version = registry.version(plan.version)
-    tags = decision.retirement(version, now, why)
+    move = decision.retirement(version, now, why)
     if not plan.dry_run:
-        registry.tag(version.number, tags)
+        queue.still_ours(registry, why.run_id)
+        registry.move(move)
     run.journal.tags({"asib.version": version.number, "asib.reason": plan.reason or "none given"})
     would = "would be retired" if plan.dry_run else "is retired: it stays where it is, and is never promoted"
     _say(run, f"{plan.name}: version {version.number} {would}")
@@ -210,9 +294,9 @@ def _say(run: Run, conclusion: str) -> None:
 
 
 def _params(plan: Plan) -> dict[str, str]:
-    own = {"action": plan.action, "name": plan.name, "version": plan.version or "", "gate": plan.gate.name}
+    own = {"action": plan.action, "name": plan.name, "version": plan.version or "", "gate": plan.gate.words}
     own |= {"dry_run": str(plan.dry_run).lower(), "reason": plan.reason}
-    criteria = plan.gate.model_dump(exclude={"name"}) if plan.action == "promote" else {}
+    criteria = plan.gate.model_dump(exclude={"name", "changes"}) if plan.action == "promote" else {}
     criteria |= {f"first.{key}": value for key, value in criteria.pop("first", {}).items()}
     own |= {f"gate.{key}": str(value) for key, value in criteria.items()}
     return {key: value for key, value in own.items() if value}
@@ -229,4 +313,4 @@ def _user() -> str:
         return ""
 
 
-__all__ = ["REFUSED", "promote"]
+__all__ = ["REFUSED", "promote", "same_data"]

@@ -1,12 +1,25 @@
 """A registered model as promotions see it, through their delivery process; imports no MLflow."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.experiment.delivery.registry import CHALLENGER, CHAMPION, MOVE, PAST, PREVIOUS
+from pipeline.experiment.delivery.model_tags import (
+    CHALLENGER,
+    CHAMPION,
+    MOST_PAST,
+    MOVE,
+    PAST,
+    PREVIOUS,
+    is_version,
+    read_champions,
+    read_move,
+)
 from pipeline.experiment.tracking import Delivery
+
+logger = logging.getLogger("asib")
 
 RETIRED, ROLLED_BACK, DIGEST = "asib.retired", "asib.rolled_back", "asib.data_digest"
 """Tags of a version."""
@@ -15,24 +28,38 @@ __all__ = [
     "CHALLENGER",
     "CHAMPION",
     "DIGEST",
+    "MOST_PAST",
     "MOVE",
     "PAST",
     "PREVIOUS",
     "RETIRED",
     "ROLLED_BACK",
+    "Look",
     "Overview",
     "Registry",
     "Version",
     "Waiting",
+    "is_version",
 ]
 
 
 @dataclass(frozen=True)
 class Overview:
-    """Aliases (name -> version) and tags of a registered model."""
+    """Aliases (name -> version) and tags of a registered model. `said`: a line for each alias that names no version."""
 
     aliases: Mapping[str, str]
     tags: Mapping[str, str]
+    said: tuple[str, ...] = ()
+
+    @property
+    def past(self) -> list[str]:
+        """Versions that the tag `PAST` names, as far as it can be read."""
+        return read_champions(self.tags.get(PAST, ""))[0]
+
+    @property
+    def move(self) -> dict[str, Any] | None:
+        """The move that is under way or was interrupted, without the tags that it sets."""
+        return read_move(self.tags.get(MOVE, ""))
 
 
 @dataclass(frozen=True)
@@ -48,16 +75,30 @@ class Version:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A RUNNING promotion. `seen`: when it last said so, `now`: when that was read, both in ms since 1970."""
+    """A promotion in the queue.
+
+    `joined` and `seen`, when it last said that it lives: by its own machine's clock; `now`: when that was read, by this
+    one's. All in ms since 1970.
+    """
 
     run_id: str
     user: str
+    joined: int
     seen: int
     now: int
 
     @property
     def silent_s(self) -> float:
-        return (self.now - self.seen) / 1000.0
+        """Seconds between its clock's last sign of life and now; a clock that is ahead counts as one that is behind."""
+        return abs(self.now - self.seen) / 1000.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """Which look at a test set one is, from 1; `counted`: whether later ones know of it."""
+
+    number: int
+    counted: bool
 
 
 class Registry:
@@ -68,39 +109,63 @@ class Registry:
         self._delivery = delivery
 
     def overview(self) -> Overview:
-        return Overview(**self._ask("overview"))
+        found = self._ask("overview")
+        return Overview(found["aliases"], found["tags"], tuple(found["said"]))
 
     def version(self, number: str) -> Version:
         return Version(**self._ask("version", number=number))
 
-    def tag(self, number: str, tags: Mapping[str, str]) -> None:
-        """Set tags of a version."""
-        self._ask("tag", number=number, tags=dict(tags))
-
     def move(self, plan: Mapping[str, Any]) -> None:
-        """Move aliases as delivery/registry.py says."""
+        """Move aliases, and set the tags of versions that go with it, as delivery/moves.py says."""
         self._ask("move", plan=dict(plan))
 
     def repair(self) -> dict[str, Any] | None:
-        """Finish what a promotion has left half done; its plan, None where there was nothing."""
-        plan: dict[str, Any] | None = self._ask("repair")
+        """Finish what a promotion has left half done; its plan, None where there was nothing. Says what was amiss."""
+        found = self._ask("repair")
+        self.say(found["said"])
+        plan: dict[str, Any] | None = found["plan"]
         return plan
 
-    def enter(self, run_id: str) -> None:
-        """Join the queue, or say that the run is still alive."""
-        self._ask("enter", run_id=run_id)
+    def may_edit(self) -> None:
+        """Raise UserError if this user may not promote."""
+        self._ask("may_edit")
+
+    def enter(self, run_id: str, user: str = "") -> None:
+        """Join the queue."""
+        self._ask("enter", run_id=run_id, user=user)
+
+    def beat(self, run_id: str) -> None:
+        """Say that the run is still alive. Raises UserError: it was taken for dead."""
+        self._ask("beat", run_id=run_id)
+
+    def leave(self, run_id: str) -> None:
+        """Out of the queue."""
+        self._ask("leave", run_id=run_id)
 
     def queue(self) -> list[Waiting]:
-        """RUNNING promotions of this model, the oldest first."""
-        return [Waiting(**values) for values in self._ask("queue")]
+        """Promotions of this model, the first to come first; says what in the queue is none."""
+        found = self._ask("queue")
+        self.say(found["said"])
+        return [Waiting(**values) for values in found["waiting"]]
 
     def bury(self, run_id: str) -> None:
-        """End a promotion's run whose machine is gone."""
-        self._delivery.reap({run_id: ("KILLED", "killed", 137, "no sign of life: its machine is gone")})
+        """Take a promotion whose machine is gone out of the queue, and end its run."""
+        self._ask("bury", run_id=run_id)
+
+    def look(self, digest: str, data: str, pair: str, turn: bool) -> Look:
+        """Count a look at the test set, as delivery/looks.py says."""
+        found = self._ask("look", digest=digest, data=data, pair=pair, turn=turn)
+        self.say(found["said"])
+        return Look(found["number"], found["counted"])
 
     def fetch(self, number: str, to: Path) -> Path:
-        """Download a version's files; the folder that they are in."""
+        """Download a version's files; the folder that they are in. Raises NotThere: they are gone."""
         return self._delivery.fetch(f"models:/{self.name}/{number}", to)
+
+    def say(self, lines: Iterable[str]) -> None:
+        """What is not as it should be in the registry, each in one line."""
+        for line in lines:
+            logger.warning("%s: %s", self.name, line)
 
     def _ask(self, what: str, **values: Any) -> Any:
         return self._delivery.registry(what, name=self.name, **values)

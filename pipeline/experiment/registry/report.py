@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.experiment.registry import gate as gates
+from pipeline.experiment.registry import spending
 from pipeline.experiment.registry.config import Gate
 from pipeline.experiment.registry.gate import Bools, Criterion, Ints, Verdict
 
@@ -60,11 +61,37 @@ def sentence(verdict: Verdict) -> str:
     return "; ".join(failed)
 
 
-def note(title: str, verdict: Verdict, conclusion: str) -> str:
+def looks(verdict: Verdict, gate: Gate) -> str:
+    """How often these test images were looked at, and what that asks of this challenger; empty without a champion."""
+    if "promotion/look" not in verdict.numbers:
+        return ""
+    k, images = int(verdict.numbers["promotion/look"]), int(verdict.numbers["promotion/images"])
+    text = f"look {k} at these {images:,} test images"
+    if gate.alpha is None or not gate.alpha_spending:
+        return f"{text}, for which alpha is not adjusted"
+    level = verdict.numbers["promotion/alpha"]
+    differing = int(verdict.numbers["promotion/challenger_only"] + verdict.numbers["promotion/champion_only"])
+    ahead = spending.needed(differing, level)
+    enough = f"at least {ahead} ahead" if ahead else "none is far enough ahead"
+    return f"{text}: of alpha {gate.alpha:g} it gets {level:.2g} ({enough} on the {differing:,} where the two differ)"
+
+
+def warning(verdict: Verdict, gate: Gate) -> str:
+    """What is to be said of a test set that is used up; empty for others."""
+    k = int(verdict.numbers.get("promotion/look", 0))
+    if gate.alpha is None or not spending.used_up(k):
+        return ""
+    left = (
+        "what is left of alpha hardly lets anything pass" if gate.alpha_spending else "alpha is not adjusted for that"
+    )
+    return f"this test set is used up: it was looked at {k} times, and {left}; take images that nobody has seen"
+
+
+def note(title: str, verdict: Verdict, conclusion: str, *remarks: str) -> str:
     """Markdown for the run's description."""
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(verdict)]
     body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([f"**{title}**", "", *body, "", f"**{conclusion}**"])
+    return "\n".join([f"**{title}**", "", *body, "", *(f"{remark}\n" for remark in remarks), f"**{conclusion}**"])
 
 
 def write(

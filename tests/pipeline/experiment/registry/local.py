@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.experiment.delivery import read as delivery_read
+from pipeline.errors import NotThere, UserError
 from pipeline.experiment.delivery import registry as delivery_registry
 from pipeline.experiment.delivery.client import Ready
 from pipeline.experiment.delivery.loop import DeliveryLoop
@@ -44,9 +43,6 @@ class LocalDelivery:
         request = json.loads(json.dumps({"do": f"registry.{what}", "id": 0, **values}))  # as it goes over the pipe
         return self._value(delivery_registry.answer(self.client, request, self.uri))
 
-    def reap(self, runs: Mapping[str, Any]) -> list[str]:
-        return list(self._value(delivery_read.answer(self.client, {"do": "reap", "runs": dict(runs)}, self.uri)))
-
     def run_info(self, run_id: str) -> dict[str, Any]:
         return {"tags": dict(self.client.get_run(run_id).data.tags)}
 
@@ -54,7 +50,10 @@ class LocalDelivery:
         from mlflow.artifacts import download_artifacts
 
         dest.mkdir(parents=True, exist_ok=True)
-        return Path(download_artifacts(artifact_uri=uri, dst_path=str(dest), tracking_uri=self.uri))
+        try:
+            return Path(download_artifacts(artifact_uri=uri, dst_path=str(dest), tracking_uri=self.uri))
+        except Exception as error:
+            raise NotThere(f"{uri} cannot be fetched") from error
 
     @staticmethod
     def _value(answer: Mapping[str, Any]) -> Any:

@@ -12,8 +12,9 @@ from pipeline.errors import UserError
 from pipeline.experiment.registry import decision, plan
 from pipeline.experiment.registry.decision import Occasion
 from pipeline.experiment.registry.gate import Criterion, Verdict
-from pipeline.experiment.registry.remote import Overview, Version
+from pipeline.experiment.registry.remote import PAST, Overview, Version
 
+JUDGED = {"asib.verdict": "promoted", "asib.gate": "default with alpha=0.999 (0.05)"}
 WHY = Occasion("r" * 32, "ada", "2025-11-20T08:41:00Z", "looks good")
 
 
@@ -27,7 +28,7 @@ class Model:
 
     @property
     def now(self) -> Overview:
-        return Overview(self.aliases, {decision.PAST: self.past})
+        return Overview(self.aliases, {PAST: self.past})
 
     def version(self, number: str) -> Version:
         return Version(number, run_id=f"run {number}", tags=self.tags[number])
@@ -42,7 +43,7 @@ class Model:
     def promote(self, number: str) -> None:
         champion = self.aliases.get("champion")
         one = None if champion is None else self.version(champion)
-        self.apply(decision.promotion(self.now, self.version(number), one, {"asib.verdict": "promoted"}, WHY))
+        self.apply(decision.promotion(self.now, self.version(number), one, JUDGED, WHY))
 
     def roll_back(self) -> None:
         self.apply(decision.rollback(self.now, {n: self.version(n) for n in self.tags}, WHY))
@@ -63,9 +64,9 @@ def test_two_rollbacks_go_two_champions_back() -> None:
     assert model.aliases == {"champion": "3", "previous": "1"}
     assert not model.tags["3"][decision.ROLLED_BACK]
     assert [line.split(" ", 1)[1].split(" by ")[0] for line in model.tags["3"][decision.HISTORY].splitlines()] == [
-        "promoted over version 2",
+        "promoted over version 2, gate default with alpha=0.999 (0.05)",
         "rolled back to version 2",
-        "promoted over version 1",
+        "promoted over version 1, gate default with alpha=0.999 (0.05)",
     ]
 
 
@@ -73,7 +74,9 @@ def test_a_rollback_passes_over_what_is_retired_and_heeds_an_alias_set_by_hand()
     model = Model(4)
     for number in "123":
         model.promote(number)
-    model.tags["2"] |= decision.retirement(model.version("2"), model.now, WHY)
+    before = dict(model.aliases)
+    model.apply(decision.retirement(model.version("2"), model.now, WHY))
+    assert model.aliases == before
     model.roll_back()
     assert model.aliases == {"champion": "1"}
     model.promote("3")
@@ -102,10 +105,45 @@ def test_a_decision_is_kept_with_its_numbers() -> None:
         "asib.against_run": "c" * 32,
         "asib.promotion_p_value": "0.0123457",
     }
-    version = Version("3", tags={decision.HISTORY: "\n".join(["x" * 99] * 60)})
-    long = decision.history(version, WHY, "refused")[decision.HISTORY]
-    assert len(long) <= decision.HISTORY_LENGTH
-    assert long.splitlines()[-1] == f"{WHY.at} refused by ada, run {WHY.run_id}: looks good"
+
+
+def test_a_history_of_120_lines_is_kept_whole_wherever_a_decision_breaks_off() -> None:
+    """25 of 120 lines were. Every seventh decision turns its page, and breaks off before it has written its line."""
+    model, lines = Model(1), [f"refused against version 2 for the {k}th time {'x' * 100}" for k in range(120)]
+    for k, line in enumerate(lines):
+        tags = decision.history(model.version("1"), WHY, line)
+        assert all(len(text) <= 4500 for text in tags.values())
+        if k % 7 == 0:
+            model.tags["1"] |= {name: text for name, text in tags.items() if name != "asib.history"}
+            tags = decision.history(model.version("1"), WHY, line)
+        model.tags["1"] |= tags
+    kept = decision.history_lines(model.version("1"))
+    assert [line.split(" ", 1)[1].removesuffix(f" {WHY.words()}") for line in kept] == lines
+    assert [
+        line.split(" ", 1)[1].removesuffix(f" {WHY.words()}") for line in model.tags["1"]["asib.history"].splitlines()
+    ][-1] == lines[-1]
+
+
+def test_a_deleted_champion_is_no_dead_end() -> None:
+    """MLflow takes the alias with the version: the one before it becomes champion again."""
+    model = Model(3)
+    for number in "12":
+        model.promote(number)
+    del model.aliases["champion"]
+    model.roll_back()
+    assert model.aliases == {"champion": "1"}
+    assert "the one after it was gone" in model.tags["1"][decision.HISTORY]
+    del model.aliases["champion"]
+    with pytest.raises(UserError, match="there is no champion to roll back"):
+        model.roll_back()
+
+
+def test_previous_that_stands_at_the_champion_is_none() -> None:
+    """Whoever may not delete an alias leaves it there: the champion is not pushed on its own stack."""
+    now = Overview({"champion": "1", "previous": "1"}, {PAST: "[]"})
+    assert decision.champions(now) == []
+    after = decision.promotion(now, Version("2"), Version("1"), JUDGED, WHY)
+    assert (after["past"], after["after"]) == (["1"], {"champion": "2", "previous": "1"})
 
 
 @pytest.mark.parametrize(
@@ -118,6 +156,9 @@ def test_a_decision_is_kept_with_its_numbers() -> None:
         ({"name": "m", "rollback": "yes"}, "rollback=yes: give true or false"),
         ({"name": "m", "rollback": "true", "version": "2"}, "version=2 and rollback=true exclude each other"),
         ({"name": "m", "gate": "strict"}, "gate=strict"),
+        ({"name": "m", "rollback": "true", "gate.alpha": "0.1"}, "rollback asks no gate"),
+        ({"name": "m", "retire": "3", "gate": "default"}, "retire asks no gate"),
+        ({"name": "m", "reason": "x" * 501}, "reason has 501 characters"),
         ({"name": "m", "gate.alpha": "-1"}, "gate.alpha"),
     ],
 )
