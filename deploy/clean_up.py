@@ -6,6 +6,9 @@ Says what it would remove; removes it with `--apply`. Only `checkpoints/slot*` a
 that are FINISHED, and whose parents are, are ever touched: weights, models, pictures, numbers and the runs stay. A run
 without its checkpoint cannot be extended any more; it gets the tag `asib.checkpoint_removed`. The bank is computed anew
 where it is missed. Needs MLflow alone; asks the server in MLFLOW_TRACKING_URI, as an administrator.
+
+Runs that have made a champion are kept whole: those with the tag `asib.keep`, and those whose versions have an alias.
+One that somebody has deleted is restored, so that `mlflow gc` after this leaves the champion's files.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ FOLDER = "checkpoints"
 RESUME = re.compile(rf"{FOLDER}/(manifest\.json|slot\d+\.[a-z]+)")
 """What a resume reads, and nothing else does: the names of `pipeline/experiment/delivery/checkpoint.py`."""
 TAG = "asib.checkpoint_removed"
+KEEP = "asib.keep"
+"""As a promotion sets it (`pipeline/experiment/delivery/model_tags.py`)."""
 PARENT = "mlflow.parentRunId"
 DAY_S = 86_400
 
@@ -40,14 +45,50 @@ class Found:
     size: int = 0
 
 
-def old_checkpoints(client: Any, days: float) -> Iterator[Found]:
-    """Runs that ended more than `days` ago, FINISHED together with all above them, and still have checkpoints."""
+def champions(client: Any) -> set[str]:
+    """Ids of the runs whose versions have an alias: champions, those before them, challengers."""
+    found = set()
+    for model in _pages(lambda token: client.search_registered_models(page_token=token)):
+        for version in set(client.get_registered_model(model.name).aliases.values()):
+            try:
+                found.add(client.get_model_version(model.name, str(version)).run_id)
+            except Exception as error:  # an alias without a version protects nothing
+                if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+    return found
+
+
+def deleted(client: Any, kept: set[str]) -> Iterator[Any]:
+    """Deleted runs that have made a champion."""
+    from mlflow.entities import ViewType
+
+    everywhere = _pages(lambda token: client.search_experiments(view_type=ViewType.ACTIVE_ONLY, page_token=token))
+    for experiment in everywhere:
+        for run in _pages(
+            lambda token, e=experiment: client.search_runs(
+                [e.experiment_id], run_view_type=ViewType.DELETED_ONLY, page_token=token
+            )
+        ):
+            if KEEP in run.data.tags or run.info.run_id in kept:
+                yield run
+
+
+def old_checkpoints(client: Any, days: float, kept: set[str]) -> Iterator[Found]:
+    """Runs that ended more than `days` ago, FINISHED together with all above them, and still have checkpoints.
+
+    Args:
+        kept: ids of runs that are passed over, as are those with the tag `KEEP`.
+    """
     before = int((time.time() - days * DAY_S) * 1000)
     query = f"attributes.status = 'FINISHED' and attributes.end_time < {before}"
     statuses: dict[str, bool] = {}
     for experiment in _pages(lambda token: client.search_experiments(page_token=token)):
         for run in _pages(lambda token, e=experiment: client.search_runs([e.experiment_id], query, page_token=token)):
-            if TAG in run.data.tags or not _finished_above(client, run, statuses):
+            if (
+                run.data.tags.keys() & {TAG, KEEP}
+                or run.info.run_id in kept
+                or not _finished_above(client, run, statuses)
+            ):
                 continue
             found = Found(run)
             for file in client.list_artifacts(run.info.run_id, FOLDER):
@@ -117,7 +158,13 @@ def main(arguments: list[str] | None = None) -> int:
     total, did = 0, "removed" if options.apply else "would remove"
     try:
         client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI"))
-        for found in old_checkpoints(client, options.days):
+        kept = champions(client)
+        for run in deleted(client, kept):
+            if options.apply:
+                client.restore_run(run.info.run_id)
+            why = run.data.tags.get(KEEP, "its version has an alias")
+            print(f"{'restored' if options.apply else 'would restore'} {run.info.run_id} {run.info.run_name}: {why}")
+        for found in old_checkpoints(client, options.days, kept):
             if options.apply:
                 remove(client, found)
             total += found.size

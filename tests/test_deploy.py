@@ -289,6 +289,35 @@ def test_deleted_runs_go_for_good_with_their_artifacts(team: TeamServer, runs: d
     assert [key for key in keys(team) if runs["old"] in key]
 
 
+def test_clean_up_keeps_what_has_made_a_champion(
+    sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the promotion's tag, by an alias alone, and when somebody has deleted the run."""
+    from mlflow import MlflowClient
+
+    mlflow = MlflowClient(sqlite_uri)
+    experiment = mlflow.create_experiment("e", (tmp_path / "artifacts").as_uri())
+    found = {}
+    for name in ("promoted", "aliased", "deleted", "of no use", "deleted and of no use"):
+        run = found[name] = mlflow.create_run(experiment).info.run_id
+        mlflow.log_text(run, "x", "checkpoints/slot1.safetensors")
+        mlflow.set_terminated(run, "FINISHED", end_time=int(time.time() * 1000) - 3 * DAY_MS)
+    mlflow.set_tag(found["promoted"], "asib.keep", "champion of m: version 7")
+    mlflow.create_registered_model("m")
+    for name in ("aliased", "deleted"):
+        version = mlflow.create_model_version("m", f"file:///{name}", run_id=found[name]).version
+        mlflow.set_registered_model_alias("m", name, version)
+    for name in ("deleted", "deleted and of no use"):
+        mlflow.delete_run(found[name])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri)
+    assert load("clean_up").main(["--days", "2", "--apply"]) == 0
+    left = {name for name, run in found.items() if mlflow.list_artifacts(run, "checkpoints")}
+    assert left == {"promoted", "aliased", "deleted", "deleted and of no use"}
+    stages = {name: mlflow.get_run(run).info.lifecycle_stage for name, run in found.items()}
+    assert {name for name, stage in stages.items() if stage == "deleted"} == {"deleted and of no use"}
+    assert f"restored {found['deleted']}" in capsys.readouterr().out
+
+
 def test_clean_up_works_on_one_persons_server_too(
     sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -268,6 +268,7 @@ def runs_of(desk: Desk) -> set[str]:
     return {run.info.run_id for run in store.search_runs([e.experiment_id for e in store.search_experiments()])}
 
 
+@pytest.mark.slow
 def test_the_gate_that_was_asked_for_stays_with_the_decision(desk: Desk) -> None:
     """`gate.alpha=0.999` left no trace on the version: «default, all 4 criteria hold»."""
     desk.register("half", "half")
@@ -286,6 +287,7 @@ def test_the_gate_that_was_asked_for_stays_with_the_decision(desk: Desk) -> None
     assert desk.tags(2)["asib.gate"].startswith("default.yaml, sha256 "), "a file of that name is not the default"
 
 
+@pytest.mark.slow
 def test_looks_at_one_test_set_are_counted_and_said(desk: Desk) -> None:
     desk.register("half", "half", "bad", "good")
     assert desk.promote("version=1").code == 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import NotThere
 from pipeline.experiment.delivery.model_tags import (
     CHALLENGER,
     CHAMPION,
@@ -160,7 +161,10 @@ class Registry:
 
     def fetch(self, number: str, to: Path) -> Path:
         """Download a version's files; the folder that they are in. Raises NotThere: they are gone."""
-        return self._delivery.fetch(f"models:/{self.name}/{number}", to)
+        folder = self._delivery.fetch(f"models:/{self.name}/{number}", to)
+        if not any(path.is_file() for path in folder.rglob("*")):  # a store says no more of what is gone
+            raise NotThere(f"models:/{self.name}/{number} has no files")
+        return folder
 
     def say(self, lines: Iterable[str]) -> None:
         """What is not as it should be in the registry, each in one line."""
