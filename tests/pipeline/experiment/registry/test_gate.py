@@ -218,11 +218,14 @@ def test_a_gate_that_is_none_is_refused_in_one_line(name: str, settings: dict[st
 
 
 def test_a_gate_names_what_the_command_line_has_changed_of_it(tmp_path: Any) -> None:
-    assert load("default", {}).words == "default"
-    assert load("default", {"alpha": "0.05", "first.min_acc": "60"}).words == "default with first.min_acc=60.0 (15.0)"
+    assert gates.load("default", {}).words == "default"
+    assert (
+        gates.load("default", {"alpha": "0.05", "first.min_acc": "60"}).words
+        == "default with first.min_acc=60.0 (15.0)"
+    )
     changed = {"alpha": "0.999", "max_ece_increase": "null"}
-    assert load("default", changed).words == "default with alpha=0.999 (0.05), max_ece_increase=null (0.05)"
+    assert gates.load("default", changed).words == "default with alpha=0.999 (0.05), max_ece_increase=null (0.05)"
     own = tmp_path / "default.yaml"
     own.write_text("alpha: 0.999\n")
     digest = hashlib.sha256(b"alpha: 0.999\n").hexdigest()[:12]
-    assert load(str(own), {}).words == f"default.yaml, sha256 {digest}", "a file of that name is not the default"
+    assert gates.load(str(own), {}).words == f"default.yaml, sha256 {digest}", "a file of that name is not the default"
