@@ -141,10 +141,7 @@ def _fetched(
         if side == "champion" and now.past:
             way = "rollback=true makes an earlier champion champion again; then promote"
         elif side == "champion":
-            way = (
-                "take its alias away (MlflowClient().delete_registered_model_alias("
-                f"{registry.name!r}, {CHAMPION!r})), and promote again as a first version"
-            )
+            way = _as_a_first_one(registry)
         raise UserError(f"the files of version {version.number}, the {side}, are gone: {way} ({error})") from error
 
 
@@ -232,7 +229,11 @@ def _rollback(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occa
     move = decision.rollback(_without(now, gone), versions, why)
     while not _has_files(run, registry, move["after"][CHAMPION]):
         gone.append(move["after"][CHAMPION])
-        move = decision.rollback(_without(now, gone), versions, why)
+        try:
+            move = decision.rollback(_without(now, gone), versions, why)
+        except UserError as error:
+            left = f"rollback=true: no earlier champion of {plan.name} has its files any more"
+            raise UserError(f"{left}; to replace the present one, {_as_a_first_one(registry)}") from error
     if not plan.dry_run:
         queue.still_ours(registry, why.run_id)
         registry.move(move)
@@ -241,6 +242,12 @@ def _rollback(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occa
     then = f"version {after}" if after else "none: a further rollback would be refused"
     would = "would be: " if plan.dry_run else ""
     _say(run, f"{plan.name}: {would}{move['why']}; previous is now {then}")
+
+
+def _as_a_first_one(registry: Registry) -> str:
+    """What to do when there is no champion to be judged against."""
+    call = f"MlflowClient().delete_registered_model_alias({registry.name!r}, {CHAMPION!r})"
+    return f"take its alias away ({call}), and promote again as a first version"
 
 
 def _has_files(run: Run, registry: Registry, number: str) -> bool:
