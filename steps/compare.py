@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 OWN = {
     "parent": "run id (or folder) of an ablation or a sweep, whose nested runs are compared",
     "runs": "run ids (or folders), separated by commas",
+    "anyway": "true: compare also where teachers, students, epochs, data or split differ",
 }
 
 
 def main(argv: Sequence[str]) -> int:
-    """`parent` and `runs` are the step's own."""
+    """`parent`, `runs` and `anyway` are the step's own."""
     try:
         own, rest = cli.take(argv, OWN)
     except UserError:
         return execute("compare", "", list(argv))
     if "--help" in rest:
         print("\n".join(f"  {key}: {words}" for key, words in OWN.items()) + "\n")
-    parent = own.get("parent", "")
+    parent, anyway = own.get("parent", ""), own.get("anyway", "").lower() or "false"
     runs = list(dict.fromkeys(filter(None, (part.strip() for part in own.get("runs", "").strip("[]").split(",")))))
 
     def asked(config: Config) -> Config:
@@ -35,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("give parent=<run id>, or runs=<id>,<id>,…: one of them")
         if not parent and len(runs) < 2:
             raise UserError(f"runs={runs[0]} names one run: comparing needs two")
+        if anyway not in ("true", "false"):
+            raise UserError(f"anyway={anyway}: give true or false")
         for name in runs:
             user_path(name, "runs")
         if parent:
@@ -44,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     def job(run: "Run") -> float | None:
         from pipeline.experiment.ablation.compare_job import compare_runs
 
-        return compare_runs(run, parent, runs)
+        return compare_runs(run, parent, runs, anyway == "true")
 
     return execute("compare", job, rest, asked, own=OWN)
 

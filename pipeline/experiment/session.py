@@ -150,7 +150,8 @@ def _state_identity(run: Run, header: dict[str, Any], part: str) -> None:
         header["bank"],
         header["compiled"],
     )
-    run.journal.tags({"asib.identity": identity.digest(), "asib.teachers": ",".join(teachers) or "none"})
+    made_of = {"asib.teachers": ",".join(teachers) or "none", "asib.sources": sources}
+    run.journal.tags({"asib.identity": identity.digest(), **made_of})
 
 
 def _check_lock(run: Run, before: str) -> None:

@@ -1,61 +1,23 @@
 """Comparing runs: grouped by rung (or configuration), against the parent rung and L0, with intervals and costs."""
 
-import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
-from pipeline.config.identity import canonical
 from pipeline.errors import UserError
+from pipeline.experiment.ablation import compare_groups as sorting
 from pipeline.experiment.ablation import rungs, statistics
-from pipeline.experiment.ablation.statistics import Interval
+from pipeline.experiment.ablation.compare_groups import CODE, NONE, SPLIT, TEACHERS, VALIDATION, Group, group
+from pipeline.experiment.ablation.statistics import Difference
 from pipeline.experiment.records import Record
 
-ACCURACY, VALIDATION = "final/acc_val_selected", "final/val_acc"
+ACCURACY = "final/acc_val_selected"
 BEST = (ACCURACY, VALIDATION, "final/acc_last")
 BASELINE = "l0_baseline"
-NOT_COMPARED = ("seed", "rung", "run_name", "resume", "log_model", "register", "output_dir", "tracking.", "threads",
-                "debug")  # fmt: skip
-"""Keys, and prefixes, in which runs of one group may differ: they do not change what is computed."""
 UPDATES = {"student updates": "cost/updates/b", "fusion updates": "cost/updates/a"}
-REFERENCES = {"final/teacher_avg_acc": "teachers averaged", "final/synergy_acc": "synergy"}
-
-
-@dataclass(frozen=True)
-class Group:
-    """The runs of one configuration, one for each seed, in the seeds' order."""
-
-    name: str
-    records: tuple[Record, ...]
-
-    @property
-    def rung(self) -> rungs.Rung | None:
-        return rungs.RUNGS.get(self.records[0].rung or "")
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(r.seed for r in self.records)
-
-    def values(self, metric: str) -> list[float]:
-        """Of the runs that have the metric."""
-        return [r.metrics[metric] for r in self.records if metric in r.metrics]
-
-    def mean(self, metric: str) -> float:
-        values = self.values(metric)
-        return float(np.mean(values)) if values else math.nan
-
-    def std(self, metric: str) -> float:
-        """Over seeds, with n - 1; NaN for one seed."""
-        values = self.values(metric)
-        return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-    @property
-    def validation(self) -> float | None:
-        values = self.values(VALIDATION)
-        return float(np.mean(values)) if len(values) == len(self.records) else None
 
 
 @dataclass(frozen=True)
@@ -77,29 +39,57 @@ class Comparison:
         return group, max(group.records, key=lambda r: r.metrics[VALIDATION])
 
     def references(self) -> dict[str, float]:
-        """Lines to compare with: mean test top-1 of each teacher, of their average, of the synergy."""
-        every = [r for g in self.groups for r in g.records]
-        names = sorted({k for r in every for k in r.metrics if k.startswith("final/teacher_") and k[14:-4].isdecimal()})
-        found = {}
-        for key in [*names, *REFERENCES]:
-            values = [r.metrics[key] for r in every if key in r.metrics]
-            if values:
-                found[REFERENCES.get(key, f"teacher {key[14:-4]}")] = float(np.mean(values))
-        return found
+        """Lines to compare with: mean test top-1 of each teacher and of their average, for each set of teachers.
+
+        A number is a mean over runs that agree in what it follows from: the teachers' weights, which fine-tuning in
+        A-steps changes from run to run, and for the average `teacher_weights`. (The synergy's follows from the
+        configuration: it is in the table.)
+        """
+        found: dict[tuple[str, str], list[float]] = {}
+        for one in self.groups:
+            made_by = ",".join(h[:6] for h in one.facts[TEACHERS].split(","))
+            if one.facts.get("method.use_teacher_finetuning") == "true":
+                made_by += f", {one.name}"
+            for key in {k for r in one.records for k in r.metrics if k.startswith("final/teacher_")}:
+                name, of = f"teacher {key[14:-4]}", made_by
+                if key == "final/teacher_avg_acc":
+                    weights = one.facts.get("method.teacher_weights", "equal")
+                    name, of = "teachers averaged", made_by if weights == "equal" else f"{made_by}, {weights}"
+                found.setdefault((name, of), []).extend(one.values(key))
+        names = [name for name, _ in found]
+        order = sorted(found, key=lambda k: (k[0] == "teachers averaged", k))
+        return {
+            f"{name} ({of})" if names.count(name) > 1 else name: float(np.mean(found[name, of])) for name, of in order
+        }
+
+    @property
+    def conditions(self) -> str:
+        """What the intervals and p values are conditional on."""
+        sets = dict.fromkeys(g.facts[TEACHERS] for g in self.groups if g.facts[TEACHERS] not in ("", NONE))
+        hashes = "; ".join(" + ".join(h[:12] for h in names.split(",")) for names in sets)
+        parts = [f"these teachers ({hashes})"] if hashes else []
+        splits = {tuple(g.facts.get(key, "?") for key in SPLIT) for g in self.groups}
+        shown = "; ".join(f"val_fraction {f}, split_seed {s}" for f, s in sorted(splits))
+        return "conditional on " + ", ".join([*parts, f"this data and split ({shown})", "this recipe"])
 
 
-def compare(runs: Sequence[Record]) -> Comparison:
+def compare(runs: Sequence[Record], anyway: bool = False) -> Comparison:
     """Group the runs and compare the groups.
 
+    Args:
+        anyway: also where teachers, student, epochs, data or split differ.
+
     Raises:
-        UserError: runs that are not finished or have no student's accuracy, of different data or classes.
+        UserError: runs that are not finished or have no student's accuracy, of different classes; an unfair comparison.
     """
-    _refuse(runs)
+    _refuse(runs, anyway)
     groups = group(runs)
     dataset = runs[0].config.get("dataset.name", "")
     notes = []
     if dataset == "cifar100_sample":
         notes.append("smoke test: cannot rank methods")
+    table, beside = _table(groups, anyway)
+    notes += [*_code(groups), *beside]
     if min(len(g.records) for g in groups) == 1:
         notes.append("intervals of groups with one common seed cover the images only, not other seeds")
     names = {g.name for g in groups}
@@ -107,10 +97,22 @@ def compare(runs: Sequence[Record]) -> Comparison:
         notes.append("l2_cccp is to be read beside l2_control, which is not among these runs")
     if any(r.correct is None for r in runs):
         notes.append("runs without predictions.npz have no intervals")
-    return Comparison(tuple(groups), _table(groups), _differing(groups), dataset, tuple(notes))
+    if any(g.contaminated for g in groups):
+        notes.append("† teachers may have seen the validation images: val acc, and what was chosen by it, is too good")
+    return Comparison(tuple(groups), table, _differing(groups), dataset, tuple(notes))
 
 
-def _refuse(runs: Sequence[Record]) -> None:
+def _code(groups: Sequence[Group]) -> list[str]:
+    """One line where runs are of different sources."""
+    by: dict[str, list[str]] = {}
+    for one in groups:
+        by.setdefault(one.facts[CODE] or "unknown", []).append(one.name)
+    if len(by) < 2:
+        return []
+    return ["runs of different code: " + "; ".join(f"{code} made {', '.join(names)}" for code, names in by.items())]
+
+
+def _refuse(runs: Sequence[Record], anyway: bool) -> None:
     if not runs:
         raise UserError("there is nothing to compare: no finished distillation among these runs")
     for run in runs:
@@ -126,73 +128,45 @@ def _refuse(runs: Sequence[Record]) -> None:
                 f"{first.name} ({first.id}) has {first.classes} classes and {run.name} ({run.id}) has {run.classes}: "
                 "runs of different classes are not compared"
             )
-        if run.digest != first.digest:
+        if run.digest != first.digest and not anyway:
             raise UserError(
                 f"{first.name} ({first.id}) is on data {first.digest[:12]} and {run.name} ({run.id}) on "
-                f"{run.digest[:12]}: runs on different data are not compared"
+                f"{run.digest[:12]}: runs on different data are not compared unless anyway=true"
             )
 
 
-# groups --------------------------------------------------------------------------------------------------------------
-
-
-def _compared(config: Mapping[str, str]) -> dict[str, str]:
-    skipped = {k for k in config for n in NOT_COMPARED if k == n or (n[-1] == "." and k.startswith(n))}
-    return {k: v for k, v in config.items() if k not in skipped}
-
-
-def group(runs: Sequence[Record]) -> list[Group]:
-    """By rung and configuration, seeds left out; rungs in the ladder's order, others as they come.
-
-    Of runs that agree in all of it the last one counts.
-    """
-    found: dict[tuple[str, str], dict[int, Record]] = {}
-    for run in runs:
-        key = hashlib.sha256(canonical(_compared(run.config)).encode()).hexdigest()
-        found.setdefault((run.rung or "", key), {})[run.seed] = run
-    order = list(rungs.RUNGS)
-    keys = sorted(found, key=lambda k: order.index(k[0]) if k[0] in order else len(order))
-    counts: dict[str, int] = {}
-    groups = []
-    for rung, key in keys:
-        records = tuple(record for _, record in sorted(found[rung, key].items()))
-        name = rung or f"{records[0].tags.get('asib.step', 'run')} {records[0].tags.get('asib.config_hash', key)[:8]}"
-        counts[name] = counts.get(name, 0) + 1
-        groups.append(Group(name if counts[name] == 1 else f"{name} ({counts[name]})", records))
-    return groups
+# the table -----------------------------------------------------------------------------------------------------------
 
 
 def _differing(groups: Sequence[Group]) -> pd.DataFrame:
-    configs = {g.name: _compared(g.records[0].config) for g in groups}
+    configs = {g.name: g.facts for g in groups}
     keys = dict.fromkeys(key for values in configs.values() for key in values)
     rows = {key: {name: values.get(key, "") for name, values in configs.items()} for key in keys}
     kept = {key: row for key, row in rows.items() if len(set(row.values())) > 1}
     return pd.DataFrame.from_dict(kept, orient="index", columns=list(configs))
 
 
-# the table -----------------------------------------------------------------------------------------------------------
-
-
-def paired(one: Group, other: Group) -> tuple[Interval, int] | None:
-    """Difference of test top-1 in points over the seeds that both have, with their number; None without any."""
+def paired(one: Group, other: Group) -> Difference | None:
+    """Difference of test top-1 in points on the seeds and images that both have; None without any."""
     a, b = ({r.seed: r for r in g.records} for g in (one, other))
     seeds = sorted(a.keys() & b.keys())
-    pairs = [(a[s].correct, b[s].correct) for s in seeds]
+    pairs = [(a[s].correct, b[s].correct) for s in seeds if a[s].digest == b[s].digest]
     if not pairs or any(x is None or y is None or len(x) != len(y) for x, y in pairs):
         return None
     left, right = (100.0 * np.stack([np.asarray(pair[k], dtype=np.float64) for pair in pairs]) for k in (0, 1))
-    return statistics.difference(left, right), len(seeds)
+    return statistics.paired(left, right)
 
 
-def _against(groups: Iterable[Group], one: Group, other: str, column: str) -> dict[str, float]:
-    nothing = {column: math.nan, f"{column} low": math.nan, f"{column} high": math.nan}
-    found = next((g for g in groups if g.name == other), None)
-    if found is None or found is one:
-        return nothing
-    interval = paired(one, found)
-    if interval is None:
-        return nothing | {column: one.mean(ACCURACY) - found.mean(ACCURACY)}
-    return {column: interval[0].mean, f"{column} low": interval[0].low, f"{column} high": interval[0].high}
+def _columns(column: str, one: Group, other: Group | None, found: Difference | None) -> dict[str, float]:
+    parts = ("", " low", " high", " p", " seeds", " t low", " t high")
+    row = {f"{column}{part}": math.nan for part in parts}
+    if found is None:
+        return row if other is None else row | {column: one.mean(ACCURACY) - other.mean(ACCURACY)}
+    row |= dict(zip((column, f"{column} low", f"{column} high"), found.interval, strict=True))
+    row[f"{column} seeds"] = found.seeds
+    if found.student is not None:
+        row |= {f"{column} t low": found.student.low, f"{column} t high": found.student.high}
+    return row
 
 
 def _cost(one: Group, name: str) -> float:
@@ -200,27 +174,59 @@ def _cost(one: Group, name: str) -> float:
     return one.mean(name) if one.values(name) or not one.values("cost/seconds") else 0.0
 
 
-def _table(groups: Sequence[Group]) -> pd.DataFrame:
+def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[str]]:
+    """A row for each group, and what differs beside what each comparison is about."""
     forwards = sorted({k for g in groups for r in g.records for k in r.metrics if k.startswith("cost/forward_images/")})
-    # a rung's parent is the next rung below it that was run
-    lowest = BASELINE if any(g.name == BASELINE for g in groups) else groups[0].name
-    rows = []
-    names = {g.name for g in groups}
+    names = {g.rung.name for g in groups if g.rung is not None}
+    first = groups[0]
+    baseline = BASELINE if BASELINE in names else first.rung.name if first.rung else first.name
+    pairs = {g.pair for g in groups if g.facts[TEACHERS] != NONE}
+    several = len(pairs) > 1 or len({g.facts.get("model.student.name") for g in groups}) > 1
+    rows: list[dict[str, object]] = []
+    compared_with: dict[tuple[str, str], Difference] = {}
+    notes: dict[str, None] = {}
     for one in groups:
-        below = [rung.name for rung in rungs.lineage(one.rung.name)[:-1] if rung.name in names] if one.rung else []
-        parent = below[-1] if below else ""
-        row: dict[str, object] = {
-            "group": one.name,
-            "parent": parent,
+        # a rung's parent is the next rung below it that was run in its pair
+        below = [rung.name for rung in reversed(rungs.lineage(one.rung.name)[:-1])] if one.rung else []
+        parent = sorting.reference(groups, one, below, anyway)
+        row: dict[str, object] = {"group": one.name, "pair": one.pair} if several else {"group": one.name}
+        row |= {
+            "parent": parent.name if parent else "",
             "seeds": len(one.records),
             "acc": one.mean(ACCURACY),
             "std": one.std(ACCURACY),
             "val_acc": one.mean(VALIDATION),
+            "val_contaminated": one.contaminated,
+            "synergy": one.mean("final/synergy_acc"),
         }
-        row |= _against(groups, one, parent, "vs parent")
-        row |= _against(groups, one, lowest, f"vs {lowest}")
+        for column, other in (("vs parent", parent), (f"vs {baseline}", sorting.lowest(groups, one, baseline, anyway))):
+            found = None if other is None else paired(one, other)
+            row |= _columns(column, one, other, found)
+            if other is None:
+                continue
+            row[f"{column} of"] = other.name
+            if found is not None:
+                compared_with[one.name, other.name] = found
+            unlike = [*sorting.unfair(one, other)] if anyway else []
+            rest = {k: v for k, v in sorting.beside(one, other).items() if k not in (CODE, TEACHERS)}
+            if unlike:
+                notes[f"unfair: {one.name} and {other.name} have {', '.join(unlike)}"] = None
+            if rest:
+                notes[f"{one.name} and {other.name} also differ in {sorting.named(rest)}"] = None
         row |= {column: _cost(one, name) for column, name in UPDATES.items()}
         row |= {f"images {name.rsplit('/', 1)[1]}": _cost(one, name) for name in forwards}
         row |= {"GMACs": one.mean("cost/gmacs"), "seconds": one.mean("cost/seconds")}
         rows.append(row)
-    return pd.DataFrame(rows).set_index("group")
+    _adjust(rows, ("vs parent", f"vs {baseline}"), compared_with)
+    return pd.DataFrame(rows).set_index("group"), list(notes)
+
+
+def _adjust(
+    rows: Sequence[dict[str, object]], columns: Sequence[str], found: Mapping[tuple[str, str], Difference]
+) -> None:
+    """Holm's p over all comparisons of the table, of which one that stands in two columns is one."""
+    adjusted = dict(zip(found, statistics.holm([d.p for d in found.values()]), strict=True))
+    for row in rows:
+        for column in columns:
+            key = (str(row["group"]), str(row.pop(f"{column} of", "")))
+            row[f"{column} p"] = adjusted.get(key, math.nan)

@@ -16,10 +16,14 @@ from pipeline.paths import user_path
 logger = logging.getLogger("asib")
 
 
-def compare_runs(run: Run, parent: str, names: Sequence[str]) -> float | None:
-    """Compare the nested runs of `parent`, or the named runs; the report goes to this run and to the parent."""
+def compare_runs(run: Run, parent: str, names: Sequence[str], anyway: bool = False) -> float | None:
+    """Compare the nested runs of `parent`, or the named runs; the report goes to this run and to the parent.
+
+    Args:
+        anyway: also where a comparison is unfair.
+    """
     run.ready()
-    found = compare.compare(_nested(run, parent) if parent else _read(run, names))
+    found = compare.compare(_nested(run, parent) if parent else _read(run, names), anyway)
     paths = compare_report.write(found, run.folder / "comparison")
     for path in paths:
         run.journal.artifact(path, "comparison")

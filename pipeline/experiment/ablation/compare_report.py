@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline import escape
-from pipeline.experiment.ablation.compare import ACCURACY, Comparison, Group
+from pipeline.experiment.ablation.compare import ACCURACY, Comparison
+from pipeline.experiment.ablation.compare_groups import Group
+from pipeline.experiment.ablation.statistics import ENOUGH
 
 NOTE_LENGTH = 7900
 """MLflow keeps 8000 characters of a tag."""
@@ -27,7 +29,9 @@ STYLE = (
 )
 EXPLAINED = (
     "acc: test top-1 in % of the epoch that validation chose, mean over seeds, ± its standard deviation (n - 1). vs: "
-    "difference in points on the seeds that both have, with the two-level (seed x image) bootstrap 95 % interval. "
+    "difference in points on the seeds that both have, with the two-level (seed x image) bootstrap 95 % interval; with "
+    "fewer than 5 seeds also Student's paired 95 % interval over the seeds (t), and both are indicative. p: two-sided, "
+    "of the bootstrap, with 2 to 4 seeds of Student's paired test, after Holm for all comparisons of the table. "
     "updates, images (forward, training only), GMACs and seconds: per run; MACs count a training pass as three forward "
     "passes. Teachers' fine-tuning is shared and not counted."
 )
@@ -50,6 +54,8 @@ def write(found: Comparison, folder: Path) -> list[Path]:
 def shown(found: Comparison) -> pd.DataFrame:
     """The table with one text for each number: `61.25 ± 0.40`, `+0.80 [-0.10, 1.65]`, counts with thousands."""
     table, columns = found.table, dict[str, list[str]]()
+    if "pair" in table:
+        columns["pair"] = list(table["pair"])
     if table["parent"].any():
         columns["parent"] = list(table["parent"])
     columns["seeds"] = [f"{n:.0f}" for n in table["seeds"]]
@@ -57,10 +63,14 @@ def shown(found: Comparison) -> pd.DataFrame:
         f"{mean:.2f}" + ("" if math.isnan(std) else f" ± {std:.2f}")
         for mean, std in zip(table["acc"], table["std"], strict=True)
     ]
-    columns["val acc"] = [_number(value, 2) for value in table["val_acc"]]
+    columns["val acc"] = [
+        _number(value, 2) + (" †" if marked else "")
+        for value, marked in zip(table["val_acc"], table["val_contaminated"], strict=True)
+    ]
+    if table["synergy"].notna().any():
+        columns["synergy"] = [_number(value, 2) for value in table["synergy"]]
     for name in (c for c in table.columns if c.startswith("vs ") and f"{c} low" in table.columns):
-        bounds = zip(table[name], table[f"{name} low"], table[f"{name} high"], strict=True)
-        columns[name] = [_with_interval(*values) for values in bounds]
+        columns[name] = [_with_interval(row, name) for _, row in table.iterrows()]
     costs = list(table.columns)[list(table.columns).index("student updates") :]
     for name in costs:
         columns[name] = [_number(value, 1 if name == "seconds" else 0) for value in table[name]]
@@ -71,10 +81,20 @@ def _number(value: float, digits: int) -> str:
     return "" if math.isnan(value) else f"{value:,.{digits}f}"
 
 
-def _with_interval(mean: float, low: float, high: float) -> str:
+def _with_interval(row: "pd.Series[Any]", name: str) -> str:
+    """`+2.67 [+1.10, +4.20] p 0.003`; with few seeds `; t [-0.40, +5.74], 3 seeds: indicative` too."""
+    mean, low, high, p, seeds, t_low, t_high = (
+        float(row[f"{name}{part}"]) for part in ("", " low", " high", " p", " seeds", " t low", " t high")
+    )
     if math.isnan(mean):
         return ""
-    return f"{mean:+.2f}" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+    if math.isnan(low):
+        return f"{mean:+.2f}"
+    text = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] p {p:.3f}"
+    if seeds >= ENOUGH:
+        return text
+    student = "" if math.isnan(t_low) else f"t [{t_low:+.2f}, {t_high:+.2f}], "
+    return f"{text}; {student}{seeds:.0f} seed{'' if seeds == 1 else 's'}: indicative"
 
 
 def _title(found: Comparison) -> str:
@@ -82,17 +102,18 @@ def _title(found: Comparison) -> str:
     return f"{found.dataset}: {len(found.groups)} configurations, seeds {', '.join(map(str, seeds))}"
 
 
-def _lines(found: Comparison) -> list[str]:
-    """What is said beside the table: notes, and what the teachers reach."""
+def _below(found: Comparison) -> list[str]:
+    """What is said below the table: what the teachers reach, and what intervals depend on."""
     references = ", ".join(f"{name} {value:.2f}" for name, value in found.references().items())
-    return [*found.notes, *([f"test top-1 in %: {references}"] if references else [])]
+    said = [f"test top-1 in %: {references}"] if references else []
+    return [*said, f"intervals and p: {found.conditions}"]
 
 
 def text(found: Comparison) -> str:
     """For the terminal."""
     title = _title(found)
     with pd.option_context("display.max_columns", None, "display.width", 10_000):
-        lines = [title, "-" * len(title), shown(found).to_string(), *_lines(found)]
+        lines = [title, "-" * len(title), *found.notes, shown(found).to_string(), *_below(found)]
     return "\n".join(lines)
 
 
@@ -106,7 +127,7 @@ def _markdown_table(table: pd.DataFrame, corner: str) -> str:
 def markdown(found: Comparison) -> str:
     """The tables and what is to be said with them."""
     parts = [f"## {_title(found)}", *(f"**{line}**" for line in found.notes), _markdown_table(shown(found), "rung")]
-    parts += _lines(found)[len(found.notes) :]
+    parts += _below(found)
     if len(found.differing):
         parts += ["### Keys that differ", _markdown_table(found.differing.T, "rung")]
     return "\n\n".join([*parts, EXPLAINED]) + "\n"
@@ -129,7 +150,7 @@ def note(found: Comparison, to: str) -> str:
     small = narrow.iloc[:, :costs].assign(seconds=narrow["seconds"])
     for table in (narrow, small):
         parts = [first, *(f"**{line}**" for line in found.notes), _markdown_table(table, "rung")]
-        whole = "\n\n".join(filter(None, [*parts, *_lines(found)[len(found.notes) :]]))
+        whole = "\n\n".join(filter(None, [*parts, *_below(found)]))
         if len(whole) <= NOTE_LENGTH:
             return whole
     return first[:NOTE_LENGTH]
@@ -147,7 +168,7 @@ def page(found: Comparison, image: bytes) -> str:
         f"<h1>{title}</h1>",
         *(f'<p class="note">{html.escape(line)}</p>' for line in found.notes),
         f"<div>{_html_table(shown(found), 'rung')}</div>",
-        *(f"<p>{html.escape(line)}</p>" for line in _lines(found)[len(found.notes) :]),
+        *(f"<p>{html.escape(line)}</p>" for line in _below(found)),
         f'<p><img alt="bars and curves of the table" src="data:image/png;base64,{data}"></p>',
     ]
     if len(found.differing):

@@ -1,5 +1,6 @@
 """Intervals for accuracies that vary with the seed of the run and with the images they were measured on."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -61,3 +62,63 @@ def difference(one: Array, other: Array, level: float = LEVEL, count: int = REPL
     if one.shape != other.shape:
         raise ValueError(f"paired values have one shape, got {one.shape} and {other.shape}")
     return interval(one - other, level, count, seed)
+
+
+# tests ---------------------------------------------------------------------------------------------------------------
+
+ENOUGH = 5
+"""Seeds from which the bootstrap's interval stands alone."""
+
+
+class Difference(NamedTuple):
+    """A paired difference: its bootstrap interval, a two-sided p, the number of seeds, and Student's interval."""
+
+    interval: Interval
+    p: float
+    seeds: int
+    student: Interval | None
+    """Over the seeds alone, where there are 2 or more and fewer than `ENOUGH`."""
+
+
+def paired(one: Array, other: Array) -> Difference:
+    """Compare two methods on the same seeds and images, both (S, n).
+
+    With S >= 5 the p is the bootstrap's, with 2 to 4 seeds that of Student's paired test over the seeds' means, since
+    so few rows cannot be resampled to say much about others; with one seed it speaks of other images alone.
+    """
+    found = difference(one, other)
+    values = one - other
+    if 2 <= len(values) < ENOUGH:
+        student, p = paired_t(values.mean(axis=1))
+        return Difference(found, p, len(values), student)
+    return Difference(found, bootstrap_p(values), len(values), None)
+
+
+def paired_t(differences: Array, level: float = LEVEL) -> tuple[Interval, float]:
+    """Student's interval and two-sided p of the mean of paired differences (S,), S >= 2."""
+    from scipy import stats  # late: no other command needs it
+
+    count, mean = len(differences), float(differences.mean())
+    error = float(differences.std(ddof=1)) / count**0.5
+    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error > 0 else float(mean == 0)
+    return Interval(mean, mean - half, mean + half), p
+
+
+def bootstrap_p(values: Array, count: int = REPLICATES, seed: int = 0) -> float:
+    """Two-sided p of a mean of 0: twice the smaller share of replicates on one side of it (Efron & Tibshirani 1993).
+
+    Never below 2 / (count + 1): what was not seen among so many replicates is not impossible.
+    """
+    found = replicates(values, count, seed)
+    side = min(int((found <= 0).sum()), int((found >= 0).sum()))
+    return min(1.0, 2.0 * (side + 1) / (count + 1))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values adjusted for their number (Holm 1979): the i-th smallest of m times m - i + 1, rising, at most 1."""
+    adjusted, highest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[index]))
+        adjusted[index] = highest
+    return adjusted

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from pipeline.experiment.ablation import statistics
 from pipeline.experiment.ablation.statistics import Array
@@ -79,3 +80,54 @@ def test_the_same_values_give_the_same_interval_and_equal_values_none() -> None:
 def test_other_shapes_are_not_paired() -> None:
     with pytest.raises(ValueError, match="one shape"):
         statistics.difference(np.zeros((2, 5)), np.zeros((2, 6)))
+
+
+# tests ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+def test_the_paired_t_is_scipys(seeds: int) -> None:
+    rng = np.random.default_rng(seeds)
+    one, other = rng.normal(60, 2, seeds), rng.normal(58, 2, seeds)
+    expected = stats.ttest_rel(one, other)
+    bounds = expected.confidence_interval(0.95)
+    found, p = statistics.paired_t(one - other)
+    assert p == pytest.approx(expected.pvalue, rel=1e-9)
+    assert found == pytest.approx(((one - other).mean(), bounds.low, bounds.high), rel=1e-9)
+
+
+def test_equal_differences_are_certain_and_none_is_no_difference() -> None:
+    assert statistics.paired_t(np.array([0.0, 0.0, 0.0])) == ((0.0, 0.0, 0.0), 1.0)
+    assert statistics.paired_t(np.array([2.0, 2.0])) == ((2.0, 2.0, 2.0), 0.0)
+
+
+def test_holm_is_that_of_a_hand_computed_table() -> None:
+    """Sorted .005 .010 .030 .040 times 4 3 2 1: .020 .030 .060 .040, and the last may not fall below the one before."""
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.4, 0.6]) == pytest.approx([0.8, 0.8])
+    assert statistics.holm([0.7, 0.6]) == [1.0, 1.0]
+    assert statistics.holm([0.2]) == [0.2]
+    assert statistics.holm([]) == []
+
+
+def test_the_bootstraps_p_is_the_normal_one_for_many_images() -> None:
+    values = np.random.default_rng(6).normal(size=(1, 1000))
+    values += 2.0 * values.std() / np.sqrt(1000) - values.mean()  # two standard errors from 0
+    assert statistics.bootstrap_p(values, count=8000) == pytest.approx(2 * stats.norm.sf(2.0), abs=0.01)
+    assert statistics.bootstrap_p(values - values.mean()) > 0.9
+    assert statistics.bootstrap_p(np.full((6, 10), 3.0), count=999) == pytest.approx(2 / 1000)
+    assert statistics.bootstrap_p(np.zeros((6, 10))) == 1.0
+
+
+def test_from_five_seeds_on_the_bootstrap_stands_alone() -> None:
+    rng = np.random.default_rng(7)
+    one, other = rng.random((6, 30)), rng.random((6, 30))
+    for seeds in (2, 4):
+        found = statistics.paired(one[:seeds], other[:seeds])
+        means = one[:seeds].mean(1), other[:seeds].mean(1)
+        assert (found.p, found.seeds) == (pytest.approx(stats.ttest_rel(*means).pvalue), seeds)
+        assert found.student is not None
+    for seeds in (1, 5, 6):
+        found = statistics.paired(one[:seeds], other[:seeds])
+        assert found.student is None
+        assert found.p == statistics.bootstrap_p(one[:seeds] - other[:seeds])
