@@ -165,6 +165,10 @@ def _epochs(config: Config) -> Iterator[str]:
     ib_epochs = a_epochs - m.synergy_only_epochs
     if m.use_ib and m.beta_schedule is None and 0 < ib_epochs <= m.ib_beta_warmup_epochs:
         yield f"method.ib_beta_warmup_epochs={m.ib_beta_warmup_epochs}: {ib_epochs} A-epochs use method.ib_beta"
+    if m.ib_epochs_per_stage == 0 and a_epochs:
+        yield "method.ib_epochs_per_stage=0: method.ib_beta acts in no A-epoch"
+    if m.use_cccp and m.cccp_alpha == 0 and a_epochs:
+        yield "method.use_cccp: method.cccp_alpha is 0, and the A-step has no distillation term at all"
     if m.ib_epochs_per_stage is not None and a_epochs and m.ib_epochs_per_stage >= m.teacher_adapt_epochs:
         yield f"method.ib_epochs_per_stage={m.ib_epochs_per_stage}: a stage has {m.teacher_adapt_epochs} A-epochs"
     for where, schedule, epochs in (

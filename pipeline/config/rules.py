@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,9 @@ SMALL_STUDENTS = ("mobilenet_v2", "mobilenetv2", "efficientnet_b0", "shufflenet_
 
 FUSED_TARGETS = ("synergy", "auto", "auto_min")
 """Targets that come from the fusion."""
+
+MIN_TEMPERATURE = 1e-4
+"""Floor of the synergy head's learned temperature (models/ib_mbm.py)."""
 
 GATE = re.compile(r"avg([+-](?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)?", re.IGNORECASE)
 
@@ -194,6 +198,21 @@ def _check_student_learns(config: Config) -> None:
         m.ce_alpha == 0 and m.kd_max_ratio is not None,
         f"method.kd_max_ratio={m.kd_max_ratio} bounds distillation by cross-entropy, and method.ce_alpha is 0",
     )
+    _refuse(
+        m.ce_alpha == 0 and m.kd_alpha == 0 and m.hybrid_beta == 0,
+        f"method.feat_kd_alpha={m.feat_kd_alpha} alone trains the student's features and not its classifier: raise "
+        "method.ce_alpha or method.kd_alpha",
+    )
+    _refuse(
+        m.use_disagree_weight
+        and m.kd_alpha + m.feat_kd_alpha > 0
+        and m.disagree_lambda_high == m.disagree_lambda_low == 0,
+        "method.disagree_lambda_high and disagree_lambda_low are both 0: no sample would be distilled; raise one",
+    )
+    _refuse(
+        m.kd_loss == "dkd" and m.kd_alpha > 0 and m.dkd_alpha == 0 and m.dkd_beta == 0,
+        "method.dkd_alpha and dkd_beta are both 0: kd_loss=dkd would distil nothing; raise one, or use kl",
+    )
     weight = next((k for k in ("kd_alpha", "hybrid_beta", "feat_kd_alpha") if getattr(m, k) > 0), "kd_alpha")
     _refuse(
         needs_distillation(config) and not teachers,
@@ -214,6 +233,11 @@ def _check_targets(config: Config) -> None:
         m.kd_target == "auto" and m.kd_ens_alpha > m.kd_ens_alpha_max,
         f"method.kd_ens_alpha={m.kd_ens_alpha} is above method.kd_ens_alpha_max={m.kd_ens_alpha_max}, "
         "from which it falls (kd_target=auto)",
+    )
+    _refuse(
+        m.kd_target == "auto" and m.kd_alpha > 0 and m.kd_ens_alpha == 1,
+        "method.kd_ens_alpha=1 with method.kd_target=auto teaches the averaged teachers only, and trains a fusion for "
+        "nothing: use method.kd_target=avg",
     )
     _refuse(
         m.kd_sample_min_ratio > m.kd_sample_max_ratio,
@@ -264,6 +288,16 @@ def _check_fusion(config: Config) -> None:
         f"method.ib_mbm_out_dim={m.ib_mbm_out_dim} is not divisible by method.ib_mbm_n_head={m.ib_mbm_n_head}",
     )
     _refuse(m.min_cw > m.max_cw, f"method.min_cw={m.min_cw} is above method.max_cw={m.max_cw}")
+    _refuse(
+        fusion and m.use_ib and m.ib_mbm_min_std >= math.exp(m.ib_mbm_logvar_clip / 2),
+        f"method.ib_mbm_min_std={m.ib_mbm_min_std} is the standard deviation wherever method.ib_mbm_logvar_clip="
+        f"{m.ib_mbm_logvar_clip} lets it go: nothing trains it; lower the floor, or set method.use_ib=false",
+    )
+    _refuse(
+        fusion and m.synergy_temp_learnable and m.synergy_temp_init <= math.log(MIN_TEMPERATURE),
+        f"method.synergy_temp_init={m.synergy_temp_init} is below the floor of the learned temperature, where nothing "
+        f"trains it: give more than {math.log(MIN_TEMPERATURE):.2f}, the logarithm of {MIN_TEMPERATURE:g}",
+    )
     indices = m.synergy_eval_teacher_indices
     if indices is not None:
         _refuse(len(indices) == 0, "method.synergy_eval_teacher_indices is empty: name teachers, or null for all")
@@ -277,6 +311,11 @@ def _check_fusion(config: Config) -> None:
             m.feat_kd_alpha == 0,
             "method.ib_mbm_query_key=distill_feat needs method.feat_kd_alpha > 0, "
             "else nothing trains the student's adapter",
+        )
+        _refuse(
+            m.feat_kd_key != "distill_feat",
+            f"method.ib_mbm_query_key=distill_feat with method.feat_kd_key={m.feat_kd_key}: nothing trains the "
+            "student's adapter; set feat_kd_key=distill_feat, or ib_mbm_query_key=feat_2d",
         )
         _refuse(
             m.ib_mbm_query_dim not in (None, 0, m.distill_out_dim),
@@ -302,6 +341,12 @@ def _check_freezing(config: Config) -> None:
         levels is not None and len(levels) != m.num_stages,
         f"method.student_freeze_schedule has {len(levels or ())} entries for method.num_stages={m.num_stages}: "
         "give one level for each stage",
+    )
+    trained = {m.student_freeze_level} if levels is None else set(levels)
+    _refuse(
+        m.use_partial_freeze and m.feat_kd_alpha > 0 and m.feat_kd_key == "feat_2d" and trained == {0},
+        "method.feat_kd_key=feat_2d with student_freeze_level 0 throughout: the feature comes from what is frozen; use "
+        "feat_kd_key=distill_feat, or train a block",
     )
     first, where = (m.student_freeze_level, "level") if levels is None else (levels[0], "schedule")
     _refuse(

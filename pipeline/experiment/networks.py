@@ -68,7 +68,7 @@ def build(
 def build_student(config: Config, data: ImageData) -> FeatureNet:
     """The student, fresh or pretrained; with an adapter where its `distill_feat` is used."""
     s, m = config.model.student, config.method
-    adapts = m.feat_kd_alpha > 0 and "distill_feat" in (m.feat_kd_key, m.ib_mbm_query_key)
+    adapts = m.feat_kd_alpha > 0 and m.feat_kd_key == "distill_feat"  # else nothing would train it
     width = m.distill_out_dim if adapts else None
     return build(config, data, s.name, s.pretrained, "model.student.name", config.seed, adapter_dim=width)
 

@@ -129,6 +129,7 @@ class Distillation:
         idle = not self.method.use_ib and self.method.ib_mbm_reg_lambda == 0
         self._stage = -1
         if self.optim.ema_decay is not None:
+            self._check_average()
             self.phases["b"].objective.setup_ema(decay=self.optim.ema_decay)
         prepare(self.phases, device, unused={"a"} if idle else set())
         self.selection = Selection(self._selected_net(), self.data.has_validation)
@@ -234,6 +235,15 @@ class Distillation:
             self.monitor.begin_a_step()
         elif self.fusion is not None and schedules.kd_weight(self.method, epoch.in_phase, self._b_epochs()) > 0:
             self.monitor.decide(self.student, trained=epoch.overall > 0)
+
+    def _check_average(self) -> None:
+        """UserError where the moving average would stay what the student was before training, and be exported."""
+        o, updates = self.optim, self._b_epochs() * len(self.batches) * self.method.cccp_ns
+        if o.select_weights == "ema" and o.ema_update_every > updates:
+            raise UserError(
+                f"optim.ema_update_every={o.ema_update_every}: the run has {updates} updates of the student, and "
+                "optim.select_weights=ema would export what it was before them; update it more often"
+            )
 
     def _b_epochs(self) -> int:
         return sum(e.phase == "b" for e in self.plan)

@@ -62,6 +62,17 @@ RULES = {
     "index": (distil(synergy_eval_teacher_indices=[2]), "teachers are numbered 0 to 1, each once"),
     "index twice": (distil(synergy_eval_teacher_indices=[1, 1]), "teachers are numbered 0 to 1, each once"),
     "query": (distil(ib_mbm_query_key="distill_feat"), "needs method.feat_kd_alpha > 0"),
+    "query without training": (
+        distil(ib_mbm_query_key="distill_feat", feat_kd_alpha=1, feat_kd_key="feat_2d"), "nothing trains the"),
+    "constant sigma": (distil(ib_mbm_min_std=8, ib_mbm_logvar_clip=4), "nothing trains it"),
+    "constant temperature": (distil(synergy_temp_learnable=True, synergy_temp_init=-12), "give more than -9.21"),
+    "features alone": (distil(ce_alpha=0, kd_alpha=0, feat_kd_alpha=1), "and not its classifier"),
+    "no weight": (distil(use_disagree_weight=True, disagree_lambda_high=0, disagree_lambda_low=0), "both 0"),
+    "no dkd": (distil(kd_loss="dkd", dkd_alpha=0, dkd_beta=0), "kd_loss=dkd would distil nothing"),
+    "averages alone": (distil(kd_target="auto", kd_ens_alpha=1, kd_ens_alpha_max=1), "trains a fusion for nothing"),
+    "frozen feature": (
+        {**distil({**PAIR, "student": {"name": "resnet18", "pretrained": True}}, use_partial_freeze=True,
+                  student_freeze_level=0, feat_kd_alpha=1, feat_kd_key="feat_2d")}, "comes from what is frozen"),
     "query width": (distil(ib_mbm_query_key="distill_feat", feat_kd_alpha=1, ib_mbm_query_dim=64), "set it to null"),
     "no adapter": (distil(feat_kd_alpha=1, use_distillation_adapter=False), "method.use_distillation_adapter=true"),
     "feature widths": (distil(feat_kd_alpha=1, distill_out_dim=64), "feature distillation compares vectors"),

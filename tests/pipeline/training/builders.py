@@ -171,7 +171,7 @@ def distillation(
 ) -> Distillation:
     """The task of `c`, with as many teachers; what it freezes has blocks, what its features need has an adapter."""
     data, m = data or image_data(), c.method
-    adapts = m.feat_kd_alpha > 0 and "distill_feat" in (m.feat_kd_key, m.ib_mbm_query_key)
+    adapts = m.feat_kd_alpha > 0 and m.feat_kd_key == "distill_feat"
     adapter = m.distill_out_dim if adapts else None
     more = {"staged": m.use_partial_freeze, "classes": data.num_classes}
     widths = (5, 7, 4)[: len(c.model.teachers)]
