@@ -5,8 +5,9 @@ Nothing is ever unpickled as code; a file that does not belong to the network is
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from models import torch_files
 from models.features import FeatureNet
 from pipeline.files import replacing
 
+logger = logging.getLogger("asib")
 METADATA_KEY = "asib"
 ADAPTER = "distillation_adapter."
 NESTED = ("state_dict", "model", "net")  # where other code bases keep the state dict in a checkpoint
@@ -106,7 +108,13 @@ def _is_safetensors(path: Path) -> bool:
     raise ValueError(f"{path} cannot be read: it is no file of torch.save or safetensors, it begins with {head[:12]!r}")
 
 
-def load_weights(model: FeatureNet, path: str | Path, *, expect: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def load_weights(
+    model: FeatureNet,
+    path: str | Path,
+    *,
+    expect: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Load a checkpoint strictly into `model.net`, and into its adapter where both have one.
 
     Reads our safetensors, and what torch.save has written in other code bases, whatever the file's name: a plain state
@@ -117,13 +125,15 @@ def load_weights(model: FeatureNet, path: str | Path, *, expect: Mapping[str, An
         path: the file.
         expect: values that the file's metadata must have where it records them; `num_classes`, `architecture` and
             `small_input` are expected as the model has them unless given.
+        classes: names, in the order of the logits that the model is to have. Where the file records the same ones in
+            another order, the classifier's rows are put in this one.
 
     Returns:
         The metadata record; empty for files of other code bases.
 
     Raises:
-        ValueError: unreadable file; another class count, architecture or `small_input`; names, shapes or values that
-            do not fit, with the first few named.
+        ValueError: unreadable file; another class count, architecture or `small_input`; other classes; names, shapes or
+            values that do not fit, with the first few named.
     """
     record = read_metadata(path)
     state = read_state(Path(path))
@@ -145,6 +155,8 @@ def load_weights(model: FeatureNet, path: str | Path, *, expect: Mapping[str, An
                 "choose the matching checkpoint or configuration"
             )
     state = checked(model.net, state, f"{path} is no checkpoint of {model.architecture}")
+    if classes is not None and "classes" in record:
+        _reorder(model, state, record["classes"], list(classes), path)
     if adapter and model.distillation_adapter is not None:
         fill(model.distillation_adapter, adapter, f"{path}: its distillation adapter does not fit")
     model.net.load_state_dict(state, strict=True)
@@ -213,11 +225,35 @@ def _strip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         state = {k.removeprefix(prefix): v for k, v in state.items()}
 
 
+def _reorder(
+    model: FeatureNet, state: dict[str, torch.Tensor], theirs: list[str], ours: list[str], path: str | Path
+) -> None:
+    """Put the classifier's rows of a state that fits the model in the order of our classes."""
+    if theirs == ours:
+        return
+    if sorted(theirs) != sorted(ours) or len(set(ours)) != len(ours):
+        foreign = [name for name in theirs if name not in ours] or theirs
+        raise ValueError(
+            f"{path}: it was trained on other classes ({_name(', '.join(foreign[:3]))}, …) than the data has "
+            f"({_name(', '.join(ours[:3]))}, …); choose another checkpoint or data set"
+        )
+    rows = torch.tensor([theirs.index(name) for name in ours])
+    classifier = _classifier(model)
+    for name in (f"{classifier}.weight", f"{classifier}.bias"):
+        if name in state:
+            state[name] = state[name][rows]
+    logger.info("%s: its classes are in another order; the classifier's rows are put in the data's", path)
+
+
+def _classifier(model: FeatureNet) -> str:
+    """The name of the classifier in the network."""
+    classifier = model.net.get_classifier()  # type: ignore[operator]
+    return next((n for n, m in model.net.named_modules() if m is classifier), "")
+
+
 def _count_classes(model: FeatureNet, state: Mapping[str, torch.Tensor], default: Any) -> Any:
     """Classes of a state dict, read off the classifier's weight; `default` where it is not found."""
-    classifier = model.net.get_classifier()  # type: ignore[operator]
-    name = next((n for n, m in model.net.named_modules() if m is classifier), "")
-    weight = state.get(f"{name}.weight")
+    weight = state.get(f"{_classifier(model)}.weight")
     return default if weight is None or weight.dim() == 0 else weight.shape[0]
 
 

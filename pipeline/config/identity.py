@@ -35,6 +35,8 @@ NOT_COMPUTATION = (
     "tracking.",
 )
 """Keys, and prefixes of keys, that do not change the computation asked for."""
+ONLY_WHERE_SET = ("dataset.mean", "dataset.std")
+"""Keys that came later, and that the hash leaves out where they are null: results from before stay the same."""
 
 
 def computation(config: Config) -> dict[str, Any]:
@@ -43,6 +45,7 @@ def computation(config: Config) -> dict[str, Any]:
         name: value
         for name, value in flatten(config).items()
         if not name.endswith(".checkpoint")
+        and not (value is None and name in ONLY_WHERE_SET)
         and not any(name == skip or (skip.endswith(".") and name.startswith(skip)) for skip in NOT_COMPUTATION)
     }
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
@@ -51,6 +52,10 @@ class DatasetConfig(Section):
     download: bool = key(False, "fetch a missing data set with torchvision")
     image_size: AtLeastOne = key(224, "pixels of a side that image_folder is brought to")
     workers: Count | None = key(None, "processes that decode image_folder; null: one per thread, at most 8; 0: none")
+    mean: tuple[Fraction, ...] | None = key(
+        None, "per channel, of images scaled to 0 … 1: what is subtracted; null: the data set's own"
+    )
+    std: tuple[Deviation, ...] | None = key(None, "per channel: what the rest is divided by; null: the data set's own")
     batch_size: AtLeastOne = key(128, "images per update, over all processes")
     eval_batch_size: AtLeastOne = key(500, "images per forward pass in evaluation")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = key(

@@ -6,7 +6,7 @@ Whatever the source, the result is one `ImageData`: checked images and the diges
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,9 +79,14 @@ class ImageData:
 def load(config: DatasetConfig) -> ImageData:
     """The data set that `config` names, validated.
 
-    Raises UserError when files are missing, damaged or not a classification data set.
+    Raises UserError when files are missing, damaged or not a classification data set, or where `mean` or `std` is for
+    images of other channels.
     """
-    return _SOURCES[config.name](config)
+    data = _SOURCES[config.name](config)
+    for key, values in (("mean", config.mean), ("std", config.std)):
+        if values is not None and len(values) != data.in_chans:
+            raise UserError(f"dataset.{key}={list(values)}: the images have {data.in_chans} channels; give as many")
+    return replace(data, mean=config.mean or data.mean, std=config.std or data.std)
 
 
 def _sample(config: DatasetConfig) -> ImageData:

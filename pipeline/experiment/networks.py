@@ -14,6 +14,9 @@ from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.training.rng import Streams
 
+PREPARED_ALIKE = 1e-3
+"""How far a recorded mean or deviation may be from the data's: rounded and computed ones are the same."""
+
 
 @contextmanager
 def user_error(key: str) -> Iterator[None]:
@@ -82,10 +85,30 @@ def build_teacher(config: Config, data: ImageData, index: int) -> FeatureNet:
     return build(config, data, t.name, pretrained, f"model.teachers.{index}.name", seed, dropout)
 
 
-def load(net: FeatureNet, path: Path, key: str) -> dict[str, Any]:
-    """Fill a network from a checkpoint file; its metadata. UserError names `key`."""
+def load(net: FeatureNet, path: Path, key: str, data: ImageData) -> dict[str, Any]:
+    """Fill a network from a checkpoint file; its metadata.
+
+    Where the file records classes, they are the data's, in its order; a mean and deviation that it records are those
+    that the data is prepared with.
+
+    Raises:
+        UserError: it names `key`.
+    """
     with user_error(key):
-        return weights.load_weights(net, path)
+        record = weights.read_metadata(path)
+        for name in ("mean", "std"):
+            theirs, ours = record.get(name, []), list(getattr(data, name))
+            if theirs and (len(theirs) != len(ours) or max(map(_distance, theirs, ours)) > PREPARED_ALIKE):
+                told = ", ".join(f"{value:.6g}" for value in theirs)
+                raise ValueError(
+                    f"it was trained on images prepared with {name} [{told}], and here it is "
+                    f"[{', '.join(f'{value:.6g}' for value in ours)}]; set dataset.{name}=[{told.replace(' ', '')}]"
+                )
+        return weights.load_weights(net, path, classes=data.classes)
+
+
+def _distance(a: float, b: float) -> float:
+    return abs(a - b)
 
 
 def save(net: FeatureNet, path: Path, config: Config, data: ImageData) -> None:

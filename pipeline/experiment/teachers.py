@@ -98,7 +98,7 @@ def foresee(config: Config, data: ImageData) -> None:
     nets = _build(config, data, networks.build_student(config, data))
     for index, (net, spec) in enumerate(zip(nets, config.model.teachers, strict=True)):
         if spec.checkpoint is not None and not spec.checkpoint.startswith("runs:/"):
-            networks.load(net, check_file(spec.checkpoint, _key(config, index)), _key(config, index))
+            networks.load(net, check_file(spec.checkpoint, _key(config, index)), _key(config, index), data)
 
 
 def _build(config: Config, data: ImageData, student: FeatureNet) -> list[FeatureNet]:
@@ -133,7 +133,7 @@ def _obtain(run: Run, data: ImageData, index: int, net: FeatureNet, test: bool) 
         key = f"{path} (delete it to fine-tune anew)"
         note = kept.with_suffix(".json")
         made_by = json.loads(note.read_text())["journal"] if note.exists() else None
-    metadata = networks.load(net, path, key)
+    metadata = networks.load(net, path, key, data)
     same_split = all(
         metadata.get(name) == value
         for name, value in (

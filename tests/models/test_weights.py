@@ -143,6 +143,24 @@ def test_other_expectations_and_adapters_are_checked(tmp_path):
     load_weights(small(), path, expect={"not_recorded": 1})
 
 
+def test_classes_in_another_order_are_put_in_the_asked_one(tmp_path, caplog):
+    """The same images then get the same logits, each where its class is; a vision transformer's head likewise."""
+    for name, classifier in (("cifar_resnet8", "fc"), ("deit_tiny_patch16_224", "head")):
+        model, other = small(name=name, adapter_dim=4), small(name=name, adapter_dim=4)
+        with torch.no_grad():
+            getattr(model.net, classifier).bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        save_weights(model, tmp_path / "s.safetensors", RECORD)
+        with caplog.at_level("INFO", "asib"):
+            record = load_weights(other, tmp_path / "s.safetensors", classes=("c", "a", "b"))
+        assert record["classes"] == ["a", "b", "c"]
+        x = torch.randn(2, 3, 32, 32)
+        assert torch.equal(other.eval()(x).logits, model.eval()(x).logits[:, [2, 0, 1]])
+        assert weights_hash(other.distillation_adapter) == weights_hash(model.distillation_adapter)
+    assert ["its classes are in another order" in r.getMessage() for r in caplog.records] == [True, True]
+    for classes in (("a", "b", "d"), ("x", "y", "z")):
+        refused(other, tmp_path / "s.safetensors", "it was trained on other classes", classes=classes)
+
+
 def test_hash_is_sha256_of_names_dtypes_shapes_and_bytes():
     module = torch.nn.BatchNorm1d(2)
     expected = hashlib.sha256()

@@ -288,9 +288,10 @@ def quiet() -> Iterator[mock.Mock]:
 
 @refused
 def data_set(keys: Keys) -> Any:
-    """The digest of the images, or what is said of their absence."""
+    """The digest of the images and what they are prepared with, or what is said of their absence."""
     with mock.patch("torchvision.datasets.CIFAR10", side_effect=RuntimeError("asked for")):
-        return sources.load(place().config(keys).dataset).digest
+        data = sources.load(place().config(keys).dataset)
+    return {"digest": data.digest, "mean": data.mean, "std": data.std}
 
 
 @refused
@@ -556,6 +557,8 @@ TABLE: dict[str, Case] = {
     "dataset.download": Case(True, TORCHVISION, data_set),
     "dataset.image_size": Case(12, observer=pictures_read),
     "dataset.workers": Case(0, {"dataset.workers": 1}, pictures_read),
+    "dataset.mean": Case([0.2] * 3, observer=data_set),
+    "dataset.std": Case([0.7] * 3, observer=data_set),
     "dataset.batch_size": Case(6),
     "dataset.eval_batch_size": Case(5, observer=evaluation_batches),
     "dataset.val_fraction": Case(0.5),

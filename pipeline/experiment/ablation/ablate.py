@@ -230,7 +230,7 @@ def _keep_best(run: Run, data: ImageData, children: Sequence[Child], found: comp
     if mark.exists() and json.loads(mark.read_text())["to"] == where and child.folder.parent != run.folder:
         return group.validation
     net = networks.build_student(child.config, data)
-    networks.load(net, child.folder / jobs.STUDENT, str(child.folder / jobs.STUDENT))
+    networks.load(net, child.folder / jobs.STUDENT, str(child.folder / jobs.STUDENT), data)
     kept = run.folder / jobs.STUDENT
     kept.parent.mkdir(exist_ok=True)
     shutil.copyfile(child.folder / jobs.STUDENT, kept)

@@ -77,16 +77,10 @@ def check_fits(source: Source, data: ImageData, key: str) -> dict[str, Any]:
     """The record that travels with the weights (empty for files of other code bases), if it belongs to this data.
 
     Raises:
-        UserError: a model of other classes, image size or channels.
+        UserError: a model of another number of classes, image size or channels.
     """
     with networks.user_error(key):
         record = weights.read_metadata(source.path)
-    theirs = record.get("classes", list(data.classes))
-    if len(theirs) == data.num_classes and theirs != list(data.classes):
-        raise UserError(
-            f"{key}: it was trained on other classes ({', '.join(theirs[:3])}, …) than "
-            f"dataset.name={data.name} has ({', '.join(data.classes[:3])}, …)"
-        )
     for name, words, here in (
         ("num_classes", "num_classes", data.num_classes),
         ("image_size", "image size", data.image_size),

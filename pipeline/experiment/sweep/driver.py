@@ -342,7 +342,7 @@ def _keep_best(run: Run, study: Study, best: optuna.trial.FrozenTrial, config: C
             logger.warning("%s: no model is logged; the same command tries it again", error)
             return
     net = networks.build_student(config, data)
-    networks.load(net, weights, str(weights))
+    networks.load(net, weights, str(weights), data)
     kept = run.folder / jobs.STUDENT
     networks.save(net, kept, config, data)
     run.journal.artifact(kept, "checkpoints")

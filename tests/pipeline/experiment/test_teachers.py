@@ -1,12 +1,16 @@
 """What a fine-tuned teacher depends on: its weights, and the identity by which other runs find them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from models.weights import weights_hash
 from pipeline.config import Config
-from pipeline.experiment import teachers
+from pipeline.errors import UserError
+from pipeline.experiment import networks, teachers
 from pipeline.experiment.ablation import rungs
 from pipeline.experiment.compose import compose
 from tests.pipeline.training.builders import config, differences, fine_tuning, image_data, loop_for
@@ -68,3 +72,37 @@ def test_other_sources_make_another_teacher(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "models/one.py").write_text("x = 1")
     monkeypatch.setattr(teachers, "REPOSITORY", tmp_path)
     assert identity(config()) != before
+
+
+def test_a_teachers_classes_are_put_in_the_datas_order(tmp_path: Path) -> None:
+    """Two files of one teacher, in two orders, are one teacher: the same hash, so the same bank and results."""
+    c, data = config(), image_data()
+    turned = replace(data, classes=data.classes[::-1])
+    made = networks.build_teacher(c, data, 0)
+    networks.save(made, tmp_path / "straight.safetensors", c, data)
+    classifier = made.net.fc
+    with torch.no_grad():
+        classifier.weight.copy_(classifier.weight.flip(0))
+        classifier.bias.copy_(classifier.bias.flip(0))
+    networks.save(made, tmp_path / "turned.safetensors", c, turned)
+    hashes = []
+    for name in ("straight", "turned"):
+        net = networks.build_teacher(c, data, 0)
+        networks.load(net, tmp_path / f"{name}.safetensors", name, data)
+        hashes.append(weights_hash(net.net))
+    assert hashes[0] == hashes[1] != weights_hash(made.net)
+
+
+def test_a_teacher_of_other_images_is_refused_with_the_key_that_would_do(tmp_path: Path) -> None:
+    c, data = config(), image_data()  # mean 0.5, 0.4, 0.45
+    path = tmp_path / "teacher.safetensors"
+    networks.save(networks.build_teacher(c, data, 0), path, c, replace(data, mean=(0.5, 0.402, 0.45)))
+    given = config(model={"teachers": [{"name": "cifar_resnet8", "checkpoint": str(path)}]})
+    with pytest.raises(UserError, match=r"^model\.teachers\.0\.checkpoint=.*set dataset\.mean=\[0\.5,0\.402,0\.45\]"):
+        teachers.foresee(given, data)
+    teachers.foresee(given, replace(data, mean=(0.5, 0.4015, 0.45)))  # as rounded statistics are
+    with pytest.raises(UserError, match="trained on other classes"):
+        teachers.foresee(given, replace(data, classes=("a", "b", "c", "x"), mean=(0.5, 0.402, 0.45)))
+    bare = networks.build_teacher(c, data, 0)
+    torch.save(bare.net.state_dict(), tmp_path / "bare.pth")
+    networks.load(bare, tmp_path / "bare.pth", "no record", replace(data, mean=(0.1, 0.1, 0.1)))
