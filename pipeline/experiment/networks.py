@@ -1,7 +1,8 @@
 """Networks of a run: built from the configuration, filled from checkpoints, saved with what identifies them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,19 @@ def load(net: FeatureNet, path: Path, key: str, data: ImageData) -> dict[str, An
         record = weights.read_metadata(path)
         for name in ("mean", "std"):
             theirs, ours = record.get(name, []), list(getattr(data, name))
-            if theirs and (len(theirs) != len(ours) or max(map(_distance, theirs, ours)) > PREPARED_ALIKE):
+            if theirs and (len(theirs) != data.in_chans or max(map(_distance, theirs, ours)) > PREPARED_ALIKE):
                 told = ", ".join(f"{value:.6g}" for value in theirs)
                 raise ValueError(
                     f"it was trained on images prepared with {name} [{told}], and here it is "
                     f"[{', '.join(f'{value:.6g}' for value in ours)}]; set dataset.{name}=[{told.replace(' ', '')}]"
                 )
         return weights.load_weights(net, path, classes=data.classes)
+
+
+def prepared_as(data: ImageData, record: Mapping[str, Any]) -> ImageData:
+    """The data as a network is evaluated on it that was trained with the mean and deviation of its own record."""
+    mean, std = (tuple(record.get(name) or getattr(data, name)) for name in ("mean", "std"))
+    return replace(data, mean=mean, std=std)
 
 
 def _distance(a: float, b: float) -> float:

@@ -182,7 +182,7 @@ def subject(run: Run, data: ImageData, request: Request, source: Source | None =
     found = Subject(config, data, mode, student, source if wanted else None)
     if wanted and source is not None:
         found.record = check_fits(source, data, key)
-        networks.load(student, source.path, key, data)
+        networks.load(student, source.path, key, networks.prepared_as(data, found.record))
     elif config.student is not None:
         logger.info("has no effect here: %s", key)
     if mode == "synergy":

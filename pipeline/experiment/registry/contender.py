@@ -1,6 +1,5 @@
 """A version as it is judged: its weights fetched from the registry, run over the test images, and timed."""
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -106,9 +105,7 @@ def _network(where: str, weights: Path, meta: dict[str, Any], data: ImageData, c
             image_size=data.image_size,
             in_chans=data.in_chans,
         )
-    # it is judged on images prepared as its own meta.json says
-    prepared = dataclasses.replace(data, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
-    networks.load(net, weights, where, prepared)
+    networks.load(net, weights, where, networks.prepared_as(data, meta))
     memory = torch.channels_last if config.optim.use_channels_last else torch.contiguous_format
     return net.to(networks.device_of(config)).to(memory_format=memory)
 

@@ -97,7 +97,8 @@ def test_a_teacher_of_other_images_is_refused_with_the_key_that_would_do(tmp_pat
     c, data = config(), image_data()  # mean 0.5, 0.4, 0.45
     path = tmp_path / "teacher.safetensors"
     networks.save(networks.build_teacher(c, data, 0), path, c, replace(data, mean=(0.5, 0.402, 0.45)))
-    given = config(model={"teachers": [{"name": "cifar_resnet8", "checkpoint": str(path)}]})
+    one, other = {"name": "cifar_resnet8", "checkpoint": str(path)}, {"name": "cifar_resnet8"}
+    given = config(model={"teachers": [one, other]})
     with pytest.raises(UserError, match=r"^model\.teachers\.0\.checkpoint=.*set dataset\.mean=\[0\.5,0\.402,0\.45\]"):
         teachers.foresee(given, data)
     teachers.foresee(given, replace(data, mean=(0.5, 0.4015, 0.45)))  # as rounded statistics are
