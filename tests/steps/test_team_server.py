@@ -133,28 +133,54 @@ def test_a_reader_sees_what_others_have_made(
 def test_a_promotion_is_for_those_who_may(
     lab: Lab, task: ImageData, students: Students, team: TeamServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As deploy/README.md grants it: who trains makes candidates, who promotes takes them over."""
+    from mlflow.server import get_app_client
+
     desk = make_desk(lab, team.uri, task, students, monkeypatch)
     desk.register("half", "good")
     first = desk.promote("version=1")
     assert first.code == 0, first.err
-    from mlflow.server import get_app_client
+    mlflow, users = client(team.uri), get_app_client("basic-auth", tracking_uri=team.uri)
+    asib, students_of = (mlflow.get_run(run).info.experiment_id for run in (run_id(first.folder), desk.runs[0]))
+    mlflow.create_registered_model("candidates")
+    people = {"trainer": "may train, not promote", "promoter": "promotes, and owns nothing"}
+    for name, password in people.items():
+        users.create_user(name, password)
+        users.grant_user_permission(name, "experiment", asib, "EDIT")
+        users.grant_user_permission(name, "experiment", students_of, "READ")
+    for name, model, permission in (
+        ("trainer", NAME, "READ"),
+        ("trainer", "candidates", "EDIT"),
+        ("promoter", NAME, "EDIT"),
+        ("promoter", "candidates", "READ"),
+    ):
+        users.grant_user_permission(name, "registered_model", model, permission)
 
-    users = get_app_client("basic-auth", tracking_uri=team.uri)
-    users.create_user("visitor", "may train, not promote")
-    experiment = client(team.uri).get_run(run_id(first.folder)).info.experiment_id
-    users.grant_user_permission("visitor", "experiment", experiment, "EDIT")
-    users.grant_user_permission("visitor", "registered_model", NAME, "READ")
     with monkeypatch.context() as patched:
-        log_in(patched, "visitor", "may train, not promote")
+        log_in(patched, "trainer", people["trainer"])
+        client(team.uri).create_run(asib, tags={"asib.promote": NAME, "asib.promote_seen": "99999999999999"})
         refused = desk.promote(*LAX)
-    assert refused.code == 2, refused.err
+        trial = desk.promote("dry_run=true", *LAX)
+        client(team.uri).copy_model_version(f"models:/{NAME}/2", "candidates")
+    assert (refused.code, refused.new, "evaluating" in refused.err) == (2, [], False), refused.err
     # among what delivery, here in this process, writes into its own log
     (line,) = (line for line in refused.lines if line.startswith("tracking server"))
     assert line.endswith(f"permission denied (403): ask for EDIT permission on the model {NAME}")
     assert desk.aliases == {"challenger": "2", "champion": "1"}
+    assert (trial.code, "would be promoted" in trial.out, "is not counted" in trial.err) == (0, True, True), trial.err
 
-    assert desk.promote(*LAX).code == 0
-    assert desk.promote("rollback=true").code == 0
-    assert desk.aliases == {"challenger": "2", "champion": "1"}
-    history = desk.tags(2)["asib.history"]
+    with monkeypatch.context() as patched:
+        log_in(patched, "promoter", people["promoter"])
+        taken = client(team.uri).copy_model_version("models:/candidates/1", NAME)
+        done = desk.promote(f"version={taken.version}", *LAX)
+        assert done.code == 0, done.err
+        assert "look 1 at these" in done.out
+        assert desk.aliases == {"challenger": "2", "champion": "3", "previous": "1"}
+        for answer in (0, 2):  # the first champion is the last to go back to; its alias previous cannot be deleted
+            assert desk.promote("rollback=true").code == answer
+            assert desk.aliases == {"challenger": "2", "champion": "1", "previous": "1"}
+        assert desk.promote("retire=3").code == 0
+    history = desk.tags(3)["asib.history"]
     assert ("promoted over version 1" in history, "rolled back" in history) == (True, True), history
+    tags = mlflow.get_registered_model(NAME).tags
+    assert not {tag for tag in tags if tag.startswith(("asib.turn", "asib.move"))}, tags
