@@ -57,7 +57,7 @@ def replacing(path: Path, key: str = "output_dir", size: int | None = None) -> I
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     with explained(path, key, size):
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             mode = os.fstat(fd).st_mode & 0o777
             os.close(fd)
             yield temporary

@@ -4,6 +4,7 @@ it is refused.
 
 import errno
 import os
+import stat
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import UserError
@@ -39,6 +40,23 @@ def inside(folder: Path, name: object) -> Path:
         raise refusal from None
     if os.path.commonpath([root, real]) != root:
         raise refusal
+    return path
+
+
+def tree_inside(folder: Path, name: object) -> Path:
+    """The same for a file or folder that is to be sent: nothing below it leads out of `folder` either.
+
+    Raises:
+        UserError: as `inside`; or something there is neither a file nor a folder: a pipe would be read for ever.
+    """
+    path = inside(folder, name)
+    root = os.path.realpath(folder)
+    below = [Path(top, one) for top, folders, files in os.walk(path) for one in (*folders, *files)]
+    for one in (path, *below) if path.exists() else ():
+        found = one.stat().st_mode if one.exists() else 0
+        real = os.path.realpath(one)
+        if os.path.commonpath([root, real]) != root or not (stat.S_ISREG(found) or stat.S_ISDIR(found)):
+            raise UserError(f"{one} leads out of {folder}, or is neither a file nor a folder; refused")
     return path
 
 

@@ -5,7 +5,6 @@ import json
 import logging
 import shutil
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -191,19 +190,8 @@ def log_student(
             "timm": folder / "timm",
         },
         input_example=folder / "example.json",
-        pip_requirements=requirements(),
+        pip_requirements=served.requirements(),
         params={"architecture": net.architecture, "config_hash": config_hash or run.config_hash},
         metrics={k: v for k, v in results.items() if k.startswith("final/")},
         model_type="classifier",
     )
-
-
-def requirements() -> list[str]:
-    """What the served model needs, at the versions that it was logged with."""
-    found = []
-    for name in ("mlflow", "numpy", "onnxruntime", "pillow"):
-        try:
-            found.append(f"{name}=={version(name)}")
-        except PackageNotFoundError:  # off line, a machine need not have MLflow
-            found.append(name)
-    return found

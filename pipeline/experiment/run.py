@@ -19,6 +19,7 @@ from pipeline.experiment import compose, revision, tracking
 from pipeline.experiment.ending import COMPLETED, ending_of
 from pipeline.experiment.folders import ended, find_folder, fresh_folder, writable
 from pipeline.journal import Carrier, Journal, NullJournal, read_entries, read_header
+from pipeline.paths import inside
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
 
@@ -350,8 +351,14 @@ def _fetch_checkpoint(delivery: tracking.Delivery, run_id: str, folder: Path) ->
         fetched = delivery.fetch(f"runs:/{run_id}/checkpoints", folder / "fetched")
     except NotThere:
         return False
-    newest = json.loads((fetched / "manifest.json").read_text())
-    Slots(folder / "checkpoints").adopt(fetched / newest["file"], newest["sha256"])
+    try:
+        newest = json.loads((fetched / "manifest.json").read_text())
+        file, sha256 = inside(fetched, newest["file"]), str(newest["sha256"])
+        if not (file.is_file() and not file.is_symlink()):
+            raise UserError(f"its checkpoints/manifest.json names {file.name}, which is not there")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError("its checkpoints/manifest.json is damaged") from error
+    Slots(folder / "checkpoints").adopt(file, sha256)
     shutil.rmtree(folder / "fetched")
     return True
 

@@ -1,5 +1,6 @@
 """The code of a logged student: one file, since MLflow runs it by its path and without this project."""
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pipeline.pictures
@@ -15,3 +16,14 @@ def code() -> str:
     if not found:
         raise RuntimeError(f"{PYFUNC.name} no longer has the line {SHARED.strip()!r}, which its logged copy replaces")
     return before + shared + after
+
+
+def requirements() -> list[str]:
+    """What that code needs, at this environment's versions."""
+    found = []
+    for name in ("mlflow", "numpy", "onnxruntime", "pillow"):
+        try:
+            found.append(f"{name}=={version(name)}")
+        except PackageNotFoundError:  # off line, a machine need not have MLflow
+            found.append(name)
+    return found

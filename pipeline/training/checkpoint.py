@@ -119,10 +119,16 @@ class Slots:
         return content if hashlib.sha256(content).hexdigest() == record["sha256"] else None
 
     def _records(self) -> list[dict[str, Any]]:
-        """Newest first."""
+        """Newest first; what is no record of one of the two slots is none."""
         if not self.manifest.exists():
             return []
-        return list(json.loads(self.manifest.read_text())["checkpoints"])
+        try:
+            found = list(json.loads(self.manifest.read_text())["checkpoints"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.manifest} is damaged: start the run anew") from error
+        return [
+            r for r in found if isinstance(r, dict) and r.get("slot") in (0, 1) and isinstance(r.get("sha256"), str)
+        ]
 
     def write(self, tree: Any) -> None:
         """Begin to write `tree` as it is now over the older slot (or the one that is torn), then the manifest.
@@ -164,7 +170,17 @@ class Slots:
         return Saved(path, sha256, slot)
 
     def adopt(self, path: Path, sha256: str) -> None:
-        """Make a checkpoint file that came from elsewhere the newest one of this folder."""
+        """Make a checkpoint file that came from elsewhere the newest one of this folder, if it is what was announced.
+
+        Raises:
+            UserError: its bytes have another hash; it stays where it is.
+        """
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise UserError(
+                f"{path.name}: its SHA-256 is {found[:12]}, the manifest says {sha256[:12]}: damaged on its way"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         os.replace(path, self.folder / "slot0.safetensors")
         write_atomically(self.manifest, json.dumps({"checkpoints": [{"slot": 0, "sha256": sha256}]}))

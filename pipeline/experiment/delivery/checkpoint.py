@@ -18,7 +18,9 @@ from typing import Any
 
 from mlflow.tracking import MlflowClient
 
+from pipeline.errors import UserError
 from pipeline.journal import Entry
+from pipeline.paths import inside
 
 log = logging.getLogger("asib.delivery")
 
@@ -39,9 +41,10 @@ class CheckpointUpload:
         with staging(self._folder) as stage:
             file = self._client.download_artifacts(self._run_id, f"{FOLDER}/{MANIFEST}", str(stage))
             try:
-                return dict(json.loads(Path(file).read_text()))
-            except ValueError:
+                found = dict(json.loads(Path(file).read_text()))
+            except (ValueError, TypeError):
                 return {}
+            return found if isinstance(found.get("time"), int) else {}
 
     def bring(
         self, entries: Sequence[Entry], server: dict[str, Any], generation: str
@@ -58,12 +61,13 @@ class CheckpointUpload:
             intact.
         """
         for entry in reversed(entries):
-            if server and (server["sha256"] == entry.data["sha256"] or server["time"] >= entry.time):
+            if server.get("sha256") == entry.data["sha256"] or server.get("time", -1) >= entry.time:
                 return entry.end, server
             with staging(self._folder) as stage:
-                name = self._server_name(entry, server)
-                if not self._take(entry, stage / name):
+                if not self._take(entry, stage / "taken"):
                     continue
+                name = self._server_name(entry, server)
+                (stage / "taken").rename(stage / name)
                 self._client.log_artifact(self._run_id, str(stage / name), FOLDER)
                 manifest = {
                     **entry.data.get("manifest", {}),
@@ -88,7 +92,13 @@ class CheckpointUpload:
 
     def _take(self, entry: Entry, to: Path) -> bool:
         """Whether the file that the entry means is still there; a hard link keeps it while it is sent."""
-        source = self._folder / entry.data["path"]
+        try:
+            source = inside(self._folder, entry.data["path"])
+            if entry.data["slot"] not in (0, 1):
+                raise UserError(f"{self._folder}: a checkpoint of slot {entry.data['slot']!r:.50}; refused")
+        except UserError as error:  # not ours
+            log.error("%s", error)
+            return False
         try:
             try:
                 os.link(source, to)

@@ -13,6 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline import journal
 from pipeline.errors import UserError
+from pipeline.experiment.delivery.nested import belongs, check_own_files
 from pipeline.experiment.delivery.run import RunDelivery
 from pipeline.experiment.delivery.server import absolute_uri, connect
 from pipeline.files import acquire, release
@@ -163,6 +164,11 @@ class DeliveryLoop:
             if folder in self._elsewhere or not (folder / journal.FILE).exists():
                 return None
             parent = self._parents.get(folder)
+            if parent is not None and not belongs(folder, parent.folder, self._live):
+                log.error("%s names %s, which is no run of its own; refused", parent.folder, folder)
+                self._past[0] += 1
+                self._elsewhere.add(folder)
+                return None
             if not self._lock(folder, 0.0):
                 if self._live and parent is not None and parent.carrier:
                     # Our trainer goes on with what another worker had begun.
@@ -231,6 +237,7 @@ class DeliveryLoop:
         (folder / TAKEOVER).unlink(missing_ok=True)
 
     def _lock_top(self, patience: float) -> None:
+        check_own_files(self.folder)
         request = self.folder / TAKEOVER
         if not self._lock(self.folder, 0.0):
             # A delivery whose trainer is dead leaves when it sees this; one with a living trainer does not.

@@ -24,6 +24,7 @@ from pipeline.experiment.delivery.checkpoint import staging
 from pipeline.experiment.delivery.faults import Fault, classify, look
 from pipeline.experiment.delivery.state import State, find_by_journal
 from pipeline.journal import Entry, decode_number
+from pipeline.paths import tree_inside
 
 log = logging.getLogger("asib.delivery")
 
@@ -96,10 +97,10 @@ def log_model(client: MlflowClient, state: State, folder: Path, entry: Entry) ->
     model_id = str(model.model_id)
     if str(model.status) != "READY":
         if data["model_kind"] == "weights":
-            client.log_model_artifacts(model_id, str(folder / data["folder"]))
+            client.log_model_artifacts(model_id, str(tree_inside(folder, data["folder"])))
         else:
             with staging(folder) as stage:
-                client.log_model_artifacts(model_id, str(_saved(model, run_id, folder, data, stage / "model")))
+                client.log_model_artifacts(model_id, str(_saved(model, run_id, folder, data, stage)))
     outputs = client.get_run(run_id).outputs
     if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
         client.log_outputs(run_id, [LoggedModelOutput(model_id, step=data["step"])])
@@ -111,10 +112,15 @@ def log_model(client: MlflowClient, state: State, folder: Path, entry: Entry) ->
     return model_id
 
 
-def _saved(model: LoggedModel, run_id: str, folder: Path, data: Any, to: Path) -> Path:
+def _saved(model: LoggedModel, run_id: str, folder: Path, data: Any, stage: Path) -> Path:
+    """The folder of a servable model. Its code and what that needs are this project's own, and not the journal's."""
     import mlflow.pyfunc
     from mlflow.models import Model
 
+    from pipeline.experiment import served
+
+    to, code = stage / "model", stage / served.PYFUNC.name
+    code.write_text(served.code(), encoding="utf-8")
     try:
         mlflow.pyfunc.save_model(
             path=str(to),
@@ -124,13 +130,13 @@ def _saved(model: LoggedModel, run_id: str, folder: Path, data: Any, to: Path) -
                 model_uuid=model.model_id,
                 model_id=model.model_id,
             ),
-            python_model=str(folder / data["python_model"]),
-            artifacts={name: str(folder / path) for name, path in data["artifacts"].items()},
-            input_example=_example(folder / data["input_example"]) if data["input_example"] else None,
-            pip_requirements=data["pip_requirements"] or None,
+            python_model=str(code),
+            artifacts={name: str(tree_inside(folder, path)) for name, path in data["artifacts"].items()},
+            input_example=_example(tree_inside(folder, data["input_example"])) if data["input_example"] else None,
+            pip_requirements=served.requirements(),
         )
     except Exception as error:
-        # The model's own code ran: whatever it raised, it would raise again.
+        # Whatever its files made our code raise, they would make it raise again.
         raise ValueError(f"model {data['name']} cannot be saved: {type(error).__name__}: {error}") from error
     return to
 

@@ -12,9 +12,11 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pipeline.errors import UserError
 from pipeline.experiment.delivery.faults import Refusal, ask, lasting
 from pipeline.experiment.delivery.target import TAG_LENGTH, get_run
 from pipeline.journal import decode_number
+from pipeline.paths import tree_inside
 
 log = logging.getLogger("asib.delivery")
 
@@ -67,11 +69,20 @@ class Outbox:
             self._batch.clear()
             self._new.clear()
         for path, to in list(self._artifacts):
-            if (self._folder / path).exists():
-                self.attempt(self._client.log_artifact, self._run_id, str(self._folder / path), to or None)
-            else:
-                log.warning("%s: artifact %s is not there", self._folder, path)
+            self._send_file(path, to)
             del self._artifacts[path, to]
+
+    def _send_file(self, path: str, to: str) -> None:
+        try:
+            file = tree_inside(self._folder, path)  # a journal may be someone else's
+        except UserError as error:
+            self.refused += 1
+            log.error("%s", error)
+            return
+        if file.exists():
+            self.attempt(self._client.log_artifact, self._run_id, str(file), to or None)
+        else:
+            log.warning("%s: artifact %s is not there", self._folder, path)
 
     def attempt(self, call: Any, *arguments: Any) -> Any:
         """Call; what may succeed later is raised, what never will is written down, and gives None."""

@@ -41,6 +41,10 @@ def register(client: MlflowClient, state: State, entry: Entry) -> str:
         ValueError: the model itself was refused, or this user may not make versions of it.
     """
     data = entry.data
+    if data["alias"] != CHALLENGER:
+        raise ValueError(
+            f"a run's model becomes {CHALLENGER}, never {data['alias']!r:.50}: that is what a promotion decides"
+        )
     model_id = state.models.get(data["entry"])
     if model_id is None:
         raise ValueError(f"there is no model to register as {data['registered']}: it was refused")

@@ -23,6 +23,7 @@ from pipeline.experiment.delivery.models import log_dataset, log_model, log_mode
 from pipeline.experiment.delivery.outbox import Outbox
 from pipeline.experiment.delivery.registry import register
 from pipeline.experiment.delivery.server import run_url
+from pipeline.experiment.delivery.state import FILE as STATE
 from pipeline.experiment.delivery.state import JOURNAL_TAG, State, find_by_journal
 from pipeline.experiment.delivery.target import (
     GENERATION_TAG,
@@ -140,15 +141,25 @@ class RunDelivery:
 
     def _existing(self, header: Entry) -> Run | None:
         if self.state.run_id:
-            try:
-                return self._get(self.state.run_id)
-            except UserError:
-                # The server was made anew: what was sent went with the old one.
-                log.warning("run %s of %s is no longer there", self.state.run_id, self.folder)
-                self.state = State(uri=self.state.uri, journal=self.state.journal)
+            run = self._remembered()
+            if run is not None and run.data.tags.get(JOURNAL_TAG) != header.data["journal"]:
+                raise UserError(
+                    f"{self.folder / STATE} names run {run.info.run_id}, which is not this journal's: delete that file"
+                )
+            if run is not None:
+                return run
         if self._resume:
             return self._get(self._resume)
         return self._by_tag(header) or (self._get(self._adopt) if self._adopt else None)
+
+    def _remembered(self) -> Run | None:
+        try:
+            return self._get(self.state.run_id)
+        except UserError:
+            # The server was made anew: what was sent went with the old one.
+            log.warning("run %s of %s is no longer there", self.state.run_id, self.folder)
+            self.state = State(uri=self.state.uri, journal=self.state.journal)
+            return None
 
     def _get(self, run_id: str) -> Run:
         return get_run(self.client, self.uri, run_id)
@@ -305,7 +316,7 @@ class RunDelivery:
         return False
 
     def _child(self, entry: Entry) -> None:
-        folder = Path(os.path.normpath(self.folder / entry.data["folder"]))
+        folder = Path(os.path.normpath(self.folder / str(entry.data["folder"]).replace("\0", "")))
         if folder in self.children:
             self.children.remove(folder)
         if entry.end > self._forgotten.get(folder, 0):

@@ -15,7 +15,7 @@ import torch
 from models import zoo
 from models.features import FeatureNet
 from pipeline.data.sources import ImageData
-from pipeline.experiment import export
+from pipeline.experiment import export, served
 
 ROOT = Path(__file__).resolve().parents[3]
 CLASSES = ("ash", "birch", "cedar", "date", "elm", "fir")
@@ -146,5 +146,5 @@ def test_preprocessing_is_part_of_what_is_compared(exported: tuple[torch.nn.Modu
 def test_the_served_models_requirements_are_pinned() -> None:
     from importlib.metadata import version
 
-    assert f"onnxruntime=={version('onnxruntime')}" in export.requirements()
-    assert all("==" in line for line in export.requirements())
+    assert f"onnxruntime=={version('onnxruntime')}" in served.requirements()
+    assert all("==" in line for line in served.requirements())

@@ -11,27 +11,34 @@ import pytest
 
 pytest.importorskip("mlflow")
 
+import numpy as np
 from mlflow.tracking import MlflowClient
 
+from pipeline.experiment import served
 from pipeline.experiment.tracking import deliver
 from pipeline.journal import Journal
 
 pytest_plugins = ["tests.servers"]
 
-STUDENT = """
-import json
-from typing import Any
-import mlflow
+WEIGHTS = np.array([[1, 0], [0, 1], [0, 0], [0, 0]], np.float32)
+EXAMPLE = [[[[3], [1]], [[0], [0]]]]
+EVIL = "import pathlib; pathlib.Path({marker!r}).write_text('ran')\n"
 
-class Student(mlflow.pyfunc.PythonModel):
-    def load_context(self, context):
-        self.add = json.load(open(context.artifacts["meta"]))["add"]
 
-    def predict(self, context, model_input: list[Any], params=None) -> list[dict[str, Any]]:
-        return [{"sum": row + self.add} for row in model_input]
+def network(path: Path) -> None:
+    """(n, 2, 2, 1) uint8 -> the softmax of its first two pixels."""
+    from onnx import TensorProto, helper, numpy_helper, save
 
-mlflow.models.set_model(Student())
-"""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probabilities"]),
+    ]
+    given = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 2, 2, 1])
+    made = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["n", 2])
+    graph = helper.make_graph(nodes, "g", [given], [made], [numpy_helper.from_array(WEIGHTS, "w")])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(path))
 
 
 @pytest.fixture(params=["sqlite", "server"])
@@ -41,22 +48,24 @@ def store(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue("mlflow_server").uri)
 
 
-def student(folder: Path, experiment: str, code: str = STUDENT) -> Journal:
+def student(folder: Path, experiment: str, broken: bool = False) -> Journal:
+    """A run with a model whose Python file, and whose requirements, are not this project's."""
     journal = Journal.create(folder, experiment=experiment)
     model = folder / "model"
     model.mkdir()
-    (model / "student.py").write_text(code)
-    (model / "meta.json").write_text(json.dumps({"add": 2}))
-    (model / "example.json").write_text("[1, 2]")
+    (model / "evil.py").write_text(EVIL.format(marker=str(folder / "marker")))
+    network(model / "student.onnx")
+    (model / "meta.json").write_text(json.dumps({"classes": ["a", "b"], "image_size": 2, "in_chans": 1}))
+    (model / "example.json").write_text("{" if broken else json.dumps(EXAMPLE))
     journal.params({"model.name": "resnet20", "long": "x" * 7000, **{f"p{i}": i for i in range(120)}})
     journal.metrics({"final/val_acc": 71.5}, step=9)
     journal.model(
         model,
         "student",
-        python_model=model / "student.py",
-        artifacts={"meta": model / "meta.json"},
+        python_model=model / "evil.py",
+        artifacts={"net": model / "student.onnx", "meta": model / "meta.json"},
         input_example=model / "example.json",
-        pip_requirements=["mlflow"],
+        pip_requirements=["mlflow", "evil @ http://evil/evil.whl"],
         params={"classes": 10},
         metrics={"final/val_acc": 71.5},
         tags={"asib.weights": "ab"},
@@ -95,7 +104,14 @@ def test_a_student_becomes_one_servable_model(store: str, tmp_path: Path) -> Non
     assert [m.key for m in client.get_logged_model(model.model_id).metrics] == ["final/val_acc"]
     mlflow.set_tracking_uri(store)
     loaded = mlflow.pyfunc.load_model(f"models:/{model.model_id}")
-    assert loaded.predict([1, 5]) == [{"sum": 3}, {"sum": 7}]
+    (answer,) = loaded.predict(EXAMPLE)
+    assert answer["class"] == "a"
+    assert answer["probability"] == pytest.approx(1 / (1 + np.exp(-2.0)), abs=1e-6)
+    assert not (tmp_path / "run" / "marker").exists(), "the journal's code has run"
+    files = Path(mlflow.artifacts.download_artifacts(f"models:/{model.model_id}", dst_path=str(tmp_path / "files")))
+    assert not [path for path in files.rglob("*.py") if path.name != "student_pyfunc.py"]
+    assert (files / "student_pyfunc.py").read_text() == served.code()
+    assert "evil" not in "".join(path.read_text() for path in files.iterdir() if path.is_file())
     assert loaded.metadata.signature is not None
     assert loaded.metadata.run_id == done.run_id
 
@@ -125,7 +141,7 @@ def test_a_teacher_is_a_light_model_and_its_students_input(sqlite_uri: str, tmp_
 
 
 def test_a_model_that_cannot_be_saved_keeps_nothing_else_away(sqlite_uri: str, tmp_path: Path) -> None:
-    student(tmp_path / "run", "broken", code="raise RuntimeError('no such layer')")
+    student(tmp_path / "run", "broken", broken=True)
     (done,) = deliver([tmp_path / "run"], sqlite_uri)
     client = MlflowClient(sqlite_uri)
     assert done.refused == 1
