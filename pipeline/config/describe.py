@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from pipeline.config.names import known_names, near_miss, unknown_key
+from pipeline.paths import printable
 
 MAX_PROBLEMS = 3
 """More than these would no longer be read."""
@@ -52,31 +53,58 @@ def is_text(field: FieldInfo) -> bool:
     return {a for a in (get_args(field.annotation) or (field.annotation,)) if a is not NoneType} == {str}
 
 
-def expects(field: FieldInfo) -> str:
-    """`a number above 0, or null`: what a key takes, in words."""
+def expects(field: FieldInfo, full: bool = False) -> str:
+    """`a number above 0, or null`: what a key takes, in words.
+
+    Args:
+        full: also the highest number where that is only a bound of reason, which has a sentence.
+    """
     if is_list_of_sections(field):
         return "a list of {name: …, pretrained: …, checkpoint: …}"
-    return _words(field.annotation, field.metadata)
+    return _words(field.annotation, field.metadata, full)
 
 
-def _words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+def takes(problem: Any, field: FieldInfo) -> str:
+    """What a key takes, for an error of pydantic's; where a number was too large, why there is no more."""
+    too_large = problem["type"] in ("less_than_equal", "less_than", "finite_number", "int_parsing_size")
+    too_large = too_large and problem["input"] == problem["input"]  # not of nan
+    reason = why(field) if too_large else ""
+    return expects(field, too_large) + (f" ({reason})" if reason else "")
+
+
+def why(field: FieldInfo) -> str:
+    """Why a number's range ends where it does: the sentence beside it; empty where there is none."""
+    return next(_sentences(field.annotation, field.metadata), "")
+
+
+def _sentences(annotation: Any, metadata: Iterable[Any] = ()) -> Iterator[str]:
+    yield from (item for item in metadata if isinstance(item, str))
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        yield from _sentences(arguments[0], arguments[1:])
+    elif get_origin(annotation) is not Literal:
+        for argument in arguments:
+            yield from _sentences(argument)
+
+
+def _words(annotation: Any, metadata: Iterable[Any] = (), full: bool = False) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _words(args[0], _flat(args[1:]))
+        return _words(args[0], _flat(args[1:]), full)
     if origin in (Union, UnionType):
         if set(args) == {float, str}:
             return "a fraction from 0 to 1, or like avg-0.02"
-        return ", or ".join(_words(a) for a in args)
+        return ", or ".join(_words(a, (), full) for a in args)
     if origin is Literal:
         return ("" if len(args) == 1 else "one of ") + ", ".join(map(str, args))
     if origin is tuple:
         if args[-1] is Ellipsis:
-            return "a list of " + _words(args[0]).replace("a whole number", "whole numbers").replace(
+            return "a list of " + _words(args[0], (), full).replace("a whole number", "whole numbers").replace(
                 "a number", "numbers"
             )
-        return f"a list of {len(args)}: " + ", ".join(_words(a) for a in args)
+        return f"a list of {len(args)}: " + ", ".join(_words(a, (), full) for a in args)
     if annotation in (int, float):
-        return ("a whole number" if annotation is int else "a number") + _range(metadata)
+        return ("a whole number" if annotation is int else "a number") + _range(list(metadata), full)
     return {bool: "true or false", str: "a text", NoneType: "null"}.get(annotation, "a group of keys")
 
 
@@ -85,11 +113,17 @@ def _flat(metadata: Iterable[Any]) -> list[Any]:
     return [inner for item in metadata for inner in (item.metadata if isinstance(item, FieldInfo) else [item])]
 
 
-def _range(metadata: Iterable[Any]) -> str:
+def _range(metadata: Sequence[Any], full: bool) -> str:
     bounds = {k: getattr(m, k) for m in metadata for k in ("ge", "gt", "le", "lt") if getattr(m, k, None) is not None}
-    low = f" from {bounds['ge']:g}" if "ge" in bounds else f" above {bounds['gt']:g}" if "gt" in bounds else ""
-    high = f" to {bounds['le']:g}" if "le" in bounds else f" below {bounds['lt']:g}" if "lt" in bounds else ""
-    return low + (" and" if low and high.startswith(" below") else "") + high
+    if not full and any(isinstance(item, str) for item in metadata):
+        del bounds["le"]
+        bounds = {k: b for k, b in bounds.items() if b >= -1000}
+    shown = {name: str(b) if isinstance(b, int) else f"{b:.16g}" for name, b in bounds.items()}
+    low = f" from {shown['ge']}" if "ge" in bounds else f" above {shown['gt']}" if "gt" in bounds else ""
+    if "le" in bounds:
+        return f"{low} and at most {shown['le']}" if "gt" in bounds and full else f"{low} to {shown['le']}"
+    high = f" below {shown['lt']}" if "lt" in bounds else ""
+    return low + (" and" if low and high else "") + high
 
 
 def written(value: Any) -> str:
@@ -98,6 +132,8 @@ def written(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(written, value)) + "]"
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to write one of thousands of digits
+        return f"{value:#x}"
     return repr(value) if isinstance(value, float) else str(value)
 
 
@@ -137,11 +173,12 @@ def _explain(problem: Any, path: list[str | int]) -> tuple[str, str]:
         )
     where = f", entry {inside[-1]}" if inside and isinstance(inside[-1], int) and problem["type"] != "missing" else ""
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    near = near_miss(str(value), map(str, choices))
+    near = near_miss(_shown(value), map(str, choices)) if isinstance(value, str) or choices else None
     hint = f" (did you mean {near}?)" if near else ""
-    return key, f"{key}: got {_shown(value)}{where}; give {expects(field)}{hint}"
+    return key, f"{key}: got {_shown(value)}{where}; give {takes(problem, field)}{hint}"
 
 
 def _shown(value: Any) -> str:
     text = repr(value) if isinstance(value, str) else written(value)
+    text = printable(text, 10_000)
     return text if len(text) <= 80 else text[:77] + "…"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from pipeline.config import registered
+from pipeline.config.describe import written
 from pipeline.config.inactive import inactive
 from pipeline.config.later import DEPENDENTS, ONLY_FOR_NOW, check_later
 from pipeline.config.names import OLD_NAMES, known_names, near_miss, unknown_key
@@ -73,13 +74,19 @@ def _as_dict(section: Any) -> dict[str, Any] | None:
 
 def parse_gate(value: Any) -> Any:
     """One spelling for each threshold, so that hashes agree: `"0.8"` -> 0.8, `"avg - .020"` -> `"avg-0.02"`."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value <= 1:
+        raise ValueError(
+            f"method.enable_kd_after_syn_acc={written(value)[:80]} is a fraction: give a number in [0, 1] or avg-0.02"
+        )
     if not isinstance(value, str):
         return value
     text = value.replace(" ", "").lower()
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         match = GATE.fullmatch(text)
+    else:
+        return parse_gate(number)
     if match is None or abs(float(match[1] or 0.0)) > 1:
         raise ValueError(
             f"method.enable_kd_after_syn_acc={value!r} is neither a fraction in [0, 1] nor like avg-0.02 "
@@ -249,11 +256,6 @@ def _check_targets(config: Config) -> None:
         "method.kd_sample_gate would let no sample through: raise method.kd_sample_max_ratio or kd_sample_thr",
     )
     gate = m.enable_kd_after_syn_acc
-    if isinstance(gate, float):
-        _refuse(
-            not 0 <= gate <= 1,
-            f"method.enable_kd_after_syn_acc={gate} is a fraction: give a number in [0, 1] or avg-0.02",
-        )
     reads_accuracy = "method.kd_target=auto" if m.kd_target == "auto" else f"method.enable_kd_after_syn_acc={gate}"
     _refuse(
         (is_gated(config) or m.kd_target == "auto") and config.dataset.val_fraction == 0,

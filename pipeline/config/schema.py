@@ -10,12 +10,30 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from pipeline.config.numbers import (
+    AtLeastOne,
+    BatchSize,
+    Epoch,
+    Epochs,
+    Exponent,
+    Fraction,
+    Gigabytes,
+    Index,
+    InputWidth,
+    LogVariance,
+    NonNegative,
+    Pixels,
+    Positive,
+    Processes,
+    Scale,
+    Seconds,
+    Seed,
+    Stages,
+    Threads,
+    Width,
+)
+
 Deviation = Annotated[float, Field(gt=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
 FreezeLevel = Annotated[int, Field(ge=-1, le=2)]
 
 
@@ -50,18 +68,18 @@ class DatasetConfig(Section):
     root: str = key("data", "folder of the torchvision layout; of image_folder: with train/<class>/ and val/<class>/")
     path: str | None = key(None, "the file of dataset.name=npz (x_train, y_train, x_test, y_test; uint8 NHWC)")
     download: bool = key(False, "fetch a missing data set with torchvision")
-    image_size: AtLeastOne = key(224, "pixels of a side that image_folder is brought to")
-    workers: Count | None = key(None, "processes that decode image_folder; null: one per thread, at most 8; 0: none")
+    image_size: Pixels = key(224, "pixels of a side that image_folder is brought to")
+    workers: Processes | None = key(None, "processes that decode image_folder; null: one a thread, at most 8; 0: none")
     mean: tuple[Fraction, ...] | None = key(
         None, "per channel, of images scaled to 0 … 1: what is subtracted; null: the data set's own"
     )
     std: tuple[Deviation, ...] | None = key(None, "per channel: what the rest is divided by; null: the data set's own")
-    batch_size: AtLeastOne = key(128, "images per update, over all processes")
-    eval_batch_size: AtLeastOne = key(500, "images per forward pass in evaluation")
+    batch_size: BatchSize = key(128, "images per update, over all processes")
+    eval_batch_size: BatchSize = key(500, "images per forward pass in evaluation")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = key(
         0.1, "share of the training images held out for validation; 0 for the published KD protocol"
     )
-    split_seed: Count = key(0, "with the data digest, fixes which images are validation images")
+    split_seed: Seed = key(0, "with the data digest, fixes which images are validation images")
     small_input: Literal["auto"] | bool = key("auto", "adapt network stems to small images; auto: up to 64 px")
 
 
@@ -113,10 +131,10 @@ class MethodConfig(Section):
 
     name: str = key("asib", "the distillation method")
     # stages
-    num_stages: AtLeastOne = key(1, "how often an A-step and a B-step follow each other")
-    student_epochs_per_stage: tuple[Count, ...] = key((20,), "B-epochs of each stage")
-    teacher_adapt_epochs: Count = key(5, "A-epochs of each stage; 0 skips A-steps")
-    synergy_only_epochs: Count = key(0, "first A-epochs of the run with cross-entropy only")
+    num_stages: Stages = key(1, "how often an A-step and a B-step follow each other")
+    student_epochs_per_stage: tuple[Epochs, ...] = key((20,), "B-epochs of each stage")
+    teacher_adapt_epochs: Epochs = key(5, "A-epochs of each stage; 0 skips A-steps")
+    synergy_only_epochs: Epochs = key(0, "first A-epochs of the run with cross-entropy only")
     # weights and targets of the B-step
     ce_alpha: NonNegative = key(1.0, "weight of cross-entropy in the B-step")
     kd_alpha: NonNegative = key(0.0, "weight of distillation in the B-step (and in the A-step unless set there)")
@@ -127,7 +145,7 @@ class MethodConfig(Section):
     kd_loss: Literal["kl", "dkd"] = key("kl", "form of the distillation loss")
     dkd_alpha: NonNegative = key(1.0, "weight of DKD's target-class part")
     dkd_beta: NonNegative = key(8.0, "weight of DKD's other-classes part")
-    dkd_warmup_epochs: Count = key(0, "B-epochs in which DKD's weight rises to 1; 20 in its paper")
+    dkd_warmup_epochs: Epochs = key(0, "B-epochs in which DKD's weight rises to 1; 20 in its paper")
     kd_view: Literal["clean", "mixed"] = key("clean", "what teachers and fusion see of a mixed batch")
     tau: Positive = key(4.0, "temperature")
     tau_schedule: tuple[Positive, Positive] | None = key(None, "[start, end]: temperature linear over the run")
@@ -138,18 +156,18 @@ class MethodConfig(Section):
     kd_ens_alpha: Fraction = key(0.0, "share of the averaged teachers in mixed targets")
     kd_ens_alpha_max: Fraction = key(0.8, "that share at the gate's threshold (kd_target=auto)")
     hybrid_beta: NonNegative = key(0.0, "weight of an additional distillation from the averaged teachers")
-    kd_warmup_epochs: Count = key(0, "B-epochs in which the distillation weight rises to 1")
-    teacher_adapt_kd_warmup: Count = key(0, "first B-epochs in which synergy targets are mixed with averaged ones")
+    kd_warmup_epochs: Epochs = key(0, "B-epochs in which the distillation weight rises to 1")
+    teacher_adapt_kd_warmup: Epochs = key(0, "first B-epochs in which synergy targets are mixed with averaged ones")
     kd_max_ratio: Positive | None = key(None, "bound of the weighted distillation term relative to cross-entropy")
-    kd_cooldown_epochs: Count = key(0, "last B-epochs without distillation")
+    kd_cooldown_epochs: Epochs = key(0, "last B-epochs without distillation")
     kd_uncertainty_weight: Fraction = key(0.0, "how much a target's entropy lowers a sample's weight")
     kd_sample_gate: bool = key(False, "distil only samples that the student is unsure of")
     kd_sample_thr: Fraction = key(0.85, "student confidence below which a sample is distilled")
     kd_sample_min_ratio: Fraction = key(0.1, "at least this share of a batch")
     kd_sample_max_ratio: Fraction = key(0.5, "at most this share of a batch")
     kd_sample_reweight: bool = key(True, "keep the scale of distillation when few samples get it")
-    kd_two_view_start_epoch: Count | None = key(None, "first B-epoch whose target is the mean over two views")
-    kd_two_view_stop_epoch: Count | None = key(None, "first B-epoch after those")
+    kd_two_view_start_epoch: Epochs | None = key(None, "first B-epoch whose target is the mean over two views")
+    kd_two_view_stop_epoch: Epochs | None = key(None, "first B-epoch after those")
     enable_kd_after_syn_acc: float | str = key(
         0.0, "gate: synergy accuracy from which synergy targets are used, a fraction or avg-0.02"
     )
@@ -161,26 +179,26 @@ class MethodConfig(Section):
     # fusion
     use_ib: bool = key(True, "information bottleneck; false: deterministic fusion")
     ib_beta: NonNegative = key(1e-3, "weight of the bottleneck's KL term")
-    ib_beta_warmup_epochs: Count = key(0, "A-epochs in which that weight rises from 0")
+    ib_beta_warmup_epochs: Epochs = key(0, "A-epochs in which that weight rises from 0")
     beta_schedule: tuple[NonNegative, NonNegative, Positive] | None = key(None, "[start, end, A-epochs] instead")
-    ib_epochs_per_stage: Count | None = key(None, "A-epochs of a stage after which that weight is 0")
+    ib_epochs_per_stage: Epochs | None = key(None, "A-epochs of a stage after which that weight is 0")
     ib_mbm_query_key: Literal["feat_2d", "distill_feat"] = key("feat_2d", "student feature that queries the fusion")
-    ib_mbm_query_dim: Count | None = key(None, "its width; null or 0: taken from the student")
-    ib_mbm_out_dim: AtLeastOne = key(512, "width of the fusion")
-    ib_mbm_n_head: AtLeastOne = key(4, "attention heads of the fusion")
+    ib_mbm_query_dim: InputWidth | None = key(None, "its width; null or 0: taken from the student")
+    ib_mbm_out_dim: Width = key(512, "width of the fusion")
+    ib_mbm_n_head: Width = key(4, "attention heads of the fusion")
     ib_mbm_feature_norm: Literal["none", "l2"] = key("none", "normalisation of the fusion's inputs")
-    ib_mbm_logvar_clip: Positive = key(10.0, "bound of |log variance|")
+    ib_mbm_logvar_clip: LogVariance = key(10.0, "bound of |log variance|")
     ib_mbm_min_std: NonNegative = key(1e-4, "floor of the standard deviation")
     ib_mbm_lr_factor: Positive = key(1.0, "fusion's learning rate relative to optim.a_step_lr")
     ib_mbm_reg_lambda: NonNegative = key(0.0, "weight of the fusion's mean-square penalty")
     learnable_q: bool = key(False, "one learned token queries the fusion instead of the student")
     synergy_head_dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "dropout of the synergy head")
     synergy_temp_learnable: bool = key(False, "the synergy head learns a temperature")
-    synergy_temp_init: Annotated[float, Field(allow_inf_nan=False)] = key(0.0, "logarithm of its initial value")
+    synergy_temp_init: Exponent = key(0.0, "logarithm of its initial value")
     use_cccp: bool = key(False, "concave-convex procedure in the A-step")
     cccp_alpha: NonNegative = key(0.25, "its weight")
-    cccp_nt: AtLeastOne = key(1, "fusion updates per A-batch")
-    cccp_ns: AtLeastOne = key(1, "student updates per B-batch")
+    cccp_nt: Stages = key(1, "fusion updates per A-batch")
+    cccp_ns: Stages = key(1, "student updates per B-batch")
     # the A-step
     synergy_ce_alpha: NonNegative = key(0.6, "weight of the synergy's cross-entropy")
     teacher_adapt_alpha_kd: NonNegative | None = key(None, "weight of the A-step's KD term; null: kd_alpha")
@@ -188,12 +206,12 @@ class MethodConfig(Section):
     min_cw: NonNegative = key(0.1, "lower bound of certainty weights")
     max_cw: Positive = key(1.0, "upper bound of certainty weights")
     reg_lambda: NonNegative = key(0.0, "weight of the mean-square penalty on trained teacher parameters")
-    teacher_eval_every: AtLeastOne = key(1, "A-epochs between synergy evaluations")
+    teacher_eval_every: Epoch = key(1, "A-epochs between synergy evaluations")
     synergy_ema_alpha: Annotated[float, Field(ge=0, lt=1)] = key(0.8, "smoothing of synergy accuracy")
-    synergy_eval_teacher_indices: tuple[Count, ...] | None = key(None, "teachers that synergy evaluation uses")
+    synergy_eval_teacher_indices: tuple[Index, ...] | None = key(None, "teachers that synergy evaluation uses")
     use_teacher_finetuning: bool = key(False, "the A-step also trains the teachers' unfrozen part")
     use_distillation_adapter: bool = key(True, "adapters bring the teachers' features to one width")
-    distill_out_dim: AtLeastOne = key(512, "that width; 256 for small students")
+    distill_out_dim: Width = key(512, "that width; 256 for small students")
     # feature distillation
     feat_kd_alpha: NonNegative = key(0.0, "weight of feature distillation")
     feat_kd_key: Literal["feat_2d", "distill_feat"] = key("distill_feat", "student feature that is distilled")
@@ -216,8 +234,8 @@ class MethodConfig(Section):
     cutmix_alpha_distill: NonNegative = key(0.0, "CutMix in the B-step; takes precedence over MixUp")
     use_loss_clamp: bool = key(False, "bound the total loss")
     loss_clamp_mode: Literal["hard", "soft"] = key("soft", "how")
-    loss_clamp_max: Positive = key(1000.0, "the bound")
-    loss_clamp_warmup_epochs: Count = key(0, "first B-epochs without it")
+    loss_clamp_max: Scale = key(1000.0, "the bound")
+    loss_clamp_warmup_epochs: Epochs = key(0, "first B-epochs without it")
     disable_loss_clamp_in_a: bool = key(False, "not in A-steps")
 
     @field_validator("enable_kd_after_syn_acc", mode="before")
@@ -259,7 +277,7 @@ class OptimConfig(Section):
     select_weights: Literal["raw", "ema"] = key("raw", "which weights are exported")
     use_amp: bool = key(False, "mixed precision")
     amp_dtype: Literal["float16", "bfloat16"] = key("bfloat16", "its type")
-    grad_scaler_init_scale: Positive = key(1024.0, "first scale with float16")
+    grad_scaler_init_scale: Scale = key(1024.0, "first scale with float16")
     safe_retry_patience: AtLeastOne = key(10, "non-finite steps in a row that end the run")
     use_channels_last: bool = key(True, "memory format of images and convolutions")
     deterministic: bool = key(True, "only deterministic kernels")
@@ -272,9 +290,9 @@ class ScheduleConfig(Section):
     """The student's learning rate over its updates (method.md section 2)."""
 
     type: Literal["cosine", "step"] = key("cosine", "shape")
-    lr_warmup_epochs: Count = key(0, "B-epochs of linear warm-up")
+    lr_warmup_epochs: Epochs = key(0, "B-epochs of linear warm-up")
     min_lr: NonNegative = key(1e-6, "where the cosine ends")
-    milestones: tuple[AtLeastOne, ...] = key((), "B-epochs at which a step schedule falls")
+    milestones: tuple[Epoch, ...] = key((), "B-epochs at which a step schedule falls")
     gamma: Annotated[float, Field(gt=0, le=1)] = key(0.1, "by this factor")
 
 
@@ -289,8 +307,8 @@ class AugmentConfig(Section):
 class FinetuneConfig(Section):
     """How a teacher (and the baseline's student) is trained with cross-entropy (method.md section 7)."""
 
-    epochs: Count = key(20, "0: the teacher is used as it is")
-    seed: Count = key(0, "its own seed, so that all seeds of a study share their teachers")
+    epochs: Epochs = key(20, "0: the teacher is used as it is")
+    seed: Seed = key(0, "its own seed, so that all seeds of a study share their teachers")
     optimizer: Literal["sgd", "adam", "adamw"] = key("adamw", "optimiser")
     lr: Positive = key(1e-3, "peak learning rate")
     weight_decay: NonNegative = key(3e-4, "weight decay")
@@ -302,7 +320,7 @@ class FinetuneConfig(Section):
 class CheckpointConfig(Section):
     """When the state is written."""
 
-    every_seconds: Positive = key(600.0, "also within long epochs")
+    every_seconds: Seconds = key(600.0, "also within long epochs")
 
 
 class TrackingConfig(Section):
@@ -312,7 +330,7 @@ class TrackingConfig(Section):
     uri: str | None = key(None, "tracking server; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
     experiment: str = key("asib", "experiment of the runs")
     git_diff: bool = key(True, "log what the sources differ in from their commit, lines that look like secrets masked")
-    finish_seconds: Positive = key(120.0, "how long the end of a run waits for a silent server")
+    finish_seconds: Seconds = key(120.0, "how long the end of a run waits for a silent server")
 
 
 # abc gives every model class a method of that name, which an instance's key may well hide
@@ -322,15 +340,15 @@ warnings.filterwarnings("ignore", message='Field name "register" in "Config" sha
 class Config(Section):
     """The whole effective configuration."""
 
-    seed: Count = key(0, "of every random stream of the run")
+    seed: Seed = key(0, "of every random stream of the run")
     device: str = key("auto", "auto, cpu, cuda or cuda:<n>")
-    threads: AtLeastOne | None = key(None, "of the processor; null: all cores (or OMP_NUM_THREADS)")
+    threads: Threads | None = key(None, "of the processor; null: all cores (or OMP_NUM_THREADS)")
     output_dir: str = key("runs", "folder of run folders, fine-tuned teachers and the teacher bank")
     bank: Literal["auto", "ahead", "lazy", "off"] = key(
         "auto", "frozen teachers' outputs kept for other epochs and runs; auto: where that pays back"
     )
     bank_folder: str | None = key(None, "where they are kept; null: bank in output_dir")
-    bank_gb: Positive = key(20.0, "size limit of that folder; what was not used for longest goes first")
+    bank_gb: Gigabytes = key(20.0, "size limit of that folder; what was not used for longest goes first")
     run_name: str | None = key(None, "name of the run")
     rung: str | None = key(None, "name under which ablations compare the run")
     student: str | None = key(

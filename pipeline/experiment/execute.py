@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from pipeline import secrets
 from pipeline.config import Config
 from pipeline.config.names import UnknownKey
+from pipeline.config.numbers import processes
 from pipeline.config.places import check_there
 from pipeline.errors import HelperFailed, Interrupted, NonFinite, UserError
 from pipeline.experiment import cli, shortcuts
@@ -109,11 +110,12 @@ def execute(
             _show(config, dry_run)
             return 0
         check_there(config, step)
+        rank, _ = processes(os.environ)
     except UserError as error:
         return _refuse(step, error, debug)
     stop.install()
     try:
-        if os.environ.get("RANK", "0") != "0":
+        if rank != 0:
             return _follow(step, config, job)
         run = _open(step, config, ask)
         from pipeline.experiment.run import log_to

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.config.names import near_miss
+from pipeline.config.numbers import MOST_SEED, whole
 from pipeline.errors import UserError
 from pipeline.experiment.compose import Setting, keys_of
 from pipeline.experiment.options import groups
@@ -130,9 +131,7 @@ def _method(text: str) -> tuple[str, ...]:
 
 
 def _seed(text: str) -> tuple[str, ...]:
-    if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"SEED={text} in the environment: give a whole number from 0, such as SEED=0")
-    return (f"seed={int(text)}",)
+    return (f"seed={whole('SEED', text, 0, MOST_SEED, where=' in the environment')}",)
 
 
 _SHORTCUTS: dict[str, tuple[tuple[str, ...], Callable[[str], tuple[str, ...]]]] = {

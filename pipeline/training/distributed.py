@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.config.numbers import processes
+
 
 class World(NamedTuple):
     """This process among all."""
@@ -18,7 +20,7 @@ class World(NamedTuple):
 
 def join() -> World:
     """Join the process group that torchrun describes in the environment; one process where it did not."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = processes(os.environ)[1]
     if size == 1:
         return World()
     if not dist.is_initialized():

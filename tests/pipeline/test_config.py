@@ -147,7 +147,8 @@ def test_gate_threshold_that_means_nothing_is_refused(bad):
          "method.tau_schedule: got [1]; give a list of 2: a number above 0, a number above 0, or null"),
         ({"method": {"teacher_weights": [1, -1]}},
          "method.teacher_weights: got [1,-1]; give equal, or a list of numbers from 0"),
-        ({"method": {"synergy_temp_init": math.inf}}, "method.synergy_temp_init: got inf; give a number"),
+        ({"method": {"synergy_temp_init": math.inf}}, "method.synergy_temp_init: got inf; "
+             "give a number from -20 to 20 (it is the logarithm of a temperature)"),
         ({"dataset": {"small_input": "x"}}, "dataset.small_input: got 'x'; give auto, or true or false"),
         ({"method": 3}, "method is a group of keys, got 3; give such as method.name=…"),
         ({"method": {"tua": 1}}, "method.tua: unknown key; did you mean method.tau?"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pipeline.config import Config, config_hash, source_digest
 from pipeline.config.bank import shared
 from pipeline.config.identity import canonical
+from pipeline.config.numbers import processes
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.experiment.ablation import rungs
@@ -37,7 +38,7 @@ class Plan:
 
 def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Plan:
     """Read the step's own keys. Raises UserError: unknown rungs, rungs that do not fit the configuration."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if processes(os.environ)[1] != 1:
         raise UserError("ablate runs as one process; start single rungs with torchrun and -m steps.distill cfg=<rung>")
     names = rungs.read_names(own.get("rungs") or "ladder")
     seeds = rungs.read_seeds(own.get("seeds") or str(config.seed))

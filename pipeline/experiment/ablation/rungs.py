@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config import Config, explain
-from pipeline.config.describe import written
+from pipeline.config.describe import why, written
 from pipeline.config.identity import computation
 from pipeline.config.names import near_miss
+from pipeline.config.numbers import MOST_SEED, whole
 from pipeline.errors import UserError
 from pipeline.experiment.compose import compose
 from pipeline.experiment.options import CONF
@@ -106,9 +107,9 @@ def read_names(text: str) -> list[str]:
 def read_seeds(text: str) -> list[int]:
     """`0,1,2` or `[0, 1, 2]`: each once. Raises UserError."""
     words = [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
-    if not words or not all(word.isdecimal() for word in words):
+    if not words:
         raise UserError(f"seeds={text}: give whole numbers from 0, such as seeds=0,1,2")
-    return list(dict.fromkeys(map(int, words)))
+    return list(dict.fromkeys(whole("seeds", word, 0, MOST_SEED, why(Config.model_fields["seed"])) for word in words))
 
 
 def lineage(name: str) -> list[Rung]:

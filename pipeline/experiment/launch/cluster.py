@@ -10,9 +10,20 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError
 
-from pipeline.config.describe import expects, is_text, written
+from pipeline.config.describe import is_text, takes, written
 from pipeline.config.names import near_miss
-from pipeline.config.schema import AtLeastOne, Count, Positive, Section, key
+from pipeline.config.numbers import (
+    AtLeastOne,
+    Gigabytes,
+    Group,
+    Index,
+    JobMinutes,
+    Minutes,
+    Processes,
+    Threads,
+    Whole,
+)
+from pipeline.config.schema import Section, key
 from pipeline.errors import UserError
 from pipeline.experiment.options import locate
 from pipeline.experiment.settings import parse_data, read_yaml
@@ -23,15 +34,15 @@ class ClusterConfig(Section):
 
     kind: Literal["local", "slurm"]
     name: str = Field(default="", exclude=True)
-    processes_per_trial: AtLeastOne = key(1, "processes that train one trial together, each with a device of its own")
+    processes_per_trial: Group = key(1, "processes that train one trial together, each with a device of its own")
 
 
 class LocalCluster(ClusterConfig):
     """Processes of this machine."""
 
     kind: Literal["local"] = "local"
-    gpus: Literal["auto"] | tuple[Count, ...] = key("auto", "GPUs to use; auto: all that this machine shows")
-    timeout_minutes: Positive | None = key(None, "a worker gets SIGUSR2 half a minute before, then it is killed")
+    gpus: Literal["auto"] | tuple[Index, ...] = key("auto", "GPUs to use; auto: all that this machine shows")
+    timeout_minutes: Minutes | None = key(None, "a worker gets SIGUSR2 half a minute before, then it is killed")
 
 
 class SlurmCluster(ClusterConfig):
@@ -43,17 +54,17 @@ class SlurmCluster(ClusterConfig):
     qos: str | None = key(None, "quality of service")
     constraint: str | None = key(None, "features that a node must have")
     comment: str | None = key(None, "shown by squeue")
-    time_minutes: AtLeastOne = key(240, "limit of one job; a worker is queued again when it comes near")
-    gpus_per_node: Count = key(1, "GPUs of one worker")
-    cpus_per_task: AtLeastOne | None = key(None, "cores, and threads, of one process")
-    mem_gb: Positive | None = key(None, "memory of one worker")
+    time_minutes: JobMinutes = key(240, "limit of one job; a worker is queued again when it comes near")
+    gpus_per_node: Processes = key(1, "GPUs of one worker")
+    cpus_per_task: Threads | None = key(None, "cores, and threads, of one process")
+    mem_gb: Gigabytes | None = key(None, "memory of one worker")
     array_parallelism: AtLeastOne | None = key(None, "workers that may run at a time; null: all")
     requeue: bool = key(True, "a preempted worker, or one at its time limit, is queued again")
     signal_delay_s: AtLeastOne = key(
         180, "seconds between SIGUSR2 and the time limit: for a checkpoint and its delivery"
     )
     setup: tuple[str, ...] = key((), "shell lines before the worker, such as `module load cuda`")
-    additional: dict[str, str | int | bool] = key({}, "further options of sbatch, such as {exclusive: true}")
+    additional: dict[str, str | Whole | bool] = key({}, "further options of sbatch, such as {exclusive: true}")
 
 
 KINDS: dict[str, type[ClusterConfig]] = {"local": LocalCluster, "slurm": SlurmCluster}
@@ -117,4 +128,5 @@ def _unknown(name: str, known: set[str], kind: str) -> str:
 def _explain(error: ValidationError, schema: type[ClusterConfig]) -> str:
     problem = error.errors(include_url=False)[0]
     name, content = str(problem["loc"][0]), problem["input"]
-    return f"cluster.{name}: got {written(content)}; give {expects(schema.model_fields[name])}"
+    field = schema.model_fields[name]
+    return f"cluster.{name}: got {written(content)}; give {takes(problem, field)}"

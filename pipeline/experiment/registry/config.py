@@ -11,18 +11,17 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError
 
-from pipeline.config.describe import expects, field_at, section_of, written
+from pipeline.config.describe import field_at, section_of, takes, written
 from pipeline.config.names import near_miss
-from pipeline.config.schema import AtLeastOne, Fraction, NonNegative, Positive, Section, key
+from pipeline.config.numbers import AtLeastOne, Fraction, NonNegative, Parameters, Percent, Points, Positive
+from pipeline.config.schema import Section, key
 from pipeline.errors import UserError
 from pipeline.experiment.options import CONF, locate
 from pipeline.experiment.settings import parse_data, read_yaml
 
-Percent = Annotated[float, Field(ge=0, le=100)]
 Inner = Annotated[float, Field(gt=0, lt=1)]
 OURS = {"name", "changes"}
 """Fields that say where a gate comes from."""
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class FirstGate(Section):
@@ -46,14 +45,14 @@ class Gate(Section):
     alpha: Inner | None = key(0.05, "the two-sided exact McNemar test must give at most this p")
     alpha_spending: bool = key(True, "alpha is for all looks at one test set together; false: for each of them")
     interval: Inner | None = key(0.95, "level of the paired bootstrap interval of the improvement")
-    min_interval_low: Finite = key(0.0, "points below which that interval must not reach")
+    min_interval_low: Points = key(0.0, "points below which that interval must not reach")
     replicates: AtLeastOne = key(10_000, "draws of that bootstrap")
     max_class_drop: NonNegative | None = key(20.0, "points that no class may lose")
     max_ece: Fraction | None = key(None, "expected calibration error at most")
     max_ece_increase: Fraction | None = key(0.05, "the same above the champion's at most")
     max_latency_ms: Positive | None = key(None, "for one image, on the machine that promotes")
     max_latency_ratio: Positive | None = key(1.5, "the same relative to the champion's")
-    max_parameters: AtLeastOne | None = key(None, "numbers in the network at most")
+    max_parameters: Parameters | None = key(None, "numbers in the network at most")
     max_parameters_ratio: Positive | None = key(1.5, "the same relative to the champion's")
     first: FirstGate = key(FirstGate(), "a first version")
 
@@ -144,4 +143,4 @@ def _explain(error: ValidationError) -> str:
         return _unknown(name)
     value = problem["input"]
     shown = repr(value) if isinstance(value, str) else written(value)
-    return f"gate.{name}: got {shown}; give {expects(found[0])}"
+    return f"gate.{name}: got {shown}; give {takes(problem, found[0])}"

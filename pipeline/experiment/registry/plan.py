@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config import Config, registered
+from pipeline.config.numbers import VERSIONS, processes, whole
 from pipeline.errors import UserError
 from pipeline.experiment.registry import config as gates
 from pipeline.experiment.registry import queue
@@ -74,8 +75,8 @@ def make(config: Config, own: Mapping[str, str]) -> Plan:
         given = [f"{key}={own[key]}" for key in ("version", "rollback", "retire") if own.get(key)]
         raise UserError(f"{' and '.join(given)} exclude each other: give one of them")
     for key, number in (("version", version), ("retire", retire)):
-        if number is not None and (not number.isdecimal() or int(number) < 1):
-            raise UserError(f"{key}={number}: give the number of a version, such as {key}=3")
+        if number is not None:
+            whole(key, number, high=VERSIONS, why=f"it is the number of a version, such as {key}=3")
     _check(config)
     settings = {key.removeprefix("gate."): value for key, value in own.items() if key.startswith("gate.")}
     gate = gates.load(own.get("gate") or "default", settings)
@@ -96,7 +97,7 @@ def prepared(config: Config, plan: Plan) -> Config:
 
 
 def _check(config: Config) -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if processes(os.environ)[1] != 1:
         raise UserError("promote runs as one process: start it without torchrun")
     if config.tracking.mode == "offline":
         raise UserError("tracking=offline: the registry is on the tracking server; leave tracking on line")

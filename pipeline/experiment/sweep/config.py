@@ -18,6 +18,8 @@ from pipeline.experiment.sweep.dimensions import (
     NonNegative,
     Number,
     Part,
+    Seed,
+    Trials,
 )
 
 VALIDATION = "final/val_acc"
@@ -32,7 +34,7 @@ class Tpe(Part):
     """Tree-structured Parzen estimator (multivariate, constant liar)."""
 
     name: Literal["tpe"] = "tpe"
-    seed: Count = 0
+    seed: Seed = 0
     startup_trials: Count = 10
     candidates: AtLeastOne = 24
 
@@ -41,7 +43,7 @@ class Gp(Part):
     """Gaussian process."""
 
     name: Literal["gp"] = "gp"
-    seed: Count = 0
+    seed: Seed = 0
     startup_trials: Count = 10
     deterministic: bool = False
 
@@ -50,7 +52,7 @@ class CmaEs(Part):
     """Covariance matrix adaptation, of two or more ranges; lists of values are drawn at random."""
 
     name: Literal["cmaes"] = "cmaes"
-    seed: Count = 0
+    seed: Seed = 0
     startup_trials: Count = 1
     population: AtLeastTwo | None = None
 
@@ -59,14 +61,14 @@ class Random(Part):
     """Independent draws."""
 
     name: Literal["random"] = "random"
-    seed: Count = 0
+    seed: Seed = 0
 
 
 class Grid(Part):
     """Every point of the grid once, in an order that follows from the seed."""
 
     name: Literal["grid"] = "grid"
-    seed: Count = 0
+    seed: Seed = 0
 
 
 class Median(Part):
@@ -163,7 +165,7 @@ class SweepConfig(Part):
     pruner: Pruner = Median()
     objectives: tuple[Objective, ...] = (Objective(),)
     constraints: tuple[Constraint, ...] = ()
-    trials: AtLeastOne = 30
+    trials: Trials = 30
     max_retry: Count = 2
     heartbeat_seconds: AtLeastOne = 15
     grace_seconds: AtLeastOne = 60

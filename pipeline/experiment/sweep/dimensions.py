@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from pipeline.config import numbers
 from pipeline.config.describe import written
 from pipeline.config.identity import canonical
 
@@ -25,13 +26,17 @@ def _number(value: Any) -> Any:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_number)]
-Count = Annotated[int, BeforeValidator(_number), Field(ge=0)]
-AtLeastOne = Annotated[int, BeforeValidator(_number), Field(ge=1)]
-AtLeastTwo = Annotated[int, BeforeValidator(_number), Field(ge=2)]
+Number = Annotated[numbers.Real, BeforeValidator(_number)]
+Positive = Annotated[numbers.Positive, BeforeValidator(_number)]
+NonNegative = Annotated[numbers.NonNegative, BeforeValidator(_number)]
+Whole = Annotated[numbers.Whole, BeforeValidator(_number)]
+Count = Annotated[numbers.Count, BeforeValidator(_number)]
+AtLeastOne = Annotated[numbers.AtLeastOne, BeforeValidator(_number)]
+AtLeastTwo = Annotated[numbers.AtLeastOne, BeforeValidator(_number), Field(ge=2)]
+Seed = Annotated[numbers.ShortSeed, BeforeValidator(_number)]
+Trials = Annotated[numbers.Trials, BeforeValidator(_number)]
+MOST = 2**53
+"""Studies keep numbers as floats, which skip whole numbers beyond."""
 Value = bool | int | float | str | list[Any] | dict[Any, Any] | None
 
 
@@ -160,6 +165,8 @@ def _check_value(word: str, value: Any) -> None:
     """Only what a configuration file may hold, at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{word} holds {value}: give numbers")
+    if isinstance(value, int | float) and abs(value) > MOST:
+        raise ValueError(f"{word} holds {written(value)[:80]}: give numbers up to {MOST} in size")
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):

@@ -10,12 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.describe import expects, written
+from pipeline.config.describe import takes, written
 from pipeline.config.names import near_miss
 from pipeline.errors import UserError
 from pipeline.experiment import settings as settings_files
 from pipeline.experiment.options import locate
 from pipeline.experiment.sweep.config import KINDS, Constraint, Objective, SweepConfig, short_forms
+from pipeline.paths import printable
 
 NAMING = {"space": "type", "sampler": "name", "pruner": "name"}
 """The key that says which knobs there are."""
@@ -162,22 +163,22 @@ def _explain(problem: Any) -> str:
         return _unknown(model, key, loc)
     if what in ("union_tag_invalid", "union_tag_not_found"):
         return _no_kind(problem, loc, key)
-    wanted = _wanted(loc, model)
+    wanted = _wanted(problem, loc, model)
     if what == "missing":
         return f"{key} is missing: give {wanted}"
     value = problem["input"]
     shown = repr(value) if isinstance(value, str) else written(value)
-    return f"{key}={shown if len(shown) <= 80 else shown[:77] + '…'}: give {wanted}"
+    return f"{key}={printable(shown, 80)}: give {wanted}"
 
 
-def _wanted(loc: list[Any], model: type[BaseModel]) -> str:
+def _wanted(problem: Any, loc: list[Any], model: type[BaseModel]) -> str:
     """What does at the place of a problem, in words."""
     name = str(loc[-1] if isinstance(loc[-1], str) else loc[-2])
     if loc[0] == "space" and len(loc) == 2:
         return DIMENSION
     if name in SHAPES:
         return SHAPES[name]
-    return expects(model.model_fields[name]) if name in model.model_fields else "a list"
+    return takes(problem, model.model_fields[name]) if name in model.model_fields else "a list"
 
 
 def _place(loc: list[Any]) -> tuple[type[BaseModel], str]:

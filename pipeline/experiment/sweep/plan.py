@@ -9,6 +9,8 @@ from typing import Any
 
 from pipeline import urls
 from pipeline.config import Config
+from pipeline.config.describe import why
+from pipeline.config.numbers import MOST_TRIALS, WORKERS, processes, whole
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.experiment.compose import keys_of
@@ -55,14 +57,15 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
     Raises:
         UserError: a space that does not fit the schema.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if processes(os.environ)[1] != 1:
         raise UserError("a sweep is started by one process; several per trial: cluster.processes_per_trial=2")
     settings = _settings(own, "sweep.")
     if own.get("trials"):
-        settings["trials"] = str(_whole("trials", own["trials"]))
+        most = why(SweepConfig.model_fields["trials"])
+        settings["trials"] = str(whole("trials", own["trials"], high=MOST_TRIALS, why=most))
     sweep = sweep_space.load(own.get("sweep") or DEFAULT, settings)
     sweep_space.check(sweep, config, keys_of(overrides))
-    workers = _whole("workers", own.get("workers") or "1")
+    workers = whole("workers", own.get("workers") or "1", high=WORKERS, why="each is a process or a cluster's job")
     cluster = clusters.load(own.get("cluster") or "local", _settings(own, "cluster."))
     digest = sweep_space.digest(sweep, config)
     name = own.get("study") or sweep_space.study_name(sweep, config)
@@ -124,9 +127,3 @@ def params(plan: Plan) -> dict[str, str]:
 
 def _settings(own: Mapping[str, str], prefix: str) -> dict[str, str]:
     return {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}
-
-
-def _whole(key: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{key}={text}: give a whole number from 1")
-    return int(text)
