@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,20 @@ def explained(path: Path, key: str = "output_dir", size: int | None = None) -> I
         if number is None:
             raise
         raise UserError(_sentence(path, key, size, number)) from error
+
+
+def disk_trouble(error: Exception, folder: Path, key: str = "output_dir") -> UserError | None:
+    """What to say of an error from anywhere below `folder`, where a full disk or the folder's removal is behind it."""
+    cause: BaseException | None = error
+    while isinstance(cause, Exception):
+        number = _number(cause)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            name = getattr(cause, "filename", None)
+            return UserError(_sentence(Path(name) if isinstance(name, str) else folder / "…", key, None, number))
+        if number == errno.ENOENT and not folder.is_dir():
+            return UserError(f"{folder}: it was removed while it was being written")
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _number(error: Exception) -> int | None:
@@ -214,9 +229,15 @@ def read_state(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
-        logger.warning("%s cannot be read (%s): passed over", path, str(error).split("\n", 1)[0][:200])
+        warn_once(f"{path} cannot be read ({type(error).__name__}): passed over")
         return None
     if not isinstance(values, dict):
-        logger.warning("%s holds no JSON object: passed over", path)
+        warn_once(f"{path} holds no JSON object: passed over")
         return None
     return values
+
+
+@lru_cache(maxsize=1000)
+def warn_once(line: str) -> None:
+    """Say what is wrong with a file of another run; whoever looks at all of them often says it once."""
+    logger.warning("%s", line)

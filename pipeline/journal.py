@@ -6,27 +6,30 @@ Needs the standard library only. Nothing here knows MLflow; `pipeline.experiment
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
+import errno
+import logging
 import os
 import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from pipeline import secrets
 from pipeline.errors import UserError
+from pipeline.files import explained, release, write_atomically
 from pipeline.journal_entries import (
+    DAMAGED,
     FILE,
     VERSION,
     Carrier,
     Entry,
     check_end,
+    damage,
     decode_number,
     encode_number,
     generations,
+    line_of,
     now_ms,
     parent_link,
     parse_header,
@@ -34,7 +37,8 @@ from pipeline.journal_entries import (
     read_header,
     writer_alive,
 )
-from pipeline.journal_files import open_for_writing, relative, sync_folder
+from pipeline.journal_files import relative, take
+from pipeline.journal_recorder import CheckpointRecorder, NullJournal, Recorder
 from pipeline.journal_steps import StepEntries
 
 __all__ = [
@@ -45,36 +49,18 @@ __all__ = [
     "NullJournal",
     "Recorder",
     "check_end",
+    "damage",
     "decode_number",
     "encode_number",
     "generations",
     "now_ms",
     "read_entries",
     "read_header",
+    "take",
     "writer_alive",
 ]
-
-
-class Recorder(Protocol):
-    """What training sees of a run's record."""
-
-    def params(self, values: Mapping[str, object]) -> None: ...
-    def tags(self, values: Mapping[str, str]) -> None: ...
-    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
-    def artifact(self, path: Path, to: str = "") -> None: ...
-    def sync(self) -> None: ...
-
-
-class CheckpointRecorder(Recorder, Protocol):
-    """What the code that writes checkpoints sees: the order is hold, entries, snapshot, (the file), checkpoint.
-
-    Entries may come while the file is written: the next checkpoint covers them.
-    """
-
-    def hold(self) -> None: ...
-    def release(self) -> None: ...
-    def snapshot(self) -> str: ...
-    def checkpoint(self, path: Path, sha256: str, slot: int) -> None: ...
+logger = logging.getLogger("asib")
+PLACE = '{"kind": "checkpoint_here"'
 
 
 class Journal(StepEntries):
@@ -82,13 +68,19 @@ class Journal(StepEntries):
 
     Entries are written at once unless `hold` was called: then they wait in memory for the `checkpoint` of the next
     `snapshot`, so that the file never holds an epoch's entries before the checkpoint that contains them.
+
+    Args:
+        lock: of the folder, as `take` gives it; freed when the journal is closed.
     """
 
-    def __init__(self, folder: Path, fd: int, header: Entry) -> None:
+    def __init__(self, folder: Path, header: Entry, lock: int) -> None:
         self.folder = folder
         self.id: str = header.data["journal"]
         self.header = header
-        self._fd = fd
+        self._fd = -1
+        self._folder_lock: int | None = lock
+        self._pending: list[str] | None = None
+        """What waits for the beginning of the file; None once that is there."""
         self._lock = threading.RLock()
         self._holding = False
         self._held: list[str] = []
@@ -102,44 +94,52 @@ class Journal(StepEntries):
         *,
         experiment: str,
         name: str | None = None,
+        usual_name: str | None = None,
         tags: Mapping[str, str] | None = None,
         parent: Path | None = None,
         journal: str | None = None,
         carrier: Carrier | None = None,
+        pending: bool = False,
     ) -> Journal:
         """Start the journal of a new run.
 
         Args:
             folder: the run's folder, made when missing; everything recorded later lies in it.
             experiment: the MLflow experiment's name.
-            name: the run's name; None leaves it to MLflow (or to the run that `mlflow run` made).
+            name: the run's name; None leaves a run that `mlflow run` made its own.
+            usual_name: that of a new run for which `name` gives none; None leaves it to MLflow.
             tags: tags that the run has from its start.
             parent: the folder of the run that this one is nested in, or of a carrier of that run.
             journal: the journal's id, when another machine has begun this run; None makes a new one.
             carrier: the journal is no run of its own: it stands for this one, and only its children count. So a
                 process that has no access to a run's journal adds nested runs to it.
+            pending: there is no file until `begin`: for a run that may be refused yet.
 
         Raises:
-            UserError: the folder already holds a journal, or the parent's has none.
+            UserError: the folder already holds a journal, the parent's has none, the file system does not let us.
         """
         folder = folder.absolute()
-        folder.mkdir(parents=True, exist_ok=True)
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         above = None
         if parent is not None:
             parent_header = read_header(parent)
             if parent_header is None:
                 raise UserError(f"no journal in {parent}: start the parent's journal before its child's")
             above = parent_link(parent_header, parent.absolute(), folder)
-        try:
-            fd = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        except FileExistsError:
-            raise UserError(f"{folder} already holds a run: give resume=<its id>, or another folder") from None
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        line = _line(
+        taken = UserError(f"{folder} already holds a run: give resume=<its id>, or another folder")
+        if (folder / FILE).exists():
+            raise taken
+        lock = take(folder, 0.0)
+        if (folder / FILE).exists():
+            release(lock)
+            raise taken
+        line = line_of(
             "open",
             version=VERSION,
             journal=journal or uuid.uuid4().hex,
             name=name,
+            usual_name=usual_name,
             experiment=experiment,
             tags=dict(tags or {}),
             # Whoever begins a known run again is another writer than the one that began it.
@@ -149,34 +149,74 @@ class Journal(StepEntries):
             user=_user(),
             source=sys.argv[0] if sys.argv else "",
         )
-        made = cls(folder, fd, parse_header(line, folder / FILE))
-        made._write([line])
-        made.sync()
+        made = cls(folder, parse_header(line, folder / FILE), lock)
+        made._pending = [line]
+        if not pending:
+            made.begin()
         return made
 
+    def begin(self) -> None:
+        """Make the file of a pending journal, with all that it has been told. Raises UserError: it cannot be made."""
+        with self._lock:
+            if self._pending is None:
+                return
+            path = self.folder / FILE
+            try:
+                write_atomically(path, "".join(line + "\n" for line in self._pending))
+                self._open()
+            except BaseException:
+                path.unlink(missing_ok=True)
+                self.close()
+                raise
+            self._pending = None
+
+    def _open(self) -> None:
+        with explained(self.folder / FILE):
+            self._fd = os.open(self.folder / FILE, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+
     @classmethod
-    def reopen(cls, folder: Path) -> Journal:
+    def reopen(cls, folder: Path, lock: int | None = None) -> Journal:
         """Go on writing at the end of a journal; a torn last line is cut off, an `end` is followed by a `resume`.
+
+        Args:
+            lock: of the folder, where the caller has it; it is the journal's now, and free where that fails.
 
         Raises:
             UserError: there is no journal, or another process is writing it.
         """
         folder = folder.absolute()
         path = folder / FILE
-        header = read_header(folder)
-        if header is None:
-            raise UserError(f"no journal in {folder}: nothing to go on with")
-        fd = open_for_writing(path)
+        nothing = UserError(f"no journal in {folder}: nothing to go on with")
+        if lock is None and not path.exists():
+            raise nothing
+        lock = take(folder) if lock is None else lock
+        try:
+            header = read_header(folder)
+            if header is None:
+                raise nothing
+            journal = cls(folder, header, lock)
+            journal._open()
+        except BaseException:
+            release(lock)
+            raise
         entries, end = read_entries(path)
-        os.ftruncate(fd, end)
-        journal = cls(folder, fd, header)
+        os.ftruncate(journal._fd, end)
+        now_ms(after=entries[-1].time)
+        for sentence in damage(path) if any(entry.kind == DAMAGED for entry in entries) else ():
+            logger.warning("%s", sentence)
         lifecycle = [entry.kind for entry in entries if entry.kind in ("end", "resume")]
         if lifecycle[-1:] == ["end"]:
             journal._resume()
         return journal
 
     @classmethod
-    def restore(cls, folder: Path, text: str, checkpoint: tuple[Path, str, int] | None = None) -> Journal:
+    def restore(
+        cls,
+        folder: Path,
+        text: str,
+        checkpoint: tuple[Path, str, int] | None = None,
+        lock: int | None = None,
+    ) -> Journal:
         """Make `text` (a `snapshot`) the journal of `folder`, whatever was there, and go on writing behind it.
 
         Args:
@@ -184,6 +224,7 @@ class Journal(StepEntries):
             text: what `snapshot` returned.
             checkpoint: (path, sha256, slot) of the checkpoint that held the text: it takes the place that
                 `snapshot` left for it, so that delivery uploads it before the entries that it covers.
+            lock: as for `reopen`.
 
         Raises:
             UserError: the text is not a journal, or another process is writing the folder's journal.
@@ -191,26 +232,25 @@ class Journal(StepEntries):
         folder = folder.absolute()
         path = folder / FILE
         header = parse_header(text.split("\n", 1)[0], path)
-        folder.mkdir(parents=True, exist_ok=True)
-        # The old file's lock is kept until the new one is in place, so that no second writer slips in between.
-        old = open_for_writing(path) if path.exists() else None
+        now_ms(after=header.time)
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = take(folder) if lock is None else lock
+        journal = cls(folder, header, lock)
         try:
             lines = [line for line in text.split("\n") if line]
             if checkpoint is not None:
                 file, sha256, slot = checkpoint
-                real = _line("checkpoint", path=relative(file, folder), sha256=sha256, slot=slot)
-                lines = [real if json.loads(line).get("kind") == "checkpoint_here" else line for line in lines]
-            temporary = folder / f".{FILE}.{os.getpid()}"
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            journal = cls(folder, fd, header)
-            journal._write(lines)
-            journal._resume()
-            os.rename(temporary, path)
-            sync_folder(folder)
-        finally:
-            if old is not None:
-                os.close(old)
+                real = line_of("checkpoint", path=relative(file, folder), sha256=sha256, slot=slot)
+                lines = [real if line.startswith(PLACE) else line for line in lines]
+            lines.append(journal._mark())
+            write_atomically(path, "".join(line + "\n" for line in lines))
+            journal._open()
+        except BaseException:
+            journal.close()
+            raise
+        entries, _ = read_entries(path)
+        now_ms(after=max(entry.time for entry in entries))
         return journal
 
     # What a Recorder does
@@ -238,7 +278,11 @@ class Journal(StepEntries):
     def sync(self) -> None:
         """Bring what is written onto the disk. Held entries stay held."""
         with self._lock:
-            os.fsync(self._fd)
+            self.begin()
+            with explained(self.folder / FILE):
+                os.fsync(self._fd)
+                if os.fstat(self._fd).st_nlink == 0:
+                    raise FileNotFoundError(errno.ENOENT, "removed", str(self.folder / FILE))
 
     # Checkpoints
 
@@ -255,10 +299,11 @@ class Journal(StepEntries):
     def snapshot(self) -> str:
         """The whole text including held entries, with a place kept for the entry of the checkpoint it goes into."""
         with self._lock:
+            self.begin()
             self._covered = len(self._held)
             size = os.fstat(self._fd).st_size
-            written = os.pread(self._fd, size, 0).decode()
-            return written + _line("checkpoint_here") + "\n" + "".join(line + "\n" for line in self._held)
+            written = os.pread(self._fd, size, 0).decode(errors="replace")  # a damaged line stays damaged
+            return written + line_of("checkpoint_here") + "\n" + "".join(line + "\n" for line in self._held)
 
     def checkpoint(self, path: Path, sha256: str, slot: int, manifest: Mapping[str, Any] | None = None) -> None:
         """Record a checkpoint that is complete on disk, then the held entries that its snapshot contains, and sync.
@@ -267,8 +312,9 @@ class Journal(StepEntries):
         `manifest`: further fields for the `manifest.json` that delivery puts beside it on the server.
         """
         more = {"manifest": dict(manifest)} if manifest else {}
-        line = _line("checkpoint", path=relative(path, self.folder), sha256=sha256, slot=slot, **more)
+        line = line_of("checkpoint", path=relative(path, self.folder), sha256=sha256, slot=slot, **more)
         with self._lock:
+            self.begin()
             self._write([line, *self._held[: self._covered]])
             del self._held[: self._covered]
             self._covered = 0
@@ -281,7 +327,8 @@ class Journal(StepEntries):
         folder = folder.absolute()
         inside = folder.is_relative_to(self.folder)
         with self._lock:
-            self._write([_line("child", folder=str(folder.relative_to(self.folder) if inside else folder))])
+            self.begin()
+            self._write([line_of("child", folder=str(folder.relative_to(self.folder) if inside else folder))])
 
     def end(self, status: str, outcome: str, exit_code: int, message: str | None = None) -> None:
         """The last entry: held entries and the end in one write, synced; then the journal is closed.
@@ -291,27 +338,45 @@ class Journal(StepEntries):
         """
         check_end(status, outcome)
         with self._lock:
-            self._flush(_line("end", status=status, outcome=outcome, exit_code=exit_code, message=message))
+            self.begin()
+            self._flush(line_of("end", status=status, outcome=outcome, exit_code=exit_code, message=message))
             self.sync()
             self.close()
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a file."""
+        return self._pending is None
+
     def close(self) -> None:
-        """Give the file back without an end: a reader takes the run for killed. Held entries are lost."""
+        """Give the run back without an end: a reader takes it for killed. Held entries are lost."""
+        with self._lock:
+            lock = self.hand_over()
+            if lock is not None:
+                release(lock)
+
+    def hand_over(self) -> int | None:
+        """Close the journal, and give away the lock for `reopen` or `restore`, so that nobody slips in between."""
         with self._lock:
             if self._fd >= 0:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)  # forked processes (data workers) hold the descriptor too
                 os.close(self._fd)
                 self._fd = -1
+            lock, self._folder_lock = self._folder_lock, None
+            return lock
 
     def _resume(self) -> None:
-        # The generation tells a reader whether a byte offset it remembers still belongs to this text.
-        self._write([_line("resume", generation=uuid.uuid4().hex)])
+        self._write([self._mark()])
         self.sync()
 
+    @staticmethod
+    def _mark() -> str:
+        # The generation tells a reader whether a byte offset it remembers still belongs to this text.
+        return line_of("resume", generation=uuid.uuid4().hex)
+
     def _add(self, kind: str, **values: Any) -> None:
-        line = _line(kind, **values)
+        line = line_of(kind, **values)
         with self._lock:
-            if self._holding and self._fd >= 0:
+            if self._holding and self._folder_lock is not None:
                 self._held.append(line)
             else:
                 self._write([line])
@@ -322,28 +387,22 @@ class Journal(StepEntries):
         self._covered = 0
 
     def _write(self, lines: Sequence[str]) -> None:
-        if self._fd < 0:
+        if self._folder_lock is None:
             raise ValueError(f"the journal in {self.folder} is closed")
+        if self._pending is not None:
+            self._pending += lines
+            return
         data = "".join(line + "\n" for line in lines).encode()
-        while data:
-            data = data[os.write(self._fd, data) :]
-
-
-class NullJournal:
-    """The record of a process that keeps none: all but the first of several training together. Takes any call."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *values, **named: ""
-
-
-_STRUCTURE = ("journal", "generation", "path", "folder", "to", "sha256", "parent", "carrier", "entry", "python_model")
-"""What a journal's entries say of themselves: names that we have made, which must stay as they are."""
-
-
-def _line(kind: str, **values: Any) -> str:
-    """An entry; no secret of this process's environment gets into a record, whichever way it came here."""
-    values = secrets.mask_all(values, but=_STRUCTURE)
-    return json.dumps({"kind": kind, "time": now_ms(), **values}, allow_nan=False, ensure_ascii=False)
+        done = 0
+        with explained(self.folder / FILE):
+            try:
+                while done < len(data):
+                    done += os.write(self._fd, data[done:])
+            except OSError:  # a disk that has become full has taken a part of a line
+                torn = done - (data.rfind(b"\n", 0, done) + 1)
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, os.fstat(self._fd).st_size - torn)
+                raise
 
 
 def _user() -> str:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import secrets
 from pipeline.errors import UserError
+from pipeline.files import is_locked
+from pipeline.journal_files import LOCK
 
 FILE = "journal.jsonl"
 VERSION = 1
 STATUSES = ("FINISHED", "FAILED", "KILLED")
+DAMAGED = "damaged"
+"""The kind of an entry that stands for a line that is not what was written."""
+CHECK = b', "crc": "'
+"""Ends every line, with the CRC-32 (8 hexadecimal digits) of the object before it, and `"}`."""
 OUTCOMES = ("completed", "killed", "failed", "pruned", "refused", "promoted")
 
 
@@ -52,8 +59,15 @@ class Carrier:
         return {"journal": self.journal, "folder": where, "run": self.run}
 
 
-def now_ms() -> int:
-    return time.time_ns() // 1_000_000
+_latest = 0
+"""The latest time that was given: a clock that is set back does not make what comes later seem earlier."""
+
+
+def now_ms(after: int = 0) -> int:
+    """The time, ms since 1970; never before one that was given already, nor before `after`."""
+    global _latest
+    _latest = max(_latest, after, time.time_ns() // 1_000_000)
+    return _latest
 
 
 def encode_number(value: float) -> float | str:
@@ -75,25 +89,55 @@ def check_end(status: str, outcome: str) -> None:
 def read_entries(path: Path, offset: int = 0) -> tuple[list[Entry], int]:
     """The entries from byte `offset` on, and the offset behind the last of them.
 
-    A journal ends at its first line that is not whole: a writer killed in the middle of a line leaves such a tail,
-    and the next writer cuts it off. A missing file is an empty journal.
+    A journal ends at its last line break: a writer killed in the middle of a line leaves a tail without one, and the
+    next writer cuts it off. A line that is not what was written is an entry of the kind `DAMAGED`; `damage` says which.
+    A missing file is an empty journal.
     """
     try:
         with path.open("rb") as file:
             file.seek(offset)
             data = file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return [], offset
     entries = []
     for line in data.split(b"\n")[:-1]:
-        try:
-            values = json.loads(line)
-            kind, at = values.pop("kind"), int(values.pop("time"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            break
         offset += len(line) + 1
-        entries.append(Entry(kind, at, values, offset))
+        entries.append(_entry(line, offset))
     return entries, offset
+
+
+def _entry(line: bytes, end: int) -> Entry:
+    whole, check, digits = line.rpartition(CHECK)
+    try:
+        if check and digits != f'{zlib.crc32(whole + b"}"):08x}"}}'.encode():
+            raise ValueError("its checksum does not match")
+        values = json.loads(line)
+        kind, at = values.pop("kind"), int(values.pop("time"))
+        values.pop("crc", None)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return Entry(DAMAGED, 0, {}, end)
+    return Entry(kind, at, values, end)
+
+
+_STRUCTURE = ("journal", "generation", "path", "folder", "to", "sha256", "parent", "carrier", "entry", "python_model")
+"""What a journal's entries say of themselves: names that we have made, which must stay as they are."""
+
+
+def line_of(kind: str, **values: Any) -> str:
+    """An entry with its checksum; no secret of this process's environment gets into a record, however it came here."""
+    values = secrets.mask_all(values, but=_STRUCTURE)
+    text = json.dumps({"kind": kind, "time": now_ms(), **values}, allow_nan=False, ensure_ascii=False)
+    return f'{text[:-1]}{CHECK.decode()}{zlib.crc32(text.encode()):08x}"}}'
+
+
+def damage(path: Path) -> list[str]:
+    """One line for each damaged line of a journal: file and number."""
+    entries, _ = read_entries(path)
+    return [
+        f"{path}: line {number} is damaged, and what it recorded is lost; the rest is whole"
+        for number, entry in enumerate(entries, start=1)
+        if entry.kind == DAMAGED
+    ]
 
 
 def read_header(folder: Path) -> Entry | None:
@@ -106,7 +150,7 @@ def read_header(folder: Path) -> Entry | None:
     try:
         with path.open("rb") as file:
             line = file.readline()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if not line.endswith(b"\n"):
         return None
@@ -132,26 +176,16 @@ def generations(entries: Sequence[Entry]) -> list[str]:
 
 
 def writer_alive(folder: Path) -> bool:
-    """Whether some process on this machine holds the journal open for writing."""
-    try:
-        fd = os.open(folder / FILE, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    """Whether some process on this machine writes the run in `folder`."""
+    return is_locked(folder / LOCK)
 
 
 def parse_header(line: str, path: Path) -> Entry:
-    try:
-        values = json.loads(line)
-        kind, at, version = values.pop("kind"), values.pop("time"), values["version"]
-    except (ValueError, KeyError, AttributeError):
-        raise UserError(f"{path} is not a journal: its first line is not an `open` entry") from None
-    if kind != "open" or version > VERSION:
+    whole = line.rstrip("\n").encode()
+    entry = _entry(whole, len(line.encode()))
+    version = entry.data.get("version")
+    if entry.kind == "open" and isinstance(version, int) and version > VERSION:
         raise UserError(f"{path} was written by another version (schema {version}): update this repository")
-    return Entry(kind, at, values, len(line.encode()))
+    if entry.kind != "open" or version != VERSION or not isinstance(entry.data.get("tags"), dict):
+        raise UserError(f"{path} is not a journal: its first line is not an `open` entry, or it is damaged")
+    return entry

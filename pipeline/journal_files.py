@@ -1,13 +1,17 @@
-"""The journal's file on disk: its lock, its folder, paths inside it."""
+"""The journal's place on disk: the lock of a run's folder, paths inside it."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files import acquire, explained
+
+LOCK = "run.lock"
+"""Held by whoever writes the run; never replaced, as the journal is."""
+PATIENCE_S = 10.0
+"""How long a writer waits for the one before: a killed trainer's worker processes hold its lock for some seconds."""
 
 
 def relative(path: Path, folder: Path) -> str:
@@ -25,30 +29,17 @@ def relative(path: Path, folder: Path) -> str:
         raise ValueError(f"{path} lies outside the run's folder {folder}") from None
 
 
-def open_for_writing(path: Path, patience: float = 10.0) -> int:
-    """A descriptor of an existing journal with its lock, waited for `patience` seconds.
+def take(folder: Path, patience: float | None = None) -> int:
+    """Become the writer of the run in `folder`; whatever is read of it to be written on is to be read afterwards.
+
+    Returns:
+        What `Journal` takes as its lock, and `files.release` frees.
 
     Raises:
-        UserError: another process is writing it.
+        UserError: another process writes it, or the file system does not let us.
     """
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            # A killed trainer's worker processes hold its files for a few seconds more.
-            if time.monotonic() > deadline:
-                os.close(fd)
-                raise UserError(f"another process is writing {path}: wait for it or end it") from None
-            time.sleep(0.1)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a rename in the folder onto the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with explained(folder / LOCK):
+        lock = acquire(folder / LOCK, patience=PATIENCE_S if patience is None else patience)
+    if lock is None:
+        raise UserError(f"another process is writing {folder}: wait for it or end it")
+    return lock

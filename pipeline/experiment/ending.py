@@ -1,9 +1,11 @@
 """How a run ends: what MLflow shows of it, its outcome and exit code, for each way out of a job."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import HelperFailed, Interrupted, NonFinite, Pruned, UserError
+from pipeline.files import disk_trouble
 
 
 class Ending(NamedTuple):
@@ -35,3 +37,10 @@ def ending_of(error: BaseException) -> Ending:
             return Ending("FAILED", "failed", 1, str(error))
         case _:
             return Ending("FAILED", "failed", 1, f"{type(error).__name__}: {error}")
+
+
+def understood(error: BaseException, folder: Path) -> BaseException:
+    """The error; where a full disk, or the removal of the run's folder, is behind it, the UserError that says so."""
+    if isinstance(error, UserError) or not isinstance(error, Exception):
+        return error
+    return disk_trouble(error, folder) or error

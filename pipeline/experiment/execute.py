@@ -227,20 +227,24 @@ def _call(job: str | Job, run: "Run") -> None:
 
 
 def _supervise(run: "Run", job: str | Job) -> int:
-    from pipeline.experiment.ending import ending_of
+    from pipeline.experiment.ending import ending_of, understood
     from pipeline.training import distributed
 
     try:
         distributed.join()
         distributed.first_process_says(str(run.folder))
         _call(job, run)
-    except (Interrupted, Exception) as error:
+    except (Interrupted, Exception) as raised:
+        error = understood(raised, run.folder)
+        if isinstance(error, UserError) and run.pending:
+            run.discard()
+            raise error from raised
         if isinstance(error, UserError) and run.config.debug:
             traceback.print_exc()
         if isinstance(error, UserError | NonFinite):
             logger.error("%s", error)
         elif not isinstance(error, Interrupted):
-            logger.exception("the run failed")
+            logger.error("the run failed", exc_info=error)
         ending = ending_of(error)
         run.close(*ending)
         if isinstance(error, Interrupted):

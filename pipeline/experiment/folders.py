@@ -1,7 +1,6 @@
 """Folders of runs on this machine: new ones, those of a name or with a file, those that did not come to their end."""
 
 import glob
-import json
 import secrets
 import time
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
-from pipeline.journal import read_entries, read_header, writer_alive
+from pipeline.files import read_state, warn_once
+from pipeline.journal import Entry, read_entries, read_header, writer_alive
 from pipeline.paths import user_path
 
 
@@ -49,13 +49,21 @@ def find_folder(root: Path, name: str, key: str = "resume") -> Path | None:
     if (given / "journal.jsonl").exists():
         return given
     for folder in folders_with(root, "journal.jsonl"):
-        header = next(iter(read_entries(folder / "journal.jsonl")[0]), None)
-        if header is not None and header.data.get("journal") == name:
+        header = header_of(folder)
+        if header is not None and header.data["journal"] == name:
             return folder
-        delivered = folder / "delivery.json"
-        if delivered.exists() and json.loads(delivered.read_text()).get("run_id") == name:
+        if (read_state(folder / "delivery.json") or {}).get("run_id") == name:
             return folder
     return None
+
+
+def header_of(folder: Path) -> Entry | None:
+    """The header of some run's journal; None where there is none, or (with one line) it is damaged."""
+    try:
+        return read_header(folder)
+    except UserError as error:
+        warn_once(f"{error}: passed over")
+        return None
 
 
 def ended(folder: Path) -> bool:
@@ -72,7 +80,7 @@ def interrupted(root: Path, step: str, tag: str, value: str) -> Path | None:
 def tagged(root: Path, step: str, tag: str, value: str, alive: bool = False) -> Iterator[Path]:
     """Runs of `step` in `root` that carry the tag, finished or not, the newest first; `alive`: those being written."""
     for folder in sorted((p.parent for p in root.glob("*/journal.jsonl")), reverse=True):
-        header = read_header(folder)
+        header = header_of(folder)
         if header is None or header.data["tags"].get("asib.step") != step or writer_alive(folder) != alive:
             continue
         entries = read_entries(folder / "journal.jsonl")[0]

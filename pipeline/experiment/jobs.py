@@ -39,6 +39,8 @@ def finetune(run: Run) -> float | None:
     if not todo or config.finetune.epochs == 0:
         logger.info("nothing to fine-tune: every teacher has a checkpoint, or finetune.epochs=0")
         return None
+    prepare(config)
+    check_device(config, networks.device_of(config))
     results = [teachers.finetune(run, k) for k in todo]
     means = {f"final/teacher_{k}_acc": r["final/acc_val_selected"] for k, r in zip(todo, results, strict=True)}
     run.journal.hold()  # they are written together with the end, so that a resume does not repeat them

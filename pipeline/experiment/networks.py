@@ -38,6 +38,15 @@ def device_of(config: Config) -> torch.device:
     return device
 
 
+def check_names(config: Config) -> None:
+    """Refuse names of networks that nobody knows, before anything is built. Raises UserError."""
+    named = {"model.student.name": config.model.student.name}
+    named |= {f"model.teachers.{k}.name": t.name for k, t in enumerate(config.model.teachers)}
+    for key, name in named.items():
+        with user_error(f"{key}={name}"):
+            zoo.resolve(name)
+
+
 def build(
     config: Config,
     data: ImageData,

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.describe import written
+from pipeline.errors import UserError
 from pipeline.experiment.settings import read_data
-from pipeline.journal import decode_number, read_entries
+from pipeline.files import read_state, warn_once
+from pipeline.journal import damage, decode_number, read_entries, read_header
 
 HISTORIES = ("student/acc", "synergy/acc")
 """Metrics of which a comparison shows curves."""
@@ -55,7 +57,13 @@ class Record:
 
 
 def from_folder(folder: Path) -> Record:
-    """The run in `folder`, as its journal has it."""
+    """The run in `folder`, as its journal has it; what is damaged there is said, and missing here.
+
+    Raises:
+        UserError: there is no journal, or its beginning is damaged.
+    """
+    if read_header(folder) is None:
+        raise UserError(f"{folder}: there is no run in it")
     tags: dict[str, str] = {}
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     header: Mapping[str, Any] = {}
@@ -76,6 +84,9 @@ def from_folder(folder: Path) -> Record:
                 status = data["status"]
             case "resume":
                 status = "RUNNING"
+            case "damaged":
+                for line in damage(folder / "journal.jsonl"):
+                    warn_once(line)
     return Record(
         id=delivered_as(folder) or header["journal"],
         name=header["name"] or folder.name,
@@ -107,19 +118,13 @@ def from_server(folder: Path) -> Record:
 
 def delivered_as(folder: Path, uri: str | None = None) -> str | None:
     """The MLflow run id under which a folder was delivered (to `uri`, where that is given)."""
-    state = folder / "delivery.json"
-    if not state.exists():
-        return None
-    values = json.loads(state.read_text())
+    values = read_state(folder / "delivery.json") or {}
     return values.get("run_id") or None if uri in (None, values.get("uri")) else None
 
 
 def delivered_whole(folder: Path) -> bool:
     """Whether a server has everything that a folder's journal holds, and its end."""
-    state = folder / "delivery.json"
-    if not state.exists():
-        return False
-    values = json.loads(state.read_text())
+    values = read_state(folder / "delivery.json") or {}
     return bool(values.get("ended")) and values.get("offset", 0) >= (folder / "journal.jsonl").stat().st_size
 
 

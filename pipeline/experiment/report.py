@@ -74,7 +74,7 @@ def write_results(run: Run, results: dict[str, float]) -> None:
     """`results.json`, and `summary.csv` with the columns of the research code's ExperimentLogger."""
     if run.follower:
         return
-    seconds = time.time() - run.started
+    seconds = time.monotonic() - run.started
     everything = {"run": run.folder.name, "step": run.step, "total_time_sec": seconds, "metrics": results}
     run.write("results.json", json.dumps(everything, indent=2, sort_keys=True) + "\n")
     columns = _experiment_logger(run, results, seconds)

@@ -1,10 +1,8 @@
 """A tracked run: its folder, its journal, its delivery to MLflow, its nested runs, and how it is continued."""
 
 import hashlib
-import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,17 +12,28 @@ from typing import Any
 from pipeline import secrets
 from pipeline.config import Config, config_hash
 from pipeline.config.places import output_dir
-from pipeline.errors import Interrupted, NotThere, Taken, UserError
-from pipeline.experiment import compose, revision, tracking
-from pipeline.experiment.ending import COMPLETED, ending_of
+from pipeline.errors import Interrupted, Taken, UserError
+from pipeline.experiment import compose, records, revision, tracking
+from pipeline.experiment.ending import COMPLETED, ending_of, understood
 from pipeline.experiment.folders import ended, find_folder, fresh_folder, writable
-from pipeline.journal import Carrier, Journal, NullJournal, read_entries, read_header
-from pipeline.paths import inside
+from pipeline.experiment.opening import (
+    CONFIG,
+    deliver,
+    described,
+    fetch_checkpoint,
+    give_up,
+    position,
+    refuse_finished,
+    refuse_other_step,
+    tracking_uri,
+)
+from pipeline.experiment.run_log import log_to
+from pipeline.files import read_state, release, write_atomically
+from pipeline.journal import FILE, Carrier, Journal, NullJournal, read_header, take
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
 
 logger = logging.getLogger("asib")
-CONFIG = "config.yaml"
 
 
 class Run:
@@ -50,7 +59,7 @@ class Run:
         self.step, self.config, self.folder, self.journal = step, config, folder, journal
         self.delivery, self.state, self.parent = delivery, state, parent
         self.slots = Slots(folder / "checkpoints")
-        self.started = time.time()
+        self.started = time.monotonic()
         self.conclusion: tuple[str, int] = ("completed", 0)
         """Outcome and exit code of a step that comes to its end; a promotion's verdict is one."""
         self._run_id: str | None = None
@@ -80,7 +89,7 @@ class Run:
         """What a sweep's worker has in the place of a run: its nested runs become those of `stands_for`."""
         with writable(config):
             journal = Journal.create(folder, experiment=stands_for.experiment, name=None, carrier=stands_for)
-        delivery = _deliver(config, folder)
+        delivery = deliver(config, folder)
         return cls("sweep", config, folder, journal, delivery, parent_id=stands_for.journal)
 
     # starting --------------------------------------------------------------------------------------------------------
@@ -114,22 +123,36 @@ class Run:
     ) -> "Run":
         """`known_as`: the journal id of the run on the server that this one is; it has no checkpoint to go on from."""
         name = name or (folder.name if parent is not None else config.run_name)
-        if name is None and "MLFLOW_RUN_ID" not in os.environ:  # the run that `mlflow run` has made has a name
-            name = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
-        with writable(config):
+        usual = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
+        if isinstance(parent, Run) and isinstance(parent.journal, Journal):
+            parent.journal.begin()
+        try:
+            with writable(config):
+                folder.mkdir(parents=True, exist_ok=True)
             journal = Journal.create(
                 folder,
                 journal=known_as if parent is None else parent.nested_id(key or folder.name),
                 experiment=config.tracking.experiment,
                 name=name,
+                usual_name=usual,
                 tags={"asib.step": step},
                 parent=parent.folder if parent is not None else None,
+                pending=parent is None,
             )
+        except UserError:
+            if not (folder / FILE).exists():
+                give_up(folder, delivery)
+            raise
         if parent is not None:
             parent.journal.child(folder)
-        delivery = delivery or (_deliver(config, folder) if parent is None else parent.delivery)
+        delivery = delivery or (deliver(config, folder) if parent is None else parent.delivery)
         run = cls(step, config, folder, journal, delivery, None, parent)
-        run.describe()
+        try:
+            run.describe()
+        except UserError:
+            if parent is None:
+                run.discard()
+            raise
         return run
 
     @classmethod
@@ -150,12 +173,11 @@ class Run:
         delivery = tracking.start_delivery(folder, uri=tracking_uri(config), resume=name)
         try:
             info = delivery.run_info(name)
-            _refuse_other_step(name, info["tags"].get("asib.step"), step)
-            _refuse_finished(name, info["status"] == "FINISHED", config)
-            begun = _fetch_checkpoint(delivery, name, folder)
+            refuse_other_step(name, info["tags"].get("asib.step"), step)
+            refuse_finished(name, info["status"] == "FINISHED", config)
+            begun = fetch_checkpoint(delivery, name, folder)
         except UserError as error:
-            delivery.finish(0.0)
-            shutil.rmtree(folder, ignore_errors=True)
+            give_up(folder, delivery)
             raise UserError(str(error) if str(error).startswith("resume=") else f"resume={name}: {error}") from error
         if begun:
             run = cls._continue(step, config, folder, None, delivery)
@@ -174,25 +196,31 @@ class Run:
         delivery: tracking.Delivery | None = None,
     ) -> "Run":
         name = config.resume or folder.name
-        if parent is None and delivery is None:
-            header = read_header(folder)
-            _refuse_other_step(name, header.data["tags"].get("asib.step") if header else None, step)
-            _refuse_finished(name, ended(folder), config)
         slots = Slots(folder / "checkpoints")
         state: Any = None
-        if slots.manifest.exists():
-            state, saved = slots.read()
-            journal = Journal.restore(folder, state["journal"], (saved.path, saved.sha256, saved.slot))
+        lock = take(folder)  # before anything is read: another process may be writing it, or may just have finished it
+        try:
+            if parent is None and delivery is None:
+                header = read_header(folder)
+                refuse_other_step(name, header.data["tags"].get("asib.step") if header else None, step)
+                refuse_finished(name, ended(folder), config)
+            if slots.manifest.exists():
+                state, saved = slots.read()
+        except BaseException:
+            release(lock)
+            raise
+        if state is not None:
+            journal = Journal.restore(folder, state["journal"], (saved.path, saved.sha256, saved.slot), lock)
         else:
-            journal = Journal.reopen(folder)
+            journal = Journal.reopen(folder, lock)
         if parent is not None:
             delivery = parent.delivery
         elif delivery is None:
-            delivery = _deliver(config, folder)
+            delivery = deliver(config, folder)
         run = cls(step, config, folder, journal, delivery, state, parent)
-        if state is None and not _described(folder):
+        if state is None and not described(folder):
             run.describe()  # it was killed before it had stated what it is
-        journal.tags({"asib.resumed_from": _position(state)})
+        journal.tags({"asib.resumed_from": position(state)})
         return run
 
     def nested_id(self, key: str) -> str:
@@ -215,7 +243,7 @@ class Run:
         run = Run._begin(step, config, folder, self, name=name, key=key)
         if self._from_server and self.delivery is not None:
             # by its journal's id delivery has found what there is of it on the server
-            if _fetch_checkpoint(self.delivery, self.delivery.child_ready(folder), folder):
+            if fetch_checkpoint(self.delivery, self.delivery.child_ready(folder), folder):
                 run.journal.close()
                 run = Run._continue(step, config, folder, self)
             run._from_server = True
@@ -227,8 +255,11 @@ class Run:
 
     def finished_child(self, key: str) -> dict[str, float] | None:
         """The results of a nested run that an earlier, interrupted start of this one has finished."""
-        results = self.folder / key / "results.json"
-        return json.loads(results.read_text())["metrics"] if ended(self.folder / key) and results.exists() else None
+        folder = self.folder / key
+        if not ended(folder):
+            return None
+        metrics = (read_state(folder / "results.json") or {}).get("metrics")
+        return dict(metrics if isinstance(metrics, dict) else records.from_folder(folder).metrics)
 
     def describe(self) -> None:
         """What every run states at its start: parameters, tags, the configuration as a file."""
@@ -249,13 +280,24 @@ class Run:
     # while it goes on ------------------------------------------------------------------------------------------------
 
     def ready(self) -> None:
-        """Wait until the tracking server has taken the run. Raises UserError when it refuses it."""
+        """Begin the record, and wait until the tracking server has taken the run. Raises UserError when it refuses it.
+
+        Until then a run that is refused leaves nothing.
+        """
         if self.parent is not None:
             self.parent.ready()
-        elif self.delivery is not None and self._run_id is None:
+            return
+        if isinstance(self.journal, Journal) and not self.journal.begun:
+            if self.delivery is not None:
+                self.delivery.wait_fetched()  # a server that refuses us leaves no run behind
+            self.journal.begin()
+        if self.delivery is not None and self._run_id is None:
             answer = self.delivery.wait_ready(timeout=300)
             self._run_id = answer.run_id
             logger.info("tracked as %s", answer.url)
+            given = os.environ.get("MLFLOW_RUN_ID")
+            if given and given != answer.run_id and self.config.resume is None:
+                logger.info("MLFLOW_RUN_ID=%s has ended or is written by another step: this is a run of its own", given)
 
     @property
     def run_id(self) -> str | None:
@@ -286,7 +328,7 @@ class Run:
         path = self.folder / name
         if self.follower:
             return path
-        path.write_text(secrets.mask(text))
+        write_atomically(path, secrets.mask(text))
         self.journal.artifact(path, to)
         return path
 
@@ -302,8 +344,11 @@ class Run:
                 self.abandon()
                 raise
             except (Interrupted, Exception) as error:
-                self.close(*ending_of(error))
-                raise
+                said = understood(error, self.folder)
+                self.close(*ending_of(said))
+                if said is error:
+                    raise
+                raise said from error
             self.close(*COMPLETED)
 
     def abandon(self) -> None:
@@ -311,6 +356,16 @@ class Run:
         self.journal.close()
         if self.delivery is not None:
             self.delivery.forget(self.folder)
+
+    @property
+    def pending(self) -> bool:
+        """Whether nothing of it is recorded yet: it may still be refused without a trace."""
+        return isinstance(self.journal, Journal) and not self.journal.begun
+
+    def discard(self) -> None:
+        """Leave nothing of a pending run."""
+        self.journal.close()
+        give_up(self.folder, self.delivery)
 
     def close(
         self,
@@ -320,17 +375,20 @@ class Run:
         message: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """End the record; the outermost run waits for its delivery and says what was left undelivered."""
-        if status != "FINISHED" and isinstance(self.journal, Journal):
-            # metrics that no checkpoint covers are given up: a resume measures them again, and they would come twice
+        """End the record; the outermost run waits for its delivery and says what was left undelivered.
+
+        Raises:
+            UserError: the end of a FINISHED run cannot be written. (Others say first what has ended them.)
+        """
+        try:
+            self._end_record(status, outcome, exit_code, message, tags)
+        except UserError:
             self.journal.close()
-            self.journal = Journal.reopen(self.folder)
-        if tags:
-            self.journal.tags(tags)
-        log = self.folder / "run.log"
-        if log.exists() and not self.follower:
-            self.journal.artifact(log)
-        self.journal.end(status, outcome, exit_code, message)
+            if self.delivery is not None and self.parent is None:
+                self.delivery.finish(0.0)
+            if status == "FINISHED":
+                raise
+            return
         if self.parent is not None or self.follower:
             return
         if self.delivery is None:
@@ -339,69 +397,19 @@ class Run:
         if not self.delivery.finish(self.config.tracking.finish_seconds) and exit_code != 2:
             logger.warning("the tracking server did not take everything: %s %s", tracking.DELIVER, self.folder)
 
-
-def tracking_uri(config: Config) -> str:
-    """Where runs go."""
-    return config.tracking.uri or tracking.default_uri()
-
-
-def _fetch_checkpoint(delivery: tracking.Delivery, run_id: str, folder: Path) -> bool:
-    """Bring a run's newest checkpoint from the server into `folder`; False where it has none. Raises UserError."""
-    try:
-        fetched = delivery.fetch(f"runs:/{run_id}/checkpoints", folder / "fetched")
-    except NotThere:
-        return False
-    try:
-        newest = json.loads((fetched / "manifest.json").read_text())
-        file, sha256 = inside(fetched, newest["file"]), str(newest["sha256"])
-        if not (file.is_file() and not file.is_symlink()):
-            raise UserError(f"its checkpoints/manifest.json names {file.name}, which is not there")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError("its checkpoints/manifest.json is damaged") from error
-    Slots(folder / "checkpoints").adopt(file, sha256)
-    shutil.rmtree(folder / "fetched")
-    return True
-
-
-def _deliver(config: Config, folder: Path) -> tracking.Delivery | None:
-    if config.tracking.mode == "offline":
-        return None
-    return tracking.start_delivery(folder, uri=tracking_uri(config))
-
-
-def _described(folder: Path) -> bool:
-    entries, _ = read_entries(folder / "journal.jsonl")
-    return any(entry.kind == "artifact" and entry.data["path"] == CONFIG for entry in entries)
-
-
-def _refuse_other_step(name: str, made_by: str | None, step: str) -> None:
-    if made_by not in (None, step):
-        raise UserError(f"resume={name}: that run is of step {made_by}; continue it with steps.{made_by}")
-
-
-def _refuse_finished(name: str, finished: bool, config: Config) -> None:
-    if finished and not config.extend:
-        raise UserError(f"resume={name}: that run is finished; extend=true continues it for more epochs")
-
-
-def _position(state: Any) -> str:
-    if state is None:
-        return "start"
-    position = state["position"]
-    return f"epoch {position['epoch']}, batch {position['batch']}"
-
-
-@contextmanager
-def log_to(folder: Path) -> Iterator[None]:
-    """Log lines also go to `<folder>/run.log`."""
-    handler = logging.FileHandler(folder / "run.log")
-    handler.setFormatter(secrets.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
+    def _end_record(
+        self, status: str, outcome: str, exit_code: int, message: str | None, tags: Mapping[str, str] | None
+    ) -> None:
+        if status != "FINISHED" and isinstance(self.journal, Journal):
+            # metrics that no checkpoint covers are given up: a resume measures them again, and they would come twice
+            self.journal.begin()
+            self.journal = Journal.reopen(self.folder, self.journal.hand_over())
+        if tags:
+            self.journal.tags(tags)
+        log = self.folder / "run.log"
+        if log.exists() and not self.follower:
+            self.journal.artifact(log)
+        self.journal.end(status, outcome, exit_code, message)
 
 
 __all__ = ["Run", "log_to", "tracking_uri"]

@@ -33,7 +33,8 @@ ALL_THREADS = torch.get_num_threads()
 
 
 def prepare(config: Config, threads: int | None = None) -> None:
-    """Threads and determinism, before the first tensor."""
+    """Threads and determinism, before the first tensor. UserError: a network that nobody knows."""
+    networks.check_names(config)
     torch.set_num_threads(threads or config.threads or ALL_THREADS)
     if config.optim.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -176,9 +177,9 @@ def _run_with_retry(run: Run, loop: Loop, part: str) -> None:
     state = unpack(start) if good is None else good[0]
     distributed.barrier()  # everybody has read what the first process is about to write over
     if isinstance(run.journal, Journal):
-        run.journal.close()
+        lock = run.journal.hand_over()
         at = None if good is None else (good[1].path, good[1].sha256, good[1].slot)
-        run.journal = Journal.restore(run.folder, record if good is None else state["journal"], at)
+        run.journal = Journal.restore(run.folder, record if good is None else state["journal"], at, lock)
         loop.recorder = run.journal
     run.journal.tags({"asib.safe_retry": reason})
     _state_identity(run, header, part)

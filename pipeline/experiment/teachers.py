@@ -20,7 +20,7 @@ from pipeline.experiment import networks, report
 from pipeline.experiment.options import REPOSITORY
 from pipeline.experiment.run import Run
 from pipeline.experiment.session import load_data, prepare, threads_of, train
-from pipeline.files import write_atomically
+from pipeline.files import read_state, write_atomically
 from pipeline.training import distributed
 from pipeline.training.finetune import FineTuning
 from pipeline.training.fusion import Fusion
@@ -131,8 +131,7 @@ def _obtain(run: Run, data: ImageData, index: int, net: FeatureNet, test: bool) 
             finetune(run, index, test)
         path = kept if kept.exists() else run.folder / f"teacher_{index}" / WEIGHTS
         key = f"{path} (delete it to fine-tune anew)"
-        note = kept.with_suffix(".json")
-        made_by = json.loads(note.read_text())["journal"] if note.exists() else None
+        made_by = (read_state(kept.with_suffix(".json")) or {}).get("journal")
     metadata = networks.load(net, path, key, data)
     same_split = all(
         metadata.get(name) == value

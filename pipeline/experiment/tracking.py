@@ -26,13 +26,19 @@ PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class Delivered:
-    """What `deliver` did for one folder. `refused`: things that the server will never take (see delivery.log)."""
+    """What `deliver` did for one folder.
+
+    Attributes:
+        refused: how many things the server will never take (see delivery.log).
+        damage: a line for each damaged line of its journals.
+    """
 
     folder: Path
     run_id: str
     url: str
     complete: bool
     refused: int
+    damage: list[str]
 
 
 def default_uri() -> str:
@@ -117,7 +123,7 @@ def deliver(folders: Sequence[Path], uri: str | None = None) -> list[Delivered]:
                     loop.close_unfinished()
                     complete = True
                 state = loop.top.state
-                done.append(Delivered(folder, state.run_id, state.url, complete, loop.refused))
+                done.append(Delivered(folder, state.run_id, state.url, complete, loop.refused, loop.damage()))
         except UserError:
             raise
         except Exception as error:
@@ -126,7 +132,7 @@ def deliver(folders: Sequence[Path], uri: str | None = None) -> list[Delivered]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 everything is on the server; 2 with one line on stderr."""
+    """Exit codes: 0 everything is on the server; 2 with one line on stderr for each thing that is not."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.experiment.tracking", description=__doc__)
     command = parser.add_subparsers(dest="command", required=True).add_parser(
         "deliver", help="bring the journals of runs to a tracking server"
@@ -136,14 +142,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         uri = absolute_uri(options.uri) if options.uri else default_uri()
-        for result in deliver(options.folders, uri):
+        done = deliver(options.folders, uri)
+        for result in done:
             note = "" if result.complete else " (still being written)"
             note += f" ({result.refused} refused: see the messages above)" if result.refused else ""
             print(f"{result.folder}: {result.run_id} {result.url}{note}")
+            print(*result.damage, sep="\n", end="\n" if result.damage else "", file=sys.stderr)
+        return 2 if any(result.damage for result in done) else 0
     except UserError as error:
         print(f"{error}", file=sys.stderr)
         return 2
-    return 0
 
 
 __all__ = [

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline import journal_entries, journal_files
 from pipeline.errors import UserError
 from pipeline.journal import (
     FILE,
     Carrier,
     Journal,
+    damage,
     decode_number,
     generations,
     read_entries,
@@ -65,7 +72,7 @@ def test_reading_goes_on_from_any_offset(tmp_path: Path) -> None:
     assert read_entries(tmp_path / FILE, end) == ([], end)
 
 
-@pytest.mark.parametrize("tail", [b'{"kind":"metr', b'{"kind":"metrics","time":1', b"\0\0\0\n", b'{"no":"kind"}\n'])
+@pytest.mark.parametrize("tail", [b'{"kind":"metr', b'{"kind":"metrics","time":1', b"\0\0\0"])
 def test_a_torn_end_is_passed_over_and_cut_by_the_next_writer(tmp_path: Path, tail: bytes) -> None:
     journal = Journal.create(tmp_path, experiment="e")
     journal.params({"a": 1})
@@ -77,6 +84,156 @@ def test_a_torn_end_is_passed_over_and_cut_by_the_next_writer(tmp_path: Path, ta
     assert again.id == journal.id
     again.params({"b": 2})
     assert kinds(tmp_path) == ["open", "params", "params"]
+
+
+def damaged_journal(folder: Path, change: Callable[[bytes], bytes]) -> Path:
+    """A finished run of twenty metrics, the ninth of which is changed on disk."""
+    journal = Journal.create(folder, experiment="e")
+    for step in range(20):
+        journal.metrics({"acc": step / 7}, step)
+    journal.end("FINISHED", "completed", 0)
+    path = folder / FILE
+    lines = path.read_bytes().split(b"\n")
+    lines[9] = change(lines[9])
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+DAMAGES = {
+    "a digit": lambda line: line.replace(b'"step": 8', b'"step": 3'),
+    "bits": lambda line: bytes([line[0] ^ 0x80]) + line[1:],
+    "zeros": lambda line: bytes(len(line)),
+    "cut": lambda line: line[:20],
+    "its end": lambda line: line[:-3] + (b'1"}' if line[-3:] == b'0"}' else b'0"}'),
+    "not an object": lambda line: b"[1]",
+}
+
+
+@pytest.mark.parametrize("change", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_line_is_named_and_nothing_else_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[bytes], bytes]
+) -> None:
+    path = damaged_journal(tmp_path, change)
+    size = path.stat().st_size
+    steps = [entry.data["step"] for entry in read_entries(path)[0] if entry.kind == "metrics"]
+    assert steps == [*range(8), *range(9, 20)]
+    (said,) = damage(path)
+    assert f"{path}: line 10 " in said
+    Journal.reopen(tmp_path).close()
+    assert caplog.messages == [said]
+    assert path.stat().st_size > size, "only what came was added"
+    assert kinds(tmp_path)[-2:] == ["end", "resume"]
+    assert len(damage(path)) == 1
+
+
+def test_every_changed_byte_of_a_line_is_noticed(tmp_path: Path) -> None:
+    """But in the name of the checksum's own field, where the rest of the line is what it was."""
+    journal = Journal.create(tmp_path, experiment="e")
+    journal.metrics({"acc": 12.5}, step=7)
+    path = tmp_path / FILE
+    head, line, _ = path.read_bytes().split(b"\n")
+    written = read_entries(path)[0][1].data
+    for index in range(len(line)):
+        for bit in (1, 4, 32):
+            changed = line[:index] + bytes([line[index] ^ bit]) + line[index + 1 :]
+            path.write_bytes(head + b"\n" + changed.replace(b"\n", b" ") + b"\n")
+            found = read_entries(path)[0][1]
+            assert found.kind == "damaged" or found.data["values"] == written["values"], changed
+
+
+def test_a_journal_without_checksums_is_read_and_goes_on_with_them(tmp_path: Path) -> None:
+    lines = [
+        {"kind": "open", "time": 1, "version": 1, "journal": "j", "name": None, "experiment": "e", "tags": {}},
+        {"kind": "metrics", "time": 2, "step": 0, "values": {"acc": 1.0}},
+    ]
+    (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    journal = Journal.reopen(tmp_path)
+    journal.metrics({"acc": 2.0}, 1)
+    assert kinds(tmp_path) == ["open", "metrics", "metrics"]
+    assert damage(tmp_path / FILE) == []
+    assert Journal.restore(tmp_path / "b", journal.snapshot()).id == "j"
+
+
+def test_time_in_a_journal_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal.create(tmp_path, experiment="e")
+    journal.metrics({"acc": 1.0}, 0)
+    ahead = time.time_ns() + 3600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: ahead)
+    journal.metrics({"acc": 2.0}, 1)
+    monkeypatch.setattr(time, "time_ns", lambda: ahead - 7200 * 10**9)
+    monkeypatch.setattr(journal_entries, "_latest", 0)  # as in another process
+    journal.close()
+    Journal.reopen(tmp_path).end("FINISHED", "completed", 0)
+    times = [entry.time for entry in read_entries(tmp_path / FILE)[0]]
+    assert times == sorted(times)
+
+
+def test_a_pending_journal_leaves_no_file(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, experiment="e", pending=True)
+    journal.params({"a": 1})
+    assert writer_alive(tmp_path)
+    assert not (tmp_path / FILE).exists()
+    journal.begin()
+    journal.tags({"t": "1"})
+    assert kinds(tmp_path) == ["open", "params", "tags"]
+    Journal.create(tmp_path / "b", experiment="e", pending=True).close()
+    assert not (tmp_path / "b" / FILE).exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_lines(small_disk: Callable[[float], Path]) -> None:
+    disk = small_disk(0.0625)
+    journal = Journal.create(disk / "run", experiment="e")
+    values = {f"m{k}": 1 / 7 for k in range(9)}
+    with pytest.raises(UserError, match=r"journal\.jsonl.*No space left.*output_dir") as said:
+        list(map(journal.metrics, [values] * 10_000, range(10_000)))
+    journal.close()
+    assert "\n" not in str(said.value)
+    entries, end = read_entries(disk / "run" / FILE)
+    assert end == (disk / "run" / FILE).stat().st_size
+    assert len(entries) > 10
+    (disk / "filler").write_bytes(b"")
+    with pytest.raises(UserError, match="No space left"):
+        Journal.create(disk / "other", experiment="x" * 200_000)
+    assert not (disk / "other" / FILE).exists()
+
+
+def test_a_folder_that_is_removed_is_an_error(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "run", experiment="e")
+    shutil.rmtree(tmp_path / "run")
+    journal.metrics({"acc": 1.0}, 0)
+    with pytest.raises(UserError, match="its folder is not there"):
+        journal.end("FINISHED", "completed", 0)
+    assert not (tmp_path / "run").exists()
+
+
+def _contend(folder: Path, go: Any, won: Any) -> None:
+    go.wait()
+    try:
+        journal = Journal.restore(folder, (folder / "text").read_text())
+    except UserError:
+        return
+    with won.get_lock():
+        won.value += 1
+    time.sleep(0.3)  # longer than the others wait
+    journal.close()
+
+
+def test_of_several_writers_of_one_run_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`restore` replaces the journal: a lock on that file let the second one in."""
+    journal = Journal.create(tmp_path, experiment="e")
+    (tmp_path / "text").write_text(journal.snapshot())
+    journal.close()
+    monkeypatch.setattr(journal_files, "PATIENCE_S", 0.1)
+    context = multiprocessing.get_context("fork")
+    for _ in range(int(os.environ.get("ASIB_ROUNDS", "3"))):
+        go, won = context.Event(), context.Value("i", 0)
+        pair = [context.Process(target=_contend, args=(tmp_path, go, won)) for _ in range(4)]
+        for process in pair:
+            process.start()
+        go.set()
+        for process in pair:
+            process.join(30)
+        assert won.value == 1
 
 
 def test_reopening_an_ended_journal_says_that_the_run_goes_on(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pipeline.experiment.options import REPOSITORY
 from pipeline.experiment.registry import register
 from pipeline.experiment.run import Run, tracking_uri
 from pipeline.experiment.session import load_data, prepare, threads_of
+from pipeline.files import read_state, warn_once, write_atomically
 from pipeline.journal import read_entries
 from pipeline.training.compiling import check_device, compiles
 from pipeline.training.loop import Precision
@@ -52,6 +53,7 @@ class Child:
 def ablate(run: Run, plan: Plan) -> float | None:
     """Run the plan's rungs and seeds, reuse what has finished, compare; the best rung's student gets the model."""
     prepare(run.config, threads_of(run))
+    check_device(run.config, networks.device_of(run.config))
     data = load_data(run)
     run.journal.params({"rungs": ",".join(plan.names), "seeds": ",".join(map(str, plan.seeds))})
     run.journal.tags({PLAN_TAG: plan.digest})
@@ -138,7 +140,11 @@ def _finished_here(root: Path, wanted: set[str]) -> dict[str, Path]:
     for folder in folders_with(root, "results.json"):
         if not wanted or not (folder / records.PREDICTIONS).exists() or not ended(folder):
             continue
-        for entry in read_entries(folder / "journal.jsonl")[0]:
+        entries, _ = read_entries(folder / "journal.jsonl")
+        if any(entry.kind == "damaged" for entry in entries):
+            warn_once(f"{folder}: its journal is damaged: not reused")
+            continue
+        for entry in entries:
             identity = entry.data["values"].get("asib.identity") if entry.kind == "tags" else None
             if identity in wanted:
                 found[identity] = folder
@@ -227,7 +233,7 @@ def _keep_best(run: Run, data: ImageData, children: Sequence[Child], found: comp
     if not run.config.log_model or child.folder is None:
         return group.validation
     mark, where = child.folder / "logged_as_model.json", {"uri": _shown_uri(run) if run.delivery else "offline"}
-    if mark.exists() and json.loads(mark.read_text())["to"] == where and child.folder.parent != run.folder:
+    if (read_state(mark) or {}).get("to") == where and child.folder.parent != run.folder:
         return group.validation
     net = networks.build_student(child.config, data)
     networks.load(net, child.folder / jobs.STUDENT, str(child.folder / jobs.STUDENT), data)
@@ -237,5 +243,5 @@ def _keep_best(run: Run, data: ImageData, children: Sequence[Child], found: comp
     run.journal.artifact(kept, "checkpoints")
     export.log_student(run, net, data, dict(record.metrics))
     register.student(run, child.config, data, record.metrics)
-    mark.write_text(json.dumps({"to": where, "time": time.time()}))
+    write_atomically(mark, json.dumps({"to": where, "time": time.time()}))
     return group.validation

@@ -22,8 +22,8 @@ def compare_runs(run: Run, parent: str, names: Sequence[str], anyway: bool = Fal
     Args:
         anyway: also where a comparison is unfair.
     """
-    run.ready()
     found = compare.compare(_nested(run, parent) if parent else _read(run, names), anyway)
+    run.ready()
     paths = compare_report.write(found, run.folder / "comparison")
     for path in paths:
         run.journal.artifact(path, "comparison")

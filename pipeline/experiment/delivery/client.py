@@ -24,6 +24,7 @@ from typing import Any
 from pipeline import journal
 from pipeline.errors import HelperFailed, NotThere, UserError
 from pipeline.experiment.options import REPOSITORY
+from pipeline.files import read_state
 
 LOG = "delivery.log"
 STARTS = 50
@@ -113,10 +114,9 @@ class Delivery:
         header = None
         while time.monotonic() < deadline:
             header = header or journal.read_header(folder)
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                state = json.loads((folder / "delivery.json").read_text())
-                if header and state["journal"] == header.data["journal"] and state["run_id"]:
-                    return str(state["run_id"])
+            state = read_state(folder / "delivery.json") or {}
+            if header and state.get("journal") == header.data["journal"] and state.get("run_id"):
+                return str(state["run_id"])
             if self._closed is not None:
                 raise self._closed
             time.sleep(0.05)

@@ -63,7 +63,8 @@ class DeliveryLoop:
         self._asked: set[Path] = set()  # for what another delivery still has
         self._past = [0, 0]  # refused and progress of the runs that are no longer followed
         self._parents: dict[Path, RunDelivery] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder} is not there: the run was refused, or removed")
         self._lock_top(patience)
         self.client = client or connect(self.uri)
         self.top = RunDelivery(self.folder, self.uri, self.client, adopt=adopt, resume=resume, live=live)
@@ -84,6 +85,10 @@ class DeliveryLoop:
     def refused(self) -> int:
         """How many things the server will never take; delivery.log names them."""
         return self._past[0] + sum(run.refused for run in self.runs.values())
+
+    def damage(self) -> list[str]:
+        """A line for each damaged line of the journals that are followed."""
+        return [line for folder in self.runs for line in journal.damage(folder / journal.FILE)]
 
     @property
     def progress(self) -> int:

@@ -35,10 +35,12 @@ from pipeline.experiment.delivery.target import (
     get_run,
     parent_place,
 )
+from pipeline.files import locked
 from pipeline.journal import Entry
 
 log = logging.getLogger("asib.delivery")
 
+RESUMES_TAG = "asib.resumes"
 BATCH = 5000  # entities between two commits of the offset; the client cuts them into requests
 
 
@@ -49,7 +51,7 @@ class RunDelivery:
     it only becomes the parent of the children.
 
     Args:
-        adopt: the run that `mlflow run` made for this journal.
+        adopt: the run that `mlflow run` made for this journal; left alone when it has ended, or is another journal's.
         resume: the run that this journal goes on with; then an adopted one stays empty.
         live: whether a trainer is writing: its run is set RUNNING.
         parent: the delivery of the run that this one is nested in.
@@ -100,6 +102,13 @@ class RunDelivery:
         header = journal.read_header(self.folder)
         if header is None:
             return False
+        if not self._adopt:
+            return self._attach(header)
+        # the steps of one `mlflow run` may start together: the first has its run
+        with locked(self.folder.parent / ".adopt.lock"):
+            return self._attach(header)
+
+    def _attach(self, header: Entry) -> bool:
         self.state = State.load(self.folder, self.uri, header.data["journal"])
         self._last_time = header.time
         link = header.data.get("carrier")
@@ -130,10 +139,10 @@ class RunDelivery:
         else:
             self._take_over(run, header, tags)
         run_id = run.info.run_id
-        if self._adopt and self._adopt != run_id:
+        if self._adopt and self._adopt not in (run_id, self.state.shell) and self._free(header):
             self.state.shell = self._adopt
         if self.state.shell:
-            self.client.set_tag(self.state.shell, "asib.resumes", run_id)
+            self.client.set_tag(self.state.shell, RESUMES_TAG, run_id)
         self._checkpoints = CheckpointUpload(self.client, run_id, self.folder, header.data["journal"])
         if not made and not self.state.checkpoint:
             self.state.checkpoint = self._checkpoints.on_server()
@@ -150,7 +159,25 @@ class RunDelivery:
                 return run
         if self._resume:
             return self._get(self._resume)
-        return self._by_tag(header) or (self._get(self._adopt) if self._adopt else None)
+        return self._by_tag(header) or self._adopted(header)
+
+    def _adopted(self, header: Entry) -> Run | None:
+        """The run that `mlflow run` made, where it still waits for a journal."""
+        run = self._free(header)
+        if run is None and not header.data["experiment"]:
+            raise UserError(f"run {self._adopt} has ended or is another's: nothing is noted there")
+        return run
+
+    def _free(self, header: Entry) -> Run | None:
+        if not self._adopt:
+            return None
+        run = self._get(self._adopt)
+        writers = {run.data.tags.get(JOURNAL_TAG), run.data.tags.get(RESUMES_TAG) and "a resume"} - {None}
+        if run.info.status == "RUNNING" and writers <= {header.data["journal"]}:
+            return run
+        log.warning("run %s has ended or is another's: %s is a run of its own", self._adopt, self.folder)
+        self._adopt = None
+        return None
 
     def _remembered(self) -> Run | None:
         try:
@@ -176,7 +203,7 @@ class RunDelivery:
             place.experiment_id if place else experiment_id(self.client, self.uri, header.data["experiment"]),
             start_time=header.time,
             tags={key: str(value)[:TAG_LENGTH] for key, value in tags.items() if value},
-            run_name=header.data["name"],
+            run_name=header.data["name"] or header.data.get("usual_name"),
         )
 
     def _take_over(self, run: Run, header: Entry, tags: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.experiment.delivery.faults import look
 from pipeline.experiment.delivery.server import all_experiments, shown
-from pipeline.files import write_atomically
+from pipeline.files import read_state, write_atomically
 
 FILE = "delivery.json"
 JOURNAL_TAG = "asib.journal"
@@ -38,7 +38,7 @@ class State:
     def load(cls, folder: Path, uri: str, journal_id: str) -> State:
         """The folder's state, empty when there is none, or it belongs to another server or journal."""
         try:
-            values = json.loads((folder / FILE).read_text())
+            values = read_state(folder / FILE) or {}
             state = cls(**{key: value for key, value in values.items() if key in cls.__dataclass_fields__})
         except (OSError, ValueError, TypeError, AttributeError):
             state = cls()

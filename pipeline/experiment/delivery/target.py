@@ -128,4 +128,5 @@ def end_run(
     if message:
         tags.append(RunTag("asib.error", message[:TAG_LENGTH]))
     client.log_batch(run_id, tags=tags)
-    client.set_terminated(run_id, status=status, end_time=at)
+    begun = client.get_run(run_id).info.start_time or 0  # by the clock of another machine, or before ours was set back
+    client.set_terminated(run_id, status=status, end_time=max(at, begun))

@@ -9,9 +9,9 @@ from models import weights
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import networks
+from pipeline.experiment.folders import header_of
 from pipeline.experiment.run import Run
 from pipeline.experiment.settings import read_data
-from pipeline.journal import read_header
 from pipeline.paths import user_path
 
 STUDENT = "checkpoints/student.safetensors"
@@ -146,7 +146,7 @@ def _yaml(folder: Path, name: str) -> dict[str, Any]:
 def _made_by(path: Path) -> tuple[str | None, Path | None]:
     """The run in whose folder a file lies: its journal's id, and the folder."""
     for folder in list(path.absolute().parents)[:2]:
-        header = read_header(folder)
+        header = header_of(folder)
         if header is not None:
             return header.data["journal"], folder
     return None, None

@@ -18,6 +18,7 @@ from pipeline.experiment.launch.cluster import ClusterConfig, LocalCluster, Slur
 from pipeline.experiment.launch.local import Here
 from pipeline.experiment.launch.slurm import Slurm
 from pipeline.experiment.launch.worker import PREEMPTED, PREEMPTION, enter, requeue_on_signal
+from pipeline.files import read_state
 
 __all__ = ["PREEMPTED", "PREEMPTION", "ClusterConfig", "Launcher", "load", "requeue_on_signal"]
 AGAIN_S = 2.0
@@ -120,7 +121,8 @@ class Launcher:
 
     def processes(self) -> list[dict[str, Any]]:
         """Who the workers' processes are (pid, started, host), as each has written down."""
-        return [json.loads(p.read_text()) for p in sorted((self.folder / "processes").glob("*.json"))]
+        found = map(read_state, sorted((self.folder / "processes").glob("*.json")))
+        return [process for process in found if process is not None]
 
     def logs(self) -> list[Path]:
         """What the workers' processes have printed, a file each, the newest last."""

@@ -1,6 +1,5 @@
 """Workers as processes of this machine, each below a process of submitit's that watches it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.experiment.launch import processes
 from pipeline.experiment.launch.cluster import LocalCluster
 from pipeline.experiment.options import REPOSITORY
+from pipeline.files import read_state
 
 TEN_YEARS = 60 * 24 * 3650
 WARNING_S = 30
@@ -83,7 +83,9 @@ class Here:
     def kill(self, handles: list[dict[str, Any]]) -> None:
         """SIGKILL to workers and watchers."""
         for file in (self._folder / "processes").glob("*.json"):
-            processes.send(json.loads(file.read_text()), signal.SIGKILL)
+            process = read_state(file)
+            if process is not None:
+                processes.send(process, signal.SIGKILL)
         for handle in handles:
             processes.send(handle, signal.SIGKILL)
 

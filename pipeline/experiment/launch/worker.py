@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.experiment.launch.processes import identity
+from pipeline.files import write_atomically
 
 if TYPE_CHECKING:
     from submitit import JobEnvironment
@@ -66,7 +67,7 @@ def enter(
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     me = Path(folder) / "processes" / f"{index}.{job.global_rank}.json"
     me.parent.mkdir(parents=True, exist_ok=True)
-    me.write_text(json.dumps(identity(os.getpid())))
+    write_atomically(me, json.dumps(identity(os.getpid())))
     module, _, function = work.partition(":")
     code: int = getattr(importlib.import_module(module), function)(index=index, **arguments)
     if code == PREEMPTED and _warned and requeue and job.cluster == "slurm" and job.global_rank == 0:

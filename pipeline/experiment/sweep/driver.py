@@ -36,6 +36,7 @@ from pipeline.experiment.sweep import reap as sweep_reap
 from pipeline.experiment.sweep import space as sweep_space
 from pipeline.experiment.sweep import worker as sweep_worker
 from pipeline.experiment.sweep.plan import STUDY_TAG, Plan
+from pipeline.files import read_state
 from pipeline.training.compiling import check_device
 
 logger = logging.getLogger("asib")
@@ -158,9 +159,9 @@ def _made_teachers(
     for index, teacher in enumerate(found):
         if base.model.teachers[index].checkpoint is None and base.finetune.epochs > 0:
             kept = teachers.store(base, data, index)
-            note, folder = kept.with_suffix(".json"), run.folder / f"teacher_{index}"
-            if not (folder / "journal.jsonl").exists() and note.exists():
-                folder = Path(json.loads(note.read_text())["folder"])
+            folder = run.folder / f"teacher_{index}"
+            if not (folder / "journal.jsonl").exists():
+                folder = Path((read_state(kept.with_suffix(".json")) or {}).get("folder", folder))
             run_id = None
             if run.delivery is not None:
                 run_id = records.delivered_as(folder, uri) or known.get(kept.name)

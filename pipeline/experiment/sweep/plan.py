@@ -14,7 +14,7 @@ from pipeline.config.numbers import MOST_TRIALS, WORKERS, processes, whole
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.experiment.compose import keys_of
-from pipeline.experiment.folders import tagged
+from pipeline.experiment.folders import header_of, tagged
 from pipeline.experiment.launch import cluster as clusters
 from pipeline.experiment.launch.cluster import ClusterConfig
 from pipeline.experiment.launch.launcher import Launcher
@@ -23,7 +23,7 @@ from pipeline.experiment.study.storage import shown_url
 from pipeline.experiment.study.study import Study
 from pipeline.experiment.sweep import space as sweep_space
 from pipeline.experiment.sweep.space import SweepConfig
-from pipeline.journal import read_header, writer_alive
+from pipeline.journal import writer_alive
 
 logger = logging.getLogger("asib")
 STUDY_TAG = "asib.study"
@@ -114,7 +114,7 @@ def _of_this_study(folder: Path, facts: Mapping[str, Any]) -> bool:
     """Whether a sweep's run is of the very study in the database: its name may have been another's, in another one."""
     if not facts:  # it ended before there was a study: while it fine-tuned the teachers
         return not any((folder / name).exists() for name in ("launched", "trials"))
-    header = read_header(folder)
+    header = header_of(folder)
     return header is not None and header.data["journal"] in (facts.get("parent_journal"), *facts.get("parents", ()))
 
 

@@ -20,13 +20,14 @@ from pipeline.config.places import output_dir
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken, UserError
 from pipeline.experiment.compose import compose
 from pipeline.experiment.execute import log_to_terminal, stop
+from pipeline.experiment.folders import header_of
 from pipeline.experiment.launch.worker import PREEMPTED, requeue_on_signal
 from pipeline.experiment.study.claim import Claim
 from pipeline.experiment.study.study import Study
 from pipeline.experiment.sweep import space as sweep_space
 from pipeline.experiment.sweep.space import SweepConfig
 from pipeline.files import replacing
-from pipeline.journal import Carrier, read_header, writer_alive
+from pipeline.journal import Carrier, writer_alive
 
 if TYPE_CHECKING:
     from pipeline.experiment.run import Run
@@ -355,7 +356,7 @@ def fetch_teachers(teachers: Sequence[Mapping[str, Any]], run: "Run") -> None:
 
 
 def _journal_id(folder: Path) -> str | None:
-    header = read_header(folder)
+    header = header_of(folder)
     return header.data["journal"] if header else None
 
 
