@@ -120,8 +120,13 @@ def execute(
         run = _open(step, config, ask)
         from pipeline.experiment.run import log_to
 
-        with log_to(run.folder):
-            return _supervise(run, job)
+        try:
+            with log_to(run.folder):
+                return _supervise(run, job)
+        except UserError:
+            if run.pending:
+                run.discard()
+            raise
     except UserError as error:
         return _refuse(step, error, config.debug)
     except Interrupted as error:
@@ -237,7 +242,6 @@ def _supervise(run: "Run", job: str | Job) -> int:
     except (Interrupted, Exception) as raised:
         error = understood(raised, run.folder)
         if isinstance(error, UserError) and run.pending:
-            run.discard()
             raise error from raised
         if isinstance(error, UserError) and run.config.debug:
             traceback.print_exc()

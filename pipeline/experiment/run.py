@@ -28,7 +28,7 @@ from pipeline.experiment.opening import (
     tracking_uri,
 )
 from pipeline.experiment.run_log import log_to
-from pipeline.files import read_state, release, write_atomically
+from pipeline.files import locked, read_state, release, write_atomically
 from pipeline.journal import FILE, Carrier, Journal, NullJournal, read_header, take
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
@@ -145,9 +145,10 @@ class Run:
             raise
         if parent is not None:
             parent.journal.child(folder)
-        delivery = delivery or (deliver(config, folder) if parent is None else parent.delivery)
-        run = cls(step, config, folder, journal, delivery, None, parent)
+        run = cls(step, config, folder, journal, delivery if parent is None else parent.delivery, None, parent)
         try:
+            if parent is None and delivery is None:
+                run.delivery = deliver(config, folder)
             run.describe()
         except UserError:
             if parent is None:
@@ -159,7 +160,8 @@ class Run:
     def _resume(cls, step: str, config: Config) -> "Run":
         name = config.resume
         assert name is not None
-        folder = find_folder(output_dir(config), name)
+        root = output_dir(config)
+        folder = find_folder(root, name)
         if folder is not None:
             return cls._continue(step, config, folder, None)
         # unknown to this machine: the tracking server alone has to do
@@ -167,6 +169,16 @@ class Run:
             raise UserError(f"resume={name}: no such run in output_dir={config.output_dir}, and tracking is off line")
         if "/" in name:
             raise UserError(f"resume={name}: no run in that folder; give the folder of a run, or a run id")
+        with writable(config):
+            root.mkdir(parents=True, exist_ok=True)
+        with locked(root / f".{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"):
+            folder = find_folder(root, name)  # another process may have brought it here meanwhile
+            if folder is None:
+                return cls._from_tracking_server(step, config, name)
+        return cls._continue(step, config, folder, None)
+
+    @classmethod
+    def _from_tracking_server(cls, step: str, config: Config, name: str) -> "Run":
         folder = fresh_folder(config, step, name[:6])
         with writable(config):
             folder.mkdir(parents=True)
@@ -183,6 +195,7 @@ class Run:
             run = cls._continue(step, config, folder, None, delivery)
         else:
             run = cls._begin(step, config, folder, None, delivery, info["tags"].get("asib.journal"))
+            run.journal.begin()
         run._from_server = True
         return run
 
