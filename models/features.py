@@ -176,6 +176,11 @@ def check_head(net: nn.Module, input_size: tuple[int, int, int]) -> torch.Size:
     weight = next(net.parameters())
     count = 2 * math.prod(input_size)
     x = torch.linspace(-40, 40, count, device=weight.device).sin().to(weight.dtype).reshape(2, *input_size)
+    if not isinstance(net.get_classifier(), nn.Module):  # type: ignore[operator]
+        raise ValueError(
+            f"{name} has several classifiers (a distilled network, whose teacher has its own); "
+            "one linear layer on pooled features is needed: choose another model"
+        )
     with undisturbed(net):
         try:
             expected = net(x)

@@ -5,17 +5,21 @@ wrapper's decomposition before anything is trained.
 """
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import timm
 from timm.layers import resample_patch_embed
-from timm.models import get_pretrained_cfg, is_model, model_entrypoint
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model, model_entrypoint
 from torch import nn
 
 import models.cifar  # noqa: F401 - registers cifar_* with timm
 from models.features import FeatureNet, check_head
 from models.small_input import LAST_STAGE, adapt_conv_stem, is_patch_family, patch_arguments
 
+ANSWER_S = 5.0
+"""How long the hub of timm's weights may take to say that it is there."""
 SMALL_IMAGE = 64  # up to this size `small_input` is the default
 
 # Names of the research code and of the KD tables that timm does not know, or knows without weights.
@@ -47,18 +51,28 @@ def resolve(name: str) -> str:
     """The timm name behind a name, with its weight tag where it has one ("resnet50.a1_in1k").
 
     Raises:
-        ValueError: no such network; the nearest names are given.
+        ValueError: no such network, or no such weights of it; the nearest names are given.
     """
     base = name
     for role in ROLES:
         base = base.removesuffix(role) if len(base) > len(role) else base
     for candidate in (ALIASES.get(name), ALIASES.get(base), name, f"cifar_{name}", base, f"cifar_{base}"):
         if candidate is not None and is_model(candidate):
+            _check_tag(candidate)
             return candidate
     known = [*timm.list_models(), *ALIASES]
     near = difflib.get_close_matches(base, known, n=4, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists what there is"
     raise ValueError(f"unknown model {name!r}; {hint}")
+
+
+def _check_tag(full: str) -> None:
+    base, _, tag = full.partition(".")
+    known = [name.partition(".")[2] for name in get_arch_pretrained_cfgs(base) if "." in name]
+    if tag and tag not in known:
+        near = difflib.get_close_matches(tag, known, n=3) or known
+        hint = f"timm has {', '.join(near)}" if near else "there are none"
+        raise ValueError(f"unknown weights {tag!r} of {base}: {hint}; or give {base} alone")
 
 
 def create_model(
@@ -127,7 +141,8 @@ def _fixed_size(full: str) -> int | None:
 
 def _build(full: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     try:
-        net: nn.Module = timm.create_model(full, pretrained=pretrained, **kwargs)
+        with _answering_hub() if pretrained else nullcontext():
+            net: nn.Module = timm.create_model(full, pretrained=pretrained, **kwargs)
     except TypeError as error:
         raise ValueError(f"{full} does not take {', '.join(sorted(kwargs))}: {error}") from error
     except Exception as error:
@@ -139,6 +154,34 @@ def _build(full: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
             "use pretrained=false or give a checkpoint"
         ) from error
     return net
+
+
+@contextmanager
+def _answering_hub() -> Iterator[None]:
+    """Where the hub of the weights does not answer, its client looks into the cache alone: it would ask for minutes.
+
+    Raises:
+        ConnectionError: they are not in the cache either.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    offline = constants.HF_HUB_OFFLINE
+    silent: Exception | None = None
+    if not offline:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=ANSWER_S)
+        except Exception as error:  # the client's library, and so its errors, are others in other versions
+            silent = error
+    constants.HF_HUB_OFFLINE = offline or silent is not None  # what the environment variable sets, in 0.20 to 2.4
+    try:
+        yield
+    except Exception as error:
+        if silent is None:
+            raise
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer, and they are not in its cache") from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def _with_resampled_stem(full: str, kwargs: dict[str, Any]) -> nn.Module:

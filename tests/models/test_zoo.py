@@ -1,8 +1,13 @@
 """Names, stems for small images, and pretrained weights without a network."""
 
+import socket
+import time
+
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
 from timm.layers import resample_patch_embed
 
 from models import zoo
@@ -112,6 +117,15 @@ def test_networks_tied_to_a_size_are_built_for_the_images():
         ("convnext_atto", {"image_size": 16}, "at least 32"),
         ("repvgg_a0", {}, "repvgg_a0 cannot be used with 3×32×32"),
         ("resnet18", {"num_classes": 0}, "num_classes 0"),
+        (
+            "resnet18.nope",
+            {},
+            "unknown weights 'nope' of resnet18: timm has a1_in1k, .*; or give resnet18 alone",
+        ),
+        ("resnet50.a1_in2k", {}, "unknown weights 'a1_in2k' of resnet50: timm has a1_in1k"),
+        ("cifar_resnet8.c100", {}, "unknown weights 'c100' of cifar_resnet8: there are none; or give cifar_resnet8"),
+        ("deit_tiny_distilled_patch16_224", {}, "several classifiers .* choose another model"),
+        ("swiftformer_xs", {"image_size": 64}, "several classifiers .* choose another model"),
     ],
 )
 def test_unknown_adaptations_are_refused(name, kwargs, message):
@@ -131,17 +145,39 @@ def test_building_draws_the_same_weights_from_the_same_seed():
 # --- pretrained weights ---
 
 
-def test_without_a_network_pretrained_is_one_clear_line(monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("cannot reach the hub\nand much more")
+@pytest.fixture(params=["closed", "silent"])
+def no_hub(request, monkeypatch, tmp_path):
+    """A hub whose port is closed, or that takes connections and never answers; and an empty cache."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    if request.param == "closed":
+        listening.close()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(zoo, "ANSWER_S", 0.5)
+    yield tmp_path
+    listening.close()
 
-    monkeypatch.setattr(zoo.timm, "create_model", offline)
-    with pytest.raises(
-        ValueError, match=r"resnet18 could not be loaded \(cannot reach the hub\): no network"
-    ) as caught:
-        create_model("resnet18", 10, pretrained=True)
+
+def test_without_a_network_pretrained_is_one_clear_line_within_seconds(no_hub):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"of test_resnet could not be loaded \(http://.* does not answer") as caught:
+        create_model("test_resnet", 10, pretrained=True)
+    assert time.monotonic() - started < 5
     assert "pretrained=false" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_weights_in_the_hubs_cache_need_no_network(no_hub):
+    source = timm.create_model("test_resnet")
+    kept = no_hub / "models--timm--test_resnet.r160_in1k"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs/main").write_text("0" * 40)
+    (kept / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(source.state_dict(), kept / "snapshots" / ("0" * 40) / "model.safetensors")
+    net = create_model("test_resnet", 10, pretrained=True, image_size=160).net
+    assert torch.equal(next(net.parameters()), next(source.parameters()))
 
 
 def test_models_without_published_weights_say_so():

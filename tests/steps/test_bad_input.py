@@ -124,6 +124,11 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "teacher unknown": ("distill", ["model.teachers.0.name=cifar_resnet9"], ["model.teachers.0.name=cifar_resnet9"]),
     "student unknown": ("baseline", ["model.student.name=cifar_resnet9"], ["model.student.name=cifar_resnet9"]),
+    "weights unknown": (
+        "baseline",
+        ["model.student.name=resnet18.nope"],
+        ["model.student.name=resnet18.nope", "a1_in1k"],
+    ),
     "no student": ("evaluate", [], ["student is not set", "student=runs:/<id>"]),
     "student missing": ("evaluate", ["student={files}/none.pt"], ["student={files}/none.pt: no such file"]),
     "student of another architecture": (
