@@ -3,6 +3,7 @@
 source "$(dirname "$0")/common.sh"
 
 [[ -n ${ASIB_ALLOWED_HOSTS:-} ]] || die "ASIB_ALLOWED_HOSTS is empty: name the hosts under which clients know the server"
+[[ ${ASIB_WRONG_PASSWORDS:-10} =~ ^[1-9][0-9]{0,3}$ ]] || die "ASIB_WRONG_PASSWORDS=$ASIB_WRONG_PASSWORDS: give 1 to 9999"
 secret MLFLOW_FLASK_SERVER_SECRET_KEY secret_key
 
 # Only an empty user table needs it; afterwards the file can go.
@@ -22,8 +23,11 @@ database_uri = $ASIB_AUTH_DATABASE_URI
 admin_username = admin
 # A password is checked once a minute and not at every request: a batch of metrics takes 15 ms instead of 260.
 auth_cache_ttl_seconds = ${ASIB_AUTH_CACHE_SECONDS:-60}
+authorization_function = wrong_passwords:authenticate
 INI
 export MLFLOW_AUTH_CONFIG_PATH
+ASIB_WRONG_PASSWORDS_FILE=$(mktemp)
+export ASIB_WRONG_PASSWORDS_FILE ASIB_WRONG_PASSWORDS=${ASIB_WRONG_PASSWORDS:-10} PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 export MLFLOW_BACKEND_STORE_URI=$ASIB_DATABASE_URI MLFLOW_ARTIFACTS_DESTINATION=$ASIB_ARTIFACTS
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true
 # Who delivers a run tries again by himself: a store that is away need not hold a worker for minutes.

@@ -214,6 +214,37 @@ def team(team_server: TeamServer, monkeypatch: pytest.MonkeyPatch) -> TeamServer
     return team_server
 
 
+SHARED = "shared"
+"""The experiment of the four users."""
+TRAINER = ("trainer", "may train, not promote")
+PROMOTER = ("promoter", "may promote, not train")
+READER = ("four's reader", "may look, and no more")
+
+
+@pytest.fixture(scope="session")
+def four_users(team_server: TeamServer) -> None:
+    """Beside the administrator: one with EDIT on the experiment `SHARED`, two with READ, as everybody on everything.
+
+    EDIT on the registered model is the promoter's, once there is one (`grant`).
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        log_in(patched, *ADMIN)
+        from mlflow.tracking import MlflowClient
+
+        number = MlflowClient(team_server.uri).create_experiment(SHARED)
+        users = administration(team_server)
+        for user in (TRAINER, PROMOTER, READER):
+            users.create_user(*user)
+        users.grant_user_permission(TRAINER[0], "experiment", number, "EDIT")
+
+
+def administration(server: TeamServer) -> Any:
+    """MLflow's client for users and grants."""
+    from mlflow.server import get_app_client
+
+    return get_app_client("basic-auth", tracking_uri=server.uri)
+
+
 def log_in(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
     """The credentials that MLflow's clients, and the steps, send from now on."""
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)

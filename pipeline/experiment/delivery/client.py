@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from pipeline.errors import HelperFailed, NotThere, UserError
 from pipeline.experiment.options import REPOSITORY
 from pipeline.files import read_state
 
+logger = logging.getLogger("asib")
 LOG = "delivery.log"
 STARTS = 50
 """How often the process is started at most."""
@@ -220,12 +222,14 @@ class Delivery:
         with contextlib.suppress(UserError):
             self._send(next(self._numbers), {"do": "finish"})
         try:
-            delivered = bool(self._wait(self._finished, timeout)["delivered"])
+            told = self._wait(self._finished, timeout)
         except UserError:
             return False
+        if told.get("refused"):
+            logger.warning("the tracking server refused some of it for good: %s names it", self._log())
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
-        return delivered
+        return bool(told["delivered"])
 
     def _ask(self, what: str, timeout: float, **values: Any) -> Any:
         number = next(self._numbers)

@@ -200,6 +200,8 @@ def explain(error: BaseException, uri: str) -> str:
     # not within a port or an id
     if code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED") or re.search(r"\b401\b", text[:200]):
         return f"{at}: wrong user name or password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if re.search(r"too many 429 |\b429 Client Error|error code 429", text):
+        return f"{at}: too many requests, or wrong passwords (429): wait a minute, then check MLFLOW_TRACKING_PASSWORD"
     if "Invalid Host header" in text:
         return f"{at}: it does not accept this host name (403): start it with --allowed-hosts, or use its own name"
     if code == "PERMISSION_DENIED" or " 403 " in text[:200]:
