@@ -127,9 +127,24 @@ def _finished_above(client: Any, run: Any, known: dict[str, bool]) -> bool:
     if above is None:
         return True
     if above not in known:
-        parent = client.get_run(above)
-        known[above] = parent.info.status == "FINISHED" and _finished_above(client, parent, known)
+        parent = _parent(client, above)
+        if isinstance(parent, bool):
+            known[above] = parent
+        else:
+            known[above] = parent.info.status == "FINISHED" and _finished_above(client, parent, known)
     return known[above]
+
+
+def _parent(client: Any, run_id: str) -> Any:
+    """The run; True for one that is gone for good, which nobody goes on with, False for one that may not be read."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
+            raise
+        return error.error_code == "RESOURCE_DOES_NOT_EXIST"
 
 
 def _pages(search: Any) -> Iterator[Any]:

@@ -330,6 +330,7 @@ def test_clean_up_works_on_one_persons_server_too(
     mlflow.log_text(run, "x", "checkpoints/slot1.safetensors")
     mlflow.log_text(run, "x", "checkpoints/fusion.safetensors")
     mlflow.set_terminated(run, "FINISHED", end_time=int(time.time() * 1000) - 3 * DAY_MS)
+    mlflow.set_tag(run, "mlflow.parentRunId", 32 * "0")  # a parent that `mlflow gc` has removed
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri)
     clean_up = load("clean_up")
     assert clean_up.main(["--days", "2", "--apply"]) == 0
