@@ -158,7 +158,7 @@ class Process:
         refusal = lasting(error)
         denied = getattr(error, "error_code", "") in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
         if self._ready:
-            if isinstance(error, UserError):
+            if refusal and isinstance(error, UserError):
                 self.trainer.tell("finished", delivered=False, reason=str(error))
                 raise error
             if refusal:

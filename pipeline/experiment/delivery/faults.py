@@ -47,7 +47,9 @@ _PAGE = re.compile(
 
 
 def classify(error: BaseException) -> Fault:
-    """What the error of a call of MLflow's client means."""
+    """What the error of a call of MLflow's client, or of keeping delivery's own state, means."""
+    if isinstance(error, UserError) and isinstance(error.__cause__, OSError):
+        return Fault.AWAY  # the disk is full; room is made again
     status, signed, code = _answer(error)
     if status == 403:
         return Fault.NOT_ALLOWED if signed else Fault.AWAY

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import HelperFailed
 from pipeline.experiment import tracking
 from pipeline.experiment.delivery import client as delivery_client
+from pipeline.experiment.delivery.faults import lasting
 from pipeline.experiment.delivery.loop import DeliveryLoop
 from pipeline.experiment.delivery.server import prepare_sqlite
 from pipeline.experiment.ending import ending_of
@@ -124,6 +126,29 @@ def test_what_was_forgotten_stays_so_in_the_next_process(sqlite_uri: str, tmp_pa
         loop.top.forget(child.folder, size)
         loop.run_once()
         assert set(loop.runs) == {journal.folder, child.folder}
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_delivery(
+    sqlite_uri: str, tmp_path: Path, small_disk: Callable[[float], Path]
+) -> None:
+    disk = small_disk(0.25)
+    journal = Journal.create(disk / "run", experiment="full", name="n")
+    with DeliveryLoop(journal.folder, sqlite_uri, live=True) as loop:
+        loop.run_once()
+        journal.metrics({"student/acc": 0.5}, step=0)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1024))
+        with pytest.raises(Exception, match="could not be written") as caught:
+            loop.run_once()
+        assert not lasting(caught.value)
+        (disk / "filler").unlink()
+        journal.end("FINISHED", "completed", 0)
+        assert loop.run_once()
+        run = loop.top.state.run_id
+    client = MlflowClient(sqlite_uri)
+    assert [point.step for point in client.get_metric_history(run, "student/acc")] == [0]
+    assert client.get_run(run).info.status == "FINISHED"
 
 
 MAKE = """
