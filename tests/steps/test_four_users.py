@@ -1,6 +1,7 @@
 """The steps on the team's server as its four kinds of users: administrator, trainer, promoter, reader.
 
-The administrator's part is in test_team_server.py; an unknown run is 404 for that one, and 403 for everybody else.
+The main job, a sweep and a promotion of the administrator are in test_team_server.py. An unknown run is 404 for that one,
+and 403 for everybody else.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def runs(team: TeamServer) -> Mapping[str, tuple[Any, ...]]:
     return {run.info.run_id: (run.info.status, run.data.tags, run.data.metrics) for run in found}
 
 
-def test_a_trainers_main_job_and_ladder_arrive(
+def test_a_trainers_main_job_arrives(
     ready_lab: Lab, undisturbed: Done, team: TeamServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(monkeypatch, *TRAINER)
@@ -59,7 +60,13 @@ def test_a_trainers_main_job_and_ladder_arrive(
     assert found.children["distill"].steady == points(undisturbed.folder)
     assert at_first_attempt(done.folder)
 
-    done = ready_lab.step("ablate", "rungs=l0_baseline,l1_ib", "seeds=0", *online(team))
+
+@pytest.mark.parametrize("user", [ADMIN, TRAINER], ids=lambda user: user[0])
+def test_a_ladder_arrives(
+    ready_lab: Lab, team: TeamServer, user: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_in(monkeypatch, *user)
+    done = ready_lab.step("ablate", "rungs=l0_baseline,l1_ib", "seeds=0", "force=true", *online(team))
     assert done.code == 0, done.err
     found = see(team.uri, run_id(done.folder))
     assert set(found.children) == {"l0_baseline seed 0", "l1_ib seed 0"}
@@ -67,10 +74,11 @@ def test_a_trainers_main_job_and_ladder_arrive(
     assert at_first_attempt(done.folder)
 
 
-def test_a_trainers_run_goes_on_from_the_server_alone(
-    ready_lab: Lab, undisturbed: Done, team: TeamServer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("user", [ADMIN, TRAINER], ids=lambda user: user[0])
+def test_a_run_goes_on_from_the_server_alone(
+    ready_lab: Lab, undisturbed: Done, team: TeamServer, user: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log_in(monkeypatch, *TRAINER)
+    log_in(monkeypatch, *user)
     with monkeypatch.context() as patched:
         patched.setattr(session, "stop", SignalAt(BATCHES + 3))
         stopped = ready_lab.step("distill", *online(team), "checkpoint.every_seconds=1e-6")
