@@ -1,6 +1,6 @@
 """The steps on the team's server as its four kinds of users: administrator, trainer, promoter, reader.
 
-The main job, a sweep and a promotion of the administrator are in test_team_server.py. An unknown run is 404 for that one,
+The administrator's main job, sweep and promotion are in test_team_server.py. An unknown run is 404 for that user,
 and 403 for everybody else.
 """
 

@@ -216,8 +216,8 @@ class Process:
             answer = delivery_registry.answer(self._client, asked, self.options.uri)
             if "error" in answer:
                 return False
-        champion = answer["value"]["aliases"].get(delivery_registry.CHAMPION)
-        return bool(champion == request["plan"]["after"][delivery_registry.CHAMPION])
+        champion, plan = answer["value"]["aliases"].get(delivery_registry.CHAMPION), request["plan"]
+        return bool(plan["after"] != plan["before"] and champion == plan["after"][delivery_registry.CHAMPION])
 
     def _fetch_answer(self, request: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import random
@@ -23,6 +24,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import HelperFailed
 from pipeline.experiment import tracking
 from pipeline.experiment.delivery import client as delivery_client
+from pipeline.experiment.delivery.__main__ import Process
 from pipeline.experiment.delivery.faults import lasting
 from pipeline.experiment.delivery.loop import DeliveryLoop
 from pipeline.experiment.delivery.server import prepare_sqlite
@@ -126,6 +128,28 @@ def test_what_was_forgotten_stays_so_in_the_next_process(sqlite_uri: str, tmp_pa
         loop.top.forget(child.folder, size)
         loop.run_once()
         assert set(loop.runs) == {journal.folder, child.folder}
+
+
+def test_a_move_of_aliases_that_is_asked_for_again_is_made_once(sqlite_uri: str, tmp_path: Path) -> None:
+    client = MlflowClient(sqlite_uri)
+    client.create_registered_model("m")
+    for _ in range(2):
+        client.create_model_version("m", tmp_path.as_uri())
+    client.set_registered_model_alias("m", "champion", "1")
+    before, after = {"champion": "1", "previous": None}, {"champion": "2", "previous": "1"}
+    plan = {"before": before, "after": after, "past": ["1"], "tags": {"2": {"a": "b"}}, "version": "2", "run": "r",
+            "why": "w"}  # fmt: skip
+    process = Process(argparse.Namespace(uri=sqlite_uri, again=False), None, set())  # type: ignore[arg-type]
+    process._client = client
+    request = {"do": "registry.move", "id": 1, "name": "m", "plan": plan}
+    for again in (True, True, False):  # nothing was done before; all was; and somebody else asks for the same
+        answer = process._answer_to({**request, "again": True} if again else dict(request))
+        assert ("error" in answer) is not again, answer
+        assert {k: str(v) for k, v in client.get_registered_model("m").aliases.items()} == after
+        assert client.get_model_version("m", "2").tags["a"] == "b"
+    stays = plan | {"before": after, "after": after, "tags": {"1": {"verdict": "refused"}}, "version": "1"}
+    assert "error" not in process._answer_to({**request, "plan": stays, "again": True})
+    assert client.get_model_version("m", "1").tags["verdict"] == "refused"
 
 
 def test_a_disk_that_is_full_for_a_while_ends_no_delivery(
