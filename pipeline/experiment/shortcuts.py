@@ -4,6 +4,7 @@
     METHOD=<name>          how it is distilled             SEED=<number>       of every random stream of the run
 
 They win over `cfg`, and an override of the same key on the command line wins over them. An empty variable is none.
+MLflow's own MLFLOW_EXPERIMENT_NAME names the experiment where neither `cfg` nor an override does.
 Names of networks are those of the zoo, which needs torch: it is imported only when a variable names one.
 """
 
@@ -33,12 +34,20 @@ class Shortcuts:
     Attributes:
         overrides: to stand before those of the command line, none of which sets the same key.
         teachers: the two networks of TEACHER_PAIR, or none.
+        experiment: MLFLOW_EXPERIMENT_NAME, or none.
     """
 
     overrides: tuple[str, ...] = ()
     teachers: tuple[str, ...] = ()
+    experiment: str = ""
 
     def presets(self, composed: DictConfig) -> list[Setting]:
+        """The experiment, unless a file names one, and the pair in the place of the composed teachers."""
+        named = OmegaConf.select(composed, "tracking.experiment") is not None
+        experiment = [Setting("tracking.experiment", self.experiment)] if self.experiment and not named else []
+        return [*experiment, *self._pair(composed)]
+
+    def _pair(self, composed: DictConfig) -> list[Setting]:
         """The pair in the place of the composed teachers.
 
         A network that is among these already stays as it is, with its checkpoint. Another one takes over what is said
@@ -88,7 +97,7 @@ def read(environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Short
         else:
             found += meant
         logger.info("%s (from the environment: %s%s)", " ".join(meant), name, but)
-    return Shortcuts(tuple(found), teachers)
+    return Shortcuts(tuple(found), teachers, environment.get("MLFLOW_EXPERIMENT_NAME", "").strip())
 
 
 def wants_dry_run(environment: Mapping[str, str]) -> bool:

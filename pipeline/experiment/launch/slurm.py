@@ -7,7 +7,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.experiment.options import REPOSITORY
 
 logger = logging.getLogger("asib")
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
+INHERITED = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_", "SINFO_", "SCONTROL_", "SRUN_")
 TIMEOUT_S = 60.0
 ALL_AT_ONCE = 100_000
 
@@ -87,7 +89,8 @@ class Slurm:
         executor.update_parameters(**self._parameters())
         entries = [partial(work, devices=None, requeue=self._cluster.requeue) for work in works]
         try:
-            jobs = executor.submit_array(entries)
+            with _own_settings_only():
+                jobs = executor.submit_array(entries)
         except (FailedJobError, FailedSubmissionError) as error:
             last = str(error).strip().splitlines()[-1]
             raise UserError(f"cluster={self._cluster.name}: Slurm does not take the jobs: {last}") from error
@@ -144,10 +147,27 @@ class Slurm:
         }
 
 
+@contextmanager
+def _own_settings_only() -> Iterator[None]:
+    """Without the variables that Slurm's programs take for options, before the script's #SBATCH lines.
+
+    A sweep that is itself started within a job inherits that job's size and number, and SBATCH_* of a user's profile
+    would overrule the cluster's file. SLURM_CONF stays: it says where Slurm is.
+    """
+    taken = {k: v for k, v in os.environ.items() if k.startswith(INHERITED) and k != "SLURM_CONF"}
+    for name in taken:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
+
+
 def _run(*command: str, text: str | None = None) -> subprocess.CompletedProcess[str] | None:
     """A command of Slurm's; None when it cannot be run or does not come back."""
     try:
-        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=TIMEOUT_S)
+        with _own_settings_only():
+            return subprocess.run(command, input=text, capture_output=True, text=True, timeout=TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
 

@@ -11,6 +11,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.experiment import cli, shortcuts
+from pipeline.experiment.compose import compose, dump
 from pipeline.experiment.execute import configuration
 
 VARIABLES = ("TEACHER_PAIR", "STUDENT", "METHOD", "SEED", "DRY_RUN")
@@ -207,3 +208,23 @@ def test_dry_run_is_yes_or_no(value, wants):
 def test_dry_run_that_is_neither():
     with pytest.raises(UserError, match="DRY_RUN=maybe in the environment: give 1 or 0"):
         shortcuts.wants_dry_run({"DRY_RUN": "maybe"})
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "experiment"),
+    [
+        ("{}", [], "from the shell"),
+        ("tracking: {mode: offline}", [], "from the shell"),
+        ("tracking: {experiment: of the file}", [], "of the file"),
+        ("tracking: {experiment: of the file}", ["tracking.experiment=typed"], "typed"),
+        ("{}", ["tracking.experiment=asib"], "asib"),
+    ],
+)
+def test_mlflows_variable_names_the_experiment_where_nothing_else_does(tmp_path, file, overrides, experiment):
+    (tmp_path / "mine.yaml").write_text(file)
+    found = shortcuts.read({"MLFLOW_EXPERIMENT_NAME": "from the shell"}, overrides)
+    config = compose(str(tmp_path / "mine.yaml"), [*found.overrides, *overrides], None, found.presets)
+    assert config.tracking.experiment == experiment
+    again = tmp_path / "config.yaml"  # what a run records is what it does, whatever the shell says then
+    again.write_text(dump(config))
+    assert compose(str(again), [], None, shortcuts.read({"MLFLOW_EXPERIMENT_NAME": "x"}).presets) == config

@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.experiment.launch import processes
+from pipeline.experiment.launch import slurm as slurm_backend
 from pipeline.experiment.launch.launcher import Launcher, load
 from tests.pipeline.experiment.launch.launch_work import hold
 from tests.slurm import SlurmCluster
@@ -370,3 +371,39 @@ def assert_line(error: UserError, words: list[str]) -> None:
     line = str(error)
     assert "\n" not in line
     assert all(word in line for word in words), line
+
+
+SURROUNDINGS = {"SBATCH_PARTITION": "nowhere", "SBATCH_TIMELIMIT": "nonsense", "SLURM_JOB_ID": "7",
+                "SQUEUE_FORMAT": "%j", "SLURM_CPUS_PER_TASK": "9", "SINFO_FORMAT": "%P"}  # fmt: skip
+
+
+def test_slurms_programs_see_none_of_a_surrounding_jobs_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "sinfo"
+    program.write_text("#!/bin/sh\nenv\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in {**SURROUNDINGS, "SLURM_CONF": "/etc/of/this/cluster"}.items():
+        monkeypatch.setenv(name, value)
+    done = slurm_backend._run("sinfo")
+    assert done is not None
+    seen = [line for line in done.stdout.splitlines() if line.startswith(("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_"))]
+    assert seen == ["SLURM_CONF=/etc/of/this/cluster"]
+    assert os.environ["SBATCH_PARTITION"] == "nowhere"
+
+
+@pytest.mark.slurm
+def test_an_array_is_submitted_from_within_a_job_as_its_file_says(
+    site: Site, slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SURROUNDINGS.items():
+        monkeypatch.setenv(name, value)
+    launcher = site.launcher("slurm", **SMALL)
+    launcher.check()
+    launcher.start(hold, 1, folder=str(site.notes))
+    (seen,) = site.read("0.0.json")
+    assert seen["OMP_NUM_THREADS"] == "1"  # not 9
+    assert launcher.alive() == 1
+    site.finish()
+    wait_for(lambda: launcher.alive() == 0, "the worker's end")
