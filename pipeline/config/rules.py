@@ -403,7 +403,7 @@ def _check_surroundings(config: Config) -> None:
     )
     _refuse(config.dataset.batch_size == 1, "dataset.batch_size=1: batch normalisation needs at least 2 images")
     _refuse(
-        re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device) is None,
+        re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", config.device) is None,
         f"device={config.device!r}: give auto, cpu, mps, cuda or cuda:<n>",
     )
     _refuse(

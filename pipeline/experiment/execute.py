@@ -111,6 +111,7 @@ def execute(
             return 0
         check_there(config, step)
         rank, _ = processes(os.environ)
+        _check_device(step, config)
     except UserError as error:
         return _refuse(step, error, debug)
     stop.install()
@@ -131,6 +132,16 @@ def execute(
         return _refuse(step, error, config.debug)
     except Interrupted as error:
         return 128 + error.signum  # before the run, or after its end: nothing is lost
+
+
+def _check_device(step: str, config: Config) -> None:
+    """Raise UserError for a device that this machine lacks; without torch where there is nothing to ask."""
+    if config.device in ("auto", "cpu"):
+        return
+    from pipeline.training.devices import DEVICELESS, device_of
+
+    if step not in DEVICELESS:
+        device_of(config)
 
 
 def outside(step: str, argv: Sequence[str], act: Callable[[cli.Command], int]) -> int:
@@ -289,7 +300,8 @@ def _refuse(step: str, error: UserError, debug: bool) -> int:
         try:
             _fail_adopted_run(step, str(error))
         except UserError as second:
-            logger.error("%s", second)
+            if str(second) != str(error):
+                logger.error("%s", second)
     return 1 if isinstance(error, HelperFailed) else 2
 
 

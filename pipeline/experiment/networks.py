@@ -13,6 +13,7 @@ from models.features import FeatureNet
 from pipeline.config import Config, TeacherConfig
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
+from pipeline.training.devices import device_of as device_of
 from pipeline.training.rng import Streams
 
 PREPARED_ALIKE = 1e-3
@@ -26,16 +27,6 @@ def user_error(key: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(f"{key}: {error}") from error
-
-
-def device_of(config: Config) -> torch.device:
-    """The device that `device` asks for. UserError where it is not there."""
-    if config.device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(config.device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={config.device}: {torch.cuda.device_count()} CUDA devices here; use device=cpu")
-    return device
 
 
 def check_names(config: Config) -> None:

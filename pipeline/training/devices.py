@@ -1,0 +1,21 @@
+"""Where a run computes. Needs torch alone, so that a device that is not there is refused before there is a run."""
+
+import torch
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+
+DEVICELESS = ("compare", "predict")
+"""Steps that never use `device`."""
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that `device` asks for. UserError where it is not there."""
+    if config.device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={config.device}: {torch.cuda.device_count()} CUDA devices here; use device=cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device={config.device}: Apple's GPU is not available here; use device=cpu")
+    return device
