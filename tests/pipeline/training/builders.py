@@ -216,6 +216,7 @@ def loop_for(
     task: Task, folder: Path, record: Record | None = None, stop: Callable[[], int] = lambda: 0, **more: Any
 ) -> Loop:
     precision = Precision(task.optim, CPU)
+    folder.parent.mkdir(parents=True, exist_ok=True)  # a run's folder is there before its checkpoints
     return Loop(task, record or Record(), Slots(folder), {"test": True}, precision, CPU, stop=stop, **more)
 
 

@@ -1,5 +1,6 @@
 """A forward pass that is not finite leaves nothing behind, and is never taken for an accuracy."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,16 @@ def test_one_image_is_enough() -> None:
     task.net.load_state_dict(losses_overflow.state_dict())
     with pytest.raises(NonFinite, match="teacher: 1 of 1 mean losses"):
         task.end_epoch(task.plan[0])
+
+
+@pytest.mark.slow
+def test_compiled_networks_leave_no_trace_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced passes write their buffers back at their end: what is put back must be what they write to."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    task = distillation(config(optim={"compile": True, "ema_decay": 0.9}))
+    poison = PoisonedPictures(task, "b", NAN)
+    loop_for(task, tmp_path).run()
+    assert task.compiled
+    assert poison.before
+    assert differences(poison.before, poison.after) == []
+    assert task.student.net.norm.num_batches_tracked == 4 * len(task.batches) - 1
