@@ -15,6 +15,7 @@ pytest.importorskip("mlflow")
 
 from mlflow.tracking import MlflowClient
 
+from pipeline.errors import UserError
 from pipeline.experiment.delivery.loop import DeliveryLoop
 from pipeline.journal import Journal
 from tests.servers import MlflowServer
@@ -22,6 +23,7 @@ from tests.servers import MlflowServer
 NGINX = "<html>\r\n<head><title>{0}</title></head>\r\n<body>\r\n<center><h1>{0}</h1></center>\r\n</body>\r\n</html>\r\n"
 CADDY = ""
 GATEWAY = '{{"message": "no route matched with those values", "status": "{0}"}}'
+FORBIDDEN = 403, b"Permission denied"
 Page = tuple[int, str]
 
 
@@ -30,6 +32,8 @@ class Proxy:
 
     def __init__(self, server: MlflowServer) -> None:
         self.page: Callable[[str, str], Page | None] = lambda *_: None
+        self.guards = False
+        """As basic authentication does for all but the administrator: an unknown run is forbidden."""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,6 +48,8 @@ class Proxy:
                     found = there.getresponse()
                     status, content, kind = found.status, found.read(), found.headers.get("Content-Type", "text/plain")
                     there.close()
+                    if outer.guards and status == 404 and "/runs/get" in self.path:
+                        status, content, kind = *FORBIDDEN, "text/html"
                 self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(content)))
@@ -146,3 +152,31 @@ def test_what_a_proxy_never_lets_through_is_refused_once_its_server_is_there(
     (run,) = runs(client, "limited")
     assert [file.path for file in client.list_artifacts(run)] == ["small.bin"]
     assert client.get_run(run).info.status == "FINISHED"
+
+
+def test_what_is_forbidden_to_all_but_the_administrator_holds_nothing_up(
+    mlflow_server: MlflowServer, proxy: Proxy, tmp_path: Path
+) -> None:
+    """A teacher that was fine-tuned off line is a journal of this machine; and a model that others look after."""
+    proxy.guards = True
+    proxy.page = partial(page_at, ("/model-versions/create", "/registered-models/create"), (403, "Permission denied"))
+    client, folder = MlflowClient(mlflow_server.uri), tmp_path / "run"
+    journal = Journal.create(folder, experiment="guarded", name="n")
+    journal.model_input(32 * "0")
+    (folder / "model").mkdir()
+    (folder / "model" / "weights").write_bytes(b"x")
+    journal.model(folder / "model", "student", kind="weights")
+    journal.register("the team's", model="student", alias="challenger", tags={})
+    journal.metrics({"student/acc": 0.5}, step=0)
+    journal.end("FINISHED", "completed", 0)
+    with DeliveryLoop(folder, proxy.uri) as loop:
+        assert loop.run_once()
+        assert loop.refused == 1, "the version"
+    (run,) = runs(client, "guarded")
+    assert (client.get_run(run).info.status, client.get_run(run).data.metrics) == ("FINISHED", {"student/acc": 0.5})
+    Journal.create(tmp_path / "other", experiment="guarded").close()
+    with (
+        DeliveryLoop(tmp_path / "other", proxy.uri, adopt=32 * "0") as loop,
+        pytest.raises(UserError, match="knows no run"),
+    ):
+        loop.run_once()
