@@ -54,7 +54,7 @@ def table(frame: "pandas.DataFrame") -> "pandas.DataFrame":
 
 
 _KEPT = r"\[[-+\d., ]*\](?![\[(:])"  # an interval or a list of numbers leads nowhere
-_MARKUP = re.compile(rf"({_KEPT})|(&|<|>|\[|\]|!|\||`|\\|\*|@|:(?=//)|(?<=\bwww)\.)", re.IGNORECASE)
+_MARKUP = re.compile(rf"({_KEPT})|(&|<|\[|\]|\||`|\\|\*|@(?=[\w-]+\.\w)|:(?=//)|(?<=\bwww)\.)", re.IGNORECASE)
 
 
 def markdown(text: str) -> str:
@@ -64,10 +64,15 @@ def markdown(text: str) -> str:
 
     Example:
         >>> markdown("![x](http://a.b/c.png)")
-        '&#33;&#91;x&#93;(http&#58;//a.b/c.png)'
+        '!&#91;x&#93;(http&#58;//a.b/c.png)'
     """
     one_line = re.sub(r"\s+", " ", text)
     return _MARKUP.sub(lambda found: found[1] or f"&#{ord(found[2])};", one_line)
+
+
+def row(cells: Iterable[str]) -> str:
+    """A line of a Markdown table; the cells are Markdown."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def code(text: str) -> str:

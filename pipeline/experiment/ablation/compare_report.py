@@ -120,14 +120,19 @@ def text(found: Comparison) -> str:
 def _markdown_table(table: pd.DataFrame, corner: str) -> str:
     head = [corner, *map(str, table.columns)]
     rows = [[str(name), *map(str, row)] for name, row in zip(table.index, table.to_numpy(), strict=True)]
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+    rule = ["---", *["--:"] * (len(head) - 1)]
+    texts = [list(map(escape.markdown, cells)) for cells in (head, *rows)]
+    return "\n".join(map(escape.row, [texts[0], rule, *texts[1:]]))
+
+
+def _bold(lines: Sequence[str]) -> list[str]:
+    return [f"**{escape.markdown(line)}**" for line in lines]
 
 
 def markdown(found: Comparison) -> str:
     """The tables and what is to be said with them."""
-    parts = [f"## {_title(found)}", *(f"**{line}**" for line in found.notes), _markdown_table(shown(found), "rung")]
-    parts += _below(found)
+    parts = [f"## {escape.markdown(_title(found))}", *_bold(found.notes), _markdown_table(shown(found), "rung")]
+    parts += map(escape.markdown, _below(found))
     if len(found.differing):
         parts += ["### Keys that differ", _markdown_table(found.differing.T, "rung")]
     return "\n\n".join([*parts, EXPLAINED]) + "\n"
@@ -149,8 +154,8 @@ def note(found: Comparison, to: str) -> str:
     costs = list(narrow.columns).index("student updates")
     small = narrow.iloc[:, :costs].assign(seconds=narrow["seconds"])
     for table in (narrow, small):
-        parts = [first, *(f"**{line}**" for line in found.notes), _markdown_table(table, "rung")]
-        whole = "\n\n".join(filter(None, [*parts, *_below(found)]))
+        parts = [first, *_bold(found.notes), _markdown_table(table, "rung")]
+        whole = "\n\n".join(filter(None, [*parts, *map(escape.markdown, _below(found))]))
         if len(whole) <= NOTE_LENGTH:
             return whole
     return first[:NOTE_LENGTH]

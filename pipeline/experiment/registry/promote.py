@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline import escape
 from pipeline.config import Config
 from pipeline.data.files import ImageFiles
 from pipeline.data.sources import ImageData
@@ -296,7 +297,7 @@ def _retire(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasi
 
 
 def _say(run: Run, conclusion: str) -> None:
-    run.journal.tags({"mlflow.note.content": f"**{conclusion}**"})
+    run.journal.tags({"mlflow.note.content": f"**{escape.markdown(conclusion)}**"})
     print(conclusion, flush=True)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline import escape
 from pipeline.experiment.registry import gate as gates
 from pipeline.experiment.registry import spending
 from pipeline.experiment.registry.config import Gate
@@ -89,9 +90,12 @@ def warning(verdict: Verdict, gate: Gate) -> str:
 
 def note(title: str, verdict: Verdict, conclusion: str, *remarks: str) -> str:
     """Markdown for the run's description."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(verdict)]
-    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([f"**{title}**", "", *body, "", *(f"{remark}\n" for remark in remarks), f"**{conclusion}**"])
+    title, conclusion, *told = [escape.markdown(text) for text in (title, conclusion, *remarks)]  # they hold names
+    lines = [[escape.markdown(cell) for cell in line] for line in rows(verdict)]
+    body = [COLUMNS, ("---",) * len(COLUMNS), *lines]
+    return "\n".join(
+        [f"**{title}**", "", *map(escape.row, body), "", *(f"{remark}\n" for remark in told), f"**{conclusion}**"]
+    )
 
 
 def write(

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 import pandas as pd
@@ -182,17 +183,22 @@ def note(study: optuna.Study, sweep: SweepConfig, *, experiment: str = "", stora
         parent: id of the sweep's run, for the command that repeats the best trial.
     """
     front, single = _front(study), len(sweep.objectives) == 1
-    parts = [f"**{sweep.name}**: {_counted(study, sweep)}"]
+    parts = [f"**{escape.markdown(sweep.name)}**: {_counted(study, sweep)}"]
     if front and single:
-        parts.append(f"**best: {_values(front[0], sweep)}**, trial {front[0].number}")
-        parts.append("\n".join(f"- `{key}`: {_number(value)}" for key, value in front[0].params.items()))
+        parts.append(f"**best: {escape.markdown(_values(front[0], sweep))}**, trial {front[0].number}")
+        best = front[0].params.items()
+        parts.append("\n".join(f"- {escape.code(key)}: {escape.markdown(_number(value))}" for key, value in best))
         if parent:
-            parts.append(f"again: `mlflow run . -e distill -P cfg=runs:/{parent}/best.yaml`")
+            parts.append("again: " + escape.code(f"mlflow run . -e distill -P cfg=runs:/{parent}/best.yaml"))
     elif front:
         parts.append(f"**{len(front)} trials on the Pareto front**")
     found = table(study, sweep)
     found = found[found["state"] == "complete"]
-    tail = [f"all trials: `{dashboard(storage)}`, and `study/study.html` among the artifacts"] if storage else []
+    tail = (
+        [f"all trials: {escape.code(dashboard(storage))}, and `study/study.html` among the artifacts"]
+        if storage
+        else []
+    )
     for rows in range(min(TOP, len(found)), -1, -1):
         middle = [_markdown(found.head(rows), sweep, experiment)] if rows else []
         whole = "\n\n".join([*parts, *middle, *tail])
@@ -205,14 +211,17 @@ def _markdown(found: pd.DataFrame, sweep: SweepConfig, experiment: str) -> str:
     """The rows as a Markdown table; keys by their short names, trials as links to their runs."""
     names = short_names(list(sweep.space))
     metrics = [o.metric for o in sweep.objectives]
-    head = ["trial", *metrics, *(f"`{names[key]}`" for key in sweep.space), "epochs", "attempts", "seconds"]
+    head = ["trial", *map(escape.markdown, metrics), *(escape.code(names[key]) for key in sweep.space)]
+    head += ["epochs", "attempts", "seconds"]
     lines = [head, ["--:"] * len(head)]
     for row in found.to_dict("records"):
-        linked = bool(experiment and row["run_id"])
-        trial = f"[{row['number']}](#/experiments/{experiment}/runs/{row['run_id']})" if linked else str(row["number"])
+        run = quote(str(row["run_id"]), safe="")  # of the study's database, where others write too
+        trial = (
+            f"[{row['number']}](#/experiments/{experiment}/runs/{run})" if experiment and run else f"{row['number']}"
+        )
         cells = [*metrics, *sweep.space, "epochs", "attempts", "seconds"]
-        lines.append([trial, *(_number(row[str(name)]) for name in cells)])
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        lines.append([trial, *(escape.markdown(_number(row[str(name)])) for name in cells)])
+    return "\n".join(map(escape.row, lines))
 
 
 # the page ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from scipy import stats
 from pipeline.errors import UserError
 from pipeline.experiment.ablation import compare, compare_report, rungs, statistics
 from pipeline.experiment.records import Record
+from tests.rendering import EVIL, elements, leads
 
 IMAGES = 40
 
@@ -321,3 +322,19 @@ def test_the_link_opens_all_runs_and_the_note_fits_into_a_tag() -> None:
     assert link in note
     assert len(note) <= 8000
     assert "| l4_full |" in compare_report.note(compare.compare(runs), compare_report.link(ids[:21], "7"))
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_names_of_runs_load_nothing_and_lead_nowhere(name: str) -> None:
+    own = {"name": name, "tags": {"asib.rung": name}, "config": {"dataset.name": name, "model.student.name": name}}
+    found = compare.compare(
+        [record("l0_baseline", 0, 20), record("x", 0, 22, **own), record("x", 1, 24, **own)], anyway=True
+    )
+    assert name in {group.name for group in found.groups}
+    assert leads(compare_report.note(found, compare_report.link(["1"], "7"))) == [compare_report.link(["1"], "7")]
+    assert leads(compare_report.markdown(found)) == []
+    assert len(compare_report.markdown(found).split(" ± ")) == 3
+    page = compare_report.page(found, b"")
+    assert "script" not in elements(page)
+    (image,) = re.findall(r"<(?:img|a|link) [^>]*", page)
+    assert image.endswith('src="data:image/png;base64,"')

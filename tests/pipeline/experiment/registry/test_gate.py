@@ -13,8 +13,10 @@ from pipeline.errors import UserError
 from pipeline.experiment.ablation import statistics
 from pipeline.experiment.registry import config as gates
 from pipeline.experiment.registry import gate as g
+from pipeline.experiment.registry import report
 from pipeline.experiment.registry.config import Gate
 from pipeline.experiment.registry.gate import Measured, Pairs
+from tests.rendering import EVIL, leads
 
 CLASSES = ("ash", "birch", "cedar", "date")
 
@@ -229,3 +231,11 @@ def test_a_gate_names_what_the_command_line_has_changed_of_it(tmp_path: Any) -> 
     own.write_text("alpha: 0.999\n")
     digest = hashlib.sha256(b"alpha: 0.999\n").hexdigest()[:12]
     assert gates.load(str(own), {}).words == f"default.yaml, sha256 {digest}", "a file of that name is not the default"
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_a_verdicts_note_loads_nothing_and_leads_nowhere(name: str) -> None:
+    worst = g.Criterion("class drop", 3.0, 2.0, False, False, "points", f"most in {name}")
+    text = report.note(f"m: {name}", g.Verdict((worst,), {}), f"m: version 2 is refused: {name}", name)
+    assert leads(text) == []
+    assert "| class drop | +3.00 points | at most +2.00 points | REFUSED |" in text

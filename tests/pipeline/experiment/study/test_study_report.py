@@ -22,6 +22,7 @@ from PIL import Image
 from pipeline.experiment.study import pictures as study_pictures
 from pipeline.experiment.study import report as study_report
 from pipeline.experiment.sweep.space import SweepConfig
+from tests.rendering import EVIL, elements, leads
 
 STATES = {
     "complete": TrialState.COMPLETE,
@@ -362,3 +363,38 @@ def test_importances_are_for_high_accuracy_also_beside_another_objective() -> No
 )
 def test_short_names_are_unambiguous(keys: list[str], expected: list[str]) -> None:
     assert list(study_pictures.short_names(keys).values()) == expected
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_words_of_a_study_load_nothing_and_lead_nowhere(name: str) -> None:
+    """Choices are in its file; attributes of its trials are whatever somebody wrote into the database."""
+    choices = CategoricalDistribution([json.dumps("plain"), json.dumps(name)])
+    made = optuna.create_study(directions=["maximize"])
+    for k in range(2):
+        run = {"run_id": name if k else "ab"}
+        chosen = {"method.kd_loss": choices.choices[k]}
+        made.add_trial(create_trial(value=k, params=chosen, distributions={"method.kd_loss": choices}, user_attrs=run))
+    space = {"method.kd_loss": {"type": "categorical", "choices": ["plain", name]}}
+    what = SweepConfig.model_validate({"name": "toy", "space": space, "objectives": OBJECTIVES[:1], "trials": 2})
+    note = study_report.note(made, what, experiment="12", storage="sqlite:///a.db", parent="p0")
+    assert "#/experiments/12/runs/ab" in leads(note)
+    assert all(lead.startswith("#/experiments/12/runs/") for lead in leads(note))
+    page = study_report.page(made, what, study_report.table(made, what), [])
+    known = {
+        "html",
+        "meta",
+        "title",
+        "style",
+        "h1",
+        "h2",
+        "pre",
+        "div",
+        "p",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+    }
+    assert elements(page) <= known
