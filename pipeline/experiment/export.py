@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models import stem_timm
 from models.features import FeatureNet
 from models.small_input import is_patch_family
+from models.weights import METADATA_KEY
 from pipeline.data.sources import ImageData
 from pipeline.experiment import served
 from pipeline.experiment.run import Run
@@ -30,9 +31,11 @@ CHECKED = 32
 """Images of the test split on which they are compared."""
 
 
-def save_fusion(fusion: Fusion, path: Path) -> None:
-    """Adapters, IB-MBM and head as safetensors: `adapters.*`, `ib_mbm.*`, `head.*`."""
-    write_atomically(path, save({k: v.detach().cpu().contiguous() for k, v in fusion.state_dict().items()}))
+def save_fusion(fusion: Fusion, path: Path, data: ImageData) -> None:
+    """Adapters, IB-MBM and head as safetensors: `adapters.*`, `ib_mbm.*`, `head.*`; with the classes of its logits."""
+    state = {k: v.detach().cpu().contiguous() for k, v in fusion.state_dict().items()}
+    record = {"classes": list(data.classes), "mean": list(data.mean), "std": list(data.std)}
+    write_atomically(path, save(state, metadata={METADATA_KEY: json.dumps(record, sort_keys=True)}))
 
 
 # ONNX ----------------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def _keep_weights(run: Run, data: ImageData, task: Distillation) -> None:
     run.journal.artifact(path, "checkpoints")
     if task.fusion is not None:
         fusion = run.folder / FUSION
-        export.save_fusion(task.fusion, fusion)
+        export.save_fusion(task.fusion, fusion, data)
         run.journal.artifact(fusion, "checkpoints")
     run.journal.tags({"asib.weights": weights_hash(task.student.net)})
 

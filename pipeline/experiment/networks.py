@@ -96,16 +96,20 @@ def load(net: FeatureNet, path: Path, key: str, data: ImageData) -> dict[str, An
         UserError: it names `key`.
     """
     with user_error(key):
-        record = weights.read_metadata(path)
-        for name in ("mean", "std"):
-            theirs, ours = record.get(name, []), list(getattr(data, name))
-            if theirs and (len(theirs) != data.in_chans or max(map(_distance, theirs, ours)) > PREPARED_ALIKE):
-                told = ", ".join(f"{value:.6g}" for value in theirs)
-                raise ValueError(
-                    f"it was trained on images prepared with {name} [{told}], and here it is "
-                    f"[{', '.join(f'{value:.6g}' for value in ours)}]; set dataset.{name}=[{told.replace(' ', '')}]"
-                )
+        check_prepared(weights.read_metadata(path), data)
         return weights.load_weights(net, path, classes=data.classes)
+
+
+def check_prepared(record: Mapping[str, Any], data: ImageData) -> None:
+    """Raise ValueError for a recorded mean or deviation that is not the data's."""
+    for name in ("mean", "std"):
+        theirs, ours = record.get(name, []), list(getattr(data, name))
+        if theirs and (len(theirs) != data.in_chans or max(map(_distance, theirs, ours)) > PREPARED_ALIKE):
+            told = ", ".join(f"{value:.6g}" for value in theirs)
+            raise ValueError(
+                f"it was trained on images prepared with {name} [{told}], and here it is "
+                f"[{', '.join(f'{value:.6g}' for value in ours)}]; set dataset.{name}=[{told.replace(' ', '')}]"
+            )
 
 
 def prepared_as(data: ImageData, record: Mapping[str, Any]) -> ImageData:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from models.adapter import DistillationAdapter
 from models.ib_mbm import IBMBM
-from models.weights import ADAPTER, fill, read_state
+from models.weights import ADAPTER, fill, read_metadata, read_state
 from pipeline.config import Config
 from pipeline.config.describe import written
+from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import networks, records, teachers
 from pipeline.experiment.evaluation.source import FUSION, Source, fetch
@@ -103,21 +104,24 @@ def _local(path: Path, key: str) -> Place:
     return Place(path)
 
 
-def load(run: Run, place: Place, fusion: Fusion, hashes: Sequence[str]) -> None:
+def load(run: Run, place: Place, fusion: Fusion, hashes: Sequence[str], data: ImageData) -> None:
     """Fill the fusion.
 
     Args:
         hashes: of the teachers that it is going to fuse.
 
     Raises:
-        UserError: it is another configuration's, or was trained with other teachers.
+        UserError: it is another configuration's, or was trained with other teachers, or on images of other classes.
     """
     _check_origin(run, place, hashes)
     key = f"fusion={place.path}"
     with networks.user_error(key):
         if place.path.is_file():
-            state = read_state(place.path)
-            fill(fusion, state, "it is no fusion of this configuration")
+            record = read_metadata(place.path)
+            if record.get("classes", list(data.classes)) != list(data.classes):
+                raise ValueError("it was trained on other classes, or on these in another order; choose its data set")
+            networks.check_prepared(record, data)
+            fill(fusion, read_state(place.path), "it is no fusion of this configuration")
         else:
             _load_research_code(run, place.path, fusion)
 

@@ -190,7 +190,7 @@ def subject(run: Run, data: ImageData, request: Request, source: Source | None =
         place = fusions.find(run, request.fusion, source)
         found.teachers = teachers.obtain(run, data, student)
         found.fusion = _fusion(config, data, found)
-        fusions.load(run, place, found.fusion, [t.hash for t in found.teachers])
+        fusions.load(run, place, found.fusion, [t.hash for t in found.teachers], data)
     elif mode == "average" or request.teachers == "true":
         found.teachers = teachers.obtain(run, data, student)
     elif request.teachers == "auto":

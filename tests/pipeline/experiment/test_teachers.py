@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from models.weights import weights_hash
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.experiment import networks, teachers
+from pipeline.experiment import export, networks, teachers
 from pipeline.experiment.ablation import rungs
 from pipeline.experiment.compose import compose
-from tests.pipeline.training.builders import config, differences, fine_tuning, image_data, loop_for
+from pipeline.experiment.evaluation import fusions
+from tests.pipeline.training.builders import config, differences, distillation, fine_tuning, image_data, loop_for
 
 STUDENTS_OWN: dict[str, dict[str, Any]] = {
     "grad_clip_norm": {"optim": {"grad_clip_norm": 1e-3}},
@@ -101,9 +103,29 @@ def test_a_teacher_of_other_images_is_refused_with_the_key_that_would_do(tmp_pat
     given = config(model={"teachers": [one, other]})
     with pytest.raises(UserError, match=r"^model\.teachers\.0\.checkpoint=.*set dataset\.mean=\[0\.5,0\.402,0\.45\]"):
         teachers.foresee(given, data)
-    teachers.foresee(given, replace(data, mean=(0.5, 0.4015, 0.45)))  # as rounded statistics are
-    with pytest.raises(UserError, match="trained on other classes"):
-        teachers.foresee(given, replace(data, classes=("a", "b", "c", "x"), mean=(0.5, 0.402, 0.45)))
     bare = networks.build_teacher(c, data, 0)
+    networks.load(bare, path, "as rounded statistics are", replace(data, mean=(0.5, 0.4015, 0.45)))
+    with pytest.raises(UserError, match="trained on other classes"):
+        networks.load(bare, path, "x", replace(data, classes=("a", "b", "c", "x"), mean=(0.5, 0.402, 0.45)))
     torch.save(bare.net.state_dict(), tmp_path / "bare.pth")
     networks.load(bare, tmp_path / "bare.pth", "no record", replace(data, mean=(0.1, 0.1, 0.1)))
+
+
+def test_a_fusion_of_other_classes_or_images_is_refused(tmp_path: Path) -> None:
+    c, data = config(), image_data()
+    made, other = (distillation(c, data).fusion for _ in range(2))
+    assert made is not None
+    assert other is not None
+    export.save_fusion(made, tmp_path / "fusion.safetensors", data)
+    run: Any = SimpleNamespace(config=c)  # the run that made it is not known
+    place = fusions.Place(tmp_path / "fusion.safetensors")
+    for strange, says in (
+        (replace(data, classes=data.classes[::-1]), "other classes, or on these in another order"),
+        (replace(data, std=(0.25, 0.25, 0.3)), r"set dataset\.std=\[0\.25,0\.2,0\.3\]"),
+    ):
+        with pytest.raises(UserError, match=says):
+            fusions.load(run, place, other, [], strange)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    fusions.load(run, place, other, [], data)
+    assert differences(made.state_dict(), other.state_dict()) == []
