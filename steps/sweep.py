@@ -60,7 +60,7 @@ def _join(own: dict[str, str], command: cli.Command) -> int:
     from pipeline.experiment.sweep import worker as sweep_worker
 
     storage = sweep_plan.storage_url(own.get("storage"), configuration(command, OWN))
-    return sweep_worker.work(0, own["join"], storage, command.overrides)
+    return sweep_worker.work(0, own["join"], storage, command.overrides, joined=True)
 
 
 def _reap(own: dict[str, str], command: cli.Command) -> int:

@@ -208,6 +208,22 @@ def _on_server(checkpoint: Any) -> bool:
     return checkpoint is None or (isinstance(checkpoint, str) and _RUN.fullmatch(checkpoint) is not None)
 
 
+def check_refers_to_nothing(text: str, source: str) -> None:
+    """Refuse a dumped configuration, in which every `${` is escaped, when somebody has put a live one into it.
+
+    Raises:
+        UserError.
+    """
+
+    def walk(value: Any) -> None:
+        for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+            walk(item)
+        if isinstance(value, str) and re.search(r"(?<!\\)(\\\\)*\$\{", value):
+            raise UserError(f"{source}: refers to something (${{…}}): only a file of one's own may")
+
+    walk(parse_data(text, source))
+
+
 def _literal(value: Any, key: str, source: str) -> Any:
     if isinstance(value, list):
         return [_literal(item, key, source) for item in value]

@@ -18,6 +18,7 @@ from pipeline.config import Config, config_hash
 from pipeline.config.bank import shared
 from pipeline.config.places import output_dir
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken, UserError
+from pipeline.experiment import settings
 from pipeline.experiment.compose import compose
 from pipeline.experiment.execute import log_to_terminal, stop
 from pipeline.experiment.folders import header_of
@@ -28,6 +29,7 @@ from pipeline.experiment.sweep import space as sweep_space
 from pipeline.experiment.sweep.space import SweepConfig
 from pipeline.files import replacing
 from pipeline.journal import Carrier, writer_alive
+from pipeline.paths import inside
 
 if TYPE_CHECKING:
     from pipeline.experiment.run import Run
@@ -41,13 +43,16 @@ LINK_S = 30.0
 """So long a trial that has ended waits for its run's id: an ended trial takes no more notes."""
 
 
-def work(index: int, study: str, storage: str | None = None, overrides: Sequence[str] = ()) -> int:
+def work(
+    index: int, study: str, storage: str | None = None, overrides: Sequence[str] = (), joined: bool = False
+) -> int:
     """A worker's life; run by submitit, by `join`, and in each process of torchrun.
 
     Args:
         index: among the workers that were started together.
         storage: the study's database; None: as the environment's `STORAGE` says, where no file shows its password.
         overrides: what differs on this machine, such as dataset.root: nothing that is computed.
+        joined: by hand, perhaps to somebody else's study.
 
     Returns:
         0 when there was nothing left to do, 1 after `HOPELESS` failures, `PREEMPTED` after a signal.
@@ -60,7 +65,10 @@ def work(index: int, study: str, storage: str | None = None, overrides: Sequence
     if os.environ.get("RANK", "0") != "0":
         return _follow()
     opened = Study.open(storage or os.environ[STORAGE], study)
-    worker = Worker(opened, configuration(opened, overrides), index)
+    base = configuration(opened, overrides)
+    if joined:
+        refuse_strange_server(study, base.tracking.uri, overrides)
+    worker = Worker(opened, base, index)
     try:
         return worker.run()
     except Interrupted:
@@ -73,11 +81,19 @@ def configuration(study: Study, overrides: Sequence[str]) -> Config:
     """What the study's trials start from, as this machine has it. UserError: overrides that change what is computed."""
     with tempfile.TemporaryDirectory(prefix="asib-study-") as folder:
         file = Path(folder) / "study.yaml"
+        settings.check_refers_to_nothing(study.facts["config"], f"study {study.name}")  # others write into its database
         file.write_text(study.facts["config"])
         config = compose(str(file), [*overrides])
     if config_hash(config) != study.facts["config_hash"]:
         raise UserError(f"join={study.name}: {' '.join(overrides)} changes what its trials compute; leave it out")
     return config
+
+
+def refuse_strange_server(study: str, uri: str | None, overrides: Sequence[str]) -> None:
+    """A study may be somebody else's: no password goes to a server that only its database names. Raises UserError."""
+    told = any(text.lstrip(" +").startswith("tracking") for text in overrides)
+    if uri and uri.startswith("http") and uri != os.environ.get("MLFLOW_TRACKING_URI") and not told:
+        raise UserError(f"join={study}: its runs go to {uri}; say that yours may too: tracking.uri={uri}")
 
 
 class Worker:
@@ -202,7 +218,7 @@ class Worker:
         copy = first.with_name(f"{first.name}-{claim.attempt}-{claim.number}")
         copy.mkdir(parents=True)
         if (before / "checkpoints" / "manifest.json").exists():
-            shutil.copytree(before / "checkpoints", copy / "checkpoints")
+            shutil.copytree(before / "checkpoints", copy / "checkpoints", ignore=_links)
         return copy
 
     def _distil(self, claim: Claim, config: Config, folder: Path) -> dict[str, float] | None:
@@ -346,13 +362,17 @@ def _note_run(claim: Claim, folder: Path) -> bool:
 def fetch_teachers(teachers: Sequence[Mapping[str, Any]], run: "Run") -> None:
     """Fine-tuned teachers that another machine made, brought to where `teachers.obtain` looks for them."""
     for made in teachers:
-        path = output_dir(run.config) / "teachers" / made["file"]
+        path = inside(output_dir(run.config) / "teachers", made["file"])
         if path.exists() or not made["run_id"] or run.delivery is None:
             continue
         fetched = run.fetch(f"runs:/{made['run_id']}/checkpoints/teacher.safetensors", run.folder / "fetched")
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             shutil.copyfile(fetched, part)
+
+
+def _links(top: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(top, name).is_symlink()]
 
 
 def _journal_id(folder: Path) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.experiment.run import _fetch_checkpoint
+from pipeline.experiment.opening import fetch_checkpoint
 from pipeline.training.checkpoint import Slots, pack
 
 
@@ -27,7 +27,7 @@ class Server:
 
 def fetch(tmp_path: Path, manifest: Any) -> Path:
     (tmp_path / "server" / "manifest.json").write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
-    _fetch_checkpoint(Server(tmp_path / "server"), "0" * 32, tmp_path / "run")  # type: ignore[arg-type]
+    fetch_checkpoint(Server(tmp_path / "server"), "0" * 32, tmp_path / "run")  # type: ignore[arg-type]
     return tmp_path / "run" / "checkpoints"
 
 

@@ -12,8 +12,9 @@ from pipeline.errors import UserError
 from pipeline.experiment.compose import compose, dump
 from pipeline.experiment.launch import cluster
 from pipeline.experiment.registry import config as gate
-from pipeline.experiment.settings import parse_data, parse_yaml, read_data
+from pipeline.experiment.settings import check_refers_to_nothing, parse_data, parse_yaml, read_data
 from pipeline.experiment.sweep import file as sweep_file
+from pipeline.experiment.sweep.worker import refuse_strange_server
 
 URI = "runs:/0123456789abcdef0123456789abcdef/best.yaml"
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -214,3 +215,31 @@ def test_a_teacher_of_another_machine_is_asked_for(tmp_path: Path, checkpoint: s
     assert "model.teachers.0.checkpoint" in message
     mine = fetched(tmp_path, text, "model.teachers.0.checkpoint=mine.pt")
     assert mine == compose("quickstart", ["model.teachers.0.checkpoint=mine.pt"])
+
+
+# a study that is joined --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["${oc.env:HOME}", r"\\${seed}", r"\\\\${seed}"])
+def test_a_studys_configuration_refers_to_nothing(name: str) -> None:
+    with pytest.raises(UserError, match="refers to something"):
+        check_refers_to_nothing(f"tracking:\n  experiment: '{name}'\n", "study s")
+
+
+@pytest.mark.parametrize("name", ["a${b}", r"\${x}", r"\\\\${x}", "plain"])
+def test_a_dump_refers_to_nothing_whatever_its_names(name: str) -> None:
+    config = compose("quickstart")
+    check_refers_to_nothing(dump(config.model_copy(update={"run_name": name})), "study s")
+
+
+def test_a_server_that_only_a_study_names_gets_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ours")
+    for uri, told in (
+        (None, []),
+        ("http://ours", []),
+        ("sqlite:///a.db", []),
+        ("http://other", ["tracking.uri=http://other"]),
+    ):
+        refuse_strange_server("s", uri, told)
+    with pytest.raises(UserError, match=r"join=s: its runs go to http://other; .* tracking.uri=http://other"):
+        refuse_strange_server("s", "http://other", ["dataset.root=x"])
