@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.experiment import cli
+from pipeline.experiment.bundle import FORMS
 from pipeline.experiment.execute import execute
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from pipeline.experiment.run import Run
 
 OWN = {
-    "model": "models:/<name>@<alias>, models:/<name>/<version>, runs:/<id>, or the folder of a logged model",
+    "model": FORMS,
     "images": "a folder with PNG and JPEG files, at any depth",
     "to": "the table to write, .csv or .parquet; predictions.csv in the run's folder by default",
 }

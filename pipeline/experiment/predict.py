@@ -6,19 +6,19 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from pipeline import escape
 from pipeline.config.places import is_uri
 from pipeline.errors import UserError
+from pipeline.experiment import bundle
 from pipeline.experiment.student_pyfunc import BATCH, Classifier
 from pipeline.paths import user_path
 from pipeline.picture_files import SUFFIXES, find, told
@@ -53,21 +53,6 @@ class Asked:
         return f"classify {len(self.files)} pictures in {self.images} with {self.model}"
 
 
-@dataclass(frozen=True)
-class Model:
-    """A logged student on this machine, and where it comes from: "" where its folder does not say.
-
-    Attributes:
-        version: models:/<name>/<version>, which an alias led to.
-    """
-
-    net: Path
-    meta: Path
-    run_id: str = ""
-    model_id: str = ""
-    version: str = ""
-
-
 def understand(own: Mapping[str, str]) -> Asked:
     """The step's own keys. Raises UserError: one is missing, or names what cannot be."""
     model, images, to = own.get("model", ""), own.get("images", ""), own.get("to", "")
@@ -92,9 +77,7 @@ def understand(own: Mapping[str, str]) -> Asked:
 def _model_folder(given: str) -> Path:
     folder = user_path(given, "model")
     if not folder.is_dir():
-        raise UserError(
-            f"model={given}: no such folder; give models:/<name>@<alias>, runs:/<id>, or a logged model's folder"
-        )
+        raise UserError(f"model={given}: no such folder; give {bundle.FORMS}")
     return folder
 
 
@@ -118,8 +101,8 @@ def predict(run: "Run", asked: Asked) -> float | None:
     """
     if run.follower:
         return None  # one process is enough
-    model = locate(run, asked.model)
-    classifier = load(model, asked.model)
+    model = bundle.read(locate(asked.model, run.fetch, run.folder / "fetched"), f"model={asked.model}")
+    classifier = bundle.load(model, f"model={asked.model}")
     run.ready()
     if asked.ignored:
         logger.info("images=%s: %s", asked.images, told(asked.ignored, asked.images))
@@ -234,49 +217,21 @@ def _tell(run: "Run", asked: Asked, skipped: Mapping[str, str]) -> Path:
 # the model -----------------------------------------------------------------------------------------------------------
 
 
-def locate(run: "Run", source: str) -> Model:
-    """The logged student that `model=` names, downloaded where it is not on this machine. Raises UserError."""
+def locate(source: str, fetch: Callable[[str, Path], Path], to: Path) -> Path:
+    """The folder of the logged student that `model=` names; `fetch` brings what lies on a server into the folder `to`.
+
+    Raises:
+        UserError: it is not there.
+    """
     if source.startswith(("models:/", "runs:/")):
         uri = source.rstrip("/")
         if source.startswith("runs:/") and "/" not in uri.removeprefix("runs:/"):
             uri += "/student"
         try:
-            folder = run.fetch(uri, run.folder / "fetched")
+            return fetch(uri, to)
         except UserError as error:
             raise UserError(f"model={source}: {str(error).removeprefix(uri).lstrip(': ')}") from error
-    else:
-        folder = _model_folder(source)
-    return _student(folder, source)
-
-
-def _student(folder: Path, source: str) -> Model:
-    """What lies in a logged model's folder: as MLflow stores it, or as the run has prepared it."""
-    mlmodel, registered = folder / "MLmodel", folder / "registered_model_meta"
-    model = Model(folder / "student.onnx", folder / "meta.json")
-    try:
-        if mlmodel.exists():
-            told = yaml.safe_load(mlmodel.read_text())
-            artifacts = told["flavors"]["python_function"]["artifacts"]
-            net, meta = (folder / artifacts[name]["path"] for name in ("net", "meta"))
-            model = Model(net, meta, told.get("run_id") or "", told.get("model_id") or "")
-        if registered.exists():
-            told = yaml.safe_load(registered.read_text())
-            if told.get("model_name"):
-                model = replace(model, version=f"models:/{told['model_name']}/{told['model_version']}")
-    except (KeyError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
-        raise UserError(f"model={source}: {mlmodel} describes no student of this project") from error
-    if not (model.net.is_file() and model.meta.is_file()):
-        raise UserError(f"model={source}: no student is in it; give the model of a distill run with log_model=true")
-    return model
-
-
-def load(model: Model, source: str) -> Classifier:
-    """The network, ready. Raises UserError where its files are damaged."""
-    try:
-        return Classifier(str(model.net), str(model.meta))
-    except Exception as error:  # onnxruntime has no common class for what it raises
-        reason = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"model={source}: its files cannot be read ({reason}); fetch or log it again") from error
+    return _model_folder(source)
 
 
 __all__ = ["Asked", "predict", "understand"]

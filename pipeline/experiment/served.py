@@ -6,7 +6,7 @@ from pathlib import Path
 import pipeline.pictures
 
 PYFUNC = Path(__file__).with_name("student_pyfunc.py")
-SHARED = "from pipeline.pictures import Refused, decode\n"
+SHARED = "from pipeline.pictures import MAX_PIXELS, Refused, area, decode\n"
 
 
 def code() -> str:

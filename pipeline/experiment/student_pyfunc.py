@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.pictures import Refused, decode
+from pipeline.pictures import MAX_PIXELS, Refused, area, decode
 
+MAX_IMAGES, MAX_PIXELS_TOGETHER = 1024, 8 * MAX_PIXELS
+"""Of one request: more would hold a server for longer than others wait."""
 BATCH = 256
 """Images that go through the network at once, so that memory does not grow with the request."""
 
@@ -51,15 +53,13 @@ class Classifier:
         return decode(file, self.size, self.channels, self.crop_pct, sent=sent)
 
     def image(self, item: Any) -> NDArray[np.uint8]:
-        """One item of a request: a base64 string, or nested lists of pixels. Raises Refused."""
-        if not isinstance(item, str):
+        """One item of a request: a picture's file, or nested lists of pixels. Raises Refused."""
+        if not isinstance(item, bytes):
             return pixels(item, self.size, self.channels)
         try:
-            # tools that write base64 break its lines
-            return self.picture(base64.b64decode("".join(item.split()), validate=True), sent=True)
-        except ValueError as error:
-            reason = f" ({error})" if isinstance(error, Refused) else ""
-            raise Refused(f"is no base64 PNG or JPEG{reason}") from error
+            return self.picture(item, sent=True)
+        except Refused as error:
+            raise Refused(f"is no base64 PNG or JPEG ({error})") from error
 
 
 def pixels(item: Any, size: int, channels: int) -> NDArray[np.uint8]:
@@ -78,18 +78,34 @@ def pixels(item: Any, size: int, channels: int) -> NDArray[np.uint8]:
     return image.astype(np.uint8)
 
 
+def unpacked(item: Any) -> Any:
+    """An item of a request, a base64 string as the bytes that it stands for. Raises Refused."""
+    if not isinstance(item, str):
+        return item
+    try:
+        return base64.b64decode("".join(item.split()), validate=True)  # tools that write base64 break its lines
+    except ValueError as error:
+        raise Refused("is no base64 PNG or JPEG") from error
+
+
 def answers(classifier: Classifier, items: list[Any]) -> list[dict[str, Any]]:
     """For each image of a request: `class`, `probability`, and `probabilities` of all classes by name.
 
     Raises:
-        Refused: no images, or one that is none; its position is named.
+        Refused: no images, too many, or one that is none; its position is named.
     """
     if len(items) == 0:
         raise Refused("the list of images is empty")
-    batch = []
+    if len(items) > MAX_IMAGES:
+        raise Refused(f"{len(items)} images, at most {MAX_IMAGES} are taken at once")
+    batch, together = [], 0
     for position, item in enumerate(items):
         try:
-            batch.append(classifier.image(item))
+            given = unpacked(item)
+            together += area(given) if isinstance(given, bytes) else 0
+            if together > MAX_PIXELS_TOGETHER:
+                raise Refused(f"is too much: with it the request has more than {MAX_PIXELS_TOGETHER} pixels")
+            batch.append(classifier.image(given))
         except Refused as error:
             raise Refused(f"image {position} {error}") from error
     rows = classifier.probabilities(np.stack(batch))

@@ -5,6 +5,7 @@ The students' accuracies, and the p-values between them, are known exactly (test
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pandas as pd
 import pytest
 
@@ -171,15 +173,53 @@ def test_a_promotion_that_breaks_off_is_finished_by_the_next_call(desk: Desk, af
 def no_student(desk: Desk) -> list[str]:
     desk.students = {"half": {"readme.txt": b"nothing"}}
     desk.register("half")
-    return ["holds no student.safetensors"]
+    return ["version 1 of stripes: no student is in it"]
 
 
 def other_classes(desk: Desk) -> list[str]:
-    meta = json.loads(desk.students["half"]["meta.json"])
+    meta = json.loads(desk.students["half"]["artifacts/meta.json"])
     meta["classes"] = ["one", "two", "three", "four"]
-    desk.students = {"half": {**desk.students["half"], "meta.json": json.dumps(meta).encode()}}
+    desk.students = {"half": {**desk.students["half"], "artifacts/meta.json": json.dumps(meta).encode()}}
     desk.register("half")
     return ["version 1 of stripes knows other classes (one, two, three"]
+
+
+def constant(desk: Desk) -> list[str]:
+    """Good weights under an ONNX file that says «ash» of everything: only what is served is wrong."""
+    good = desk.students["good"]
+    model = onnx.load_from_string(good["artifacts/student.onnx"])
+    (last,) = (node for node in model.graph.node if "probabilities" in node.output)
+    last.output[0] = "unused"
+    ash = onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32)[:1], "ash")
+    model.graph.initializer.append(ash)
+    model.graph.node.append(onnx.helper.make_node("Gemm", ["logits", "zeros"], ["nothing"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((4, 4), np.float32), "zeros"))
+    model.graph.node.append(onnx.helper.make_node("Add", ["nothing", "ash"], ["probabilities"]))
+    desk.students = {"half": {**good, "artifacts/student.onnx": model.SerializeToString()}}
+    desk.register("half")
+    return [f"differs from its weights on {TEST} of {TEST} test images", "not promoted"]
+
+
+def other_code(desk: Desk) -> list[str]:
+    desk.students = {"half": {**desk.students["half"], "student_pyfunc.py": b"raise SystemExit('it ran')"}}
+    desk.register("half")
+    return ["version 1 of stripes: its student_pyfunc.py, which a server runs, is none that this project has had"]
+
+
+def changed_since(desk: Desk) -> list[str]:
+    desk.register("good", "half")
+    one, two = (stored(desk, number) / "artifacts" for number in (1, 2))
+    for name in ("student.onnx", "student.safetensors"):
+        shutil.copy(two / name, one / name)
+    client(desk.uri).set_registered_model_alias(NAME, "challenger", "1")
+    return ["artifacts/student.onnx of models:/stripes/1 was changed (and 1 more)"]
+
+
+def stored(desk: Desk, number: int) -> Path:
+    """Where the store keeps a version's files: whoever may write into the experiment may write there."""
+    store = client(desk.uri)
+    model = store.get_logged_model(store.get_model_version(NAME, str(number)).source.rpartition("/")[2])
+    return Path(model.artifact_location.removeprefix("file://"))
 
 
 def no_challenger(desk: Desk) -> list[str]:
@@ -192,15 +232,38 @@ def unknown_model(desk: Desk) -> list[str]:
     return ["name=stripes: the registry has no such model"]
 
 
-@pytest.mark.parametrize("prepare", [no_student, other_classes])
+@pytest.mark.parametrize("prepare", [no_student, other_classes, constant, other_code, changed_since])
 def test_bad_input_is_said_in_one_line_and_nothing_moves(desk: Desk, prepare: Callable[[Desk], list[str]]) -> None:
     needles = prepare(desk)
     done = desk.promote()
-    assert (done.code, len(done.lines)) == (2, 1), done.err
+    lines = [line for line in done.lines if not line.startswith("evaluating ")]
+    assert (done.code, len(lines)) == (2, 1), done.err
     for needle in needles:
-        assert needle in done.lines[0]
+        assert needle in lines[0]
     assert ending(done.folder) == ("FAILED", "refused", 2)
     assert "champion" not in desk.aliases
+
+
+def test_a_version_of_before_gets_its_manifest_when_it_is_judged(desk: Desk) -> None:
+    desk.register("half")
+    store = client(desk.uri)
+    assert json.loads(desk.tags(1)["asib.bundle"]) == {
+        name: hashlib.sha256(content).hexdigest() for name, content in desk.students["half"].items()
+    }
+    store.delete_model_version_tag(NAME, "1", "asib.bundle")
+    trial = desk.promote("dry_run=true")
+    assert trial.code == 0, trial.err
+    assert "asib.bundle" not in desk.tags(1)
+    assert "version=1 checks what it can and writes the tag" in trial.err
+    done = desk.promote()
+    assert done.code == 0, done.err
+    assert (desk.aliases["champion"], len(json.loads(desk.tags(1)["asib.bundle"]))) == ("1", 6)
+    (stored(desk, 1) / "artifacts/student.onnx").write_bytes(b"")
+    for step, own in (("evaluate", []), ("predict", ["images=docs/pictures"])):
+        where = ["tracking.mode=online", f"tracking.uri={desk.uri}", f"model=models:/{NAME}@champion"]
+        done = desk.lab.step(step, *where, *own)
+        assert done.code == 2, done.err
+        assert f"artifacts/student.onnx of models:/{NAME}/1 was changed" in done.lines[-1]
 
 
 def other_data(desk: Desk) -> list[str]:

@@ -248,11 +248,11 @@ class Process:
         }
 
     def _fetch(self, uri: str, dest: Path) -> Path:
-        from mlflow.artifacts import download_artifacts
+        from pipeline.experiment.delivery.fetch import fetch
 
-        dest.mkdir(parents=True, exist_ok=True)
+        assert self._client is not None
         try:
-            return Path(download_artifacts(artifact_uri=uri, dst_path=str(dest), tracking_uri=self.options.uri))
+            return fetch(self._client, uri, dest, self.options.uri)
         except Exception as error:
             log.warning("fetch %s", uri, exc_info=error)
             if not (unknown(error) or lasting(error) or self._missing(uri)):

@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
+from pipeline.experiment import bundle
 from pipeline.experiment.delivery.checkpoint import staging
 from pipeline.experiment.delivery.faults import Fault, classify, look
 from pipeline.experiment.delivery.state import State, find_by_journal
@@ -96,11 +97,11 @@ def log_model(client: MlflowClient, state: State, folder: Path, entry: Entry) ->
         )
     model_id = str(model.model_id)
     if str(model.status) != "READY":
-        if data["model_kind"] == "weights":
-            client.log_model_artifacts(model_id, str(tree_inside(folder, data["folder"])))
-        else:
-            with staging(folder) as stage:
-                client.log_model_artifacts(model_id, str(_saved(model, run_id, folder, data, stage)))
+        with staging(folder) as stage:
+            whole = data["model_kind"] == "weights"
+            files = tree_inside(folder, data["folder"]) if whole else _saved(model, run_id, folder, data, stage)
+            client.set_logged_model_tags(model_id, {bundle.TAG: bundle.manifest(files)})
+            client.log_model_artifacts(model_id, str(files))
     outputs = client.get_run(run_id).outputs
     if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
         client.log_outputs(run_id, [LoggedModelOutput(model_id, step=data["step"])])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
+from pipeline.experiment import bundle
 from pipeline.experiment.delivery import looks, moves, server, turns
 from pipeline.experiment.delivery.faults import Fault, classify, unknown
 from pipeline.experiment.delivery.model_tags import CHALLENGER, CHAMPION, PREVIOUS, TAG_LENGTH, garbled, is_version
@@ -61,11 +62,13 @@ def _make_version(client: MlflowClient, data: Any, run_id: str, model_id: str) -
     name = data["registered"]
     try:
         _make_registered_model(client, name)
+        files = client.get_logged_model(model_id).tags.get(bundle.TAG)
         return client.create_model_version(
             name,
             f"models:/{model_id}",
             run_id=run_id,
-            tags={key: str(value)[:TAG_LENGTH] for key, value in data["tags"].items()},
+            tags={key: str(value)[:TAG_LENGTH] for key, value in data["tags"].items()}
+            | ({bundle.TAG: files} if files else {}),
             model_id=model_id,
         )
     except Exception as error:
@@ -194,6 +197,11 @@ def version(client: MlflowClient, name: str, number: str) -> dict[str, Any]:
     }
 
 
+def bind(client: MlflowClient, name: str, number: str, manifest: str) -> None:
+    """Tag a version with the manifest of its files."""
+    client.set_model_version_tag(name, number, bundle.TAG, manifest)
+
+
 REQUESTS: dict[str, Callable[..., Any]] = {
     "overview": overview,
     "version": version,
@@ -207,4 +215,5 @@ REQUESTS: dict[str, Callable[..., Any]] = {
     "queue": turns.queue,
     "bury": turns.bury,
     "look": looks.look,
+    "bind": bind,
 }

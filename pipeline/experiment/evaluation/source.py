@@ -8,10 +8,9 @@ from typing import Any
 from models import weights
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
-from pipeline.experiment import networks
+from pipeline.experiment import bundle, networks
 from pipeline.experiment.folders import header_of
 from pipeline.experiment.run import Run
-from pipeline.experiment.settings import read_data
 from pipeline.paths import user_path
 
 STUDENT = "checkpoints/student.safetensors"
@@ -130,17 +129,15 @@ def _registered(run: Run, given: str, key: str) -> Source:
     if re.fullmatch(r"models:/[^/@]+(@[^/@]+|/[^/@]+)?", given) is None:
         raise UserError(f"{key}: give models:/<name>@<alias> or models:/<name>/<version>")
     folder = fetch(run, given, key)
-    found = weights_in(folder, key)
-    model, meta = (_yaml(folder, name) for name in ("MLmodel", "registered_model_meta"))
-    version = f"models:/{meta['model_name']}/{meta['model_version']}" if meta.get("model_name") else given
-    made_by = model.get("run_id")
-    return Source(found, str(made_by) if made_by else None, None, version)
-
-
-def _yaml(folder: Path, name: str) -> dict[str, Any]:
-    path = next(iter(sorted(folder.rglob(name))), None)
-    content = read_data(path, str(path)) if path is not None else None
-    return content if isinstance(content, dict) else {}
+    version, _ = bundle.check(folder, key)
+    if (folder / "MLmodel").exists():
+        student = bundle.read(folder, key)
+        found, made_by = student.weights, student.run_id or None
+    else:
+        found, made_by = weights_in(folder, key), None
+    if not found.is_file():
+        raise UserError(f"{key}: no {found.name} in that model; give {FORMS}")
+    return Source(found, made_by, None, version or given)
 
 
 def _made_by(path: Path) -> tuple[str | None, Path | None]:

@@ -1,6 +1,5 @@
 """A version as it is judged: its weights fetched from the registry, run over the test images, and timed."""
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -17,15 +16,17 @@ from pipeline.config import Config
 from pipeline.data.batches import EvalBatches
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
-from pipeline.experiment import networks
+from pipeline.experiment import bundle, networks
 from pipeline.experiment.evaluation import speed
 from pipeline.experiment.evaluation.measures import evaluate_model
 from pipeline.experiment.registry.gate import Measured
 from pipeline.experiment.registry.remote import DIGEST, Registry, Version
+from pipeline.experiment.student_pyfunc import BATCH, Classifier
 from pipeline.training.evaluation import outputs
 
 logger = logging.getLogger("asib")
-WEIGHTS, META = "student.safetensors", "meta.json"
+TOLERANCE = 1e-4
+"""How far a probability that is served may be from that of the weights."""
 LATENCY = "speed/latency_ms_1"
 ROUNDS = 2
 """How often each network is timed, in turns: what slows this machine down for a while slows all of them."""
@@ -33,11 +34,19 @@ ROUNDS = 2
 
 @dataclass(frozen=True)
 class Contender:
-    """A version with its network, and what it prepares images with (`meta.json` of the logged model)."""
+    """A version with what is served of it, and the network of its weights.
+
+    Attributes:
+        meta: `meta.json` of the logged model.
+        manifest: of its files, as they were fetched; `bound`: they are those that were registered.
+    """
 
     version: Version
+    served: Classifier
     net: FeatureNet
     meta: dict[str, Any]
+    manifest: str
+    bound: bool
 
 
 @dataclass(frozen=True)
@@ -66,20 +75,21 @@ def same_images(name: str, version: Version, data: ImageData, config: Config) ->
 
 
 def fetch(registry: Registry, version: Version, data: ImageData, config: Config, to: Path) -> Contender:
-    """Bring a version's weights here and build its network; the downloaded files are not kept.
+    """Bring a version here, check it, load what is served, and build its network; the downloaded files are not kept.
 
     Raises:
-        UserError: files that are not those of a student, other classes or images than `data` has.
+        UserError: files that were not registered, code that is not this project's, files that are not those of a
+            student, other classes or images than `data` has.
     """
     where = f"version {version.number} of {registry.name}"
     folder = registry.fetch(version.number, to)
     try:
-        weights, meta_file = (next(iter(sorted(folder.rglob(name))), None) for name in (WEIGHTS, META))
-        if weights is None or meta_file is None:
-            raise UserError(f"{where} holds no {WEIGHTS} with {META}: it was not registered by this project")
-        meta: dict[str, Any] = json.loads(meta_file.read_text())
+        student = bundle.read(folder, where)
+        bundle.check_servable(student, where)
+        meta = bundle.describe(student, where)
         _check(where, meta, data)
-        return Contender(version, _network(where, weights, meta, data, config), meta)
+        served, net = bundle.load(student, where), _network(where, student.weights, meta, data, config)
+        return Contender(version, served, net, meta, bundle.manifest(folder), student.bound)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -93,6 +103,8 @@ def _check(where: str, meta: dict[str, Any], data: ImageData) -> None:
     for key in ("image_size", "in_chans"):
         if meta[key] != getattr(data, key):
             raise UserError(f"{where} takes images of {key}={meta[key]}, and the data has {getattr(data, key)}")
+    if meta.get("crop_pct") != data.crop_pct:
+        raise UserError(f"{where} is served with crop_pct={meta.get('crop_pct')}, and the data has {data.crop_pct}")
 
 
 def _network(where: str, weights: Path, meta: dict[str, Any], data: ImageData, config: Config) -> FeatureNet:
@@ -118,9 +130,8 @@ def judge(contenders: list[Contender], data: ImageData, config: Config) -> list[
     correct = []
     for k, (one, images) in enumerate(zip(contenders, batches, strict=True)):
         logger.info("evaluating version %s (%s)", one.version.number, one.net.architecture)
-        found = evaluate_model(
-            data, outputs(one.net, images, f"version {one.version.number}").logits, images.labels, "test"
-        )
+        answers = served(one, images)
+        found = evaluate_model(data, answers, images.labels, "test")
         metrics[k] |= found.metrics | speed.size(one.net, _image(images))
         correct.append(found.correct)
     for _ in range(ROUNDS):
@@ -134,6 +145,38 @@ def judge(contenders: list[Contender], data: ImageData, config: Config) -> list[
         Judged(Measured(c, m["test/ece"], m[LATENCY], int(m["parameters/total"])), m)
         for c, m in zip(correct, metrics, strict=True)
     ]
+
+
+def served(one: Contender, images: EvalBatches) -> torch.Tensor:
+    """What a server answers to images: log-probabilities (n, N), on the CPU.
+
+    Raises:
+        UserError: the weights say otherwise, by more than `TOLERANCE`.
+    """
+    uint8 = (images.images[i : i + BATCH] for i in range(0, len(images.labels), BATCH))
+    answers = torch.cat(
+        [torch.from_numpy(one.served.probabilities(x.permute(0, 2, 3, 1).contiguous().cpu().numpy())) for x in uint8]
+    )
+    # TF32, which cuDNN takes by default, has three digits
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        expected = torch.softmax(outputs(one.net, images, f"version {one.version.number}").logits, dim=1).cpu()
+    difference = (answers - expected).abs().max(dim=1).values
+    wrong = ~(difference <= TOLERANCE)  # where either is NaN, too
+    if bool(wrong.any()):
+        raise UserError(
+            f"version {one.version.number}: what is served of it (ONNX) differs from its weights on "
+            f"{int(wrong.sum())} of {len(wrong)} test images, by up to {float(difference.max()):.3g}; not promoted: "
+            "register the student again"
+        )
+    return answers.clamp_min(torch.finfo(answers.dtype).tiny).log()
+
+
+def bind(registry: Registry, contenders: list[Contender]) -> None:
+    """Versions that were registered before there were manifests get theirs, now that they have been judged."""
+    for one in contenders:
+        if not one.bound:
+            registry.bind(one.version.number, one.manifest)
+            logger.info("version %s has the manifest of its files now (tag %s)", one.version.number, bundle.TAG)
 
 
 def _batches(one: Contender, data: ImageData, config: Config) -> EvalBatches:

@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.data.files import ImageFiles
 from pipeline.data.sources import ImageData
 from pipeline.errors import NotThere, UserError
-from pipeline.experiment import networks
+from pipeline.experiment import bundle, networks
 from pipeline.experiment.registry import contender, decision, queue, report
 from pipeline.experiment.registry import gate as gates
 from pipeline.experiment.registry.decision import Occasion
@@ -116,6 +116,8 @@ def _promote(
     found = [_fetched(run, registry, now, side, version, data) for side, version in both.items()]
     look = _look(run, plan, registry, data, challenger, champion)
     judged = dict(zip(both, contender.judge(found, data, run.config), strict=True))
+    if not plan.dry_run:
+        contender.bind(registry, found)
     measured = {side: one.measured for side, one in judged.items()}
     labels = data.test_y.numpy()
     verdict = gates.judge(plan.gate, labels, data.classes, measured["challenger"], measured.get("champion"), look)
@@ -255,11 +257,13 @@ def _has_files(run: Run, registry: Registry, number: str) -> bool:
     """Whether a version can be served; `mlflow gc` takes the files away, and leaves the version."""
     folder = run.folder / "fetched" / number
     try:
-        if any(registry.fetch(number, folder).rglob(contender.WEIGHTS)):
+        if bundle.read(registry.fetch(number, folder), f"version {number}").weights.is_file():
             return True
-        logger.warning("version %s is passed over: it holds no %s any more", number, contender.WEIGHTS)
+        logger.warning("version %s is passed over: it holds no weights any more", number)
     except NotThere as error:
         logger.warning("version %s is passed over, its files are gone: %s", number, error)
+    except UserError as error:
+        logger.warning("%s; it is passed over", error)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return False

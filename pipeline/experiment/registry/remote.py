@@ -160,11 +160,15 @@ class Registry:
         return Look(found["number"], found["counted"])
 
     def fetch(self, number: str, to: Path) -> Path:
-        """Download a version's files; the folder that they are in. Raises NotThere: they are gone."""
+        """Download a version's files; their folder, for `bundle.read`. Raises NotThere: they are gone."""
         folder = self._delivery.fetch(f"models:/{self.name}/{number}", to)
         if not any(path.is_file() for path in folder.rglob("*")):  # a store says no more of what is gone
             raise NotThere(f"models:/{self.name}/{number} has no files")
         return folder
+
+    def bind(self, number: str, manifest: str) -> None:
+        """Tag a version with the manifest of its files."""
+        self._ask("bind", number=number, manifest=manifest)
 
     def say(self, lines: Iterable[str]) -> None:
         """What is not as it should be in the registry, each in one line."""

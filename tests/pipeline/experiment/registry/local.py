@@ -25,6 +25,9 @@ class LocalDelivery:
         self.folder, self.uri = folder, uri
         self.client = client or server.connect(uri)
 
+    def wait_fetched(self, timeout: float = 0) -> dict[str, Path]:
+        return {}
+
     def wait_ready(self, timeout: float = 0) -> Ready:
         assert self.folder is not None
         with DeliveryLoop(self.folder, self.uri, client=self.client, live=True) as loop:
@@ -47,11 +50,10 @@ class LocalDelivery:
         return {"tags": dict(self.client.get_run(run_id).data.tags)}
 
     def fetch(self, uri: str, dest: Path) -> Path:
-        from mlflow.artifacts import download_artifacts
+        from pipeline.experiment.delivery.fetch import fetch
 
-        dest.mkdir(parents=True, exist_ok=True)
         try:
-            return Path(download_artifacts(artifact_uri=uri, dst_path=str(dest), tracking_uri=self.uri))
+            return fetch(self.client, uri, dest, self.uri)
         except Exception as error:
             raise NotThere(f"{uri} cannot be fetched") from error
 
@@ -97,6 +99,7 @@ def record(folder: Path, registered: str, files: Mapping[str, bytes], tags: Mapp
     model = folder / "model"
     model.mkdir()
     for name, content in files.items():
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
         (model / name).write_bytes(content)
     journal.model(model, "student", kind="weights")
     journal.register(registered, model="student", alias="challenger", tags=tags)
