@@ -106,7 +106,6 @@ def test_tensors_are_those_that_torch_reads(tmp_path: Path, zipped: bool) -> Non
 
 
 def test_weights_of_torch_before_0_4_1_count_no_batches(tmp_path: Path, state: dict[str, Any]) -> None:
-    """And have another format, with views of storages."""
     old = {k: v for k, v in state.items() if "num_batches_tracked" not in k}
     torch.save(old, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     fresh = create_model("cifar_resnet8", CLASSES)
@@ -221,6 +220,18 @@ def tensor(numel: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes
     return b"}Vx\nctorch._utils\n_rebuild_tensor_v2\n(" + told + b"I0\n" + sizes + b"I00\nNtRs."
 
 
+def test_old_files_have_views_of_storages(tmp_path: Path) -> None:
+    """Numbers 2 to 4 of six, as torch < 0.4 named them: ("storage", type, key, place, 6, ("view", 2, 3))."""
+    plain = tensor(6, (3,), (1,))
+    pickled = plain.replace(b"I6\ntQ", b"I6\n(Vview\nI2\nI3\nttQ")
+    assert pickled != plain
+    (tmp_path / "old").write_bytes(legacy(pickled, np.arange(6, dtype="<f4").tobytes()))
+    assert read_state(tmp_path / "old")["x"].tolist() == [2, 3, 4]
+    (tmp_path / "out").write_bytes(legacy(pickled.replace(b"I2\nI3", b"I4\nI3"), bytes(24)))
+    with pytest.raises(ValueError, match="lies outside itself"):
+        read_state(tmp_path / "out")
+
+
 def bombs() -> dict[str, tuple[bytes, str]]:
     zeros = bytes(60 * 2**20)
     deep = b"(" * 10 + b"".join(b"(" * 2 + b"t" * 2 for _ in range(20_000))
@@ -239,13 +250,14 @@ def bombs() -> dict[str, tuple[bytes, str]]:
         "a long string": (archive(b"\x8d" + struct.pack("<Q", 2**40) + b"x."), "cannot be read"),
         "names": (struct.pack("<Q", len(header)) + header, "names of its tensors alone take 17 MB"),
         "names that are not there": (struct.pack("<Q", 2**33) + b"{", "names of its tensors alone"),
-        "legacy": (legacy(tensor(9 * 10**8, (9 * 10**8,), (1,))), "ends before its"),
+        "legacy": (legacy(tensor(9 * 10**8, (9 * 10**8,), (1,)), bytes(64), 9 * 10**8), "ends before its"),
     }
 
 
-def legacy(pickled: bytes) -> bytes:
+def legacy(pickled: bytes, storage: bytes, told: int | None = None) -> bytes:
     begin = [pickle.dumps(x, 2) for x in (torch_files.MAGIC, torch_files.PROTOCOL, {"little_endian": True})]
-    return b"".join([*begin, pickled, pickle.dumps(["0"], 2), struct.pack("<q", 9 * 10**8), bytes(64)])
+    count = len(storage) // 4 if told is None else told
+    return b"".join([*begin, pickled, pickle.dumps(["0"], 2), struct.pack("<q", count), storage])
 
 
 def test_no_file_unpacks_to_more_than_itself(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
