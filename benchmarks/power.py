@@ -38,18 +38,24 @@ def power(images: int, gain: float, disagreement: float, level: float) -> float:
     return float(total)
 
 
+LEVELS = {"alpha not spent": ALPHA} | {f"look {k}": spending.level(ALPHA, k) for k in LOOKS}
+
+
+def row(images: int, gain: float) -> str:
+    """A line of the table: from the least to the greatest disagreement's power at each level."""
+    cells = []
+    for level in LEVELS.values():
+        found = [power(images, gain, d, level) for d in DISAGREEMENTS]
+        cells.append(f"{100 * np.nanmin(found):.0f} to {100 * np.nanmax(found):.0f} %")
+    return f"| {images:,} | +{gain:g} | " + " | ".join(cells) + " |"
+
+
 def main() -> None:
-    levels = [("alpha not spent", ALPHA), *((f"look {k}", spending.level(ALPHA, k)) for k in LOOKS)]
-    print("| test images | gain | " + " | ".join(name for name, _ in levels) + " |")
-    print("|---" * (2 + len(levels)) + "|")
+    print("| test images | gain | " + " | ".join(LEVELS) + " |")
+    print("|---" * (2 + len(LEVELS)) + "|")
     for images in IMAGES:
         for gain in GAINS:
-            cells = []
-            for _, level in levels:
-                found = [power(images, gain, d, level) for d in DISAGREEMENTS]
-                low, high = np.nanmin(found), np.nanmax(found)
-                cells.append(f"{100 * low:.0f} to {100 * high:.0f} %")
-            print(f"| {images:,} | +{gain} | " + " | ".join(cells) + " |")
+            print(row(images, gain))
 
 
 if __name__ == "__main__":

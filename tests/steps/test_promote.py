@@ -378,6 +378,34 @@ def test_looks_at_one_test_set_are_counted_and_said(desk: Desk) -> None:
 
 
 @pytest.mark.slow
+def test_garbage_in_every_tag_is_a_line_each_and_blocks_nothing(desk: Desk) -> None:
+    desk.register("half", "good")
+    assert desk.promote("version=1").code == 0
+    store = client(desk.uri)
+    digest = next(iter(t for t in store.get_registered_model(NAME).tags if t.startswith("asib.looks.")), None)
+    assert digest is None, "a first version is compared with nothing"
+    assert desk.promote("version=2", "dry_run=true", *LAX).code == 0
+    (look,) = (t for t in store.get_registered_model(NAME).tags if t.startswith("asib.look."))
+    short = look.split(".")[2]
+    garbage = ["asib.move", "asib.champions", f"asib.looks.{short}", f"asib.turn.{'0' * 32}", "asib.turn.x"]
+    for tag in garbage:
+        store.set_registered_model_tag(NAME, tag, "abc")
+    for tag in ("asib.history", "asib.history.1", "asib.pending", "asib.against", "asib.decided_at", "asib.gate"):
+        for number in "12":
+            store.set_model_version_tag(NAME, number, tag, "[{abc\x7f")
+    done = desk.promote("version=2", *LAX)
+    assert done.code == 0, done.err
+    for tag in garbage:
+        assert sum(f"tag {tag}='abc'" in line for line in done.lines) == 1, (tag, done.err)
+    assert "Traceback" not in done.err
+    assert desk.aliases == {"challenger": "2", "champion": "2", "previous": "1"}
+    tags = store.get_registered_model(NAME).tags
+    assert tags == {"asib.champions": '["1"]', f"asib.looks.{short}": "2-1"}
+    assert desk.tags(2)["asib.history"].startswith("[{abc")
+    assert desk.promote("rollback=true").code == 0
+
+
+@pytest.mark.slow
 def test_a_champion_that_is_gone_is_no_dead_end(desk: Desk) -> None:
     """Its version deleted, or its files: one line each, and what it says leads on."""
     store = client(desk.uri)

@@ -47,17 +47,26 @@ def move(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
     Raises:
         UserError: the champion is another than the plan's `before`: somebody has moved it meanwhile.
     """
+    _refuse_moved(client, name, plan)
+    number = plan["version"]
+    client.set_model_version_tag(name, number, PENDING, json.dumps({"run": plan["run"], "tags": plan["tags"]}))
+    short = {key: value for key, value in plan.items() if key != "tags"} | {"why": plan["why"][:500]}
+    client.set_registered_model_tag(name, MOVE, json.dumps(short))
+    try:
+        _refuse_moved(client, name, plan)  # MLflow has no compare-and-swap
+    except UserError:
+        client.delete_registered_model_tag(name, MOVE)
+        raise
+    _finish(client, name, plan)
+
+
+def _refuse_moved(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
     present = client.get_registered_model(name).aliases.get(CHAMPION)
     if (None if present is None else str(present)) != plan["before"][CHAMPION]:
         raise UserError(
             f"champion of {name} was version {plan['before'][CHAMPION]} when this began and is {present} now: "
             "somebody else has moved it; start again"
         )
-    number = plan["version"]
-    client.set_model_version_tag(name, number, PENDING, json.dumps({"run": plan["run"], "tags": plan["tags"]}))
-    short = {key: value for key, value in plan.items() if key != "tags"} | {"why": plan["why"][:500]}
-    client.set_registered_model_tag(name, MOVE, json.dumps(short))
-    _finish(client, name, plan)
 
 
 def repair(client: MlflowClient, name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import NotThere, UserError
 from pipeline.experiment import bundle
 from pipeline.experiment.delivery import looks, moves, server, turns
 from pipeline.experiment.delivery.faults import Fault, classify, unknown
@@ -138,7 +138,7 @@ def answer(client: MlflowClient, request: dict[str, Any], uri: str) -> dict[str,
             return {"error": f"delivery does not know registry.{what}"}
         return {"value": REQUESTS[what](client, **values)}
     except UserError as error:
-        return {"error": str(error)}
+        return {"error": str(error), "not_there": isinstance(error, NotThere)}
     except Exception as error:
         log.warning("registry.%s of %s", what, name, exc_info=error)
         said = server.explain(error, uri)
@@ -178,7 +178,7 @@ def _no_such_model(client: MlflowClient, name: str) -> str:
 
 
 def version(client: MlflowClient, name: str, number: str) -> dict[str, Any]:
-    """A version: number, run_id, model_id, status and tags. Raises UserError: there is none of that number."""
+    """A version: number, run_id, model_id, status and tags. Raises NotThere: there is none of that number."""
     try:
         found = client.get_model_version(name, number)
     except Exception as error:
@@ -187,7 +187,7 @@ def version(client: MlflowClient, name: str, number: str) -> dict[str, Any]:
         every = server.all_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
         numbers = sorted(int(item.version) for item in every)
         has = f"it has {', '.join(map(str, numbers[-10:]))}" if numbers else "it has none"
-        raise UserError(f"version={number}: {name} has no such version; {has}") from error
+        raise NotThere(f"version={number}: {name} has no such version; {has}") from error
     return {
         "number": str(found.version),
         "run_id": found.run_id or "",

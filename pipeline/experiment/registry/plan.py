@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipeline.config import Config, registered
 from pipeline.config.numbers import VERSIONS, processes, whole
-from pipeline.errors import UserError
+from pipeline.errors import NotThere, UserError
 from pipeline.experiment.registry import config as gates
 from pipeline.experiment.registry import queue
 from pipeline.experiment.registry.config import Gate
@@ -167,7 +167,7 @@ def _refuse_without(registry: Registry, now: Overview) -> None:
     for number in reversed(now.past):
         try:
             usable = RETIRED not in registry.version(number).tags
-        except UserError:  # deleted as well
+        except NotThere:  # deleted as well
             continue
         if usable:
             raise UserError(

@@ -274,9 +274,8 @@ def _known(registry: Registry, numbers: set[str]) -> Iterator[tuple[str, Version
     for number in sorted(numbers):
         try:
             yield number, registry.version(number)
-        except UserError as error:
-            if "has no such version" not in str(error):
-                raise
+        except NotThere:
+            continue
 
 
 def _without(now: Overview, gone: list[str]) -> Overview:

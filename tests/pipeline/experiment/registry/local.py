@@ -60,7 +60,7 @@ class LocalDelivery:
     @staticmethod
     def _value(answer: Mapping[str, Any]) -> Any:
         if "error" in answer:
-            raise UserError(answer["error"])
+            raise (NotThere if answer.get("not_there") else UserError)(answer["error"])
         return answer["value"]
 
 
