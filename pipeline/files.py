@@ -25,6 +25,8 @@ logger = logging.getLogger("asib")
 PART = ".part"
 """How the name of a file ends that is still being written; a leading dot and a process id make it unmistakable."""
 POLL_S = 0.05
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+"""What a disk says that takes no more."""
 
 
 def write_atomically(path: Path, content: bytes | str, key: str = "output_dir") -> None:
@@ -95,8 +97,9 @@ def disk_trouble(error: Exception, folder: Path, key: str = "output_dir") -> Use
     cause: BaseException | None = error
     while isinstance(cause, Exception):
         number = _number(cause)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            name = getattr(cause, "filename", None)
+        name = getattr(cause, "filename", None)
+        ours = isinstance(name, str) and Path(name).is_relative_to(folder)
+        if number in FULL or (ours and number in (errno.EACCES, errno.EPERM)):
             return UserError(_sentence(Path(name) if isinstance(name, str) else folder / "…", key, None, number))
         if number == errno.ENOENT and not folder.is_dir():
             return UserError(f"{folder}: it was removed while it was being written")

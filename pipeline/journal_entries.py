@@ -152,6 +152,8 @@ def read_header(folder: Path) -> Entry | None:
             line = file.readline()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if not line.endswith(b"\n"):
         return None
     return parse_header(line.decode(errors="replace"), path)

@@ -28,6 +28,7 @@ from pipeline.config.places import check_there
 from pipeline.errors import HelperFailed, Interrupted, NonFinite, UserError
 from pipeline.experiment import cli, shortcuts
 from pipeline.experiment.compose import compose, dump
+from pipeline.experiment.ending import ending_of, understood
 
 if TYPE_CHECKING:
     from pipeline.experiment.run import Run
@@ -156,10 +157,13 @@ def outside(step: str, argv: Sequence[str], act: Callable[[cli.Command], int]) -
         command = cli.parse(argv)
         debug = command.debug
         return act(command)
-    except UserError as error:
-        return _refuse(step, error, debug)
     except Interrupted as error:
         return 128 + error.signum
+    except Exception as error:
+        said = understood(error, Path.cwd())
+        if isinstance(said, UserError):
+            return _refuse(step, said, debug)
+        raise
 
 
 def configuration(command: cli.Command, own: Collection[str] = ()) -> Config:
@@ -243,7 +247,6 @@ def _call(job: str | Job, run: "Run") -> None:
 
 
 def _supervise(run: "Run", job: str | Job) -> int:
-    from pipeline.experiment.ending import ending_of, understood
     from pipeline.training import distributed
 
     try:

@@ -18,7 +18,7 @@ import pytest
 from pipeline import journal_files
 from pipeline.experiment import export, networks, report, session
 from pipeline.files import release
-from pipeline.journal import take
+from pipeline.journal import read_header, take
 from tests.steps.lab import BATCHES, Done, Lab, SignalAt, client, ending, points, same_tensors
 
 PER_EPOCH = BATCHES + 1
@@ -141,16 +141,17 @@ def test_damaged_neighbours_are_passed_over_with_a_line(ready_lab: Lab, killed: 
     }.items():
         folder = ready_lab.runs / name
         folder.mkdir()
+        if name.endswith("dddddd"):
+            (folder / "delivery.json").mkdir()
         for file, content in files.items():
             (folder / file).write_bytes(content.replace(b'"journal": "', b'"journal": "0'))
-    from pipeline.journal import read_header
-
+    (ready_lab.runs / "20200101-000000-distill-eeeeee" / "journal.jsonl").mkdir(parents=True)
     header = read_header(killed)
     assert header is not None
     done = ready_lab.step("distill", f"resume={header.data['journal']}")
     assert done.code == 0, done.err
     assert ending(killed) == ("FINISHED", "completed", 0)
-    assert {line.rsplit("-", 1)[1][:6] for line in done.lines} == {"aaaaaa", "bbbbbb", "cccccc", "dddddd"}
+    assert {line.rsplit("-", 1)[1][:6] for line in done.lines} == {"aaaaaa", "bbbbbb", "cccccc", "dddddd", "eeeeee"}
 
 
 WRITERS: dict[str, tuple[Any, str]] = {

@@ -17,7 +17,7 @@ from pipeline.errors import NonFinite, UserError
 from pipeline.experiment import export, jobs, networks, records, teachers
 from pipeline.experiment.ablation import compare, compare_report, rungs
 from pipeline.experiment.ablation.plan import PLAN_TAG, Plan
-from pipeline.experiment.folders import ended, folders_with
+from pipeline.experiment.folders import ended, folders_with, header_of
 from pipeline.experiment.options import REPOSITORY
 from pipeline.experiment.registry import register
 from pipeline.experiment.run import Run, tracking_uri
@@ -138,7 +138,9 @@ def _finished_here(root: Path, wanted: set[str]) -> dict[str, Path]:
     """Identity -> folder of a finished run on this machine, with results and predictions."""
     found: dict[str, Path] = {}
     for folder in folders_with(root, "results.json"):
-        if not wanted or not (folder / records.PREDICTIONS).exists() or not ended(folder):
+        if not wanted or not (folder / records.PREDICTIONS).exists():
+            continue
+        if header_of(folder) is None or not ended(folder):
             continue
         entries, _ = read_entries(folder / "journal.jsonl")
         if any(entry.kind == "damaged" for entry in entries):

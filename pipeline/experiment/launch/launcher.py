@@ -18,7 +18,7 @@ from pipeline.experiment.launch.cluster import ClusterConfig, LocalCluster, Slur
 from pipeline.experiment.launch.local import Here
 from pipeline.experiment.launch.slurm import Slurm
 from pipeline.experiment.launch.worker import PREEMPTED, PREEMPTION, enter, requeue_on_signal
-from pipeline.files import read_state
+from pipeline.files import read_state, warn_once
 
 __all__ = ["PREEMPTED", "PREEMPTION", "ClusterConfig", "Launcher", "load", "requeue_on_signal"]
 AGAIN_S = 2.0
@@ -113,7 +113,13 @@ class Launcher:
         """All that were ever started from this folder."""
         if not self._ledger.exists():
             return []
-        return [Worker(**json.loads(line)) for line in self._ledger.read_text().splitlines()]
+        found = []
+        for line in self._ledger.read_text(errors="replace").splitlines():
+            try:
+                found.append(Worker(**json.loads(line)))
+            except (ValueError, TypeError):  # a driver was killed in the middle of it
+                warn_once(f"{self._ledger}: a line is damaged: passed over")
+        return found
 
     def alive(self) -> int:
         """Workers that wait for their start, run, or were queued again."""
