@@ -142,7 +142,8 @@ def prepare_sqlite(uri: str) -> None:
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
         with explained(path, "tracking.uri"):
-            path.touch()  # with the permissions that the umask asks for; SQLite's own never let a group write
+            if not path.exists():
+                path.touch()  # with the permissions of the umask; SQLite's own never let a group write
         revision, _ = _revision(path)
         if revision is not None:
             log.info("migrating %s from schema %s", path, revision)

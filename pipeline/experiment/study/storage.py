@@ -77,7 +77,8 @@ class Database:
                 raise UserError(f"storage={self.shown}: there is no such file; check the path")
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                self.file.touch()  # with the permissions that the umask asks for; SQLite's own never let a group write
+                if not self.file.exists():
+                    self.file.touch()  # with the permissions of the umask; SQLite's own never let a group write
             except OSError as error:
                 raise UserError(f"storage={self.shown}: {error.strerror}: {self.file.parent}") from error
         try:

@@ -1,5 +1,6 @@
 """Studies on SQLite and PostgreSQL: claims and their ends, what is best, who may go on with what."""
 
+import os
 import sqlite3
 import threading
 import time
@@ -297,3 +298,14 @@ def test_training_holds_no_connection_between_heartbeats(postgres_server: Postgr
             time.sleep(0.05)
     assert open_ones == (0,)
     assert study.counts().running == 1
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o002, 0o664)])
+def test_a_new_database_has_the_permissions_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        study_storage.Database(f"sqlite:///{tmp_path}/study.db", create=True).close()
+    finally:
+        os.umask(before)
+    left = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert left == {"study.db": mode, "study.db.lock": mode}
