@@ -177,7 +177,7 @@ class PlainLoop:
             kd = self._divergence(seen.logits, target, tau).sum(dim=1).mean()
             loss = m.ce_alpha * ce + m.kd_alpha * kd
             loss = torch.clamp(loss, 0.0, m.loss_clamp_max) if m.use_loss_clamp else loss
-        self._update(self.b_optimizer, list(self.student.parameters()), loss)
+        self._update(self.b_optimizer, list(self.student.parameters()), loss, self.config.optim.grad_clip_norm)
         self.loss_sum += loss.item() * len(x)
         self.count += len(x)
 
@@ -197,9 +197,12 @@ class PlainLoop:
         x[:, :, top:bottom, left:right] = x[partner, :, top:bottom, left:right]
         return x, y[partner], 1 - (bottom - top) * (right - left) / size**2
 
-    def _update(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss: Tensor) -> None:
+    @staticmethod
+    def _update(
+        optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss: Tensor, clip: float = 0.0
+    ) -> None:
         optimizer.zero_grad()
         loss.backward()
-        if self.config.optim.grad_clip_norm > 0:
-            nn.utils.clip_grad_norm_(parameters, self.config.optim.grad_clip_norm)
+        if clip > 0:
+            nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
