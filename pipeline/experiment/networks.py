@@ -104,7 +104,10 @@ def check_prepared(record: Mapping[str, Any], data: ImageData) -> None:
     """Raise ValueError for a recorded mean or deviation that is not the data's."""
     for name in ("mean", "std"):
         theirs, ours = record.get(name, []), list(getattr(data, name))
-        if theirs and (len(theirs) != data.in_chans or max(map(_distance, theirs, ours)) > PREPARED_ALIKE):
+        alike = len(theirs) == data.in_chans and all(
+            abs(a - b) <= PREPARED_ALIKE for a, b in zip(theirs, ours, strict=True)
+        )
+        if theirs and not alike:  # nor where one is NaN
             told = ", ".join(f"{value:.6g}" for value in theirs)
             raise ValueError(
                 f"it was trained on images prepared with {name} [{told}], and here it is "
@@ -116,10 +119,6 @@ def prepared_as(data: ImageData, record: Mapping[str, Any]) -> ImageData:
     """The data as a network is evaluated on it that was trained with the mean and deviation of its own record."""
     mean, std = (tuple(record.get(name) or getattr(data, name)) for name in ("mean", "std"))
     return replace(data, mean=mean, std=std)
-
-
-def _distance(a: float, b: float) -> float:
-    return abs(a - b)
 
 
 def save(net: FeatureNet, path: Path, config: Config, data: ImageData) -> None:

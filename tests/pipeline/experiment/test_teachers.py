@@ -105,6 +105,9 @@ def test_a_teacher_of_other_images_is_refused_with_the_key_that_would_do(tmp_pat
         teachers.foresee(given, data)
     bare = networks.build_teacher(c, data, 0)
     networks.load(bare, path, "as rounded statistics are", replace(data, mean=(0.5, 0.4015, 0.45)))
+    for mean in ((0.5, 0.402, float("nan")), (0.5,)):
+        with pytest.raises(ValueError, match="prepared with mean"):
+            networks.check_prepared({"mean": list(mean)}, data)
     with pytest.raises(UserError, match="trained on other classes"):
         networks.load(bare, path, "x", replace(data, classes=("a", "b", "c", "x"), mean=(0.5, 0.402, 0.45)))
     torch.save(bare.net.state_dict(), tmp_path / "bare.pth")
