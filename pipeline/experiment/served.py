@@ -1,21 +1,28 @@
 """The code of a logged student: one file, since MLflow runs it by its path and without this project."""
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pipeline.pictures
 
 PYFUNC = Path(__file__).with_name("student_pyfunc.py")
-SHARED = "from pipeline.pictures import MAX_PIXELS, Refused, area, decode\n"
+SHARED = re.compile(r"^from pipeline\.pictures import .+\n", re.MULTILINE)
 
 
 def code() -> str:
     """`student_pyfunc.py`, with the text of `pipeline.pictures` in the place of its import."""
+    return _CODE
+
+
+def _joined() -> str:
     text, shared = PYFUNC.read_text(encoding="utf-8"), Path(pipeline.pictures.__file__).read_text(encoding="utf-8")
-    before, found, after = text.partition(SHARED)
-    if not found:
-        raise RuntimeError(f"{PYFUNC.name} no longer has the line {SHARED.strip()!r}, which its logged copy replaces")
+    before, after = SHARED.split(text)
     return before + shared + after
+
+
+_CODE = _joined()
+"""Read at a run's beginning, not at its end: the files may have changed meanwhile (git pull)."""
 
 
 def requirements() -> list[str]:
