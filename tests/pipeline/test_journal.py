@@ -134,7 +134,7 @@ def test_every_changed_byte_of_a_line_is_noticed(tmp_path: Path) -> None:
     head, line, _ = path.read_bytes().split(b"\n")
     written = read_entries(path)[0][1].data
     for index in range(len(line)):
-        for bit in (1, 4, 32):
+        for bit in (1, 32):
             changed = line[:index] + bytes([line[index] ^ bit]) + line[index + 1 :]
             path.write_bytes(head + b"\n" + changed.replace(b"\n", b" ") + b"\n")
             found = read_entries(path)[0][1]
