@@ -26,9 +26,11 @@ class ModelServer:
         model: models:/<name>@<alias>, or another URI.
         tracking_uri: where it is registered.
         folder: the working directory; gets serve.log.
+        own: by `steps.serve` instead.
     """
 
-    def __init__(self, model: str, tracking_uri: str, folder: Path) -> None:
+    def __init__(self, model: str, tracking_uri: str, folder: Path, own: bool = False) -> None:
+        self.own = own
         self.model, self.tracking_uri, self.folder = model, tracking_uri, folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -44,11 +46,15 @@ class ModelServer:
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # it starts `uvicorn`
         }
-        command = ["mlflow", "models", "serve", "-m", self.model, "--env-manager", "local"]
+        command = ["-P", "-m", "mlflow", "models", "serve", "-m", self.model, "--env-manager", "local"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        if self.own:
+            environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+            command = ["-m", "steps.serve", f"model={self.model}", f"port={self.port}"]
         began = time.monotonic()
         with (self.folder / "serve.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", *command, "--host", "127.0.0.1", "--port", str(self.port)],
+                [sys.executable, *command],
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,

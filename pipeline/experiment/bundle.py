@@ -33,6 +33,7 @@ FORMER = frozenset(
         "8744f23b4e7d5d694f885303e963590f0e6a01302a4eab2f3c3756bb0c5e5ece",
         "5c7b88ddd0d96c5ec51485bf3b2c31d46dde514f9309777adebdc81873d3f11f",
         "2b784fab85d67526b3d8ee699e23f07e046a65e2af16825ee7fd7a1ece5108a3",
+        "3dd9186aa99a9cbef7ae4dd1b8e0bc1c0f4f27e1a04b2b75900f522e9a3923c9",
     }
 )
 """SHA-256 of what `served.code()` was in earlier versions of this project, the oldest first."""

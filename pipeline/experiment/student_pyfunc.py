@@ -8,6 +8,7 @@ those of the server; that way it imports no MLflow.
 
 import base64
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,16 @@ def unpacked(item: Any) -> Any:
         raise Refused("is no base64 PNG or JPEG") from error
 
 
+def _each(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+    found = []
+    for position, item in enumerate(items):
+        try:
+            found.append(function(item))
+        except Refused as error:
+            raise Refused(f"image {position} {error}") from error
+    return found
+
+
 def answers(classifier: Classifier, items: list[Any]) -> list[dict[str, Any]]:
     """For each image of a request: `class`, `probability`, and `probabilities` of all classes by name.
 
@@ -98,16 +109,11 @@ def answers(classifier: Classifier, items: list[Any]) -> list[dict[str, Any]]:
         raise Refused("the list of images is empty")
     if len(items) > MAX_IMAGES:
         raise Refused(f"{len(items)} images, at most {MAX_IMAGES} are taken at once")
-    batch, together = [], 0
-    for position, item in enumerate(items):
-        try:
-            given = unpacked(item)
-            together += area(given) if isinstance(given, bytes) else 0
-            if together > MAX_PIXELS_TOGETHER:
-                raise Refused(f"is too much: with it the request has more than {MAX_PIXELS_TOGETHER} pixels")
-            batch.append(classifier.image(given))
-        except Refused as error:
-            raise Refused(f"image {position} {error}") from error
+    given = _each(unpacked, items)
+    together = sum(area(item) for item in given if isinstance(item, bytes))
+    if together > MAX_PIXELS_TOGETHER:
+        raise Refused(f"the images have {together} pixels together, at most {MAX_PIXELS_TOGETHER} are taken at once")
+    batch = _each(classifier.image, given)
     rows = classifier.probabilities(np.stack(batch))
     names = classifier.classes
     return [

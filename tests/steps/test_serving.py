@@ -172,6 +172,30 @@ def test_the_server_goes_on_after_refusals(server: ModelServer, checkpoint: Any,
     assert "Traceback" not in server.log()
 
 
+@pytest.fixture(scope="module")
+def own(trained: tuple[Lab, Path, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
+    """The same version, by this project's own code."""
+    made = ModelServer(f"models:/{NAME}@champion", trained[2], tmp_path_factory.mktemp("own"), own=True)
+    made.start()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def test_the_projects_own_server_answers_byte_for_byte_alike(
+    server: ModelServer, own: ModelServer, x: np.ndarray
+) -> None:
+    given: list[Any] = [{"inputs": x[:n].tolist()} for n in (1, 7, COUNT)]
+    given += [{"inputs": [base64_of(Image.fromarray(x[0])), x[1].tolist()]}, {"inputs": [], "params": {}}]
+    given += [{"inputs": ["no base64!"]}, {"inputs": [[[0.5]]]}, {"inputs": [x[0].tolist(), None]}]
+    for payload in given:
+        body = json.dumps(payload).encode()
+        assert own.ask("POST", "/invocations", body) == server.ask("POST", "/invocations", body)
+    for path in ("/ping", "/health", "/version", "/nothing", "/invocations"):
+        assert own.ask("GET", path) == server.ask("GET", path)
+
+
 def test_nothing_of_the_project_and_no_pytorch_is_in_the_servers_processes(server: ModelServer) -> None:
     mapped = "".join(Path(f"/proc/{number}/maps").read_text() for number in server.processes())
     assert "onnxruntime" in mapped
