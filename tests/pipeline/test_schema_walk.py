@@ -29,7 +29,7 @@ from pipeline.data import files, sources
 from pipeline.data.files import ImageFiles, Wanted
 from pipeline.data.sources import ImageData
 from pipeline.errors import NonFinite, UserError
-from pipeline.experiment import bank, export, jobs, networks, report, session, teachers, tracking
+from pipeline.experiment import bank, export, jobs, networks, report, revision, session, teachers, tracking
 from pipeline.experiment.evaluation.evaluate import evaluate
 from pipeline.experiment.evaluation.request import Request
 from pipeline.experiment.run import Run
@@ -359,6 +359,15 @@ def record(keys: Keys) -> Any:
 
 
 @refused
+def difference_logged(keys: Keys) -> Any:
+    """Whether a run keeps what its sources differ in from their commit."""
+    with mock.patch.object(revision, "difference", return_value="- a\n+ b\n"):
+        run = Run.open("distill", place().config(keys))
+        run.close("FINISHED", "completed", 0)
+    return (run.folder / "git.diff").exists()
+
+
+@refused
 def delivery(keys: Keys) -> Any:
     """Whether a delivery is begun, where to, and how long its end is waited for."""
     asked: list[Any] = []
@@ -549,6 +558,7 @@ TABLE: dict[str, Case] = {
     "tracking.mode": Case("online", observer=delivery),
     "tracking.uri": Case("sqlite:///other.db", ONLINE, delivery),
     "tracking.experiment": Case("other", observer=record),
+    "tracking.git_diff": Case(False, observer=difference_logged),
     "tracking.finish_seconds": Case(7.0, ONLINE, delivery),
     # data and networks
     "dataset.name": Case("cifar100_sample", observer=data_set),
