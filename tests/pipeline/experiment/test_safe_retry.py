@@ -9,7 +9,6 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline.experiment import execute as execution
 from pipeline.experiment.execute import execute
 from pipeline.experiment.records import from_folder
 from pipeline.training.methods.b_step import BStep
@@ -109,21 +108,17 @@ def test_nan_without_amp_too_ends_the_run_with_step_terms_and_images(
         assert part in error, error
 
 
-def test_a_divergence_that_patience_does_not_see_is_a_failed_run_of_one_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_divergence_that_patience_does_not_see_is_a_failed_run_of_one_line(tmp_path: Path) -> None:
     """Fewer updates than `safe_retry_patience`: neither an accuracy of chance nor a complaint about ONNX."""
-    more = ["optim.use_amp=false", "optim.student_lr=1e18", "optim.safe_retry_patience=1000", "log_model=true"]
-    monkeypatch.setattr(execution.logger, "propagate", True)
+    more = ["optim.use_amp=false", "optim.safe_retry_patience=1000", "log_model=true"]
+    more += ["optim.student_lr=1e6", "optim.student_weight_decay=1e6"]  # AdamW: -1e12 times each weight in every step
     where = ["tracking.mode=offline", f"output_dir={tmp_path}"]
     code = execute("distill", "pipeline.experiment.jobs:distill", [*BRIEF, *more, *where])
     (folder,) = tmp_path.glob("*-distill-*")
     found = from_folder(folder)
     assert (code, found.status) == (1, "FAILED")
     assert not any("acc" in name for name in found.metrics)
-    errors = [r for r in caplog.records if r.levelname == "ERROR"]
-    assert {r.exc_info for r in errors} == {None}
-    assert {r.getMessage() for r in errors} == {
-        "student: 200 of 200 outputs in evaluation are not finite: it has diverged; lower its learning rate, or set "
-        "optim.use_amp=false"
-    }
+    said = (folder / "run.log").read_text()
+    assert said.count("student: 200 of 200 outputs in evaluation are not finite: it has diverged; lower its ") == 1
+    assert "Traceback" not in said
+    assert "onnx" not in said.lower()

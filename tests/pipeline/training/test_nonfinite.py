@@ -1,5 +1,6 @@
 """A forward pass that is not finite leaves nothing behind, and is never taken for an accuracy."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,12 +166,15 @@ def test_only_a_finite_checkpoint_is_good(tmp_path: Path) -> None:
 
 # evaluation ----------------------------------------------------------------------------------------------------------
 
-BLOWS_UP = {"optimizer": "sgd", "student_lr": 1e30, "a_step_optimizer": "sgd"}
+BLOWS_UP = {"student_lr": 1e6, "student_weight_decay": 1e6}
+"""AdamW's decay multiplies each weight by -1e12 in every step."""
+FUSION_BLOWS_UP = {"a_step_lr": 1e6, "a_step_weight_decay": 1e6}
+TEACHER_BLOWS_UP = {"lr": 1e6, "weight_decay": 1e6, "epochs": 1}
 ENDS: dict[str, tuple[dict[str, Any], str]] = {
-    "student": ({"optim": BLOWS_UP}, "student: 12 of 12 outputs in evaluation are not finite"),
-    "synergy": ({"optim": {"a_step_lr": 1e30, "a_step_optimizer": "sgd"}}, "synergy: 12 of 12 outputs in evaluation"),
-    "moving average": ({"optim": {**BLOWS_UP, "ema_decay": 0.9, "select_weights": "ema"}}, "student: 12 of 12 outputs"),
-    "teacher": ({"finetune": {"lr": 1e30, "optimizer": "sgd", "epochs": 1}}, "teacher: 12 of 12 outputs in evaluation"),
+    "student": ({"optim": BLOWS_UP}, r"student: \d+ of 12 outputs in evaluation are not finite"),
+    "synergy": ({"optim": FUSION_BLOWS_UP}, r"synergy: \d+ of 12 outputs in evaluation are not finite"),
+    "moving average": ({"optim": {**BLOWS_UP, "ema_decay": 0.9, "select_weights": "ema"}}, r"student: \d+ of 12"),
+    "teacher": ({"finetune": TEACHER_BLOWS_UP}, r"teacher: \d+ of 12 outputs in evaluation are not finite"),
 }
 
 
@@ -184,7 +188,7 @@ def test_outputs_that_are_not_finite_are_a_divergence_and_no_accuracy(case: str,
     record = Record()
     with pytest.raises(NonFinite) as caught:
         loop_for(task, tmp_path, record).run()
-    assert str(caught.value).startswith(said)
+    assert re.match(said, str(caught.value))
     assert "\n" not in str(caught.value)
     assert record.series("student/acc") == record.series("teacher/acc") == []
     assert task.selection.weights == {}
