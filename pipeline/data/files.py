@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
@@ -37,6 +38,7 @@ CROP_PCT = 0.875
 AT_ONCE = 64
 """Images that evaluation asks for together, at most: what is made ahead lies in shared memory, which may be scarce."""
 MOST_WORKERS = 8
+MORE_ROOM = "give fewer workers, or more memory (in containers: shared memory, docker run --shm-size=8g)"
 GRACE_S = 30
 """How long a worker goes on after SIGTERM."""
 HASHED_AT_A_TIME = 8
@@ -72,7 +74,7 @@ class ImageFiles:
         self.ndim = len(self.shape)
         self.paths = paths
         self.workers = workers
-        self._decoder = _Decoder(paths, size, key)
+        self._decoder = _Decoder(paths, size, key, f"dataset.workers={'null' if workers is None else workers}")
         self._asked = _Asked()
         self._loader: DataLoader[Tensor | str] | None = None
         self._copying: Any = None
@@ -142,14 +144,13 @@ class ImageFiles:
                 # torch's would raise of a dead worker wherever this process is; `next` says it too, here
                 signal.signal(signal.SIGCHLD, answer)
             yield from made
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             self.close()
-            reason = str(error).splitlines()[0].rstrip(" .")
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(" .")
             raise UserError(
-                f"dataset.workers={'null' if self.workers is None else self.workers}: {reason}. Give fewer workers, "
-                "or more memory (in containers: shared memory)"
+                f"dataset.workers={'null' if self.workers is None else self.workers}: {reason}; {MORE_ROOM}"
             ) from error
 
 
@@ -183,10 +184,10 @@ class _Asked(Sampler[Wanted]):
 class _Decoder(Dataset[Tensor | str]):
     """What runs in the workers: `Wanted` → uint8 (n,3,size,size), or a message about an image that cannot be read."""
 
-    def __init__(self, paths: Sequence[str], size: int, key: str) -> None:
+    def __init__(self, paths: Sequence[str], size: int, key: str, workers: str) -> None:
         # one buffer: workers that count references to strings would copy the pages that they share with the parent
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-        self._size, self._key = size, key
+        self._size, self._key, self._workers = size, key, workers
 
     def __getitem__(self, wanted: Wanted) -> Tensor | str:
         made = torch.empty((len(wanted.indices), 3, self._size, self._size), dtype=torch.uint8)
@@ -204,7 +205,17 @@ class _Decoder(Dataset[Tensor | str]):
                 if seed is not None:
                     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs as well
                 made[row] = transform(picture)
-        return made
+        return made if get_worker_info() is None else self._shared(made)
+
+    def _shared(self, made: Tensor) -> Tensor | str:
+        """The images where the training sees them; the thread that sends them could only print that it has no room."""
+        try:
+            return made.share_memory_()
+        except RuntimeError as error:
+            return (
+                f"{self._workers}: {made.numel() / 1e6:.1f} MB of images find no room in shared memory "
+                f"({str(error).rpartition(': ')[2]}); {MORE_ROOM}"
+            )
 
 
 @functools.lru_cache(maxsize=8)
@@ -237,6 +248,13 @@ def _begin_worker(index: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_ALL)
+    # what cannot be sent would otherwise be printed and left out, and the training would wait for it for ever
+    Queue._on_queue_feeder_error = staticmethod(_leave)  # type: ignore[attr-defined]
+
+
+def _leave(error: BaseException, item: object) -> None:
+    """The training sees within seconds that this worker has gone."""
+    os._exit(1)
 
 
 def _checked(made: Tensor | str) -> Tensor:

@@ -338,3 +338,35 @@ def test_a_process_ends_though_nobody_let_its_workers_go(root: Path) -> None:
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=25, check=False)
     assert done.returncode == 1
     assert "left in the middle" in done.stderr
+
+
+SMALL = """
+import sys, time, torch
+from pipeline.config import DatasetConfig
+from pipeline.data import EvalBatches, load
+from pipeline.errors import UserError
+data = load(DatasetConfig(name="image_folder", root=sys.argv[1], image_size=1024, workers=2))
+began = time.monotonic()
+try:
+    for _ in EvalBatches(data.train_x, data.train_y, None, 8, data.mean, data.std, "cpu"): pass
+except UserError as error:
+    print(f"{time.monotonic() - began:.0f} {error}")
+"""
+
+
+@pytest.mark.slow
+def test_too_little_shared_memory_is_said_within_half_a_minute(root: Path) -> None:
+    """It was printed by a thread of the worker, which then had nothing to send: the training waited for ever."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small /dev/shm")
+    small = 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-c", SMALL, str(root)],
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    seconds, _, line = done.stdout.strip().partition(" ")
+    assert line.startswith("dataset.workers=2: "), done.stderr
+    assert "No space left on device" in line
+    assert "--shm-size" in line
+    assert int(seconds) < 30
+    assert done.stderr == ""
