@@ -124,6 +124,11 @@ def is_utf8(text: str) -> bool:
     return True
 
 
+def is_plain(text: str) -> bool:
+    """Whether records and names can hold it: UTF-8, and no control characters but spaces and line breaks."""
+    return is_utf8(text) and not any(c < " " and c not in "\t\n\r" for c in text)
+
+
 def printable(text: str, length: int = 200) -> str:
     """The text on one line of a message: what cannot be printed is escaped, what is too long is cut.
 

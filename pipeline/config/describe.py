@@ -165,6 +165,8 @@ def _explain(problem: Any, path: list[str | int]) -> tuple[str, str]:
     value = problem["input"]
     if problem["type"] == "bool_for_number":
         value = value if isinstance(value, bool) else list(value)
+    if problem["type"] == "no_text":
+        return key, f"{key}: got {_shown(value)}, which holds control characters or is not UTF-8; give a plain text"
     section = section_of(field)
     if section is not None and not is_list_of_sections(field):
         return (

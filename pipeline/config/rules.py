@@ -178,6 +178,11 @@ def _check_models(config: Config) -> None:
     for where, network in networks.items():
         _refuse(not network.name, f"{where}.name is empty: name a timm classifier or a cifar_* network")
         _refuse(
+            len(network.name) > 200,
+            f"{where}.name={network.name[:40]}… has {len(network.name)} letters: name a timm classifier or a cifar_* "
+            "network",
+        )
+        _refuse(
             network.pretrained and network.name.startswith("cifar_"),
             f"{where}.pretrained=true: {network.name} has no published weights; set it to false"
             + (f" or give {where}.checkpoint" if where != "model.student" else ""),
@@ -397,6 +402,7 @@ def _check_schedule(where: str, schedule: ScheduleConfig, epochs: int, peak: flo
 
 
 def _check_surroundings(config: Config) -> None:
+    _refuse(not config.tracking.experiment.strip(), "tracking.experiment is empty: name an experiment, such as asib")
     _refuse(
         config.dataset.name == "npz" and not config.dataset.path,
         "dataset.name=npz needs dataset.path, the file with x_train, y_train, x_test and y_test",

@@ -32,6 +32,7 @@ from pipeline.config.numbers import (
     Threads,
     Width,
 )
+from pipeline.paths import is_plain
 
 Deviation = Annotated[float, Field(gt=0, le=1)]
 FreezeLevel = Annotated[int, Field(ge=-1, le=2)]
@@ -52,6 +53,8 @@ class Section(BaseModel):
     @classmethod
     def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
         """`true` is not the number 1, in a list neither: pydantic would take it for one."""
+        if isinstance(value, str) and not is_plain(value):
+            raise PydanticCustomError("no_text", "no text")
         items = value if isinstance(value, list | tuple) else (value,)
         annotation = cls.model_fields[str(info.field_name)].annotation
         if any(isinstance(item, bool) for item in items) and "bool" not in str(annotation):

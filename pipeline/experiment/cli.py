@@ -14,6 +14,7 @@ from pipeline.config import Config
 from pipeline.config.describe import expects, is_list_of_sections, is_text, section_of, written
 from pipeline.errors import UserError
 from pipeline.experiment.options import groups
+from pipeline.paths import is_plain, printable
 
 WIDTH = 100
 _TRUE = ("true", "1", "yes", "on")
@@ -42,6 +43,13 @@ def parse(argv: Sequence[str]) -> Command:
     cfg: str | None = None
     overrides: list[str] = []
     wants_help = False
+    for argument in argv:
+        if not is_plain(argument):
+            key = argument.removeprefix("--").partition("=")[0]
+            raise UserError(
+                f"{printable(argument)}: this value of {printable(key)} holds control characters, or is not valid "
+                "UTF-8; give a plain text (a file of such a name: rename it)"
+            )
     for key, value in _pairs(list(argv)):
         if key == "help":
             wants_help = True

@@ -31,7 +31,7 @@ from pipeline.config.names import UnknownKey, near_miss
 from pipeline.errors import UserError
 from pipeline.experiment import settings as setting_files
 from pipeline.experiment.options import CONF, NOT_GROUPS, groups
-from pipeline.paths import user_path
+from pipeline.paths import printable, user_path
 
 logger = logging.getLogger("asib")
 _EXPERIMENT = "experiment"
@@ -213,6 +213,8 @@ def _parse(key: str, text: str) -> Override | None:
         if text.lstrip()[:1] in ("[", "{"):
             raise UserError(f"{key}={text}: the brackets or quotes of this value do not match") from None
         return None
+    except ValueError:  # Python reads no numbers of thousands of digits
+        raise UserError(f"{key}={printable(text, 60)}: a number of so many digits cannot be meant; give less") from None
     return parsed
 
 

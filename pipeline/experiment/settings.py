@@ -62,7 +62,7 @@ def parse_data(text: str, source: str) -> Any:
     _check_bounds(text, source)
     try:
         return yaml.load(text, Loader=get_yaml_loader())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: dates, and numbers of thousands of digits
         raise _refusal(source, error) from error
 
 

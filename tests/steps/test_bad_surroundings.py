@@ -46,3 +46,29 @@ def test_a_tracking_store_that_cannot_be_named_by_the_environment(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}")
     assert refused(place, "distill", "tracking.mode=online").startswith("MLFLOW_TRACKING_URI=sqlite:///")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=" + "9" * 5000, "so many digits"),
+        ("method.student_epochs_per_stage=[1," + "9" * 5000 + "]", "so many digits"),
+        ("run_name=a\0b", "control characters"),
+        ("run_name=caf\udce9", "not valid UTF-8"),
+        ("tracking.experiment=", "is empty"),
+        ("model.student.name=" + "x" * 5000, "5000 letters"),
+    ],
+)
+def test_values_that_no_record_can_hold(place: Lab, override: str, words: str) -> None:
+    line = refused(place, "distill", override)
+    assert line.startswith(override.partition("=")[0])
+    assert words in line
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("text", ["seed: " + "9" * 5000, 'run_name: "a\\0b"', "seed: 2026-99-01"])
+def test_values_of_a_file_that_no_record_can_hold(place: Lab, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    line = refused(place, "distill", f"cfg={file}")
+    assert len(line) < 500

@@ -345,6 +345,7 @@ import sys, time, torch
 from pipeline.config import DatasetConfig
 from pipeline.data import EvalBatches, load
 from pipeline.errors import UserError
+from torchvision.transforms import v2
 data = load(DatasetConfig(name="image_folder", root=sys.argv[1], image_size=1024, workers=2))
 began = time.monotonic()
 try:
