@@ -169,7 +169,8 @@ def test_the_best_configuration_from_the_server_is_that_trial_again(lab: Lab, sq
     online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
     swept(lab, *online)
     found, best = see(sqlite_uri, run_id(parent(lab))), study(lab).best_trial
-    again = lab.raw("distill", [f"cfg=runs:/{found.id}/best.yaml", f"output_dir={lab.folder / 'again'}", *online])
+    here = [f"output_dir={lab.folder / 'again'}", f"dataset.path={lab.data}", "log_model=false", *online]
+    again = lab.raw("distill", [f"cfg=runs:/{found.id}/best.yaml", *here])
     assert again.code == 0, again.err
     (folder,) = (lab.folder / "again").glob("*-distill-*")
     repeated = see(sqlite_uri, run_id(folder))
