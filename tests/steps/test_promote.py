@@ -265,9 +265,9 @@ def test_a_version_of_before_gets_its_manifest_when_it_is_judged(desk: Desk) -> 
     done = desk.promote()
     assert done.code == 0, done.err
     assert (desk.aliases["champion"], len(json.loads(desk.tags(1)["asib.bundle"]))) == ("1", 6)
+    where = ["tracking.mode=online", f"tracking.uri={desk.uri}", f"model=models:/{NAME}@champion"]
     (stored(desk, 1) / "artifacts/student.onnx").write_bytes(b"")
     for step, own in (("evaluate", []), ("predict", ["images=docs/pictures"])):
-        where = ["tracking.mode=online", f"tracking.uri={desk.uri}", f"model=models:/{NAME}@champion"]
         done = desk.lab.step(step, *where, *own)
         assert done.code == 2, done.err
         assert f"artifacts/student.onnx of models:/{NAME}/1 was changed" in done.lines[-1]
@@ -288,6 +288,14 @@ def busy(desk: Desk) -> list[str]:
     desk.register("half")
     LocalDelivery(None, desk.uri).registry("enter", name=NAME, run_id="a" * 32, user="ada")
     return [f"another promotion of stripes is under way, run {'a' * 32} by ada"]
+
+
+def test_predict_runs_no_code_of_a_version(desk: Desk) -> None:
+    other_code(desk)
+    where = ["tracking.mode=online", f"tracking.uri={desk.uri}", f"model=models:/{NAME}/1"]
+    done = desk.lab.step("predict", *where, "images=docs/pictures")
+    assert done.code == 0, done.err
+    assert "it ran" not in done.err + done.out
 
 
 def no_version(desk: Desk) -> list[str]:
