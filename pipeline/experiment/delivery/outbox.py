@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
 from pipeline.experiment.delivery.faults import Refusal, ask, lasting
-from pipeline.experiment.delivery.target import TAG_LENGTH, get_run
+from pipeline.experiment.delivery.target import TAG_LENGTH, can_rewrite, get_run, rewrite_params
 from pipeline.journal import decode_number
 from pipeline.paths import tree_inside
 
@@ -24,13 +24,19 @@ PARAM_LENGTH = 6000
 
 
 class Outbox:
-    """Of the run whose journal lies in `folder`. `refused`: how many things the server will never take."""
+    """Of the run whose journal lies in `folder`. `refused`: how many things the server will never take.
 
-    def __init__(self, client: MlflowClient, uri: str, run: Run, folder: Path) -> None:
+    Args:
+        adopted: `mlflow run` has made the run, and has logged each -P as it stood in the shell.
+    """
+
+    def __init__(self, client: MlflowClient, uri: str, run: Run, folder: Path, adopted: bool = False) -> None:
         self.refused = 0
         self._client, self._uri, self._run_id, self._folder = client, uri, run.info.run_id, folder
-        self._there: set[str] = set(run.data.params)
-        self._new: set[str] = set()  # params in the batch
+        self._there: dict[str, str] = dict(run.data.params)
+        self._new: dict[str, str] = {}  # params in the batch
+        self._rewrites = adopted and can_rewrite(uri)
+        self._changed: dict[str, str] = {}
         self._batch: list[Metric | Param | RunTag] = []
         self._artifacts: dict[tuple[str, str], None] = {}
 
@@ -38,11 +44,18 @@ class Outbox:
         return len(self._batch)
 
     def params(self, values: Mapping[str, str]) -> None:
-        """What is there stays: `mlflow run` has logged «4» where we would say 4.0."""
+        """What is there stays, since no server lets a parameter change; in a database of one's own it is corrected.
+
+        There `mlflow run` has logged «4» for 4.0, and «'[1]'», in quotation marks, for [1].
+        """
         for key, value in values.items():
-            if key not in self._there and key not in self._new:
-                self._new.add(key)
-                self._batch.append(Param(key, value[:PARAM_LENGTH]))
+            short = value[:PARAM_LENGTH]
+            if key in self._there:
+                if self._rewrites and self._there[key] != short:
+                    self._changed[key] = short
+            elif key not in self._new:
+                self._new[key] = short
+                self._batch.append(Param(key, short))
 
     def tags(self, values: Mapping[str, str]) -> None:
         self._batch += [RunTag(key, value[:TAG_LENGTH]) for key, value in values.items()]
@@ -59,6 +72,7 @@ class Outbox:
         """Drop what was not sent."""
         self._batch.clear()
         self._new.clear()
+        self._changed.clear()
         self._artifacts.clear()
 
     def flush(self) -> None:
@@ -68,6 +82,10 @@ class Outbox:
             self._there |= self._new
             self._batch.clear()
             self._new.clear()
+        if self._changed:
+            rewrite_params(self._uri, self._run_id, self._changed)
+            self._there |= self._changed
+            self._changed.clear()
         for path, to in list(self._artifacts):
             self._send_file(path, to)
             del self._artifacts[path, to]

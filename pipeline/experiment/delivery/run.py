@@ -120,7 +120,8 @@ class RunDelivery:
             self._survey()
         self.state.run_id, self.state.experiment_id = run.info.run_id, run.info.experiment_id
         self.state.url = run_url(self.uri, run.info.experiment_id, run.info.run_id)
-        self._outbox = Outbox(self.client, self.uri, run, self.folder)
+        adopted = self._adopt == run.info.run_id
+        self._outbox = Outbox(self.client, self.uri, run, self.folder, adopted)
         self.state.save(self.folder)
         self.attached = True
         return True

@@ -133,3 +133,23 @@ def test_a_run_does_not_end_before_it_began(sqlite_uri: str, tmp_path: Path) -> 
     (done,) = deliver([folder], sqlite_uri)
     info = MlflowClient(sqlite_uri).get_run(done.run_id).info
     assert info.end_time >= info.start_time == values[0]["time"]
+
+
+def test_what_mlflow_run_has_logged_is_stored_as_a_step_alone_would(sqlite_uri: str, tmp_path: Path) -> None:
+    """`mlflow run` quotes for the shell, and logs what it has quoted (mlflow/projects/_project_spec.py)."""
+    client = MlflowClient(sqlite_uri)
+    given = client.create_run("0").info.run_id
+    for key, value in {"epochs": "'[1]'", "alpha": "0", "seed": "1", "cfg": "quickstart"}.items():
+        client.log_param(given, key, value)
+    journal = Journal.create(tmp_path / "a", experiment="e")
+    journal.params({"epochs": "[1]", "alpha": "0.0", "seed": "1", "tau": "4.0"})
+    journal.end("FINISHED", "completed", 0)
+    assert adopt(tmp_path / "a", sqlite_uri, given) == given
+    stored = {"epochs": "[1]", "alpha": "0.0", "seed": "1", "tau": "4.0", "cfg": "quickstart"}
+    assert client.get_run(given).data.params == stored
+    # only in a run that was adopted: in one's own the first value stands
+    again = Journal.reopen(tmp_path / "a")
+    again.params({"alpha": "0.5"})
+    again.end("FINISHED", "completed", 0)
+    deliver([tmp_path / "a"], sqlite_uri)
+    assert client.get_run(given).data.params == stored
