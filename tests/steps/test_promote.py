@@ -506,7 +506,7 @@ def test_promotions_killed_at_any_moment_are_finished_once(desk: Desk, monkeypat
         left = store.get_registered_model(NAME).tags.keys()
         assert not [tag for tag in left if tag.startswith(("asib.move", "asib.turn", "asib.look."))], left
         assert not desk.tags(2).get("asib.pending")
-        lines = [desk.tags(n)["asib.history"].splitlines() for n in (1, 2)]
+        lines = [decision.history_lines(Version(str(n), tags=desk.tags(n))) for n in (1, 2)]
         assert sum("replaced as champion by version 2" in line for line in lines[0]) == k + 1
         assert sum("promoted over version 1" in line for line in lines[1]) == k + 1
         assert "RUNNING" not in {store.get_run(run).info.status for run in runs_of(desk)}
