@@ -67,7 +67,7 @@ def read(client: MlflowClient, run_id: str, dest: Path, histories: Sequence[str]
         raise UserError(f"no run {run_id} on the tracking server, or none that you may read: check the id")
     folder = dest / run_id
     folder.mkdir(parents=True, exist_ok=True)
-    profiles = [json.loads(d.dataset.profile) for d in run.inputs.dataset_inputs if d.dataset.profile]
+    classes = [_classes(d.dataset.profile) for d in run.inputs.dataset_inputs]
     record = {
         "id": run.info.run_id,
         "experiment_id": run.info.experiment_id,
@@ -81,7 +81,7 @@ def read(client: MlflowClient, run_id: str, dest: Path, histories: Sequence[str]
             for name in histories
             if name in run.data.metrics
         },
-        "classes": next((p["classes"] for p in profiles if isinstance(p, dict) and "classes" in p), None),
+        "classes": next((n for n in classes if n is not None), None),
     }
     there = {file.path for file in client.list_artifacts(run.info.run_id)}
     for name in FILES:
@@ -143,3 +143,13 @@ def reap(client: MlflowClient, runs: Mapping[str, Sequence[Any]]) -> list[str]:
             continue
         ended.append(run_id)
     return ended
+
+
+def _classes(profile: str | None) -> int | None:
+    """The number of classes that a data set's profile states; None where it states none, or is not one of ours."""
+    try:
+        stated = json.loads(profile or "null")
+    except ValueError:
+        return None
+    found = stated.get("classes") if isinstance(stated, dict) else None
+    return found if isinstance(found, int) and found > 0 else None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("mlflow")
 
+from mlflow.entities import Dataset, DatasetInput
 from mlflow.tracking import MlflowClient
 
 from pipeline.experiment.delivery import read as delivery_read
@@ -68,3 +71,14 @@ def test_reaping_ends_only_what_still_runs(client: MlflowClient) -> None:
     assert client.get_run(finished).info.status == "FINISHED"
     assert "asib.outcome" not in client.get_run(finished).data.tags
     assert delivery_read.reap(client, {orphan: end}) == []
+
+
+@pytest.mark.parametrize("profile", ["no JSON", "[1]", '{"classes": "many"}', '{"classes": -1}'])
+def test_a_strangers_data_set_holds_no_comparison_up(sqlite_uri: str, tmp_path: Path, profile: str) -> None:
+    client = MlflowClient(sqlite_uri)
+    run_id = client.create_run("0").info.run_id
+    for number, text in enumerate([profile, '{"classes": 20}']):
+        data = Dataset(name=f"d{number}", digest=str(number), source_type="local", source="{}", profile=text)
+        client.log_inputs(run_id, [DatasetInput(data)])
+    folder = Path(delivery_read.read(client, run_id, tmp_path, []))
+    assert json.loads((folder / "record.json").read_text())["classes"] == 20
