@@ -34,6 +34,8 @@ FORMER = frozenset(
         "5c7b88ddd0d96c5ec51485bf3b2c31d46dde514f9309777adebdc81873d3f11f",
         "2b784fab85d67526b3d8ee699e23f07e046a65e2af16825ee7fd7a1ece5108a3",
         "3dd9186aa99a9cbef7ae4dd1b8e0bc1c0f4f27e1a04b2b75900f522e9a3923c9",
+        "32d48fe63ffdcecdcf73728dfb574de8638445d8b12f96b97dd8394832ce02b3",
+        "84f071526695c1474eb8ef9c445243f0c11b5c13f4fe327077e911b8a6ed1340",
     }
 )
 """SHA-256 of what `served.code()` was in earlier versions of this project, the oldest first."""

@@ -1,14 +1,16 @@
 """What a non-finite forward pass may not leave behind, and what it may not be taken for (method.md section 5)."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.task import TrainingTask
 from torch import Tensor, nn
 
 from pipeline.errors import NonFinite
 from pipeline.training import distributed
+
+if TYPE_CHECKING:
+    from timm.task import TrainingTask  # delivery starts before timm is imported
 
 
 def statistics(module: nn.Module) -> list[Tensor]:
@@ -85,7 +87,7 @@ def require_finite(values: Tensor, name: str, what: str = "outputs") -> None:
         )
 
 
-def update_average(task: TrainingTask, step: int, skipped: Tensor) -> None:
+def update_average(task: "TrainingTask", step: int, skipped: Tensor) -> None:
     """One step of the moving average of what a task trains; none where the bool scalar `skipped` is true."""
     if not skipped.is_cuda:
         if not skipped:

@@ -31,12 +31,15 @@ def belongs(folder: Path, parent: Path, live: bool) -> bool:
     carries) as its parent, as a sweep's trials do, and is of the same user. So a journal cannot name a stranger's run.
 
     Args:
-        live: a trainer of ours writes the parent's journal, and may go on with a trial of another user's worker.
+        live: a trainer of ours writes the parent's journal. It may go on with a trial of another user's worker, and a
+            ladder may reuse a run that this user has made in the same output folder.
     """
     try:
         check_own_files(folder)
         real, above = os.path.realpath(folder), os.path.realpath(parent)
         if real != above and os.path.commonpath([real, above]) == above:
+            return True
+        if live and beside(folder, parent):
             return True
         own, named_by = journal.read_header(folder), journal.read_header(parent)
         if own is None or named_by is None:
@@ -48,6 +51,12 @@ def belongs(folder: Path, parent: Path, live: bool) -> bool:
         return live or _owner(folder) == _owner(parent)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def beside(folder: Path, parent: Path) -> bool:
+    """Whether `folder` lies in the output folder that holds `parent`, and is of the same user."""
+    real, root = os.path.realpath(folder), os.path.dirname(os.path.realpath(parent))
+    return real != root and os.path.commonpath([real, root]) == root and _owner(folder) == _owner(parent)
 
 
 def _owner(folder: Path) -> int:

@@ -200,7 +200,7 @@ def test_what_is_hidden_is_no_image_and_no_class(root: Path, caplog: pytest.LogC
     with caplog.at_level("INFO", "asib"):
         found = load(config(root))
     assert (found.classes, found.digest, len(found.train_x)) == (clean.classes, clean.digest, 3 * TRAIN)
-    (line,) = [record.getMessage() for record in caplog.records]
+    (line,) = [text for record in caplog.records if "ignored" in (text := record.getMessage())]
     assert line.startswith(f"dataset.root={root}: 8 ignored: hidden files and folders")
 
 

@@ -181,7 +181,7 @@ def test_any_text_survives_override_and_dump(tmp_path_factory, text):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.floats(1e-9, 1e9), st.lists(st.integers(1, 300), min_size=1, max_size=4), st.booleans())
+@given(st.floats(1e-9, 1e6), st.lists(st.integers(1, 300), min_size=1, max_size=4), st.booleans())
 def test_any_number_survives_override_and_params(tau, epochs, flag):
     config = compose(None, [f"method.tau={tau}", f"method.student_epochs_per_stage={epochs}",
                             f"method.num_stages={len(epochs)}", f"method.learnable_q={flag}"])  # fmt: skip

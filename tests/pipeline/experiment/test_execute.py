@@ -67,7 +67,7 @@ def refuses(config: object) -> str:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("SEED", "x", "SEED=x in the environment: give a whole number from 0, such as SEED=0"),
+        ("SEED", "x", "SEED=x in the environment: give a whole number from 0 to 9223372036854775807"),
         ("DRY_RUN", "x", "DRY_RUN=x in the environment: give 1 or 0"),
         ("DRY_RUN", "1", "cluster=slurm: no sbatch here"),
     ],
