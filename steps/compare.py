@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         return execute("compare", "", list(argv))
     if "--help" in rest:
         print("\n".join(f"  {key}: {words}" for key, words in OWN.items()) + "\n")
-    parent, anyway = own.get("parent", ""), own.get("anyway", "").lower() or "false"
+    parent = own.get("parent", "")
     runs = list(dict.fromkeys(filter(None, (part.strip() for part in own.get("runs", "").strip("[]").split(",")))))
 
     def asked(config: Config) -> Config:
@@ -36,8 +36,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("give parent=<run id>, or runs=<id>,<id>,…: one of them")
         if not parent and len(runs) < 2:
             raise UserError(f"runs={runs[0]} names one run: comparing needs two")
-        if anyway not in ("true", "false"):
-            raise UserError(f"anyway={anyway}: give true or false")
+        cli.flag(own, "anyway")
         for name in runs:
             user_path(name, "runs")
         if parent:
@@ -47,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     def job(run: "Run") -> float | None:
         from pipeline.experiment.ablation.compare_job import compare_runs
 
-        return compare_runs(run, parent, runs, anyway == "true")
+        return compare_runs(run, parent, runs, cli.flag(own, "anyway"))
 
     return execute("compare", job, rest, asked, own=OWN)
 

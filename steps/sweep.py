@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(f"  {key}: {words}" for key, words in OWN.items()) + "\n")
     elif own.get("join"):
         return outside("sweep", rest, lambda command: _join(own, command))
-    elif own.get("reap", "false").lower() not in ("", "false"):
+    elif own.get("reap", "").strip().lower() not in ("", *cli.FALSE):
         return outside("sweep", rest, lambda command: _reap(own, command))
     plans: list[Plan] = []
 
@@ -67,6 +67,7 @@ def _reap(own: dict[str, str], command: cli.Command) -> int:
     from pipeline.experiment.sweep import plan as sweep_plan
     from pipeline.experiment.sweep import reap as sweep_reap
 
+    cli.flag(own, "reap")  # neither true nor false
     config = configuration(command, OWN)
     ended = sweep_reap.reap_all(sweep_plan.storage_url(own.get("storage"), config), config)
     print(f"{len(ended)} runs were left without a process, and are ended now")

@@ -4,7 +4,7 @@ Imports neither torch nor MLflow: `--help` answers at once.
 """
 
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from pipeline.experiment.options import groups
 from pipeline.paths import is_plain, printable
 
 WIDTH = 100
-_TRUE = ("true", "1", "yes", "on")
-_FALSE = ("false", "0", "no", "off")
+TRUE = ("true", "1", "yes", "on")
+FALSE = ("false", "0", "no", "off")
 _BRACKETS = {"]": "[", "}": "{", ")": "("}
 
 
@@ -93,7 +93,7 @@ def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
         argument = argv.pop(0)
         if argument in ("--help", "-h"):
             yield "help", ""
-        elif argument == "--debug" and (not argv or argv[0].lower() not in _TRUE + _FALSE):
+        elif argument == "--debug" and (not argv or argv[0].lower() not in TRUE + FALSE):
             yield "debug", "true"
         elif argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
@@ -120,7 +120,15 @@ def _known_form(key: str, argument: str) -> str:
 def _debug(overrides: Sequence[str]) -> bool:
     """Whether tracebacks are wanted: known before the configuration is, whose errors they would show."""
     said = [o.lstrip("+").partition("=")[2].strip().lower() for o in overrides if o.lstrip("+").startswith("debug=")]
-    return bool(said) and said[-1] in _TRUE
+    return bool(said) and said[-1] in TRUE
+
+
+def flag(own: Mapping[str, str], key: str, default: bool = False) -> bool:
+    """A step's own key that is true or false; empty is the default. Raises UserError for anything else."""
+    text = own.get(key, "").strip().lower()
+    if text and text not in TRUE + FALSE:
+        raise UserError(f"{key}={printable(own[key], 80)}: give true or false")
+    return text in TRUE if text else default
 
 
 def split_overrides(text: str) -> list[str]:

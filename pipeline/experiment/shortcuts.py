@@ -18,12 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.config.names import near_miss
 from pipeline.config.numbers import MOST_SEED, whole
 from pipeline.errors import UserError
+from pipeline.experiment import cli
 from pipeline.experiment.compose import Setting, keys_of
 from pipeline.experiment.options import groups
 
 logger = logging.getLogger("asib")
 DRY_RUN = "DRY_RUN"
-_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _NAMES = ("model.teachers.0.name", "model.teachers.1.name")
 
 
@@ -103,9 +103,9 @@ def read(environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Short
 def wants_dry_run(environment: Mapping[str, str]) -> bool:
     """Whether DRY_RUN asks to show what would be done. Raises UserError: neither yes nor no."""
     text = environment.get(DRY_RUN, "").strip().lower()
-    if text and text not in _YES + _NO:
+    if text and text not in cli.TRUE + cli.FALSE:
         raise UserError(f"{DRY_RUN}={text} in the environment: give 1 or 0")
-    return text in _YES
+    return text in cli.TRUE
 
 
 # ------------------------------------------------------------------------------------------------ the variables

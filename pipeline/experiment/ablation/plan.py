@@ -12,6 +12,7 @@ from pipeline.config.identity import canonical
 from pipeline.config.numbers import processes
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
+from pipeline.experiment import cli
 from pipeline.experiment.ablation import rungs
 from pipeline.experiment.folders import interrupted
 from pipeline.experiment.options import REPOSITORY
@@ -42,9 +43,7 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
         raise UserError("ablate runs as one process; start single rungs with torchrun and -m steps.distill cfg=<rung>")
     names = rungs.read_names(own.get("rungs") or "ladder")
     seeds = rungs.read_seeds(own.get("seeds") or str(config.seed))
-    force = own.get("force", "").lower() or "false"
-    if force not in ("true", "false"):
-        raise UserError(f"force={force}: give true or false")
+    force = cli.flag(own, "force")
     rungs.refuse_overrides(names, overrides)
     unlogged = {"log_model": False, "register": None}  # the parent's model is the best one's
     configs = [shared(c.model_copy(update=unlogged)) for c in rungs.configurations(config, names, seeds)]
@@ -53,11 +52,11 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
         "teachers": [t.model_dump() for t in config.model.teachers],
         "sources": source_digest(REPOSITORY),
         "to": [config.tracking.mode, config.tracking.uri, config.tracking.experiment],
-        "force": force,
+        "force": str(force).lower(),
         "amp": config.optim.use_amp,  # no part of the hash, and another identity
     }
     digest = hashlib.sha256(canonical(what).encode()).hexdigest()
-    return Plan(tuple(names), tuple(seeds), force == "true", tuple(configs), digest)
+    return Plan(tuple(names), tuple(seeds), force, tuple(configs), digest)
 
 
 def prepared(config: Config, plan: Plan) -> Config:

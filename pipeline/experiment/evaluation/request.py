@@ -7,6 +7,7 @@ from pipeline.config import Config
 from pipeline.config.names import near_miss
 from pipeline.config.places import is_uri
 from pipeline.errors import UserError
+from pipeline.experiment import cli
 from pipeline.paths import user_path
 
 MODES = ("single", "synergy", "average")
@@ -59,7 +60,7 @@ def read(own: Mapping[str, str]) -> Request:
         split=_one_of("split", own, tuple(SPLITS)),
         fusion=own.get("fusion") or None,
         teachers=_one_of("teachers", own, TEACHERS),
-        speed=_one_of("speed", own, ("true", "false")) == "true",
+        speed=cli.flag(own, "speed", default=True),
         named="model" if own.get("model") else "student",
     )
 

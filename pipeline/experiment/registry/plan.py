@@ -8,6 +8,7 @@ from typing import Literal
 from pipeline.config import Config, registered
 from pipeline.config.numbers import VERSIONS, processes, whole
 from pipeline.errors import NotThere, UserError
+from pipeline.experiment import cli
 from pipeline.experiment.registry import config as gates
 from pipeline.experiment.registry import queue
 from pipeline.experiment.registry.config import Gate
@@ -69,7 +70,7 @@ def make(config: Config, own: Mapping[str, str]) -> Plan:
     fault = registered.fault(name)
     if fault is not None:
         raise UserError(f"name={name}: {fault}")
-    rollback, retire = _flag(own, "rollback"), own.get("retire") or None
+    rollback, retire = cli.flag(own, "rollback"), own.get("retire") or None
     version = own.get("version") or None
     if sum((rollback, retire is not None, version is not None)) > 1:
         given = [f"{key}={own[key]}" for key in ("version", "rollback", "retire") if own.get(key)]
@@ -86,7 +87,7 @@ def make(config: Config, own: Mapping[str, str]) -> Plan:
         raise UserError(f"reason has {len(reason)} characters: give at most {LONGEST_REASON}")
     if action != "promote" and (own.get("gate") or settings):
         raise UserError(f"{action} asks no gate: leave gate and gate.* out")
-    return Plan(action, name, version or retire, gate, _flag(own, "dry_run"), reason)
+    return Plan(action, name, version or retire, gate, cli.flag(own, "dry_run"), reason)
 
 
 def prepared(config: Config, plan: Plan) -> Config:
@@ -105,13 +106,6 @@ def _check(config: Config) -> None:
         raise UserError(
             f"resume={config.resume}: a promotion is not continued; start it again, it finishes what was half done"
         )
-
-
-def _flag(own: Mapping[str, str], key: str) -> bool:
-    text = own.get(key, "").lower() or "false"
-    if text not in ("true", "false"):
-        raise UserError(f"{key}={own[key]}: give true or false")
-    return text == "true"
 
 
 def check(plan: Plan, registry: Registry) -> None:

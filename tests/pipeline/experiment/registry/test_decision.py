@@ -153,7 +153,7 @@ def test_previous_that_stands_at_the_champion_is_none() -> None:
         ({"name": "a/b"}, "name=a/b"),
         ({"name": "m", "version": "v2"}, "version=v2"),
         ({"name": "m", "retire": "0"}, "retire=0"),
-        ({"name": "m", "rollback": "yes"}, "rollback=yes: give true or false"),
+        ({"name": "m", "rollback": "maybe"}, "rollback=maybe: give true or false"),
         ({"name": "m", "rollback": "true", "version": "2"}, "version=2 and rollback=true exclude each other"),
         ({"name": "m", "gate": "strict"}, "gate=strict"),
         ({"name": "m", "rollback": "true", "gate.alpha": "0.1"}, "rollback asks no gate"),
