@@ -16,6 +16,7 @@ from pipeline.config.identity import canonical, computation, source_digest
 from pipeline.config.places import check_file, output_dir
 from pipeline.config.rules import uses_fusion
 from pipeline.data.sources import ImageData
+from pipeline.data.splits import split
 from pipeline.experiment import networks, report
 from pipeline.experiment.options import REPOSITORY
 from pipeline.experiment.run import Run
@@ -102,6 +103,9 @@ def foresee(config: Config, data: ImageData) -> None:
 
 
 def _build(config: Config, data: ImageData, student: FeatureNet) -> list[FeatureNet]:
+    dataset = config.dataset
+    # else it is refused after teachers were fine-tuned
+    split(data.train_y, dataset.val_fraction, data.digest, dataset.split_seed)
     nets = [networks.build_teacher(config, data, index) for index in range(len(config.model.teachers))]
     check_student(config, student, data.num_classes)
     if uses_fusion(config):

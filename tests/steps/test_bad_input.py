@@ -187,6 +187,7 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "output_dir is a file": ("baseline", ["output_dir={files}/a_file"], ["output_dir={files}/a_file", "folder"]),
     "resume of an unknown run": ("distill", ["resume=0123456789abcdef"], ["resume=0123456789abcdef", "no such run"]),
+    "nothing left to train on": ("distill", ["dataset.val_fraction=0.999"], ["dataset.val_fraction=0.999", "class 0"]),
     "reap neither true nor false": ("sweep", ["reap=maybe"], ["reap=maybe: give true or false"]),
     "anyway neither true nor false": ("compare", ["runs=a,b", "anyway=2"], ["anyway=2: give true or false"]),
     "speed neither true nor false": ("evaluate", ["model=x.pt", "speed=maybe"], ["speed=maybe: give true or false"]),
