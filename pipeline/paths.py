@@ -78,8 +78,8 @@ def user_path(given: str, key: str) -> Path:
             unknown user, leads through a dangling or circular link, or through a folder that may not be searched.
 
     Example:
-        >>> user_path("~root/runs", "output_dir").as_posix()
-        '/root/runs'
+        >>> user_path("runs/kd", "output_dir").as_posix()
+        'runs/kd'
     """
 
     def refuse(reason: str) -> UserError:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 MASK = "***"
@@ -28,6 +29,7 @@ _HARMLESS = re.compile(
 )
 
 
+@lru_cache(maxsize=4096)  # every line of a record asks it of the whole environment
 def looks_secret(name: str) -> bool:
     """Whether a value of this name (an environment variable, a key of a file) is likely to be a secret.
 

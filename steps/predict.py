@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.experiment import cli
-from pipeline.experiment.bundle import FORMS
 from pipeline.experiment.execute import execute
+from pipeline.experiment.options import STUDENTS
 
 if TYPE_CHECKING:
     from pipeline.experiment.predict import Asked
     from pipeline.experiment.run import Run
 
 OWN = {
-    "model": FORMS,
-    "images": "a folder with PNG and JPEG files, at any depth",
+    "model": STUDENTS,
+    "images": "a folder with picture files, at any depth",
     "to": "the table to write, .csv or .parquet; predictions.csv in the run's folder by default",
 }
 

@@ -37,11 +37,11 @@ def main(argv: Sequence[str]) -> int:
         return plans.prepared(config, made[0])
 
     def ask(delivery: "Delivery") -> None:
-        registry = Registry(delivery, made[0].name)
-        plans.check(made[0], registry)
-        from pipeline.experiment.registry.promote import same_data
+        versions = plans.check(made[0], Registry(delivery, made[0].name))
+        if versions:
+            from pipeline.experiment.registry.promote import same_data  # late: it imports torch
 
-        same_data(configs[0], made[0], registry)
+            same_data(configs[0], made[0].name, versions)
 
     def job(run: "Run") -> float | None:
         from pipeline.experiment.registry.promote import promote

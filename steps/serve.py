@@ -9,18 +9,20 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline.config.numbers import whole
 from pipeline.errors import UserError
 from pipeline.experiment import cli
-from pipeline.experiment.bundle import FORMS
 from pipeline.experiment.execute import configuration, outside
+from pipeline.experiment.options import STUDENTS
 
 OWN = {
-    "model": FORMS,
+    "model": STUDENTS,
     "host": "the address to listen on, 127.0.0.1 by default; others behind a proxy with passwords and TLS (deploy/)",
     "port": "5001 by default; 0 takes a free one",
     "timeout": "seconds that a request may take, 60 by default",
     "max_bytes": "of a request, 33554432 by default",
 }
+MOST = 1 << 31
 logger = logging.getLogger("asib")
 
 
@@ -42,8 +44,10 @@ def _serve(own: Mapping[str, str], command: cli.Command) -> int:
 
     source = own.get("model", "")
     if not source:
-        raise UserError(f"model is not set: give model={FORMS}")
-    port, timeout, most = (_number(own, *key) for key in (("port", 5001), ("timeout", 60), ("max_bytes", 32 << 20)))
+        raise UserError(f"model is not set: give model={STUDENTS}")
+    port = whole("port", own.get("port") or "5001", 0, 65535)
+    timeout = whole("timeout", own.get("timeout") or "60", high=MOST)
+    most = whole("max_bytes", own.get("max_bytes") or str(32 << 20), high=MOST)
     where = configuration(command, OWN).tracking
     limits = serve.Limits(body=most, request=timeout)
     socket = serve.listen(own.get("host") or "127.0.0.1", port)
@@ -59,14 +63,6 @@ def _serve(own: Mapping[str, str], command: cli.Command) -> int:
         except KeyboardInterrupt:
             return 130
     return 0
-
-
-def _number(own: Mapping[str, str], key: str, default: int) -> int:
-    text = own.get(key) or str(default)
-    least, most = (0, 65535) if key == "port" else (1, 1 << 31)
-    if not (text.isascii() and text.isdecimal() and len(text) < 12 and least <= int(text) <= most):
-        raise UserError(f"{key}={text}: give a whole number from {least} to {most}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ ONLY_WHERE_SET = ("dataset.mean", "dataset.std")
 """Keys that came later, and that the hash leaves out where they are null: results from before stay the same."""
 
 
+def listed(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key, or the section that it names, is among `names`, in which `tracking.` stands for a section.
+
+    Example:
+        >>> [listed(key, ["seed", "tracking."]) for key in ("seed", "seeds", "tracking.uri", "tracking")]
+        [True, False, True, True]
+    """
+    return any(key == name or (name.endswith(".") and f"{key}.".startswith(name)) for name in names)
+
+
 def computation(config: Config) -> dict[str, Any]:
     """The dotted keys that the hash covers; teachers' checkpoint paths are left out, their weights' hashes count."""
     return {
@@ -46,7 +57,7 @@ def computation(config: Config) -> dict[str, Any]:
         for name, value in flatten(config).items()
         if not name.endswith(".checkpoint")
         and not (value is None and name in ONLY_WHERE_SET)
-        and not any(name == skip or (skip.endswith(".") and name.startswith(skip)) for skip in NOT_COMPUTATION)
+        and not listed(name, NOT_COMPUTATION)
     }
 
 
@@ -69,8 +80,9 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(canonical(computation(config)).encode()).hexdigest()
 
 
+@lru_cache(maxsize=8)
 def source_digest(root: Path) -> str:
-    """SHA-256 (hex) over the Python sources of models, pipeline and steps under `root`."""
+    """SHA-256 (hex) over the Python sources of models, pipeline and steps under `root`, read once in a process."""
     digest = hashlib.sha256()
     for folder in ("models", "pipeline", "steps"):
         for file in sorted((root / folder).rglob("*.py")):

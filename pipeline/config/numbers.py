@@ -17,6 +17,8 @@ MILLION = 1_000_000
 YEAR_S = 31_536_000
 MOST_SEED = 2**63 - 1
 MOST_TRIALS = 100_000
+EXACT = 2**53
+"""Studies keep numbers as floats, which skip whole numbers beyond."""
 
 # floats
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -51,7 +53,7 @@ Seed = Annotated[int, Field(ge=0, le=MOST_SEED), "random streams take 63 bits"]
 ShortSeed = Annotated[int, Field(ge=0, le=2**32 - 1), "samplers take 32 bits"]
 Trials = Annotated[int, Field(ge=1, le=MOST_TRIALS), "a study of more no longer answers in time"]
 Parameters = Annotated[int, Field(ge=1, le=10**12), "no network has as many"]
-Whole = Annotated[int, Field(ge=-(2**53), le=2**53), "floats, in which studies keep numbers, skip some beyond"]
+Whole = Annotated[int, Field(ge=-EXACT, le=EXACT), "floats, in which studies keep numbers, skip some beyond"]
 
 WORKERS = 10_000
 VERSIONS = 10**9

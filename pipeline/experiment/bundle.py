@@ -24,7 +24,6 @@ TAG = "asib.bundle"
 """Tag of a version and of a LoggedModel: SHA-256 of all its files, as compact JSON (1.1 kB for a student)."""
 REGISTERED = "registered_model_meta"
 """MLflow's file beside a downloaded version; `delivery.fetch` adds the version's `TAG` ("" where it has none)."""
-FORMS = "models:/<name>@<alias>, models:/<name>/<version>, runs:/<id>, or a logged model's folder"
 PYTHON = served.PYFUNC.name
 FORMER = frozenset(
     {
@@ -74,13 +73,17 @@ class Student:
 
 def manifest(folder: Path) -> str:
     """SHA-256 of every file of a logged model by its path in the folder, as compact JSON: the value of `TAG`."""
+    return json.dumps(_hashes(folder), separators=(",", ":"))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name != REGISTERED and path.is_file():
             with path.open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return json.dumps(found, separators=(",", ":"))
+    return found
 
 
 def read(folder: Path, where: str) -> Student:
@@ -146,7 +149,7 @@ def _compare(folder: Path, tag: str, version: str, where: str) -> None:
         expected = None
     if not isinstance(expected, dict):
         raise UserError(f"{where}: the tag {TAG} of {version} is no manifest of files: register the student again")
-    found = json.loads(manifest(folder))
+    found = _hashes(folder)
     names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     if names:
         name = names[0]

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pipeline import urls
 from pipeline.config import Config
 from pipeline.errors import NotThere, UserError
 from pipeline.experiment import tracking
@@ -23,8 +24,8 @@ def give_up(folder: Path, delivery: tracking.Delivery | None) -> None:
 
 
 def tracking_uri(config: Config) -> str:
-    """Where runs go."""
-    return config.tracking.uri or tracking.default_uri()
+    """Where runs go; never a relative path."""
+    return urls.tracking(config.tracking.uri) if config.tracking.uri else tracking.default_uri()
 
 
 def fetch_checkpoint(delivery: tracking.Delivery, run_id: str, folder: Path) -> bool:

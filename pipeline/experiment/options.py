@@ -9,6 +9,8 @@ from pipeline.paths import user_path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONF = REPOSITORY / "conf"
+STUDENTS = "models:/<name>@<alias>, models:/<name>/<version>, runs:/<id>, or a logged model's folder"
+"""How a step's `model=` names a logged student."""
 NOT_GROUPS = ("sweep", "cluster", "promotion")
 """Folders of conf/ that are no part of a run's configuration: what a study searches, where its workers run, and what
 a challenger must be."""

@@ -19,6 +19,7 @@ from pipeline import escape
 from pipeline.config.places import is_uri
 from pipeline.errors import UserError
 from pipeline.experiment import bundle
+from pipeline.experiment.options import STUDENTS
 from pipeline.experiment.student_pyfunc import BATCH, Classifier
 from pipeline.paths import user_path
 from pipeline.picture_files import SUFFIXES, find, told
@@ -77,7 +78,7 @@ def understand(own: Mapping[str, str]) -> Asked:
 def _model_folder(given: str) -> Path:
     folder = user_path(given, "model")
     if not folder.is_dir():
-        raise UserError(f"model={given}: no such folder; give {bundle.FORMS}")
+        raise UserError(f"model={given}: no such folder; give {STUDENTS}")
     return folder
 
 

@@ -124,7 +124,7 @@ class Run:
         """`known_as`: the journal id of the run on the server that this one is; it has no checkpoint to go on from."""
         name = name or (folder.name if parent is not None else config.run_name)
         usual = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
-        if isinstance(parent, Run) and isinstance(parent.journal, Journal):
+        if parent is not None:
             parent.journal.begin()
         try:
             with writable(config):
@@ -300,7 +300,7 @@ class Run:
         if self.parent is not None:
             self.parent.ready()
             return
-        if isinstance(self.journal, Journal) and not self.journal.begun:
+        if self.pending:
             if self.delivery is not None:
                 self.delivery.wait_fetched()  # a server that refuses us leaves no run behind
             self.journal.begin()

@@ -17,7 +17,7 @@ from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import secrets
-from pipeline.config.identity import NOT_COMPUTATION
+from pipeline.config.identity import NOT_COMPUTATION, listed
 from pipeline.config.schema import Config, flatten
 from pipeline.errors import UserError
 from pipeline.experiment.options import groups
@@ -199,9 +199,7 @@ def _kept(content: Mapping[Any, Any], prefix: str, left_out: dict[str, Any], sou
 
 
 def _says_where(key: str) -> bool:
-    return key not in NUMERICS and any(
-        key == skip or (skip.endswith(".") and f"{key}.".startswith(skip)) for skip in NOT_COMPUTATION
-    )
+    return key not in NUMERICS and listed(key, NOT_COMPUTATION)
 
 
 def _on_server(checkpoint: Any) -> bool:
@@ -237,7 +235,7 @@ def _check_checkpoints(left_out: Mapping[str, Any], source: str, given: Collecti
     for key, value in left_out.items():
         if key.endswith(".checkpoint") and not {key, "model.teachers", "model/teacher"}.intersection(given):
             raise UserError(
-                f"{source}: {key}={value} is a file of another machine: say where it is here, with {key}=<file>"
+                f"{source}: {key}={value} is a file on another machine: say where it is here, with {key}=<file>"
             )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline import journal, urls
 from pipeline.errors import UserError
 from pipeline.experiment.delivery.client import Delivery, Ready
-from pipeline.experiment.delivery.server import absolute_uri, prepare_environment
+from pipeline.experiment.delivery.server import prepare_environment
 from pipeline.experiment.mlflow_run import kill_mlflow_run_parent
 
 DELIVER = "python -m pipeline.experiment.tracking deliver"
@@ -79,7 +79,7 @@ def start_delivery(
     for source, dest in (fetch or {}).items():
         arguments += ["--fetch", source, str(dest.absolute())]
     folder.mkdir(parents=True, exist_ok=True)
-    where = absolute_uri(uri) if uri else default_uri()
+    where = urls.tracking(uri) if uri else default_uri()
     return Delivery(where, arguments, folder.absolute())
 
 
@@ -89,7 +89,7 @@ def fetch_now(uri: str, run_uri: str, dest: Path) -> Path:
     Raises:
         UserError: it is not there, or the server does not answer.
     """
-    delivery = Delivery(absolute_uri(uri), ["--fetch", run_uri, str(dest.absolute())], None)
+    delivery = Delivery(urls.tracking(uri), ["--fetch", run_uri, str(dest.absolute())], None)
     path = delivery.wait_fetched(600.0)[run_uri]
     delivery.finish(0.0)
     return path
@@ -104,7 +104,7 @@ def deliver(folders: Sequence[Path], uri: str | None = None) -> list[Delivered]:
         UserError: no journal, the server refuses or does not answer: then the same call later goes on.
     """
     ours = prepare_environment()
-    uri = absolute_uri(uri) if uri else default_uri()
+    uri = urls.tracking(uri) if uri else default_uri()
     for folder in folders:
         if journal.read_header(folder) is None:
             raise UserError(f"no journal in {folder}: give the folder of a run")
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--uri", help="the tracking URI (default: MLFLOW_TRACKING_URI, else ./mlflow.db)")
     options = parser.parse_args(arguments)
     try:
-        uri = absolute_uri(options.uri) if options.uri else default_uri()
+        uri = urls.tracking(options.uri) if options.uri else default_uri()
         done = deliver(options.folders, uri)
         for result in done:
             note = "" if result.complete else " (still being written)"

@@ -116,7 +116,7 @@ class Slots:
         """The bytes of a recorded checkpoint; None where they are missing or torn."""
         path = self.folder / f"slot{record['slot']}.safetensors"
         content = path.read_bytes() if path.exists() else b""
-        return content if hashlib.sha256(content).hexdigest() == record.get("sha256") else None
+        return content if hashlib.sha256(content).hexdigest() == record["sha256"] else None
 
     def _records(self) -> list[dict[str, Any]]:
         """Newest first; what is no record of one of the two slots is none."""

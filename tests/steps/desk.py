@@ -17,9 +17,10 @@ import torch
 from models import weights, zoo
 from pipeline.data.batches import EvalBatches
 from pipeline.data.sources import ImageData
-from pipeline.experiment import export, served, tracking
+from pipeline.experiment import export, tracking
 from pipeline.experiment.evaluation import speed
 from pipeline.training.evaluation import outputs
+from tests import mlmodel
 from tests.pipeline.experiment.registry.local import LocalDelivery, registered
 from tests.steps.lab import CLASSES, Done, Lab, client
 
@@ -28,28 +29,6 @@ SWAPPED = {"good": (0, 1, 2, 3), "half": (1, 0, 2, 3), "bad": (1, 0, 3, 2)}
 """Which row of the classifier each class gets: the accuracies are 100, 50 and 0 %."""
 LAX = ("gate.max_latency_ratio=50", "gate.max_ece_increase=1")
 """Timings of a shared machine are no part of these tests."""
-PARTS = {"net": "student.onnx", "meta": "meta.json", "weights": "student.safetensors"}
-MLMODEL = {
-    "MLmodel": json.dumps(
-        {
-            "flavors": {
-                "python_function": {
-                    "artifacts": {k: {"path": f"artifacts/{v}", "uri": f"/tmp/model/{v}"} for k, v in PARTS.items()},
-                    "cloudpickle_version": "3.1.2",
-                    "code": None,
-                    "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
-                    "loader_module": "mlflow.pyfunc.loaders.code_model",
-                    "model_code_path": "/tmp/model/student_pyfunc.py",
-                    "python_version": "3.11.7",
-                    "streamable": False,
-                }
-            }
-        }
-    ).encode(),
-    "student_pyfunc.py": served.code().encode(),
-    "requirements.txt": b"mlflow==3.17.2\nnumpy==2.4.6\nonnxruntime==1.31.1\npillow==13.0.0",
-}
-"""As MLflow 3.17.2 writes them for a student."""
 Students = dict[str, dict[str, bytes]]
 """Files of the logged models, by name."""
 
@@ -83,7 +62,7 @@ def make_students(data: ImageData, folder: Path) -> Students:
             head.bias.copy_(right[1][list(rows)])
         weights.save_weights(net, folder / f"{name}.safetensors", {})
         files[name] = {
-            **MLMODEL,
+            **{file: text.encode() for file, text in mlmodel.files().items()},
             "artifacts/student.safetensors": (folder / f"{name}.safetensors").read_bytes(),
             "artifacts/student.onnx": to_onnx(net, data, folder / f"{name}.onnx"),
             "artifacts/meta.json": json.dumps(meta).encode(),

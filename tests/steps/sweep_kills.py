@@ -45,6 +45,19 @@ SPACE: dict[str, Any] = {
 EPOCHS = "method.student_epochs_per_stage=[6,6]"
 
 
+def four_trials(lab: Lab, storage: str, *more: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A whole sweep of four trials as a process of its own, which ends well, and its run's folder."""
+    file = lab.folder / "small.yaml"
+    file.write_text(yaml.safe_dump(SPACE | {"trials": 4}))
+    arguments = lab.arguments(f"sweep={file}", f"storage={storage}", *more)
+    done = subprocess.run(
+        [sys.executable, "-m", "steps.sweep", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = lab.runs.glob("*-sweep-*")
+    return done, folder
+
+
 @dataclass
 class Sweep:
     """One study in a folder of its own, started as often as it takes."""

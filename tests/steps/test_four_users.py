@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from tests.steps.lab import BATCHES, Done, Lab, SignalAt, client, ending, journa
 from tests.team_server import ADMIN, PROMOTER, READER, SHARED, TRAINER, TeamServer, administration, log_in
 
 pytestmark = [pytest.mark.postgres, pytest.mark.usefixtures("four_users")]
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = "shared-student"
 
 
@@ -100,14 +97,7 @@ def test_a_trainers_sweep_arrives(
     ready_lab: Lab, team: TeamServer, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(monkeypatch, *TRAINER)
-    file = ready_lab.folder / "small.yaml"
-    file.write_text(yaml.safe_dump(sweep_kills.SPACE | {"trials": 4}))
-    arguments = ready_lab.arguments(f"sweep={file}", f"storage={postgres_url}", *online(team))
-    done = subprocess.run(
-        [sys.executable, "-m", "steps.sweep", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder,) = ready_lab.runs.glob("*-sweep-*")
+    _, folder = sweep_kills.four_trials(ready_lab, postgres_url, *online(team))
     found = see(team.uri, run_id(folder))
     assert {run.status for run in (found, *found.children.values())} == {"FINISHED"}
     assert set(found.children) >= {f"trial {n}" for n in range(4)}

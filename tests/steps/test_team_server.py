@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import optuna
 import pytest
-import yaml
 
 from pipeline.data.sources import ImageData
 from tests.steps import sweep_kills
@@ -18,7 +15,6 @@ from tests.steps.lab import Done, Lab, client, deliver, journal, points, run_id,
 from tests.team_server import BUCKET, TeamServer, log_in
 
 pytestmark = pytest.mark.postgres
-ROOT = Path(__file__).resolve().parents[2]
 SLOTS = {f"checkpoints/slot{k}.safetensors" for k in (0, 1)}
 READER = ("reader", "may read, no more")
 
@@ -74,14 +70,7 @@ def test_the_main_job_arrives_whole_over_http_with_a_password(
 def test_a_sweep_with_its_study_in_the_same_database_server(
     ready_lab: Lab, team: TeamServer, postgres_url: str
 ) -> None:
-    file = ready_lab.folder / "small.yaml"
-    file.write_text(yaml.safe_dump(sweep_kills.SPACE | {"trials": 4}))
-    arguments = ready_lab.arguments(f"sweep={file}", f"storage={postgres_url}", "workers=2", *online(team.uri, "sweep"))
-    done = subprocess.run(
-        [sys.executable, "-m", "steps.sweep", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder,) = ready_lab.runs.glob("*-sweep-*")
+    done, folder = sweep_kills.four_trials(ready_lab, postgres_url, "workers=2", *online(team.uri, "sweep"))
     found = see(team.uri, run_id(folder))
     assert {run.status for run in (found, *found.children.values())} == {"FINISHED"}
     assert set(found.children) >= {f"trial {n}" for n in range(4)}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import urls
 from pipeline.config import Config, Identity, config_hash, source_digest
 from pipeline.config.bank import bank_use
 from pipeline.config.places import output_dir
@@ -188,9 +189,7 @@ def _id(run: Run, child: Child) -> str:
 
 
 def _shown_uri(run: Run) -> str:
-    from pipeline.experiment.delivery.server import absolute_uri, shown
-
-    return shown(absolute_uri(tracking_uri(run.config)))
+    return urls.hidden(tracking_uri(run.config))
 
 
 def _records(run: Run, children: Sequence[Child]) -> list[records.Record]:

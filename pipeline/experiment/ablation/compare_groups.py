@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline.config.identity import NOT_COMPUTATION, canonical
+from pipeline.config.identity import NOT_COMPUTATION, canonical, listed
 from pipeline.errors import UserError
 from pipeline.experiment.ablation import rungs
 from pipeline.experiment.records import Record
@@ -30,8 +30,7 @@ SHOWN = 4
 
 def compared(config: Mapping[str, str]) -> dict[str, str]:
     """The keys of a configuration that may change a result, without the seed."""
-    skipped = {k for k in config for n in NOT_COMPARED if k == n or (n[-1] == "." and k.startswith(n))}
-    return {k: v for k, v in config.items() if k not in skipped}
+    return {k: v for k, v in config.items() if not listed(k, NOT_COMPARED)}
 
 
 def facts(run: Record) -> dict[str, str]:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pipeline import secrets
+from pipeline import secrets, urls
 from pipeline.errors import NotThere, UserError
 from pipeline.experiment.delivery import read as delivery_read
 from pipeline.experiment.delivery import registry as delivery_registry
@@ -79,7 +79,7 @@ class Process:
 
     def run(self) -> int:
         try:
-            self.options.uri = server.absolute_uri(self.options.uri)
+            self.options.uri = urls.tracking(self.options.uri)
             # one that has been here before does not give up its run for an outage
             self._client = server.connect(self.options.uri, answers=not self.options.again)
             paths = {uri: str(self._fetch(uri, Path(dest))) for uri, dest in self.options.fetch}
@@ -258,7 +258,7 @@ class Process:
             if not (unknown(error) or lasting(error) or self._missing(uri)):
                 raise UserError(f"{uri}: {server.explain(error, self.options.uri)}") from error
             reason = str(error).strip().split("\n", 1)[0][:300]
-            where = server.shown(self.options.uri)
+            where = urls.hidden(self.options.uri)
             raise NotThere(f"{uri} cannot be fetched from {where}: {reason}: check the id and the path") from error
 
     def _missing(self, uri: str) -> bool:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
-from pipeline import journal
+from pipeline import journal, urls
 from pipeline.errors import UserError
 from pipeline.experiment.delivery.nested import belongs, check_own_files
 from pipeline.experiment.delivery.run import RunDelivery
-from pipeline.experiment.delivery.server import absolute_uri, connect
+from pipeline.experiment.delivery.server import connect
 from pipeline.files import acquire, release
 
 log = logging.getLogger("asib.delivery")
@@ -55,7 +55,7 @@ class DeliveryLoop:
         on_attached: Callable[[RunDelivery], None] | None = None,
     ) -> None:
         self.folder = folder.absolute()
-        self.uri = absolute_uri(uri)
+        self.uri = urls.tracking(uri)
         self._live = live
         self._on_attached = on_attached
         self._locks: dict[Path, int] = {}

@@ -39,7 +39,7 @@ def belongs(folder: Path, parent: Path, live: bool) -> bool:
         real, above = os.path.realpath(folder), os.path.realpath(parent)
         if real != above and os.path.commonpath([real, above]) == above:
             return True
-        if live and beside(folder, parent):
+        if live and _beside(folder, parent):
             return True
         own, named_by = journal.read_header(folder), journal.read_header(parent)
         if own is None or named_by is None:
@@ -53,7 +53,7 @@ def belongs(folder: Path, parent: Path, live: bool) -> bool:
         return False
 
 
-def beside(folder: Path, parent: Path) -> bool:
+def _beside(folder: Path, parent: Path) -> bool:
     """Whether `folder` lies in the output folder that holds `parent`, and is of the same user."""
     real, root = os.path.realpath(folder), os.path.dirname(os.path.realpath(parent))
     return real != root and os.path.commonpath([real, root]) == root and _owner(folder) == _owner(parent)

@@ -68,28 +68,14 @@ def patience(values: dict[str, str], ours: set[str]) -> None:
     os.environ.update({name: value for name, value in values.items() if name in ours})
 
 
-def absolute_uri(uri: str) -> str:
-    """The tracking URI with a relative SQLite path made absolute against the present working directory.
-
-    Raises:
-        UserError: it cannot be one (`urls.tracking`).
-    """
-    return urls.tracking(uri)
-
-
-def shown(uri: str) -> str:
-    """The URI without a password."""
-    return urls.hidden(uri)
-
-
 def sqlite_file(uri: str) -> Path | None:
     return urls.sqlite_path(uri) if uri.startswith(urls.SQLITE) else None
 
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     if uri.startswith("http"):
-        return f"{shown(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-    return f"{shown(uri)} run {run_id}"
+        return f"{urls.hidden(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{urls.hidden(uri)} run {run_id}"
 
 
 def connect(uri: str, answers: bool = True) -> MlflowClient:
@@ -197,7 +183,7 @@ def explain(error: BaseException, uri: str) -> str:
     password = urlsplit(uri).password
     text = str(error).replace(password, "***") if password else str(error)
     code = getattr(error, "error_code", "")
-    at = f"tracking server {shown(uri)}"
+    at = f"tracking server {urls.hidden(uri)}"
     # not within a port or an id
     if code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED") or re.search(r"\b401\b", text[:200]):
         return f"{at}: wrong user name or password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

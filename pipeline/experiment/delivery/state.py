@@ -10,8 +10,9 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from pipeline import urls
 from pipeline.experiment.delivery.faults import look
-from pipeline.experiment.delivery.server import all_experiments, shown
+from pipeline.experiment.delivery.server import all_experiments
 from pipeline.files import read_state, write_atomically
 
 FILE = "delivery.json"
@@ -42,8 +43,8 @@ class State:
             state = cls(**{key: value for key, value in values.items() if key in cls.__dataclass_fields__})
         except (OSError, ValueError, TypeError, AttributeError):
             state = cls()
-        if (state.uri, state.journal) != (shown(uri), journal_id):
-            state = cls(uri=shown(uri), journal=journal_id)
+        if (state.uri, state.journal) != (urls.hidden(uri), journal_id):
+            state = cls(uri=urls.hidden(uri), journal=journal_id)
         return state
 
     def save(self, folder: Path) -> None:

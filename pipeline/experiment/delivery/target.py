@@ -11,9 +11,10 @@ from mlflow.entities import Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pipeline import urls
 from pipeline.errors import UserError
 from pipeline.experiment.delivery.faults import look
-from pipeline.experiment.delivery.server import artifact_location, shown
+from pipeline.experiment.delivery.server import artifact_location
 from pipeline.experiment.delivery.state import State, find_by_journal
 from pipeline.journal import Entry
 
@@ -56,7 +57,7 @@ def get_run(client: MlflowClient, uri: str, run_id: str) -> Run:
 
 def no_run(uri: str, run_id: str) -> str:
     """In one line; under basic authentication one that may not be read looks the same."""
-    return f"tracking server {shown(uri)} knows no run {run_id}: check the id, or ask for READ permission on it"
+    return f"tracking server {urls.hidden(uri)} knows no run {run_id}: check the id, or ask for READ permission on it"
 
 
 def carried_run(client: MlflowClient, uri: str, folder: Path, link: dict[str, Any], experiment: str) -> Run:
@@ -74,7 +75,7 @@ def carried_run(client: MlflowClient, uri: str, folder: Path, link: dict[str, An
     run = run or find_by_journal(client, link["journal"], experiment)
     if run is None:
         above = os.path.normpath(folder / link["folder"]) if link["folder"] else f"the run of journal {link['journal']}"
-        raise UserError(f"{folder} belongs to a run that is not on {shown(uri)}: deliver {above} first")
+        raise UserError(f"{folder} belongs to a run that is not on {urls.hidden(uri)}: deliver {above} first")
     return run
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models import weights
+from pipeline.config.places import is_uri
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.experiment import bundle, networks
@@ -54,7 +55,7 @@ def find(run: Run, given: str, key: str) -> Source:
         return _registered(run, given, key)
     if given.startswith("runs:/"):
         return _of_run(run, given, key)
-    if re.match(r"[a-z]+:/", given):
+    if is_uri(given):
         raise UserError(f"{key}: give {FORMS}")
     return local(user_path(given, key), key)
 
@@ -129,11 +130,11 @@ def _registered(run: Run, given: str, key: str) -> Source:
     if re.fullmatch(r"models:/[^/@]+(@[^/@]+|/[^/@]+)?", given) is None:
         raise UserError(f"{key}: give models:/<name>@<alias> or models:/<name>/<version>")
     folder = fetch(run, given, key)
-    version, _ = bundle.check(folder, key)
     if (folder / "MLmodel").exists():
         student = bundle.read(folder, key)
-        found, made_by = student.weights, student.run_id or None
+        version, found, made_by = student.version, student.weights, student.run_id or None
     else:
+        version, _ = bundle.check(folder, key)
         found, made_by = weights_in(folder, key), None
     if not found.is_file():
         raise UserError(f"{key}: no {found.name} in that model; give {FORMS}")

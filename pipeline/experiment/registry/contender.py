@@ -38,7 +38,7 @@ class Contender:
 
     Attributes:
         meta: `meta.json` of the logged model.
-        manifest: of its files, as they were fetched; `bound`: they are those that were registered.
+        manifest: of its files, where there was none to compare them with; else "".
     """
 
     version: Version
@@ -46,7 +46,6 @@ class Contender:
     net: FeatureNet
     meta: dict[str, Any]
     manifest: str
-    bound: bool
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def fetch(registry: Registry, version: Version, data: ImageData, config: Config,
         meta = bundle.describe(student, where)
         _check(where, meta, data)
         served, net = bundle.load(student, where), _network(where, student.weights, meta, data, config)
-        return Contender(version, served, net, meta, bundle.manifest(folder), student.bound)
+        return Contender(version, served, net, meta, "" if student.bound else bundle.manifest(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -174,7 +173,7 @@ def served(one: Contender, images: EvalBatches) -> torch.Tensor:
 def bind(registry: Registry, contenders: list[Contender]) -> None:
     """Versions that were registered before there were manifests get theirs, now that they have been judged."""
     for one in contenders:
-        if not one.bound:
+        if one.manifest:
             registry.bind(one.version.number, one.manifest)
             logger.info("version %s has the manifest of its files now (tag %s)", one.version.number, bundle.TAG)
 

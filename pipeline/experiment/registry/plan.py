@@ -108,8 +108,11 @@ def _check(config: Config) -> None:
         )
 
 
-def check(plan: Plan, registry: Registry) -> None:
+def check(plan: Plan, registry: Registry) -> list[Version]:
     """Ask the registry before there is a run.
+
+    Returns:
+        The versions that are going to be judged, as far as that is known: what was left half done is finished first.
 
     Raises:
         UserError: no such model or version, a challenger that must not be promoted, no permission, or somebody else's
@@ -119,10 +122,11 @@ def check(plan: Plan, registry: Registry) -> None:
     if not plan.dry_run:
         registry.may_edit()
         queue.refuse_if_busy(registry)
-    if plan.action == "promote" and now.move is None:  # else what was left half done is to be finished first
-        sides(plan, registry, now)
-    elif plan.version is not None:
+    if plan.action == "promote" and now.move is None:
+        return [version for version in sides(plan, registry, now) if version is not None]
+    if plan.version is not None:
         registry.version(plan.version)
+    return []
 
 
 def sides(plan: Plan, registry: Registry, now: Overview, mended: bool = False) -> tuple[Version | None, Version | None]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,12 @@ def promote(run: Run, plan: Plan) -> float | None:
         return _act(run, plan, registry, why, registry.repair())
 
 
-def same_data(config: Config, plan: Plan, registry: Registry) -> None:
-    """Check the device and the versions' data before there is a run. Raises UserError."""
-    now = registry.overview()
-    if plan.action != "promote" or now.move is not None:  # what was left half done is to be finished first
-        return
+def same_data(config: Config, name: str, versions: Sequence[Version]) -> None:
+    """Check the device, and the data of the versions to be judged, before there is a run. Raises UserError."""
     networks.device_of(config)
     prepare(config)
-    for version in filter(None, sides(plan, registry, now)):
-        contender.same_images(plan.name, version, images(config), config)
+    for version in versions:
+        contender.same_images(name, version, images(config), config)
 
 
 def _act(run: Run, plan: Plan, registry: Registry, why: Occasion, mended: dict[str, object] | None) -> float | None:

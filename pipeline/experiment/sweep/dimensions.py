@@ -35,8 +35,6 @@ AtLeastOne = Annotated[numbers.AtLeastOne, BeforeValidator(_number)]
 AtLeastTwo = Annotated[numbers.AtLeastOne, BeforeValidator(_number), Field(ge=2)]
 Seed = Annotated[numbers.ShortSeed, BeforeValidator(_number)]
 Trials = Annotated[numbers.Trials, BeforeValidator(_number)]
-MOST = 2**53
-"""Studies keep numbers as floats, which skip whole numbers beyond."""
 Value = bool | int | float | str | list[Any] | dict[Any, Any] | None
 
 
@@ -165,8 +163,8 @@ def _check_value(word: str, value: Any) -> None:
     """Only what a configuration file may hold, at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{word} holds {value}: give numbers")
-    if isinstance(value, int | float) and abs(value) > MOST:
-        raise ValueError(f"{word} holds {written(value)[:80]}: give numbers up to {MOST} in size")
+    if isinstance(value, int | float) and abs(value) > numbers.EXACT:
+        raise ValueError(f"{word} holds {written(value)[:80]}: give numbers up to {numbers.EXACT} in size")
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):

@@ -14,13 +14,13 @@ import optuna
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from pipeline import urls
 from pipeline.config import Config, config_hash
 from pipeline.config.places import output_dir
 from pipeline.config.rules import needs_distillation
 from pipeline.data.sources import ImageData
 from pipeline.errors import Interrupted, UserError
 from pipeline.experiment import compose, export, jobs, networks, records, teachers
-from pipeline.experiment.delivery.server import shown
 from pipeline.experiment.execute import stop
 from pipeline.experiment.launch.launcher import Launcher
 from pipeline.experiment.registry import register
@@ -154,7 +154,7 @@ def _made_teachers(
 ) -> list[dict[str, str | None]]:
     """Where workers on other machines find the teachers that were fine-tuned for this study, or before it."""
     made: list[dict[str, str | None]] = []
-    uri = shown(tracking_uri(base))
+    uri = urls.hidden(tracking_uri(base))
     known = {there["file"]: there["run_id"] for there in before}
     for index, teacher in enumerate(found):
         if base.model.teachers[index].checkpoint is None and base.finetune.epochs > 0:

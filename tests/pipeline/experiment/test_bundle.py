@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.errors import UserError
 from pipeline.experiment import bundle, served
+from tests import mlmodel
 
 ROOT = Path(__file__).resolve().parents[3]
-PARTS = {"net": "student.onnx", "meta": "meta.json", "weights": "student.safetensors"}
 CLASSES = ["dark", "light"]
 
 
@@ -57,8 +57,8 @@ def folder(tmp_path: Path) -> Path:
     meta = {"classes": CLASSES, "image_size": 4, "in_chans": 3, "crop_pct": None}
     (made / "artifacts/meta.json").write_text(json.dumps(meta))
     (made / "artifacts/student.safetensors").write_bytes(b"weights")
-    (made / "student_pyfunc.py").write_text(served.code())
-    (made / "requirements.txt").write_text("mlflow==3.17.2\nnumpy==2.4.6\nonnxruntime==1.31.1\npillow==13.0.0")
+    for name, text in mlmodel.files(run_id="r", model_id="m-1").items():
+        (made / name).write_text(text)
     (made / "conda.yaml").write_text(
         "channels:\n- conda-forge\ndependencies:\n- python=3.11.7\n- pip<=23.2.1\n- pip:\n  - mlflow==3.17.2\n"
         "  - numpy==2.4.6\nname: mlflow-env\n"
@@ -66,19 +66,6 @@ def folder(tmp_path: Path) -> Path:
     (made / "python_env.yaml").write_text(
         "python: 3.11.7\nbuild_dependencies:\n- pip==23.2.1\n- setuptools==84.2.1\n- wheel\n"
         "dependencies:\n- -r requirements.txt\n"
-    )
-    flavor = {
-        "artifacts": {name: {"path": f"artifacts/{file}", "uri": f"/x/{file}"} for name, file in PARTS.items()},
-        "cloudpickle_version": "3.1.2",
-        "code": None,
-        "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
-        "loader_module": "mlflow.pyfunc.loaders.code_model",
-        "model_code_path": "/somewhere/student_pyfunc.py",
-        "python_version": "3.11.7",
-        "streamable": False,
-    }
-    (made / "MLmodel").write_text(
-        json.dumps({"flavors": {"python_function": flavor}, "run_id": "r", "model_id": "m-1"})
     )
     return made
 
