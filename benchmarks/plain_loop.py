@@ -4,7 +4,7 @@ PIL transforms image by image in a DataLoader with two workers; images alone in 
 `.item()` and `float()` of the loss in every step; the A-step runs the student three times on a batch (once for its
 features, twice more in the line of the concave-convex term) and computes penalties whose weight is zero; optimisers as
 torch makes them by default. Teachers and fusion see the mixed images, so that the student's training pass is the query.
-Own code after their description: what was wrong there for the result (method.md, last section) does not matter here.
+Own code after their description: what was wrong there for the result (docs/method.md, end of page) is left as it is.
 """
 
 import copy

@@ -30,7 +30,7 @@ class Pruned(Exception):
 
 
 class NonFinite(Exception):
-    """Too many non-finite steps in a row, or outputs that are not finite in evaluation (method.md section 5)."""
+    """Too many non-finite steps in a row, or outputs that are not finite in evaluation (docs/method.md section 5)."""
 
 
 class Taken(Exception):

@@ -25,7 +25,7 @@ class Pair:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """A fusion needs two teachers: with one there is no A-step (method.md section 1)."""
+        """A fusion needs two teachers: with one there is no A-step (docs/method.md section 1)."""
         return ("a", "b") if len(self.teachers) > 1 else ("b",)
 
 

@@ -1,4 +1,4 @@
-"""Whether a run uses the teacher bank (method.md section 8), as its configuration alone decides.
+"""Whether a run uses the teacher bank (docs/method.md section 8), as its configuration alone decides.
 
 So a run that is continued, repeated or looked for decides as it did before; whether a bank exists has no part in it.
 """

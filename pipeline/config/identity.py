@@ -1,4 +1,4 @@
-"""The lock and the identity of a result (method.md section 6)."""
+"""The lock and the identity of a result (docs/method.md section 6)."""
 
 import hashlib
 import json

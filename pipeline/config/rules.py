@@ -1,4 +1,4 @@
-"""What the schema's types cannot say: values that follow from others, and the rules between keys (method.md).
+"""What the schema's types cannot say: values that follow from others, and the rules between keys (docs/method.md).
 
 `later.py` refuses what is not implemented yet, `inactive.py` names keys that cannot act, `names.py` knows old names.
 """
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 SMALL_STUDENTS = ("mobilenet_v2", "mobilenetv2", "efficientnet_b0", "shufflenet_v2", "shufflenetv2", "shufflev2")
-"""Students whose distillation width defaults to 256 (method.md section 1)."""
+"""Students whose distillation width defaults to 256 (docs/method.md section 1)."""
 
 FUSED_TARGETS = ("synergy", "auto", "auto_min")
 """Targets that come from the fusion."""

@@ -1,4 +1,4 @@
-"""The configuration schema: every key of method.md section 10, with its type, range and default.
+"""The configuration schema: every key of docs/method.md section 10, with its type, range and default.
 
 A `Config` is validated once, then immutable; it is the only configuration object that the code sees.
 Descriptions are what `--help` prints.
@@ -63,7 +63,7 @@ class Section(BaseModel):
 
 
 class DatasetConfig(Section):
-    """What is learned, and how it is split (design.md, «What a run looks like»)."""
+    """What is learned, and how it is split (docs/method.md section 3)."""
 
     name: Literal["cifar100_sample", "cifar100", "cifar10", "fashion_mnist", "npz", "image_folder"] = key(
         "cifar100_sample", "data set; the first is bundled"
@@ -130,7 +130,7 @@ class ModelConfig(Section):
 
 
 class MethodConfig(Section):
-    """ASIB: stages, fusion, targets, weights, gates (method.md sections 1 to 4)."""
+    """ASIB: stages, fusion, targets, weights, gates (docs/method.md sections 1 to 4)."""
 
     name: str = key("asib", "the distillation method")
     # stages
@@ -265,7 +265,7 @@ class MethodConfig(Section):
 
 
 class OptimConfig(Section):
-    """Optimisers, precision and numerical safety (method.md sections 2, 5 and 10)."""
+    """Optimisers, precision and numerical safety (docs/method.md sections 2, 5 and 10)."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = key("adamw", "the student's optimiser")
     momentum: Annotated[float, Field(ge=0, lt=1)] = key(0.9, "of sgd")
@@ -290,7 +290,7 @@ class OptimConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """The student's learning rate over its updates (method.md section 2)."""
+    """The student's learning rate over its updates (docs/method.md section 2)."""
 
     type: Literal["cosine", "step"] = key("cosine", "shape")
     lr_warmup_epochs: Epochs = key(0, "B-epochs of linear warm-up")
@@ -308,7 +308,7 @@ class AugmentConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """How a teacher (and the baseline's student) is trained with cross-entropy (method.md section 7)."""
+    """How a teacher (and the baseline's student) is trained with cross-entropy (docs/method.md section 7)."""
 
     epochs: Epochs = key(20, "0: the teacher is used as it is")
     seed: Seed = key(0, "its own seed, so that all seeds of a study share their teachers")

@@ -1,4 +1,4 @@
-"""The finite set of clean views of an image, numbered: what the teacher bank is indexed by (method.md section 8)."""
+"""The finite set of clean views of an image, numbered: the index of the teacher bank (docs/method.md section 8)."""
 
 from dataclasses import dataclass
 

@@ -322,7 +322,7 @@ def _fail_adopted_run(step: str, message: str) -> None:
 
 
 def _leave_mlflow_run() -> None:
-    """`mlflow run` would overwrite KILLED, and a refusal's FINISHED, with FAILED: end it first (recipes.md)."""
+    """`mlflow run` would overwrite KILLED, and a refusal's FINISHED, with FAILED: end it first (docs/tracking.md)."""
     from pipeline.experiment import tracking
 
     tracking.kill_mlflow_run_parent()

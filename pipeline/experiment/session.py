@@ -79,7 +79,7 @@ def train(
     """Run the task to its end from where the run stands; its metrics and checkpoints are in the run's record.
 
     After `safe_retry_patience` non-finite steps in a row under AMP the run restarts once from its last good checkpoint
-    with AMP off (SAFE-RETRY, method.md section 5).
+    with AMP off (SAFE-RETRY, docs/method.md section 5).
 
     Args:
         teachers: hashes of the teachers' weights.
@@ -156,7 +156,7 @@ def _state_identity(run: Run, header: dict[str, Any], part: str) -> None:
 
 
 def _check_lock(run: Run, before: str) -> None:
-    """The configuration is what it was when the run began (method.md section 6)."""
+    """The configuration is what it was when the run began (docs/method.md section 6)."""
     if run.config_hash != before:
         raise RuntimeError(f"the configuration changed during the run: {before} before, {run.config_hash} now")
 

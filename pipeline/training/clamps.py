@@ -1,4 +1,4 @@
-"""Bounds on losses (method.md section 3, «Clamps»)."""
+"""Bounds on losses (docs/method.md section 3, "Clamps")."""
 
 import torch
 from torch import Tensor

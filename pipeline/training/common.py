@@ -25,7 +25,7 @@ class RunData:
     """Training, evaluation and test batches of one run: resident on the device, or files.
 
     Per-epoch evaluation is on the validation split; on the test split only where there is no validation split, and then
-    nothing is selected by it (design.md, «What a run looks like»).
+    nothing is selected by it (docs/method.md section 3).
     """
 
     def __init__(self, config: Config, data: ImageData, device: torch.device) -> None:
@@ -97,7 +97,7 @@ class Selection:
 def prepare(phases: dict[str, Phase], device: torch.device, unused: set[str]) -> None:
     """Wrap what the phases train for several processes; in `unused` phases some parameters get no gradient.
 
-    Batch statistics are of the global batch on GPUs (design.md, «Choices»); on the CPU of each process, with a warning.
+    Batch statistics cover the global batch on GPUs; on CPUs they are per process, and a warning says so.
     """
     if distributed.world().size == 1:
         return

@@ -1,4 +1,4 @@
-"""Fine-tuning of one network with cross-entropy: teachers before they are distilled (method.md section 7)."""
+"""Fine-tuning of one network with cross-entropy: teachers before they are distilled (docs/method.md section 7)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The fusion: teacher adapters, IB-MBM and synergy head as one module, trained by A-steps (method.md section 1)."""
+"""The fusion: teacher adapters, IB-MBM and synergy head, one module that A-steps train (docs/method.md section 1)."""
 
 from typing import NamedTuple
 

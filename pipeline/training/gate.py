@@ -1,4 +1,4 @@
-"""The gate: whether synergy targets are good enough to be taught (method.md section 3, «Gate»)."""
+"""The gate: whether synergy targets are good enough to be taught (docs/method.md section 3, "Gate")."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -109,7 +109,7 @@ class Verdict(IntEnum):
 
 
 class Precision:
-    """Autocast and, for float16, the gradient scaler (method.md section 5)."""
+    """Autocast and, for float16, the gradient scaler (docs/method.md section 5)."""
 
     def __init__(self, optim: OptimConfig, device: torch.device) -> None:
         self.device = device

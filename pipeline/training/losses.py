@@ -1,4 +1,4 @@
-"""Loss functions: pure, computed in float32 whatever the autocast type (method.md sections 1 to 3).
+"""Loss functions: pure, computed in float32 whatever the autocast type (docs/method.md sections 1 to 3).
 
 `reduction` is "none" (one value for each sample) or "mean".
 """
@@ -34,7 +34,7 @@ def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0, reduc
 
 
 def kl_to(logits: Tensor, target: Tensor, tau: float) -> Tensor:
-    """KD(a <- p; tau) = tau^2 KL(p || softmax(a / tau)) per sample (Hinton et al. 2015; method.md, notation).
+    """KD(a <- p; tau) = tau^2 KL(p || softmax(a / tau)) per sample (Hinton et al. 2015; docs/method.md, notation).
 
     Args:
         logits: (B, N), the prediction `a` that is trained.
@@ -95,7 +95,7 @@ def dkd(logits: Tensor, target: Tensor, y: Tensor, tau: float, alpha: float, bet
 
 
 def feature_distance(feature: Tensor, mu: Tensor, beta: float, clip: float | None) -> Tensor:
-    """sum_d huber(feature - mu) per sample, bounded by `clip`; (B,) from (B, D) (method.md section 3).
+    """sum_d huber(feature - mu) per sample, bounded by `clip`; (B,) from (B, D) (docs/method.md section 3).
 
     huber(x) = x^2 / (2 beta) for |x| < beta, else |x| - beta / 2 (torch's smooth L1).
     """
@@ -114,7 +114,7 @@ def ib_kl(mu: Tensor, logvar: Tensor, reduction: str = "mean", min_std: float = 
     Args:
         mu, logvar: (B, D).
         reduction: summed over d; "mean" is over samples.
-        min_std: floor of sigma = max(exp(logvar / 2), min_std), the sigma that z is drawn with (method.md section 1).
+        min_std: floor of sigma = max(exp(logvar / 2), min_std), as in the sample z (docs/method.md section 1).
     """
     mu, logvar = mu.float(), logvar.float()
     if min_std > 0:
@@ -123,12 +123,12 @@ def ib_kl(mu: Tensor, logvar: Tensor, reduction: str = "mean", min_std: float = 
 
 
 def certainty_weights(logvar: Tensor, min_cw: float, max_cw: float) -> Tensor:
-    """cw = sg(clamp(mean_d exp(-logvar), min_cw, max_cw)), (B,) from (B, D) (method.md section 3)."""
+    """cw = sg(clamp(mean_d exp(-logvar), min_cw, max_cw)), (B,) from (B, D) (docs/method.md section 3)."""
     return torch.exp(-logvar.detach().float()).mean(dim=-1).clamp(min_cw, max_cw)
 
 
 def mean_square(parameters: Sequence[Tensor]) -> Tensor:
-    """R: the mean over tensors of each tensor's mean square; 0 without tensors (method.md section 3)."""
+    """R: the mean over tensors of each tensor's mean square; 0 without tensors (docs/method.md section 3)."""
     if len(parameters) == 0:
         return torch.zeros(())
     return torch.stack([p.float().square().mean() for p in parameters]).mean()

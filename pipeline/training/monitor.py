@@ -1,5 +1,5 @@
 """What a distillation knows of its teachers and its synergy: accuracies on the evaluation split, the gate, and the best
-fusion of an A-step (method.md section 3).
+fusion of an A-step (docs/method.md section 3).
 """
 
 from typing import Any

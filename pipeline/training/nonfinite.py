@@ -1,4 +1,4 @@
-"""What a non-finite forward pass may not leave behind, and what it may not be taken for (method.md section 5)."""
+"""What a non-finite forward pass may not leave behind, and what it may not be taken for (docs/method.md section 5)."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any

@@ -83,7 +83,7 @@ def batch_mean(values: Tensor, batch: Batch) -> Tensor:
 
 
 def mixed_cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
-    """mean_i[lambda CE(s, y_a) + (1 - lambda) CE(s, y_b)]: both labels of a mixed sample (method.md section 3)."""
+    """mean_i[lambda CE(s, y_a) + (1 - lambda) CE(s, y_b)]: both labels of a mixed sample (docs/method.md section 3)."""
     first = cross_entropy(logits, batch.y, label_smoothing, reduction="none")
     if batch.partner is None:
         return batch_mean(first, batch)

@@ -2,7 +2,7 @@
 
 Every draw comes from a stream that is derived from (seed, stream name, phase, epoch in that phase[, batch]), so the
 counters are all that is needed to continue a run, and runs that differ in one factor see the same images in the same
-order (design.md, «Random numbers and resuming»).
+order (docs/tracking.md, "Random numbers").
 """
 
 import hashlib

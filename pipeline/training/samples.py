@@ -1,4 +1,4 @@
-"""Which samples are distilled, and how much: weights and the sample gate (method.md section 3)."""
+"""Which samples are distilled, and how much: weights and the sample gate (docs/method.md section 3)."""
 
 import math
 

@@ -1,6 +1,6 @@
 """Everything that changes with the epoch: temperature, bottleneck weight, distillation weight, learning rate.
 
-Counters (method.md): a = A-epochs so far, b = B-epochs so far, e = a + b, all from 0.
+Counters (docs/method.md): a = A-epochs so far, b = B-epochs so far, e = a + b, all from 0.
 """
 
 import torch

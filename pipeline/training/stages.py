@@ -1,4 +1,4 @@
-"""ASIB's stages: A-steps teach the fusion, B-steps the student, as one task of the loop (method.md section 3)."""
+"""ASIB's stages: A-steps teach the fusion, B-steps the student, as one task of the loop (docs/method.md section 3)."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""What the student learns: probability vectors of teachers and synergy (method.md section 3, «Targets»)."""
+"""What the student learns: probability vectors of teachers and synergy (docs/method.md section 3, "Targets")."""
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ def confidence_weighted(logits: list[Tensor], tau: float) -> Tensor:
 
 
 def averaged_share(known: float, threshold: float, average: float, least: float, most: float) -> float:
-    """c of `auto` behind an open gate (method.md section 3).
+    """c of `auto` behind an open gate (docs/method.md section 3).
 
     Falls linearly from `most` at the gate's threshold to `least` at the averaged teachers' accuracy, clamped; straight
     to `least` where the threshold is not below that accuracy. Accuracies in one unit.

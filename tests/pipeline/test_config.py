@@ -1,4 +1,4 @@
-"""The schema against method.md: defaults, ranges, identity, and what is filled in before the lock."""
+"""The schema against docs/method.md: defaults, ranges, identity, and what is filled in before the lock."""
 
 import math
 
@@ -13,7 +13,7 @@ from pipeline.config.identity import computation
 from pipeline.config.names import known_names, unknown_key
 from pipeline.config.schema import TeacherConfig
 
-# Typed from method.md section 10; a value is what stands there, keys without a section are of `method`.
+# Typed from docs/method.md section 10; a value is what stands there, keys without a section are of `method`.
 DEFAULTS = """
 num_stages 1 · student_epochs_per_stage [20] · teacher_adapt_epochs 5 · synergy_only_epochs 0 · ce_alpha 1 · kd_alpha 0
 renorm_ce_kd false · kd_target synergy · kd_loss kl · kd_view clean · tau 4 · tau_schedule null · tau_syn 4

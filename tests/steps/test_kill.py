@@ -1,4 +1,4 @@
-"""kill -9 at any moment, then `resume=<run id>`: here, or from the tracking server alone (design.md)."""
+"""kill -9 at any moment, then `resume=<run id>`: here, or from the tracking server alone (docs/tracking.md)."""
 
 from __future__ import annotations
 

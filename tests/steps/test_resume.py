@@ -1,4 +1,4 @@
-"""A run that was interrupted and continued ends as one that nothing disturbed, bit for bit (design.md)."""
+"""A run that was interrupted and continued ends as one that nothing disturbed, bit for bit (docs/tracking.md)."""
 
 from __future__ import annotations
 

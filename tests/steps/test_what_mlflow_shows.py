@@ -1,4 +1,4 @@
-"""What a run looks like in MLflow: a public interface that saved UI views depend on (design.md)."""
+"""What a run looks like in MLflow: a public interface that saved UI views depend on (docs/tracking.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs are seeds of one configuration, and which configurations may be compared (methods.md, «Statistics»)."""
+"""Which runs are seeds of one configuration, and which configurations may be compared (docs/method.md section 9)."""
 
 import hashlib
 import math

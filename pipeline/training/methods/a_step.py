@@ -1,4 +1,4 @@
-"""ASIB's A-step: it teaches the fusion, and the teachers where they are fine-tuned (method.md section 3)."""
+"""ASIB's A-step: it teaches the fusion, and the teachers where they are fine-tuned (docs/method.md section 3)."""
 
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ def a_loss(
     method: MethodConfig,
     weights: ALoss,
 ) -> dict[str, Tensor]:
-    """L_A and its terms (method.md section 3), without teachers' own cross-entropy and penalties on parameters.
+    """L_A and its terms (docs/method.md section 3), without teachers' own cross-entropy and penalties on parameters.
 
     Args:
         synergy: z_syn (B, N), mu and logvar (B, D).

@@ -1,4 +1,4 @@
-"""ASIB's B-step: it teaches the student what teachers and fusion make of a batch (method.md section 3)."""
+"""ASIB's B-step: it teaches the student what teachers and fusion make of a batch (docs/method.md section 3)."""
 
 from dataclasses import dataclass
 

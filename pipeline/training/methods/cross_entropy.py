@@ -1,4 +1,4 @@
-"""Cross-entropy alone: teacher fine-tuning (method.md section 7)."""
+"""Cross-entropy alone: teacher fine-tuning (docs/method.md section 7)."""
 
 import torch
 from torch import Tensor

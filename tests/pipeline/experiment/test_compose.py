@@ -60,7 +60,7 @@ def test_quickstart_is_small():
     assert sum(config.method.student_epochs_per_stage) + config.finetune.epochs <= 60
 
 
-COMMON_BASE = {  # method.md section 10, second column
+COMMON_BASE = {  # docs/method.md section 10, second column
     "num_stages": 4, "student_epochs_per_stage": [20, 20, 20, 20], "teacher_adapt_epochs": 8, "synergy_only_epochs": 8,
     "ce_alpha": 0.7, "kd_alpha": 0.3, "kd_target": "synergy", "tau_syn": 4, "synergy_logit_scale": 0.8,
     "kd_ens_alpha": 0, "kd_warmup_epochs": 10, "teacher_adapt_kd_warmup": 0, "kd_max_ratio": 1.25,

@@ -1,4 +1,4 @@
-"""SAFE-RETRY: NaN under AMP ends in one restart with AMP off; NaN again ends the run (method.md section 5)."""
+"""SAFE-RETRY: NaN under AMP ends in one restart with AMP off; NaN again ends the run (docs/method.md section 5)."""
 
 import json
 import threading

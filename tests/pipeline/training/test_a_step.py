@@ -27,7 +27,7 @@ from tests.pipeline.training.builders import (
 
 
 def reference(task: Distillation, batch: Any, moment: Moment, w: dict[str, float], tau: float) -> dict[str, float]:
-    """L_A and its terms (method.md section 3), sample by sample in float64."""
+    """L_A and its terms (docs/method.md section 3), sample by sample in float64."""
     m = task.method
     fusion, student, teachers = double(task.fusion), double(task.student).eval(), [double(t) for t in task.teachers]
     x = batch.x.double()

@@ -27,7 +27,7 @@ MIXES = {"none": {}, "cutmix": {"cutmix_alpha_distill": 1.0}, "mixup": {"mixup_a
 
 
 def reference(task: Distillation, batch: Any, w: BLoss) -> tuple[float, float, float]:
-    """(L_B, its cross-entropy, its distillation) of method.md section 3, sample by sample in float64."""
+    """(L_B, its cross-entropy, its distillation) of docs/method.md section 3, sample by sample in float64."""
     m = task.method
     student, teachers, fusion = double(task.student).train(), [double(t) for t in task.teachers], double(task.fusion)
     with torch.no_grad():

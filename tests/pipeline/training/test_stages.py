@@ -342,14 +342,14 @@ def test_results_are_of_the_selected_weights_and_the_checkpoint_keeps_the_last(t
 
 
 def test_what_is_logged_of_a_run(tmp_path: Path) -> None:
-    """The names of design.md, «What a run looks like», and the phases that log them."""
+    """The names of docs/tracking.md, and the phases that log them."""
     task = distillation(config())
     record = Record()
     loop = loop_for(task, tmp_path, record)
     loop.run()
     always = {"schedule/tau", "schedule/lr", "train/nonfinite_steps"}
     a = {f"a_step/{k}" for k in ("loss", "ce", "kd", "ib", "feat", "cccp", "cw_mean", "cw_std")}
-    a |= {"a_step/raw_kl", "a_step/sigma", "a_step/cw_at_bounds"}  # method.md section 9: for reading the ladder
+    a |= {"a_step/raw_kl", "a_step/sigma", "a_step/cw_at_bounds"}  # docs/method.md section 9: for reading the ladder
     a |= {"schedule/ib_beta", "synergy/acc", "synergy/acc_ema"}
     b = {f"b_step/{k}" for k in ("loss", "ce", "kd", "feat")}
     b |= {"b_step/target_entropy", "b_step/sample_gate"}

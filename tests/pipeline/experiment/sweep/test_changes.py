@@ -69,7 +69,7 @@ def _overridden(cfg, values):
 
 
 def test_widths_follow_the_student_back_again():
-    """256 for small students, else 512 (method.md section 1)."""
+    """256 for small students, else 512 (docs/method.md section 1)."""
     small = apply(PLAIN, {"model.student.name": "mobilenetv2_100"})
     again = apply(small, {"model.student.name": PLAIN.model.student.name})
     assert (small.method.distill_out_dim, small.method.ib_mbm_out_dim) == (256, 256)
