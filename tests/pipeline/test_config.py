@@ -1,8 +1,10 @@
-"""The schema against docs/method.md: defaults, ranges, identity, and what is filled in before the lock."""
+"""The schema against docs/method.md: defaults, ranges, identity, and what is derived before the lock."""
 
 import math
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -12,49 +14,26 @@ from pipeline.config.describe import expects
 from pipeline.config.identity import computation
 from pipeline.config.names import known_names, unknown_key
 from pipeline.config.schema import TeacherConfig
+from pipeline.experiment.compose import compose
 
-# Typed from docs/method.md section 10; a value is what stands there, keys without a section are of `method`.
-DEFAULTS = """
-num_stages 1 · student_epochs_per_stage [20] · teacher_adapt_epochs 5 · synergy_only_epochs 0 · ce_alpha 1 · kd_alpha 0
-renorm_ce_kd false · kd_target synergy · kd_loss kl · kd_view clean · tau 4 · tau_schedule null · tau_syn 4
-synergy_logit_scale 1 · use_mu_for_kd true · teacher_weights equal · kd_ens_alpha 0 · kd_ens_alpha_max 0.8
-hybrid_beta 0 · kd_warmup_epochs 0 · teacher_adapt_kd_warmup 0 · kd_max_ratio null · kd_cooldown_epochs 0
-kd_uncertainty_weight 0 · kd_sample_gate false · kd_sample_thr 0.85 · kd_sample_min_ratio 0.1
-kd_sample_max_ratio 0.5 · kd_sample_reweight true · kd_two_view_start_epoch null · kd_two_view_stop_epoch null
-enable_kd_after_syn_acc 0 · gate_source snapshot · use_disagree_weight false · disagree_mode pred
-disagree_lambda_high 1 · disagree_lambda_low 1 · use_ib true · ib_beta 0.001 · ib_beta_warmup_epochs 0
-beta_schedule null · ib_epochs_per_stage null · ib_mbm_query_key feat_2d · ib_mbm_query_dim null · ib_mbm_out_dim 512
-ib_mbm_n_head 4 · ib_mbm_feature_norm none · ib_mbm_logvar_clip 10 · ib_mbm_min_std 0.0001 · ib_mbm_lr_factor 1
-ib_mbm_reg_lambda 0 · learnable_q false · synergy_head_dropout 0 · synergy_temp_learnable false · synergy_temp_init 0
-use_cccp false · cccp_alpha 0.25 · cccp_nt 1 · cccp_ns 1 · synergy_ce_alpha 0.6 · teacher_adapt_alpha_kd null
-teacher_ce_alpha 0 · min_cw 0.1 · max_cw 1 · reg_lambda 0 · teacher_eval_every 1 · synergy_ema_alpha 0.8
-synergy_eval_teacher_indices null · optim.a_step_lr 0.0001 · optim.a_step_optimizer adamw
-optim.a_step_weight_decay 0.0003 · use_teacher_finetuning false · use_distillation_adapter true · distill_out_dim 512
-feat_kd_alpha 0 · feat_kd_key distill_feat · feat_kd_norm none · feat_kd_huber_beta 1 · feat_kd_clip null
-use_partial_freeze false · student_freeze_level -1 · student_freeze_schedule null · student_freeze_bn false
-teacher_freeze_level 0 · teacher_freeze_bn true · teacher_bn_head_only false · teacher_freeze_scope null
-optim.optimizer adamw · optim.student_lr 0.001 · optim.student_weight_decay 0.0003 · schedule.type cosine
-schedule.lr_warmup_epochs 0 · schedule.min_lr 0.000001 · optim.grad_clip_norm 0 · label_smoothing 0
-ce_label_smoothing 0 · mixup_alpha 0 · cutmix_alpha_distill 0 · use_loss_clamp false · loss_clamp_mode soft
-loss_clamp_max 1000 · loss_clamp_warmup_epochs 0 · disable_loss_clamp_in_a false · optim.ema_decay null
-optim.ema_update_every 1 · optim.select_weights raw · optim.use_amp false · optim.amp_dtype bfloat16
-optim.grad_scaler_init_scale 1024 · optim.safe_retry_patience 10 · optim.use_channels_last true
-optim.deterministic true · augment.crop_flip true · augment.pad_mode zero · augment.randaugment false
-dataset.batch_size 128 · dataset.val_fraction 0.1 · dataset.split_seed 0 · dataset.small_input auto
-model.student.pretrained false
-"""
-PAIRS = [entry.split() for line in DEFAULTS.strip().splitlines() for entry in line.split(" · ")]
-TABLE = {name if "." in name else f"method.{name}": value for name, value in PAIRS}
+PAGE = Path(__file__).resolve().parents[2] / "docs/method.md"
+LINES = PAGE.read_text(encoding="utf-8").partition("## 10. Keys")[2].splitlines()
+ROWS = [line.strip("| ").split(" | ") for line in LINES]
+COLUMNS = {row[0].strip("`"): row[1:4] for row in ROWS if len(row) == 5 and row[0].startswith("`")}
+"""Key -> default, base and asib_stage, as the page's last section has them."""
 
 
-def typed(text):
-    words = {"null": None, "true": True, "false": False, "[20]": [20]}
-    if text in words:
-        return words[text]
+def typed(cell):
     try:
-        return float(text)
+        return float(cell)
     except ValueError:
-        return text
+        return yaml.safe_load(cell)
+
+
+def column(number):
+    """Key -> value in a column; a dash stands for what is on its left."""
+    rows = {key: [cell for cell in cells[: number + 1] if cell != "–"] for key, cells in COLUMNS.items()}
+    return {key: typed(cells[-1]) for key, cells in rows.items()}
 
 
 def refusal(**sections) -> str:
@@ -63,17 +42,12 @@ def refusal(**sections) -> str:
     return explain(caught.value)
 
 
-@pytest.mark.parametrize(("name", "value"), TABLE.items(), ids=list(TABLE))
-def test_default_is_that_of_the_method(name, value):
-    found = flatten(Config())[name]
-    assert (found, type(found) is bool) == (typed(value), type(typed(value)) is bool)
-
-
-def test_no_method_key_is_missing_from_the_table():
-    beyond = {"method.name", "method.dkd_alpha", "method.dkd_beta", "method.dkd_warmup_epochs"}  # of DKD's paper
-    assert {n for n in flatten(Config()) if n.startswith("method.")} - beyond == {
-        n for n in TABLE if n.startswith("method.")
-    }
+@pytest.mark.parametrize(("number", "cfg"), [(0, None), (1, "base"), (2, "asib_stage")])
+def test_the_table_of_keys_has_the_values_that_are_composed(number, cfg):
+    found, told = flatten(compose(cfg)), column(number)
+    for key in told.keys() - {"model.teachers"}:
+        assert (found[key], type(found[key]) is bool) == (told[key], type(told[key]) is bool), key
+    assert {key for key in found if not key.startswith("model.teachers")} | {"model.teachers"} == told.keys()
 
 
 def test_teacher_defaults():

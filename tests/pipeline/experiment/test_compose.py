@@ -60,32 +60,6 @@ def test_quickstart_is_small():
     assert sum(config.method.student_epochs_per_stage) + config.finetune.epochs <= 60
 
 
-COMMON_BASE = {  # docs/method.md section 10, second column
-    "num_stages": 4, "student_epochs_per_stage": [20, 20, 20, 20], "teacher_adapt_epochs": 8, "synergy_only_epochs": 8,
-    "ce_alpha": 0.7, "kd_alpha": 0.3, "kd_target": "synergy", "tau_syn": 4, "synergy_logit_scale": 0.8,
-    "kd_ens_alpha": 0, "kd_warmup_epochs": 10, "teacher_adapt_kd_warmup": 0, "kd_max_ratio": 1.25,
-    "kd_cooldown_epochs": 0, "kd_uncertainty_weight": 0, "kd_sample_gate": False, "enable_kd_after_syn_acc": 0,
-    "ib_beta": 5e-5, "ib_beta_warmup_epochs": 5, "ib_mbm_logvar_clip": 4, "ib_mbm_min_std": 0.01,
-    "synergy_head_dropout": 0.05, "synergy_ce_alpha": 1.0, "min_cw": 0.1, "max_cw": 1, "teacher_eval_every": 2,
-    "feat_kd_alpha": 0, "label_smoothing": 0.05, "ce_label_smoothing": 0.05, "mixup_alpha": 0.2,
-    "cutmix_alpha_distill": 1.0, "use_loss_clamp": True, "loss_clamp_max": 20,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("key", COMMON_BASE)
-def test_base_is_the_common_base(key):
-    assert getattr(compose("base").method, key) == (
-        tuple(COMMON_BASE[key]) if isinstance(COMMON_BASE[key], list) else COMMON_BASE[key]
-    )
-
-
-def test_base_changes_nothing_beyond_the_table():
-    plain = {k: v for k, v in flatten(Config()).items() if k.startswith("method.")}
-    differing = {k for k, v in flatten(compose("base")).items() if k in plain and v != plain[k]}
-    assert differing <= {f"method.{k}" for k in COMMON_BASE}
-    assert compose("base").schedule.lr_warmup_epochs == 5
-
-
 # ------------------------------------------------------------------------------------------ overrides
 
 
