@@ -31,7 +31,7 @@ STUDENT, FUSION = source.STUDENT, source.FUSION
 
 
 def finetune(run: Run) -> float | None:
-    """Fine-tune every teacher that the configuration does not take from a checkpoint; one: in this run itself."""
+    """Fine-tune every teacher that the configuration takes from no checkpoint, each in a nested run."""
     config = run.config
     todo = [k for k, t in enumerate(config.model.teachers) if t.checkpoint is None]
     if not config.model.teachers:

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,20 @@ def test_metrics_are_there_once_for_each_global_epoch(seen: Seen) -> None:
     assert all(0 <= v[0] <= 100 for (name, _), v in distilled.metrics.items() if name.endswith("acc"))
     groups = ("a_step/", "b_step/", "cost/", "parameters/")
     assert all(name.startswith(groups) for name in steps.keys() - finals), "no group of metrics that is not documented"
+
+
+def test_every_tag_metric_and_artifact_is_documented(seen: Seen) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs/tracking.md"
+    patterns = []
+    for name in re.findall(r"`([^`\s]+)`", page.read_text(encoding="utf-8")):
+        pattern = re.sub(r"\\{(.*?)\\}", lambda m: f"({m[1].replace(',', '|')})", re.escape(name))
+        patterns.append(re.sub(r"<\w+>", "[^/]+", pattern).replace(r"\*", ".+"))
+    documented = re.compile("|".join(patterns))
+    names: set[str] = set()
+    for run in everyone(seen).values():
+        names |= {name for name in run.tags if name.startswith("asib.")} | {name for name, _ in run.metrics}
+        names |= {name for name in run.artifacts if not name.startswith("checkpoints/")}
+    assert sorted(name for name in names if not documented.fullmatch(name)) == []
 
 
 def test_the_summary_repeats_what_the_nested_runs_found(seen: Seen) -> None:
