@@ -22,7 +22,7 @@ import optuna
 
 from benchmarks.images import write_images
 from benchmarks.machine import described
-from pipeline.experiment.records import from_folder
+from pipeline.runs.records import from_folder
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bank.json"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import described
-from pipeline.experiment.study.study import Study
-from pipeline.experiment.sweep.space import SweepConfig
+from pipeline.sweep.space.space import SweepConfig
+from pipeline.sweep.study.study import Study
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "empty_trials.json"

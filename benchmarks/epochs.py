@@ -27,8 +27,8 @@ from benchmarks.steps.clock import Window, spread
 from benchmarks.steps.ours import ClockedDistillation, OneEpoch
 from models.features import FeatureNet
 from pipeline.data.sources import CIFAR100, ImageData
+from pipeline.distill import train
 from pipeline.errors import Pruned
-from pipeline.experiment import session
 from pipeline.journal import NullJournal
 from pipeline.training.loop import Loop, Precision
 
@@ -76,7 +76,7 @@ class NullRun:
         with tempfile.TemporaryDirectory() as folder:
             more = ("method.kd_alpha=0", "method.num_stages=1", f"method.student_epochs_per_stage=[{rounds}]")
             config = Case(PAIRS[TWO_TEACHERS], "fp32", batch).config(Path(folder), 1, str(device), more)
-        session.prepare(config)
+        train.prepare(config)
         mine = replace(data, train_x=data.train_x[:count], train_y=data.train_y[:count], digest=f"random-{count}")
         student = FeatureNet(MeanColour()).to(device)
         self.task = ClockedDistillation(config, mine, student, [], device)

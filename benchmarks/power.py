@@ -11,7 +11,7 @@ that is ahead with an exact two-sided p of at most the look's level. The other c
 import numpy as np
 from scipy.stats import binom
 
-from pipeline.experiment.registry import spending
+from pipeline.promote import spending
 
 IMAGES = (500, 2_000, 10_000)
 GAINS = (1, 2, 3, 5)

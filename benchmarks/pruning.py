@@ -21,7 +21,7 @@ from typing import Any
 import optuna
 
 from benchmarks.machine import described
-from pipeline.experiment.records import from_folder
+from pipeline.runs.records import from_folder
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "pruning.json"

@@ -152,9 +152,9 @@ def memory(server: ModelServer) -> int:
 def student(model: str | None) -> Iterator[tuple[str, str, str]]:
     """Model URI, tracking URI, and what is served, in words."""
     if model is not None:
-        from pipeline.experiment import tracking
+        from pipeline.tracking import deliver
 
-        yield model, tracking.default_uri(), model
+        yield model, deliver.default_uri(), model
         return
     with tempfile.TemporaryDirectory(prefix="asib-serving-") as folder:
         uri = f"sqlite:///{folder}/mlflow.db"

@@ -19,8 +19,8 @@ from typing import Any
 from benchmarks import kinds
 from benchmarks.machine import described
 from benchmarks.steps.clock import spread
-from pipeline.experiment import networks, session
-from pipeline.experiment.compose import compose
+from pipeline.compose.compose import compose
+from pipeline.distill import networks, train
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGINS = "tracked as"
@@ -69,7 +69,7 @@ def until_training(arguments: tuple[str, ...], folder: Path) -> float:
 def with_teachers(arguments: tuple[str, ...], folder: Path) -> tuple[str, ...]:
     """The arguments, and checkpoints of untrained teachers: training would else begin with their fine-tuning."""
     config = compose(arguments[0].removeprefix("cfg="), arguments[1:])
-    data = session.images(config)
+    data = train.images(config)
     found = []
     for index in range(len(config.model.teachers)):
         path = folder / arguments[0].removeprefix("cfg=") / f"teacher_{index}.safetensors"

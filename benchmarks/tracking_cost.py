@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.images import write_images
 from benchmarks.machine import described
-from pipeline.experiment.delivery.server import prepare_sqlite
 from pipeline.journal import read_entries
+from pipeline.tracking.server import prepare_sqlite
 from tests.servers import MlflowServer
 
 HERE = Path(__file__).resolve().parent

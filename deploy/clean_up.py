@@ -28,10 +28,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 FOLDER = "checkpoints"
 RESUME = re.compile(rf"{FOLDER}/(manifest\.json|slot\d+\.[a-z]+)")
-"""What a resume reads, and nothing else does: the names of `pipeline/experiment/delivery/checkpoint.py`."""
+"""What a resume reads, and nothing else does: the names of `pipeline/tracking/checkpoints.py`."""
 TAG = "asib.checkpoint_removed"
 KEEP = "asib.keep"
-"""As a promotion sets it (`pipeline/experiment/delivery/model_tags.py`)."""
+"""As a promotion sets it (`pipeline/tracking/model_tags.py`)."""
 PARENT = "mlflow.parentRunId"
 DAY_S = 86_400
 

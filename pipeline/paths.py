@@ -9,6 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.errors import UserError
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+"""The checkout that runs: conf/ lies there, and the sources that identify a result."""
+
 
 def inside(folder: Path, name: object) -> Path:
     """The file of `folder` that `name` means, where `name` comes from JSON, YAML or a server.

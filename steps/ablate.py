@@ -4,15 +4,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.ablate import request as ablate_plan
+from pipeline.compose import cli, rungs
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.experiment import cli
-from pipeline.experiment.ablation import plan as ablate_plan
-from pipeline.experiment.ablation import rungs
-from pipeline.experiment.execute import execute
+from pipeline.runs.step import execute
 
 if TYPE_CHECKING:
-    from pipeline.experiment.run import Run
+    from pipeline.runs.run import Run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         return ablate_plan.prepared(config, plans[0])
 
     def job(run: "Run") -> float | None:
-        from pipeline.experiment.ablation.ablate import ablate
+        from pipeline.ablate.ablate import ablate
 
         return ablate(run, plans[0])
 

@@ -3,7 +3,7 @@
 import sys
 
 from pipeline.config.variants import student_alone
-from pipeline.experiment.execute import execute
+from pipeline.runs.step import execute
 
 if __name__ == "__main__":
-    sys.exit(execute("baseline", "pipeline.experiment.jobs:distill", variant=student_alone))
+    sys.exit(execute("baseline", "pipeline.distill.distill:distill", variant=student_alone))

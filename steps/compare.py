@@ -4,14 +4,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.compose import cli
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.experiment import cli
-from pipeline.experiment.execute import execute
 from pipeline.paths import user_path
+from pipeline.runs.step import execute
 
 if TYPE_CHECKING:
-    from pipeline.experiment.run import Run
+    from pipeline.runs.run import Run
 
 OWN = {
     "parent": "run id (or folder) of an ablation or a sweep, whose nested runs are compared",
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         return config if config.run_name else config.model_copy(update={"run_name": "compare"})
 
     def job(run: "Run") -> float | None:
-        from pipeline.experiment.ablation.compare_job import compare_runs
+        from pipeline.compare.job import compare_runs
 
         return compare_runs(run, parent, runs, cli.flag(own, "anyway"))
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from pipeline.experiment.execute import execute
+from pipeline.runs.step import execute
 
 if __name__ == "__main__":
-    sys.exit(execute("distill", "pipeline.experiment.jobs:distill"))
+    sys.exit(execute("distill", "pipeline.distill.distill:distill"))

@@ -2,9 +2,9 @@
 
 import sys
 
+from pipeline.compose import cli
 from pipeline.errors import UserError
-from pipeline.experiment import cli
-from pipeline.experiment.execute import configuration
+from pipeline.runs.step import configuration
 
 
 def main(argv: list[str]) -> int:
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    from pipeline.experiment.doctor import report
+    from pipeline.doctor import report
 
     return report(config)
 

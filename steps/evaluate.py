@@ -4,14 +4,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.compose import cli
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.experiment import cli
-from pipeline.experiment.evaluation import request as requests
-from pipeline.experiment.execute import execute
+from pipeline.evaluate import request as requests
+from pipeline.runs.step import execute
 
 if TYPE_CHECKING:
-    from pipeline.experiment.run import Run
+    from pipeline.runs.run import Run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         return config
 
     def job(run: "Run") -> float | None:
-        from pipeline.experiment.evaluation.evaluate import evaluate
+        from pipeline.evaluate.evaluate import evaluate
 
         return evaluate(run, asked[0])
 

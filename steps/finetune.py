@@ -2,7 +2,7 @@
 
 import sys
 
-from pipeline.experiment.execute import execute
+from pipeline.runs.step import execute
 
 if __name__ == "__main__":
-    sys.exit(execute("finetune", "pipeline.experiment.jobs:finetune"))
+    sys.exit(execute("finetune", "pipeline.distill.finetune:finetune"))

@@ -4,15 +4,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.compose import cli
+from pipeline.compose.groups import STUDENTS
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.experiment import cli
-from pipeline.experiment.execute import execute
-from pipeline.experiment.options import STUDENTS
+from pipeline.runs.step import execute
 
 if TYPE_CHECKING:
-    from pipeline.experiment.predict import Asked
-    from pipeline.experiment.run import Run
+    from pipeline.predict.predict import Asked
+    from pipeline.runs.run import Run
 
 OWN = {
     "model": STUDENTS,
@@ -32,13 +32,13 @@ def main(argv: Sequence[str]) -> int:
     found: list[Asked] = []
 
     def asked(config: Config) -> Config:
-        from pipeline.experiment import predict
+        from pipeline.predict import predict
 
         found.append(predict.understand(own))
         return config if config.run_name else config.model_copy(update={"run_name": "predict"})
 
     def job(run: "Run") -> float | None:
-        from pipeline.experiment.predict import predict
+        from pipeline.predict.predict import predict
 
         return predict(run, found[0])
 

@@ -7,17 +7,17 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.compose import cli
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.experiment import cli
-from pipeline.experiment.execute import execute
-from pipeline.experiment.registry import plan as plans
-from pipeline.experiment.registry.plan import OWN
-from pipeline.experiment.registry.remote import Registry
+from pipeline.promote import request as plans
+from pipeline.promote.registered_model import Registry
+from pipeline.promote.request import OWN
+from pipeline.runs.step import execute
 
 if TYPE_CHECKING:
-    from pipeline.experiment.run import Run
-    from pipeline.experiment.tracking import Delivery
+    from pipeline.runs.run import Run
+    from pipeline.tracking.deliver import Delivery
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,12 +39,12 @@ def main(argv: Sequence[str]) -> int:
     def ask(delivery: "Delivery") -> None:
         versions = plans.check(made[0], Registry(delivery, made[0].name))
         if versions:
-            from pipeline.experiment.registry.promote import same_data  # late: it imports torch
+            from pipeline.promote.promote import same_data  # late: it imports torch
 
             same_data(configs[0], made[0].name, versions)
 
     def job(run: "Run") -> float | None:
-        from pipeline.experiment.registry.promote import promote
+        from pipeline.promote.promote import promote
 
         return promote(run, made[0])
 

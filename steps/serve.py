@@ -9,11 +9,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline.compose import cli
+from pipeline.compose.groups import STUDENTS
 from pipeline.config.numbers import whole
 from pipeline.errors import UserError
-from pipeline.experiment import cli
-from pipeline.experiment.execute import configuration, outside
-from pipeline.experiment.options import STUDENTS
+from pipeline.runs.step import configuration, outside
 
 OWN = {
     "model": STUDENTS,
@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _serve(own: Mapping[str, str], command: cli.Command) -> int:
-    from pipeline.experiment import serve, tracking
+    from pipeline.predict import serve
+    from pipeline.tracking import deliver
 
     source = own.get("model", "")
     if not source:
@@ -51,10 +52,10 @@ def _serve(own: Mapping[str, str], command: cli.Command) -> int:
     where = configuration(command, OWN).tracking
     limits = serve.Limits(body=most, request=timeout)
     socket = serve.listen(own.get("host") or "127.0.0.1", port)
-    uri = where.uri or tracking.default_uri()
+    uri = where.uri or deliver.default_uri()
     with socket:
         with tempfile.TemporaryDirectory(prefix="asib-served-") as folder:
-            classifier, version = serve.load(source, lambda what, to: tracking.fetch_now(uri, what, to), Path(folder))
+            classifier, version = serve.load(source, lambda what, to: deliver.fetch_now(uri, what, to), Path(folder))
         host, port = socket.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         logger.info("serving %s on http://%s:%d", version, address, port)

@@ -4,14 +4,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.compose import cli
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.experiment import cli
-from pipeline.experiment.execute import configuration, execute, outside
+from pipeline.runs.step import configuration, execute, outside
 
 if TYPE_CHECKING:
-    from pipeline.experiment.run import Run
-    from pipeline.experiment.sweep.plan import Plan
+    from pipeline.runs.run import Run
+    from pipeline.sweep.request import Plan
 
 OWN = {
     "sweep": "the search space: a name in conf/sweep (kd_ib_tau by default), or a YAML file",
@@ -42,13 +42,13 @@ def main(argv: Sequence[str]) -> int:
     plans: list[Plan] = []
 
     def planned(config: Config) -> Config:
-        from pipeline.experiment.sweep import plan as sweep_plan
+        from pipeline.sweep import request as sweep_plan
 
         plans.append(sweep_plan.make(config, own, [text for text in rest if not text.startswith("cfg=")]))
         return sweep_plan.prepared(config, plans[0])
 
     def job(run: "Run") -> float | None:
-        from pipeline.experiment.sweep.driver import sweep
+        from pipeline.sweep.driver import sweep
 
         return sweep(run, plans[0])
 
@@ -56,16 +56,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _join(own: dict[str, str], command: cli.Command) -> int:
-    from pipeline.experiment.sweep import plan as sweep_plan
-    from pipeline.experiment.sweep import worker as sweep_worker
+    from pipeline.sweep import request as sweep_plan
+    from pipeline.sweep import worker as sweep_worker
 
     storage = sweep_plan.storage_url(own.get("storage"), configuration(command, OWN))
     return sweep_worker.work(0, own["join"], storage, command.overrides, joined=True)
 
 
 def _reap(own: dict[str, str], command: cli.Command) -> int:
-    from pipeline.experiment.sweep import plan as sweep_plan
-    from pipeline.experiment.sweep import reap as sweep_reap
+    from pipeline.sweep import reap as sweep_reap
+    from pipeline.sweep import request as sweep_plan
 
     cli.flag(own, "reap")  # neither true nor false
     config = configuration(command, OWN)

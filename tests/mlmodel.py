@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from pipeline.experiment import served
+from pipeline.served import code
 
 PARTS = {"net": "student.onnx", "meta": "meta.json", "weights": "student.safetensors"}
 """Files in `artifacts/`, by the names that the MLmodel gives them."""
@@ -23,6 +23,6 @@ def files(**more: str) -> dict[str, str]:
     """Name -> text; `more` goes into the MLmodel."""
     return {
         "MLmodel": json.dumps({"flavors": {"python_function": FLAVOR}, **more}),
-        "student_pyfunc.py": served.code(),
+        "student_pyfunc.py": code.code(),
         "requirements.txt": "mlflow==3.17.2\nnumpy==2.4.6\nonnxruntime==1.31.1\npillow==13.0.0",
     }

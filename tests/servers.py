@@ -121,7 +121,7 @@ def wire(mlflow_server: MlflowServer) -> Iterator[Wire]:
 @pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with the present schema."""
-    from pipeline.experiment.delivery.server import prepare_sqlite
+    from pipeline.tracking.server import prepare_sqlite
 
     path = tmp_path_factory.mktemp("template") / "mlflow.db"
     prepare_sqlite(f"sqlite:///{path}")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.compose.compose import compose
 from pipeline.config import Config
 from pipeline.data.sources import ImageData, load
-from pipeline.experiment.compose import compose
 
 FEW_TEST_IMAGES = 64
 """Evaluation is not part of a step: `benchmarks.overhead` measures it."""

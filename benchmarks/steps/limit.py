@@ -19,8 +19,8 @@ from benchmarks.steps.cases import Case
 from benchmarks.steps.clock import Window, algorithms
 from models.features import FeatureNet
 from pipeline.config import Config
-from pipeline.training import schedules
-from pipeline.training.fusion import Fusion
+from pipeline.training.methods.asib import schedules
+from pipeline.training.methods.asib.fusion import Fusion
 
 KINDS = ("eager", "folded", "compiled")
 IMAGE = (3, 32, 32)

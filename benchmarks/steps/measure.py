@@ -17,7 +17,7 @@ from benchmarks.steps.clock import Window, algorithms, interleaved, ratios, spre
 from benchmarks.steps.limit import Limit, best, kinds
 from benchmarks.steps.ours import Ours, make_teachers
 from pipeline.data.sources import ImageData
-from pipeline.experiment import networks
+from pipeline.distill import networks
 
 AHEAD = 2 * WORKERS
 """Batches that a loader's workers make in advance (torch's prefetch factor is 2)."""

@@ -17,12 +17,12 @@ from benchmarks.steps.clock import Window
 from models.features import FeatureNet
 from pipeline.config import Config
 from pipeline.data.sources import ImageData
+from pipeline.distill import networks, teachers, train
 from pipeline.errors import Pruned
-from pipeline.experiment import networks, session, teachers
-from pipeline.experiment.run import Run
+from pipeline.runs.run import Run
 from pipeline.training.checkpoint import Copy, Saved, Slots
 from pipeline.training.loop import Epoch, Loop, Precision, Verdict
-from pipeline.training.stages import Distillation
+from pipeline.training.methods.asib.task import Distillation
 
 
 class ClockedDistillation(Distillation):
@@ -106,7 +106,7 @@ class Ours:
         if not weights(folder, 0).exists():
             make_teachers(case, data, folder, device)
         self.config = case.config(folder, rounds, str(device), more)
-        session.prepare(self.config)
+        train.prepare(self.config)
         self.run = Run.open("distill", self.config)
         self.slots = ClockedSlots(self.run.slots.folder)
         self.loop, self.task = make_loop(self.run, self.config, data, device, self.slots)
@@ -119,7 +119,7 @@ class Ours:
         epoch = self.task.plan[self.loop.epoch]
         if epoch.phase != which:
             raise ValueError(f"the plan goes on with an {epoch.phase}-epoch, not with {which}")
-        session.prepare(self.config)  # others in this process train without
+        train.prepare(self.config)  # others in this process train without
         self.slots.waiting_seconds = 0.0
         begun = time.perf_counter()
         with suppress(Pruned):  # by `OneEpoch`

@@ -1,6 +1,6 @@
 """Images: sources, splits, augmentations and batches on the device. Knows no model and no outside system."""
 
-from pipeline.data.augment import CropFlip, Mix, MixKind, Normalize, crop_flip, draw_crop_flip, draw_mix, mix
+from pipeline.data.augmentations import CropFlip, Mix, MixKind, Normalize, crop_flip, draw_crop_flip, draw_mix, mix
 from pipeline.data.batches import Batch, EpochDraws, EvalBatches, TrainBatches, batch_bounds, draw_epoch
 from pipeline.data.sources import ImageData, load
 from pipeline.data.splits import Split, split

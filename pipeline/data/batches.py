@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import AugmentConfig
-from pipeline.data.augment import (
+from pipeline.data.augmentations import (
     CropFlip,
     Mix,
     MixKind,
@@ -27,7 +27,7 @@ from pipeline.data.augment import (
     draw_mix,
     rand_augment,
 )
-from pipeline.data.files import AT_ONCE, ImageFiles, Images, Wanted
+from pipeline.data.image_files import AT_ONCE, ImageFiles, Images, Wanted
 from pipeline.errors import UserError
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.config import DatasetConfig
 from pipeline.config.places import TORCHVISION, check_data
 from pipeline.data.arrays import Arrays, check, read_npz
-from pipeline.data.files import CROP_PCT, ImageFiles, Images, scan
+from pipeline.data.image_files import CROP_PCT, ImageFiles, Images, scan
 from pipeline.errors import UserError
 from pipeline.paths import user_path
 

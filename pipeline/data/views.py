@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import AugmentConfig
-from pipeline.data.augment import PAD, CropFlip, PadMode
+from pipeline.data.augmentations import PAD, CropFlip, PadMode
 
 CORNERS = 2 * PAD + 1
 

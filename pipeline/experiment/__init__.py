@@ -1,0 +1,1 @@
+"""Kept for one release: the place from which `deliver` was called (CHANGELOG.md)."""

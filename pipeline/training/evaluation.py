@@ -8,8 +8,8 @@ from torch import Tensor
 
 from models.features import FeatureNet
 from pipeline.data.batches import EvalBatches
-from pipeline.training import targets
-from pipeline.training.fusion import Fusion
+from pipeline.training.methods.asib import targets
+from pipeline.training.methods.asib.fusion import Fusion
 from pipeline.training.nonfinite import require_finite
 
 

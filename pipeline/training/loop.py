@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from pipeline.config import OptimConfig
-from pipeline.data.augment import MixKind
+from pipeline.data.augmentations import MixKind
 from pipeline.data.batches import EpochDraws, TrainBatches
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken
 from pipeline.journal import CheckpointRecorder

@@ -17,11 +17,12 @@ import torch
 from models import weights, zoo
 from pipeline.data.batches import EvalBatches
 from pipeline.data.sources import ImageData
-from pipeline.experiment import export, tracking
-from pipeline.experiment.evaluation import speed
+from pipeline.distill import export
+from pipeline.evaluate import speed
+from pipeline.tracking import deliver
 from pipeline.training.evaluation import outputs
 from tests import mlmodel
-from tests.pipeline.experiment.registry.local import LocalDelivery, registered
+from tests.pipeline.promote.local import LocalDelivery, registered
 from tests.steps.lab import CLASSES, Done, Lab, client
 
 NAME = "stripes"
@@ -124,7 +125,7 @@ def make_desk(lab: Lab, uri: str, data: ImageData, students: Students, monkeypat
     def start(folder: Path, *, uri: str | None = None, **more: Any) -> LocalDelivery:
         return LocalDelivery(folder, str(uri), made.registry)
 
-    monkeypatch.setattr(tracking, "start_delivery", start)
+    monkeypatch.setattr(deliver, "start_delivery", start)
     monkeypatch.setattr(speed, "BATCHES", (1,))
     monkeypatch.setattr(speed, "BUDGET_S", {1: 0.05})
     return made

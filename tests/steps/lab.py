@@ -147,7 +147,7 @@ def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
     """What a step changes in its process is undone: signal handlers, log handlers, environment, torch's settings."""
     import torch
 
-    from pipeline.experiment.execute import stop
+    from pipeline.runs.step import stop
 
     log = logging.getLogger("asib")
     environment, handlers = dict(os.environ), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -175,7 +175,7 @@ class SignalAt:
     """
 
     def __init__(self, question: int, number: int = signal.SIGTERM) -> None:
-        from pipeline.experiment.execute import stop
+        from pipeline.runs.step import stop
 
         self._stop, self._question, self._number, self.asked = stop, question, number, 0
         self.between_batches = stop.between_batches
@@ -231,7 +231,7 @@ def ending(folder: Path) -> tuple[str, str, int]:
 
 def deliver(uri: str, *folders: Path) -> None:
     """`python -m pipeline.experiment.tracking deliver`, in this process."""
-    from pipeline.experiment import tracking
+    from pipeline.tracking import deliver as tracking
 
     with _as_a_process() as (_, err):
         assert tracking.main(["deliver", *map(str, folders), "--uri", uri]) == 0, err.getvalue()

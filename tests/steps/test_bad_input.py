@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.experiment import session
+from pipeline.distill import train
 from tests.steps.lab import (
     BATCHES,
     Done,
@@ -220,7 +220,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, bench: Lab, undisturbe
     lab = Lab(tmp_path_factory.mktemp("interrupted"))
     shutil.copytree(bench.runs / "teachers", lab.runs / "teachers")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(session, "stop", SignalAt(PER_EPOCH + 2))
+        patched.setattr(train, "stop", SignalAt(PER_EPOCH + 2))
         assert lab.step("distill").code == 143
     return lab
 
@@ -348,7 +348,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_it_goes_on_when_there_is_room(
     disk = small_disk(24)
     shutil.copytree(bench.runs / "teachers", disk / "teachers")
     with monkeypatch.context() as patched:
-        patched.setattr(session, "stop", Fill(2 * PER_EPOCH + 1, disk))
+        patched.setattr(train, "stop", Fill(2 * PER_EPOCH + 1, disk))
         done = bench.step("distill", f"output_dir={disk}")
     (folder,) = [p for p in disk.iterdir() if (p / "journal.jsonl").exists()]
     assert done.code == 2, done.err

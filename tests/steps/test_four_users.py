@@ -17,7 +17,7 @@ import yaml
 from mlflow.exceptions import MlflowException
 
 from pipeline.data.sources import ImageData
-from pipeline.experiment import session
+from pipeline.distill import train
 from tests.steps import desk as desks
 from tests.steps import sweep_kills
 from tests.steps.desk import LAX, Students, make_desk
@@ -77,7 +77,7 @@ def test_a_run_goes_on_from_the_server_alone(
 ) -> None:
     log_in(monkeypatch, *user)
     with monkeypatch.context() as patched:
-        patched.setattr(session, "stop", SignalAt(BATCHES + 3))
+        patched.setattr(train, "stop", SignalAt(BATCHES + 3))
         stopped = ready_lab.step("distill", *online(team), "checkpoint.every_seconds=1e-6")
     assert stopped.code == 143, stopped.err
     name = run_id(stopped.folder)

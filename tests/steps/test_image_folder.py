@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.experiment import session
+from pipeline.distill import train
 from tests.steps.lab import (
     BATCH,
     BATCHES,
@@ -56,9 +56,9 @@ def test_a_run_does_not_depend_on_its_workers_and_is_continued(lab: Lab, monkeyp
     whole = lab.step("distill", "bank=lazy")
     assert whole.code == 0, whole.err
     assert "pictures cropped at random are no fixed set of views" in whole.err
-    session._load.cache_clear()  # the next run has its own workers, forked while its record is open
+    train._load.cache_clear()  # the next run has its own workers, forked while its record is open
     with monkeypatch.context() as patched:
-        patched.setattr(session, "stop", SignalAt(BATCHES + 3))  # in the first B-step
+        patched.setattr(train, "stop", SignalAt(BATCHES + 3))  # in the first B-step
         killed = lab.step("distill")
     assert killed.code == 143, killed.err
     assert ending(killed.folder) == ("KILLED", "killed", 143)

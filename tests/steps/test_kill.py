@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.experiment import session
+from pipeline.distill import train
 from tests.steps.lab import (
     BATCHES,
     Done,
@@ -134,7 +134,7 @@ def test_the_main_job_goes_on_when_the_server_vanishes_and_is_delivered_later(
 ) -> None:
     arguments = ["tracking.mode=online", f"tracking.uri={wire.uri}", "tracking.finish_seconds=1"]
     with monkeypatch.context() as patched:
-        patched.setattr(session, "stop", CutAt(2, wire))  # before any teacher is there
+        patched.setattr(train, "stop", CutAt(2, wire))  # before any teacher is there
         done = lab.step("main", *arguments)
     assert done.code == 0, done.err
     assert "python -m pipeline.experiment.tracking deliver" in done.lines[-1]

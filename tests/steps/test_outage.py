@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.experiment import session
+from pipeline.distill import train
 from tests.steps.lab import (
     BATCHES,
     Done,
@@ -125,7 +125,7 @@ def test_what_comes_back_while_the_run_lives_is_brought_up_to_date(
         stop(team)
         repairing.start()
 
-    monkeypatch.setattr(session, "stop", At(BATCHES + 3, break_it))  # in the first B-epoch
+    monkeypatch.setattr(train, "stop", At(BATCHES + 3, break_it))  # in the first B-epoch
     done = ready_lab.step("distill", *online(team, f"outage of the {part}"))
     repairing.join()
     assert (done.code, done.lines) == (0, []), done.err
@@ -151,7 +151,7 @@ def test_what_stays_away_to_the_end_is_delivered_later(
 
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(session, "stop", At(2, break_it))
+            patched.setattr(train, "stop", At(2, break_it))
             done = lab.step("distill", *online(team, "outage of all", uri=front.uri, finish_seconds=1))
     finally:
         team.postgres.start()
@@ -199,7 +199,7 @@ def test_a_database_that_restarts_again_and_again(
                 return
 
     restarting = threading.Thread(target=restart)
-    monkeypatch.setattr(session, "stop", At(1, restarting.start))
+    monkeypatch.setattr(train, "stop", At(1, restarting.start))
     try:
         done = ready_lab.step("distill", *online(team, "restarts"))
     finally:

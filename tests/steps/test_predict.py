@@ -43,8 +43,8 @@ def expected(bench: Lab, student: Done, pictures: Path) -> np.ndarray:
     import torch
 
     from models import weights, zoo
+    from pipeline.compose.compose import compose
     from pipeline.data import sources
-    from pipeline.experiment.compose import compose
 
     data = sources.load(compose(str(bench.cfg)).dataset)
     net = zoo.create_model("cifar_resnet8", 4, image_size=16).eval()
@@ -216,7 +216,7 @@ def test_the_champion_is_fetched_and_becomes_the_runs_input(
 def test_a_student_whose_export_is_wrong_is_not_logged(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from pipeline.experiment import export
+    from pipeline.distill import export
 
     right = export.to_onnx
 

@@ -27,9 +27,9 @@ import pytest
 import sqlalchemy
 
 from pipeline.data.sources import ImageData
-from pipeline.experiment.registry import decision, queue
-from pipeline.experiment.registry.remote import Version
-from tests.pipeline.experiment.registry.local import Fragile, LocalDelivery
+from pipeline.promote import decision, queue
+from pipeline.promote.registered_model import Version
+from tests.pipeline.promote.local import Fragile, LocalDelivery
 from tests.steps.desk import LAX, NAME, Desk, Students, make_desk
 from tests.steps.lab import CLASSES, TEST, Lab, client, deliver, ending, points, run_id, see
 

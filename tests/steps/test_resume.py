@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.experiment import session
+from pipeline.distill import train
 from pipeline.journal import Journal
 from pipeline.training import checkpoint
 from tests.steps.lab import (
@@ -54,7 +54,7 @@ def test_a_run_ended_by_sigterm_and_continued_equals_an_undisturbed_one(
     ready_lab: Lab, undisturbed: Done, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, question: int, place: str
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(session, "stop", SignalAt(question))
+        patched.setattr(train, "stop", SignalAt(question))
         killed = ready_lab.step("distill")
     assert killed.code == 143
     assert ending(killed.folder) == ("KILLED", "killed", 143)
@@ -79,12 +79,12 @@ def test_a_run_interrupted_again_and_again_equals_an_undisturbed_one(
 ) -> None:
     """SIGINT after every third batch, with a checkpoint after every batch besides."""
     arguments = ["checkpoint.every_seconds=1e-6"]
-    monkeypatch.setattr(session, "stop", SignalAt(3, signal.SIGINT))
+    monkeypatch.setattr(train, "stop", SignalAt(3, signal.SIGINT))
     done = ready_lab.step("distill", *arguments)
     folder, starts = done.folder, 1
     while done.code == 130:
         assert ending(folder) == ("KILLED", "killed", 130)
-        monkeypatch.setattr(session, "stop", SignalAt(4, signal.SIGINT))
+        monkeypatch.setattr(train, "stop", SignalAt(4, signal.SIGINT))
         done = ready_lab.step("distill", *arguments, f"resume={folder}")
         starts += 1
         assert starts < 12, done.err
@@ -132,7 +132,7 @@ def test_a_signal_within_a_nested_fine_tuning_ends_both_runs_and_both_go_on(
     lab: Lab, undisturbed: Done, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(session, "stop", SignalAt(PER_EPOCH + 2))  # the second teacher, batch 2
+        patched.setattr(train, "stop", SignalAt(PER_EPOCH + 2))  # the second teacher, batch 2
         killed = lab.step("distill")
     folder = killed.folder
     assert killed.code == 143
@@ -197,7 +197,7 @@ def test_a_nested_run_that_its_parent_was_killed_before_naming_is_delivered(
     online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "child", lambda journal, folder: None)
-        patched.setattr(session, "stop", SignalAt(2))
+        patched.setattr(train, "stop", SignalAt(2))
         killed = lab.step("distill", *online)
     assert killed.code == 143, killed.err
     assert not see(sqlite_uri, run_id(killed.folder)).children

@@ -68,8 +68,8 @@ def checkpoint(trained: tuple[Lab, Path, str]) -> Any:
     import torch
 
     from models import weights, zoo
+    from pipeline.compose.compose import compose
     from pipeline.data import sources
-    from pipeline.experiment.compose import compose
 
     lab, file, _ = trained
     data = sources.load(compose(str(lab.cfg)).dataset)

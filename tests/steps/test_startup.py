@@ -62,10 +62,10 @@ def test_bad_input_is_refused_before_torch_is_imported() -> None:
 
 @pytest.mark.slow
 def test_a_steps_own_process_never_imports_mlflow() -> None:
-    found = imported_by("import pipeline.experiment.execute, pipeline.experiment.jobs")
+    found = imported_by("import pipeline.runs.step, pipeline.distill.distill")
     assert not {"mlflow", "optuna"} & found
 
 
 def test_delivery_is_started_before_the_slow_imports() -> None:
     """It imports MLflow meanwhile, and training begins two seconds earlier."""
-    assert not {"timm", "torchvision", "matplotlib"} & imported_by("import pipeline.experiment.run")
+    assert not {"timm", "torchvision", "matplotlib"} & imported_by("import pipeline.runs.run")

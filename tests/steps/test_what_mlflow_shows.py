@@ -79,8 +79,8 @@ def test_the_parameters_are_the_whole_flattened_configuration(tracked: tuple[Lab
 
 def test_the_tags_say_what_was_computed_from_what(tracked: tuple[Lab, Done, str, Seen]) -> None:
     lab, _, _, seen = tracked
+    from pipeline.compose.compose import compose
     from pipeline.data import sources
-    from pipeline.experiment.compose import compose
 
     data = sources.load(compose(str(lab.cfg)).dataset)
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -248,8 +248,8 @@ def expected(tracked: tuple[Lab, Done, str, Seen]) -> tuple[np.ndarray, np.ndarr
     import torch
 
     from models import weights, zoo
+    from pipeline.compose.compose import compose
     from pipeline.data import sources
-    from pipeline.experiment.compose import compose
 
     lab, done, _, _ = tracked
     data = sources.load(compose(str(lab.cfg)).dataset)
@@ -427,13 +427,13 @@ def test_a_refusal_before_the_run_fails_the_run_that_mlflow_run_made(lab: Lab, a
 def test_a_resume_under_mlflow_run_leaves_the_new_run_empty(
     ready_lab: Lab, sqlite_uri: str, adopted: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.experiment import session
+    from pipeline.distill import train
     from tests.steps.lab import SignalAt
 
     uri, shell, _ = adopted
     with monkeypatch.context() as patched:
         patched.delenv("MLFLOW_RUN_ID")
-        patched.setattr(session, "stop", SignalAt(4))
+        patched.setattr(train, "stop", SignalAt(4))
         killed = ready_lab.step("distill")
     deliver(uri, killed.folder)
     target = run_id(killed.folder)

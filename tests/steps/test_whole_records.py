@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import journal_files
-from pipeline.experiment import export, networks, report, session
+from pipeline.distill import export, networks, results, train
 from pipeline.files import release
+from pipeline.journal import folder as journal_files
 from pipeline.journal import read_header, take
 from tests.steps.lab import BATCHES, Done, Lab, SignalAt, client, ending, points, same_tensors
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def killed(ready_lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that ended in its second epoch."""
     with monkeypatch.context() as patched:
-        patched.setattr(session, "stop", SignalAt(PER_EPOCH + 2))
+        patched.setattr(train, "stop", SignalAt(PER_EPOCH + 2))
         done = ready_lab.step("distill")
     assert done.code == 143
     return done.folder
@@ -124,7 +124,7 @@ def test_a_folder_that_is_removed_while_training_is_an_error(
         (folder,) = ready_lab.run_folders()
         shutil.rmtree(folder)
 
-    monkeypatch.setattr(session, "stop", At(question, remove))
+    monkeypatch.setattr(train, "stop", At(question, remove))
     refused(ready_lab.step("distill"), str(ready_lab.runs))
     assert ready_lab.run_folders() == []
 
@@ -157,10 +157,10 @@ def test_damaged_neighbours_are_passed_over_with_a_line(ready_lab: Lab, killed: 
 WRITERS: dict[str, tuple[Any, str]] = {
     "weights": (networks, "save"),
     "fusion": (export, "save_fusion"),
-    "curves": (report, "curves"),
-    "predictions": (report, "predictions"),
-    "confusion matrix": (report, "confusion"),
-    "results": (report, "write_results"),
+    "curves": (results, "curves"),
+    "predictions": (results, "predictions"),
+    "confusion matrix": (results, "confusion"),
+    "results": (results, "write_results"),
 }
 
 

@@ -19,9 +19,9 @@ from pipeline.data.sources import ImageData
 from pipeline.errors import Interrupted
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Slots
-from pipeline.training.finetune import FineTuning
 from pipeline.training.loop import Loop, Precision, Task
-from pipeline.training.stages import Distillation
+from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.finetune import FineTuning
 
 CPU = torch.device("cpu")
 CLASSES = 4

@@ -9,12 +9,12 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.journal import NullJournal
-from pipeline.training import stages
 from pipeline.training.compiling import LONG, check_device, compiles
 from pipeline.training.evaluation import outputs
 from pipeline.training.loop import Loop, Precision
+from pipeline.training.methods.asib import task as stages
+from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.objective import Moment
-from pipeline.training.stages import Distillation
 from tests.pipeline.training.builders import CPU, config, distillation, image_data
 
 ROUNDING = 1e-5

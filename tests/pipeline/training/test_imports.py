@@ -13,7 +13,7 @@ import importlib, pkgutil, sys
 import pipeline.training
 for module in pkgutil.walk_packages(pipeline.training.__path__, "pipeline.training."):
     importlib.import_module(module.name)
-assert "pipeline.training.stages" in sys.modules
+assert "pipeline.training.methods.asib.task" in sys.modules
 print(sorted({n.split(".")[0] for n in sys.modules} & {"mlflow", "hydra", "omegaconf", "optuna", "submitit"}))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -14,9 +14,10 @@ from torch import nn
 
 from pipeline.config import OptimConfig
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken, UserError
-from pipeline.training import checkpoint, schedules
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Slots, unpack
 from pipeline.training.loop import Phase, Precision, Sums, Verdict, restore_optimizer, update
+from pipeline.training.methods.asib import schedules
 from tests.pipeline.training.builders import (
     CPU,
     HeldUp,

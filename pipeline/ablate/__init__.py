@@ -1,0 +1,1 @@
+"""A grid of runs: rungs of a ladder by seeds."""

@@ -1,0 +1,75 @@
+"""What an ablation is asked for, checked before torch is imported, and the interrupted one that it goes on with."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.compose import cli, rungs
+from pipeline.config import Config, config_hash, source_digest
+from pipeline.config.identity import canonical
+from pipeline.config.numbers import processes
+from pipeline.config.places import output_dir
+from pipeline.errors import UserError
+from pipeline.paths import REPOSITORY
+from pipeline.runs.folders import interrupted
+from pipeline.training.bank.policy import shared
+
+logger = logging.getLogger("asib")
+OWN = {
+    "rungs": "names of rungs, or ladder (the default) or all",
+    "seeds": "such as 0,1,2; default: seed",
+    "force": "true: run again what has finished before",
+}
+PLAN_TAG = "asib.plan"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`configs`: one for each rung and seed, rung by rung. `digest`: the same for the same command and sources."""
+
+    names: tuple[str, ...]
+    seeds: tuple[int, ...]
+    force: bool
+    configs: tuple[Config, ...]
+    digest: str
+
+
+def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Plan:
+    """Read the step's own keys. Raises UserError: unknown rungs, rungs that do not fit the configuration."""
+    if processes(os.environ)[1] != 1:
+        raise UserError("ablate runs as one process; start single rungs with torchrun and -m steps.distill cfg=<rung>")
+    names = rungs.read_names(own.get("rungs") or "ladder")
+    seeds = rungs.read_seeds(own.get("seeds") or str(config.seed))
+    force = cli.flag(own, "force")
+    rungs.refuse_overrides(names, overrides)
+    unlogged = {"log_model": False, "register": None}  # the parent's model is the best one's
+    configs = [shared(c.model_copy(update=unlogged)) for c in rungs.configurations(config, names, seeds)]
+    what = {
+        "children": [[c.rung, config_hash(c)] for c in configs],
+        "teachers": [t.model_dump() for t in config.model.teachers],
+        "sources": source_digest(REPOSITORY),
+        "to": [config.tracking.mode, config.tracking.uri, config.tracking.experiment],
+        "force": str(force).lower(),
+        "amp": config.optim.use_amp,  # no part of the hash, and another identity
+    }
+    digest = hashlib.sha256(canonical(what).encode()).hexdigest()
+    return Plan(tuple(names), tuple(seeds), force, tuple(configs), digest)
+
+
+def prepared(config: Config, plan: Plan) -> Config:
+    """The parent's configuration: its name, and the interrupted ablation that it continues."""
+    changes: dict[str, object] = {}
+    if config.resume is None:
+        before = interrupted(output_dir(config), "ablate", PLAN_TAG, plan.digest)
+        if before is not None:
+            logger.info("going on with %s, which was interrupted", before)
+            changes["resume"] = str(before)
+    if config.run_name is None and "MLFLOW_RUN_ID" not in os.environ:
+        changes["run_name"] = f"ablate {_count(plan.names, 'rung')}, {_count(plan.seeds, 'seed')}"
+    return config.model_copy(update=changes)
+
+
+def _count(items: Sequence[object], word: str) -> str:
+    return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"

@@ -1,0 +1,1 @@
+"""Finished runs beside each other: which may be pooled, what differs, by how much."""

@@ -1,0 +1,92 @@
+"""The step that compares runs: it reads them from the tracking server, off line from folders, and logs the report."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.compare import compare, report
+from pipeline.config.places import output_dir
+from pipeline.errors import UserError
+from pipeline.journal import read_entries
+from pipeline.paths import user_path
+from pipeline.runs import records
+from pipeline.runs.folders import find_folder
+from pipeline.runs.run import Run
+
+logger = logging.getLogger("asib")
+
+
+def compare_runs(run: Run, parent: str, names: Sequence[str], anyway: bool = False) -> float | None:
+    """Compare the nested runs of `parent`, or the named runs; the report goes to this run and to the parent.
+
+    Args:
+        anyway: also where a comparison is unfair.
+    """
+    found = compare.compare(_nested(run, parent) if parent else _read(run, names), anyway)
+    run.ready()
+    paths = report.write(found, run.folder / "comparison")
+    for path in paths:
+        run.journal.artifact(path, "comparison")
+    everything = [r.id for g in found.groups for r in g.records]
+    run.journal.tags({"asib.compared": ",".join(everything)})
+    link = report.link(everything, run.delivery.wait_ready().experiment_id) if run.delivery else ""
+    run.journal.tags({"mlflow.note.content": report.note(found, link)})
+    if parent and run.delivery is not None and not _is_folder(parent):
+        run.delivery.log_files(parent, paths, "comparison")
+    print(report.text(found), flush=True)
+    best = found.best()
+    return None if best is None else best[0].validation
+
+
+def _is_folder(name: str) -> bool:
+    return (user_path(name, "runs") / "journal.jsonl").exists()
+
+
+def _read(run: Run, names: Sequence[str]) -> list[records.Record]:
+    """Folders are read as they are; ids from the server, off line from what lies in output_dir."""
+    folders = {name: user_path(name, "runs") for name in names if _is_folder(name)}
+    found: dict[str, records.Record] = {name: records.from_folder(folder) for name, folder in folders.items()}
+    ids = [name for name in names if name not in found]
+    if run.delivery is not None and ids:
+        fetched = run.delivery.read(ids, run.folder / "fetched", records.HISTORIES)
+        found |= {name: records.from_server(folder) for name, folder in zip(ids, fetched, strict=True)}
+    elif ids:
+        for name in ids:
+            folder = find_folder(output_dir(run.config), name, "runs")
+            if folder is None:
+                raise UserError(f"runs={name}: no such run in output_dir={run.config.output_dir}; tracking is off line")
+            found[name] = records.from_folder(folder)
+    return [found[name] for name in names]
+
+
+def _nested(run: Run, parent: str) -> list[records.Record]:
+    """The parent's own distillations and those that it reused; what has not finished is named and left out."""
+    if run.delivery is not None and not _is_folder(parent):
+        tags = run.delivery.run_info(parent)["tags"]
+        seen = _read(run, [*run.delivery.nested(parent), *_reused(tags.get("asib.reused"))])
+    else:
+        folder = find_folder(output_dir(run.config), parent, "parent")
+        if folder is None:
+            raise UserError(f"parent={parent}: no such run in output_dir={run.config.output_dir}")
+        seen = [records.from_folder(f) for f in _children(folder)]
+        known = {r.id for r in seen}
+        tags = records.from_folder(folder).tags
+        seen += _read(run, [name for name in _reused(tags.get("asib.reused")) if name not in known])
+    students = [r for r in seen if compare.ACCURACY in r.metrics and r.tags.get("asib.step") != "finetune"]
+    unfinished = [r for r in seen if r.status != "FINISHED"]
+    for record in unfinished:
+        logger.warning("%s (%s) is %s: left out", record.name, record.id, record.status)
+    chosen = [r for r in students if r.status == "FINISHED"]
+    if not chosen:
+        raise UserError(f"parent={parent}: none of its {len(seen)} nested runs is a finished distillation")
+    return chosen
+
+
+def _reused(tag: str | None) -> list[str]:
+    return [] if tag in (None, "", "none") else str(tag).split(",")
+
+
+def _children(folder: Path) -> list[Path]:
+    entries = read_entries(folder / "journal.jsonl")[0]
+    paths = dict.fromkeys((folder / e.data["folder"]).resolve() for e in entries if e.kind == "child")
+    return [path for path in paths if (path / "journal.jsonl").exists()]

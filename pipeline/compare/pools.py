@@ -1,0 +1,215 @@
+"""Which runs are seeds of one configuration, and which configurations may be compared (docs/method.md section 9)."""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from pipeline.compose import rungs
+from pipeline.config.identity import NOT_COMPUTATION, canonical, listed
+from pipeline.errors import UserError
+from pipeline.runs.records import Record
+
+VALIDATION = "final/val_acc"
+ROUNDING = ("optim.use_amp", "optim.compile", "bank")
+"""Keys that the configuration's hash leaves out, and in which two results may still differ."""
+NOT_COMPARED = ("seed", *(key for key in NOT_COMPUTATION if key not in ROUNDING))
+TEACHERS, CODE, DATA = "teachers", "code", "data"
+"""What of a run's identity is no key of its configuration."""
+OF_TEACHERS = ("teachers", "model.teachers.", "finetune.")
+NONE = "none"
+EPOCHS = "method.student_epochs_per_stage"
+SPLIT = ("dataset.val_fraction", "dataset.split_seed")
+SHOWN = 4
+"""Differences that a line names."""
+
+
+def compared(config: Mapping[str, str]) -> dict[str, str]:
+    """The keys of a configuration that may change a result, without the seed."""
+    return {k: v for k, v in config.items() if not listed(k, NOT_COMPARED)}
+
+
+def facts(run: Record) -> dict[str, str]:
+    """All that a run's result follows from, but the seed; teachers count by their weights, wherever they lie."""
+    teachers = run.tags.get("asib.teachers")
+    known = compared(run.config)
+    if teachers is not None:
+        known = {k: v for k, v in known.items() if not k.endswith(".checkpoint")}
+    git = f"{run.tags.get('asib.git_sha', '')[:12]}{'+' if run.tags.get('asib.git_dirty') == 'true' else ''}"
+    code = run.tags.get("asib.sources", "")[:12] or git
+    return known | {TEACHERS: teachers or "", CODE: code, DATA: run.digest}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one configuration, one for each seed, in the seeds' order."""
+
+    name: str
+    records: tuple[Record, ...]
+
+    @property
+    def rung(self) -> rungs.Rung | None:
+        return rungs.RUNGS.get(self.records[0].rung or "")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(r.seed for r in self.records)
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        return facts(self.records[0])
+
+    @property
+    def pair(self) -> str:
+        """Teachers and student, for people."""
+        names = [v for k, v in sorted(self.facts.items()) if re.fullmatch(r"model\.teachers\.\d+\.name", k)]
+        hashes = [h[:6] for h in self.facts[TEACHERS].split(",") if h and h != NONE]
+        teachers = f"{' + '.join(names)} ({', '.join(hashes)})" if hashes else " + ".join(names)
+        return " → ".join(filter(None, [teachers, self.facts.get("model.student.name", "")]))
+
+    @property
+    def contaminated(self) -> bool:
+        return any(r.tags.get("asib.val_contaminated") == "true" for r in self.records)
+
+    def values(self, metric: str) -> list[float]:
+        """Of the runs that have the metric."""
+        return [r.metrics[metric] for r in self.records if metric in r.metrics]
+
+    def mean(self, metric: str) -> float:
+        values = self.values(metric)
+        return float(np.mean(values)) if values else math.nan
+
+    def std(self, metric: str) -> float:
+        """Over seeds, with n - 1; NaN for one seed."""
+        values = self.values(metric)
+        return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+    @property
+    def validation(self) -> float | None:
+        values = self.values(VALIDATION)
+        return float(np.mean(values)) if len(values) == len(self.records) else None
+
+
+def group(runs: Sequence[Record]) -> list[Group]:
+    """By rung and everything but the seed; rungs in the ladder's order, others as they come.
+
+    Of runs that agree in all of it the last one counts.
+    """
+    found: dict[tuple[str, str], dict[int, Record]] = {}
+    for run in runs:
+        key = hashlib.sha256(canonical(facts(run)).encode()).hexdigest()
+        found.setdefault((run.rung or "", key), {})[run.seed] = run
+    order = list(rungs.RUNGS)
+    keys = sorted(found, key=lambda k: order.index(k[0]) if k[0] in order else len(order))
+    counts: dict[str, int] = {}
+    groups = []
+    for rung, key in keys:
+        records = tuple(record for _, record in sorted(found[rung, key].items()))
+        name = rung or f"{records[0].tags.get('asib.step', 'run')} {records[0].tags.get('asib.config_hash', key)[:8]}"
+        counts[name] = counts.get(name, 0) + 1
+        groups.append(Group(name if counts[name] == 1 else f"{name} ({counts[name]})", records))
+    return groups
+
+
+# what differs --------------------------------------------------------------------------------------------------------
+
+Differences = dict[str, tuple[str, str]]
+
+
+def differences(one: Group, other: Group) -> Differences:
+    """Facts in which two groups differ. Where one has no teachers, what the other's are made of is no difference."""
+    a, b = one.facts, other.facts
+    alone = NONE in (a[TEACHERS], b[TEACHERS])
+    return {
+        k: (a.get(k, ""), b.get(k, ""))
+        for k in [*a, *(k for k in b if k not in a)]
+        if a.get(k, "") != b.get(k, "") and not (alone and k.startswith(OF_TEACHERS))
+    }
+
+
+def about(one: Group, other: Group) -> set[str] | None:
+    """The keys that a comparison of a rung with one below it is about; None: whatever differs."""
+    if one.rung is None or other.rung is None:
+        return None
+    above = [rung.name for rung in rungs.lineage(one.rung.name)]
+    if other.rung.name not in above:
+        return set()
+    between = above[above.index(other.rung.name) + 1 :]
+    # with renorm_ce_kd cross-entropy's weight follows from that of distillation
+    renormed = {"method.ce_alpha"} if one.facts.get("method.renorm_ce_kd") == "true" else set()
+    return {key for name in between for key in rungs.RUNGS[name].changes} | renormed
+
+
+def beside(one: Group, other: Group) -> Differences:
+    """What differs between two groups and is not what their comparison is about."""
+    keys, found = about(one, other), differences(one, other)
+    return {k: v for k, v in found.items() if (k == CODE if keys is None else k not in keys)}
+
+
+def unfair(one: Group, other: Group) -> list[str]:
+    """Differences, for people, that make a comparison of methods unfair: teachers, student, epochs, data, split."""
+    found = differences(one, other)
+    said = []
+    if TEACHERS in found or any(re.fullmatch(r"model\.teachers\.\d+\.name", k) for k in found):
+        said.append("other teachers ({} and {})".format(*(g.pair.rpartition(" → ")[0] for g in (one, other))))
+    if any(k.startswith("model.student.") for k in found):
+        said.append(
+            "other students ({} and {})".format(*(g.facts.get("model.student.name", "?") for g in (one, other)))
+        )
+    epochs = [sum(map(int, re.findall(r"\d+", g.facts.get(EPOCHS, "")))) for g in (one, other)]
+    if epochs[0] != epochs[1]:
+        said.append("other epochs ({} and {})".format(*epochs))
+    if DATA in found:
+        said.append("other data ({} and {})".format(*(v[:12] for v in found[DATA])))
+    said += [f"another split ({k}: {' and '.join(found[k])})" for k in SPLIT if k in found]
+    return said
+
+
+def named(found: Differences) -> str:
+    """`method.tau (4.0, 2.0), code (ab…, cd…)`; the first few."""
+    parts = [f"{k} ({a[:12] or 'none'}, {b[:12] or 'none'})" for k, (a, b) in found.items()]
+    return ", ".join(parts[:SHOWN]) + (f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else "")
+
+
+# which is compared with which ----------------------------------------------------------------------------------------
+
+
+def reference(groups: Sequence[Group], one: Group, names: Sequence[str], anyway: bool) -> Group | None:
+    """The group of the first of these rungs that may be compared with `one`, the one that differs least beside.
+
+    Raises:
+        UserError: there are some, but each comparison would be unfair; `anyway` takes the first of them.
+    """
+    refused: list[Group] = []
+    for name in names:
+        candidates = [g for g in groups if g is not one and g.rung is not None and g.rung.name == name]
+        fair = [g for g in candidates if not unfair(one, g)]
+        if fair:
+            # two students alone of two pairs may be alike: the own pair's is taken
+            return min(
+                fair, key=lambda g: (len(beside(one, g)), sum(one.facts.get(k) != v for k, v in g.facts.items()))
+            )
+        refused += candidates
+    return _refused(one, refused, anyway)
+
+
+def lowest(groups: Sequence[Group], one: Group, baseline: str, anyway: bool) -> Group | None:
+    """What every group is compared with: the baseline rung of its pair, without rungs the first group."""
+    if groups[0].rung is not None:
+        return None if one.rung and one.rung.name == baseline else reference(groups, one, [baseline], anyway)
+    if one is groups[0]:
+        return None
+    return groups[0] if not unfair(one, groups[0]) else _refused(one, [groups[0]], anyway)
+
+
+def _refused(one: Group, others: Sequence[Group], anyway: bool) -> Group | None:
+    if not others or anyway:
+        return others[0] if others else None
+    raise UserError(
+        f"{one.name} is not compared with {others[0].name}: {', '.join(unfair(one, others[0]))}; leave one of them "
+        "out, add the runs that belong to it, or give anyway=true"
+    )

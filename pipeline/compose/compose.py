@@ -1,0 +1,379 @@
+"""Composition: Hydra groups of conf/, a file of the user's and overrides become one validated `Config`.
+
+Group choices go to Hydra; values are set on what it composed, because Hydra's overrides neither reach into lists
+nor take values such as `a=b` or `it's.pt` without quoting. Imports no torch: composing takes well under a second.
+"""
+
+import logging
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString, Sweep, ValueType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from pipeline.compose import settings as settings_files
+from pipeline.compose.groups import CONF, NOT_GROUPS, groups
+from pipeline.config import Config, explain, flatten
+from pipeline.config.describe import field_at, is_text, section_of, written
+from pipeline.config.names import UnknownKey, near_miss
+from pipeline.errors import UserError
+from pipeline.paths import printable, user_path
+
+logger = logging.getLogger("asib")
+_EXPERIMENT = "experiment"
+_SECTIONS = tuple(name for name, field in Config.model_fields.items() if section_of(field) is not None)
+_HYDRA_IS_GLOBAL = threading.Lock()
+_PARSER = OverridesParser.create()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One override of a value: `key=value`, or `~key` to return to the default."""
+
+    key: str
+    value: Any = None
+    delete: bool = False
+
+
+def compose(
+    cfg: str | None = None,
+    overrides: Sequence[str] = (),
+    fetch: Callable[[str], Path] | None = None,
+    presets: Callable[[DictConfig], Sequence[Setting]] = lambda composed: (),
+) -> Config:
+    """The effective configuration, validated and immutable.
+
+    Args:
+        cfg: name of a file in conf/experiment, or path of a YAML file anywhere: changes, or a whole dumped
+            configuration, with or without a Hydra defaults list. None: the defaults. Of a file that is fetched
+            (`runs:/…`) only what changes the computation counts.
+        overrides: `method.tau=2`, `model.teachers.0.checkpoint=x`, group choices such as `dataset=cifar100`;
+            Hydra's `~key`, `+key` and `++key` are taken too. The last one wins; what is given here wins over `cfg`.
+        fetch: brings `runs:/<id>/best.yaml` to this machine and says where it lies.
+        presets: values that follow from what groups and `cfg` make; they win over these, and `overrides` over them.
+
+    Raises:
+        UserError: one line that names the key and says what would do.
+
+    Example:
+        >>> compose("quickstart", ["method.kd_alpha=0.4"]).method.kd_alpha
+        0.4
+    """
+    choices, settings = _read_overrides(overrides)
+    if _EXPERIMENT in choices:
+        if cfg:
+            raise UserError(f"experiment={choices[_EXPERIMENT]} and cfg={cfg} name the same thing: give one of them")
+        cfg = choices.pop(_EXPERIMENT)
+    source = f"cfg={cfg}" if cfg else "conf/config.yaml"
+    with ExitStack() as stack, _one_line(source):
+        file = _locate(cfg, fetch) if cfg else None
+        if file is not None and cfg is not None and _URI.match(cfg):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asib-cfg-")))
+            file = _foreign(file, folder, source, [*choices, *(setting.key for setting in settings)])
+        composed = _compose_groups(file, choices, source)
+        for setting in [*presets(composed), *settings]:
+            _apply(composed, setting)
+        plain: Any = OmegaConf.to_container(composed, resolve=True)
+    sections = {name: value for name, value in plain.items() if value is not None or name not in _SECTIONS}
+    try:
+        return Config.model_validate(sections)
+    except ValidationError as error:
+        raise UserError(explain(error)) from error
+
+
+def dump(config: Config) -> str:
+    """The effective configuration as YAML; `compose(cfg=<that file>)` gives an equal one with the same hash."""
+    text: str = OmegaConf.to_yaml(OmegaConf.create(_escaped(config.model_dump(mode="json"))))
+    return text
+
+
+def params(config: Config) -> dict[str, str]:
+    """The configuration flattened for MLflow; each value is written as an override would be (`null`, `[6,6]`)."""
+    return {name: written(value) for name, value in flatten(config).items()}
+
+
+# ---------------------------------------------------------------------------------------------- overrides
+
+
+def keys_of(overrides: Sequence[str]) -> set[str]:
+    """The groups and the dotted keys that overrides set. Raises UserError: one that does not do.
+
+    Example:
+        >>> sorted(keys_of(["optim=sgd", "model={student: {name: resnet18}}"]))
+        ['model.student.name', 'optim']
+    """
+    choices, settings = _read_overrides(overrides)
+    return {*choices, *(key for setting in settings for key in _leaves(setting.key, setting.value))}
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield key
+        return
+    for inner, item in value.items():
+        yield from _leaves(f"{key}.{inner}", item)
+
+
+def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[Setting]]:
+    """Group choices (the last of each group) and settings of values, in order."""
+    options = groups()
+    choices: dict[str, str] = {}
+    settings: list[Setting] = []
+    for text in overrides:
+        prefix, key, value = _split(text)
+        if "@" in key:
+            raise UserError(f"{text}: packages (@) are not for overrides; choose {key.split('@')[0]}=<option>")
+        if key.split(".")[0] in NOT_GROUPS:
+            if key.split(".")[0] == "promotion":
+                raise UserError(f"{text}: a gate is named for -e promote: python -m steps.promote gate=<file> …")
+            raise UserError(f"{text}: this is for -e sweep: python -m steps.sweep {text} …")
+        if (key in options or "/" in key) and not (value or "").lstrip().startswith("{"):
+            if prefix == "~":
+                choices.pop(key, None)
+                if key not in (_EXPERIMENT, "model/teacher"):
+                    raise UserError(f"{text}: {key} cannot be left out; choose {' or '.join(options.get(key, []))}")
+                if key == "model/teacher":
+                    choices[key] = "none"
+                continue
+            choices[key] = _option(key, value or "", options)
+        else:
+            settings.append(_setting(prefix, key, value))
+    return choices, settings
+
+
+def _split(text: str) -> tuple[str, str, str | None]:
+    """`++a[0].b=x` -> `("++", "a.0.b", "x")`."""
+    match = re.match(r"\s*(\+\+|\+|~|)([^\s=+~]+)\s*(?:=(.*))?$", text, re.DOTALL)
+    if match is None or (match[3] is None and match[1] != "~"):
+        raise UserError(
+            f"{text!r} is no override: write key=value, such as method.kd_alpha=0.5 (quote values with spaces)"
+        )
+    return match[1], re.sub(r"\[(\d+)\]", r".\1", match[2]), match[3]
+
+
+def _option(group: str, value: str, options: dict[str, list[str]]) -> str:
+    if group not in options:
+        near = near_miss(group, options)
+        raise UserError(
+            f"{group}: no such group; " + (f"did you mean {near}?" if near else f"there are {', '.join(options)}")
+        )
+    chosen = value.strip().strip("'\"").removesuffix(".yaml")
+    if chosen not in options[group]:
+        near = near_miss(chosen, options[group])
+        hint = f"did you mean {near}? " if near else ""
+        raise UserError(f"{group}={chosen}: no such option; {hint}there are {', '.join(options[group])}")
+    return chosen
+
+
+def _setting(prefix: str, key: str, value: str | None) -> Setting:
+    path = key.split(".")
+    found = field_at(path)
+    if found is None or (found[1] < len(path) and not _leads_into_list(found[0].annotation, path[found[1] :])):
+        raise UnknownKey(key)
+    if prefix == "~":
+        return Setting(key, delete=True)
+    text = value or ""
+    parsed = _parse(key, text)
+    element = parsed.value() if parsed is not None and parsed.value_type == ValueType.ELEMENT else None
+    if is_text(found[0]):  # literally what was written: 12e4567 is a run, not a number
+        quoted = parsed is not None and isinstance(parsed._value, QuotedString)
+        null = parsed is not None and parsed.value_type == ValueType.ELEMENT and element is None
+        return Setting(key, element if quoted else None if null else text.strip())
+    if parsed is None:
+        return Setting(key, text.strip())
+    if isinstance(parsed._value, Sweep):
+        raise UserError(f"{key}={text}: several values; a list is written {key}=[…], several runs are a sweep")
+    return Setting(key, element)
+
+
+def _leads_into_list(annotation: Any, rest: Sequence[str]) -> bool:
+    """Whether the rest of a path is the number of an item of a plain list: `schedule.milestones.0`."""
+    return len(rest) == 1 and rest[0].isdecimal() and "tuple" in str(annotation)
+
+
+def _parse(key: str, text: str) -> Override | None:
+    """The value by Hydra's grammar; None where that refuses it, and it is meant literally."""
+    try:
+        parsed: Override = _PARSER.parse_override(f"key={text}")
+    except HydraException:
+        if text.lstrip()[:1] in ("[", "{"):
+            raise UserError(f"{key}={text}: the brackets or quotes of this value do not match") from None
+        return None
+    except ValueError:  # Python reads no numbers of thousands of digits
+        raise UserError(f"{key}={printable(text, 60)}: a number of so many digits cannot be meant; give less") from None
+    return parsed
+
+
+def _apply(composed: DictConfig, setting: Setting) -> None:
+    """Set (or drop) one value; items of lists must exist."""
+    *parents, last = setting.key.split(".")
+    node: Any = composed
+    walked: list[str] = []
+    for part in [*parents, last]:
+        if isinstance(node, ListConfig) and (not part.isdecimal() or int(part) >= len(node)):
+            name = ".".join(walked)
+            raise UserError(f"{setting.key}: {name} has {len(node)} entries, numbered from 0; set the whole {name}=[…]")
+        walked.append(part)
+        if len(walked) <= len(parents):
+            child = node._get_node(int(part) if isinstance(node, ListConfig) else part)
+            if child is None or child._is_none() or not OmegaConf.is_config(child):
+                if setting.delete:
+                    return
+                if part.isdecimal() or (parents[:2] == ["model", "teachers"] and len(walked) == 2):
+                    raise UserError(
+                        f"{setting.key}: there are no entries yet; set the whole {'.'.join(walked[:2])}=[…]"
+                    )
+                if _is_list(walked):
+                    raise UserError(f"{setting.key}: there is no list yet; set the whole {'.'.join(walked)}=[…]")
+                node[part] = {}
+                child = node._get_node(part)
+            node = child
+    index: Any = int(last) if isinstance(node, ListConfig) else last
+    if setting.delete:
+        if isinstance(node, ListConfig) or last in node:
+            del node[index]
+    elif isinstance(setting.value, dict) and OmegaConf.is_dict(node.get(index)):
+        node[index] = OmegaConf.merge(node[index], setting.value)
+    else:
+        node[index] = setting.value
+
+
+def _is_list(path: Sequence[str]) -> bool:
+    found = field_at(path)
+    return found is not None and "tuple" in str(found[0].annotation)
+
+
+# ---------------------------------------------------------------------------------------------- Hydra
+
+
+_URI = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
+
+
+def _foreign(file: Path, folder: Path, source: str, given: Sequence[str]) -> Path:
+    """What may be composed of a file that someone else has made, as a file in `folder`."""
+    text, left_out = settings_files.foreign(file, source, given)
+    if left_out:
+        logger.info("%s: left out, for it says where or what to run: %s", source, ", ".join(left_out))
+    made = folder / "foreign.yaml"
+    made.write_text(text)
+    return made
+
+
+def _locate(cfg: str, fetch: Callable[[str], Path] | None) -> Path:
+    """The file that `cfg` names."""
+    if _URI.match(cfg):
+        if fetch is None:
+            raise UserError(f"cfg={cfg} lies on a tracking server: download it and give its path")
+        return fetch(cfg)
+    named = CONF / _EXPERIMENT / (cfg if cfg.endswith((".yaml", ".yml")) else f"{cfg}.yaml")
+    given = user_path(cfg, "cfg")
+    is_path = cfg.endswith((".yaml", ".yml")) or os.sep in cfg
+    if is_path and given.is_file():
+        return given.resolve()
+    if not Path(cfg).is_absolute() and ".." not in Path(cfg).parts and named.is_file():
+        return named
+    if given.is_dir():
+        raise UserError(f"cfg={cfg} is a folder: give a YAML file in it")
+    if is_path:
+        beside = sorted(p.name for p in given.parent.glob("*.y*ml")) if given.parent.is_dir() else []
+        near = near_miss(given.name, beside)
+        raise UserError(f"cfg={cfg}: no such file" + (f"; did you mean {given.parent / near}?" if near else ""))
+    names = groups().get(_EXPERIMENT, [])
+    near = near_miss(cfg, names)
+    hint = f"did you mean {near}? " if near else ""
+    raise UserError(
+        f"cfg={cfg}: no such experiment; {hint}there are {', '.join(names)}, or give the path of a YAML file"
+    )
+
+
+def _compose_groups(file: Path | None, choices: dict[str, str], source: str) -> DictConfig:
+    """What Hydra makes of the groups, the file and the choices. Explicit choices come last: they win over the file,
+    a dumped configuration included, which names every key.
+    """
+    with _HYDRA_IS_GLOBAL, _search_path(file, source) as found, initialize_config_dir(str(CONF), version_base="1.3"):
+        paths, name = found
+        chosen = [f"{group}={option}" for group, option in choices.items()]
+        experiment = [f"{_EXPERIMENT}@_global_={name}"] if name else []
+        composed = hydra_compose("config", overrides=[*paths, *chosen, *experiment])
+        again = hydra_compose(None, overrides=[f"+{choice}" for choice in chosen]) if name and chosen else {}
+    OmegaConf.set_struct(composed, False)
+    merged = OmegaConf.merge(composed, again)
+    OmegaConf.set_struct(merged, False)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+@contextmanager
+def _search_path(file: Path | None, source: str) -> Iterator[tuple[list[str], str | None]]:
+    """Hydra overrides and option name under which `file`, wherever it lies, is an option of the group experiment."""
+    inside = CONF / _EXPERIMENT
+    if file is None:
+        yield [], None
+        return
+    _check_yaml(file, source)
+    if file.is_relative_to(inside) and file.suffix == ".yaml":
+        yield [], file.relative_to(inside).with_suffix("").as_posix()
+    else:
+        with tempfile.TemporaryDirectory(prefix="asib-cfg-") as folder:
+            own, siblings = Path(folder, "own"), Path(folder, "siblings")
+            for root in (own, siblings):
+                root.mkdir()
+            (own / _EXPERIMENT).mkdir()
+            (own / _EXPERIMENT / "given_file.yaml").write_bytes(file.read_bytes())
+            (siblings / _EXPERIMENT).symlink_to(file.parent, target_is_directory=True)
+            yield [f"hydra.searchpath=['file://{own}','file://{siblings}']"], "given_file"
+
+
+def _check_yaml(file: Path, source: str) -> None:
+    """A readable mapping, or one line of why not."""
+    if not isinstance(settings_files.read_yaml(file, source), DictConfig):
+        raise UserError(f"{source}: holds a list, not groups of keys")
+
+
+# ---------------------------------------------------------------------------------------------- errors, dumping
+
+
+@contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Errors of YAML, OmegaConf and Hydra as one line."""
+    try:
+        yield
+    except (yaml.YAMLError, UnicodeDecodeError) as error:  # of another file that the defaults list names
+        raise UserError(f"{source}: no valid YAML: {_flat(str(error))}") from error
+    except RecursionError as error:
+        raise UserError(f"{source}: refers to itself without end") from error
+    except (HydraException, OmegaConfBaseException) as error:  # before OSError, which some of Hydra's are too
+        raise UserError(f"{source}: {_flat(str(error)).replace('experiment/given_file', 'the file')}") from error
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error.strerror}") from error
+
+
+def _flat(message: str) -> str:
+    """Hydra's several lines as one, without the search path."""
+    message = re.split(r"Config search path:|Set the environment variable|full_key:", message)[0]
+    return re.sub(r"\s+", " ", message).strip()
+
+
+def _escaped(value: Any) -> Any:
+    """Texts such that OmegaConf reads them literally: `${` would be an interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, str) and "${" in value:
+        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
+    return value

@@ -1,0 +1,188 @@
+"""Files of settings: YAML read with bounds, whoever wrote it, and what a file of someone else's may choose.
+
+One's own file may refer to others of its values and to the environment (`${…}`), but for variables whose names look
+like secrets. What comes from a tracking server is data: no `${…}` counts there, and only keys that change the
+computation do.
+"""
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline import secrets, yaml_data
+from pipeline.compose.groups import groups
+from pipeline.config.identity import NOT_COMPUTATION, listed
+from pipeline.config.schema import Config, flatten
+from pipeline.errors import UserError
+
+
+def read_yaml(path: Path, source: str) -> DictConfig | ListConfig:
+    """A file of one's own as OmegaConf reads it: 1e-3 is a number, no key may be there twice, `${…}` waits.
+
+    Args:
+        source: what named the file, for errors: `cfg=my.yaml`.
+
+    Raises:
+        UserError: one line that begins with `source`.
+    """
+    return parse_yaml(yaml_data.text_of(path, source), source)
+
+
+def parse_yaml(text: str, source: str) -> DictConfig | ListConfig:
+    """The same for a text."""
+    data = parse_data(text, source)
+    if data is not None and not isinstance(data, dict | list):
+        raise UserError(f"{source}: holds a single value, not groups of keys")
+    try:
+        content: DictConfig | ListConfig = OmegaConf.create({} if data is None else data)
+    except OmegaConfBaseException as error:
+        raise yaml_data.refusal(source, error) from error
+    return content
+
+
+def read_data(path: Path, source: str) -> Any:
+    """Someone else's file as plain data, `${…}` as text. Raises UserError."""
+    return parse_data(yaml_data.text_of(path, source), source)
+
+
+def parse_data(text: str, source: str) -> Any:
+    """The same for a text: a value of the command line, too."""
+    return yaml_data.parse(text, source, get_yaml_loader())
+
+
+# the environment -----------------------------------------------------------------------------------------------------
+
+
+def _variable(name: str, *default: str | None) -> str | None:
+    """`${oc.env:NAME}`: as OmegaConf's own, but for secrets: every value of a configuration is shown in MLflow."""
+    if secrets.looks_secret(name):
+        raise UserError(f"${{oc.env:{name}}} looks like a secret, and a run's parameters are shown to everybody")
+    if name in os.environ:
+        return os.environ[name]
+    if default:
+        return None if default[0] is None else str(default[0])
+    raise KeyError(f"Environment variable '{name}' not found")
+
+
+OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
+
+
+# other people's files ------------------------------------------------------------------------------------------------
+
+FOREIGN_GROUPS = ("dataset", "model/student", "model/teacher", "method", "optim", "schedule", "augment")
+NUMERICS = ("threads", "bank", "optim.use_amp", "optim.compile", "dataset.eval_batch_size")
+"""Not in the configuration's hash, but they decide a result's last bits, and say nothing of where or what."""
+_RUN = re.compile(r"runs:/[0-9a-f]{32}(/(?!\.+(/|$))[\w.-]+)*")
+
+
+def foreign(path: Path, source: str, given: Collection[str] = ()) -> tuple[str, list[str]]:
+    """Someone else's configuration as YAML that may be composed, and the keys that were left out of it.
+
+    Kept are group choices and keys that change the computation, and teachers' checkpoints of the form `runs:/<id>`,
+    which are fetched from the same server. Left out is whatever says where to read, write or send, or what to run.
+
+    Args:
+        given: the keys that the command line sets.
+
+    Raises:
+        UserError: a kept value refers to something (`${…}`); a defaults list leads elsewhere; a teacher's checkpoint
+            is a file of another machine, and the command line names none.
+    """
+    content = read_data(path, source)
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: holds {'a list' if isinstance(content, list) else 'a single value'}, not keys")
+    defaults = content.pop("defaults", None)
+    left_out: dict[str, Any] = {}
+    kept = _kept(content, "", left_out, source)
+    _check_checkpoints(left_out, source, given)
+    if defaults is not None:
+        kept = {"defaults": [*_known(defaults, source)], **kept}
+    plain = flatten(Config())
+    named = [key for key, value in left_out.items() if value != plain.get(key)]  # others would change nothing
+    return "# @package _global_\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), named
+
+
+def _kept(content: Mapping[Any, Any], prefix: str, left_out: dict[str, Any], source: str) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        where = _says_where(key) or (key.endswith(".checkpoint") and not _on_server(value))
+        if isinstance(value, dict) and (value or not where):
+            inner = _kept(value, f"{key}.", left_out, source)
+            if not where:
+                kept[name] = inner
+        elif where:
+            left_out[key] = value
+        elif isinstance(value, list):
+            kept[name] = [
+                _kept(item, f"{key}.{i}.", left_out, source) if isinstance(item, dict) else _literal(item, key, source)
+                for i, item in enumerate(value)
+            ]
+        else:
+            kept[name] = _literal(value, key, source)
+    return kept
+
+
+def _says_where(key: str) -> bool:
+    return key not in NUMERICS and listed(key, NOT_COMPUTATION)
+
+
+def _on_server(checkpoint: Any) -> bool:
+    return checkpoint is None or (isinstance(checkpoint, str) and _RUN.fullmatch(checkpoint) is not None)
+
+
+def check_refers_to_nothing(text: str, source: str) -> None:
+    """Refuse a dumped configuration, in which every `${` is escaped, when somebody has put a live one into it.
+
+    Raises:
+        UserError.
+    """
+
+    def walk(value: Any) -> None:
+        for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+            walk(item)
+        if isinstance(value, str) and re.search(r"(?<!\\)(\\\\)*\$\{", value):
+            raise UserError(f"{source}: refers to something (${{…}}): only a file of one's own may")
+
+    walk(parse_data(text, source))
+
+
+def _literal(value: Any, key: str, source: str) -> Any:
+    if isinstance(value, list):
+        return [_literal(item, key, source) for item in value]
+    if "${" in f"{value} {key}":
+        raise UserError(f"{source}: {key} refers to something (${{…}}): only a file of one's own may")
+    return value
+
+
+def _check_checkpoints(left_out: Mapping[str, Any], source: str, given: Collection[str]) -> None:
+    """Teachers' files are on the machine of whoever ran it: without them another computation would begin."""
+    for key, value in left_out.items():
+        if key.endswith(".checkpoint") and not {key, "model.teachers", "model/teacher"}.intersection(given):
+            raise UserError(
+                f"{source}: {key}={value} is a file on another machine: say where it is here, with {key}=<file>"
+            )
+
+
+def _known(defaults: Any, source: str) -> Iterator[Any]:
+    """The entries of a defaults list that lead to groups of this repository."""
+    options = groups()
+    for entry in defaults if isinstance(defaults, list) else [defaults]:
+        if entry == "_self_" or (isinstance(entry, str) and entry in options["experiment"]):
+            yield entry
+            continue
+        if isinstance(entry, dict) and len(entry) == 1:
+            ((name, option),) = entry.items()
+            group = str(name).removeprefix("override ").strip().removeprefix("/")
+            if group in FOREIGN_GROUPS and option in options.get(group, []):
+                yield {f"override /{group}": option}
+                continue
+        raise UserError(f"{source}: defaults: {entry!s:.100} is no choice of {', '.join(FOREIGN_GROUPS)}")

@@ -1,0 +1,210 @@
+"""The research code's shortcuts for batch jobs: variables of the environment that stand for overrides in every step.
+
+    TEACHER_PAIR="t1,t2"   the two networks that teach     STUDENT=<network>   the network that is kept
+    METHOD=<name>          how it is distilled             SEED=<number>       of every random stream of the run
+
+They win over `cfg`, and an override of the same key on the command line wins over them. An empty variable is none.
+MLflow's own MLFLOW_EXPERIMENT_NAME names the experiment where neither `cfg` nor an override does.
+Names of networks are those of the zoo, which needs torch: it is imported only when a variable names one.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.compose import cli
+from pipeline.compose.compose import Setting, keys_of
+from pipeline.compose.groups import groups
+from pipeline.config.names import near_miss
+from pipeline.config.numbers import MOST_SEED, whole
+from pipeline.errors import UserError
+
+logger = logging.getLogger("asib")
+DRY_RUN = "DRY_RUN"
+_NAMES = ("model.teachers.0.name", "model.teachers.1.name")
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """What the environment asks for.
+
+    Attributes:
+        overrides: to stand before those of the command line, none of which sets the same key.
+        teachers: the two networks of TEACHER_PAIR, or none.
+        experiment: MLFLOW_EXPERIMENT_NAME, or none.
+    """
+
+    overrides: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = ()
+    experiment: str = ""
+
+    def presets(self, composed: DictConfig) -> list[Setting]:
+        """The experiment, unless a file names one, and the pair in the place of the composed teachers."""
+        named = OmegaConf.select(composed, "tracking.experiment") is not None
+        experiment = [Setting("tracking.experiment", self.experiment)] if self.experiment and not named else []
+        return [*experiment, *self._pair(composed)]
+
+    def _pair(self, composed: DictConfig) -> list[Setting]:
+        """The pair in the place of the composed teachers.
+
+        A network that is among these already stays as it is, with its checkpoint. Another one takes over what is said
+        of the teacher in its place, but for the checkpoint, which is of that network; it is pretrained where it has
+        weights, unless the teacher in its place has some too and was not to use them.
+        """
+        if not self.teachers:
+            return []
+        before = _entries(OmegaConf.select(composed, "model.teachers"))
+        left = list(before)
+        pair: list[dict[str, Any]] = []
+        for index, name in enumerate(self.teachers):
+            same = next((entry for entry in left if _full_name(entry.get("name")) == _full_name(name)), None)
+            if same is not None:
+                left.remove(same)
+            pair.append(_instead_of(before[index] if index < len(before) else {}, name) if same is None else same)
+        for entry in left:
+            if entry.get("checkpoint"):
+                logger.info("checkpoint %s of %s is left out", entry["checkpoint"], entry.get("name"))
+        return [Setting("model.teachers", pair)]
+
+
+def read(environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Shortcuts:
+    """The shortcuts that are set, each with one line in the log; `overrides` are those of the command line.
+
+    Raises:
+        UserError: a value that does not do, named with its variable; an override that does not do.
+
+    Example:
+        >>> read({"SEED": "3"}).overrides
+        ('seed=3',)
+    """
+    asked = {name: text for name in _SHORTCUTS if (text := environment.get(name, "").strip().strip("'\"").strip())}
+    given = keys_of(overrides) if asked else set()
+    found: list[str] = []
+    teachers: tuple[str, ...] = ()
+    for name, text in asked.items():
+        keys, resolve = _SHORTCUTS[name]
+        explicit = next((key for key in keys if key in given), None)
+        if explicit is not None:
+            logger.info("%s=%s in the environment does not count: %s is given", name, text, explicit)
+            continue
+        meant, but = resolve(text), ""
+        if name == "TEACHER_PAIR":
+            teachers, meant = meant, (f"model.teachers=[{','.join(meant)}]",)
+            but = "".join(f"; {key} is given" for key in _NAMES if key in given)
+        else:
+            found += meant
+        logger.info("%s (from the environment: %s%s)", " ".join(meant), name, but)
+    return Shortcuts(tuple(found), teachers, environment.get("MLFLOW_EXPERIMENT_NAME", "").strip())
+
+
+def wants_dry_run(environment: Mapping[str, str]) -> bool:
+    """Whether DRY_RUN asks to show what would be done. Raises UserError: neither yes nor no."""
+    text = environment.get(DRY_RUN, "").strip().lower()
+    if text and text not in cli.TRUE + cli.FALSE:
+        raise UserError(f"{DRY_RUN}={text} in the environment: give 1 or 0")
+    return text in cli.TRUE
+
+
+# ------------------------------------------------------------------------------------------------ the variables
+
+
+def _pair(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if len(names) != 2 or not all(names):
+        raise UserError(
+            f"TEACHER_PAIR={text} in the environment: give two networks, such as cifar_resnet32x4,cifar_wrn_40_2"
+            " (any number of teachers: model.teachers=[…])"
+        )
+    return tuple(_network(name, f"TEACHER_PAIR={text}") for name in names)
+
+
+def _student(text: str) -> tuple[str, ...]:
+    """As in the research code, a student without pretrained weights."""
+    options = groups()["model/student"]
+    name = text if text in options else _network(text, f"STUDENT={text}")
+    if name in options:
+        return (f"model/student={name}",)
+    return f"model.student.name={name}", "model.student.pretrained=false"
+
+
+def _method(text: str) -> tuple[str, ...]:
+    options = groups()["method"]
+    if text not in options:
+        near = near_miss(text.lower(), options)
+        hint = f"did you mean {near}? " if near else ""
+        raise UserError(f"METHOD={text} in the environment: no such method; {hint}there are {', '.join(options)}")
+    return (f"method={text}",)
+
+
+def _seed(text: str) -> tuple[str, ...]:
+    return (f"seed={whole('SEED', text, 0, MOST_SEED, where=' in the environment')}",)
+
+
+_SHORTCUTS: dict[str, tuple[tuple[str, ...], Callable[[str], tuple[str, ...]]]] = {
+    "TEACHER_PAIR": (("model.teachers", "model/teacher"), _pair),
+    "STUDENT": (("model/student", "model.student.name"), _student),
+    "METHOD": (("method", "method.name"), _method),
+    "SEED": (("seed",), _seed),
+}
+"""Variable -> the keys it stands for, and what reads it."""
+
+
+# -------------------------------------------------------------------------------------------------- networks
+
+
+def _network(text: str, source: str) -> str:
+    """A network's name as a configuration would have it: `resnet8x4_scratch` of the research code is cifar_resnet8x4.
+
+    Raises:
+        UserError: no such network; the nearest names are given.
+    """
+    from timm import list_models
+
+    from models import zoo
+
+    name = text
+    for role in zoo.ROLES:  # there the name told role and initialisation, which are keys of their own here
+        name = name.removesuffix(role) or name
+    try:
+        full = zoo.resolve(name)
+    except ValueError as error:
+        known = {word.removeprefix("cifar_"): word for word in (*list_models(), *zoo.ALIASES)}
+        near = near_miss(name.removeprefix("cifar_"), known)
+        hint = f"did you mean {known[near]}?" if near else "give a timm classifier or a cifar_* network"
+        raise UserError(f"{source} in the environment: no network is called {text}; {hint}") from error
+    return full if full == f"cifar_{name}" and name not in zoo.ALIASES else name
+
+
+def _full_name(name: Any) -> str | None:
+    """What the zoo makes of a name; None where it knows no such network."""
+    from models import zoo
+
+    try:
+        return zoo.resolve(str(name))
+    except ValueError:
+        return None
+
+
+def _has_weights(name: Any) -> bool:
+    from timm.models import is_model_pretrained
+
+    full = _full_name(name)
+    return full is not None and bool(is_model_pretrained(full))
+
+
+def _entries(teachers: Any) -> list[dict[str, Any]]:
+    """The composed teachers, which stand in a list or are numbered."""
+    if not OmegaConf.is_config(teachers):
+        return []
+    plain: Any = OmegaConf.to_container(teachers)
+    items = list(plain.values()) if isinstance(plain, dict) else plain
+    return [item if isinstance(item, dict) else {} for item in items]
+
+
+def _instead_of(before: Mapping[str, Any], name: str) -> dict[str, Any]:
+    spared = before.get("pretrained") is False and _has_weights(before.get("name"))
+    kept = {key: value for key, value in before.items() if key != "checkpoint"}
+    return {**kept, "name": name, "pretrained": _has_weights(name) and not spared}

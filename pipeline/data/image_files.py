@@ -1,0 +1,387 @@
+"""Images that stay files, in the layout of torchvision's ImageFolder (ImageNet's): decoded, cropped and flipped by
+worker processes, with torchvision's v2 transforms, some batches ahead of the training.
+
+What is not resident is random by seed: each image of an epoch has its own, so that its crop depends neither on its
+batch nor on the worker that makes it.
+"""
+
+import atexit
+import functools
+import hashlib
+import json
+import logging
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from pipeline.errors import UserError
+from pipeline.files import write_atomically
+from pipeline.served.picture_files import find, folders, told
+from pipeline.served.pictures import Refused, read, square
+
+logger = logging.getLogger("asib")
+CROP_PCT = 0.875
+"""Of the shorter side, what the centre crop of evaluation shows: 224 of 256 (He et al. 2016)."""
+AT_ONCE = 64
+"""Images that evaluation asks for together, at most: what is made ahead lies in shared memory, which may be scarce."""
+MOST_WORKERS = 8
+MORE_ROOM = "give fewer workers, or more memory (in containers: shared memory, docker run --shm-size=8g)"
+GRACE_S = 30
+"""How long a worker goes on after SIGTERM."""
+HASHED_AT_A_TIME = 8
+
+
+class Wanted(NamedTuple):
+    """Some images of a data set in one view each."""
+
+    indices: NDArray[np.int64]
+    """(n,)."""
+    seeds: NDArray[np.int64] | None = None
+    """(n,): each image's, for its crop, flip and RandAugment; None: the centre of each image."""
+    crop_flip: bool = True
+    """RandomResizedCrop and mirroring; without it, seeds serve RandAugment alone."""
+    randaugment: bool = False
+
+
+class ImageFiles:
+    """The images of one split, square and upright: what a uint8 tensor (N,3,size,size) would hold, but on disk.
+
+    Args:
+        paths: of the images, N.
+        size: pixels of a side.
+        workers: processes that decode; 0: this process does. None: one for each of torch's threads, at most eight.
+        key: opens messages about an image that cannot be read.
+    """
+
+    dtype = torch.uint8
+    device = torch.device("cpu")
+
+    def __init__(self, paths: Sequence[str], size: int, workers: int | None, key: str) -> None:
+        self.shape = torch.Size((len(paths), 3, size, size))
+        self.ndim = len(self.shape)
+        self.paths = paths
+        self.workers = workers
+        self._decoder = _Decoder(paths, size, key, f"dataset.workers={'null' if workers is None else workers}")
+        self._asked = _Asked()
+        self._loader: DataLoader[Tensor | str] | None = None
+        self._copying: Any = None
+        """The CUDA stream of the copies: one, since freed memory is used again on the stream that took it."""
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        """The centres of some images, decoded here: uint8 (n,3,size,size)."""
+        return _checked(self._decoder[Wanted(torch.arange(len(self))[index].numpy())])
+
+    def to(self, device: torch.device | str) -> "ImageFiles":
+        """Itself: files have no device."""
+        return self
+
+    def views(self, wanted: Iterable[Wanted], device: torch.device) -> Iterator[Tensor]:
+        """For each of `wanted` its images, uint8 (n,3,size,size) on the device.
+
+        One at a time: whoever asks again has ended what was asked before. Copies to a GPU overlap with its work.
+
+        Raises:
+            UserError: an image cannot be read, a worker was killed.
+        """
+        self._asked.now = wanted
+        if self._loader is None:
+            self._loader = self._made(device)
+        made = map(_checked, self._watched(self._loader))
+        if device.type == "cpu":
+            return made
+        if self._copying is None:
+            self._copying = torch.cuda.Stream(device)
+        return _copied(made, device, self._copying)
+
+    def _made(self, device: torch.device) -> "DataLoader[Tensor | str]":
+        workers = min(torch.get_num_threads(), MOST_WORKERS) if self.workers is None else self.workers
+        _transform(int(self.shape[-1]), False, False)  # imports what the workers need, before they are forked
+        _open.add(self)
+        _close_at_exit()
+        return DataLoader(
+            self._decoder,
+            batch_size=None,
+            sampler=self._asked,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # it draws seeds that nobody uses: not from the run's stream
+        )
+
+    def close(self) -> None:
+        """Let the workers go; asked again, there will be others."""
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()  # also where a suspended generator still holds it
+        self._loader = None
+
+    def _watched(self, loader: "DataLoader[Tensor | str]") -> Iterator[Tensor | str]:
+        try:
+            answer = signal.getsignal(signal.SIGCHLD)
+            held = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_ALL)
+            try:
+                made = iter(loader)  # a worker is forked with them held: none ends it before it has begun
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            if threading.current_thread() is threading.main_thread():
+                # torch's would raise of a dead worker wherever this process is; `next` says it too, here
+                signal.signal(signal.SIGCHLD, answer)
+            yield from made
+        except (RuntimeError, OSError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            self.close()
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(" .")
+            raise UserError(
+                f"dataset.workers={'null' if self.workers is None else self.workers}: {reason}; {MORE_ROOM}"
+            ) from error
+
+
+_open: "weakref.WeakSet[ImageFiles]" = weakref.WeakSet()
+"""Those that may have workers."""
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    """Before multiprocessing's own end, which would wait for workers that nobody has told."""
+
+    @atexit.register
+    def close_all() -> None:
+        for files in list(_open):
+            files.close()
+
+
+Images = Tensor | ImageFiles
+"""uint8 (N,C,H,W), in memory or on disk."""
+
+
+class _Asked(Sampler[Wanted]):
+    """What the loader is to make next; set anew for each epoch, while the workers stay."""
+
+    now: Iterable[Wanted] = ()
+
+    def __iter__(self) -> Iterator[Wanted]:
+        return iter(self.now)
+
+
+class _Decoder(Dataset[Tensor | str]):
+    """What runs in the workers: `Wanted` → uint8 (n,3,size,size), or a message about an image that cannot be read."""
+
+    def __init__(self, paths: Sequence[str], size: int, key: str, workers: str) -> None:
+        # one buffer: workers that count references to strings would copy the pages that they share with the parent
+        self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        self._size, self._key, self._workers = size, key, workers
+
+    def __getitem__(self, wanted: Wanted) -> Tensor | str:
+        made = torch.empty((len(wanted.indices), 3, self._size, self._size), dtype=torch.uint8)
+        drawn = wanted.seeds is not None
+        seeds = [None] * len(made) if wanted.seeds is None else wanted.seeds.tolist()
+        transform = _transform(self._size, drawn and wanted.crop_flip, drawn and wanted.randaugment)
+        with torch.random.fork_rng(devices=[]):
+            for row, (index, seed) in enumerate(zip(wanted.indices.tolist(), seeds, strict=True)):
+                path = os.fsdecode(self._paths[index])
+                try:
+                    picture = read(path)
+                except (Refused, OSError) as error:
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    return f"{self._key}: {path} cannot be read ({reason}); replace or remove it"
+                if seed is not None:
+                    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs as well
+                made[row] = transform(picture)
+        return made if get_worker_info() is None else self._shared(made)
+
+    def _shared(self, made: Tensor) -> Tensor | str:
+        """The images where the training sees them; the thread that sends them could only print that it has no room."""
+        try:
+            return made.share_memory_()
+        except RuntimeError as error:
+            return (
+                f"{self._workers}: {made.numel() / 1e6:.1f} MB of images find no room in shared memory "
+                f"({str(error).rpartition(': ')[2]}); {MORE_ROOM}"
+            )
+
+
+@functools.lru_cache(maxsize=8)
+def _transform(size: int, crop_flip: bool, randaugment: bool) -> Callable[[Any], Tensor]:
+    """PIL image → uint8 (3,size,size): ImageNet's usual training crop (8 to 100 % of the area), or the centre."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    bicubic = InterpolationMode.BICUBIC
+    steps: list[Any] = (
+        [v2.RandomResizedCrop(size, interpolation=bicubic), v2.RandomHorizontalFlip()]
+        if crop_flip
+        else [functools.partial(square, size=size, crop_pct=CROP_PCT)]
+    )
+    if randaugment:
+        steps.append(v2.RandAugment())
+    made: Callable[[Any], Tensor] = v2.Compose([*steps, v2.PILToTensor()])
+    return made
+
+
+_TO_ALL = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+"""What a terminal or a scheduler sends to all processes of a job."""
+
+
+def _begin_worker(index: int) -> None:
+    """Signals to all processes of a job are the training's to answer: it still needs its workers for a last batch.
+
+    SIGTERM ends a worker all the same, some seconds later: that is how one that hangs is stopped.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_ALL)
+    # what cannot be sent would otherwise be printed and left out, and the training would wait for it for ever
+    Queue._on_queue_feeder_error = staticmethod(_leave)  # type: ignore[attr-defined]
+
+
+def _leave(error: BaseException, item: object) -> None:
+    """The training sees within seconds that this worker has gone."""
+    os._exit(1)
+
+
+def _checked(made: Tensor | str) -> Tensor:
+    if isinstance(made, str):
+        raise UserError(made)
+    return made
+
+
+def _copied(made: Iterator[Tensor], device: torch.device, stream: Any) -> Iterator[Tensor]:
+    """Each tensor on the GPU, copied on a stream of its own: while the GPU still works on the one before."""
+    for source in made:
+        with torch.cuda.stream(stream):
+            here = source.to(device, non_blocking=True)
+        working = torch.cuda.current_stream(device)
+        working.wait_stream(stream)
+        here.record_stream(working)  # its memory may be used again only when the work on it is done
+        yield here
+
+
+# the layout ----------------------------------------------------------------------------------------------------------
+
+
+class Folder(NamedTuple):
+    """A data set of files: paths and labels of both splits, the names of the classes, and the data's digest."""
+
+    train: list[str]
+    y_train: NDArray[np.int64]
+    test: list[str]
+    y_test: NDArray[np.int64]
+    classes: tuple[str, ...]
+    digest: str
+
+
+def scan(root: Path, key: str) -> Folder:
+    """The files below train/<class>/ and test/<class>/ (val/ where there is no test/).
+
+    Raises:
+        UserError: no such folders, a class without images, one of the test split that training lacks.
+    """
+    held_out = root / ("test" if (root / "test").is_dir() else "val")
+    if held_out.name == "test" and (root / "val").is_dir():
+        logger.info("%s: val/ is not used: validation images are held out of train/ (dataset.val_fraction)", key)
+    train, test = _read_split(root / "train", key), _read_split(held_out, key)
+    ignored = [*train.ignored, *test.ignored]
+    if ignored:
+        logger.info("%s: %s", key, told(ignored, root))
+    number = {name: k for k, name in enumerate(train.classes)}
+    unknown = [name for name in test.classes if name not in number]
+    if unknown:
+        raise UserError(f"{key}: {held_out.name}/ has a class {unknown[0]} that train/ lacks; they must have the same")
+    if len(number) < 2:
+        raise UserError(f"{key}: train/ holds one class only; at least two are needed")
+    try:
+        digest = _digest(root, [*train.paths, *test.paths])
+    except OSError as error:  # a link to nothing, a file that is not ours to read
+        raise UserError(f"{key}: {error.filename}: {error.strerror}; mend or remove it") from error
+    return Folder(
+        train.paths,
+        np.array([number[name] for name in train.labels], dtype=np.int64),
+        test.paths,
+        np.array([number[name] for name in test.labels], dtype=np.int64),
+        train.classes,
+        digest,
+    )
+
+
+class _Split(NamedTuple):
+    """One of the two folders: paths, the name of each one's class, the classes by name, what was passed over."""
+
+    paths: list[str]
+    labels: list[str]
+    classes: tuple[str, ...]
+    ignored: list[str]
+
+
+def _read_split(folder: Path, key: str) -> _Split:
+    """In the order of torchvision's ImageFolder."""
+    try:
+        classes, ignored = folders(folder)
+        found = [find(folder / name) for name in classes]
+    except OSError as error:
+        raise UserError(f"{key}: {error.filename}: {error.strerror}") from error
+    foreign = [name for name in classes if name.encode(errors="replace").decode() != name]
+    if foreign:
+        shown = os.fsencode(foreign[0]).decode(errors="backslashreplace")
+        raise UserError(f"{key}: {folder.name}/{shown} is not UTF-8, and cannot be the name of a class; rename it")
+    needed = f"each class needs a folder with images below {folder}"
+    if not classes:
+        raise UserError(f"{key}: Couldn't find any class folder in {folder}; {needed}")
+    empty = [name for name, pictures in zip(classes, found, strict=True) if not pictures.files]
+    if empty:
+        raise UserError(f"{key}: Found no valid file for the classes {', '.join(empty)}; {needed}")
+    return _Split(
+        [path for pictures in found for path in pictures.files],
+        [name for name, pictures in zip(classes, found, strict=True) for _ in pictures.files],
+        tuple(classes),
+        [*ignored, *(path for pictures in found for path in pictures.ignored)],
+    )
+
+
+def _digest(root: Path, paths: Sequence[str]) -> str:
+    """SHA-256 (hex) over the files' names below `root` and their contents.
+
+    Reading all of a large data set takes a while: what was hashed is remembered by the files' sizes and times of
+    change, in the user's cache folder.
+    """
+    seen = [os.stat(path) for path in paths]
+    names = [Path(path).relative_to(root).as_posix() for path in paths]
+    listing = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, seen, strict=True)]
+    known = hashlib.sha256(json.dumps([str(root.resolve()), listing]).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "asib", "digests", known)
+    with suppress(OSError, ValueError):  # what cannot be read is made anew
+        if len(text := cache.read_text()) == 64:
+            return text
+    logger.info("%s: hashing %d files, once", root, len(paths))
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(HASHED_AT_A_TIME) as pool:
+        for name, content in zip(names, pool.map(_hash, paths), strict=True):
+            whole.update(os.fsencode(name) + b"\0" + content)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache, whole.hexdigest(), "XDG_CACHE_HOME")
+    except (OSError, UserError) as error:
+        logger.info("%s; the files will be hashed again", error)
+    return whole.hexdigest()
+
+
+def _hash(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,1 @@
+"""Teachers, student and distillation inside a tracked run."""

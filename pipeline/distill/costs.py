@@ -1,0 +1,35 @@
+"""What a training costs: multiply-accumulates of its networks and of all its passes."""
+
+from collections.abc import Mapping
+
+import torch
+
+from pipeline.data.sources import ImageData
+from pipeline.training import costs
+from pipeline.training.methods.asib.task import Distillation, query_width
+
+
+def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]) -> dict[str, float]:
+    """`cost/macs_per_image/<network>`, and `cost/gmacs`: 10⁹ multiply-accumulates of the whole training.
+
+    A forward pass counts once, a training pass three times (forward, and backward for inputs and for weights); early
+    ends of the backward pass under partial freezing are not taken off. Evaluation does not count, as for the images.
+    """
+    x = torch.zeros(1, data.in_chans, data.image_size, data.image_size, device=task.device)
+    x = x.to(memory_format=torch.channels_last if task.optim.use_channels_last else torch.contiguous_format)
+    nets = {"student": task.student} | {f"teacher_{k}": t for k, t in enumerate(task.teachers)}
+    found = {name: costs.macs(net, x) for name, net in nets.items()}
+    if task.fusion is not None:
+        query = torch.zeros(1, query_width(task.method, task.student), device=task.device)
+        features = [torch.zeros(1, t.feature_dim, device=task.device) for t in task.teachers]
+        found["fusion"] = costs.macs(task.fusion, None if task.method.learnable_q else query, features)
+    total = sum(found[name] * results[f"cost/forward_images/{name}"] for name in found)
+    epochs = {phase: sum(e.phase == phase for e in task.plan) for phase in task.phases}
+    images = len(task.data.train.indices)
+    for phase, names in (("a", ["fusion"]), ("b", ["student"])):
+        if phase in task.phases:
+            if phase == "a" and task.method.use_teacher_finetuning:
+                names += [f"teacher_{k}" for k in range(len(task.teachers))]
+            passes = images * epochs[phase] * task.phases[phase].repeats
+            total += 2 * passes * sum(found[name] for name in names)
+    return {f"cost/macs_per_image/{name}": float(n) for name, n in found.items()} | {"cost/gmacs": total / 1e9}

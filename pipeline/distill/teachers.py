@@ -1,0 +1,202 @@
+"""Where a distillation's teachers come from: a checkpoint, those fine-tuned here before, or a nested fine-tuning."""
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models.features import FeatureNet
+from models.weights import weights_hash
+from pipeline.config import Config
+from pipeline.config.identity import canonical, computation, source_digest
+from pipeline.config.places import check_file, output_dir
+from pipeline.config.rules import uses_fusion
+from pipeline.data.sources import ImageData
+from pipeline.data.splits import split
+from pipeline.distill import networks
+from pipeline.distill import results as report
+from pipeline.distill.train import load_data, prepare, threads_of, train
+from pipeline.files import read_state, write_atomically
+from pipeline.paths import REPOSITORY
+from pipeline.runs.run import Run
+from pipeline.training import distributed
+from pipeline.training.methods.asib.fusion import Fusion
+from pipeline.training.methods.asib.task import check_student, query_width
+from pipeline.training.methods.finetune import FineTuning
+
+logger = logging.getLogger("asib")
+FINETUNE_KEYS = ("finetune.", "augment.", "dataset.", "optim.use_channels_last", "optim.deterministic")
+WEIGHTS = "checkpoints/teacher.safetensors"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher ready to be distilled.
+
+    Attributes:
+        hash: of its weights.
+        made_by: the run that fine-tuned it, where there is one, by its journal's or MLflow's id.
+        saw_validation: it is not known to have been trained without this run's validation images.
+    """
+
+    net: FeatureNet
+    hash: str
+    made_by: str | None
+    saw_validation: bool
+
+
+def identity(config: Config, data: ImageData, index: int) -> str:
+    """SHA-256 (hex) of all that determines a fine-tuned teacher's weights."""
+    teacher, o = config.model.teachers[index], config.optim
+    keys = {k: v for k, v in computation(config).items() if k.startswith(FINETUNE_KEYS)}
+    keys |= {f"teacher.{k}": v for k, v in teacher.model_dump(exclude={"checkpoint"}).items()}
+    keys |= {"index": index, "data": data.digest, "sources": source_digest(REPOSITORY)}
+    # of the student's optimiser only what fine-tuning takes too, and only where it acts
+    if config.finetune.optimizer == "sgd":
+        keys["optim.momentum"] = o.momentum
+    if o.use_amp:
+        keys |= {"optim.amp_dtype": o.amp_dtype, "optim.safe_retry_patience": o.safe_retry_patience}
+        keys |= {"optim.grad_scaler_init_scale": o.grad_scaler_init_scale if o.amp_dtype == "float16" else None}
+    return hashlib.sha256(canonical(keys).encode()).hexdigest()
+
+
+def store(config: Config, data: ImageData, index: int) -> Path:
+    """Where a fine-tuned teacher is kept for other runs on this machine."""
+    return output_dir(config) / "teachers" / f"{identity(config, data, index)[:24]}.safetensors"
+
+
+def keep(net: FeatureNet, run: Run, config: Config, data: ImageData, index: int) -> None:
+    """Put a fine-tuned teacher where other runs find it; whoever comes first, both files are whole."""
+    path = store(config, data, index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    networks.save(net, path, config, data)
+    write_atomically(path.with_suffix(".json"), json.dumps({"journal": run.journal.id, "folder": str(run.folder)}))
+
+
+def obtain(run: Run, data: ImageData, student: FeatureNet, test: bool = True) -> list[Teacher]:
+    """All teachers of a run's configuration, in order; what cannot do is refused before anything is fine-tuned.
+
+    Args:
+        test: False where the test split must not be seen: those fine-tuned here are not evaluated on it.
+
+    Raises:
+        UserError: a checkpoint that is not there or does not fit, teachers that cannot be fused.
+    """
+    config = run.config
+    nets = _build(config, data, student)
+    found: dict[int, Teacher] = {}
+    order = sorted(range(len(nets)), key=lambda k: config.model.teachers[k].checkpoint is None)  # what is given first
+    for index in order:
+        found[index] = _obtain(run, data, index, nets[index], test)
+    return [found[index] for index in range(len(nets))]
+
+
+def foresee(config: Config, data: ImageData) -> None:
+    """Refuse now what `obtain` will refuse later, as far as it can be told without a run. Raises UserError."""
+    nets = _build(config, data, networks.build_student(config, data))
+    for index, (net, spec) in enumerate(zip(nets, config.model.teachers, strict=True)):
+        if spec.checkpoint is not None and not spec.checkpoint.startswith("runs:/"):
+            networks.load(net, check_file(spec.checkpoint, _key(config, index)), _key(config, index), data)
+
+
+def _build(config: Config, data: ImageData, student: FeatureNet) -> list[FeatureNet]:
+    dataset = config.dataset
+    # else it is refused after teachers were fine-tuned
+    split(data.train_y, dataset.val_fraction, data.digest, dataset.split_seed)
+    nets = [networks.build_teacher(config, data, index) for index in range(len(config.model.teachers))]
+    check_student(config, student, data.num_classes)
+    if uses_fusion(config):
+        with torch.random.fork_rng(devices=[]):
+            widths = [net.feature_dim for net in nets]
+            Fusion(config.method, widths, query_width(config.method, student), data.num_classes)
+    return nets
+
+
+def _key(config: Config, index: int) -> str:
+    return f"model.teachers.{index}.checkpoint={config.model.teachers[index].checkpoint}"
+
+
+def _obtain(run: Run, data: ImageData, index: int, net: FeatureNet, test: bool) -> Teacher:
+    config = run.config
+    spec = config.model.teachers[index]
+    key, kept = _key(config, index), store(config, data, index)
+    made_by: str | None = None
+    if spec.checkpoint is not None:
+        path, made_by = locate(run, spec.checkpoint, WEIGHTS, key)
+    elif config.finetune.epochs == 0:
+        return Teacher(net, weights_hash(net.net), None, saw_validation=spec.pretrained)
+    else:
+        if kept.exists():
+            logger.info("teacher %d: %s, fine-tuned before", index, spec.name)
+        else:
+            finetune(run, index, test)
+        path = kept if kept.exists() else run.folder / f"teacher_{index}" / WEIGHTS
+        key = f"{path} (delete it to fine-tune anew)"
+        made_by = (read_state(kept.with_suffix(".json")) or {}).get("journal")
+    metadata = networks.load(net, path, key, data)
+    same_split = all(
+        metadata.get(name) == value
+        for name, value in (
+            ("data_digest", data.digest),
+            ("val_fraction", config.dataset.val_fraction),
+            ("split_seed", config.dataset.split_seed),
+        )
+    )
+    return Teacher(net, weights_hash(net.net), made_by, saw_validation=not same_split)
+
+
+def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | None]:
+    """A weights file on this machine for a path or `runs:/<id>[/artifact]`, and the run it is of."""
+    if source.startswith("runs:/"):
+        parts = source.removeprefix("runs:/").strip("/").split("/", 1)
+        name = parts[1] if len(parts) == 2 else artifact
+        return run.fetch(f"runs:/{parts[0]}/{name}", run.folder / "fetched" / parts[0]), parts[0]
+    return check_file(source, key), None
+
+
+def finetune(parent: Run, index: int, test: bool = True) -> dict[str, float]:
+    """A nested run that fine-tunes one teacher, and keeps it for other runs on this machine.
+
+    Args:
+        test: whether it is evaluated on the test split at its end.
+    """
+    key = f"teacher_{index}"
+    done = parent.finished_child(key)
+    if done is not None:
+        return done
+    run = parent.child("finetune", key, parent.config)
+    with run.nested():
+        prepare(run.config, threads_of(run))
+        data = load_data(run)
+        net = networks.build_teacher(run.config, data, index)
+        device = networks.device_of(run.config)
+        task = FineTuning(run.config, data, net, device)
+        run.journal.tags({"asib.teacher": str(index), "asib.eval_split": task.data.eval_split})
+        name = run.config.model.teachers[index].name
+        logger.info("fine-tuning teacher %d, %s, for %d epochs", index, name, run.config.finetune.epochs)
+        loop = train(run, task, data, part=key)
+        results = task.results(test)
+        loop.finish(results)
+        if not run.follower:
+            path = run.folder / WEIGHTS
+            networks.save(net, path, run.config, data)
+            keep(net, run, run.config, data, index)
+            run.journal.artifact(path, "checkpoints")
+            run.journal.tags({"asib.weights": weights_hash(net.net)})
+            run.journal.model(_weights_folder(run, path), name="teacher", kind="weights", metrics=results)
+        report.write_results(run, results)
+    distributed.barrier()
+    return results
+
+
+def _weights_folder(run: Run, path: Path) -> Path:
+    folder = run.folder / "model"
+    folder.mkdir(exist_ok=True)
+    target = folder / path.name
+    target.unlink(missing_ok=True)
+    os.link(path, target)
+    return folder

@@ -1,0 +1,251 @@
+"""What the training runs of a machine share: threads, data, the loop with its record, and what may be continued."""
+
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pipeline.config import Config, DatasetConfig, config_hash
+from pipeline.config.identity import Identity, computation, source_digest
+from pipeline.data import sources
+from pipeline.data.sources import ImageData
+from pipeline.distill import networks
+from pipeline.errors import NonFinite, UserError
+from pipeline.journal import Journal
+from pipeline.paths import REPOSITORY, user_path
+from pipeline.runs.run import Run
+from pipeline.runs.step import stop
+from pipeline.training import distributed
+from pipeline.training.checkpoint import pack, require_space, unpack
+from pipeline.training.compiling import compiles
+from pipeline.training.loop import Loop, Precision, Task, Watch
+
+logger = logging.getLogger("asib")
+ALL_THREADS = torch.get_num_threads()
+"""Torch's own choice: all cores, or OMP_NUM_THREADS."""
+
+
+def prepare(config: Config, threads: int | None = None) -> None:
+    """Threads and determinism, before the first tensor. UserError: a network that nobody knows."""
+    networks.check_names(config)
+    torch.set_num_threads(threads or config.threads or ALL_THREADS)
+    if config.optim.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # torch would also fill all that it allocates, a pass over memory each time; our kernels write what they read
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False
+
+
+def images(config: Config) -> ImageData:
+    """The configuration's images; the last data set stays in memory for a process's next run."""
+    path = user_path(config.dataset.path, "dataset.path") if config.dataset.path else None
+    dataset = config.dataset.model_copy(update={"batch_size": 1, "eval_batch_size": 1})  # the same images
+    return _load(dataset, path.stat().st_mtime_ns if path is not None and path.exists() else 0)
+
+
+@lru_cache(maxsize=1)
+def _load(dataset: DatasetConfig, changed: int) -> ImageData:
+    return sources.load(dataset)
+
+
+def load_data(run: Run) -> ImageData:
+    """The run's images, stated in its record."""
+    data = images(run.config)
+    run.journal.tags({"asib.data_digest": data.digest})
+    profile = {"classes": data.num_classes, "train": len(data.train_y), "test": len(data.test_y)}
+    # MLflow keeps one context for each digest, and the digest covers both splits
+    context = "test" if run.step in ("evaluate", "promote") else "training"
+    run.journal.dataset(data.name, data.digest, context, data.source, profile=profile)
+    return data
+
+
+def train(
+    run: Run,
+    task: Task,
+    data: ImageData,
+    teachers: Sequence[str] = (),
+    part: str = "",
+    watch: Watch | None = None,
+    bank: bool = False,
+) -> Loop:
+    """Run the task to its end from where the run stands; its metrics and checkpoints are in the run's record.
+
+    After `safe_retry_patience` non-finite steps in a row under AMP the run restarts once from its last good checkpoint
+    with AMP off (SAFE-RETRY, docs/method.md section 5).
+
+    Args:
+        teachers: hashes of the teachers' weights.
+        part: which of several results of this configuration the run makes.
+        watch: may end the run after an epoch.
+        bank: whether teachers' outputs come from the bank.
+
+    Raises:
+        NonFinite: without AMP, or the second time.
+        Pruned, Taken: as `watch` decided.
+    """
+    config, device = run.config, networks.device_of(run.config)
+    retried = run.state is not None and run.state["header"].get("safe_retry", False)
+    precision = _precision(config, device, amp=config.optim.use_amp and not retried)
+    header: dict[str, Any] = {
+        "config_hash": config_hash(config),
+        "computation": computation(config),
+        "data_digest": data.digest,
+        "teachers": list(teachers),
+        "bank": bank,
+        "compiled": compiles(config, device) and not part,
+        "amp_dtype": precision.name,
+        "safe_retry": retried,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
+    }
+    _state_identity(run, header, part)
+    require_space(run.folder, [p.objective.trainable_module for p in task.phases.values()])
+    loop = Loop(
+        task,
+        run.journal,
+        None if run.follower else run.slots,
+        header,
+        precision,
+        device,
+        stop=stop,
+        every_seconds=config.checkpoint.every_seconds,
+        watch=watch,
+    )
+    if run.state is not None:
+        check_continuation(run, header)
+        loop.load_state_dict(run.state)
+        if config.extend:
+            loop.finished = False
+            run.restate()
+    run.ready()
+    with stop.between_batches(), logging_redirect_tqdm([logger]):
+        if precision.dtype is None:
+            loop.run()
+        else:
+            _run_with_retry(run, loop, part)
+    _check_lock(run, header["config_hash"])
+    return loop
+
+
+def _precision(config: Config, device: torch.device, amp: bool) -> Precision:
+    return Precision(config.optim.model_copy(update={"use_amp": amp}), device)
+
+
+def _state_identity(run: Run, header: dict[str, Any], part: str) -> None:
+    sources, teachers = source_digest(REPOSITORY), tuple(header["teachers"])
+    identity = Identity(
+        header["config_hash"],
+        header["amp_dtype"],
+        teachers,
+        header["data_digest"],
+        sources,
+        part,
+        header["bank"],
+        header["compiled"],
+    )
+    made_of = {"asib.teachers": ",".join(teachers) or "none", "asib.sources": sources}
+    run.journal.tags({"asib.identity": identity.digest(), **made_of})
+
+
+def _check_lock(run: Run, before: str) -> None:
+    """The configuration is what it was when the run began (docs/method.md section 6)."""
+    if run.config_hash != before:
+        raise RuntimeError(f"the configuration changed during the run: {before} before, {run.config_hash} now")
+
+
+def _run_with_retry(run: Run, loop: Loop, part: str) -> None:
+    """SAFE-RETRY: once, from the last good checkpoint (the start where there is none), with AMP off."""
+    start, record = pack(loop.state_dict()), run.journal.snapshot()
+    try:
+        loop.run()
+        return
+    except NonFinite as error:
+        logger.warning("SAFE-RETRY with AMP off: %s", error)
+        reason = str(error)
+    header = loop.header | {"amp_dtype": "float32", "safe_retry": True}
+    _check_lock(run, header["config_hash"])
+    distributed.barrier()  # the first process has written what it was writing
+    good = run.slots.read_good() if run.slots.manifest.exists() else None
+    state = unpack(start) if good is None else good[0]
+    distributed.barrier()  # everybody has read what the first process is about to write over
+    if isinstance(run.journal, Journal):
+        lock = run.journal.hand_over()
+        at = None if good is None else (good[1].path, good[1].sha256, good[1].slot)
+        run.journal = Journal.restore(run.folder, record if good is None else state["journal"], at, lock)
+        loop.recorder = run.journal
+    run.journal.tags({"asib.safe_retry": reason})
+    _state_identity(run, header, part)
+    loop.header, loop.precision = header, _precision(run.config, loop.device, amp=False)
+    loop.load_state_dict(state)
+    loop.run()
+
+
+def check_continuation(run: Run, header: dict[str, Any]) -> None:
+    """A run continues with the same configuration, data and teachers. UserError names both hashes otherwise."""
+    before, name = run.state["header"], run.config.resume or run.folder.name
+    extended = {"method.student_epochs_per_stage", "method.num_stages", "finetune.epochs"}
+    if run.config.extend:
+        _check_extension(name, before["computation"], header["computation"])
+    changed = sorted(
+        k
+        for k in before["computation"].keys() | header["computation"].keys()
+        if before["computation"].get(k) != header["computation"].get(k) and not (run.config.extend and k in extended)
+    )
+    if changed:
+        raise UserError(
+            f"resume={name}: configuration {before['config_hash'][:12]} cannot be continued with "
+            f"{header['config_hash'][:12]}; they differ in {', '.join(changed[:5])}"
+        )
+    for key, words in (("data_digest", "data"), ("teachers", "teachers")):
+        if before[key] != header[key]:
+            raise UserError(f"resume={name}: {words} {before[key]} cannot be continued with {header[key]}")
+    if (before["threads"], before["cpu"]) != (header["threads"], header["cpu"]):
+        logger.warning(
+            "continued with %d threads on %s after %d on %s: results agree within rounding only",
+            header["threads"],
+            header["cpu"],
+            before["threads"],
+            before["cpu"],
+        )
+    for key, words in (("bank", "the teacher bank"), ("compiled", "torch.compile")):
+        if before.get(key, False) != header[key]:
+            change = "without" if before.get(key, False) else "with"
+            logger.warning("continued %s %s, unlike before: results agree within rounding only", change, words)
+
+
+def _check_extension(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Epochs can only be added behind those that were trained."""
+    key = "method.student_epochs_per_stage"
+    old, new = before[key], after[key]
+    if len(new) < len(old) or new[: len(old) - 1] != old[:-1] or new[len(old) - 1] < old[-1]:
+        raise UserError(
+            f"resume={name}: extend=true adds epochs at the end: {key}={list(new)} does not begin with the "
+            f"{list(old)} that were trained"
+        )
+    if after["finetune.epochs"] < before["finetune.epochs"]:
+        raise UserError(
+            f"resume={name}: extend=true adds epochs: finetune.epochs={after['finetune.epochs']} is less than the "
+            f"{before['finetune.epochs']} that were trained"
+        )
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def threads_of(run: Run) -> int | None:
+    """A continued run takes the threads it began with, so that it ends bit-identical."""
+    return run.state["header"]["threads"] if run.state is not None and run.config.threads is None else None

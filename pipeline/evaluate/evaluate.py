@@ -1,0 +1,143 @@
+"""The job of `-e evaluate`: a model, a synergy or averaged teachers on a split; measures, tables and pictures."""
+
+from pathlib import Path
+
+import torch
+
+from pipeline.data.sources import ImageData
+from pipeline.distill import networks, results
+from pipeline.distill.train import load_data, prepare
+from pipeline.evaluate import measures, modes, plots, speed, tables
+from pipeline.evaluate.measures import Evaluation
+from pipeline.evaluate.modes import Part, Subject
+from pipeline.evaluate.request import Request, check
+from pipeline.evaluate.source import Source
+from pipeline.runs.run import Run
+
+PAIRS = 50
+"""Most-confused pairs in the table."""
+SHOWN = 8
+"""Those on the image sheet."""
+
+
+def evaluate(run: Run, request: Request | None = None, source: Source | None = None) -> float:
+    """Evaluate what `request` asks for (the configuration's `student` on the test split) and log everything.
+
+    Args:
+        source: the model, where it is known; by default what `student` names.
+
+    Returns:
+        Top-1 in percent on the split, on the test split of both.
+
+    Raises:
+        UserError: what is asked for is not there, or does not fit the data.
+    """
+    request = request or Request()
+    config = run.config
+    if source is None:
+        check(request, config)
+    prepare(config)
+    data = load_data(run)
+    subject = modes.subject(run, data, request, source)
+    _describe(run, request, subject)
+    run.ready()
+    found = _costs(subject, request.speed)
+    shown: list[str] = []
+    for name in request.splits:
+        part = modes.part(config, data, name)
+        answers = subject.answers(part)
+        evaluation = measures.evaluate_model(data, answers.logits, part.y, name)
+        found |= evaluation.metrics | measures.agreement(name, answers.logits, answers.teachers, part.y)
+        if not run.follower:
+            shown += write(run, data, evaluation, part)
+    run.journal.tags(tables.logged_tables(shown))
+    run.journal.hold()  # written together with the end
+    run.journal.metrics(found, 0)
+    results.write_results(run, found)
+    if not run.follower:
+        _print(subject, request, found)
+    return found[f"{request.splits[-1]}/acc"]
+
+
+def write(run: Run, data: ImageData, evaluation: Evaluation, part: Part) -> list[str]:
+    """An evaluation's tables and pictures as artifacts: of the test split at the top, else in a folder of its name.
+
+    Returns:
+        The artifacts that are tables.
+    """
+    to = "" if part.name == "test" else part.name
+    folder = run.folder / to
+    counts = measures.confusion(evaluation.labels, evaluation.predicted, data.num_classes)
+    pairs = measures.confused_pairs(counts, data.classes, PAIRS)
+    found = {"per_class": evaluation.per_class, "calibration": evaluation.bins, "confused_pairs": pairs}
+    if "superclass" in evaluation.per_class:
+        found["per_superclass"] = measures.by_superclass(evaluation.per_class, evaluation)
+    for name, table in found.items():
+        tables.write_table(table, folder / f"{name}.json")
+    tables.write_confusion(counts, data.classes, folder / "confusion.csv")
+    index = part.indices.numpy()
+    tables.write_correctness(evaluation, index, data.digest, data.classes, folder / tables.CORRECTNESS)
+    plots.reliability(evaluation, folder / "reliability.png")
+    results.draw_confusion(counts, data.classes, folder / "confusion.png")
+    names = [
+        "confusion.csv",
+        tables.CORRECTNESS,
+        "reliability.png",
+        "confusion.png",
+        *(f"{name}.json" for name in found),
+    ]
+    sheet = folder / "confused_pairs.png"
+    if plots.confused_sheet(pairs.head(SHOWN), evaluation, part.images, part.indices, data.classes, sheet):
+        names.append(sheet.name)
+    for name in names:
+        run.journal.artifact(folder / name, to)
+    return [str(Path(to, f"{name}.json")) for name in found]
+
+
+def _describe(run: Run, request: Request, subject: Subject) -> None:
+    """What is evaluated: tags, and the models as the run's inputs. (Parameters are the configuration's keys alone.)"""
+    stated = {"asib.eval_split": request.split, "asib.mode": request.mode, "asib.weights": subject.hash()}
+    source = subject.source
+    if source is not None and source.made_by is not None:
+        run.journal.model_input(source.made_by)
+        stated["asib.student"] = source.made_by
+    if source is not None and source.version is not None:
+        stated["asib.model"] = source.version
+    if request.fusion is not None:
+        stated["asib.fusion"] = request.fusion
+    if subject.teachers:
+        stated["asib.teachers"] = ",".join(teacher.hash for teacher in subject.teachers)
+    if request.mode != "single":
+        for made_by in dict.fromkeys(t.made_by for t in subject.teachers if t.made_by is not None):
+            run.journal.model_input(made_by)
+    if "val" in request.splits and _saw_validation(subject):
+        stated["asib.val_contaminated"] = "true"
+    run.journal.tags(stated)
+
+
+def _saw_validation(subject: Subject) -> bool:
+    """Whether something that is evaluated is not known to have been trained without these validation images."""
+    here = subject.config.dataset
+    ours = {"data_digest": subject.data.digest, "val_fraction": here.val_fraction, "split_seed": here.split_seed}
+    model = subject.source is not None and any(subject.record.get(key) != value for key, value in ours.items())
+    return model or (subject.mode != "single" and any(teacher.saw_validation for teacher in subject.teachers))
+
+
+def _costs(subject: Subject, latency: bool) -> dict[str, float]:
+    data, config = subject.data, subject.config
+    memory = torch.channels_last if config.optim.use_channels_last else torch.contiguous_format
+    image = torch.zeros((1, data.in_chans, data.image_size, data.image_size), device=networks.device_of(config))
+    image = image.contiguous(memory_format=memory)
+    module = subject.module
+    return speed.size(module, image) | (speed.latency(module, image) if latency else {})
+
+
+def _print(subject: Subject, request: Request, found: dict[str, float]) -> None:
+    width = max(len(name) for name in found)
+    title = f"{subject.title} on {subject.data.name} ({request.split})"
+    lines = [title, "-" * max(len(title), width + 12), *(f"{k:<{width}}  {_number(v):>12}" for k, v in found.items())]
+    print("\n".join(lines), flush=True)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value.is_integer() and value > 100 else f"{value:.4f}"

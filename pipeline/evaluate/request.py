@@ -1,0 +1,105 @@
+"""What `-e evaluate` is asked for: the step's own keys, read and checked before torch is imported."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.compose import cli
+from pipeline.config import Config
+from pipeline.config.names import near_miss
+from pipeline.config.places import is_uri
+from pipeline.errors import UserError
+from pipeline.paths import user_path
+
+MODES = ("single", "synergy", "average")
+SPLITS = {"test": ("test",), "train": ("train",), "val": ("val",), "both": ("train", "test")}
+TEACHERS = ("auto", "true", "false")
+OWN = {
+    "model": "what to evaluate: runs:/<id>[/path], models:/<name>@<alias>, models:/<name>/<version>, a run's folder "
+    "or a weights file (safetensors or torch.save's); student= is the same key",
+    "mode": "single (the default: the model alone), synergy (teachers and fusion, the model as query), or average (the "
+    "teachers' mean; no model)",
+    "split": "test (the default), train (clean images, without validation), val, or both (train and test)",
+    "fusion": "mode=synergy: runs:/<id>, a folder with mbm.pth and synergy_head.pth, or fusion.safetensors; by default "
+    "what was saved beside the model",
+    "teachers": "mode=single: also run model.teachers, and say how often they agree; auto (the default): where that "
+    "needs no fine-tuning",
+    "speed": "false leaves the latencies out",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The step's own keys but `model`, which becomes the configuration's `student`.
+
+    Attributes:
+        named: the key that the model was given by, for errors.
+    """
+
+    mode: str = "single"
+    split: str = "test"
+    fusion: str | None = None
+    teachers: str = "auto"
+    speed: bool = True
+    named: str = "student"
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that `split` stands for; the step's result is of the last one."""
+        return SPLITS[self.split]
+
+
+def read(own: Mapping[str, str]) -> Request:
+    """The keys that a command line gives. Raises UserError: a value that a key does not take.
+
+    Example:
+        >>> read({"split": "both"}).splits
+        ('train', 'test')
+    """
+    return Request(
+        mode=_one_of("mode", own, MODES),
+        split=_one_of("split", own, tuple(SPLITS)),
+        fusion=own.get("fusion") or None,
+        teachers=_one_of("teachers", own, TEACHERS),
+        speed=cli.flag(own, "speed", default=True),
+        named="model" if own.get("model") else "student",
+    )
+
+
+def with_model(config: Config, model: str | None) -> Config:
+    """The configuration with `model=` as its student. Raises UserError: both are given, and differ."""
+    if not model:
+        return config
+    if config.student not in (None, model):
+        raise UserError(f"model={model} and student={config.student} name the same thing: give one of them")
+    return config.model_copy(update={"student": model})
+
+
+def check(request: Request, config: Config) -> None:
+    """Raise UserError for what configuration and request cannot do together."""
+    mode, fused = request.mode, request.mode == "synergy"
+    if config.student is None and (mode == "single" or (fused and not config.method.learnable_q)):
+        raise UserError(
+            "student is not set: give model=runs:/<id>, models:/<name>@<alias> or a weights file "
+            "(student=runs:/<id> is the same)"
+        )
+    if (mode != "single" or request.teachers == "true") and not config.model.teachers:
+        which = f"mode={mode}" if mode != "single" else "teachers=true"
+        raise UserError(f"{which} needs teachers, and model.teachers is empty: choose model/teacher=…, or another cfg")
+    if request.fusion and not fused:
+        raise UserError(f"fusion={request.fusion} is for mode=synergy, and mode is {mode}")
+    for key, given in (("fusion", request.fusion), (request.named, config.student)):
+        if given and not is_uri(given):
+            user_path(given, key)
+    if "val" in request.splits and config.dataset.val_fraction == 0:
+        raise UserError(
+            "split=val: dataset.val_fraction=0 holds out no validation images; give the model's own val_fraction, "
+            "or split=test"
+        )
+
+
+def _one_of(key: str, own: Mapping[str, str], known: tuple[str, ...]) -> str:
+    given = own.get(key, "").lower() or known[0]
+    if given not in known:
+        near = near_miss(given, known)
+        raise UserError(f"{key}={own[key]}: " + (f"did you mean {near}? " if near else "") + f"give {', '.join(known)}")
+    return given

@@ -1,0 +1,78 @@
+"""Tables of an evaluation on disk: those that MLflow's UI shows, and `correctness.parquet` for paired comparisons."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline import escape
+from pipeline.evaluate.measures import Evaluation, Ints
+
+CORRECTNESS = "correctness.parquet"
+COLUMNS = ("index", "label", "predicted", "correct", "confidence")
+METADATA = b"asib"
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """A JSON file as `mlflow.log_table` writes it; columns that hold no number come out as null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_json(path, orient="split", index=False)
+
+
+def write_confusion(counts: Ints, classes: tuple[str, ...], path: Path) -> None:
+    """Counts as CSV: the first column names the label, the others are predictions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    counted = pd.DataFrame(counts, index=pd.Index(classes, name="label"), columns=list(classes))
+    escape.table(counted).to_csv(path)
+
+
+def logged_tables(paths: list[str]) -> dict[str, str]:
+    """The tag by which MLflow's UI finds tables among a run's artifacts."""
+    return {"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"} for path in paths])}
+
+
+@dataclass(frozen=True, eq=False)
+class Correctness:
+    """Image by image what a model said of a split.
+
+    Attributes:
+        table: one row for each image; `COLUMNS`: its position among the data set's test (or training) images, label and
+            prediction as numbers of classes, whether they agree, and the prediction's probability.
+        data_digest: of the data set.
+        split: test, train or val.
+        classes: their names.
+    """
+
+    table: pd.DataFrame
+    data_digest: str
+    split: str
+    classes: tuple[str, ...]
+
+
+def write_correctness(
+    evaluation: Evaluation, index: NDArray[np.int64], data_digest: str, classes: tuple[str, ...], path: Path
+) -> None:
+    """`Correctness` as parquet; what is not in the columns is in the file's metadata, under "asib"."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = (
+        np.asarray(index, np.int64),
+        evaluation.labels.astype(np.int32),
+        evaluation.predicted.astype(np.int32),
+        evaluation.correct,
+        evaluation.confidence.astype(np.float32),
+    )
+    record = {"data_digest": data_digest, "split": evaluation.split, "classes": list(classes)}
+    table = pa.table(dict(zip(COLUMNS, columns, strict=True)))
+    pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(record).encode()}), path)
+
+
+def read_correctness(path: Path) -> Correctness:
+    """What `write_correctness` wrote."""
+    table = pq.read_table(path)
+    record = json.loads(table.schema.metadata[METADATA])
+    return Correctness(table.to_pandas(), record["data_digest"], record["split"], tuple(record["classes"]))

@@ -1,1 +1,0 @@
-"""The ablation ladder, and comparisons of finished runs."""

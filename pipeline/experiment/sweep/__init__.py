@@ -1,1 +1,0 @@
-"""A sweep: its search space, its driver, its workers."""

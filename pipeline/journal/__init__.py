@@ -1,0 +1,39 @@
+"""The record of a run on disk: an append-only file of JSON lines that training writes and delivery reads."""
+
+from pipeline.journal.entries import (
+    FILE,
+    Carrier,
+    Entry,
+    check_end,
+    damage,
+    decode_number,
+    encode_number,
+    generations,
+    now_ms,
+    read_entries,
+    read_header,
+    writer_alive,
+)
+from pipeline.journal.folder import take
+from pipeline.journal.recorder import CheckpointRecorder, NullJournal, Recorder
+from pipeline.journal.writer import Journal
+
+__all__ = [
+    "FILE",
+    "Carrier",
+    "CheckpointRecorder",
+    "Entry",
+    "Journal",
+    "NullJournal",
+    "Recorder",
+    "check_end",
+    "damage",
+    "decode_number",
+    "encode_number",
+    "generations",
+    "now_ms",
+    "read_entries",
+    "read_header",
+    "take",
+    "writer_alive",
+]

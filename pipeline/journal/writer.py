@@ -1,0 +1,391 @@
+"""The record of a run on disk: an append-only file of JSON lines that training writes and delivery reads.
+
+Needs the standard library only. Nothing here knows MLflow; `pipeline.tracking` brings it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files import explained, release, write_atomically
+from pipeline.journal.entries import (
+    DAMAGED,
+    FILE,
+    VERSION,
+    Carrier,
+    Entry,
+    check_end,
+    damage,
+    encode_number,
+    line_of,
+    now_ms,
+    parent_link,
+    parse_header,
+    read_entries,
+    read_header,
+)
+from pipeline.journal.folder import relative, take
+from pipeline.journal.steps import StepEntries
+
+logger = logging.getLogger("asib")
+PLACE = '{"kind": "checkpoint_here"'
+
+
+class Journal(StepEntries):
+    """A run's record; a `Recorder`. Made by `create`, `reopen` or `restore`; usable from several threads.
+
+    Entries are written at once unless `hold` was called: then they wait in memory for the `checkpoint` of the next
+    `snapshot`, so that the file never holds an epoch's entries before the checkpoint that contains them.
+
+    Args:
+        lock: of the folder, as `take` gives it; freed when the journal is closed.
+    """
+
+    def __init__(self, folder: Path, header: Entry, lock: int) -> None:
+        self.folder = folder
+        self.id: str = header.data["journal"]
+        self.header = header
+        self._fd = -1
+        self._folder_lock: int | None = lock
+        self._pending: list[str] | None = None
+        """What waits for the beginning of the file; None once that is there."""
+        self._lock = threading.RLock()
+        self._holding = False
+        self._held: list[str] = []
+        self._covered = 0
+        """So many of them, the first, are in the last snapshot."""
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        *,
+        experiment: str,
+        name: str | None = None,
+        usual_name: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        parent: Path | None = None,
+        journal: str | None = None,
+        carrier: Carrier | None = None,
+        pending: bool = False,
+    ) -> Journal:
+        """Start the journal of a new run.
+
+        Args:
+            folder: the run's folder, made when missing; everything recorded later lies in it.
+            experiment: the MLflow experiment's name.
+            name: the run's name; None leaves a run that `mlflow run` made its own.
+            usual_name: that of a new run for which `name` gives none; None leaves it to MLflow.
+            tags: tags that the run has from its start.
+            parent: the folder of the run that this one is nested in, or of a carrier of that run.
+            journal: the journal's id, when another machine has begun this run; None makes a new one.
+            carrier: the journal is no run of its own: it stands for this one, and only its children count. So a
+                process that has no access to a run's journal adds nested runs to it.
+            pending: there is no file until `begin`: for a run that may be refused yet.
+
+        Raises:
+            UserError: the folder already holds a journal, the parent's has none, the file system does not let us.
+        """
+        folder = folder.absolute()
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        above = None
+        if parent is not None:
+            parent_header = read_header(parent)
+            if parent_header is None:
+                raise UserError(f"no journal in {parent}: start the parent's journal before its child's")
+            above = parent_link(parent_header, parent.absolute(), folder)
+        taken = UserError(f"{folder} already holds a run: give resume=<its id>, or another folder")
+        if (folder / FILE).exists():
+            raise taken
+        lock = take(folder, 0.0)
+        if (folder / FILE).exists():
+            release(lock)
+            raise taken
+        line = line_of(
+            "open",
+            version=VERSION,
+            journal=journal or uuid.uuid4().hex,
+            name=name,
+            usual_name=usual_name,
+            experiment=experiment,
+            tags=dict(tags or {}),
+            # Whoever begins a known run again is another writer than the one that began it.
+            generation=uuid.uuid4().hex if journal else None,
+            parent=above,
+            carrier=carrier and carrier.link(folder),
+            user=_user(),
+            source=sys.argv[0] if sys.argv else "",
+        )
+        made = cls(folder, parse_header(line, folder / FILE), lock)
+        made._pending = [line]
+        if not pending:
+            made.begin()
+        return made
+
+    def begin(self) -> None:
+        """Make the file of a pending journal, with all that it has been told. Raises UserError: it cannot be made."""
+        with self._lock:
+            if self._pending is None:
+                return
+            path = self.folder / FILE
+            try:
+                write_atomically(path, "".join(line + "\n" for line in self._pending))
+                self._open()
+            except BaseException:
+                path.unlink(missing_ok=True)
+                self.close()
+                raise
+            self._pending = None
+
+    def _open(self) -> None:
+        with explained(self.folder / FILE):
+            self._fd = os.open(self.folder / FILE, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+
+    @classmethod
+    def reopen(cls, folder: Path, lock: int | None = None) -> Journal:
+        """Go on writing at the end of a journal; a torn last line is cut off, an `end` is followed by a `resume`.
+
+        Args:
+            lock: of the folder, where the caller has it; it is the journal's now, and free where that fails.
+
+        Raises:
+            UserError: there is no journal, or another process is writing it.
+        """
+        folder = folder.absolute()
+        path = folder / FILE
+        nothing = UserError(f"no journal in {folder}: nothing to go on with")
+        if lock is None and not path.exists():
+            raise nothing
+        lock = take(folder) if lock is None else lock
+        try:
+            header = read_header(folder)
+            if header is None:
+                raise nothing
+            journal = cls(folder, header, lock)
+            journal._open()
+        except BaseException:
+            release(lock)
+            raise
+        entries, end = read_entries(path)
+        os.ftruncate(journal._fd, end)
+        now_ms(after=entries[-1].time)
+        for sentence in damage(path) if any(entry.kind == DAMAGED for entry in entries) else ():
+            logger.warning("%s", sentence)
+        lifecycle = [entry.kind for entry in entries if entry.kind in ("end", "resume")]
+        if lifecycle[-1:] == ["end"]:
+            journal._resume()
+        return journal
+
+    @classmethod
+    def restore(
+        cls,
+        folder: Path,
+        text: str,
+        checkpoint: tuple[Path, str, int] | None = None,
+        lock: int | None = None,
+    ) -> Journal:
+        """Make `text` (a `snapshot`) the journal of `folder`, whatever was there, and go on writing behind it.
+
+        Args:
+            folder: the run's folder, on this machine or another than the snapshot's.
+            text: what `snapshot` returned.
+            checkpoint: (path, sha256, slot) of the checkpoint that held the text: it takes the place that
+                `snapshot` left for it, so that delivery uploads it before the entries that it covers.
+            lock: as for `reopen`.
+
+        Raises:
+            UserError: the text is not a journal, or another process is writing the folder's journal.
+        """
+        folder = folder.absolute()
+        path = folder / FILE
+        header = parse_header(text.split("\n", 1)[0], path)
+        now_ms(after=header.time)
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = take(folder) if lock is None else lock
+        journal = cls(folder, header, lock)
+        try:
+            lines = [line for line in text.split("\n") if line]
+            if checkpoint is not None:
+                file, sha256, slot = checkpoint
+                real = line_of("checkpoint", path=relative(file, folder), sha256=sha256, slot=slot)
+                lines = [real if line.startswith(PLACE) else line for line in lines]
+            lines.append(journal._mark())
+            write_atomically(path, "".join(line + "\n" for line in lines))
+            journal._open()
+        except BaseException:
+            journal.close()
+            raise
+        entries, _ = read_entries(path)
+        now_ms(after=max(entry.time for entry in entries))
+        return journal
+
+    # What a Recorder does
+
+    def params(self, values: Mapping[str, object]) -> None:
+        self._add("params", values={str(key): str(value) for key, value in values.items()})
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self._add("tags", values={str(key): str(value) for key, value in values.items()})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Values of one step, stamped with the present time, which they keep wherever they are sent."""
+        self._add("metrics", step=int(step), values={key: encode_number(value) for key, value in values.items()})
+
+    def artifact(self, path: Path, to: str = "") -> None:
+        """A file or folder inside the run's folder; `to` is the directory among the run's artifacts.
+
+        Delivery reads it when it comes to it: a file that changes later is sent as it is then.
+
+        Raises:
+            ValueError: the path lies outside the run's folder.
+        """
+        self._add("artifact", path=relative(path, self.folder), to=to)
+
+    def sync(self) -> None:
+        """Bring what is written onto the disk. Held entries stay held."""
+        with self._lock:
+            self.begin()
+            with explained(self.folder / FILE):
+                os.fsync(self._fd)
+                if os.fstat(self._fd).st_nlink == 0:
+                    raise FileNotFoundError(errno.ENOENT, "removed", str(self.folder / FILE))
+
+    # Checkpoints
+
+    def hold(self) -> None:
+        """From now on entries wait for a `checkpoint` that contains them (or for `release` or `end`)."""
+        self._holding = True
+
+    def release(self) -> None:
+        """Write what is held, and hold no longer."""
+        with self._lock:
+            self._holding = False
+            self._flush()
+
+    def snapshot(self) -> str:
+        """The whole text including held entries, with a place kept for the entry of the checkpoint it goes into."""
+        with self._lock:
+            self.begin()
+            self._covered = len(self._held)
+            size = os.fstat(self._fd).st_size
+            written = os.pread(self._fd, size, 0).decode(errors="replace")  # a damaged line stays damaged
+            return written + line_of("checkpoint_here") + "\n" + "".join(line + "\n" for line in self._held)
+
+    def checkpoint(self, path: Path, sha256: str, slot: int, manifest: Mapping[str, Any] | None = None) -> None:
+        """Record a checkpoint that is complete on disk, then the held entries that its snapshot contains, and sync.
+
+        The file must have been renamed into place (never written in place): delivery reads it through a hard link.
+        `manifest`: further fields for the `manifest.json` that delivery puts beside it on the server.
+        """
+        more = {"manifest": dict(manifest)} if manifest else {}
+        line = line_of("checkpoint", path=relative(path, self.folder), sha256=sha256, slot=slot, **more)
+        with self._lock:
+            self.begin()
+            self._write([line, *self._held[: self._covered]])
+            del self._held[: self._covered]
+            self._covered = 0
+            self.sync()
+
+    # The end, and what runs beside
+
+    def child(self, folder: Path) -> None:
+        """A nested run's folder, whose journal the same delivery follows. Written at once, also while holding."""
+        folder = folder.absolute()
+        inside = folder.is_relative_to(self.folder)
+        with self._lock:
+            self.begin()
+            self._write([line_of("child", folder=str(folder.relative_to(self.folder) if inside else folder))])
+
+    def end(self, status: str, outcome: str, exit_code: int, message: str | None = None) -> None:
+        """The last entry: held entries and the end in one write, synced; then the journal is closed.
+
+        Raises:
+            ValueError: an unknown status (FINISHED, FAILED, KILLED) or outcome.
+        """
+        check_end(status, outcome)
+        with self._lock:
+            self.begin()
+            self._flush(line_of("end", status=status, outcome=outcome, exit_code=exit_code, message=message))
+            self.sync()
+            self.close()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a file."""
+        return self._pending is None
+
+    def close(self) -> None:
+        """Give the run back without an end: a reader takes it for killed. Held entries are lost."""
+        with self._lock:
+            lock = self.hand_over()
+            if lock is not None:
+                release(lock)
+
+    def hand_over(self) -> int | None:
+        """Close the journal, and give away the lock for `reopen` or `restore`, so that nobody slips in between."""
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            lock, self._folder_lock = self._folder_lock, None
+            return lock
+
+    def _resume(self) -> None:
+        self._write([self._mark()])
+        self.sync()
+
+    @staticmethod
+    def _mark() -> str:
+        # The generation tells a reader whether a byte offset it remembers still belongs to this text.
+        return line_of("resume", generation=uuid.uuid4().hex)
+
+    def _add(self, kind: str, **values: Any) -> None:
+        line = line_of(kind, **values)
+        with self._lock:
+            if self._holding and self._folder_lock is not None:
+                self._held.append(line)
+            else:
+                self._write([line])
+
+    def _flush(self, *after: str) -> None:
+        self._write([*self._held, *after])
+        self._held.clear()
+        self._covered = 0
+
+    def _write(self, lines: Sequence[str]) -> None:
+        if self._folder_lock is None:
+            raise ValueError(f"the journal in {self.folder} is closed")
+        if self._pending is not None:
+            self._pending += lines
+            return
+        data = "".join(line + "\n" for line in lines).encode()
+        done = 0
+        with explained(self.folder / FILE):
+            try:
+                while done < len(data):
+                    done += os.write(self._fd, data[done:])
+            except OSError:  # a disk that has become full has taken a part of a line
+                torn = done - (data.rfind(b"\n", 0, done) + 1)
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, os.fstat(self._fd).st_size - torn)
+                raise
+
+
+def _user() -> str:
+    with contextlib.suppress(KeyError, OSError, ImportError):
+        import getpass
+
+        return getpass.getuser()
+    return ""

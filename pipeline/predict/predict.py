@@ -1,0 +1,238 @@
+"""Predictions for a folder of pictures, with a logged student: its ONNX file, and the preprocessing of the server."""
+
+import csv
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import escape
+from pipeline.compose.groups import STUDENTS
+from pipeline.config.places import is_uri
+from pipeline.errors import UserError
+from pipeline.paths import user_path
+from pipeline.served import bundle
+from pipeline.served.picture_files import SUFFIXES, find, told
+from pipeline.served.pictures import Refused
+from pipeline.served.student_pyfunc import BATCH, Classifier
+
+if TYPE_CHECKING:
+    import pandas
+
+    from pipeline.runs.run import Run
+
+logger = logging.getLogger("asib")
+TABLES = (".csv", ".parquet")
+TOP = 5
+SHOWN = 10
+"""So many skipped files are named in the log; skipped.csv has all."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line; `files` lie under `images`, sorted, and so do those `ignored`; `to` None: the table stays in
+    the run's folder.
+    """
+
+    model: str
+    images: Path
+    files: tuple[Path, ...]
+    to: Path | None
+    ignored: tuple[str, ...] = ()
+
+    def words(self) -> str:
+        """What DRY_RUN=1 shows."""
+        return f"classify {len(self.files)} pictures in {self.images} with {self.model}"
+
+
+def understand(own: Mapping[str, str]) -> Asked:
+    """The step's own keys. Raises UserError: one is missing, or names what cannot be."""
+    model, images, to = own.get("model", ""), own.get("images", ""), own.get("to", "")
+    if not model:
+        raise UserError("model is not set: give model=models:/<name>@<alias>, runs:/<id>, or a logged model's folder")
+    if not images:
+        raise UserError("images is not set: give images=<folder> with picture files")
+    folder = user_path(images, "images")
+    if not folder.is_dir():
+        raise UserError(f"images={images}: no such folder; give a folder with picture files")
+    try:
+        found, ignored = find(folder)
+    except OSError as error:
+        raise UserError(f"images={images}: {error.filename}: {error.strerror}; give another folder") from error
+    if not found:
+        raise UserError(f"images={images}: no {', '.join(SUFFIXES)} file in it, at any depth; give another folder")
+    if not is_uri(model):
+        _model_folder(model)
+    return Asked(model, folder, tuple(sorted(map(Path, found))), _target(to) if to else None, tuple(ignored))
+
+
+def _model_folder(given: str) -> Path:
+    folder = user_path(given, "model")
+    if not folder.is_dir():
+        raise UserError(f"model={given}: no such folder; give {STUDENTS}")
+    return folder
+
+
+def _target(to: str) -> Path:
+    path = user_path(to, "to")
+    if path.suffix.lower() not in TABLES or path.is_dir():
+        raise UserError(f"to={to}: give a file that ends with {' or '.join(TABLES)}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"to={to}: cannot write in {path.parent}; give a file in a folder that is there")
+    return path
+
+
+# the job -------------------------------------------------------------------------------------------------------------
+
+
+def predict(run: "Run", asked: Asked) -> float | None:
+    """Write the table, log it, and link the model; pictures that cannot be read are listed and left out.
+
+    Raises:
+        UserError: no such model, a model that is no student, no picture that can be read.
+    """
+    if run.follower:
+        return None  # one process is enough
+    model = bundle.read(locate(asked.model, run.fetch, run.folder / "fetched"), f"model={asked.model}")
+    classifier = bundle.load(model, f"model={asked.model}")
+    run.ready()
+    if asked.ignored:
+        logger.info("images=%s: %s", asked.images, told(asked.ignored, asked.images))
+    if model.run_id:
+        run.journal.model_input(model.run_id)
+    tags = {"asib.model": model.version or asked.model, "asib.student": model.run_id, "asib.model_id": model.model_id}
+    run.journal.tags({key: value for key, value in tags.items() if value})
+    started = time.perf_counter()
+    skipped: dict[str, str] = {}
+    digest = hashlib.sha256()
+    parts = []
+    for names, images in _read(asked, classifier, digest, skipped):
+        parts.append(table(names, classifier.probabilities(images), classifier.classes))
+    seconds = time.perf_counter() - started
+    reasons = _tell(run, asked, skipped)
+    if not parts:
+        raise UserError(f"images={asked.images}: none of its {len(asked.files)} pictures can be read; see {reasons}")
+    written = _write(run, asked, parts)
+    count = sum(len(part) for part in parts)
+    profile = {"images": count, "skipped": len(skipped)}
+    source = str(asked.images.absolute())
+    run.journal.dataset(asked.images.absolute().name, digest.hexdigest(), "prediction", source, profile=profile)
+    run.journal.hold()
+    speed = {"predict/images_per_second": count / seconds}
+    run.journal.metrics({f"predict/{name}": float(n) for name, n in profile.items()} | speed, 0)
+    print(f"{count} pictures classified, {len(skipped)} skipped: {written}", flush=True)
+    if skipped:
+        print(f"{len(skipped)} pictures that cannot be read, with reasons: {reasons}", flush=True)
+    return None
+
+
+def _read(
+    asked: Asked, classifier: Classifier, digest: "hashlib._Hash", skipped: dict[str, str]
+) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
+    """Names and images (n, size, size, channels) by batches; fills `digest` and `skipped` (name -> reason)."""
+
+    def read(path: Path) -> tuple[bytes, NDArray[np.uint8] | str]:
+        try:
+            file = path.read_bytes()
+            return hashlib.sha256(file).digest(), classifier.picture(file)
+        except (Refused, OSError) as error:
+            return b"", str(error)
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(asked.files), BATCH):
+            names, images = [], []
+            files = asked.files[start : start + BATCH]
+            for path, (content, image) in zip(files, pool.map(read, files), strict=True):
+                name = path.relative_to(asked.images).as_posix()
+                if isinstance(image, str):
+                    skipped[name] = image
+                else:
+                    digest.update(name.encode() + b"\0" + content)
+                    names.append(name)
+                    images.append(image)
+            if images:
+                yield names, np.stack(images)
+
+
+def table(names: Sequence[str], probabilities: NDArray[np.float32], classes: Sequence[str]) -> "pandas.DataFrame":
+    """file, class, probability, then class_2, probability_2 and so on up to 5, as far as there are classes.
+
+    Args:
+        probabilities: (n, N), for n names and N classes.
+    """
+    import pandas
+
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
+    columns: dict[str, Any] = {"file": list(names)}
+    for rank in range(order.shape[1]):
+        suffix = f"_{rank + 1}" if rank else ""
+        columns[f"class{suffix}"] = [classes[k] for k in order[:, rank]]
+        columns[f"probability{suffix}"] = np.take_along_axis(probabilities, order[:, rank : rank + 1], axis=1)[:, 0]
+    return pandas.DataFrame(columns)
+
+
+def _write(run: "Run", asked: Asked, parts: Sequence["pandas.DataFrame"]) -> Path:
+    """The table in the run's folder, as an artifact, and where it was asked for; that path."""
+    import pandas
+
+    everything = pandas.concat(parts, ignore_index=True)
+    path = run.folder / f"predictions{asked.to.suffix.lower() if asked.to else '.csv'}"
+    if path.suffix == ".parquet":
+        everything.to_parquet(path, index=False)
+    else:
+        escape.table(everything).to_csv(path, index=False, float_format="%.6f")
+    run.journal.artifact(path)
+    if asked.to is None:
+        return path
+    try:
+        shutil.copyfile(path, asked.to)
+    except OSError as error:
+        raise UserError(f"to={asked.to}: cannot be written ({error.strerror}); the table is in {path}") from error
+    return asked.to
+
+
+def _tell(run: "Run", asked: Asked, skipped: Mapping[str, str]) -> Path:
+    """Warn of files left out, and list all of them in `skipped.csv`, which is made where there are some; its path."""
+    path = run.folder / "skipped.csv"
+    if not skipped:
+        return path
+    for name, reason in list(skipped.items())[:SHOWN]:
+        logger.warning("skipped: %s: %s", asked.images / name, reason)
+    if len(skipped) > SHOWN:
+        logger.warning("skipped: %d more, all of them in skipped.csv", len(skipped) - SHOWN)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file", "reason"), *map(escape.cells, skipped.items())])
+    run.journal.artifact(path)
+    return path
+
+
+# the model -----------------------------------------------------------------------------------------------------------
+
+
+def locate(source: str, fetch: Callable[[str, Path], Path], to: Path) -> Path:
+    """The folder of the logged student that `model=` names; `fetch` brings what lies on a server into the folder `to`.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if source.startswith(("models:/", "runs:/")):
+        uri = source.rstrip("/")
+        if source.startswith("runs:/") and "/" not in uri.removeprefix("runs:/"):
+            uri += "/student"
+        try:
+            return fetch(uri, to)
+        except UserError as error:
+            raise UserError(f"model={source}: {str(error).removeprefix(uri).lstrip(': ')}") from error
+    return _model_folder(source)
+
+
+__all__ = ["Asked", "predict", "understand"]

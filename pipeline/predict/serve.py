@@ -1,0 +1,211 @@
+"""A student over HTTP without its version's code: the answers of `mlflow models serve`, by this project's own.
+
+`/ping`, `/health`, `/version` and `/invocations` as MLflow 3 has them for a student. What is too large, too deep or too
+slow is refused here; `Limits` says when.
+"""
+
+import asyncio
+import functools
+import importlib.metadata
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from pipeline.errors import UserError
+from pipeline.served.pictures import Refused
+from pipeline.served.student_pyfunc import Classifier, answers
+
+CONNECTIONS = 256
+"""At once; further ones are answered with 503."""
+LINGER_S, LINGER_BYTES = 1.0, 64 << 20
+"""How long a refused body is still taken, so that its sender reads the refusal and not a broken connection."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`body`: bytes of a request. `idle`: seconds without a byte of a request; `request`: seconds for all of it."""
+
+    body: int = 32 << 20
+    idle: float = 10.0
+    request: float = 60.0
+
+
+class Refusal(Response):
+    """As MLflow 3.17 writes it, byte for byte. `last`: nothing more is read of this connection's requests."""
+
+    def __init__(self, message: str, status: int = 400, code: str = "INVALID_PARAMETER_VALUE", last: bool = False):
+        said = {"error_code": code, "message": message}
+        if code == "INVALID_PARAMETER_VALUE":
+            said |= {"sqlstate": "KAM00", "error_class": code}
+        headers = {"connection": "close"} if last else None
+        super().__init__(json.dumps(said), status, headers, "application/json")
+        self._last = last
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._last:
+            await super().__call__(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                left = LINGER_BYTES
+                while left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body"):
+                        break
+        await send({"type": "http.response.body", "body": b""})
+
+
+def application(classifier: Classifier, limits: Limits) -> Starlette:
+    """The server for a network that is loaded."""
+    places = asyncio.Semaphore(max(1, os.cpu_count() or 1))
+
+    async def ping(request: Request) -> Response:
+        return Response("\n", media_type="application/json")
+
+    async def version(request: Request) -> Response:
+        return Response(importlib.metadata.version("mlflow"), media_type="application/json")
+
+    async def invocations(request: Request) -> Response:
+        refused = _content_type(request.headers)
+        if refused is not None:
+            return refused
+        try:
+            async with asyncio.timeout(limits.request):
+                body = await _body(request, limits)
+                if isinstance(body, Response):
+                    return body
+                async with places:
+                    text = await asyncio.to_thread(answer, classifier, body)
+        except Refused as error:
+            return Refusal(str(error))
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
+        except TimeoutError:
+            return Refusal(f"more than {limits.request:g} s", 504, "TEMPORARILY_UNAVAILABLE", last=True)
+        return Response(text, media_type="application/json")
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+
+    routes = [
+        Route("/ping", ping),
+        Route("/health", ping),
+        Route("/version", version),
+        Route("/invocations", invocations, methods=["POST"]),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+
+
+def _content_type(headers: Mapping[str, str]) -> Response | None:
+    given = headers.get("content-type")
+    if given is None:
+        return Refusal("no Content-Type: send application/json", last=True)
+    kind, *parameters = (part.strip() for part in given.split(";"))
+    charset = [value.strip("\"'").lower() for name, _, value in (p.partition("=") for p in parameters) if name]
+    if kind.lower() != "application/json" or any(value != "utf-8" for value in charset):
+        return Refusal(f"Content-Type {given!r:.100}: send application/json in UTF-8", 415, "BAD_REQUEST", last=True)
+    return None
+
+
+async def _body(request: Request, limits: Limits) -> bytes | Response:
+    """A request's body, or what refuses it."""
+    large = f"more than {limits.body} bytes"
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limits.body:
+        return Refusal(large, 413, "BAD_REQUEST", last=True)
+    parts: list[bytes] = []
+    size, stream = 0, request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(limits.idle):
+                part = await _next(stream)
+        except TimeoutError:
+            return Refusal(f"nothing was sent for {limits.idle:g} s", 408, "BAD_REQUEST", last=True)
+        if part is None:
+            return b"".join(parts)
+        parts.append(part)
+        size += len(part)
+        if size > limits.body:
+            return Refusal(large, 413, "BAD_REQUEST", last=True)
+
+
+async def _next(stream: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(stream, None)
+
+
+def answer(classifier: Classifier, body: bytes) -> str:
+    """A request's JSON as that of its answer. Raises Refused."""
+    try:
+        asked = json.loads(body)
+    except RecursionError as error:
+        raise Refused("the JSON is nested too deeply") from error
+    except ValueError as error:  # also what is no UTF-8, and numbers of thousands of digits
+        raise Refused(f"no valid JSON: {error!s:.100}") from error
+    if not isinstance(asked, dict) or not isinstance(asked.get("inputs"), list):
+        raise Refused('send a JSON object whose key "inputs" is a list of images')
+    return json.dumps({"predictions": answers(classifier, asked["inputs"])})
+
+
+# the server ----------------------------------------------------------------------------------------------------------
+
+
+class Patient(H11Protocol):
+    """A connection that is closed when no whole header has come within `idle` seconds, which uvicorn waits for."""
+
+    def __init__(self, idle: float, **values: Any) -> None:
+        super().__init__(**values)
+        self._idle = idle
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(self._idle, lambda: None if self.cycle is not None else transport.close())
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket to serve on; port 0: a free one. Raises UserError: the address is taken, or not this machine's."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UserError(f"host={host} port={port}: cannot listen there ({error}); give others") from error
+
+
+def server(app: Starlette, limits: Limits) -> uvicorn.Server:
+    """To be run with `run(sockets=[…])`."""
+    protocol: Any = functools.partial(Patient, limits.idle)
+    config = uvicorn.Config(
+        app,
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        limit_concurrency=CONNECTIONS,
+        log_level="warning",
+    )
+    return uvicorn.Server(config)
+
+
+def load(source: str, fetch: Callable[[str, Path], Path], to: Path) -> tuple[Classifier, str]:
+    """The network that `model=` names, checked as `bundle` says, and the version it is of. Raises UserError."""
+    from pipeline.predict.predict import locate
+    from pipeline.served import bundle
+
+    student = bundle.read(locate(source, fetch, to), f"model={source}")
+    return bundle.load(student, f"model={source}"), student.version or source

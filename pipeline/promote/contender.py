@@ -1,0 +1,197 @@
+"""A version as it is judged: its weights fetched from the registry, run over the test images, and timed."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models import zoo
+from models.features import FeatureNet
+from models.weights import read_metadata
+from pipeline.config import Config
+from pipeline.data.batches import EvalBatches
+from pipeline.data.sources import ImageData
+from pipeline.distill import networks
+from pipeline.errors import UserError
+from pipeline.evaluate import speed
+from pipeline.evaluate.measures import evaluate_model
+from pipeline.promote.gate import Measured
+from pipeline.promote.registered_model import DIGEST, Registry, Version
+from pipeline.served import bundle
+from pipeline.served.student_pyfunc import BATCH, Classifier
+from pipeline.training.evaluation import outputs
+
+logger = logging.getLogger("asib")
+TOLERANCE = 1e-4
+"""How far a probability that is served may be from that of the weights."""
+LATENCY = "speed/latency_ms_1"
+ROUNDS = 2
+"""How often each network is timed, in turns: what slows this machine down for a while slows all of them."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A version with what is served of it, and the network of its weights.
+
+    Attributes:
+        meta: `meta.json` of the logged model.
+        manifest: of its files, where there was none to compare them with; else "".
+    """
+
+    version: Version
+    served: Classifier
+    net: FeatureNet
+    meta: dict[str, Any]
+    manifest: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """`metrics`: everything that was measured, by the names of evaluations (`test/acc`, `speed/latency_ms_1`, …)."""
+
+    measured: Measured
+    metrics: dict[str, float]
+
+
+def same_images(name: str, version: Version, data: ImageData, config: Config) -> None:
+    """Refuse a version that was trained on other data than what it would be judged on. UserError says where to look."""
+    found = version.tags.get(DIGEST)
+    if found == data.digest:
+        return
+    if found is None:
+        raise UserError(
+            f"version {version.number} of {name} has no tag {DIGEST}: it cannot be known which images it has seen; "
+            f"set the tag to the data's digest ({data.digest[:12]}… for dataset.name={config.dataset.name})"
+        )
+    cfg = f"cfg=runs:/{version.run_id}/config.yaml" if version.run_id else "the cfg that it was trained with"
+    raise UserError(
+        f"dataset.name={config.dataset.name} has digest {data.digest[:12]}, and version {version.number} of {name} is "
+        f"of data {found[:12]}: versions are compared on the same images; give {cfg}"
+    )
+
+
+def fetch(registry: Registry, version: Version, data: ImageData, config: Config, to: Path) -> Contender:
+    """Bring a version here, check it, load what is served, and build its network; the downloaded files are not kept.
+
+    Raises:
+        UserError: files that were not registered, code that is not this project's, files that are not those of a
+            student, other classes or images than `data` has.
+    """
+    where = f"version {version.number} of {registry.name}"
+    folder = registry.fetch(version.number, to)
+    try:
+        student = bundle.read(folder, where)
+        bundle.check_servable(student, where)
+        meta = bundle.describe(student, where)
+        _check(where, meta, data)
+        served, net = bundle.load(student, where), _network(where, student.weights, meta, data, config)
+        return Contender(version, served, net, meta, "" if student.bound else bundle.manifest(folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check(where: str, meta: dict[str, Any], data: ImageData) -> None:
+    if list(meta["classes"]) != list(data.classes):
+        raise UserError(
+            f"{where} knows other classes ({', '.join(meta['classes'][:3])}, …) than the data "
+            f"({', '.join(data.classes[:3])}, …)"
+        )
+    for key in ("image_size", "in_chans"):
+        if meta[key] != getattr(data, key):
+            raise UserError(f"{where} takes images of {key}={meta[key]}, and the data has {getattr(data, key)}")
+    if meta.get("crop_pct") != data.crop_pct:
+        raise UserError(f"{where} is served with crop_pct={meta.get('crop_pct')}, and the data has {data.crop_pct}")
+
+
+def _network(where: str, weights: Path, meta: dict[str, Any], data: ImageData, config: Config) -> FeatureNet:
+    with networks.user_error(where):
+        record = read_metadata(weights)
+        net = zoo.create_model(
+            str(meta["architecture"]),
+            data.num_classes,
+            small_input=record.get("small_input"),
+            image_size=data.image_size,
+            in_chans=data.in_chans,
+        )
+    networks.load(net, weights, where, networks.prepared_as(data, meta))
+    memory = torch.channels_last if config.optim.use_channels_last else torch.contiguous_format
+    return net.to(networks.device_of(config)).to(memory_format=memory)
+
+
+def judge(contenders: list[Contender], data: ImageData, config: Config) -> list[Judged]:
+    """Run every contender over the test split, and time them in turns."""
+    batches = [_batches(one, data, config) for one in contenders]
+    times: list[list[float]] = [[] for _ in contenders]
+    metrics: list[dict[str, float]] = [{} for _ in contenders]
+    correct = []
+    for k, (one, images) in enumerate(zip(contenders, batches, strict=True)):
+        logger.info("evaluating version %s (%s)", one.version.number, one.net.architecture)
+        answers = served(one, images)
+        found = evaluate_model(data, answers, images.labels, "test")
+        metrics[k] |= found.metrics | speed.size(one.net, _image(images))
+        correct.append(found.correct)
+    for _ in range(ROUNDS):
+        for k, (one, images) in enumerate(zip(contenders, batches, strict=True)):
+            timed = speed.latency(one.net, _image(images))
+            times[k].append(timed.get(LATENCY, np.nan))
+            metrics[k] |= timed
+    for k, latencies in enumerate(times):
+        metrics[k][LATENCY] = min(latencies)
+    return [
+        Judged(Measured(c, m["test/ece"], m[LATENCY], int(m["parameters/total"])), m)
+        for c, m in zip(correct, metrics, strict=True)
+    ]
+
+
+def served(one: Contender, images: EvalBatches) -> torch.Tensor:
+    """What a server answers to images: log-probabilities (n, N), on the CPU.
+
+    Raises:
+        UserError: the weights say otherwise, by more than `TOLERANCE`.
+    """
+    uint8 = (images.images[i : i + BATCH] for i in range(0, len(images.labels), BATCH))
+    answers = torch.cat(
+        [torch.from_numpy(one.served.probabilities(x.permute(0, 2, 3, 1).contiguous().cpu().numpy())) for x in uint8]
+    )
+    # TF32, which cuDNN takes by default, has three digits
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        expected = torch.softmax(outputs(one.net, images, f"version {one.version.number}").logits, dim=1).cpu()
+    difference = (answers - expected).abs().max(dim=1).values
+    wrong = ~(difference <= TOLERANCE)  # where either is NaN, too
+    if bool(wrong.any()):
+        raise UserError(
+            f"version {one.version.number}: what is served of it (ONNX) differs from its weights on "
+            f"{int(wrong.sum())} of {len(wrong)} test images, by up to {float(difference.max()):.3g}; not promoted: "
+            "register the student again"
+        )
+    return answers.clamp_min(torch.finfo(answers.dtype).tiny).log()
+
+
+def bind(registry: Registry, contenders: list[Contender]) -> None:
+    """Versions that were registered before there were manifests get theirs, now that they have been judged."""
+    for one in contenders:
+        if one.manifest:
+            registry.bind(one.version.number, one.manifest)
+            logger.info("version %s has the manifest of its files now (tag %s)", one.version.number, bundle.TAG)
+
+
+def _batches(one: Contender, data: ImageData, config: Config) -> EvalBatches:
+    return EvalBatches(
+        data.test_x,
+        data.test_y,
+        None,
+        config.dataset.eval_batch_size,
+        mean=one.meta["mean"],
+        std=one.meta["std"],
+        device=networks.device_of(config),
+        channels_last=config.optim.use_channels_last,
+    )
+
+
+def _image(images: EvalBatches) -> torch.Tensor:
+    """One normalised image (1, C, H, W)."""
+    return images.normalize(images.images[:1].to(images.device))

@@ -1,0 +1,196 @@
+"""What follows from a verdict: the tags that keep a decision with its versions, and the moves of the aliases. Pure.
+
+Past champions form a stack. A promotion puts the champion that goes on it, a rollback takes the top one off: so two
+rollbacks in a row go two champions back, and the second never brings back what the first has just taken away.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.promote.gate import Verdict
+from pipeline.promote.registered_model import CHAMPION, MOST_PAST, PREVIOUS, RETIRED, ROLLED_BACK, Overview, Version
+
+HISTORY = "asib.history"
+"""Tag of a version: what has happened to it, a line each, the latest last. What it had no room for any more is in
+`asib.history.1`, the oldest lines, `asib.history.2`, …"""
+HISTORY_LENGTH = 4500
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """Who decides what, when and why. `at`: UTC, such as 2025-11-20T08:41:00Z."""
+
+    run_id: str
+    user: str
+    at: str
+    reason: str = ""
+
+    def words(self) -> str:
+        return f"by {self.user or 'somebody'}, run {self.run_id}" + (f": {self.reason}" if self.reason else "")
+
+
+def champions(overview: Overview) -> list[str]:
+    """Versions that were champion before the present one, the latest last."""
+    kept, previous = overview.past, overview.aliases.get(PREVIOUS)
+    stands_for_none = previous == overview.aliases.get(CHAMPION)  # who may not delete an alias leaves it there
+    if previous is not None and not stands_for_none and kept[-1:] != [previous]:  # moved by hand: it counts
+        kept.append(previous)
+    return kept
+
+
+# decisions -----------------------------------------------------------------------------------------------------------
+
+
+def verdict_tags(
+    verdict: Verdict, champion: Version | None, gate: str, why: Occasion, reason: str, looks: str = ""
+) -> dict[str, str]:
+    """What a version is tagged with when it was judged.
+
+    Args:
+        gate: its name, and what was changed of it.
+        reason: of the verdict, in words.
+        looks: how often the test images were looked at, in words.
+    """
+    tags = {
+        "asib.verdict": "promoted" if verdict.passed else "refused",
+        "asib.verdict_reason": reason,
+        "asib.decided_at": why.at,
+        "asib.decided_by": why.user,
+        "asib.decided_in": why.run_id,
+        "asib.reason": why.reason or "none given",
+        "asib.gate": gate,
+        "asib.look": looks,
+        "asib.against": "no champion" if champion is None else f"version {champion.number}",
+        "asib.against_run": "" if champion is None else champion.run_id,
+    }
+    tags |= {name.replace("promotion/", "asib.promotion_"): f"{v:.6g}" for name, v in verdict.numbers.items()}
+    return {key: value for key, value in tags.items() if value}
+
+
+def history(version: Version, why: Occasion, line: str) -> dict[str, str]:
+    """The tags that add a line to a version's history; all lines that came before stay in them."""
+    last, new = version.tags.get(HISTORY, ""), f"{why.at} {line} {why.words()}"[:HISTORY_LENGTH]
+    text = f"{last}\n{new}" if last else new
+    if len(text) <= HISTORY_LENGTH:
+        return {HISTORY: text}
+    full = _pages(version)
+    if full and version.tags[full[-1]] == last:  # a decision that broke off here has turned the page
+        return {HISTORY: new}
+    return {f"{HISTORY}.{len(full) + 1}": last, HISTORY: new}
+
+
+def history_lines(version: Version) -> list[str]:
+    """Everything that has happened to a version, the latest last."""
+    return [line for tag in (*_pages(version), HISTORY) for line in version.tags.get(tag, "").splitlines()]
+
+
+def _pages(version: Version) -> list[str]:
+    """Names of the tags with what the history had no room for any more, the oldest first."""
+    tags, count = [], 1
+    while f"{HISTORY}.{count}" in version.tags:
+        tags.append(f"{HISTORY}.{count}")
+        count += 1
+    return tags
+
+
+def promotion(
+    now: Overview, challenger: Version, champion: Version | None, tags: Mapping[str, str], why: Occasion
+) -> dict[str, Any]:
+    """The move that makes the challenger champion and the champion previous."""
+    past = champions(now)
+    older = [] if champion is None else [champion.number]
+    after = {CHAMPION: challenger.number, PREVIOUS: champion.number if champion else now.aliases.get(PREVIOUS)}
+    over = f"over version {champion.number}" if champion else "as the first champion"
+    line = f"promoted {over}, {_gate(tags)}"
+    marks = {challenger.number: {**tags, **history(challenger, why, line)}}
+    if challenger.tags.get(ROLLED_BACK):
+        marks[challenger.number][ROLLED_BACK] = ""  # it is no longer
+    if champion is not None:
+        marks[champion.number] = history(champion, why, f"replaced as champion by version {challenger.number}")
+    what = f"version {challenger.number} promoted"
+    return _move(now, after, [*past, *older], marks, challenger.number, what, why)
+
+
+def refusal(now: Overview, challenger: Version, tags: Mapping[str, str], why: Occasion) -> dict[str, Any]:
+    """The move that keeps a refusal with the challenger; no alias moves."""
+    line = f"refused against {tags['asib.against']}, {_gate(tags)} ({tags['asib.verdict_reason']})"
+    marks = {challenger.number: {**tags, **history(challenger, why, line)}}
+    return _stay(now, marks, challenger.number, f"version {challenger.number} refused", why)
+
+
+def _gate(tags: Mapping[str, str]) -> str:
+    return f"gate {tags['asib.gate']}"
+
+
+def rollback(now: Overview, versions: Mapping[str, Version], why: Occasion) -> dict[str, Any]:
+    """The move that makes the previous champion champion again.
+
+    Args:
+        versions: of the champion and of all past ones.
+
+    Raises:
+        UserError: there is no champion, or none before it that is not retired.
+    """
+    bad = now.aliases.get(CHAMPION)
+    if bad is None and not champions(now):
+        raise UserError("rollback=true: there is no champion to roll back")
+    left = [number for number in champions(now) if number != bad and RETIRED not in versions[number].tags]
+    if not left:
+        before = f"no version was champion before version {bad}" if bad else "no champion is left"
+        raise UserError(f"rollback=true: {before}, or all are retired; promote another with version=<n>")
+    good, past = left[-1], left[:-1]
+    after = {CHAMPION: good, PREVIOUS: past[-1] if past else None}
+    if bad is None:  # its version was deleted, and the alias with it
+        what = f"version {good} is champion again: the champion was gone"
+        marks = {good: history(versions[good], why, "champion again: the one after it was gone")}
+        return _move(now, after, past, marks, good, what, why)
+    marks = {
+        good: history(versions[good], why, f"champion again in place of version {bad}"),
+        bad: {
+            **history(versions[bad], why, f"rolled back to version {good}"),
+            ROLLED_BACK: f"{why.at} {why.words()}",
+        },
+    }
+    return _move(now, after, past, marks, bad, f"version {bad} rolled back to version {good}", why)
+
+
+def _move(
+    now: Overview,
+    after: Mapping[str, str | None],
+    past: Iterable[str],
+    tags: Mapping[str, Mapping[str, str]],
+    about: str,
+    what: str,
+    why: Occasion,
+) -> dict[str, Any]:
+    """As tracking/moves.py takes it."""
+    return {
+        "before": _ours(now),
+        "after": dict(after),
+        "past": list(past)[-MOST_PAST:],
+        "tags": {number: dict(values) for number, values in tags.items()},
+        "version": about,
+        "run": why.run_id,
+        "why": what,
+    }
+
+
+def _stay(now: Overview, tags: Mapping[str, Mapping[str, str]], about: str, what: str, why: Occasion) -> dict[str, Any]:
+    """A move that sets tags alone: so that these, too, are set all or none."""
+    return _move(now, _ours(now), now.past, tags, about, what, why)
+
+
+def _ours(now: Overview) -> dict[str, str | None]:
+    return {alias: now.aliases.get(alias) for alias in (CHAMPION, PREVIOUS)}
+
+
+def retirement(version: Version, now: Overview, why: Occasion) -> dict[str, Any]:
+    """The move that retires a version; no alias moves. Raises UserError: it is the champion."""
+    if now.aliases.get(CHAMPION) == version.number:
+        raise UserError(
+            f"retire={version.number}: it is the champion; promote another or roll back first, then retire it"
+        )
+    tags = {RETIRED: f"{why.at} {why.words()}", **history(version, why, "retired")}
+    return _stay(now, {version.number: tags}, version.number, f"version {version.number} retired", why)

@@ -1,0 +1,276 @@
+"""The gate of a promotion: what is measured of two students on the same images, criterion by criterion. Pure functions.
+
+Everything here is arithmetic on what was measured; nothing is loaded, logged or moved.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from pipeline.promote import spending
+from pipeline.promote.criteria import Gate
+
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+ROUNDING = 1e-9
+"""Percentages of counts are compared with limits written in decimals."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A student on the test split.
+
+    Attributes:
+        correct: (n,) whether each image was classified correctly.
+        ece: expected calibration error, from 0 to 1.
+        latency_ms: of one image.
+        parameters: numbers in the network.
+    """
+
+    correct: Bools
+    ece: float
+    latency_ms: float
+    parameters: int
+
+    @property
+    def acc(self) -> float:
+        """Top-1 in percent."""
+        return 100.0 * float(self.correct.mean())
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One line of the verdict. `value` and `limit` are in `unit`; `at_least`: the value must not lie below the limit,
+    else not above it. `note` says what the numbers alone do not.
+    """
+
+    name: str
+    value: float
+    limit: float
+    passed: bool
+    at_least: bool
+    unit: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All criteria that were asked for, and the numbers behind them (metric name -> value)."""
+
+    criteria: tuple[Criterion, ...]
+    numbers: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        return all(criterion.passed for criterion in self.criteria)
+
+    @property
+    def failed(self) -> tuple[Criterion, ...]:
+        return tuple(criterion for criterion in self.criteria if not criterion.passed)
+
+
+# statistics of pairs -------------------------------------------------------------------------------------------------
+
+
+class Pairs(NamedTuple):
+    """How n images fall: both students right, one alone, or none."""
+
+    both: int
+    challenger_only: int
+    champion_only: int
+    neither: int
+
+    @property
+    def images(self) -> int:
+        return sum(self)
+
+    @property
+    def improvement(self) -> float:
+        """Points of top-1 that the challenger is above the champion."""
+        return 100.0 * (self.challenger_only - self.champion_only) / self.images
+
+
+class Interval(NamedTuple):
+    """Points."""
+
+    low: float
+    high: float
+
+
+def pairs(challenger: Bools, champion: Bools) -> Pairs:
+    """Count the images (n,) by who classified them correctly.
+
+    Raises:
+        ValueError: there are no images, or not the same for both.
+    """
+    if challenger.shape != champion.shape or challenger.size == 0:
+        raise ValueError(f"the same images for both, and at least one: got {challenger.shape} and {champion.shape}")
+    return Pairs(
+        int((challenger & champion).sum()),
+        int((challenger & ~champion).sum()),
+        int((~challenger & champion).sum()),
+        int((~challenger & ~champion).sum()),
+    )
+
+
+def mcnemar(found: Pairs) -> float:
+    """p of the exact two-sided McNemar test: were the images on which the two differ a fair coin?
+
+    Under the null hypothesis the number that the challenger alone has right is binomial with 1/2 among those that
+    exactly one has right (McNemar 1947, with the exact distribution instead of chi-squared). 1 where they never differ.
+    """
+    differing = found.challenger_only + found.champion_only
+    return 1.0 if differing == 0 else float(binomtest(found.challenger_only, differing, 0.5).pvalue)
+
+
+def bootstrap(found: Pairs, replicates: int, seed: int = 0) -> Floats:
+    """Bootstrap replicates (replicates,) of the improvement in points: images drawn with replacement, as pairs.
+
+    An image contributes +1, -1 or 0, so that drawing n images is one draw of a multinomial over these three.
+    """
+    n = found.images
+    shares = [found.challenger_only / n, found.champion_only / n, (found.both + found.neither) / n]
+    drawn = np.random.default_rng(seed).multinomial(n, shares, size=replicates)
+    return np.asarray(100.0 * (drawn[:, 0] - drawn[:, 1]) / n)
+
+
+def interval(replicates: Floats, level: float) -> Interval:
+    """Percentile interval of bootstrap replicates."""
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+def class_accuracies(correct: Bools, labels: Ints, classes: int) -> Floats:
+    """Top-1 of each class in percent (classes,); NaN for classes without images."""
+    seen = np.bincount(labels, minlength=classes).astype(np.float64)
+    right = np.bincount(labels[correct], minlength=classes).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(100.0 * right / seen)
+
+
+# the verdict ---------------------------------------------------------------------------------------------------------
+
+
+def judge(
+    gate: Gate,
+    labels: Ints,
+    classes: tuple[str, ...],
+    challenger: Measured,
+    champion: Measured | None,
+    look: int = 1,
+) -> Verdict:
+    """Whether the gate lets the challenger pass: against the champion, or alone where there is none.
+
+    Args:
+        labels: (n,) of the images on which both were measured.
+        look: how many pairs were compared on these images, with this one.
+
+    Raises:
+        ValueError: the two were not measured on these images.
+    """
+    if len(labels) != len(challenger.correct):
+        raise ValueError(f"{len(labels)} labels for {len(challenger.correct)} images")
+    numbers = {"promotion/images": float(len(labels))}
+    if champion is None:
+        criteria = [*_first(gate, labels, classes, challenger), *_absolute(gate, challenger)]
+    else:
+        found = pairs(challenger.correct, champion.correct)
+        numbers |= _numbers(gate, found) | {"promotion/look": float(look)}
+        level = _level(gate, look)
+        if level is not None:
+            numbers["promotion/alpha"] = level
+        drops = class_accuracies(champion.correct, labels, len(classes))
+        drops -= class_accuracies(challenger.correct, labels, len(classes))
+        numbers["promotion/worst_class_drop"] = float(np.nanmax(drops))
+        criteria = [
+            *_better(gate, found, level, numbers),
+            *_classes(gate, drops, classes),
+            *_absolute(gate, challenger),
+            *_relative(gate, challenger, champion),
+        ]
+    return Verdict(tuple(criteria), numbers)
+
+
+def _numbers(gate: Gate, found: Pairs) -> dict[str, float]:
+    numbers = {
+        "promotion/improvement": found.improvement,
+        "promotion/p_value": mcnemar(found),
+        "promotion/challenger_only": float(found.challenger_only),
+        "promotion/champion_only": float(found.champion_only),
+    }
+    if gate.interval is not None:
+        low, high = interval(bootstrap(found, gate.replicates), gate.interval)
+        numbers |= {"promotion/interval_low": low, "promotion/interval_high": high}
+    return numbers
+
+
+def _level(gate: Gate, look: int) -> float | None:
+    """What McNemar's p must not exceed."""
+    if gate.alpha is None or not gate.alpha_spending:
+        return gate.alpha
+    return spending.level(gate.alpha, look)
+
+
+def _better(gate: Gate, found: Pairs, level: float | None, numbers: dict[str, float]) -> Iterator[Criterion]:
+    gain = found.improvement
+    ahead = found.challenger_only > found.champion_only
+    note = "" if ahead else "equally good" if gain == 0 else "worse"
+    enough = ahead and gain >= gate.min_improvement - ROUNDING
+    yield Criterion("improvement", gain, gate.min_improvement, enough, True, "points", note)
+    if level is not None:
+        p = numbers["promotion/p_value"]
+        note = f"alone right: challenger {found.challenger_only}, champion {found.champion_only}"
+        yield Criterion("McNemar test", p, level, p <= level, False, "p", note)
+    if gate.interval is not None:
+        low, high = numbers["promotion/interval_low"], numbers["promotion/interval_high"]
+        passed = low >= gate.min_interval_low - ROUNDING
+        note = f"{100 * gate.interval:g} % interval {low:+.2f} to {high:+.2f}"
+        yield Criterion("bootstrap interval", low, gate.min_interval_low, passed, True, "points", note)
+
+
+def _classes(gate: Gate, drops: Floats, classes: tuple[str, ...]) -> Iterator[Criterion]:
+    if gate.max_class_drop is not None:
+        worst = int(np.nanargmax(drops))
+        yield _at_most("drop of a class", float(drops[worst]), gate.max_class_drop, "points", classes[worst])
+
+
+def _first(gate: Gate, labels: Ints, classes: tuple[str, ...], one: Measured) -> Iterator[Criterion]:
+    acc, least = one.acc, gate.first.min_acc
+    yield Criterion("accuracy", acc, least, acc >= least - ROUNDING, True, "%", "there is no champion yet")
+    if gate.first.min_class_acc is not None:
+        found = class_accuracies(one.correct, labels, len(classes))
+        worst, least = int(np.nanargmin(found)), gate.first.min_class_acc
+        value = float(found[worst])
+        yield Criterion("accuracy of a class", value, least, value >= least - ROUNDING, True, "%", classes[worst])
+
+
+def _absolute(gate: Gate, one: Measured) -> Iterator[Criterion]:
+    if gate.max_ece is not None:
+        yield _at_most("calibration error", one.ece, gate.max_ece, "")
+    if gate.max_latency_ms is not None:
+        yield _at_most("latency", one.latency_ms, gate.max_latency_ms, "ms")
+    if gate.max_parameters is not None:
+        yield _at_most("parameters", one.parameters, gate.max_parameters, "")
+
+
+def _relative(gate: Gate, one: Measured, other: Measured) -> Iterator[Criterion]:
+    if gate.max_ece_increase is not None:
+        note = f"{one.ece:.4f} against {other.ece:.4f}"
+        yield _at_most("calibration error, increase", one.ece - other.ece, gate.max_ece_increase, "", note)
+    if gate.max_latency_ratio is not None:
+        note = f"{one.latency_ms:.2f} ms against {other.latency_ms:.2f} ms"
+        ratio = one.latency_ms / other.latency_ms
+        yield _at_most("latency, relative", ratio, gate.max_latency_ratio, "x", note)
+    if gate.max_parameters_ratio is not None:
+        note = f"{one.parameters:,} against {other.parameters:,}"
+        ratio = one.parameters / other.parameters
+        yield _at_most("parameters, relative", ratio, gate.max_parameters_ratio, "x", note)
+
+
+def _at_most(name: str, value: float, limit: float, unit: str, note: str = "") -> Criterion:
+    return Criterion(name, float(value), float(limit), bool(value <= limit + ROUNDING), False, unit, note)

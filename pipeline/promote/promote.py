@@ -1,0 +1,325 @@
+"""The promotion job: judge a challenger against the champion, and move the aliases only then; or roll back, or retire.
+
+A decision is kept three times: as the run, as tags of the version, and (what happened to a version, line by line) as
+the version's history; moving aliases later takes none of it away.
+"""
+
+import getpass
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import escape
+from pipeline.config import Config
+from pipeline.data.image_files import ImageFiles
+from pipeline.data.sources import ImageData
+from pipeline.distill import networks
+from pipeline.distill.train import images, load_data, prepare
+from pipeline.errors import NotThere, UserError
+from pipeline.promote import contender, decision, queue, report
+from pipeline.promote import gate as gates
+from pipeline.promote.decision import Occasion
+from pipeline.promote.gate import Verdict
+from pipeline.promote.registered_model import CHAMPION, PAST, PREVIOUS, Overview, Registry, Version
+from pipeline.promote.request import Plan, sides
+from pipeline.runs.run import Run
+from pipeline.served import bundle
+
+logger = logging.getLogger("asib")
+REFUSED = 3
+"""Exit code of a promotion that the gate refuses."""
+FOLDER = "promotion"
+
+
+def promote(run: Run, plan: Plan) -> float | None:
+    """Do what the plan asks for; the run's conclusion says how it went.
+
+    Returns:
+        The improvement in points, where two versions were compared.
+
+    Raises:
+        UserError: bad input, another promotion under way, no permission; then no alias was moved.
+    """
+    run.ready()
+    assert run.delivery is not None
+    assert run.run_id is not None
+    registry = Registry(run.delivery, plan.name)
+    run.journal.params({f"promote.{key}": value for key, value in _params(plan).items()})
+    run.journal.tags({"asib.action": plan.action})
+    user = str(run.delivery.run_info(run.run_id)["tags"].get("mlflow.user") or _user())
+    why = Occasion(run.run_id, user, _now(), plan.reason)
+    if plan.dry_run:
+        return _act(run, plan, registry, why, None)
+    run.journal.tags({"asib.promote": plan.name})
+    with queue.turn(registry, run.run_id, user):
+        return _act(run, plan, registry, why, registry.repair())
+
+
+def same_data(config: Config, name: str, versions: Sequence[Version]) -> None:
+    """Check the device, and the data of the versions to be judged, before there is a run. Raises UserError."""
+    networks.device_of(config)
+    prepare(config)
+    for version in versions:
+        contender.same_images(name, version, images(config), config)
+
+
+def _act(run: Run, plan: Plan, registry: Registry, why: Occasion, mended: dict[str, object] | None) -> float | None:
+    now = registry.overview()
+    registry.say(now.said)
+    if mended is not None:
+        logger.info("an interrupted move was finished: %s (decided in run %s)", mended["why"], mended["run"])
+        run.journal.tags({"asib.mended": str(mended["run"])})
+    elif now.move is not None:
+        logger.info("an interrupted move waits to be finished: %s", now.move["why"])
+        now = _as_if_finished(now, now.move)
+    match plan.action:
+        case "rollback":
+            _rollback(run, plan, registry, now, why)
+        case "retire":
+            _retire(run, plan, registry, now, why)
+        case "promote":
+            return _promote(run, plan, registry, now, why, mended)
+    return None
+
+
+def _as_if_finished(now: Overview, move: dict[str, Any]) -> Overview:
+    """What a dry run would find after the repair that it does not do."""
+    aliases = {k: v for k, v in {**now.aliases, **move["after"]}.items() if v is not None}
+    return Overview(aliases, {**now.tags, PAST: json.dumps(move["past"])})
+
+
+# promotion -----------------------------------------------------------------------------------------------------------
+
+
+def _promote(
+    run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasion, mended: dict[str, object] | None
+) -> float | None:
+    challenger, champion = sides(plan, registry, now, mended is not None)
+    if challenger is None:
+        run.conclusion = ("promoted", 0)
+        _say(run, f"{plan.name}: version {now.aliases[CHAMPION]} is the champion: its promotion is finished now")
+        return None
+    prepare(run.config)
+    data = load_data(run)
+    both = {"challenger": challenger} | ({"champion": champion} if champion else {})
+    for version in both.values():
+        contender.same_images(plan.name, version, data, run.config)
+        if version.run_id:
+            run.journal.model_input(version.run_id)
+    found = [_fetched(run, registry, now, side, version, data) for side, version in both.items()]
+    look = _look(run, plan, registry, data, challenger, champion)
+    judged = dict(zip(both, contender.judge(found, data, run.config), strict=True))
+    if not plan.dry_run:
+        contender.bind(registry, found)
+    measured = {side: one.measured for side, one in judged.items()}
+    labels = data.test_y.numpy()
+    verdict = gates.judge(plan.gate, labels, data.classes, measured["challenger"], measured.get("champion"), look)
+    run.journal.hold()
+    for side, one in judged.items():
+        run.journal.metrics({f"{side}/{name}": value for name, value in one.metrics.items()}, 0)
+    run.journal.metrics(verdict.numbers | {"promotion/passed": float(verdict.passed)}, 0)
+    run.journal.release()
+    correct = {side: one.correct for side, one in measured.items()}
+    for path in report.write(run.folder / FOLDER, verdict, plan.gate, labels, data.classes, correct):
+        run.journal.artifact(path, FOLDER)
+    _decide(run, plan, registry, now, why, challenger, champion, verdict)
+    return verdict.numbers.get("promotion/improvement")
+
+
+def _fetched(
+    run: Run, registry: Registry, now: Overview, side: str, version: Version, data: ImageData
+) -> contender.Contender:
+    """A version's network. Raises UserError: its files are gone, or are no student's; what to do about it."""
+    try:
+        return contender.fetch(registry, version, data, run.config, run.folder / "fetched" / version.number)
+    except NotThere as error:
+        way = "promote another with version=<n>, or register it anew"
+        if side == "champion" and now.past:
+            way = "rollback=true makes an earlier champion champion again; then promote"
+        elif side == "champion":
+            way = _as_a_first_one(registry)
+        raise UserError(f"the files of version {version.number}, the {side}, are gone: {way} ({error})") from error
+
+
+def _look(
+    run: Run, plan: Plan, registry: Registry, data: ImageData, challenger: Version, champion: Version | None
+) -> int:
+    """Which look at these test images this is; a dry run sees the same numbers, and counts."""
+    if champion is None:
+        return 1
+    pair = f"{challenger.number}-{champion.number}"
+    found = registry.look(_test_digest(data), data.digest, pair, turn=not plan.dry_run)
+    if not found.counted:
+        logger.warning("this look at the test set is not counted: you have no EDIT permission on %s", plan.name)
+    return found.number
+
+
+def _test_digest(data: ImageData) -> str:
+    """SHA-256 (hex) of the test split alone: other training images make no fresh test set."""
+    hashed = hashlib.sha256(data.test_y.numpy().tobytes())
+    if isinstance(data.test_x, ImageFiles):
+        for path in data.test_x.paths:
+            hashed.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    else:
+        hashed.update(data.test_x.cpu().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def _decide(
+    run: Run,
+    plan: Plan,
+    registry: Registry,
+    now: Overview,
+    why: Occasion,
+    challenger: Version,
+    champion: Version | None,
+    verdict: Verdict,
+) -> None:
+    """Say the verdict, keep it, and move the aliases where it is a good one."""
+    reason = report.sentence(verdict)
+    against = f"version {champion.number}, the champion" if champion else "the thresholds of a first version"
+    title = f"{plan.name}: version {challenger.number} against {against} (gate {plan.gate.words})"
+    looks = report.looks(verdict, plan.gate)
+    warning = report.warning(verdict, plan.gate)
+    print("\n".join(filter(None, [report.text(title, verdict), looks])), flush=True)
+    if warning:
+        logger.warning("%s", warning)
+    did = "promoted" if verdict.passed else "refused"
+    words = f"would be {did}" if plan.dry_run else did
+    conclusion = f"{plan.name}: version {challenger.number} {words}: {reason}"
+    tags = decision.verdict_tags(verdict, champion, plan.gate.words, why, reason, looks)
+    if not plan.dry_run:
+        queue.still_ours(registry, why.run_id)
+        if verdict.passed:
+            registry.move(decision.promotion(now, challenger, champion, tags, why))
+        else:
+            registry.move(decision.refusal(now, challenger, tags, why))
+    if verdict.passed:
+        run.conclusion = ("completed" if plan.dry_run else "promoted", 0)
+    else:
+        run.conclusion = ("refused", REFUSED)
+    run.journal.tags(
+        {
+            "asib.verdict": tags["asib.verdict"],
+            "asib.verdict_reason": reason,
+            "asib.version": challenger.number,
+            "asib.against": tags["asib.against"],
+            "asib.gate": tags["asib.gate"],
+            "asib.look": looks or "none: there is no champion",
+            "mlflow.note.content": report.note(title, verdict, conclusion, *filter(None, [looks, warning])),
+            "mlflow.loggedArtifacts": json.dumps([{"path": f"{FOLDER}/{report.TABLE}", "type": "table"}]),
+        }
+    )
+    print(conclusion, flush=True)
+
+
+# rollback and retirement ---------------------------------------------------------------------------------------------
+
+
+def _rollback(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasion) -> None:
+    numbers = {*decision.champions(now), *filter(None, [now.aliases.get(CHAMPION)])}
+    versions = dict(_known(registry, numbers))
+    gone = [number for number in decision.champions(now) if number not in versions]
+    if gone:
+        logger.warning("past champions that are no longer there: %s", ", ".join(gone))
+    move = decision.rollback(_without(now, gone), versions, why)
+    while not _has_files(run, registry, move["after"][CHAMPION]):
+        gone.append(move["after"][CHAMPION])
+        try:
+            move = decision.rollback(_without(now, gone), versions, why)
+        except UserError as error:
+            left = f"rollback=true: no earlier champion of {plan.name} has its files any more"
+            raise UserError(f"{left}; to replace the present one, {_as_a_first_one(registry)}") from error
+    if not plan.dry_run:
+        queue.still_ours(registry, why.run_id)
+        registry.move(move)
+    run.journal.tags({"asib.version": move["after"][CHAMPION], "asib.reason": plan.reason or "none given"})
+    after = move["after"][PREVIOUS]
+    then = f"version {after}" if after else "none: a further rollback would be refused"
+    would = "would be: " if plan.dry_run else ""
+    _say(run, f"{plan.name}: {would}{move['why']}; previous is now {then}")
+
+
+def _as_a_first_one(registry: Registry) -> str:
+    """What to do when there is no champion to be judged against."""
+    call = f"MlflowClient().delete_registered_model_alias({registry.name!r}, {CHAMPION!r})"
+    return f"take its alias away ({call}), and promote again as a first version"
+
+
+def _has_files(run: Run, registry: Registry, number: str) -> bool:
+    """Whether a version can be served; `mlflow gc` takes the files away, and leaves the version."""
+    folder = run.folder / "fetched" / number
+    try:
+        if bundle.read(registry.fetch(number, folder), f"version {number}").weights.is_file():
+            return True
+        logger.warning("version %s is passed over: it holds no weights any more", number)
+    except NotThere as error:
+        logger.warning("version %s is passed over, its files are gone: %s", number, error)
+    except UserError as error:
+        logger.warning("%s; it is passed over", error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def _known(registry: Registry, numbers: set[str]) -> Iterator[tuple[str, Version]]:
+    """Versions that somebody has deleted in MLflow are left out."""
+    for number in sorted(numbers):
+        try:
+            yield number, registry.version(number)
+        except NotThere:
+            continue
+
+
+def _without(now: Overview, gone: list[str]) -> Overview:
+    kept = [number for number in decision.champions(now) if number not in gone]
+    aliases = {alias: n for alias, n in now.aliases.items() if alias == CHAMPION or n not in gone}
+    return Overview(aliases, {**now.tags, PAST: json.dumps(kept)})
+
+
+def _retire(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasion) -> None:
+    assert plan.version is not None
+    version = registry.version(plan.version)
+    move = decision.retirement(version, now, why)
+    if not plan.dry_run:
+        queue.still_ours(registry, why.run_id)
+        registry.move(move)
+    run.journal.tags({"asib.version": version.number, "asib.reason": plan.reason or "none given"})
+    would = "would be retired" if plan.dry_run else "is retired: it stays where it is, and is never promoted"
+    _say(run, f"{plan.name}: version {version.number} {would}")
+
+
+# words ---------------------------------------------------------------------------------------------------------------
+
+
+def _say(run: Run, conclusion: str) -> None:
+    run.journal.tags({"mlflow.note.content": f"**{escape.markdown(conclusion)}**"})
+    print(conclusion, flush=True)
+
+
+def _params(plan: Plan) -> dict[str, str]:
+    own = {"action": plan.action, "name": plan.name, "version": plan.version or "", "gate": plan.gate.words}
+    own |= {"dry_run": str(plan.dry_run).lower(), "reason": plan.reason}
+    criteria = plan.gate.model_dump(exclude={"name", "changes"}) if plan.action == "promote" else {}
+    criteria |= {f"first.{key}": value for key, value in criteria.pop("first", {}).items()}
+    own |= {f"gate.{key}": str(value) for key, value in criteria.items()}
+    return {key: value for key, value in own.items() if value}
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""
+
+
+__all__ = ["REFUSED", "promote", "same_data"]

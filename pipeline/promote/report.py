@@ -1,0 +1,158 @@
+"""A verdict as people read it: terminal, note of the run, MLflow table, picture of the paired differences."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pipeline import escape
+from pipeline.promote import gate as gates
+from pipeline.promote import spending
+from pipeline.promote.criteria import Gate
+from pipeline.promote.gate import Bools, Criterion, Ints, Verdict
+
+TABLE, PICTURE, PAIRED = "verdict.json", "differences.png", "paired.parquet"
+COLUMNS = ("criterion", "value", "limit", "verdict", "note")
+
+
+def rows(verdict: Verdict) -> list[tuple[str, ...]]:
+    """A row of `COLUMNS` for each criterion, as texts."""
+    return [
+        (c.name, _number(c.value, c.unit), _limit(c), "passed" if c.passed else "REFUSED", c.note)
+        for c in verdict.criteria
+    ]
+
+
+def _limit(criterion: Criterion) -> str:
+    words = "at least" if criterion.at_least else "at most"
+    if criterion.name == "improvement" and criterion.limit == 0:
+        words = "above"  # no improvement is none
+    return f"{words} {_number(criterion.limit, criterion.unit)}"
+
+
+def _number(value: float, unit: str) -> str:
+    match unit:
+        case "points":
+            return f"{value:+.2f} points"
+        case "%":
+            return f"{value:.2f} %"
+        case "x" | "ms":
+            return f"{value:.2f} {unit}"
+        case "p":
+            return f"p = {value:.3g}"
+    return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4f}"
+
+
+def text(title: str, verdict: Verdict) -> str:
+    """The table for the terminal."""
+    table = [COLUMNS, *rows(verdict)]
+    widths = [max(len(row[k]) for row in table) for k in range(len(COLUMNS) - 1)]
+    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in table]
+    return "\n".join([title, "-" * max(len(title), *map(len, lines)), *(line.rstrip() for line in lines)])
+
+
+def sentence(verdict: Verdict) -> str:
+    """Why it was promoted or refused, in one line."""
+    if verdict.passed:
+        return f"all {len(verdict.criteria)} criteria hold"
+    failed = [
+        f"{c.name} {_number(c.value, c.unit)} ({_limit(c)}{'; ' + c.note if c.note else ''})" for c in verdict.failed
+    ]
+    return "; ".join(failed)
+
+
+def looks(verdict: Verdict, gate: Gate) -> str:
+    """How often these test images were looked at, and what that asks of this challenger; empty without a champion."""
+    if "promotion/look" not in verdict.numbers:
+        return ""
+    k, images = int(verdict.numbers["promotion/look"]), int(verdict.numbers["promotion/images"])
+    text = f"look {k} at these {images:,} test images"
+    if gate.alpha is None or not gate.alpha_spending:
+        return f"{text}, for which alpha is not adjusted"
+    level = verdict.numbers["promotion/alpha"]
+    differing = int(verdict.numbers["promotion/challenger_only"] + verdict.numbers["promotion/champion_only"])
+    ahead = spending.needed(differing, level)
+    enough = f"at least {ahead} ahead" if ahead else "none is far enough ahead"
+    return f"{text}: of alpha {gate.alpha:g} it gets {level:.2g} ({enough} on the {differing:,} where the two differ)"
+
+
+def warning(verdict: Verdict, gate: Gate) -> str:
+    """What is to be said of a test set that is used up; empty for others."""
+    k = int(verdict.numbers.get("promotion/look", 0))
+    if gate.alpha is None or not spending.used_up(k):
+        return ""
+    left = (
+        "what is left of alpha hardly lets anything pass" if gate.alpha_spending else "alpha is not adjusted for that"
+    )
+    return f"this test set is used up: it was looked at {k} times, and {left}; take images that nobody has seen"
+
+
+def note(title: str, verdict: Verdict, conclusion: str, *remarks: str) -> str:
+    """Markdown for the run's description."""
+    title, conclusion, *told = [escape.markdown(text) for text in (title, conclusion, *remarks)]  # they hold names
+    lines = [[escape.markdown(cell) for cell in line] for line in rows(verdict)]
+    body = [COLUMNS, ("---",) * len(COLUMNS), *lines]
+    return "\n".join(
+        [f"**{title}**", "", *map(escape.row, body), "", *(f"{remark}\n" for remark in told), f"**{conclusion}**"]
+    )
+
+
+def write(
+    folder: Path, verdict: Verdict, gate: Gate, labels: Ints, classes: tuple[str, ...], sides: dict[str, Bools]
+) -> list[Path]:
+    """`verdict.json` (as `mlflow.log_table` writes one), `paired.parquet` and, where there are two, the picture.
+
+    Args:
+        sides: `challenger` and, where there is one, `champion`: (n,) which images each classified correctly.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / TABLE, folder / PAIRED]
+    paths[0].write_text(json.dumps({"columns": list(COLUMNS), "data": rows(verdict)}, indent=1))
+    table = {"index": np.arange(len(labels)), "label": labels} | {f"{k}_correct": v for k, v in sides.items()}
+    pd.DataFrame(table).to_parquet(paths[1], index=False)
+    if "champion" in sides:
+        paths.append(folder / PICTURE)
+        _draw(paths[-1], gate, labels, classes, sides["challenger"], sides["champion"])
+    return paths
+
+
+def _draw(path: Path, gate: Gate, labels: Ints, classes: tuple[str, ...], challenger: Bools, champion: Bools) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = gates.pairs(challenger, champion)
+    height = max(4.0, 0.16 * len(classes))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, min(height, 16)), constrained_layout=True)
+    drawn = gates.bootstrap(found, gate.replicates)
+    # replicates are multiples of one image's weight: bins that hold different numbers of them would look like a comb
+    width = 100.0 / found.images * max(1, int(np.ptp(drawn) * found.images / 100.0 / 50))
+    edges = np.arange(drawn.min() - width / 2, drawn.max() + width, width)
+    left.hist(drawn, bins=edges.tolist(), color="tab:blue", alpha=0.7)
+    left.axvline(found.improvement, color="black", label=f"measured: {found.improvement:+.2f}")
+    left.axvline(gate.min_improvement, color="tab:red", ls=":", label=f"asked for: {gate.min_improvement:+.2f}")
+    if gate.interval is not None:
+        low, high = gates.interval(drawn, gate.interval)
+        label = f"{100 * gate.interval:g} %: {low:+.2f}, {high:+.2f}"
+        left.axvspan(low, high, color="tab:blue", alpha=0.15, label=label)
+    alone = f"alone right: challenger {found.challenger_only}, champion {found.champion_only}"
+    left.set(
+        xlabel="challenger - champion, points of test top-1",
+        ylabel="bootstrap replicates",
+        title=f"{alone}; p = {gates.mcnemar(found):.3g}",
+    )
+    left.legend(fontsize=8)
+    gains = gates.class_accuracies(challenger, labels, len(classes))
+    gains -= gates.class_accuracies(champion, labels, len(classes))
+    order = np.argsort(np.nan_to_num(gains))
+    colors = ["tab:red" if gains[k] < 0 else "tab:green" for k in order]
+    right.barh(range(len(classes)), np.nan_to_num(gains[order]), color=colors)
+    if gate.max_class_drop is not None:
+        right.axvline(-gate.max_class_drop, color="tab:red", ls=":", label=f"allowed: {-gate.max_class_drop:g}")
+        right.legend(fontsize=8)
+    right.set(xlabel="challenger - champion, points", title="by class")
+    right.set_yticks(range(len(classes)), [classes[k] for k in order], fontsize=8 if len(classes) <= 40 else 5)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,166 @@
+"""What `-e promote` is asked for: the step's own keys, checked before torch is imported, then against the registry."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.compose import cli
+from pipeline.config import Config, registered
+from pipeline.config.numbers import VERSIONS, processes, whole
+from pipeline.errors import NotThere, UserError
+from pipeline.promote import criteria as gates
+from pipeline.promote import queue
+from pipeline.promote.criteria import Gate
+from pipeline.promote.registered_model import CHALLENGER, CHAMPION, RETIRED, ROLLED_BACK, Overview, Registry, Version
+
+OWN = {
+    "name": "the registered model",
+    "version": "the challenger; by default the version with the alias challenger",
+    "gate": "what it must be: a name in conf/promotion (default by default), or a YAML file",
+    "dry_run": "true: say what would happen, and move nothing",
+    "rollback": "true: the version with the alias previous becomes champion again",
+    "retire": "a version that is never to be promoted (again); it stays where it is",
+    "reason": "why, in words; kept with the decision",
+    "gate.": "any key of the gate's file: gate.alpha=0.01, gate.first.min_acc=60",
+}
+LONGEST_REASON = 500
+Action = Literal["promote", "rollback", "retire"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`version`: of what is promoted (None: the alias says) or retired."""
+
+    action: Action
+    name: str
+    version: str | None
+    gate: Gate
+    dry_run: bool
+    reason: str
+
+    def words(self) -> str:
+        """What DRY_RUN=1 shows."""
+        which = f"version {self.version}" if self.version else "the version with the alias challenger"
+        does = {
+            "promote": f"judge {which} of {self.name} by the gate {self.gate.words}",
+            "rollback": f"make the version of {self.name} with the alias previous champion again",
+            "retire": f"retire {which} of {self.name}",
+        }
+        return does[self.action] + (", and move nothing" if self.dry_run else "")
+
+
+def make(config: Config, own: Mapping[str, str]) -> Plan:
+    """Read the step's own keys.
+
+    Raises:
+        UserError: no name, keys that exclude each other, a gate that is none, tracking off line.
+    """
+    name = own.get("name", "")
+    if not name:
+        raise UserError("name is not set: give name=<registered model>")
+    fault = registered.fault(name)
+    if fault is not None:
+        raise UserError(f"name={name}: {fault}")
+    rollback, retire = cli.flag(own, "rollback"), own.get("retire") or None
+    version = own.get("version") or None
+    if sum((rollback, retire is not None, version is not None)) > 1:
+        given = [f"{key}={own[key]}" for key in ("version", "rollback", "retire") if own.get(key)]
+        raise UserError(f"{' and '.join(given)} exclude each other: give one of them")
+    for key, number in (("version", version), ("retire", retire)):
+        if number is not None:
+            whole(key, number, high=VERSIONS, why=f"it is the number of a version, such as {key}=3")
+    _check(config)
+    settings = {key.removeprefix("gate."): value for key, value in own.items() if key.startswith("gate.")}
+    gate = gates.load(own.get("gate") or "default", settings)
+    action: Action = "rollback" if rollback else "retire" if retire else "promote"
+    reason = " ".join(own.get("reason", "").split())
+    if len(reason) > LONGEST_REASON:
+        raise UserError(f"reason has {len(reason)} characters: give at most {LONGEST_REASON}")
+    if action != "promote" and (own.get("gate") or settings):
+        raise UserError(f"{action} asks no gate: leave gate and gate.* out")
+    return Plan(action, name, version or retire, gate, cli.flag(own, "dry_run"), reason)
+
+
+def prepared(config: Config, plan: Plan) -> Config:
+    """The run's configuration: its name."""
+    if config.run_name is not None or "MLFLOW_RUN_ID" in os.environ:
+        return config
+    return config.model_copy(update={"run_name": f"{plan.action} {plan.name}"})
+
+
+def _check(config: Config) -> None:
+    if processes(os.environ)[1] != 1:
+        raise UserError("promote runs as one process: start it without torchrun")
+    if config.tracking.mode == "offline":
+        raise UserError("tracking=offline: the registry is on the tracking server; leave tracking on line")
+    if config.resume is not None:
+        raise UserError(
+            f"resume={config.resume}: a promotion is not continued; start it again, it finishes what was half done"
+        )
+
+
+def check(plan: Plan, registry: Registry) -> list[Version]:
+    """Ask the registry before there is a run.
+
+    Returns:
+        The versions that are going to be judged, as far as that is known: what was left half done is finished first.
+
+    Raises:
+        UserError: no such model or version, a challenger that must not be promoted, no permission, or somebody else's
+            promotion under way.
+    """
+    now = registry.overview()
+    if not plan.dry_run:
+        registry.may_edit()
+        queue.refuse_if_busy(registry)
+    if plan.action == "promote" and now.move is None:
+        return [version for version in sides(plan, registry, now) if version is not None]
+    if plan.version is not None:
+        registry.version(plan.version)
+    return []
+
+
+def sides(plan: Plan, registry: Registry, now: Overview, mended: bool = False) -> tuple[Version | None, Version | None]:
+    """Challenger and champion. No challenger: its promotion was begun before, and finished by the repair just now.
+
+    Raises:
+        UserError: there is no challenger, or one that must not be promoted, or the champion is gone.
+    """
+    number = plan.version or now.aliases.get(CHALLENGER)
+    if number is None:
+        raise UserError(
+            f"name={plan.name}: no version has the alias {CHALLENGER}; give version=<n>, or register a student"
+        )
+    champion = now.aliases.get(CHAMPION)
+    if champion is None:
+        _refuse_without(registry, now)
+    if number == champion:
+        if mended:
+            return None, None
+        raise UserError(f"version {number} of {plan.name} is the champion already: there is nothing to promote")
+    challenger = registry.version(number)
+    if challenger.status != "READY":
+        raise UserError(f"version {number} of {plan.name} is {challenger.status}: wait until it is READY")
+    if RETIRED in challenger.tags:
+        raise UserError(f"version {number} of {plan.name} is retired ({challenger.tags[RETIRED]}): take another")
+    if challenger.tags.get(ROLLED_BACK) and plan.version is None:
+        raise UserError(
+            f"version {number} of {plan.name} was rolled back ({challenger.tags[ROLLED_BACK]}): version={number} "
+            "promotes it all the same"
+        )
+    return challenger, None if champion is None else registry.version(champion)
+
+
+def _refuse_without(registry: Registry, now: Overview) -> None:
+    """Without its deleted champion a model has the one before it to be judged against. Raises UserError."""
+    for number in reversed(now.past):
+        try:
+            usable = RETIRED not in registry.version(number).tags
+        except NotThere:  # deleted as well
+            continue
+        if usable:
+            raise UserError(
+                f"the champion of {registry.name} is gone (its version or its alias was deleted): rollback=true makes "
+                f"version {number}, the one before it, champion again; then promote. Or retire={number} to start anew"
+            )

@@ -1,0 +1,1 @@
+"""What several steps report alike: statistics, tables, figures."""

@@ -1,0 +1,93 @@
+"""Folders of runs on this machine: new ones, those of a name or with a file, those that did not come to their end."""
+
+import glob
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.config.places import output_dir
+from pipeline.errors import UserError
+from pipeline.files import read_state, warn_once
+from pipeline.journal import Entry, read_entries, read_header, writer_alive
+from pipeline.paths import user_path
+
+STUDENT = "checkpoints/student.safetensors"
+FUSION = "checkpoints/fusion.safetensors"
+"""In a run's folder, and among its artifacts."""
+
+
+def fresh_folder(config: Config, step: str, mark: str | None = None) -> Path:
+    """Where a new run is to be; nothing is made yet."""
+    return output_dir(config) / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{mark or secrets.token_hex(3)}"
+
+
+@contextmanager
+def writable(config: Config) -> Iterator[None]:
+    """What the file system says of a new run folder, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"output_dir={config.output_dir}: cannot write there ({error.strerror}); choose another folder"
+        ) from error
+
+
+def folders_with(root: Path, file: str) -> list[Path]:
+    """Folders anywhere below `root` that hold such a file, by path; deliveries may remove folders meanwhile."""
+    return sorted((root / name).parent for name in glob.iglob(f"**/{file}", root_dir=root, recursive=True))
+
+
+def find_folder(root: Path, name: str, key: str = "resume") -> Path | None:
+    """The local folder of a run: given as a path, by its MLflow run id, or by its journal id.
+
+    Args:
+        key: what names it, for errors.
+
+    Raises:
+        UserError: a path that cannot be one.
+    """
+    given = user_path(name, key)
+    if (given / "journal.jsonl").exists():
+        return given
+    for folder in folders_with(root, "journal.jsonl"):
+        header = header_of(folder)
+        if header is not None and header.data["journal"] == name:
+            return folder
+        if (read_state(folder / "delivery.json") or {}).get("run_id") == name:
+            return folder
+    return None
+
+
+def header_of(folder: Path) -> Entry | None:
+    """The header of some run's journal; None where there is none, or (with one line) it is damaged."""
+    try:
+        return read_header(folder)
+    except UserError as error:
+        warn_once(f"{error}: passed over")
+        return None
+
+
+def ended(folder: Path) -> bool:
+    """Whether the journal in `folder` ends with a completed run."""
+    entries, _ = read_entries(folder / "journal.jsonl")
+    return bool(entries) and entries[-1].kind == "end" and entries[-1].data["status"] == "FINISHED"
+
+
+def interrupted(root: Path, step: str, tag: str, value: str) -> Path | None:
+    """The newest run of `step` in `root` that has not finished, carries the tag, and that no process works on."""
+    return next((folder for folder in tagged(root, step, tag, value) if not ended(folder)), None)
+
+
+def tagged(root: Path, step: str, tag: str, value: str, alive: bool = False) -> Iterator[Path]:
+    """Runs of `step` in `root` that carry the tag, finished or not, the newest first; `alive`: those being written."""
+    for folder in sorted((p.parent for p in root.glob("*/journal.jsonl")), reverse=True):
+        header = header_of(folder)
+        if header is None or header.data["tags"].get("asib.step") != step or writer_alive(folder) != alive:
+            continue
+        entries = read_entries(folder / "journal.jsonl")[0]
+        values = [e.data["values"][tag] for e in entries if e.kind == "tags" and tag in e.data["values"]]
+        if values[-1:] == [value]:
+            yield folder

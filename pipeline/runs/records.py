@@ -1,0 +1,157 @@
+"""Finished runs as comparisons read them: from their folders on this machine, or from the tracking server."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.compose.settings import read_data
+from pipeline.config.describe import written
+from pipeline.errors import UserError
+from pipeline.files import read_state, warn_once
+from pipeline.journal import damage, decode_number, read_entries, read_header
+
+HISTORIES = ("student/acc", "synergy/acc")
+"""Metrics of which a comparison shows curves."""
+PREDICTIONS = "predictions.npz"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run.
+
+    Attributes:
+        id: MLflow run id; off line the journal's.
+        config: dotted key -> value as it is written in an override.
+        metrics: the last value of each.
+        histories: of `HISTORIES`: (epoch, value).
+        correct: (n,) whether each test image was classified correctly; None for runs that stored no predictions.
+    """
+
+    id: str
+    name: str
+    status: str
+    tags: Mapping[str, str]
+    config: Mapping[str, str]
+    metrics: Mapping[str, float]
+    histories: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
+    classes: int | None = None
+    correct: NDArray[np.bool_] | None = None
+
+    @property
+    def seed(self) -> int:
+        return int(self.config.get("seed", 0))
+
+    @property
+    def rung(self) -> str | None:
+        return self.tags.get("asib.rung")
+
+    @property
+    def digest(self) -> str:
+        return self.tags.get("asib.data_digest", "")
+
+
+def from_folder(folder: Path) -> Record:
+    """The run in `folder`, as its journal has it; what is damaged there is said, and missing here.
+
+    Raises:
+        UserError: there is no journal, or its beginning is damaged.
+    """
+    if read_header(folder) is None:
+        raise UserError(f"{folder}: there is no run in it")
+    tags: dict[str, str] = {}
+    points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    header: Mapping[str, Any] = {}
+    status, classes = "RUNNING", None
+    for entry in read_entries(folder / "journal.jsonl")[0]:
+        data = entry.data
+        match entry.kind:
+            case "open":
+                header, tags = data, dict(data["tags"])
+            case "tags":
+                tags |= data["values"]
+            case "metrics":
+                for name, value in data["values"].items():
+                    points[name].append((data["step"], decode_number(value)))
+            case "dataset":
+                classes = (data["profile"] or {}).get("classes", classes)
+            case "end":
+                status = data["status"]
+            case "resume":
+                status = "RUNNING"
+            case "damaged":
+                for line in damage(folder / "journal.jsonl"):
+                    warn_once(line)
+    return Record(
+        id=delivered_as(folder) or header["journal"],
+        name=header["name"] or folder.name,
+        status=status,
+        tags=tags,
+        config=_config(folder / "config.yaml"),
+        metrics={name: values[-1][1] for name, values in points.items()},
+        histories={name: points[name] for name in HISTORIES if name in points},
+        classes=classes,
+        correct=_correct(folder / PREDICTIONS),
+    )
+
+
+def from_server(folder: Path) -> Record:
+    """A run that `Delivery.read` has brought to `folder`."""
+    values = json.loads((folder / "record.json").read_text())
+    return Record(
+        id=values["id"],
+        name=values["name"],
+        status=values["status"],
+        tags=values["tags"],
+        config=_config(folder / "config.yaml") or values["params"],
+        metrics={name: float(value) for name, value in values["metrics"].items()},
+        histories={k: [(int(s), float(v)) for s, v in points] for k, points in values["histories"].items()},
+        classes=values["classes"],
+        correct=_correct(folder / PREDICTIONS),
+    )
+
+
+def delivered_as(folder: Path, uri: str | None = None) -> str | None:
+    """The MLflow run id under which a folder was delivered (to `uri`, where that is given)."""
+    values = read_state(folder / "delivery.json") or {}
+    return values.get("run_id") or None if uri in (None, values.get("uri")) else None
+
+
+def delivered_whole(folder: Path) -> bool:
+    """Whether a server has everything that a folder's journal holds, and its end."""
+    values = read_state(folder / "delivery.json") or {}
+    return bool(values.get("ended")) and values.get("offset", 0) >= (folder / "journal.jsonl").stat().st_size
+
+
+def _config(path: Path) -> dict[str, str]:
+    """A dumped configuration, flattened as MLflow's parameters are."""
+    if not path.exists():
+        return {}
+    flat: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if _is_sections(value) else None
+        if items is None:
+            flat[prefix] = written(value)
+        else:
+            for key, inner in items:
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+
+    walk("", read_data(path, str(path)))
+    return flat
+
+
+def _is_sections(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _correct(path: Path) -> NDArray[np.bool_] | None:
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as stored:
+        return np.asarray(stored["labels"] == stored["predictions"])

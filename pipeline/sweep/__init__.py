@@ -1,0 +1,1 @@
+"""A study of many runs: its request, its driver, its workers."""

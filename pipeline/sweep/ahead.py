@@ -1,0 +1,39 @@
+"""The teacher bank of a sweep, built by its driver before workers would all compute the same."""
+
+from collections.abc import Sequence
+
+from pipeline.config import Config
+from pipeline.data.sources import ImageData
+from pipeline.distill import bank, networks
+from pipeline.distill.teachers import Teacher
+from pipeline.sweep.request import Plan
+from pipeline.training.bank.policy import bank_use, shared
+from pipeline.training.methods.asib.task import Distillation
+
+
+def pays(config: Config, plan: Plan, left: int) -> bool:
+    """Whether the driver builds the bank that the trials of `config` will use.
+
+    With one worker the first trial leaves everything to the next ones, at the same cost; several that begin together
+    would each compute it. Trials of other seeds see other views, and a Slurm worker may be on another machine.
+
+    Args:
+        left: trials that are still to be run.
+    """
+    if not bank_use(shared(config)).on or left < 2 or "seed" in plan.sweep.space or plan.cluster.kind != "local":
+        return False
+    return config.bank == "ahead" or (config.bank == "auto" and plan.workers > 1)
+
+
+def build(config: Config, data: ImageData, found: Sequence[Teacher]) -> None:
+    """Compute ahead what trials will ask for that have the epochs of `config`.
+
+    Raises:
+        Interrupted: a signal arrived; what is done is kept.
+    """
+    config = config.model_copy(update={"bank": "ahead"})
+    student = networks.build_student(config, data)
+    task = Distillation(config, data, student, [t.net for t in found], networks.device_of(config))
+    made = bank.attach(task, data, [t.hash for t in found])
+    if made is not None:
+        made.close()

@@ -1,0 +1,356 @@
+"""The sweep's driver: one run for the study, workers that take its trials, and what is left of it at the end."""
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import optuna
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pipeline import urls
+from pipeline.compose import compose
+from pipeline.config import Config, config_hash
+from pipeline.config.places import output_dir
+from pipeline.config.rules import needs_distillation
+from pipeline.data.sources import ImageData
+from pipeline.distill import export, networks, register, teachers
+from pipeline.distill.train import load_data, prepare, threads_of
+from pipeline.errors import Interrupted, UserError
+from pipeline.files import read_state
+from pipeline.runs import records
+from pipeline.runs.folders import STUDENT
+from pipeline.runs.run import Run, tracking_uri
+from pipeline.runs.step import stop
+from pipeline.sweep import ahead as sweep_ahead
+from pipeline.sweep import estimate as sweep_estimate
+from pipeline.sweep import reap as sweep_reap
+from pipeline.sweep import request as sweep_plan
+from pipeline.sweep import worker as sweep_worker
+from pipeline.sweep.launch.launcher import Launcher
+from pipeline.sweep.request import STUDY_TAG, Plan
+from pipeline.sweep.space import space as sweep_space
+from pipeline.sweep.study import report as study_report
+from pipeline.sweep.study.retry import history
+from pipeline.sweep.study.study import Counts, Study
+from pipeline.training.compiling import check_device
+
+logger = logging.getLogger("asib")
+Made = Sequence[Mapping[str, Any]]
+"""Fine-tuned teachers as a study's facts have them: file, run_id, hash."""
+TICK_S = 1.0
+BEST = "best.yaml"
+OF_THE_RUN = ("config", "config_hash", "parent_run", "parent_journal", "folder", "host", "teachers", "parents")
+"""Facts that may change when a study goes on: its run, its folder, the tracking server."""
+KEPT = "asib.kept_trial"
+"""Tag: the trial whose student is the sweep's model."""
+
+
+def sweep(run: Run, plan: Plan) -> float | None:
+    """Run the plan's study to its number of trials; the best trial's student gets the model.
+
+    Returns:
+        The best value; None with several objectives.
+
+    Raises:
+        RuntimeError: workers end without finishing any trial.
+    """
+    prepare(run.config, threads_of(run))
+    if plan.cluster.kind == "local":
+        check_device(run.config, networks.device_of(run.config))
+    data = load_data(run)
+    run.journal.params(sweep_plan.params(plan))
+    run.journal.tags({STUDY_TAG: plan.name})
+    run.ready()
+    base = run.config = _base(run.config)
+    study, found = _study(run, plan, base, data)
+    sweep_reap.reap(plan.storage, run.delivery, except_run=run.run_id)
+    left = study.total - study.tend().ended
+    study.note(driver_seen=time.time())
+    if left > 0:
+        _say_estimate(plan, base, data, found, left)
+    if found and sweep_ahead.pays(base, plan, left):
+        sweep_ahead.build(base, data, found)
+    del found
+    sweep_worker.free_memory()  # the workers' GPUs are this process's
+    _Driver(run, plan, study).drive()
+    return _finish(run, plan, study, base, data)
+
+
+def _say_estimate(plan: Plan, base: Config, data: ImageData, found: list[teachers.Teacher], left: int) -> None:
+    """Time and disk of the trials that are left; what cannot be measured here is no reason not to begin."""
+    nets, workers = [t.net for t in found], min(plan.workers, left)
+    seeds = left if "seed" in plan.sweep.space else 1
+    try:
+        estimate = sweep_estimate.estimate(base, data, nets, trials=left, workers=workers, seeds=seeds)
+    except Exception as error:
+        logger.warning("no estimate of time and disk: %s: %s", type(error).__name__, error)
+    else:
+        logger.info("%s", sweep_estimate.words(estimate, output_dir(base)))
+
+
+def _base(config: Config) -> Config:
+    """What every trial starts from: the run's configuration without what belongs to the run itself."""
+    return config.model_copy(update={"resume": None, "extend": False, "run_name": None})
+
+
+def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, list[teachers.Teacher]]:
+    """The study with all that a worker needs to know; teachers that are not there are fine-tuned first, once."""
+    found: list[teachers.Teacher] = []
+    before = Study.refuse_other(plan.storage, plan.name, plan.digest)
+    _refuse_other_data(plan.name, before, data)
+    try:
+        sweep_worker.fetch_teachers(before.get("teachers", ()), run)
+    except UserError as error:
+        logger.warning("%s: the teachers are fine-tuned anew", error)
+    if needs_distillation(base):
+        found = teachers.obtain(run, data, networks.build_student(base, data), test=False)
+    run.journal.tags({"asib.teachers": ",".join(t.hash for t in found) or "none"})
+    facts: dict[str, Any] = {
+        "digest": plan.digest,
+        "config": compose.dump(base),
+        "config_hash": config_hash(base),
+        "parent_run": run.run_id or "",
+        "parent_journal": run.journal.id,
+        "folder": str(run.folder.absolute()),
+        "host": socket.gethostname(),
+        "teachers": _made_teachers(run, base, data, found, before.get("teachers", ())),
+        "data": data.digest,
+        "parents": [*dict.fromkeys([*before.get("parents", ()), run.journal.id])],
+        "driver_seen": time.time(),
+    }
+    _refuse_other_teachers(plan.name, before.get("teachers", ()), facts["teachers"])
+    study = Study.create(plan.storage, plan.name, plan.sweep, facts)
+    study.note(**{name: facts[name] for name in OF_THE_RUN})
+    return study, found
+
+
+def _refuse_other_data(name: str, before: Mapping[str, Any], data: ImageData) -> None:
+    if before.get("data", data.digest) != data.digest:
+        raise UserError(
+            f"study {name}: its trials were trained on other data (digest {before['data'][:12]} there, "
+            f"{data.digest[:12]} here): give study=<another name>"
+        )
+
+
+def _refuse_other_teachers(name: str, before: Made, now: Made) -> None:
+    """Trials of one study have the same teachers, to the bit."""
+    hashes = {made["file"]: made["hash"] for made in before}
+    for made in now:
+        known = hashes.get(made["file"], made["hash"])
+        if known != made["hash"]:
+            raise UserError(
+                f"study {name}: its trials learn from other weights of teachers/{made['file']} ({known} there, "
+                f"{made['hash']} here): bring that file from where the study began, or give study=<another name>"
+            )
+
+
+def _made_teachers(
+    run: Run, base: Config, data: ImageData, found: list[teachers.Teacher], before: Made
+) -> list[dict[str, str | None]]:
+    """Where workers on other machines find the teachers that were fine-tuned for this study, or before it."""
+    made: list[dict[str, str | None]] = []
+    uri = urls.hidden(tracking_uri(base))
+    known = {there["file"]: there["run_id"] for there in before}
+    for index, teacher in enumerate(found):
+        if base.model.teachers[index].checkpoint is None and base.finetune.epochs > 0:
+            kept = teachers.store(base, data, index)
+            folder = run.folder / f"teacher_{index}"
+            if not (folder / "journal.jsonl").exists():
+                folder = Path((read_state(kept.with_suffix(".json")) or {}).get("folder", folder))
+            run_id = None
+            if run.delivery is not None:
+                run_id = records.delivered_as(folder, uri) or known.get(kept.name)
+                if run_id is None and folder.parent == run.folder:
+                    run_id = run.delivery.child_ready(folder)
+            made.append({"file": kept.name, "run_id": run_id, "hash": teacher.hash})
+    return made
+
+
+class _Driver:
+    """Keeps workers at work until every trial has ended, and the parent run up to date."""
+
+    def __init__(self, run: Run, plan: Plan, study: Study) -> None:
+        self.run, self.plan, self.study = run, plan, study
+        self.launcher = Launcher(plan.cluster, run.folder / "launched", plan.workers)
+        self.started = self.idle_starts = 0
+        self._shown: Any = None
+
+    def drive(self) -> None:
+        """Raises Interrupted after a signal, when the workers have left their checkpoints."""
+        with (
+            stop.between_batches(),
+            logging_redirect_tqdm([logger]),
+            tqdm(total=self.study.total, unit="trial", disable=None, leave=False) as bar,
+        ):
+            counts, progress = self.study.tend(), self.study.progress()
+            next_tend = 0.0
+            while counts.ended < self.study.total:
+                if stop():
+                    self._stop()
+                self._start_missing(counts)
+                time.sleep(TICK_S)
+                if time.monotonic() > next_tend:
+                    counts = self.study.tend()
+                    self.study.note(driver_seen=time.time())
+                    next_tend = time.monotonic() + self.plan.sweep.heartbeat_seconds / 2
+                else:
+                    counts = self.study.counts()
+                    if counts.ended >= self.study.total:  # one that is just being queued again looks failed
+                        counts = self.study.tend()
+                if (now := self.study.progress()) > progress:
+                    progress, self.idle_starts = now, 0
+                self._show(counts, bar)
+            self._wait_for_workers()
+
+    def _start_missing(self, counts: Counts) -> None:
+        """So many workers as are wanted and find a trial, counting those that are only starting."""
+        alive = self.launcher.alive()
+        open_trials = max(0, self.study.total - counts.used) + counts.waiting
+        missing = min(self.plan.workers - alive, open_trials - max(0, alive - counts.running))
+        if missing <= 0:
+            return
+        if self.idle_starts >= 2 * self.plan.workers + 1:
+            word = self.study.last_error() or "they left no word"
+            raise RuntimeError(f"{self.idle_starts} workers ended without a result: {word}; see {self.launcher.folder}")
+        os.environ[sweep_worker.STORAGE] = self.plan.storage
+        self.launcher.start(sweep_worker.work, missing, study=self.plan.name)
+        self.idle_starts += missing if self.started else 0
+        self.started += missing
+
+    def _stop(self) -> None:
+        logger.warning("waiting for the workers to write their checkpoints; the same command goes on with the study")
+        self.launcher.stop()
+        self._state(self.study.tend())
+        raise Interrupted(stop())
+
+    def _wait_for_workers(self) -> None:
+        """They bring what they have to the tracking server; those that cannot are not waited for."""
+        until = time.monotonic() + self.run.config.tracking.finish_seconds + 5
+        while self.launcher.alive() and time.monotonic() < until and not stop():
+            time.sleep(0.2)
+        if stop():
+            raise Interrupted(stop())
+
+    def _show(self, counts: Counts, bar: Any) -> None:
+        bar.n = counts.ended
+        best = self.study.best()
+        if best is not None:
+            bar.set_postfix_str(f"best {best.values[0]:.4g} (trial {best.number})")
+        bar.refresh()
+        state = (counts, best.number if best else None)
+        if state != self._shown:
+            self._shown = state
+            self._state(counts)
+
+    def _state(self, counts: Counts) -> None:
+        """What the parent shows while the sweep goes on."""
+        numbers = {f"sweep/{name}": float(n) for name, n in asdict(counts).items()}
+        best = self.study.best()
+        if best is not None and len(self.plan.sweep.objectives) == 1:
+            numbers["sweep/best_value"] = float(best.values[0])
+            self.run.journal.tags(
+                {"asib.best_trial": str(best.number), "asib.best_params": json.dumps(self.study.values_of(best))}
+            )
+        self.run.journal.metrics(numbers, counts.ended)
+        self.run.journal.tags({"mlflow.note.content": _note(self.run, self.plan, self.study)})
+
+
+# what is left at the end ---------------------------------------------------------------------------------------------
+
+
+def _finish(run: Run, plan: Plan, study: Study, base: Config, data: ImageData) -> float | None:
+    for path in study_report.write(study.optuna, run.folder / "study", plan.sweep):
+        run.journal.artifact(path, "study")
+    run.journal.tags({"mlflow.note.content": _note(run, plan, study)})
+    _name_undelivered(run, study)
+    best = study.best()
+    print(study_report.text(study.optuna, plan.sweep), flush=True)
+    if len(plan.sweep.objectives) > 1 and study.pareto():
+        _keep_front(run, study, base, data)
+        return None
+    if best is None:
+        why = study.last_error() or "none is within the constraints"
+        raise RuntimeError(f"no trial of {plan.name} can be taken: {why}")
+    config = _config_of(study, best, base)
+    repeated = _with_teachers(config, study, data).model_copy(update={"log_model": base.log_model})
+    run.write(BEST, compose.dump(repeated))
+    stated, metric = records.from_folder(run.folder), plan.sweep.objectives[0].metric
+    if stated.metrics.get(metric) != best.values[0]:  # the same command, once more, doubles nothing
+        run.journal.metrics({metric: float(best.values[0])}, 0)
+    if stated.tags.get(KEPT) != str(best.number):
+        _keep_best(run, study, best, config, data)
+    return float(best.values[0])
+
+
+def _note(run: Run, plan: Plan, study: Study) -> str:
+    """The parent's description."""
+    where = run.delivery.wait_ready().experiment_id if run.delivery is not None else ""
+    return study_report.note(study.optuna, plan.sweep, experiment=where, storage=plan.storage, parent=run.run_id or "")
+
+
+def _config_of(study: Study, trial: optuna.trial.FrozenTrial, base: Config) -> Config:
+    """A trial's configuration, with the threads that it ran with: they decide the last bits."""
+    threads = study.source_of(trial).user_attrs.get("threads")
+    return sweep_worker.trial_config(sweep_space.apply(base, study.values_of(trial)), threads)
+
+
+def _with_teachers(config: Config, study: Study, data: ImageData) -> Config:
+    """The configuration with the study's own teachers as checkpoints: fine-tuned elsewhere their bits differ."""
+    made = {there["file"]: there["run_id"] for there in study.facts["teachers"]}
+    specs = []
+    for index, spec in enumerate(config.model.teachers):
+        run_id = made.get(teachers.store(config, data, index).name) if spec.checkpoint is None else None
+        specs.append(spec.model_copy(update={"checkpoint": f"runs:/{run_id}"}) if run_id else spec)
+    model = config.model.model_copy(update={"teachers": tuple(specs)})
+    return config.model_copy(update={"model": model})
+
+
+def _keep_front(run: Run, study: Study, base: Config, data: ImageData) -> None:
+    """Each trial of the Pareto front as a configuration that can be run."""
+    for trial in study.pareto():
+        config = _with_teachers(_config_of(study, trial, base), study, data)
+        run.write(f"front_{trial.number:04d}.yaml", compose.dump(config), "front")
+
+
+def _name_undelivered(run: Run, study: Study) -> None:
+    """Trials whose runs are not whole on the server (off line, or it was away) are brought there with this run."""
+    trials = study.trials()
+    replaced = {number for trial in trials for number in history(trial)}  # a later attempt may go on in a copy
+    for trial in trials:
+        folder = Path(trial.user_attrs.get("folder", "/nowhere"))
+        if trial.number not in replaced and (folder / "journal.jsonl").exists() and not records.delivered_whole(folder):
+            run.journal.child(folder)
+
+
+def _keep_best(run: Run, study: Study, best: optuna.trial.FrozenTrial, config: Config, data: ImageData) -> None:
+    """The best trial's student as the sweep's model."""
+    attrs = study.source_of(best).user_attrs
+    weights = Path(attrs.get("folder", "")) / STUDENT
+    if not weights.is_file():
+        if run.delivery is None or not attrs.get("run_id"):
+            logger.warning(
+                "the best trial's weights are on %s: no model is logged", attrs.get("host", "another machine")
+            )
+            return
+        try:
+            weights = run.fetch(f"runs:/{attrs['run_id']}/{STUDENT}", run.folder / "fetched")
+        except UserError as error:
+            logger.warning("%s: no model is logged; the same command tries it again", error)
+            return
+    net = networks.build_student(config, data)
+    networks.load(net, weights, str(weights), data)
+    kept = run.folder / STUDENT
+    networks.save(net, kept, config, data)
+    run.journal.artifact(kept, "checkpoints")
+    if run.config.log_model:
+        results = {"final/val_acc": float(best.values[0])}
+        export.log_student(run, net, data, results, config_hash(config))
+        register.student(run, config, data, results)
+    run.journal.tags({KEPT: str(best.number)})

@@ -1,0 +1,91 @@
+"""What a worker's process does around its work: devices, signals, and queueing its job again after a preemption.
+
+Imports little: the work's own module, with torch, is imported once the environment is what it has to be.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from pipeline.files import write_atomically
+from pipeline.sweep.launch.processes import identity
+
+if TYPE_CHECKING:
+    from submitit import JobEnvironment
+
+PREEMPTED = 75
+"""What the work returns when it has left because the scheduler wants the machine back (EX_TEMPFAIL)."""
+PREEMPTION = signal.SIGUSR2
+"""Comes before a preemption and before the time limit."""
+_warned = False
+
+
+def requeue_on_signal(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """For the work: `handler` is called on `PREEMPTION`; its job is queued again when it then returns `PREEMPTED`.
+
+    Without a `PREEMPTION` nothing is queued again, whatever the work returns: a worker that was cancelled stays so.
+    """
+
+    def arrived(number: int, frame: FrameType | None) -> None:
+        global _warned
+        _warned = True
+        handler(number, frame)
+
+    signal.signal(PREEMPTION, arrived)
+
+
+def enter(
+    work: str, index: int, folder: str, devices: Sequence[str] | None, requeue: bool, arguments: Mapping[str, Any]
+) -> int:
+    """One process of a worker, called by submitit.
+
+    Args:
+        work: "module:function", called with index=`index` and the `arguments`.
+        folder: of the launcher; the process writes down there who it is.
+        devices: GPUs of the worker's processes, one each; empty: none. None: as the scheduler has set them.
+        requeue: whether a preempted job is to be queued again.
+    """
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    # submitit ignores SIGTERM from here on: until the work has a handler of its own, it is to end the process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    job = JobEnvironment()
+    if job.cluster == "local":
+        os.setsid()  # no terminal's signals, whatever handlers the work installs
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    _see_one_device(job, devices)
+    if job.num_tasks > 1:
+        # as torchrun describes the group
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    me = Path(folder) / "processes" / f"{index}.{job.global_rank}.json"
+    me.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(me, json.dumps(identity(os.getpid())))
+    module, _, function = work.partition(":")
+    code: int = getattr(importlib.import_module(module), function)(index=index, **arguments)
+    if code == PREEMPTED and _warned and requeue and job.cluster == "slurm" and job.global_rank == 0:
+        _requeue()
+    return code
+
+
+def _see_one_device(job: "JobEnvironment", devices: Sequence[str] | None) -> None:
+    visible = devices if devices is not None else os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if devices is not None or (job.num_tasks > 1 and len(visible) >= job.num_tasks):
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[job.local_rank] if visible else ""
+
+
+def _requeue() -> None:
+    """Queue this job again, and leave without a result: Slurm ends it now, perhaps in the middle of writing one."""
+    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    try:
+        subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"{' '.join(command)}: {getattr(error, 'stderr', '') or error}", file=sys.stderr, flush=True)
+    sys.exit(PREEMPTED)

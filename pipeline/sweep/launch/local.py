@@ -1,0 +1,149 @@
+"""Workers as processes of this machine, each below a process of submitit's that watches it."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files import read_state
+from pipeline.paths import REPOSITORY
+from pipeline.sweep.launch import processes
+from pipeline.sweep.launch.cluster import LocalCluster
+
+TEN_YEARS = 60 * 24 * 3650
+WARNING_S = 30
+"""SIGUSR2 comes so long before `timeout_minutes` is over."""
+
+
+class Here:
+    """Backend of `cluster=local`."""
+
+    poll_s = 0.1
+
+    def __init__(self, cluster: LocalCluster, folder: Path, workers: int) -> None:
+        self._cluster, self._folder, self._workers = cluster, folder, workers
+        self._jobs: list[Any] = []  # of this process's own children, which it has to wait for
+
+    def check(self) -> None:
+        """Raises UserError: GPUs that are not there, fewer than one trial needs."""
+        have, wanted = visible_gpus(), self._cluster.gpus
+        if wanted != "auto":
+            absent = [str(g) for g in wanted if str(g) not in have]
+            if absent:
+                there = f"GPUs {', '.join(have)}" if have else "no GPU"
+                raise UserError(f"cluster.gpus: no GPU {', '.join(absent)}; this machine shows {there}")
+        need, used = self._cluster.processes_per_trial, len(self._gpus)
+        if 0 < used < need:
+            raise UserError(f"cluster.processes_per_trial={need}: each process takes a GPU; there are {used}")
+
+    def plan(self) -> str:
+        """A line for each worker."""
+        lines = [f"{self._workers} workers on this machine, {self._cluster.processes_per_trial} processes each"]
+        for slot in range(self._workers):
+            devices = ",".join(self._devices(slot)) or "none"
+            lines.append(f"  worker {slot}: GPUs {devices}, OMP_NUM_THREADS={self._threads()}")
+        return "\n".join(lines)
+
+    def start(self, works: Sequence[Callable[..., int]], busy: list[int]) -> list[tuple[str, dict[str, Any]]]:
+        """One submitit job for each; `busy`: slots, and so devices, of the workers that already run."""
+        from submitit import LocalExecutor
+
+        begun = []
+        free = (slot for slot in range(len(busy) + len(works)) if slot not in busy)
+        for work, slot in zip(works, free, strict=False):
+            executor = LocalExecutor(self._folder / "jobs")
+            executor.update_parameters(
+                timeout_min=self._cluster.timeout_minutes or TEN_YEARS,
+                signal_delay_s=WARNING_S,
+                tasks_per_node=self._cluster.processes_per_trial,
+                stderr_to_stdout=True,
+            )
+            path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+            with _environment(PYTHONPATH=path, OMP_NUM_THREADS=str(self._threads())), _deaf_to_the_terminal():
+                job = executor.submit(partial(work, devices=self._devices(slot), requeue=False))
+            self._jobs.append(job)
+            begun.append((job.job_id, {"slot": slot, **processes.identity(int(job.job_id))}))
+        return begun
+
+    def alive(self, handles: list[dict[str, Any]]) -> list[bool]:
+        """Whether the watching processes live; they end with what they watch."""
+        self._jobs = [job for job in self._jobs if not job.done()]  # waits for those that have ended
+        return [processes.lives(handle) for handle in handles]
+
+    def terminate(self, handles: list[dict[str, Any]]) -> None:
+        """SIGTERM, which submitit hands on to the process that works."""
+        for handle in handles:
+            processes.send(handle, signal.SIGTERM)
+
+    def kill(self, handles: list[dict[str, Any]]) -> None:
+        """SIGKILL to workers and watchers."""
+        for file in (self._folder / "processes").glob("*.json"):
+            process = read_state(file)
+            if process is not None:
+                processes.send(process, signal.SIGKILL)
+        for handle in handles:
+            processes.send(handle, signal.SIGKILL)
+
+    @cached_property
+    def _gpus(self) -> tuple[str, ...]:
+        return visible_gpus() if self._cluster.gpus == "auto" else tuple(map(str, self._cluster.gpus))
+
+    def _devices(self, slot: int) -> tuple[str, ...]:
+        """The GPUs of a worker's processes, in turn."""
+        gpus, count = self._gpus, self._cluster.processes_per_trial
+        return tuple(gpus[(slot * count + k) % len(gpus)] for k in range(count)) if gpus else ()
+
+    def _threads(self) -> int:
+        """This process's cores, divided; a smaller OMP_NUM_THREADS that was set for the command is kept."""
+        share = max(1, cores() // (self._workers * self._cluster.processes_per_trial))
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        return min(share, int(given)) if given.isdecimal() and int(given) > 0 else share
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Names of this machine's GPUs; where CUDA_VISIBLE_DEVICES is set, those that it leaves. Needs no torch."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        try:
+            given = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        except (OSError, subprocess.SubprocessError):  # no driver: no GPUs
+            return ()
+    return tuple(name for name in given.replace(",", " ").split() if name != "-1")
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Processes started inside see these variables."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _deaf_to_the_terminal() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C, Ctrl-\\ and the terminal's end: what is ignored stays so after exec."""
+    numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

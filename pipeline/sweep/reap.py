@@ -1,0 +1,85 @@
+"""Ends runs in MLflow that no process works on any more: trials and sweeps whose heartbeat is gone."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.journal import writer_alive
+from pipeline.runs.run import tracking_uri
+from pipeline.sweep.study.retry import history
+from pipeline.sweep.study.study import Study, studies
+from pipeline.tracking.deliver import Delivery
+
+logger = logging.getLogger("asib")
+ENDINGS = {
+    "COMPLETE": ("FINISHED", "completed", 0, None),
+    "PRUNED": ("KILLED", "pruned", 0, None),
+    "FAIL": ("FAILED", "failed", 1, "the worker's heartbeat is gone"),
+    "WAITING": ("KILLED", "killed", 137, "the worker's heartbeat is gone"),
+}
+"""What a trial's state in Optuna says of its run."""
+
+
+def reap(storage: str, delivery: Delivery | None, except_run: str | None = None) -> list[str]:
+    """Fail stale trials of every study in `storage`, and end the runs that are left RUNNING.
+
+    Args:
+        delivery: asks and tells the tracking server; None off line.
+        except_run: the sweep that asks.
+
+    Returns:
+        Ids of the runs that were ended.
+    """
+    orphans: dict[str, tuple[str, str, int, str | None]] = {}
+    for name in studies(storage):
+        try:
+            study = Study.open(storage, name)
+        except UserError as error:  # of another version: no reason to refuse the study that is asked for
+            logger.warning("%s: its runs are left as they are", error)
+            continue
+        study.tend()
+        states: dict[int, str] = {}
+        for trial in study.trials():  # a later attempt at a trial says what has become of the earlier ones
+            states |= dict.fromkeys([*history(trial), trial.number], trial.state.name)
+        for run in delivery.running(name) if delivery is not None else ():
+            ending = _ending(study, run["tags"], states)
+            if ending is not None and run["run_id"] != except_run:
+                orphans[run["run_id"]] = ending
+        study.close()
+    if delivery is None or not orphans:
+        return []
+    ended = delivery.reap(orphans)
+    for run_id in ended:
+        logger.info("run %s had no process any more: ended %s", run_id, orphans[run_id][0])
+    return ended
+
+
+def reap_all(storage: str, config: Config) -> list[str]:
+    """`reap` as a command of its own. Raises UserError: database or tracking server cannot be reached."""
+    if config.tracking.mode == "offline":
+        return reap(storage, None)
+    delivery = Delivery(tracking_uri(config), [], None)
+    try:
+        delivery.wait_fetched()
+        return reap(storage, delivery)
+    finally:
+        delivery.finish(0.0)
+
+
+def _ending(study: Study, tags: dict[str, str], states: dict[int, str]) -> tuple[str, str, int, str | None] | None:
+    """How a RUNNING run is to end; None while somebody works on it."""
+    number: Any = tags.get("asib.trial")
+    if number is None:
+        facts = study.facts
+        grace = study.sweep.grace_seconds + study.sweep.heartbeat_seconds
+        gone = time.time() - float(facts.get("driver_seen", 0.0)) > grace and not writer_alive(Path(facts["folder"]))
+        return (
+            ("KILLED", "killed", 137, "the sweep's process is gone; the same command goes on with it") if gone else None
+        )
+    state = states.get(int(number), "FAIL")
+    if state == "RUNNING":
+        return None
+    return ENDINGS[state]

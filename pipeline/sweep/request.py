@@ -1,0 +1,129 @@
+"""What a sweep is asked for, checked before torch is imported, and the study that it goes on with."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import urls
+from pipeline.compose.compose import keys_of
+from pipeline.compose.shortcuts import wants_dry_run
+from pipeline.config import Config
+from pipeline.config.describe import why
+from pipeline.config.numbers import MOST_TRIALS, WORKERS, processes, whole
+from pipeline.config.places import output_dir
+from pipeline.errors import UserError
+from pipeline.journal import writer_alive
+from pipeline.runs.folders import header_of, tagged
+from pipeline.sweep.launch import cluster as clusters
+from pipeline.sweep.launch.cluster import ClusterConfig
+from pipeline.sweep.launch.launcher import Launcher
+from pipeline.sweep.space import space as sweep_space
+from pipeline.sweep.space.space import SweepConfig
+from pipeline.sweep.study.storage import shown_url
+from pipeline.sweep.study.study import Study
+
+logger = logging.getLogger("asib")
+STUDY_TAG = "asib.study"
+DEFAULT = "kd_ib_tau"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`storage`: the database's URL. `name`: the study's. `digest`: of all that decides what is found."""
+
+    sweep: SweepConfig
+    cluster: ClusterConfig
+    workers: int
+    storage: str
+    name: str
+    digest: str
+
+    @property
+    def trials(self) -> int:
+        return self.sweep.trials
+
+    def words(self) -> str:
+        """What DRY_RUN=1 shows: the study, and the jobs that would take its trials."""
+        head = f"study {self.name} in {shown_url(self.storage)}: {self.trials} trials, {self.workers} at a time"
+        return f"{head}\n{Launcher(self.cluster, Path(), self.workers).plan()}"
+
+
+def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Plan:
+    """Read the step's own keys.
+
+    Raises:
+        UserError: a space that does not fit the schema.
+    """
+    if processes(os.environ)[1] != 1:
+        raise UserError("a sweep is started by one process; several per trial: cluster.processes_per_trial=2")
+    settings = _settings(own, "sweep.")
+    if own.get("trials"):
+        most = why(SweepConfig.model_fields["trials"])
+        settings["trials"] = str(whole("trials", own["trials"], high=MOST_TRIALS, why=most))
+    sweep = sweep_space.load(own.get("sweep") or DEFAULT, settings)
+    sweep_space.check(sweep, config, keys_of(overrides))
+    workers = whole("workers", own.get("workers") or "1", high=WORKERS, why="each is a process or a cluster's job")
+    cluster = clusters.load(own.get("cluster") or "local", _settings(own, "cluster."))
+    digest = sweep_space.digest(sweep, config)
+    name = own.get("study") or sweep_space.study_name(sweep, config)
+    return Plan(sweep, cluster, workers, storage_url(own.get("storage"), config), name, digest)
+
+
+def storage_url(given: str | None, config: Config) -> str:
+    """Where studies are kept; never a relative path, which would be another file for another process."""
+    url = given or os.environ.get("ASIB_STORAGE") or f"sqlite:///{output_dir(config).absolute() / 'studies.db'}"
+    return urls.sqlite(url, "storage") if url.startswith(urls.SQLITE) else url
+
+
+def prepared(config: Config, plan: Plan) -> Config:
+    """The parent run's configuration: its name, and the earlier run of this study that it goes on with.
+
+    Raises:
+        UserError: workers that cannot be started, a database that cannot be reached, another study of that name, a
+            study that another sweep is at work on.
+    """
+    if wants_dry_run(os.environ):
+        return config
+    Launcher(plan.cluster, output_dir(config), plan.workers).check()
+    facts = Study.refuse_other(plan.storage, plan.name, plan.digest)
+    if "***" in shown_url(plan.storage) and os.environ.get("ASIB_STORAGE") != plan.storage:
+        logger.warning(
+            "storage=%s: a command line, and under mlflow run the run's parameters, show the password to others; "
+            "give it as ASIB_STORAGE, or leave it to ~/.pgpass",
+            shown_url(plan.storage),
+        )
+    root = output_dir(config)
+    driven = [Path(facts["folder"])] if writer_alive(Path(facts.get("folder", "/nowhere"))) else []
+    for folder in (*driven, *tagged(root, "sweep", STUDY_TAG, plan.name, alive=True)):
+        raise UserError(f"study {plan.name}: the sweep in {folder} is at work on it; join={plan.name} helps it")
+    changes: dict[str, Any] = {}
+    if config.resume is None:
+        earlier = tagged(root, "sweep", STUDY_TAG, plan.name)
+        before = next((folder for folder in earlier if _of_this_study(folder, facts)), None)
+        if before is not None:
+            changes |= {"resume": str(before), "extend": True}
+    if config.run_name is None and "MLFLOW_RUN_ID" not in os.environ:
+        changes["run_name"] = plan.name
+    return config.model_copy(update=changes)
+
+
+def _of_this_study(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a sweep's run is of the very study in the database: its name may have been another's, in another one."""
+    if not facts:  # it ended before there was a study: while it fine-tuned the teachers
+        return not any((folder / name).exists() for name in ("launched", "trials"))
+    header = header_of(folder)
+    return header is not None and header.data["journal"] in (facts.get("parent_journal"), *facts.get("parents", ()))
+
+
+def params(plan: Plan) -> dict[str, str]:
+    """What the parent run states besides the configuration that trials start from."""
+    space = {f"sweep.space.{key}": str(d.model_dump(exclude_defaults=True)) for key, d in plan.sweep.space.items()}
+    others = {f"sweep.{key}": str(value) for key, value in plan.sweep.model_dump(exclude={"space"}).items()}
+    return space | others | {"sweep.storage": shown_url(plan.storage)}
+
+
+def _settings(own: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}

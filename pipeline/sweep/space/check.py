@@ -1,0 +1,285 @@
+"""A sweep against the configuration that it varies: what would not do is said in one line before any trial starts."""
+
+import logging
+import math
+import random
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.compose.groups import groups
+from pipeline.config import Config, config_hash, explain, flatten
+from pipeline.config.describe import expects, written
+from pipeline.config.identity import NOT_COMPUTATION
+from pipeline.config.inactive import inactive
+from pipeline.config.names import near_miss
+from pipeline.errors import UserError
+from pipeline.sweep.space.changes import takes, validated
+from pipeline.sweep.space.config import VALIDATION, SweepConfig
+from pipeline.sweep.space.dimensions import FloatRange, IntRange, Range
+
+logger = logging.getLogger("asib")
+COMBINATIONS = 64
+"""So many points of the space are tried on the configuration's rules, besides each key's own limits."""
+RANDOM_STATE = 0
+
+METRICS = re.compile(
+    r"final/val_acc|student/(acc|acc_ema|loss)|synergy/(acc|acc_ema)|teacher/disagreement|gate/(open|averaged_share)"
+    r"|train/(images_per_second|nonfinite_steps)|schedule/(tau|ib_beta|lr|kd_weight)"
+    r"|a_step/(loss|ce|kd|ib|feat|cccp|cw_mean|cw_std)|b_step/(loss|ce|kd|feat)"
+    r"|parameters/(student|fusion)_(total|trainable)"
+    r"|cost/(gmacs|seconds|updates/[ab]|(macs_per_image|forward_images)/(student|fusion|teacher_\d+))"
+)
+"""Metrics that a trial's run has."""
+USUAL = (
+    *(VALIDATION, "student/acc", "synergy/acc", "train/images_per_second", "cost/gmacs", "cost/seconds"),
+    *("parameters/student_total", "cost/macs_per_image/student", "cost/updates/b"),
+)
+"""Of these the one nearest to a misspelt metric is named."""
+TEST_SPLIT = re.compile(
+    r"test/.*|final/(acc_last|acc_val_selected|acc_best|teacher_(\d+|avg)_acc|synergy_acc|student_alone_acc)"
+)
+
+
+def check(sweep: SweepConfig, base: Config, overridden: Collection[str]) -> None:
+    """Refuse a sweep that cannot be run over `base`; what has no effect, or is not known, is logged.
+
+    Args:
+        overridden: the keys that the command line sets.
+
+    Raises:
+        UserError: one line that names the key, the value and what would do.
+    """
+    source = f"sweep={sweep.name}"
+    if base.dataset.val_fraction == 0:
+        raise UserError(
+            f"{source}: dataset.val_fraction=0: a sweep never looks at the test split and needs validation images; "
+            "set dataset.val_fraction=0.1"
+        )
+    given = {_plain(text) for text in overridden}
+    for key in sweep.space:
+        where = f"{source}: space.{key}"
+        _check_key(where, key, sweep.space, given)
+        _check_kind(where, key, sweep)
+    _check_metrics(source, sweep)
+    _check_weights(source, sweep, base)
+    valid = _Combinations(source, sweep, base).check()
+    _log_inactive(sweep, valid)
+    _log_cmaes(sweep)
+
+
+def _plain(text: str) -> str:
+    """The key of `++a[0].b=x`."""
+    return re.sub(r"\[(\d+)\]", r".\1", text.lstrip("+~ ").partition("=")[0].strip())
+
+
+# keys ----------------------------------------------------------------------------------------------------------------
+
+
+def _check_key(where: str, key: str, space: Collection[str], given: Collection[str]) -> None:
+    """A key of the schema that changes what is computed, and not what is measured, and that nothing else sets."""
+    if key in groups() and key not in Config.model_fields:
+        raise UserError(f"{where}: {key} is a group of files; a space names keys, such as {_example(key)}")
+    try:
+        takes(key)
+    except UserError as error:
+        raise UserError(f"{where.removesuffix(key)[:-1]}: {error}") from None
+    if key.split(".")[0] == "dataset" and key != "dataset.batch_size":
+        raise UserError(
+            f"{where}: it changes what the trials are measured on, so that they could not be compared; leave it out "
+            f"and give {key}=… to the whole sweep"
+        )
+    if key.endswith(".checkpoint") or any(
+        key == name or (name.endswith(".") and f"{key}.".startswith(name)) for name in NOT_COMPUTATION
+    ):
+        raise UserError(
+            f"{where}: the configuration's hash leaves this key out, all its trials would be the same; leave it out "
+            f"and give {key}=… to the whole sweep"
+        )
+    inner = next((other for other in space if other.startswith(f"{key}.")), None)
+    if inner:
+        raise UserError(f"{where}: the space has {inner} in it too: leave one of them out")
+    lost = next((other for other in given if other == key or other.startswith(f"{key}.")), None)
+    if lost:
+        raise UserError(f"{where}: the command line sets {lost}, and the sweep varies it: leave one of them out")
+
+
+def _example(group: str) -> str:
+    name = group.replace("/", ".").replace("model.teacher", "model.teachers.0")
+    return next((k for k in flatten(Config()) if k.startswith(f"{name}.")), f"{name}.name")
+
+
+def _check_kind(where: str, key: str, sweep: SweepConfig) -> None:
+    """Ranges are for numbers, and ranges of fractions not for whole numbers."""
+    dimension = sweep.space[key]
+    if not isinstance(dimension, FloatRange | IntRange):
+        return
+    field, rest = takes(key)
+    annotation = field.annotation
+    if rest:
+        items = next(get_args(a) for a in (annotation, *get_args(annotation)) if get_origin(a) is tuple)
+        annotation = items[min(int(rest[0]), len(items) - 1)] if items[-1] is not Ellipsis else items[0]
+    kinds = _kinds(annotation)
+    if "float" in kinds or ("int" in kinds and dimension.type == "int"):
+        return
+    does = "type: int" if "int" in kinds else "type: categorical with choices"
+    section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    what = "a group of keys" if section else expects(field)
+    raise UserError(f"{where}: type: {dimension.type}, and this key takes {what}: use {does}")
+
+
+def _kinds(annotation: Any) -> set[str]:
+    """What a key takes: the names of types; `list` and `one of` for tuples and choices."""
+    if isinstance(annotation, type):
+        return {annotation.__name__}
+    if get_origin(annotation) is tuple:
+        return {"list"}
+    if get_origin(annotation) is Literal:
+        return {"one of"}
+    arguments = get_args(annotation)
+    inner = arguments[:1] if hasattr(annotation, "__metadata__") else arguments
+    return {kind for argument in inner for kind in _kinds(argument)}
+
+
+def _check_weights(source: str, sweep: SweepConfig, base: Config) -> None:
+    """`renorm_ce_kd` has rescaled both weights of `base`: changing one of them would mix two scales."""
+    weights = {"method.ce_alpha", "method.kd_alpha"} & sweep.space.keys()
+    if base.method.renorm_ce_kd and (len(weights) == 1 or (not weights and "method.renorm_ce_kd" in sweep.space)):
+        key = next(iter(weights), "method.renorm_ce_kd")
+        raise UserError(
+            f"{source}: space.{key}: method.renorm_ce_kd=true has already rescaled method.ce_alpha and method.kd_alpha "
+            "of this configuration; set method.renorm_ce_kd=false, or put both weights into the space"
+        )
+
+
+# metrics -------------------------------------------------------------------------------------------------------------
+
+
+def _check_metrics(source: str, sweep: SweepConfig) -> None:
+    named = [(f"objectives.{i}.metric", o.metric) for i, o in enumerate(sweep.objectives)]
+    named += [(f"constraints.{i}.metric", c.metric) for i, c in enumerate(sweep.constraints)]
+    for where, metric in named:
+        if TEST_SPLIT.fullmatch(metric):
+            raise UserError(f"{source}: {where}={metric}: a sweep never looks at the test split; use {VALIDATION}")
+        if not METRICS.fullmatch(metric):
+            near = near_miss(metric, USUAL)
+            hint = f"; did you mean {near}?" if near else ""
+            logger.warning(
+                "%s: %s=%s is no metric that is known: trials whose run has none fail%s", source, where, metric, hint
+            )
+
+
+# values --------------------------------------------------------------------------------------------------------------
+
+
+class _Combinations:
+    """Values of the space tried on the configuration: each key's own limits first, then the rules between keys."""
+
+    def __init__(self, source: str, sweep: SweepConfig, base: Config) -> None:
+        self.source, self.space, self.base = source, sweep.space, base
+        self.random = random.Random(RANDOM_STATE)
+
+    def check(self) -> list[tuple[Mapping[str, Any], Config]]:
+        """Points of the space with their configurations. Raises UserError: values that no trial could have."""
+        for key in self.space:
+            self._check_limits(key)
+        valid: list[tuple[Mapping[str, Any], Config]] = []
+        refused: list[str] = []
+        for values in (self._draw({}) for _ in range(COMBINATIONS)):
+            found = self._try(values)
+            if isinstance(found, Config):
+                valid.append((values, found))
+            else:
+                refused.append(found)
+        if refused and valid:
+            logger.warning(
+                "%s: %d of %d points of the space are refused, such trials fail: %s",
+                self.source,
+                len(refused),
+                COMBINATIONS,
+                refused[0],
+            )
+        elif refused:
+            raise UserError(f"{self.source}: no point of the space would do: {refused[0]}")
+        return valid
+
+    def _check_limits(self, key: str) -> None:
+        """Both ends of a range and each of a list's values; a rule may be broken only by the key's neighbours."""
+        hashes: dict[str, str] = {}
+        for name, value in _named_values(self.space[key]):
+            where = f"{self.source}: space.{key}.{name}={_shown(value)}"
+            found: Config | None = None
+            try:
+                found = validated(self.base, {key: value})
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            except ValidationError as error:
+                own = any(problem["loc"] for problem in error.errors())
+                if own or not any(isinstance(self._try(self._draw({key: value})), Config) for _ in range(16)):
+                    raise UserError(f"{where}: {explain(error)}") from None
+            if found is not None and not isinstance(self.space[key], Range):
+                same = hashes.setdefault(config_hash(found), name)
+                if same != name:
+                    raise UserError(f"{where}: the same configuration as with {same}; leave one of them out")
+
+    def _draw(self, fixed: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: _drawn(dimension, self.random) for key, dimension in self.space.items()} | dict(fixed)
+
+    def _try(self, values: Mapping[str, Any]) -> Config | str:
+        """The configuration, or why there is none."""
+        try:
+            return validated(self.base, values)
+        except ValidationError as error:
+            return explain(error)
+        except UserError as error:
+            return str(error)
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(written(value).split())
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _named_values(dimension: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(dimension, Range):
+        yield from dimension.extremes.items()
+    else:
+        word = "values" if dimension.type == "grid" else "choices"
+        yield from ((f"{word}.{index}", value) for index, value in enumerate(dimension.listed()))
+
+
+def _drawn(dimension: Any, source: random.Random) -> Any:
+    if not isinstance(dimension, Range):
+        return source.choice(dimension.listed())
+    low, high = dimension.extremes["low"], dimension.extremes["high"]
+    if isinstance(dimension, IntRange):
+        return source.randrange(dimension.low, dimension.high + 1, dimension.step or 1)
+    if dimension.log:
+        return min(max(math.exp(source.uniform(math.log(low), math.log(high))), low), high)
+    return dimension.nearest(source.uniform(low, high))
+
+
+# what acts -----------------------------------------------------------------------------------------------------------
+
+
+def _log_inactive(sweep: SweepConfig, points: Iterable[tuple[Mapping[str, Any], Config]]) -> None:
+    """A line for each key that acts at no point that was tried."""
+    points = list(points)
+    defaults = flatten(Config())
+    for key in sorted(sweep.space):
+        changed = [config for values, config in points if values[key] != defaults.get(key)]
+        sentences = [next((s for s in inactive(config) if re.split("[:=,]", s)[0] == key), None) for config in changed]
+        if sentences and all(sentences):
+            logger.info("has no effect here: %s", sentences[0])
+
+
+def _log_cmaes(sweep: SweepConfig) -> None:
+    if sweep.sampler.name != "cmaes":
+        return
+    lists = [key for key, dimension in sweep.space.items() if not isinstance(dimension, Range)]
+    if lists:
+        logger.warning("sampler.name=cmaes searches ranges only: %s are drawn at random", ", ".join(lists))
+    if len(sweep.space) - len(lists) < 2:
+        logger.warning("sampler.name=cmaes needs two ranges: all of this space is drawn at random; use tpe")

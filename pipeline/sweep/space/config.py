@@ -1,0 +1,263 @@
+"""What a sweep is asked for: its space (sweep_dimensions), sampler, pruner, objectives, constraints. Pydantic only."""
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.sweep.space.dimensions import (
+    AtLeastOne,
+    AtLeastTwo,
+    Categorical,
+    Count,
+    Dimension,
+    FloatRange,
+    GridValues,
+    IntRange,
+    NonNegative,
+    Number,
+    Part,
+    Seed,
+    Trials,
+)
+
+VALIDATION = "final/val_acc"
+GRID_LIMIT = 100_000
+"""The grid sampler lists all points of a grid."""
+
+
+# samplers and pruners: each with the knobs that it has ---------------------------------------------------------------
+
+
+class Tpe(Part):
+    """Tree-structured Parzen estimator (multivariate, constant liar)."""
+
+    name: Literal["tpe"] = "tpe"
+    seed: Seed = 0
+    startup_trials: Count = 10
+    candidates: AtLeastOne = 24
+
+
+class Gp(Part):
+    """Gaussian process."""
+
+    name: Literal["gp"] = "gp"
+    seed: Seed = 0
+    startup_trials: Count = 10
+    deterministic: bool = False
+
+
+class CmaEs(Part):
+    """Covariance matrix adaptation, of two or more ranges; lists of values are drawn at random."""
+
+    name: Literal["cmaes"] = "cmaes"
+    seed: Seed = 0
+    startup_trials: Count = 1
+    population: AtLeastTwo | None = None
+
+
+class Random(Part):
+    """Independent draws."""
+
+    name: Literal["random"] = "random"
+    seed: Seed = 0
+
+
+class Grid(Part):
+    """Every point of the grid once, in an order that follows from the seed."""
+
+    name: Literal["grid"] = "grid"
+    seed: Seed = 0
+
+
+class Median(Part):
+    """Ends a trial whose best epoch so far lies below the median of the other trials at the same epoch."""
+
+    name: Literal["median"] = "median"
+    startup_trials: Count = 5
+    warmup_epochs: Count = 3
+    interval_epochs: AtLeastOne = 1
+    min_trials: AtLeastOne = 1
+
+
+class Hyperband(Part):
+    """Successive halving with several budgets; `max_epochs` auto: as the longest trial has reported."""
+
+    name: Literal["hyperband"] = "hyperband"
+    min_epochs: AtLeastOne = 1
+    max_epochs: AtLeastOne | Literal["auto"] = "auto"
+    reduction: AtLeastTwo = 3
+
+
+class Patient(Part):
+    """As median, but only once a trial has not improved by `min_delta` for `patience` epochs."""
+
+    name: Literal["patient"] = "patient"
+    patience: Count = 3
+    min_delta: NonNegative = 0.0
+    startup_trials: Count = 5
+    warmup_epochs: Count = 3
+
+
+class NoPruner(Part):
+    """Every trial runs to its end."""
+
+    name: Literal["none"] = "none"
+
+
+Sampler = Annotated[Tpe | Gp | CmaEs | Random | Grid, Field(discriminator="name")]
+Pruner = Annotated[Median | Hyperband | Patient | NoPruner, Field(discriminator="name")]
+KINDS: dict[str, dict[str, type[Part]]] = {
+    "space": {"float": FloatRange, "int": IntRange, "categorical": Categorical, "grid": GridValues},
+    "sampler": {"tpe": Tpe, "gp": Gp, "cmaes": CmaEs, "random": Random, "grid": Grid},
+    "pruner": {"median": Median, "hyperband": Hyperband, "patient": Patient, "none": NoPruner},
+}
+"""What `type` and `name` choose from."""
+
+
+# the sweep -----------------------------------------------------------------------------------------------------------
+
+
+class Objective(Part):
+    """A metric of the trial's run that is maximised or minimised."""
+
+    metric: str = VALIDATION
+    direction: Literal["maximize", "minimize"] = "maximize"
+
+    @property
+    def reported(self) -> str | None:
+        """The metric of an epoch that stands for it while the trial runs, for pruning; None: there is none."""
+        if self.metric == VALIDATION:
+            return "student/acc"
+        return self.metric if self.metric.startswith("student/") else None
+
+
+class Constraint(Part):
+    """Bounds of a metric of the trial's run; a trial beyond them is never the best."""
+
+    metric: str
+    min: Number | None = None
+    max: Number | None = None
+
+    @model_validator(mode="after")
+    def _rules(self) -> "Constraint":
+        if self.min is None and self.max is None:
+            raise ValueError(f"metric={self.metric} has no bound: give min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min={self.min} is above max={self.max}: nothing would do")
+        return self
+
+    def violation(self, value: float) -> float:
+        """How far a value lies beyond the bounds; up to 0: it satisfies them. A value that is no number does not."""
+        if math.isnan(value):
+            return math.inf
+        beyond = [] if self.max is None else [value - self.max]
+        return max(beyond if self.min is None else [*beyond, self.min - value])
+
+
+class SweepConfig(Part):
+    """A search over configurations; `name` is the stem of its file. Keys of `space` are dotted keys of the schema."""
+
+    name: str
+    space: dict[str, Dimension]
+    sampler: Sampler = Tpe()
+    pruner: Pruner = Median()
+    objectives: tuple[Objective, ...] = (Objective(),)
+    constraints: tuple[Constraint, ...] = ()
+    trials: Trials = 30
+    max_retry: Count = 2
+    heartbeat_seconds: AtLeastOne = 15
+    grace_seconds: AtLeastOne = 60
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data: Any) -> Any:
+        return short_forms(data) if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _rules(self) -> "SweepConfig":
+        if not self.space:
+            raise ValueError(
+                "space is empty: name at least one key, such as method.tau: {type: float, low: 1, high: 8}"
+            )
+        if not self.objectives:
+            raise ValueError(f"objectives is empty: give [{{metric: {VALIDATION}, direction: maximize}}]")
+        for what, metrics in (
+            ("objectives", [o.metric for o in self.objectives]),
+            ("constraints", [c.metric for c in self.constraints]),
+        ):
+            twice = next((m for m in metrics if metrics.count(m) > 1), None)
+            if twice:
+                raise ValueError(f"{what} name {twice} twice: give it once")
+        self._check_together()
+        return self
+
+    def _check_together(self) -> None:
+        """What sampler and pruner cannot do."""
+        several = len(self.objectives) > 1
+        if several and self.pruner.name != "none":
+            raise ValueError(
+                f"pruner.name={self.pruner.name} with {len(self.objectives)} objectives: pruning needs a single one; "
+                "set pruner.name=none"
+            )
+        if several and self.sampler.name == "cmaes":
+            raise ValueError(
+                f"sampler.name=cmaes with {len(self.objectives)} objectives: it searches for a single one; "
+                "use tpe, gp or random"
+            )
+        if self.pruner.name != "none" and self.objectives[0].reported is None:
+            raise ValueError(
+                f"pruner.name={self.pruner.name} with the objective {self.objectives[0].metric}, which is not known "
+                f"before a trial's end: set pruner.name=none, or maximise {VALIDATION}"
+            )
+        if self.grace_seconds <= self.heartbeat_seconds:
+            raise ValueError(
+                f"grace_seconds={self.grace_seconds} is not above heartbeat_seconds={self.heartbeat_seconds}: "
+                f"living trials would be taken for dead; give such as {4 * self.heartbeat_seconds}"
+            )
+        if self.sampler.name == "grid":
+            self._check_grid()
+
+    def _check_grid(self) -> None:
+        points = 1
+        for key, dimension in self.space.items():
+            size = dimension.size()
+            if size is None:
+                raise ValueError(
+                    f"space.{key} has endlessly many values, and sampler.name=grid visits each: "
+                    "give it a step, or type: grid with values"
+                )
+            points *= size
+        if points > GRID_LIMIT:
+            raise ValueError(
+                f"sampler.name=grid: this grid has {points:,} points, more than {GRID_LIMIT:,}: use wider steps, or tpe"
+            )
+
+
+def short_forms(data: dict[str, Any]) -> dict[str, Any]:
+    """`pruner: none` and `{seed: 1}` in full, `a[0]` as `a.0`; several objectives, which nothing can prune, without
+    pruner unless one is named.
+    """
+    data = dict(data)
+    for part, default in (("sampler", "tpe"), ("pruner", "median")):
+        if part in data:
+            given = "none" if data[part] is None else data[part]
+            given = {"name": given} if isinstance(given, str) else given
+            data[part] = {"name": default, **given} if isinstance(given, dict) else given
+    objectives = data.get("objectives")
+    if "pruner" not in data and isinstance(objectives, list | tuple) and len(objectives) > 1:
+        data["pruner"] = {"name": "none"}
+    if isinstance(data.get("space"), dict):
+        data["space"] = _dotted_keys(data["space"])
+    return data
+
+
+def _dotted_keys(space: dict[Any, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, dimension in space.items():
+        name = re.sub(r"\[(\d+)\]", r".\1", str(key))
+        if name in found:
+            raise ValueError(f"space.{name} is there twice: give it once")
+        found[name] = dimension
+    return found

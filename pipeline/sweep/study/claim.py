@@ -1,0 +1,222 @@
+"""One trial in the hands of one worker: its heart beats from the claim to the end that the worker gives it."""
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from pipeline.errors import Taken
+from pipeline.sweep.space.space import SweepConfig
+from pipeline.sweep.study.retry import ERROR, FAILED, OUTCOME, RELEASED, REPEATS, history, queue_again
+from pipeline.sweep.study.storage import Database, Lock, is_away
+
+logger = logging.getLogger("asib.study")
+ERROR_LENGTH = 2000
+
+
+class Claim:
+    """A RUNNING trial of ours; made by `Study.claim`, which has written its first heartbeat.
+
+    Every method raises `Taken` once the trial is no longer RUNNING: we were silent for longer than the grace time, and
+    another worker has it. A database that is away for a moment loses reports, which the pruner can do without; the
+    methods that end the trial wait for it (`Database.patiently`).
+
+    Attributes:
+        number: the trial's own. origin: the number of its first attempt; attempt: how many there were before this one.
+        values: what to apply to the configuration. notes: its user attributes, inherited by the next attempt.
+        reached: the last epoch that earlier attempts have reported.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        study: optuna.Study,
+        sweep: SweepConfig,
+        trial: optuna.Trial,
+        as_stored: FrozenTrial,
+        values: dict[str, Any],
+    ) -> None:
+        self._database, self._study, self._sweep, self._trial = database, study, sweep, trial
+        self._id = trial._trial_id
+        self.number = trial.number
+        self.origin = [*history(as_stored), trial.number][0]
+        self.attempt = len(history(as_stored))
+        self.values = values
+        self.notes: dict[str, Any] = dict(as_stored.user_attrs)
+        self.reached = max(as_stored.intermediate_values, default=None)
+        self._epoch: int | None = None
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name=f"heartbeat of trial {self.number}", daemon=True)
+        self._heart.start()
+
+    # while it runs ---------------------------------------------------------------------------------------------------
+
+    def note(self, **values: Any) -> None:
+        """Write user attributes of the trial (JSON values)."""
+
+        def write() -> None:
+            for key, value in values.items():
+                self._trial.set_user_attr(key, value)
+
+        try:
+            self._database.patiently(write)
+        except UpdateFinishedTrialError:
+            raise self._taken() from None
+        self.notes.update(values)
+
+    def same_as(self, config_hash: str) -> FrozenTrial | None:
+        """The first trial that ended, COMPLETE or PRUNED, with this in its note `config_hash`."""
+        ended = (TrialState.COMPLETE, TrialState.PRUNED)
+        trials = self._database.patiently(lambda: self._study.get_trials(deepcopy=False, states=ended))
+        return next((t for t in trials if t.user_attrs.get("config_hash") == config_hash), None)
+
+    def report(self, value: float, epoch: int) -> None:
+        """State the objective after `epoch` (from 0), for the pruner. With several objectives nothing is kept."""
+        self.check()
+        if len(self._sweep.objectives) > 1:
+            return
+        self._epoch = epoch
+        try:
+            # Trial.report would ignore an epoch that an earlier attempt has reported, with a warning.
+            self._study._storage.set_trial_intermediate_value(self._id, epoch, value)
+        except UpdateFinishedTrialError:
+            raise self._taken() from None
+        except Exception as error:
+            self._shrug(error)
+
+    def should_prune(self) -> bool:
+        """The pruner's answer after the last report, or for what earlier attempts have reported."""
+        if len(self._sweep.objectives) > 1:
+            return False
+        try:
+            trial = self._frozen()
+            if trial.state != TrialState.RUNNING:
+                raise self._taken()
+            if self._epoch is not None:  # an earlier attempt may have got further than the checkpoint we went on from
+                reported = trial.intermediate_values.items()
+                trial.intermediate_values = {epoch: value for epoch, value in reported if epoch <= self._epoch}
+            return self._study.pruner.prune(self._study, trial)
+        except Taken:
+            raise
+        except Exception as error:
+            self._shrug(error)
+            return False
+
+    def check(self) -> None:
+        """Raise `Taken` when the trial is another worker's by now."""
+        try:
+            running = self._database.state(self._id) == TrialState.RUNNING
+        except Exception as error:
+            self._shrug(error)
+            return
+        if not running:
+            raise self._taken()
+
+    # its end ---------------------------------------------------------------------------------------------------------
+
+    def complete(self, values: Sequence[float], constraints: Sequence[float] = ()) -> None:
+        """The trial's result. One that is not a number is a failure: no sampler could learn from it.
+
+        Args:
+            values: one for each objective of the sweep.
+            constraints: the metric of each of the sweep's constraints; held against its min and max here.
+        """
+        bad = [o.metric for o, value in zip(self._sweep.objectives, values, strict=True) if math.isnan(value)]
+        if bad:
+            self.fail(f"{bad[0]} is not a number")
+            return
+        beyond = [c.violation(value) for c, value in zip(self._sweep.constraints, constraints, strict=True)]
+        self._complete([float(value) for value in values], beyond)
+
+    def repeat(self, twin: FrozenTrial) -> None:
+        """End as `twin` has ended, whose configuration is the same: the same state, values and constraints."""
+        self.note(**{OUTCOME: "repeated", REPEATS: twin.number})
+        if twin.state == TrialState.COMPLETE:
+            self._complete(list(twin.values), list(twin.constraints.values()))
+            return
+
+        def end() -> None:
+            for epoch, value in twin.intermediate_values.items():
+                self._study._storage.set_trial_intermediate_value(self._id, epoch, value)
+            self._study.tell(self.number, state=TrialState.PRUNED)
+
+        self._end(end, TrialState.PRUNED)
+
+    def prune(self, reason: str, epoch: int | None = None) -> None:
+        """The pruner's decision, carried out."""
+        notes: dict[str, Any] = {OUTCOME: "pruned", "asib.reason": reason}
+        self.note(**notes, **({} if epoch is None else {"asib.epoch": epoch}))
+        self._end(lambda: self._study.tell(self.number, state=TrialState.PRUNED), TrialState.PRUNED)
+
+    def fail(self, error: str) -> None:
+        """The configuration's own fault: it is not tried again, and counts towards the total."""
+        self.note(**{OUTCOME: FAILED, ERROR: error[:ERROR_LENGTH]})
+        self._end(lambda: self._study.tell(self.number, state=TrialState.FAIL), TrialState.FAIL)
+
+    def release(self) -> None:
+        """We have to go: the trial waits for another worker at once, and this is no crash of its."""
+
+        def end() -> None:
+            self._study.tell(self.number, state=TrialState.FAIL)
+            queue_again(self._study, self._frozen())
+
+        self.note(**{OUTCOME: RELEASED})
+        self._end(end, TrialState.FAIL)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _complete(self, values: Sequence[float], constraints: Sequence[float]) -> None:
+        def end() -> None:
+            for i, value in enumerate(constraints):
+                self._trial.set_constraint(str(i), value)
+            self._study.tell(self.number, list(values))
+
+        self._end(end, TrialState.COMPLETE)
+
+    def _end(self, end: Callable[[], object], state: TrialState) -> None:
+        """Between our look at the state and the writing nobody may take the trial over: hence the lock."""
+        tried = False
+
+        def locked() -> None:
+            nonlocal tried
+            with Lock(self._database, self._study.study_name):
+                present = self._database.state(self._id)
+                if tried and present == state:  # it was written, and only the answer was lost
+                    return
+                if present != TrialState.RUNNING:
+                    raise self._taken()
+                tried = True
+                end()
+
+        try:
+            self._database.patiently(locked)
+        finally:
+            self._ended.set()
+            self._heart.join()
+
+    def _frozen(self) -> FrozenTrial:
+        return self._study._storage.get_trial(self._id)
+
+    def _taken(self) -> Taken:
+        self._ended.set()
+        return Taken(f"trial {self.number} of {self._study.study_name} is another worker's by now")
+
+    def _shrug(self, error: Exception) -> None:
+        """Go on without a database that is away; anything else is an error."""
+        if not is_away(error):
+            raise error
+        logger.warning("trial %d goes on without its study: %s", self.number, self._database.explain(error))
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._sweep.heartbeat_seconds):
+            try:
+                self._database.rdb.record_heartbeat(self._id)
+                self._database.rest()
+            except Exception as error:  # the next one may arrive
+                logger.warning("heartbeat of trial %d: %s", self.number, self._database.explain(error))
+        self._database.rdb.remove_session()

@@ -1,0 +1,250 @@
+"""A study as people read it: table, terminal, the note of the sweep's run, pictures, and one HTML page."""
+
+import html
+import math
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import optuna
+import pandas as pd
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import URL, make_url
+
+from pipeline import escape
+from pipeline.compare.report import NOTE_LENGTH, STYLE
+from pipeline.sweep.space.space import SweepConfig
+from pipeline.sweep.study import plots as study_pictures
+from pipeline.sweep.study import retry as study_retry
+from pipeline.sweep.study.plots import Picture, feasible, label, short_names
+
+TOP = 10
+STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+    TrialState.FAIL: "failed",
+}
+ORDER = ("complete", "infeasible", "pruned", "running", "waiting", "failed", "retried")
+"""States in the order of the table."""
+EXPLAINED = (
+    "infeasible: finished, but beyond a constraint. retried: its worker died or was stopped, and a later trial goes on "
+    "with it. last: what was reported in the last epoch that it reached. attempts: how often it was started. seconds: "
+    "of training, without evaluation."
+)
+
+
+def write(study: optuna.Study, folder: Path, sweep: SweepConfig) -> list[Path]:
+    """`trials.csv`, a PNG for each picture that can be drawn, and `study.html` in `folder`; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = table(study, sweep)
+    paths = [folder / "trials.csv"]
+    escape.table(found).to_csv(paths[0], index=False)
+    pictures = list(study_pictures.draw(study, sweep))
+    for picture in pictures:
+        paths.append(folder / f"{picture.name}.png")
+        paths[-1].write_bytes(picture.png)
+    paths.append(folder / "study.html")
+    paths[-1].write_text(page(study, sweep, found, pictures), encoding="utf-8")
+    return paths
+
+
+# the table -----------------------------------------------------------------------------------------------------------
+
+
+def table(study: optuna.Study, sweep: SweepConfig) -> pd.DataFrame:
+    """A row for each trial: with one objective the best first, with several the Pareto front first; then by state.
+
+    Columns: number, state (one of `ORDER`), a column for each objective (finished trials only), `last` (the value that
+    was last reported while it ran), a column for each key of the space, epochs (how many were reached), attempts,
+    seconds, run_id (of the trial that it repeats, where it does), same_as (the number of that trial).
+    """
+    trials = study.get_trials(deepcopy=False)
+    replaced = {number for t in trials for number in study_retry.history(t)}
+    front = {t.number for t in _front(study)}
+    by_number = {t.number: t for t in trials}
+    keyed = []
+    for trial in trials:
+        row = _row(trial, sweep, by_number, trial.number in replaced)
+        # the front's members are equally good; within a state earlier trials come first
+        goodness = 0.0 if len(sweep.objectives) > 1 else _cost(row[sweep.objectives[0].metric], study.direction)
+        keyed.append(((ORDER.index(row["state"]), trial.number not in front, goodness, trial.number), row))
+    keyed.sort(key=lambda pair: pair[0])
+    found = pd.DataFrame([row for _, row in keyed], columns=_columns(sweep))
+    return found.astype({"number": "int64", "epochs": "int64", "attempts": "int64", "same_as": "Int64"})
+
+
+def _columns(sweep: SweepConfig) -> list[str]:
+    metrics = [o.metric for o in sweep.objectives]
+    return ["number", "state", *metrics, "last", *sweep.space, "epochs", "attempts", "seconds", "run_id", "same_as"]
+
+
+def _row(trial: FrozenTrial, sweep: SweepConfig, by_number: dict[int, FrozenTrial], replaced: bool) -> dict[str, Any]:
+    attrs, steps = trial.user_attrs, trial.intermediate_values
+    done = trial.state == TrialState.COMPLETE
+    state = "retried" if replaced else STATES[trial.state]
+    same_as = attrs.get("same_as", attrs.get("asib.repeats"))
+    source = by_number.get(same_as, trial) if same_as is not None else trial
+    values = trial.values if done else [math.nan] * len(sweep.objectives)
+    return {
+        "number": trial.number,
+        "state": "infeasible" if done and not feasible(trial) else state,
+        **{o.metric: value for o, value in zip(sweep.objectives, values, strict=True)},
+        "last": steps[max(steps)] if steps else math.nan,
+        **{key: trial.params.get(key) for key in sweep.space},
+        "epochs": max(steps) + 1 if steps else 0,
+        "attempts": len(study_retry.history(trial)) + (trial.state != TrialState.WAITING),
+        "seconds": math.nan if attrs.get("seconds") is None else float(attrs["seconds"]),
+        "run_id": attrs.get("run_id") or source.user_attrs.get("run_id") or "",
+        "same_as": same_as,
+    }
+
+
+def _cost(value: float, direction: StudyDirection) -> float:
+    """Lower is better; what has no value comes last."""
+    if math.isnan(value):
+        return math.inf
+    return -value if direction == StudyDirection.MAXIMIZE else value
+
+
+def _front(study: optuna.Study) -> list[FrozenTrial]:
+    """The best feasible trial, or with several objectives all of the Pareto front; empty before there is one."""
+    done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if feasible(t)]
+    if not done:
+        return []
+    if len(study.directions) > 1:
+        return list(study.best_trials)
+    return [min(done, key=lambda t: (_cost(t.values[0], study.direction), t.number))]
+
+
+# texts ---------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: Any) -> str:
+    """Four digits for people; whole and large numbers in full; nothing for what is not there."""
+    if isinstance(value, bool | str):
+        return str(value)
+    if value is None or pd.isna(value):
+        return ""
+    return f"{value:,.0f}" if isinstance(value, int) or 1e3 <= abs(value) < math.inf else f"{value:.4g}"
+
+
+def _values(trial: FrozenTrial, sweep: SweepConfig) -> str:
+    return ", ".join(f"{o.metric} {_number(v)}" for o, v in zip(sweep.objectives, trial.values, strict=True))
+
+
+def _counted(study: optuna.Study, sweep: SweepConfig) -> str:
+    """`30 of 30 trials: 12 complete, 17 pruned, 1 failed (2 retried)`."""
+    counts = study_retry.count(study.get_trials(deepcopy=False))
+    named = {name: n for name, n in asdict(counts).items() if n and name != "retried"}
+    words = ", ".join(f"{n} {name}" for name, n in named.items()) or "none yet"
+    again = f" ({counts.retried} retried)" if counts.retried else ""
+    return f"{counts.used} of {sweep.trials} trials: {words}{again}"
+
+
+def text(study: optuna.Study, sweep: SweepConfig) -> str:
+    """For the terminal: counts, the best value and its parameters; with several objectives the Pareto front."""
+    lines = [f"{sweep.name}: {_counted(study, sweep)}"]
+    front = _front(study)
+    if not front:
+        return "\n".join([*lines, "no trial has finished within the constraints"])
+    if len(sweep.objectives) == 1:
+        width = max(map(len, front[0].params), default=0)
+        lines.append(f"best: {_values(front[0], sweep)} (trial {front[0].number})")
+        lines += [f"  {key:<{width}}  {_number(value)}" for key, value in front[0].params.items()]
+        return "\n".join(lines)
+    lines.append(f"Pareto front, {len(front)} trials:")
+    lines += [f"  trial {t.number}: {_values(t, sweep)}" for t in front[:TOP]]
+    return "\n".join([*lines, *(["  …"] if len(front) > TOP else [])])
+
+
+def without_password(storage: str) -> str:
+    """The URL of a database as it may be shown: without any password."""
+    url = make_url(storage).difference_update_query(["password", "sslpassword"])
+    shown = URL.create(url.drivername, url.username, None, url.host, url.port, url.database, url.query)
+    return shown.render_as_string(hide_password=False)
+
+
+def dashboard(storage: str) -> str:
+    """The command that opens optuna-dashboard on a database. PostgreSQL asks PGPASSWORD or ~/.pgpass for passwords."""
+    return f"optuna-dashboard {shlex.quote(without_password(storage))}"
+
+
+def note(study: optuna.Study, sweep: SweepConfig, *, experiment: str = "", storage: str = "", parent: str = "") -> str:
+    """Markdown for `mlflow.note.content`, never longer than a tag may be.
+
+    Args:
+        experiment: id of the MLflow experiment; without it runs are named but not linked.
+        storage: URL of the study's database, for optuna-dashboard; its password is not shown.
+        parent: id of the sweep's run, for the command that repeats the best trial.
+    """
+    front, single = _front(study), len(sweep.objectives) == 1
+    parts = [f"**{escape.markdown(sweep.name)}**: {_counted(study, sweep)}"]
+    if front and single:
+        parts.append(f"**best: {escape.markdown(_values(front[0], sweep))}**, trial {front[0].number}")
+        best = front[0].params.items()
+        parts.append("\n".join(f"- {escape.code(key)}: {escape.markdown(_number(value))}" for key, value in best))
+        if parent:
+            parts.append("again: " + escape.code(f"mlflow run . -e distill -P cfg=runs:/{parent}/best.yaml"))
+    elif front:
+        parts.append(f"**{len(front)} trials on the Pareto front**")
+    found = table(study, sweep)
+    found = found[found["state"] == "complete"]
+    tail = (
+        [f"all trials: {escape.code(dashboard(storage))}, and `study/study.html` among the artifacts"]
+        if storage
+        else []
+    )
+    for rows in range(min(TOP, len(found)), -1, -1):
+        middle = [_markdown(found.head(rows), sweep, experiment)] if rows else []
+        whole = "\n\n".join([*parts, *middle, *tail])
+        if len(whole) <= NOTE_LENGTH:
+            return whole
+    return parts[0][:NOTE_LENGTH]
+
+
+def _markdown(found: pd.DataFrame, sweep: SweepConfig, experiment: str) -> str:
+    """The rows as a Markdown table; keys by their short names, trials as links to their runs."""
+    names = short_names(list(sweep.space))
+    metrics = [o.metric for o in sweep.objectives]
+    head = ["trial", *map(escape.markdown, metrics), *(escape.code(names[key]) for key in sweep.space)]
+    head += ["epochs", "attempts", "seconds"]
+    lines = [head, ["--:"] * len(head)]
+    for row in found.to_dict("records"):
+        run = quote(str(row["run_id"]), safe="")  # of the study's database, where others write too
+        trial = (
+            f"[{row['number']}](#/experiments/{experiment}/runs/{run})" if experiment and run else f"{row['number']}"
+        )
+        cells = [*metrics, *sweep.space, "epochs", "attempts", "seconds"]
+        lines.append([trial, *(escape.markdown(_number(row[str(name)])) for name in cells)])
+    return "\n".join(map(escape.row, lines))
+
+
+# the page ------------------------------------------------------------------------------------------------------------
+
+
+def page(study: optuna.Study, sweep: SweepConfig, found: pd.DataFrame, pictures: list[Picture]) -> str:
+    """One HTML file that needs no other and no network: plotly's JavaScript is part of it, once."""
+    title = html.escape(f"{sweep.name}: {', '.join(label(o.metric) for o in sweep.objectives)}")
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
+        f"<h1>{title}</h1>",
+        f"<pre>{html.escape(text(study, sweep))}</pre>",
+    ]
+    if pictures:
+        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+
+        parts.append(f"<script>{get_plotlyjs()}</script>")
+    for picture in pictures:
+        parts += [f"<h2>{html.escape(picture.title)}</h2>", picture.html]
+    shown = found.astype(object).map(_number)
+    parts += [
+        "<h2>trials</h2>",
+        f"<div>{shown.to_html(border=0, escape=True, index=False)}</div>",
+        f"<p>{html.escape(EXPLAINED)}</p>",
+    ]
+    return "\n".join([*parts, "</html>\n"])

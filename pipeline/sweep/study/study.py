@@ -1,0 +1,316 @@
+"""A sweep's study: the one home of Optuna. Any number of workers on any machines claim its trials, never too many.
+
+    study = Study.create(url, name, sweep, facts)      # the driver; or goes on with the one that is there
+    study = Study.open(url, name)                      # a worker
+    while (claim := study.claim("worker 3")) is not None:
+        claim.complete([train(claim.values)])
+
+What decides how many trials there are (counting, claiming, ending, taking over) happens with the study's lock held, so
+that totals are exact. The sampler of a claim is seeded by how many configurations there were before it: what is
+suggested does not depend on which worker asks.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
+
+from pipeline.config.names import near_miss
+from pipeline.errors import UserError
+from pipeline.sweep.space import space as sweep_space
+from pipeline.sweep.space.space import SweepConfig
+from pipeline.sweep.study import retry as study_retry
+from pipeline.sweep.study import samplers as study_samplers
+from pipeline.sweep.study.claim import Claim
+from pipeline.sweep.study.retry import ERROR, REPEATS, WORKER, Counts
+from pipeline.sweep.study.storage import Database, Lock, database_url
+from pipeline.tracking.server import sqlite_file
+
+SWEEP, DIGEST = "sweep", "digest"
+"""The facts by which a study is known as ours; the digest is written last."""
+
+
+class Study:
+    """Made by `create` or `open`.
+
+    Attributes:
+        optuna: Optuna's own study, for pictures and tables. Its trials are ended through claims only.
+    """
+
+    def __init__(self, database: Database, study: optuna.Study, sweep: SweepConfig) -> None:
+        self.optuna = study
+        self.sweep = sweep
+        self._database, self._rdb = database, database.rdb
+        self._storage: BaseStorage = study._storage
+        self._rdb.heartbeat_interval = sweep.heartbeat_seconds
+        self._rdb.grace_period = sweep.grace_seconds
+        study.pruner = study_samplers.pruner(sweep)
+
+    @classmethod
+    def open(cls, url: str, name: str) -> "Study":
+        """The study of that name.
+
+        Raises:
+            UserError: the database cannot be reached; no such study; it was not made by this program.
+        """
+        database = Database(url, create=False)
+        study = _load(database, name)
+        return cls(database, study, _sweep_of(database, study))
+
+    @classmethod
+    def create(cls, url: str, name: str, sweep: SweepConfig, facts: Mapping[str, Any]) -> "Study":
+        """Make the study, or go on with the one that is there. Any number of processes may call this at once.
+
+        Args:
+            facts: JSON values, kept in the study; `digest` (`sweep_space.digest`) is its identity. A study that is
+                there keeps its facts, and takes from `sweep` what the digest does not cover: trials, retries, seconds.
+
+        Raises:
+            UserError: the database cannot be reached; the study that is there is another sweep's.
+        """
+        database = Database(url, create=True)
+        directions = [objective.direction for objective in sweep.objectives]
+        with Lock(database, "tables"):
+            try:
+                study = optuna.create_study(storage=database.rdb, study_name=name, directions=directions)
+            except optuna.exceptions.DuplicatedStudyError:
+                study = _load(database, name)
+            present = study.user_attrs
+            # One that died between making its study and stating the facts has left it bare.
+            bare = DIGEST not in present and not study.get_trials(deepcopy=False)
+            if bare and [d.name.lower() for d in study.directions] == directions:
+                for key, value in facts.items():
+                    if key != DIGEST:
+                        study.set_user_attr(key, value)
+                study.set_user_attr(SWEEP, _json(sweep))
+                study.set_user_attr(DIGEST, facts[DIGEST])
+            else:
+                _refuse_other(database, name, present, facts[DIGEST], sweep, facts)
+                if present[SWEEP] != _json(sweep):
+                    study.set_user_attr(SWEEP, _json(sweep))
+        return cls(database, study, sweep)
+
+    @staticmethod
+    def refuse_other(url: str, name: str, digest: str, sweep: SweepConfig | None = None) -> dict[str, Any]:
+        """The study's facts, none where there is no such study yet.
+
+        Raises:
+            UserError: where `create` would: the database cannot be reached, or has this study for another sweep.
+        """
+        database, facts = Database(url, create=True), dict[str, Any]()
+        if name in optuna.study.get_all_study_names(database.rdb):
+            study = _load(database, name)
+            if DIGEST in study.user_attrs or study.get_trials(deepcopy=False):
+                facts = study.user_attrs
+                _refuse_other(database, name, facts, digest, sweep, {})
+        database.close()
+        return facts
+
+    # what it knows ---------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.optuna.study_name
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `create` and `note` have written, read anew."""
+        return self._database.patiently(lambda: self.optuna.user_attrs)
+
+    def note(self, **values: Any) -> None:
+        """Write facts (JSON values)."""
+
+        def write() -> None:
+            for key, value in values.items():
+                self.optuna.set_user_attr(key, value)
+
+        self._database.patiently(write)
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials by number, as they are now; not to be changed."""
+        return self._database.patiently(lambda: self.optuna.get_trials(deepcopy=False))
+
+    def counts(self) -> Counts:
+        return study_retry.count(self.trials())
+
+    def progress(self) -> int:
+        """Grows with every result, and with every epoch that a configuration has not reached before."""
+        reached: dict[int, int] = {}
+        for trial in self.trials():
+            origin = [*study_retry.history(trial), trial.number][0]
+            done = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+            reached[origin] = max(reached.get(origin, 0), len(trial.intermediate_values) + done)
+        return sum(reached.values())
+
+    def best(self) -> FrozenTrial | None:
+        """The best feasible trial, the first of equals; None before there is one, and with several objectives."""
+        if len(self.sweep.objectives) > 1:
+            return None
+        feasible = [t for t in self.trials() if t.state == TrialState.COMPLETE and _feasible(t)]
+        sign = -1 if self.sweep.objectives[0].direction == "maximize" else 1
+        return min(feasible, key=lambda t: (sign * t.values[0], t.number), default=None)
+
+    def pareto(self) -> list[FrozenTrial]:
+        """The feasible trials that no other beats in one objective without losing in another; by number."""
+        return self._database.patiently(lambda: self.optuna.best_trials)
+
+    def values_of(self, trial: FrozenTrial) -> dict[str, Any]:
+        """What a trial's configuration has in place of the sweep's base: `Claim.values` of the past."""
+        return sweep_space.suggest(cast(optuna.Trial, optuna.trial.FixedTrial(trial.params)), self.sweep)
+
+    def source_of(self, trial: FrozenTrial) -> FrozenTrial:
+        """The trial that ran: another one's where this trial has taken over its result (`Claim.repeat`)."""
+        twin = trial.user_attrs.get(REPEATS)
+        return trial if twin is None else self.trials()[twin]
+
+    def last_error(self) -> str | None:
+        """What the latest trial that failed has said."""
+        errors = [t.user_attrs[ERROR] for t in self.trials() if ERROR in t.user_attrs]
+        return errors[-1] if errors else None
+
+    # what workers and the driver do ----------------------------------------------------------------------------------
+
+    def claim(self, worker: str, total: int | None = None) -> Claim | None:
+        """The next trial: one that waits to be tried again, else a new one as long as there are fewer than `total`.
+
+        Args:
+            worker: a name for people; noted on the trial.
+            total: the sweep's `trials` by default. A grid's size bounds it too.
+
+        Returns:
+            None when there is nothing to do now; a trial that runs may still die, and then waits.
+        """
+        return self._database.patiently(lambda: self._claim(worker, total))
+
+    def tend(self) -> Counts:
+        """Fail the trials of dead workers and queue them again; as every claim does. May be repeated, and may die."""
+
+        def locked() -> Counts:
+            with Lock(self._database, self.name):
+                return study_retry.count(study_retry.tend(self.optuna, self._rdb, self.sweep.max_retry))
+
+        return self._database.patiently(locked)
+
+    def close(self) -> None:
+        """Give the connections back. Claims that have not ended go on without."""
+        self._database.close()
+
+    def _claim(self, worker: str, total: int | None) -> Claim | None:
+        with Lock(self._database, self.name):
+            trials = study_retry.tend(self.optuna, self._rdb, self.sweep.max_retry)
+            counts = study_retry.count(trials)
+            if counts.waiting == 0 and counts.used >= self._bound(total):
+                return None
+            self.optuna.sampler = study_samplers.sampler(self.sweep, _place(trials))
+            trial = self.optuna.ask()
+            values = sweep_space.suggest(trial, self.sweep)
+            trial.set_user_attr(WORKER, worker)
+            as_stored = self._storage.get_trial(trial._trial_id)
+            self._rdb.record_heartbeat(trial._trial_id)
+        return Claim(self._database, self.optuna, self.sweep, trial, as_stored, values)
+
+    @property
+    def total(self) -> int:
+        """How many trials it is to have: what the sweep says, no more than a grid has points."""
+        return self._bound(None)
+
+    def _bound(self, total: int | None) -> int:
+        total = self.sweep.trials if total is None else total
+        if self.sweep.sampler.name == "grid":
+            return min(total, math.prod(len(values) for values in sweep_space.grid(self.sweep).values()))
+        return total
+
+
+def _place(trials: Sequence[FrozenTrial]) -> int:
+    """Which configuration of the study is next, from 0: attempts at one count once, and those that wait go first."""
+    waiting = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
+    if waiting is not None:
+        trials = trials[: (study_retry.history(waiting) or [waiting.number])[0]]
+    return sum("retry_history" not in trial.system_attrs for trial in trials)
+
+
+def studies(url: str) -> list[str]:
+    """The names of this program's studies in the database; none where there is no such SQLite file.
+
+    Raises:
+        UserError: the database cannot be reached.
+    """
+    file = sqlite_file(database_url(url))
+    if file is not None and not file.exists():
+        return []
+    database = Database(url, create=True)
+    found = database.patiently(database.rdb.get_all_studies)
+    database.close()
+    return [study.study_name for study in found if DIGEST in study.user_attrs]
+
+
+def _json(sweep: SweepConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(sweep.model_dump_json()))
+
+
+def _load(database: Database, name: str) -> optuna.Study:
+    try:
+        return optuna.load_study(study_name=name, storage=database.rdb)
+    except KeyError:
+        names = optuna.study.get_all_study_names(database.rdb)
+        near = near_miss(name, names)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(names[-5:])}" if names else "it has none"
+        raise UserError(f"study {name}: not in {database.shown}; {hint}") from None
+
+
+def _sweep_of(database: Database, study: optuna.Study) -> SweepConfig:
+    present = study.user_attrs
+    if DIGEST not in present or SWEEP not in present:
+        raise UserError(f"study {study.study_name} in {database.shown} was not made by this program's sweep step")
+    try:
+        return SweepConfig.model_validate(present[SWEEP])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"study {study.study_name}: {key} is not understood: {first['msg']}") from None
+
+
+def _refuse_other(
+    database: Database,
+    name: str,
+    present: Mapping[str, Any],
+    digest: str,
+    sweep: SweepConfig | None,
+    facts: Mapping[str, Any],
+) -> None:
+    if DIGEST not in present:
+        raise UserError(
+            f"study {name} in {database.shown} was not made by this program's sweep step: give study=<another name>"
+        )
+    if present[DIGEST] == digest:
+        return
+    before = _flat(present[SWEEP]) | {k: v for k, v in present.items() if k in facts}
+    now = _flat(_json(sweep)) | dict(facts) if sweep is not None else before
+    free = ("name", "trials", "max_retry", "heartbeat_seconds", "grace_seconds", DIGEST)
+    keys = [k for k in sorted(before.keys() | now.keys()) if k not in free and before.get(k) != now.get(k)]
+    shown = [f"{k} ({_short(before.get(k))} there, {_short(now.get(k))} here)" for k in keys[:3]]
+    what = ", ".join(shown) + (" …" if len(keys) > 3 else "") if keys else "the configuration or the sources"
+    raise UserError(
+        f"study {name} in {database.shown} is another sweep's (digest {present[DIGEST][:10]}, here {digest[:10]}): "
+        f"{what} differ: give study=<another name>"
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix.rstrip("."): value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _feasible(trial: FrozenTrial) -> bool:
+    return all(excess <= 0 for excess in trial.constraints.values())

@@ -1,0 +1,417 @@
+"""A sweep's worker: takes trials of a study, one after the other, and distils each in a nested run of the sweep's."""
+
+import contextlib
+import gc
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.compose import settings
+from pipeline.compose.compose import compose
+from pipeline.config import Config, config_hash
+from pipeline.config.places import output_dir
+from pipeline.errors import Interrupted, NonFinite, Pruned, Taken, UserError
+from pipeline.files import replacing
+from pipeline.journal import Carrier, writer_alive
+from pipeline.paths import inside
+from pipeline.runs.folders import header_of
+from pipeline.runs.step import log_to_terminal, stop
+from pipeline.sweep.launch.entry import PREEMPTED, requeue_on_signal
+from pipeline.sweep.space import space as sweep_space
+from pipeline.sweep.space.space import SweepConfig
+from pipeline.sweep.study.claim import Claim
+from pipeline.sweep.study.study import Study
+from pipeline.training.bank.policy import shared
+
+if TYPE_CHECKING:
+    from pipeline.runs.run import Run
+    from pipeline.training.loop import Verdict
+
+logger = logging.getLogger("asib")
+STORAGE = "ASIB_STORAGE"
+HOPELESS = 3
+"""So many failures in a row, and no success, end a worker: the next trials would fail too."""
+LINK_S = 30.0
+"""So long a trial that has ended waits for its run's id: an ended trial takes no more notes."""
+
+
+def work(
+    index: int, study: str, storage: str | None = None, overrides: Sequence[str] = (), joined: bool = False
+) -> int:
+    """A worker's life; run by submitit, by `join`, and in each process of torchrun.
+
+    Args:
+        index: among the workers that were started together.
+        storage: the study's database; None: as the environment's `STORAGE` says, where no file shows its password.
+        overrides: what differs on this machine, such as dataset.root: nothing that is computed.
+        joined: by hand, perhaps to somebody else's study.
+
+    Returns:
+        0 when there was nothing left to do, 1 after `HOPELESS` failures, `PREEMPTED` after a signal.
+    """
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):  # the sweep's, not the worker's
+        os.environ.pop(name, None)
+    log_to_terminal()
+    stop.install()
+    requeue_on_signal(stop.arrived)
+    if os.environ.get("RANK", "0") != "0":
+        return _follow()
+    opened = Study.open(storage or os.environ[STORAGE], study)
+    base = configuration(opened, overrides)
+    if joined:
+        refuse_strange_server(study, base.tracking.uri, overrides)
+    worker = Worker(opened, base, index)
+    try:
+        return worker.run()
+    except Interrupted:
+        return PREEMPTED
+    finally:
+        worker.close()
+
+
+def configuration(study: Study, overrides: Sequence[str]) -> Config:
+    """What the study's trials start from, as this machine has it. UserError: overrides that change what is computed."""
+    with tempfile.TemporaryDirectory(prefix="asib-study-") as folder:
+        file = Path(folder) / "study.yaml"
+        settings.check_refers_to_nothing(study.facts["config"], f"study {study.name}")  # others write into its database
+        file.write_text(study.facts["config"])
+        config = compose(str(file), [*overrides])
+    if config_hash(config) != study.facts["config_hash"]:
+        raise UserError(f"join={study.name}: {' '.join(overrides)} changes what its trials compute; leave it out")
+    return config
+
+
+def refuse_strange_server(study: str, uri: str | None, overrides: Sequence[str]) -> None:
+    """A study may be somebody else's: no password goes to a server that only its database names. Raises UserError."""
+    told = any(text.lstrip(" +").startswith("tracking") for text in overrides)
+    if uri and uri.startswith("http") and uri != os.environ.get("MLFLOW_TRACKING_URI") and not told:
+        raise UserError(f"join={study}: its runs go to {uri}; say that yours may too: tracking.uri={uri}")
+
+
+class Worker:
+    """What one worker keeps from trial to trial: the study, the carrier of its runs, the data (in session)."""
+
+    def __init__(self, study: Study, base: Config, index: int) -> None:
+        from pipeline.runs.run import Run
+
+        self.study, self.base, self.index = study, base, index
+        facts = study.facts
+        here = Path(facts["folder"])
+        reachable = (here / "journal.jsonl").exists() and facts["parent_journal"] == _journal_id(here)
+        self.home = here if reachable else output_dir(base) / f"{study.name}-{facts['parent_journal'][:6]}"
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+        stands_for = Carrier(facts["parent_run"], facts["parent_journal"], base.tracking.experiment, here)
+        self.run_: Run = Run.carrier(base, self.home / "workers" / self.name, stands_for)
+        self._failures = 0
+        self._together = False
+        """Whether torchrun's other processes are in the middle of the trial too."""
+
+    def run(self) -> int:
+        """Take trials until none is left."""
+        from pipeline.training import distributed
+
+        distributed.join()
+        self._refuse_other_data()
+        fetch_teachers(self.study.facts["teachers"], self.run_)
+        self.run_.ready()  # a server that refuses us is to cost no trial
+        while True:
+            with stop.between_batches():  # a claim is not to be cut in the middle
+                claim = None if stop() else self.study.claim(self.name)
+            if stop():
+                if claim is not None:
+                    claim.release()
+                return PREEMPTED
+            if claim is None:
+                _tell_followers(None)
+                return 0
+            self._take(claim)
+            if self._failures >= HOPELESS:
+                logger.error("%d trials have failed in a row: this worker leaves", self._failures)
+                _tell_followers(None)
+                return 1
+
+    def close(self) -> None:
+        """Let the worker's delivery bring the rest, and wait for it."""
+        self.run_.close("FINISHED", "completed", 0)
+
+    def _refuse_other_data(self) -> None:
+        from pipeline.distill.train import images
+
+        known, found = self.study.facts.get("data"), images(self.base).digest
+        if known not in (None, found):
+            raise UserError(
+                f"study {self.study.name}: its trials are trained on other data (digest {known[:12]}) than this "
+                f"machine has (digest {found[:12]}); bring the same, or name it with dataset.root or dataset.path"
+            )
+
+    # one trial -------------------------------------------------------------------------------------------------------
+
+    def _take(self, claim: Claim) -> None:
+        """Run one claim to one of its ends; only signals get out, and errors that leave other processes behind."""
+        self._together = False
+        try:
+            self._try(claim)
+            self._failures = 0
+        except Taken:
+            logger.warning("trial %d was taken over by another worker", claim.number)
+        except Interrupted:
+            _release(claim)
+            raise
+        except NonFinite as error:  # a result of this configuration, on which all processes agree
+            self._together = False
+            logger.error("trial %d diverged: %s", claim.number, error)
+            with contextlib.suppress(Taken):
+                claim.fail(str(error))
+            free_memory()
+        except Exception as error:  # whatever a configuration does, the others are tried
+            if stop():  # the signal has ended a process that trains along first
+                _release(claim)
+                raise Interrupted(stop()) from error
+            logger.error("trial %d failed: %s", claim.number, error, exc_info=not isinstance(error, UserError))
+            with contextlib.suppress(Taken):
+                claim.fail(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+            self._failures += 1
+            free_memory()
+            if self._together and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise
+
+    def _try(self, claim: Claim) -> None:
+        from pipeline.distill.train import ALL_THREADS
+
+        # a trial goes on with the threads it began with: they decide the last bits
+        threads = self.base.threads or claim.notes.get("threads") or ALL_THREADS
+        config = trial_config(sweep_space.apply(self.base, claim.values), threads)
+        digest = config_hash(config)
+        claim.note(config_hash=digest)
+        twin = claim.same_as(digest)
+        if twin is not None:
+            logger.info("trial %d is configured as trial %d, which has ended: not run again", claim.number, twin.number)
+            claim.repeat(twin)
+            return
+        folder = self._folder(claim)
+        results = finished(folder, digest)
+        if results is not None:
+            self.run_.journal.child(folder)  # what the lost worker has not brought to the server
+            self._link(claim, folder)
+        else:
+            results = self._distil(claim, config, folder)
+        if results is not None:
+            self._complete(claim, results)
+
+    def _folder(self, claim: Claim) -> Path:
+        """Where the trial's run is, or is to be; a copy of its checkpoint where a lost worker still holds it."""
+        first = self.home / "trials" / f"{claim.origin:04d}"
+        noted = Path(claim.notes.get("folder", first))
+        before = noted if claim.notes.get("folder") and (noted / "journal.jsonl").exists() else first
+        if not (before / "journal.jsonl").exists() or not writer_alive(before):
+            if claim.attempt and not (before / "journal.jsonl").exists():
+                self.run_.look_on_server()
+            return before
+        copy = first.with_name(f"{first.name}-{claim.attempt}-{claim.number}")
+        copy.mkdir(parents=True)
+        if (before / "checkpoints" / "manifest.json").exists():
+            shutil.copytree(before / "checkpoints", copy / "checkpoints", ignore=_links)
+        return copy
+
+    def _distil(self, claim: Claim, config: Config, folder: Path) -> dict[str, float] | None:
+        """The trial's metrics; None when it was pruned."""
+        from pipeline.distill import distill
+
+        name = f"trial {claim.origin}"
+        run = self.run_.child("distill", f"trial-{claim.origin}", config, name, folder)
+        run.journal.tags({"asib.study": self.study.name, "asib.trial": str(claim.number)})
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "threads": config.threads}
+        claim.note(folder=str(folder), journal=run.journal.id, **me)
+        try:
+            with run.nested():
+                if claim.attempt and claim.should_prune():
+                    raise Pruned(claim.reached or 0, "it was about to be pruned when its worker ended")
+                self._together = True
+                _tell_followers({"config": config.model_dump(mode="json"), "folder": str(folder)})
+                results = distill.trial(run, TrialWatch(claim, self.study.sweep, folder))
+                self._together = False
+        except Pruned as error:
+            self._together = False
+            self._link(claim, folder)
+            claim.prune(error.reason, error.epoch)
+            return None
+        self._link(claim, folder)
+        return results
+
+    def _link(self, claim: Claim, folder: Path) -> None:
+        """Note the trial's MLflow run; one of seconds may end before delivery has made it."""
+        if self.run_.delivery is None or _note_run(claim, folder):
+            return
+        try:
+            claim.note(run_id=self.run_.delivery.child_ready(folder, LINK_S))
+        except UserError as error:
+            logger.warning("trial %d ends without its run's id: %s", claim.number, error)
+
+    def _complete(self, claim: Claim, results: Mapping[str, float]) -> None:
+        sweep = self.study.sweep
+        claim.note(seconds=results.get("cost/seconds"))
+        claim.complete(
+            [_metric(results, o.metric) for o in sweep.objectives],
+            [_metric(results, c.metric) for c in sweep.constraints],
+        )
+        logger.info(
+            "trial %d: %s", claim.number, ", ".join(f"{o.metric} {results[o.metric]:.4g}" for o in sweep.objectives)
+        )
+
+
+class TrialWatch:
+    """Reports a trial's epochs to the study, and says when it is pruned or another worker's."""
+
+    def __init__(self, claim: Claim, sweep: SweepConfig, folder: Path) -> None:
+        self.reason = ""
+        self._claim, self._folder, self._linked = claim, folder, False
+        self._metric = sweep.objectives[0].reported if len(sweep.objectives) == 1 else None
+        self._pruner = sweep.pruner.name
+
+    def __call__(self, epoch: int, metrics: Mapping[str, float]) -> "Verdict":
+        from pipeline.training.loop import Verdict
+
+        try:
+            if not self._linked:
+                self._linked = _note_run(self._claim, self._folder)
+            value = metrics.get(self._metric) if self._metric else None
+            if value is None or not math.isfinite(value):  # a mean that one skipped step has spoilt says nothing
+                self._claim.check()
+                return Verdict.GO_ON
+            self._claim.report(value, epoch)
+            if not self._claim.should_prune():
+                return Verdict.GO_ON
+        except Taken:
+            return Verdict.LEAVE
+        self.reason = f"{self._metric} {value:.4g} was not worth more epochs to the {self._pruner} pruner"
+        return Verdict.PRUNE
+
+    def still_ours(self) -> bool:
+        try:
+            self._claim.check()
+        except Taken:
+            return False
+        return True
+
+
+class _Silent:
+    """The watch of torchrun's other processes: they hear what the first one decides."""
+
+    reason = ""
+
+    def __call__(self, epoch: int, metrics: Mapping[str, float]) -> "Verdict":
+        raise RuntimeError("only the first process asks")
+
+    def still_ours(self) -> bool:
+        raise RuntimeError("only the first process asks")
+
+
+def trial_config(config: Config, threads: int | None) -> Config:
+    """A trial's configuration: what is computed is `config`'s; threads are stated, so that it can be repeated.
+
+    Trials share their teachers, and so the bank.
+    """
+    own = {"log_model": False, "register": None, "resume": None, "extend": False, "run_name": None, "rung": None}
+    return shared(config.model_copy(update={**own, "threads": threads}))
+
+
+def finished(folder: Path, config_hash: str) -> dict[str, float] | None:
+    """Every metric's last value of a trial whose run has finished in `folder`; its worker died before it said so.
+
+    Args:
+        config_hash: the trial's; another's results are not taken.
+    """
+    from pipeline.runs import records
+    from pipeline.runs.folders import ended
+
+    if not (folder / "results.json").exists() or not ended(folder):
+        return None
+    found = records.from_folder(folder)
+    return dict(found.metrics) if found.tags.get("asib.config_hash") == config_hash else None
+
+
+def _release(claim: Claim) -> None:
+    with contextlib.suppress(Taken):  # its end had been written when the signal came
+        claim.release()
+
+
+def _metric(results: Mapping[str, float], name: str) -> float:
+    if name not in results:
+        raise UserError(f"{name} is no metric of a trial; there are {', '.join(sorted(results))}")
+    return results[name]
+
+
+def _note_run(claim: Claim, folder: Path) -> bool:
+    """Link the trial to its MLflow run as soon as delivery knows it; training does not wait for that."""
+    from pipeline.runs import records
+
+    run_id = records.delivered_as(folder)
+    if run_id:
+        claim.note(run_id=run_id)
+    return bool(run_id)
+
+
+def fetch_teachers(teachers: Sequence[Mapping[str, Any]], run: "Run") -> None:
+    """Fine-tuned teachers that another machine made, brought to where `teachers.obtain` looks for them."""
+    for made in teachers:
+        path = inside(output_dir(run.config) / "teachers", made["file"])
+        if path.exists() or not made["run_id"] or run.delivery is None:
+            continue
+        fetched = run.fetch(f"runs:/{made['run_id']}/checkpoints/teacher.safetensors", run.folder / "fetched")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            shutil.copyfile(fetched, part)
+
+
+def _links(top: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(top, name).is_symlink()]
+
+
+def _journal_id(folder: Path) -> str | None:
+    header = header_of(folder)
+    return header.data["journal"] if header else None
+
+
+def free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# several processes for one trial -------------------------------------------------------------------------------------
+
+
+def _tell_followers(trial: dict[str, Any] | None) -> None:
+    """The next trial to torchrun's other processes; None: there is none."""
+    from pipeline.training import distributed
+
+    distributed.first_process_says(json.dumps(trial))
+
+
+def _follow() -> int:
+    """Trains what the first process has claimed, until there is nothing left."""
+    from pipeline.distill import distill
+    from pipeline.runs.run import Run
+    from pipeline.training import distributed
+
+    logger.setLevel(logging.ERROR)
+    distributed.join()
+    while (trial := json.loads(distributed.first_process_says(""))) is not None:
+        config = Config.model_validate(trial["config"])
+        try:
+            distill.trial(Run.follow("distill", config, Path(trial["folder"])), _Silent())
+        except Interrupted:
+            return PREEMPTED
+        except (NonFinite, Pruned, Taken):
+            continue
+    return 0

@@ -1,0 +1,340 @@
+"""The trainer's end of the pipes: a delivery process of its own, asked and answered in JSON lines.
+
+Whoever kills that process, the kernel for want of memory above all, does not end delivery: it is started again, and
+asked again what was not answered. Imports no MLflow: the delivery process does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import journal
+from pipeline.errors import HelperFailed, NotThere, UserError
+from pipeline.files import read_state
+from pipeline.paths import REPOSITORY
+
+logger = logging.getLogger("asib")
+LOG = "delivery.log"
+STARTS = 50
+"""How often the process is started at most."""
+IN_VAIN, IN_VAIN_S = 3, 25.0
+"""It is given up when so many starts in a row, over so long, have not come as far as their server."""
+PAUSE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The run exists on the server."""
+
+    run_id: str
+    experiment_id: str
+    url: str
+
+
+class Delivery:
+    """A running delivery process; made by `tracking.start_delivery`."""
+
+    def __init__(self, uri: str, arguments: Sequence[str], folder: Path | None) -> None:
+        self.folder = folder
+        self._numbers = itertools.count()
+        self._connected: Future[dict[str, str]] = Future()
+        self._ready: Future[Ready] = Future()
+        self._finished: Future[dict[str, Any]] = Future()
+        self._answers: dict[int, Future[Any]] = {}
+        self._requests: dict[int, Mapping[str, Any]] = {}  # not answered yet; the last of them may be to finish
+        self._forgotten: dict[str, int] = {}  # folder -> how long the journal was then
+        self._lock = threading.RLock()
+        self._closed: UserError | None = None
+        self._arguments, self._uri, self._owner = list(arguments), uri, os.getpid()
+        self._starts = self._in_vain = 0
+        self._alive = time.monotonic()
+        try:
+            self._process = self._start()
+        except OSError as error:
+            raise HelperFailed(f"the delivery process could not be started ({error}): see {self._log()}") from error
+        threading.Thread(target=self._listen, name="delivery-events", daemon=True).start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        arguments = self._arguments
+        if self._connected.done():  # it was here before, and has fetched what was asked for
+            arguments = arguments[: arguments.index("--fetch")] if "--fetch" in arguments else arguments
+            arguments = [*arguments, *(["--again"] if self._ready.done() else [])]
+            for folder, upto in self._forgotten.items():
+                arguments += ["--forgotten", folder, str(upto)]
+        where = [str(self.folder)] if self.folder else []
+        self._starts += 1
+        self._in_vain += 1
+        with (self.folder / LOG).open("ab") if self.folder else open(os.devnull, "wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "pipeline.tracking.process", "--trainer", str(self._owner),
+                 *where, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=_environment(self._uri),
+                start_new_session=True,  # Ctrl-C reaches the trainer alone
+            )  # fmt: skip
+
+    def wait_fetched(self, timeout: float = 300.0) -> dict[str, Path]:
+        """The server answered and the artifacts asked for at the start are here: URI → local path.
+
+        Raises:
+            UserError: refused, unreachable, or one of the artifacts is not there.
+        """
+        return {uri: Path(path) for uri, path in self._wait(self._connected, timeout).items()}
+
+    def wait_ready(self, timeout: float = 120.0) -> Ready:
+        """The run exists; needs the journal in the folder.
+
+        Raises:
+            UserError: one line: the server's address, its reason, and what would do.
+        """
+        return self._wait(self._ready, timeout)
+
+    def child_ready(self, folder: Path, timeout: float = 120.0) -> str:
+        """The run id of a nested run whose folder the journal has named with `child`.
+
+        Raises:
+            UserError: it does not come.
+        """
+        deadline = time.monotonic() + timeout
+        header = None
+        while time.monotonic() < deadline:
+            header = header or journal.read_header(folder)
+            state = read_state(folder / "delivery.json") or {}
+            if header and state.get("journal") == header.data["journal"] and state.get("run_id"):
+                return str(state["run_id"])
+            if self._closed is not None:
+                raise self._closed
+            time.sleep(0.05)
+        raise UserError(f"no MLflow run for {folder} after {timeout:.0f} s: see {self._log()}")
+
+    def fetch(self, uri: str, dest: Path, timeout: float = 600.0) -> Path:
+        """Download `runs:/<id>/<path>` or `models:/…` into the folder `dest`; the local path.
+
+        Raises:
+            NotThere: the server does not have it.
+            UserError: the server does not answer.
+        """
+        return Path(self._ask("fetch", timeout, uri=uri, dest=str(dest.absolute())))
+
+    def run_info(self, run_id: str, timeout: float = 60.0) -> dict[str, Any]:
+        """run_id, experiment_id, status, name, params, tags, metrics (as text) of any run.
+
+        Raises:
+            UserError: the server does not know it.
+        """
+        return dict(self._ask("info", timeout, run_id=run_id))
+
+    def read(self, runs: Sequence[str], dest: Path, histories: Sequence[str], timeout: float = 600.0) -> list[Path]:
+        """A folder for each run, with `record.json`, its config.yaml and predictions.npz where it has them.
+
+        Raises:
+            UserError: the server does not know one of them.
+        """
+        where = str(dest.absolute())
+        found = self._ask("read", timeout, runs=list(runs), dest=where, histories=list(histories))
+        return [Path(path) for path in found]
+
+    def nested(self, run_id: str, timeout: float = 60.0) -> list[str]:
+        """Ids of the runs nested in a run. Raises UserError."""
+        return list(self._ask("nested", timeout, run_id=run_id))
+
+    def find_finished(self, identities: Sequence[str], timeout: float = 120.0) -> dict[str, str]:
+        """Identity -> newest FINISHED run on the server that has it. Raises UserError."""
+        return dict(self._ask("find", timeout, identities=list(identities)))
+
+    def log_files(self, run_id: str, files: Sequence[Path], to: str, timeout: float = 300.0) -> None:
+        """Add artifacts to a run that is not this delivery's. Raises UserError."""
+        self._ask("log", timeout, run_id=run_id, files=[str(file.absolute()) for file in files], to=to)
+
+    def running(self, study: str | None = None, timeout: float = 120.0) -> list[dict[str, Any]]:
+        """`{"run_id": …, "tags": {…}}` of each RUNNING run on the server with that `asib.study`, with any for None.
+
+        Raises:
+            UserError: the server does not answer.
+        """
+        return list(self._ask("running", timeout, study=study))
+
+    def reap(self, runs: Mapping[str, tuple[str, str, int, str | None]], timeout: float = 120.0) -> list[str]:
+        """End runs of any process, as far as they are still RUNNING.
+
+        Args:
+            runs: run id -> status, outcome, exit code and message, as for `Journal.end`.
+
+        Returns:
+            Ids of the runs that were ended.
+
+        Raises:
+            UserError: the server does not answer.
+            ValueError: an unknown status or outcome.
+        """
+        for status, outcome, *_ in runs.values():
+            journal.check_end(status, outcome)
+        return list(self._ask("reap", timeout, runs={run_id: list(end) for run_id, end in runs.items()}))
+
+    def registry(self, what: str, timeout: float = 120.0, **values: Any) -> Any:
+        """A request to tracking/registry.py; `pipeline.promote.registered_model` says which there are.
+
+        Raises:
+            UserError: the registry refuses, or the server does not answer.
+        """
+        return self._ask(f"registry.{what}", timeout, **values)
+
+    def forget(self, folder: Path, timeout: float = 120.0) -> None:
+        """Give up a nested run that is another worker's now: from here on nothing of it is sent, nor does it end.
+
+        Call it when the run's journal is closed. A later `Journal.child` of the same folder takes it up again.
+
+        Raises:
+            UserError: the delivery process is gone, or still waits for its server.
+            ValueError: the folder is not a nested run's.
+        """
+        if folder.absolute() == self.folder:
+            raise ValueError(f"{folder} is the delivery's own: only nested runs can be forgotten")
+        with contextlib.suppress(OSError):  # without a folder or a journal nothing is followed
+            if self.folder is not None:
+                self._forgotten[str(folder.absolute())] = (self.folder / journal.FILE).stat().st_size
+        self._ask("forget", timeout, folder=str(folder.absolute()))
+
+    def finish(self, timeout: float = 600.0) -> bool:
+        """After `Journal.end`: wait until everything is on the server.
+
+        Returns:
+            False when it is not: the server was away for the grace time, or `timeout` is over (then the process still
+            tries for a while after this one's end). `f"{tracking.DELIVER} {folder}"` brings the rest later.
+        """
+        with contextlib.suppress(UserError):
+            self._send(next(self._numbers), {"do": "finish"})
+        try:
+            told = self._wait(self._finished, timeout)
+        except UserError:
+            return False
+        if told.get("refused"):
+            logger.warning("the tracking server refused some of it for good: %s names it", self._log())
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        return bool(told["delivered"])
+
+    def _ask(self, what: str, timeout: float, **values: Any) -> Any:
+        number = next(self._numbers)
+        answer: Future[Any] = Future()
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            self._answers[number] = answer
+        self._send(number, {"do": what, "id": number, **values})
+        try:
+            return self._wait(answer, timeout)
+        finally:
+            self._requests.pop(number, None)  # nobody waits for it any more
+
+    def _send(self, number: int, request: Mapping[str, Any]) -> None:
+        """Write it; one that finds no process any more is written to the next."""
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            self._requests[number] = request
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError, ValueError):
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+
+    def _wait(self, future: Future[Any], timeout: float) -> Any:
+        try:
+            return future.result(timeout)
+        except FutureTimeout:
+            raise UserError(
+                f"the tracking server gave no answer within {timeout:.0f} s: see {self._log()}, or use tracking=offline"
+            ) from None
+
+    def _listen(self) -> None:
+        while True:
+            for line in self._process.stdout or ():
+                with contextlib.suppress(ValueError):  # it was killed in the middle of the line
+                    self._take(json.loads(line))
+            code = self._process.wait()
+            with self._lock:
+                for pipe in (self._process.stdin, self._process.stdout):
+                    with contextlib.suppress(OSError):  # what was not read any more is lost with the process
+                        assert pipe is not None
+                        pipe.close()
+            # One that leaves by itself has said why, here or in its log, and would say it again.
+            if code >= 0 or self._finished.done() or not self._start_again():
+                break
+        # The process is gone: nobody may wait for it in vain.
+        with self._lock:
+            reason = (
+                f"the delivery process was killed by signal {-code}" if code < 0 else "the delivery process has ended"
+            )
+            self._closed = self._closed or HelperFailed(f"{reason}: see {self._log()}")
+            waiting: list[Future[Any]] = [self._connected, self._ready, self._finished, *self._answers.values()]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(self._closed)
+
+    def _start_again(self) -> bool:
+        """After its violent end; False when that was once too often."""
+        vain = self._in_vain >= IN_VAIN and time.monotonic() - self._alive > IN_VAIN_S
+        if self._starts >= STARTS or vain:
+            return False
+        time.sleep(PAUSE_S * max(1, self._in_vain))
+        if self.folder is not None and not self.folder.is_dir():  # nothing is left to deliver
+            return False
+        with self._lock, contextlib.suppress(OSError):
+            self._process = self._start()
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):
+                for request in self._requests.values():
+                    self._process.stdin.write(json.dumps({**request, "again": True}) + "\n")
+                self._process.stdin.flush()
+            return True
+        return False
+
+    def _take(self, event: dict[str, Any]) -> None:
+        match event.pop("event"):
+            case "connected":
+                self._in_vain, self._alive = 0, time.monotonic()
+                if not self._connected.done():
+                    self._connected.set_result(event["fetched"])
+            case "ready":
+                if not self._ready.done():
+                    self._ready.set_result(Ready(**event))
+            case "answer":
+                self._requests.pop(event["id"], None)
+                answer = self._answers.pop(event["id"], None)
+                if answer is None:
+                    pass  # it was answered before
+                elif "error" in event:
+                    answer.set_exception((NotThere if event.get("not_there") else UserError)(event["error"]))
+                else:
+                    answer.set_result(event["value"])
+            case "refused":
+                self._closed = UserError(event["message"])
+            case "finished":
+                self._finished.set_result(event)
+
+    def _log(self) -> str:
+        return str(self.folder / LOG) if self.folder else "the messages above"
+
+
+def _environment(uri: str) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+    # The trainer's cores and its GPU are the trainer's.
+    ours = {"PYTHONPATH": path, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **ours}

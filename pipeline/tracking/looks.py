@@ -1,0 +1,87 @@
+"""How often a test set was looked at: pairs of challenger and champion that were compared on it, in their order.
+
+Two tags of the registered model for each test set: `asib.looks.<digest>` lists the pairs; a dry run, which has no turn,
+adds a tag of its own, `asib.look.<digest>.<pair>`, which the next promotion takes into the list. A pair that is
+compared again gives the same numbers and counts once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline.tracking import server
+from pipeline.tracking.faults import Fault, classify
+from pipeline.tracking.model_tags import LOOK, LOOKS, TAG_LENGTH, garbled, is_look, read_looks, unique
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+DIGEST_LENGTH = 16
+
+
+def look(client: MlflowClient, name: str, digest: str, data: str, pair: str, turn: bool) -> dict[str, Any]:
+    """Count a look at the test set, before it is taken.
+
+    Args:
+        digest: of the test images; `data`: of the whole data set, which versions are tagged with.
+        pair: challenger and champion, such as 7-3.
+        turn: whether this promotion has the model's turn.
+
+    Returns:
+        `number`: which look it is, from 1. `counted`: whether later ones will know; not by who may read only.
+        `said`: a line for each tag that was none.
+    """
+    short = digest[:DIGEST_LENGTH]
+    known, single, said = _known(client, name, short, data)
+    pairs = unique([*known, *single])
+    counted = True
+    if turn:
+        pairs = unique([*pairs, pair])
+        client.set_registered_model_tag(name, LOOKS + short, _fitting(pairs))
+        for one in single:
+            client.delete_registered_model_tag(name, f"{LOOK}{short}.{one}")
+    elif pair not in pairs:
+        try:
+            client.set_registered_model_tag(name, f"{LOOK}{short}.{pair}", "dry run")
+        except Exception as error:
+            if classify(error) is not Fault.NOT_ALLOWED:
+                raise
+            counted = False
+        known, single, _ = _known(client, name, short, data)  # whoever looks at the same time sees this one, or is seen
+        pairs = unique([*known, *single, pair])
+    number = pairs.index(pair) + 1 if pair in known or turn else len(pairs)
+    return {"number": number, "counted": counted, "said": said}
+
+
+def _known(client: MlflowClient, name: str, short: str, data: str) -> tuple[list[str], list[str], list[str]]:
+    """The pairs in the list, those with a tag of their own, and what is to be said of broken tags.
+
+    A list that is missing or broken is made up from what the versions say that were judged on this data.
+    """
+    tags = client.get_registered_model(name).tags
+    text = tags.get(LOOKS + short, "")
+    known, whole = read_looks(text)
+    said = [] if whole else [garbled(LOOKS + short, text, "the versions' own tags count instead")]
+    if not known or not whole:
+        known = unique([*known, *_judged(client, name, data)])
+    single = sorted(tag.removeprefix(f"{LOOK}{short}.") for tag in tags if tag.startswith(f"{LOOK}{short}."))
+    return known, [pair for pair in single if is_look(pair)], said
+
+
+def _judged(client: MlflowClient, name: str, data: str) -> list[str]:
+    """Pairs that versions' tags tell of, the oldest decision first."""
+    found = []
+    for version in server.all_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token)):
+        tags = version.tags
+        pair = f"{version.version}-{tags.get('asib.against', '').removeprefix('version ')}"
+        if tags.get("asib.data_digest") == data and "asib.verdict" in tags and is_look(pair):
+            found.append((tags.get("asib.decided_at", ""), pair))
+    return [pair for _, pair in sorted(found)]
+
+
+def _fitting(pairs: list[str]) -> str:
+    """The list as a tag; one that is too long keeps its length in looks, and stands for all that came before."""
+    text = " ".join(pairs)
+    while len(text) > TAG_LENGTH:
+        text = text.partition(" ")[2]
+    return text

@@ -1,0 +1,167 @@
+"""Data sets, teachers and students of a journal as MLflow's datasets, model inputs and LoggedModels."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModel,
+    LoggedModelInput,
+    LoggedModelOutput,
+    Metric,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+from pipeline.journal import Entry, decode_number
+from pipeline.paths import tree_inside
+from pipeline.served import bundle
+from pipeline.tracking.checkpoints import staging
+from pipeline.tracking.faults import Fault, classify, look
+from pipeline.tracking.state import State, find_by_journal
+
+log = logging.getLogger("asib.delivery")
+
+ENTRY_TAG = "asib.journal_entry"
+DIGEST_LENGTH = 32  # MLflow takes 36; the caller puts the whole digest into a tag
+
+
+def log_dataset(client: MlflowClient, run_id: str, entry: Entry) -> None:
+    """A data set by name, digest and source, without its data."""
+    data = entry.data
+    web = data["source"].startswith(("http://", "https://"))
+    dataset = Dataset(
+        name=data["name"],
+        digest=data["digest"][:DIGEST_LENGTH],
+        source_type="http" if web else "local",
+        source=json.dumps({"url" if web else "uri": data["source"]}),
+        schema=json.dumps(data["schema"]) if data["schema"] else None,
+        profile=json.dumps(data["profile"]) if data["profile"] else None,
+    )
+    tag = InputTag(MLFLOW_DATASET_CONTEXT, data["context"])
+    client.log_inputs(run_id, datasets=[DatasetInput(dataset, [tag])])
+
+
+def log_model_input(client: MlflowClient, run_id: str, entry: Entry) -> None:
+    """The newest model of the run that the entry names (by run id or journal id) as an input of this one."""
+    wanted = entry.data["run_id"]
+    # Most are journals of this machine: asked for as a run's, such an id is forbidden to all but the administrator.
+    teacher = find_by_journal(client, wanted, None) or look(lambda: client.get_run(wanted))
+    models = _models(client, teacher.info.experiment_id, teacher.info.run_id) if teacher else []
+    if not models:
+        log.warning("model input: run %s has no model; left out", wanted)
+        return
+    model = max(models, key=lambda found: int(found.creation_timestamp))
+    inputs = client.get_run(run_id).inputs.model_inputs
+    if model.model_id not in [known.model_id for known in inputs]:
+        try:
+            client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
+        except MlflowException as error:
+            if classify(error) is not Fault.NOT_ALLOWED:
+                raise
+            # MLflow asks for EDIT on the model's own experiment: who may use others' models need not have that
+            log.warning("run %s: model %s is not linked, its experiment is read-only here", run_id, model.model_id)
+
+
+def log_model(client: MlflowClient, state: State, folder: Path, entry: Entry) -> str:
+    """The entry's LoggedModel: made once, completed when an earlier attempt broke off.
+
+    Returns:
+        Its model id.
+
+    Raises:
+        ValueError: the prepared files do not make a model.
+    """
+    data, run_id = entry.data, state.run_id
+    known = [
+        model
+        for model in _models(client, state.experiment_id, run_id, ready=False)
+        if model.tags.get(ENTRY_TAG) == data["entry"]
+    ]
+    model = known[0] if known else None
+    if model is None:
+        model = client.create_logged_model(
+            state.experiment_id,
+            name=data["name"],
+            source_run_id=run_id,
+            tags={**data["tags"], ENTRY_TAG: data["entry"]},
+            params={**client.get_run(run_id).data.params, **data["params"]},
+            model_type=data["model_type"],
+        )
+    model_id = str(model.model_id)
+    if str(model.status) != "READY":
+        with staging(folder) as stage:
+            whole = data["model_kind"] == "weights"
+            files = tree_inside(folder, data["folder"]) if whole else _saved(model, run_id, folder, data, stage)
+            client.set_logged_model_tags(model_id, {bundle.TAG: bundle.manifest(files)})
+            client.log_model_artifacts(model_id, str(files))
+    outputs = client.get_run(run_id).outputs
+    if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=data["step"])])
+    metrics = _metrics(client, run_id, model_id, entry)
+    if metrics:
+        client.log_batch(run_id, metrics=metrics)
+    if str(model.status) != "READY":
+        client.finalize_logged_model(model_id, "READY")
+    return model_id
+
+
+def _saved(model: LoggedModel, run_id: str, folder: Path, data: Any, stage: Path) -> Path:
+    """The folder of a servable model. Its code and what that needs are this project's own, and not the journal's."""
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    from pipeline.served import code as served
+
+    to, code = stage / "model", stage / served.PYFUNC.name
+    code.write_text(served.code(), encoding="utf-8")
+    try:
+        mlflow.pyfunc.save_model(
+            path=str(to),
+            mlflow_model=Model(
+                artifact_path=model.artifact_location,
+                run_id=run_id,
+                model_uuid=model.model_id,
+                model_id=model.model_id,
+            ),
+            python_model=str(code),
+            artifacts={name: str(tree_inside(folder, path)) for name, path in data["artifacts"].items()},
+            input_example=_example(tree_inside(folder, data["input_example"])) if data["input_example"] else None,
+            pip_requirements=served.requirements(),
+        )
+    except Exception as error:
+        # Whatever its files made our code raise, they would make it raise again.
+        raise ValueError(f"model {data['name']} cannot be saved: {type(error).__name__}: {error}") from error
+    return to
+
+
+def _example(path: Path) -> Any:
+    if path.suffix == ".npy":
+        import numpy
+
+        return numpy.load(path, allow_pickle=False)
+    return json.loads(path.read_text())
+
+
+def _metrics(client: MlflowClient, run_id: str, model_id: str, entry: Entry) -> list[Metric]:
+    """The model's metrics: the run's own points where it has them (another timestamp would add a point)."""
+    found = []
+    for key, text in entry.data["metrics"].items():
+        value = decode_number(text)
+        points = [point for point in client.get_metric_history(run_id, key) if point.value == value]
+        at, step = (points[-1].timestamp, points[-1].step) if points else (entry.time, entry.data["step"])
+        found.append(Metric(key, value, at, step, model_id=model_id, run_id=run_id))
+    return found
+
+
+def _models(client: MlflowClient, experiment_id: str, run_id: str, ready: bool = True) -> list[LoggedModel]:
+    query = f"source_run_id = '{run_id}'"
+    models = client.search_logged_models([experiment_id], filter_string=query, max_results=50)
+    return [model for model in models if not ready or str(model.status) == "READY"]

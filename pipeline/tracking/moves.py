@@ -1,0 +1,219 @@
+"""Moving a registered model's aliases: all of a move happens or, after a crash, is finished by whoever comes next.
+
+An alias is never moved without saying so first. `PENDING`, a tag of the version that the move is about, holds the tags
+that it sets; then `MOVE`, a tag of the registered model, holds the rest. Every step may be repeated, and `MOVE` goes
+last. What a move names may be gone when it is finished: then it is undone, as far as there is something to go back to.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.tracking.faults import Fault, classify
+from pipeline.tracking.model_tags import (
+    CHAMPION,
+    KEEP,
+    MOST_PAST,
+    MOVE,
+    PAST,
+    PENDING,
+    PREVIOUS,
+    TAG_LENGTH,
+    garbled,
+    read_champions,
+    read_move,
+    read_pending,
+)
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+log = logging.getLogger("asib.delivery")
+
+
+def move(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
+    """Move aliases as planned, all or, after a crash, by the next `repair`: never without a champion in between.
+
+    Args:
+        plan: `before` and `after`: version (or None) of champion and previous, the same for a decision that moves none;
+            `past`: the later value of `PAST`, a list; `tags`: version -> tags to set; `version`: what it is about;
+            `run`: the run that decided it; `why`: in words.
+
+    Raises:
+        UserError: the champion is another than the plan's `before`: somebody has moved it meanwhile.
+    """
+    _refuse_moved(client, name, plan)
+    number = plan["version"]
+    client.set_model_version_tag(name, number, PENDING, json.dumps({"run": plan["run"], "tags": plan["tags"]}))
+    short = {key: value for key, value in plan.items() if key != "tags"} | {"why": plan["why"][:500]}
+    client.set_registered_model_tag(name, MOVE, json.dumps(short))
+    try:
+        _refuse_moved(client, name, plan)  # MLflow has no compare-and-swap
+    except UserError:
+        client.delete_registered_model_tag(name, MOVE)
+        raise
+    _finish(client, name, plan)
+
+
+def _refuse_moved(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
+    present = client.get_registered_model(name).aliases.get(CHAMPION)
+    if (None if present is None else str(present)) != plan["before"][CHAMPION]:
+        raise UserError(
+            f"champion of {name} was version {plan['before'][CHAMPION]} when this began and is {present} now: "
+            "somebody else has moved it; start again"
+        )
+
+
+def repair(client: MlflowClient, name: str) -> dict[str, Any]:
+    """Finish the move that somebody has begun and not ended, and mend what else of a promotion's tags is broken.
+
+    A champion that is neither the one before nor the one after was set by hand since: then nothing is moved.
+
+    Returns:
+        `plan`: the move, None where there was none to finish. `said`: a line for everything that was not as it should.
+    """
+    said: list[str] = []
+    plan = _interrupted(client, name, said)
+    if plan is not None:
+        said += _finish(client, name, plan)
+    text = client.get_registered_model(name).tags.get(PAST, "")
+    kept, whole = read_champions(text)
+    if not whole:
+        client.set_registered_model_tag(name, PAST, json.dumps(kept))
+        said.append(garbled(PAST, text, f"kept {', '.join(kept)}" if kept else "emptied"))
+    said += _loose_aliases(client, name)
+    return {"plan": plan, "said": said}
+
+
+def pending(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Version -> tags that an interrupted move was about to set; those of older promotions are in the plan itself."""
+    found = _version(client, name, plan.get("version"))
+    text = found.tags.get(PENDING, "") if found is not None else ""
+    return read_pending(text, plan["run"]) or plan["tags"]
+
+
+def there(client: MlflowClient, name: str, number: object) -> bool:
+    """Whether the model has this version."""
+    return _version(client, name, number) is not None
+
+
+def _interrupted(client: MlflowClient, name: str, said: list[str]) -> dict[str, Any] | None:
+    model = client.get_registered_model(name)
+    text = model.tags.get(MOVE, "")
+    if not text:
+        return None
+    plan = read_move(text)
+    if plan is None:
+        said.append(garbled(MOVE, text, "removed"))
+    else:
+        present = model.aliases.get(CHAMPION)
+        ends = [plan[when][CHAMPION] for when in ("before", "after")]
+        gone = present is None and not all(there(client, name, end) for end in ends if end is not None)
+        if gone or (None if present is None else str(present)) in ends:
+            return plan | {"tags": pending(client, name, plan)}
+        said.append(f"an interrupted move ({plan['why']}) is given up: the champion was set by hand since")
+    client.delete_registered_model_tag(name, MOVE)
+    return None
+
+
+def _finish(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> list[str]:
+    """Every step may be repeated; the tag that says what is to be done goes last. What did not go as planned."""
+    champion, previous = plan["after"][CHAMPION], plan["after"][PREVIOUS]
+    past, marks, said = list(plan["past"]), dict(plan["tags"]), []
+    moves = plan["after"] != plan["before"]
+    if moves and champion is not None and not there(client, name, champion):
+        gone, marks = champion, {}  # they say that it has happened
+        stack = [number for number in [*past, plan["before"][CHAMPION]] if number is not None]
+        living = [number for number in dict.fromkeys(stack) if number != gone and there(client, name, number)]
+        champion, past = (living[-1], living[:-1]) if living else (None, [])
+        previous = past[-1] if past else None
+        now = f"version {champion} is the champion" if champion else "there is no champion"
+        said.append(f"an interrupted move ({plan['why']}) is undone: version {gone} is no longer there; {now}")
+    elif moves and previous is not None and not there(client, name, previous):
+        past = [number for number in past if there(client, name, number)]
+        previous = past[-1] if past else None
+        said.append(f"version {plan['after'][PREVIOUS]} is no longer there: previous is {previous or 'none'}")
+    if moves:
+        _point(client, name, PREVIOUS, previous, champion)
+        _point(client, name, CHAMPION, champion, champion)
+        client.set_registered_model_tag(name, PAST, json.dumps(past[-MOST_PAST:]))
+    for number, tags in marks.items():
+        if there(client, name, number):
+            tag(client, name, number, tags)
+    if moves and champion is not None:
+        _protect(client, name, champion)
+    _forget_pending(client, name, plan.get("version"))
+    client.delete_registered_model_tag(name, MOVE)
+    return said
+
+
+def tag(client: MlflowClient, name: str, number: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a version."""
+    for key, value in tags.items():
+        client.set_model_version_tag(name, number, key, value[-TAG_LENGTH:])
+
+
+def _point(client: MlflowClient, name: str, alias: str, version: str | None, champion: str | None) -> None:
+    """Set an alias, or take it away: who may edit a model may not delete its aliases, and sets it to the champion."""
+    if version is not None:
+        client.set_registered_model_alias(name, alias, version)
+    elif alias in client.get_registered_model(name).aliases:
+        try:
+            client.delete_registered_model_alias(name, alias)
+        except Exception as error:
+            if classify(error) is not Fault.NOT_ALLOWED or champion is None:
+                raise
+            client.set_registered_model_alias(name, alias, champion)
+
+
+def _loose_aliases(client: MlflowClient, name: str) -> list[str]:
+    """Remove aliases of ours that name no version, as far as one may; MLflow itself does when a version is deleted."""
+    said = []
+    for alias, number in client.get_registered_model(name).aliases.items():
+        if alias in (CHAMPION, PREVIOUS) and not there(client, name, str(number)):
+            said.append(f"alias {alias}={number} names no version: ignored")
+            try:
+                client.delete_registered_model_alias(name, alias)
+            except Exception as error:
+                if classify(error) is not Fault.NOT_ALLOWED:
+                    raise
+    return said
+
+
+def _protect(client: MlflowClient, name: str, champion: str) -> None:
+    """Mark the run that a champion comes from, where one may and there is such a run."""
+    found = _version(client, name, champion)
+    if found is None or not found.run_id:
+        return
+    try:
+        client.set_tag(found.run_id, KEEP, f"champion of {name}: version {champion}")
+    except Exception as error:  # another's experiment, or a run that is gone: the promotion does not hang on it
+        log.warning("run %s is not protected: %s", found.run_id, error)
+
+
+def _forget_pending(client: MlflowClient, name: str, number: object) -> None:
+    found = _version(client, name, number)
+    if found is None or not found.tags.get(PENDING):
+        return
+    try:
+        client.delete_model_version_tag(name, str(number), PENDING)
+    except Exception as error:
+        if classify(error) is not Fault.NOT_ALLOWED:
+            raise
+        client.set_model_version_tag(name, str(number), PENDING, "")  # EDIT does not delete
+
+
+def _version(client: MlflowClient, name: str, number: object) -> ModelVersion | None:
+    if number is None:
+        return None
+    try:
+        return client.get_model_version(name, str(number))
+    except Exception as error:
+        if classify(error) is not Fault.NOT_THERE:
+            raise
+        return None

@@ -1,0 +1,63 @@
+"""Which folders a delivery may touch: a journal, and what lies beside it, may be someone else's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipeline import journal
+from pipeline.errors import UserError
+from pipeline.tracking.state import FILE as STATE
+
+OURS = (journal.FILE, STATE, "delivery.lock", "delivery.takeover", "delivery.log", "delivery")
+"""What a delivery reads and writes in a run's folder."""
+
+
+def check_own_files(folder: Path) -> None:
+    """Refuse a folder in which one of them is a link: what is written there would be written elsewhere.
+
+    Raises:
+        UserError.
+    """
+    for name in OURS:
+        if (folder / name).is_symlink():
+            raise UserError(f"{folder / name} is a symbolic link: what is delivered is a run's own folder; copy it")
+
+
+def belongs(folder: Path, parent: Path, live: bool) -> bool:
+    """Whether the nested run that `parent`'s journal names may be delivered with it.
+
+    It lies inside the parent's folder; or its own journal names the parent's journal (or the run that this one
+    carries) as its parent, as a sweep's trials do, and is of the same user. So a journal cannot name a stranger's run.
+
+    Args:
+        live: a trainer of ours writes the parent's journal. It may go on with a trial of another user's worker, and a
+            ladder may reuse a run that this user has made in the same output folder.
+    """
+    try:
+        check_own_files(folder)
+        real, above = os.path.realpath(folder), os.path.realpath(parent)
+        if real != above and os.path.commonpath([real, above]) == above:
+            return True
+        if live and _beside(folder, parent):
+            return True
+        own, named_by = journal.read_header(folder), journal.read_header(parent)
+        if own is None or named_by is None:
+            return False
+        link, carried = own.data.get("parent"), named_by.data.get("carrier")
+        known = {named_by.data["journal"], carried["journal"] if isinstance(carried, dict) else None} - {None}
+        if not isinstance(link, dict) or link.get("journal") not in known:
+            return False
+        return live or _owner(folder) == _owner(parent)
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _beside(folder: Path, parent: Path) -> bool:
+    """Whether `folder` lies in the output folder that holds `parent`, and is of the same user."""
+    real, root = os.path.realpath(folder), os.path.dirname(os.path.realpath(parent))
+    return real != root and os.path.commonpath([real, root]) == root and _owner(folder) == _owner(parent)
+
+
+def _owner(folder: Path) -> int:
+    return (folder / journal.FILE).stat().st_uid

@@ -1,0 +1,308 @@
+"""The delivery process: `MLFLOW_TRACKING_URI=… python -m pipeline.tracking.process --trainer <pid> [<folder>]`.
+
+Started by `tracking.start_delivery`, in a session of its own. It alone imports MLflow, answers its trainer over pipes
+(JSON lines: requests on stdin, events on stdout), and outlives it until the journal is on the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from pipeline import secrets, urls
+from pipeline.errors import NotThere, UserError
+from pipeline.tracking import registry as delivery_registry
+from pipeline.tracking import requests as delivery_read
+from pipeline.tracking import server
+from pipeline.tracking.faults import lasting, unknown
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+    from pipeline.tracking.follow import DeliveryLoop
+    from pipeline.tracking.run_delivery import RunDelivery
+
+log = logging.getLogger("asib.delivery")
+
+POLL_S = 0.2
+BACKOFF_S = (0.5, 30.0)
+START_ATTEMPTS = 3
+QUIET_S = 30.0  # a journal that some process holds open but nobody has written for this long is given up
+
+
+class Trainer:
+    """The other end of the pipes, and whether it still lives."""
+
+    def __init__(self, pid: int, events: IO[str]) -> None:
+        self._pid = pid
+        self._events = events
+        self.requests: queue.Queue[dict[str, Any]] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def dead(self) -> bool:
+        """The parent changes at once when the trainer dies, however it dies."""
+        return os.getppid() != self._pid
+
+    def tell(self, event: str, **values: Any) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+            self._events.write(json.dumps({"event": event, **values}) + "\n")
+            self._events.flush()
+
+    def _listen(self) -> None:
+        for line in sys.stdin:
+            with contextlib.suppress(ValueError):
+                self.requests.put(json.loads(line))
+
+
+class Process:
+    """The life of a delivery process."""
+
+    def __init__(self, options: argparse.Namespace, trainer: Trainer, ours: set[str]) -> None:
+        self.options = options
+        self.trainer = trainer
+        self._ours = ours
+        self._finishing = False
+        self._leave_by = float("inf")
+        self._client: MlflowClient | None = None
+        self._loop: DeliveryLoop | None = None
+        self._ready: bool = options.again
+
+    def run(self) -> int:
+        try:
+            self.options.uri = urls.tracking(self.options.uri)
+            # one that has been here before does not give up its run for an outage
+            self._client = server.connect(self.options.uri, answers=not self.options.again)
+            paths = {uri: str(self._fetch(uri, Path(dest))) for uri, dest in self.options.fetch}
+            self.trainer.tell("connected", fetched=paths)
+            server.patience(server.LATER_PATIENCE, self._ours)
+            if self.options.folder is None:
+                return self._serve()
+            from pipeline.tracking.follow import DeliveryLoop
+
+            with DeliveryLoop(
+                self.options.folder,
+                self.options.uri,
+                client=self._client,
+                adopt=self.options.adopt,
+                resume=self.options.resume,
+                live=True,
+                patience=90.0,
+                on_attached=self._attached,
+            ) as loop:
+                for folder, upto in self.options.forgotten:
+                    loop.top.forget(Path(folder), int(upto))
+                return self._follow(loop)
+        except UserError as error:
+            log.error("%s", error)
+            self.trainer.tell("refused", message=str(error))
+            return 2
+
+    def _serve(self) -> int:
+        while not self.trainer.dead() and not self._finishing:
+            self._answer(POLL_S)
+        return 0
+
+    def _follow(self, loop: DeliveryLoop) -> int:
+        self._loop = loop
+        pause, failures = BACKOFF_S[0], 0
+        last_progress, last_change = loop.progress, time.monotonic()
+        while True:
+            dead = self.trainer.dead()
+            if (dead or self._finishing) and not self._urgent():
+                self._leave_by = time.monotonic() + self.options.grace
+                pause = BACKOFF_S[0]
+            if dead and loop.asked_to_leave():
+                log.info("a newer delivery has asked for the folder")
+                return 0
+            loop.give_way(dead)
+            # Asked before reading, so that nothing is written after the last read.
+            abandoned = dead and (not loop.writer_alive() or time.monotonic() - last_change > QUIET_S)
+            try:
+                done = loop.run_once(final=abandoned)
+                if abandoned or done:
+                    loop.close_unfinished()
+                pause, failures = BACKOFF_S[0], 0
+                if self._finishing and not loop.top.attached:
+                    return 0  # the step ended before its journal began
+            except Exception as error:
+                failures += 1
+                self._failed(error, failures)
+                if time.monotonic() > self._leave_by:
+                    log.error("given up; `python -m pipeline.experiment.tracking deliver` brings the rest")
+                    self.trainer.tell("finished", delivered=False, reason=server.explain(error, self.options.uri))
+                    return 1
+                self._answer(pause, leave_early=not self._urgent())
+                pause = min(2 * pause, BACKOFF_S[1] if not self._urgent() else 5.0)
+                continue
+            if abandoned or (done and (self._finishing or dead)):
+                self.trainer.tell("finished", delivered=True, refused=loop.refused)
+                return 0
+            if loop.progress != last_progress:
+                last_progress, last_change = loop.progress, time.monotonic()
+            self._answer(POLL_S)
+
+    def _failed(self, error: Exception, failures: int) -> None:
+        """Before the run exists an error is the trainer's to show; later only what no attempt can mend ends us."""
+        message = server.explain(error, self.options.uri)
+        log.warning("attempt %d: %s", failures, message)
+        refusal = lasting(error)
+        denied = getattr(error, "error_code", "") in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
+        if self._ready:
+            if refusal and isinstance(error, UserError):
+                self.trainer.tell("finished", delivered=False, reason=str(error))
+                raise error
+            if refusal:
+                log.error("unexpected", exc_info=error)
+        elif refusal or denied or failures >= START_ATTEMPTS:
+            raise error if isinstance(error, UserError) else UserError(message) from error
+
+    def _urgent(self) -> bool:
+        return self._leave_by != float("inf")
+
+    def _attached(self, run: RunDelivery) -> None:
+        state = run.state
+        log.info("%s is run %s", run.folder, state.run_id)
+        if not self._ready:
+            self._ready = True
+            self.trainer.tell("ready", run_id=state.run_id, experiment_id=state.experiment_id, url=state.url)
+
+    def _answer(self, seconds: float, leave_early: bool = True) -> None:
+        """Serve requests for so long; `leave_early`: but no longer than the trainer lives."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                request = self.trainer.requests.get(timeout=min(left, POLL_S))
+            except queue.Empty:
+                if leave_early and self.trainer.dead():
+                    return
+                continue
+            if request["do"] == "finish":
+                self._finishing = True
+                return
+            answer = self._answer_to(request)
+            self.trainer.tell("answer", id=request["id"], **answer)
+
+    def _answer_to(self, request: dict[str, Any]) -> dict[str, Any]:
+        again = request.pop("again", False)  # another process was killed before it had answered
+        if request["do"] == "fetch":
+            return self._fetch_answer(request)
+        if request["do"] == "info":
+            return self._info_answer(request)
+        if request["do"] == "forget":
+            if self._loop is not None:  # else there is nothing that would be followed
+                self._loop.forget(Path(request["folder"]))
+            return {"value": None}
+        assert self._client is not None
+        if request["do"].startswith("registry."):
+            if again and request["do"] == "registry.move" and self._moved(request):
+                return {"value": None}
+            return delivery_registry.answer(self._client, request, self.options.uri)
+        return delivery_read.answer(self._client, request, self.options.uri)
+
+    def _moved(self, request: dict[str, Any]) -> bool:
+        """Whether the process that was killed has made this move, or is found to have begun it and it is made now."""
+        for what in ("registry.repair", "registry.overview"):
+            asked = {"do": what, "id": request["id"], "name": request["name"]}
+            answer = delivery_registry.answer(self._client, asked, self.options.uri)
+            if "error" in answer:
+                return False
+        champion, plan = answer["value"]["aliases"].get(delivery_registry.CHAMPION), request["plan"]
+        return bool(plan["after"] != plan["before"] and champion == plan["after"][delivery_registry.CHAMPION])
+
+    def _fetch_answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"value": str(self._fetch(request["uri"], Path(request["dest"])))}
+        except UserError as error:
+            return {"error": str(error), "not_there": isinstance(error, NotThere)}
+
+    def _info_answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._client is not None
+        from pipeline.tracking.target import no_run
+
+        run_id = request["run_id"]
+        try:
+            run = self._client.get_run(run_id)
+        except Exception as error:
+            said = no_run(self.options.uri, run_id) if unknown(error) else server.explain(error, self.options.uri)
+            return {"error": said}
+        return {
+            "value": {
+                "run_id": run_id,
+                "experiment_id": run.info.experiment_id,
+                "status": run.info.status,
+                "name": run.info.run_name,
+                "params": dict(run.data.params),
+                "tags": dict(run.data.tags),
+                "metrics": {key: str(value) for key, value in run.data.metrics.items()},
+            }
+        }
+
+    def _fetch(self, uri: str, dest: Path) -> Path:
+        from pipeline.tracking.fetch import fetch
+
+        assert self._client is not None
+        try:
+            return fetch(self._client, uri, dest, self.options.uri)
+        except Exception as error:
+            log.warning("fetch %s", uri, exc_info=error)
+            if not (unknown(error) or lasting(error) or self._missing(uri)):
+                raise UserError(f"{uri}: {server.explain(error, self.options.uri)}") from error
+            reason = str(error).strip().split("\n", 1)[0][:300]
+            where = urls.hidden(self.options.uri)
+            raise NotThere(f"{uri} cannot be fetched from {where}: {reason}: check the id and the path") from error
+
+    def _missing(self, uri: str) -> bool:
+        """Whether a run has no such artifact. MLflow's download says of all failures that they are internal errors."""
+        run_id, _, path = uri.removeprefix("runs:/").strip("/").partition("/")
+        if self._client is None or not uri.startswith("runs:/"):
+            return False
+        try:
+            there = self._client.list_artifacts(run_id, path.rpartition("/")[0] or None)
+        except Exception:
+            return False
+        return path not in [file.path for file in there]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="pipeline.tracking.process", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=lambda text: Path(text).absolute())
+    # By default from the environment: a URI may hold a password, and everyone can read a command line.
+    parser.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI", ""))
+    parser.add_argument("--trainer", type=int, required=True, help="the process id of the trainer")
+    parser.add_argument("--adopt", help="the run that `mlflow run` made")
+    parser.add_argument("--resume", help="the run that this one goes on with")
+    parser.add_argument("--grace", type=float, default=120.0, help="seconds of further attempts after the trainer")
+    parser.add_argument("--fetch", nargs=2, action="append", default=[], metavar=("URI", "FOLDER"))
+    parser.add_argument("--again", action="store_true", help="the run was on the server before this start")
+    parser.add_argument("--forgotten", nargs=2, action="append", default=[], metavar=("FOLDER", "OFFSET"))
+    options = parser.parse_args(arguments)
+    # Events have the real stdout for themselves; whatever a library prints goes into the log.
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(secrets.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # Ctrl-C, a job's SIGTERM and Slurm's warning, which reaches every process of a job's step, are for the trainer,
+    # which then writes its last entries.
+    for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.nice(5)
+    return Process(options, Trainer(options.trainer, events), server.prepare_environment()).run()
+
+
+if __name__ == "__main__":
+    # Interpreter shutdown waits for MLflow's threads, and nothing of ours is left to lose.
+    code = main()
+    logging.shutdown()
+    os._exit(code)

@@ -1,0 +1,219 @@
+"""The model registry as delivery sees it: versions made of a run's models, and what promotions ask.
+
+`register` takes a journal's entry; `answer` serves the requests of `pipeline.promote.registered_model`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import NotThere, UserError
+from pipeline.served import bundle
+from pipeline.tracking import looks, moves, server, turns
+from pipeline.tracking.faults import Fault, classify, unknown
+from pipeline.tracking.model_tags import CHALLENGER, CHAMPION, PREVIOUS, TAG_LENGTH, garbled, is_version
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+    from pipeline.journal import Entry
+    from pipeline.tracking.state import State
+
+log = logging.getLogger("asib.delivery")
+
+ANNOUNCED = "asib.announced"
+"""Tag of a version: it has had its alias."""
+
+
+# versions ------------------------------------------------------------------------------------------------------------
+
+
+def register(client: MlflowClient, state: State, entry: Entry) -> str:
+    """A version of the entry's registered model from the entry's LoggedModel: made once, its alias set once.
+
+    Returns:
+        Its number.
+
+    Raises:
+        ValueError: the model itself was refused, or this user may not make versions of it.
+    """
+    data = entry.data
+    if data["alias"] != CHALLENGER:
+        raise ValueError(
+            f"a run's model becomes {CHALLENGER}, never {data['alias']!r:.50}: that is what a promotion decides"
+        )
+    model_id = state.models.get(data["entry"])
+    if model_id is None:
+        raise ValueError(f"there is no model to register as {data['registered']}: it was refused")
+    found = _made_of(client, data["registered"], state.run_id, model_id)
+    if found is None:
+        found = _make_version(client, data, state.run_id, model_id)
+    _link(client, model_id, found)
+    if ANNOUNCED not in found.tags:
+        _announce(client, found, data["alias"])
+    return str(found.version)
+
+
+def _make_version(client: MlflowClient, data: Any, run_id: str, model_id: str) -> ModelVersion:
+    name = data["registered"]
+    try:
+        _make_registered_model(client, name)
+        files = client.get_logged_model(model_id).tags.get(bundle.TAG)
+        return client.create_model_version(
+            name,
+            f"models:/{model_id}",
+            run_id=run_id,
+            tags={key: str(value)[:TAG_LENGTH] for key, value in data["tags"].items()}
+            | ({bundle.TAG: files} if files else {}),
+            model_id=model_id,
+        )
+    except Exception as error:
+        if classify(error) is not Fault.NOT_ALLOWED:
+            raise
+        # What comes behind it, the run's end above all, does not wait for somebody's permission.
+        raise ValueError(f"permission denied (403): ask for EDIT permission on the model {name}") from error
+
+
+def _made_of(client: MlflowClient, name: str, run_id: str, model_id: str) -> ModelVersion | None:
+    """The version that an earlier attempt has made of a model."""
+    query = f"name = '{name}' and run_id = '{run_id}'"
+    for found in server.all_pages(lambda token: client.search_model_versions(query, page_token=token)):
+        if _model_of(found) == model_id:
+            return found
+    return None
+
+
+def _model_of(version: ModelVersion) -> str:
+    """The id of the LoggedModel that a version was made of, which MLflow's database keeps in the source only."""
+    return str(version.model_id or str(version.source).partition("models:/")[2])
+
+
+def _make_registered_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
+            raise
+
+
+def _link(client: MlflowClient, model_id: str, version: ModelVersion) -> None:
+    """On the LoggedModel's page: which versions were made of it, as MLflow's own `register_model` notes it."""
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+    text = client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS) or "[]"
+    try:
+        known = json.loads(text)
+        names = [(str(item["name"]), str(item["version"])) for item in known]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        log.warning("%s: %s", model_id, garbled(MLFLOW_MODEL_VERSIONS, text, "written anew"))
+        known, names = [], []
+    if (version.name, str(version.version)) not in names:
+        known.append({"name": version.name, "version": version.version})
+        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(known)})
+
+
+def _announce(client: MlflowClient, version: ModelVersion, alias: str) -> None:
+    """The alias goes to the newest: a run that is delivered late does not take it from one that came after it."""
+    holder = client.get_registered_model(version.name).aliases.get(alias)
+    if not is_version(str(holder)) or int(holder) < int(version.version):
+        client.set_registered_model_alias(version.name, alias, str(version.version))
+    client.set_model_version_tag(version.name, str(version.version), ANNOUNCED, alias)
+
+
+# what a promotion asks -----------------------------------------------------------------------------------------------
+
+
+def answer(client: MlflowClient, request: dict[str, Any], uri: str) -> dict[str, Any]:
+    """`{"value": …}` or `{"error": one line}` for `registry.<what>`, whose arguments are the request's other values."""
+    values = {key: value for key, value in request.items() if key not in ("do", "id")}
+    what, name = request["do"].removeprefix("registry."), request["name"]
+    try:
+        if what not in REQUESTS:
+            return {"error": f"delivery does not know registry.{what}"}
+        return {"value": REQUESTS[what](client, **values)}
+    except UserError as error:
+        return {"error": str(error), "not_there": isinstance(error, NotThere)}
+    except Exception as error:
+        log.warning("registry.%s of %s", what, name, exc_info=error)
+        said = server.explain(error, uri)
+        return {"error": said.replace("EDIT permission on the experiment", f"EDIT permission on the model {name}")}
+
+
+def overview(client: MlflowClient, name: str) -> dict[str, Any]:
+    """Aliases (name -> version) and tags of a registered model; `said`: a line for each alias that names no version.
+
+    Raises:
+        UserError: there is no such model; the nearest names are given.
+    """
+    try:
+        model = client.get_registered_model(name)
+    except Exception as error:
+        if not unknown(error):
+            raise
+        raise UserError(f"name={name}: {_no_such_model(client, name)}") from error
+    aliases = {alias: str(version) for alias, version in model.aliases.items()}
+    loose = [
+        alias
+        for alias in (CHAMPION, PREVIOUS, CHALLENGER)
+        if alias in aliases and not moves.there(client, name, aliases[alias])
+    ]
+    said = [f"alias {alias}={aliases.pop(alias)} names no version: ignored" for alias in loose]
+    return {"aliases": aliases, "tags": dict(model.tags), "said": said}
+
+
+def _no_such_model(client: MlflowClient, name: str) -> str:
+    import difflib
+
+    found = server.all_pages(lambda token: client.search_registered_models(page_token=token))
+    known = [model.name for model in found]
+    near = difflib.get_close_matches(name, known, n=1) or known[:5]
+    hint = f"did you mean {', '.join(near)}?" if near else "register one with -e distill -P register=<name>"
+    return f"the registry has no such model; {hint}"
+
+
+def version(client: MlflowClient, name: str, number: str) -> dict[str, Any]:
+    """A version: number, run_id, model_id, status and tags. Raises NotThere: there is none of that number."""
+    try:
+        found = client.get_model_version(name, number)
+    except Exception as error:
+        if not unknown(error):
+            raise
+        every = server.all_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
+        numbers = sorted(int(item.version) for item in every)
+        has = f"it has {', '.join(map(str, numbers[-10:]))}" if numbers else "it has none"
+        raise NotThere(f"version={number}: {name} has no such version; {has}") from error
+    return {
+        "number": str(found.version),
+        "run_id": found.run_id or "",
+        "model_id": _model_of(found),
+        "status": str(found.status),
+        "tags": dict(found.tags),
+    }
+
+
+def bind(client: MlflowClient, name: str, number: str, manifest: str) -> None:
+    """Tag a version with the manifest of its files."""
+    client.set_model_version_tag(name, number, bundle.TAG, manifest)
+
+
+REQUESTS: dict[str, Callable[..., Any]] = {
+    "overview": overview,
+    "version": version,
+    "move": moves.move,
+    "repair": moves.repair,
+    "pending": moves.pending,
+    "may_edit": turns.may_edit,
+    "enter": turns.enter,
+    "beat": turns.beat,
+    "leave": turns.leave,
+    "queue": turns.queue,
+    "bury": turns.bury,
+    "look": looks.look,
+    "bind": bind,
+}

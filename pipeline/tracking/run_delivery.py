@@ -1,0 +1,404 @@
+"""One journal brought to one MLflow run: finds, adopts or makes the run, sends entries in order, sets the status.
+
+Everything here may be repeated after a crash at any point: nothing is lost and nothing is doubled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from mlflow.entities import Run, RunTag
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
+
+from pipeline import journal
+from pipeline.errors import UserError
+from pipeline.files import locked
+from pipeline.journal import Entry
+from pipeline.tracking import turns
+from pipeline.tracking.checkpoints import CheckpointUpload
+from pipeline.tracking.models import log_dataset, log_model, log_model_input
+from pipeline.tracking.outbox import Outbox
+from pipeline.tracking.registry import register
+from pipeline.tracking.server import run_url
+from pipeline.tracking.state import FILE as STATE
+from pipeline.tracking.state import JOURNAL_TAG, State, find_by_journal
+from pipeline.tracking.target import (
+    GENERATION_TAG,
+    TAG_LENGTH,
+    Place,
+    carried_run,
+    end_run,
+    experiment_id,
+    get_run,
+    parent_place,
+)
+
+log = logging.getLogger("asib.delivery")
+
+RESUMES_TAG = "asib.resumes"
+BATCH = 5000  # entities between two commits of the offset; the client cuts them into requests
+
+
+class RunDelivery:
+    """Follows the journal in `folder`. `attach` first, then `deliver` as often as wished.
+
+    A carrier's journal stands for another run, which has a delivery of its own: nothing of that run is changed here,
+    it only becomes the parent of the children.
+
+    Args:
+        adopt: the run that `mlflow run` made for this journal; left alone when it has ended, or is another journal's.
+        resume: the run that this journal goes on with; then an adopted one stays empty.
+        live: whether a trainer is writing: its run is set RUNNING.
+        parent: the delivery of the run that this one is nested in.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        uri: str,
+        client: MlflowClient,
+        *,
+        adopt: str | None = None,
+        resume: str | None = None,
+        live: bool = False,
+        parent: RunDelivery | None = None,
+    ) -> None:
+        self.folder = folder
+        self.uri = uri
+        self.client = client
+        self.state = State()
+        self.attached = False
+        self.carrier = False
+        self.children: list[Path] = []  # the one named last comes last
+        self.before_model_input: Callable[[], None] = lambda: None
+        self._path = folder / journal.FILE
+        self._adopt, self._resume, self._live, self._parent = adopt, resume, live, parent
+        self._inode = -1
+        self._generations: list[str] = []
+        self._forgotten: dict[Path, int] = {}  # up to which offset the journal named it in vain
+        self._last_time = 0
+        self._checkpoints: CheckpointUpload | None = None
+        self._outbox: Outbox | None = None
+
+    @property
+    def refused(self) -> int:
+        """How many things the server will never take."""
+        return self._outbox.refused if self._outbox is not None else 0
+
+    # The run
+
+    def attach(self) -> bool:
+        """Find, adopt or make the run. False while there is no journal yet.
+
+        Raises:
+            UserError: a run id that the server does not know, a deleted run or experiment, a carrier's run that is
+                not on the server.
+        """
+        header = journal.read_header(self.folder)
+        if header is None:
+            return False
+        if not self._adopt:
+            return self._attach(header)
+        # the steps of one `mlflow run` may start together: the first has its run
+        with locked(self.folder.parent / ".adopt.lock"):
+            return self._attach(header)
+
+    def _attach(self, header: Entry) -> bool:
+        self.state = State.load(self.folder, self.uri, header.data["journal"])
+        self._last_time = header.time
+        link = header.data.get("carrier")
+        self.carrier = link is not None
+        if link is None:
+            run = self._own(header)
+        else:
+            run = carried_run(self.client, self.uri, self.folder, link, header.data["experiment"])
+            self._survey()
+        self.state.run_id, self.state.experiment_id = run.info.run_id, run.info.experiment_id
+        self.state.url = run_url(self.uri, run.info.experiment_id, run.info.run_id)
+        adopted = self._adopt == run.info.run_id
+        self._outbox = Outbox(self.client, self.uri, run, self.folder, adopted)
+        self.state.save(self.folder)
+        self.attached = True
+        return True
+
+    def _own(self, header: Entry) -> Run:
+        """The journal's own run, ready to take its entries."""
+        run = self._existing(header)
+        made = run is None
+        self._survey()
+        tags = dict(header.data["tags"])
+        place = self._place(header)
+        if place is not None:
+            tags[MLFLOW_PARENT_RUN_ID] = place.run_id
+        if run is None:
+            run = self._create(header, tags, place)
+        else:
+            self._take_over(run, header, tags)
+        run_id = run.info.run_id
+        if self._adopt and self._adopt not in (run_id, self.state.shell) and self._free(header):
+            self.state.shell = self._adopt
+        if self.state.shell:
+            self.client.set_tag(self.state.shell, RESUMES_TAG, run_id)
+        self._checkpoints = CheckpointUpload(self.client, run_id, self.folder, header.data["journal"])
+        if not made and not self.state.checkpoint:
+            self.state.checkpoint = self._checkpoints.on_server()
+        return run
+
+    def _existing(self, header: Entry) -> Run | None:
+        if self.state.run_id:
+            run = self._remembered()
+            if run is not None and run.data.tags.get(JOURNAL_TAG) != header.data["journal"]:
+                raise UserError(
+                    f"{self.folder / STATE} names run {run.info.run_id}, which is not this journal's: delete that file"
+                )
+            if run is not None:
+                return run
+        if self._resume:
+            return self._get(self._resume)
+        return self._by_tag(header) or self._adopted(header)
+
+    def _adopted(self, header: Entry) -> Run | None:
+        """The run that `mlflow run` made, where it still waits for a journal."""
+        run = self._free(header)
+        if run is None and not header.data["experiment"]:
+            raise UserError(f"run {self._adopt} has ended or is another's: nothing is noted there")
+        return run
+
+    def _free(self, header: Entry) -> Run | None:
+        if not self._adopt:
+            return None
+        run = self._get(self._adopt)
+        writers = {run.data.tags.get(JOURNAL_TAG), run.data.tags.get(RESUMES_TAG) and "a resume"} - {None}
+        if run.info.status == "RUNNING" and writers <= {header.data["journal"]}:
+            return run
+        log.warning("run %s has ended or is another's: %s is a run of its own", self._adopt, self.folder)
+        self._adopt = None
+        return None
+
+    def _remembered(self) -> Run | None:
+        try:
+            return self._get(self.state.run_id)
+        except UserError:
+            # The server was made anew: what was sent went with the old one.
+            log.warning("run %s of %s is no longer there", self.state.run_id, self.folder)
+            self.state = State(uri=self.state.uri, journal=self.state.journal)
+            return None
+
+    def _get(self, run_id: str) -> Run:
+        return get_run(self.client, self.uri, run_id)
+
+    def _by_tag(self, header: Entry) -> Run | None:
+        return find_by_journal(self.client, header.data["journal"], header.data["experiment"])
+
+    def _create(self, header: Entry, tags: dict[str, str], place: Place | None) -> Run:
+        source = {MLFLOW_USER: header.data.get("user", ""), MLFLOW_SOURCE_NAME: header.data.get("source", "")}
+        tags = {**source, MLFLOW_SOURCE_TYPE: "LOCAL", **tags, JOURNAL_TAG: header.data["journal"]}
+        if self._live:
+            tags[GENERATION_TAG] = self._generations[-1]
+        return self.client.create_run(
+            place.experiment_id if place else experiment_id(self.client, self.uri, header.data["experiment"]),
+            start_time=header.time,
+            tags={key: str(value)[:TAG_LENGTH] for key, value in tags.items() if value},
+            run_name=header.data["name"] or header.data.get("usual_name"),
+        )
+
+    def _take_over(self, run: Run, header: Entry, tags: dict[str, str]) -> None:
+        run_id = run.info.run_id
+        tags = {**tags, JOURNAL_TAG: header.data["journal"]}
+        missing = [RunTag(k, str(v)[:TAG_LENGTH]) for k, v in tags.items() if k not in run.data.tags]
+        if run.data.tags.get(JOURNAL_TAG) != header.data["journal"]:
+            missing.append(RunTag(JOURNAL_TAG, header.data["journal"]))
+            if header.data["name"]:
+                self.client.update_run(run_id, name=header.data["name"])
+        if self._live:
+            missing.append(RunTag(GENERATION_TAG, self._generations[-1]))
+        self.client.log_batch(run_id, tags=missing)
+        if self._live and not self.state.ended and run.info.status != "RUNNING":
+            self.client.update_run(run_id, status="RUNNING")
+
+    def _place(self, header: Entry) -> Place | None:
+        if self._parent is not None:
+            return Place(self._parent.state.run_id, self._parent.state.experiment_id)
+        return parent_place(self.client, self.uri, self.folder, header)
+
+    # The entries
+
+    def deliver(self, final: bool = False) -> bool:
+        """Send what the journal holds beyond the offset; True when there was something.
+
+        Args:
+            final: nobody writes any more: a checkpoint whose file is gone no longer holds back its entries.
+
+        Raises:
+            Exception: what the client raised and may succeed later; then `deliver` again.
+            UserError: the run was deleted meanwhile.
+        """
+        if final and self._live and not self.state.ended and self._taken_over():
+            return False  # who goes on with the run has begun at its checkpoint: what lies beyond is void
+        entries = self._read()
+        checkpoints = [entry for entry in entries if entry.kind == "checkpoint"]
+        final = final or any(entry.kind == "end" for entry in entries)
+        start = behind = self.state.offset
+        assert self._outbox is not None
+        self._outbox.clear()
+        covered = 0
+        for entry in entries:
+            if entry.kind == "checkpoint" and entry.end > covered:
+                assert self._checkpoints is not None
+                self._commit(behind)
+                later = [candidate for candidate in checkpoints if candidate.end >= entry.end]
+                chosen = self._checkpoints.bring(later, self.state.checkpoint, self.state.generation)
+                if chosen is not None:
+                    covered, self.state.checkpoint = chosen
+                elif not final:
+                    # Its file was replaced and the newer one's entry is not there yet.
+                    return behind > start
+                else:
+                    log.warning("%s: no checkpoint file is intact; its entries go without", self.folder)
+                    covered = later[-1].end
+                self._commit(entry.end)
+            elif self._apply(entry) or len(self._outbox) >= BATCH:
+                self._commit(entry.end)
+            behind = entry.end
+        if behind > self.state.offset:
+            self._commit(behind)
+        return behind > start
+
+    def _read(self) -> list[Entry]:
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return []
+        if found.st_ino != self._inode or found.st_size < self.state.offset:
+            self._survey()
+        if found.st_size <= self.state.offset:
+            return []
+        entries = journal.read_entries(self._path, self.state.offset)[0]
+        self._last_time = max([self._last_time, *(entry.time for entry in entries)])
+        return entries
+
+    def _survey(self) -> None:
+        """Learn a text that is new to us: who has written it, and what was done with it before."""
+        self._inode = self._path.stat().st_ino
+        everything, _ = journal.read_entries(self._path)
+        self._generations = journal.generations(everything)
+        if self._generations[-1] != self.state.generation:
+            # Another text than the one the offset belongs to: all of it again, which doubles nothing.
+            self.state.generation, self.state.offset, self.state.ended = self._generations[-1], 0, False
+        self.children = []
+        for entry in everything:
+            self._last_time = max(self._last_time, entry.time)
+            if entry.kind == "child" and entry.end <= self.state.offset:
+                self._child(entry)
+
+    def _apply(self, entry: Entry) -> bool:
+        """Take an entry in; True when everything before it had to be, and was, sent."""
+        data, run_id, outbox = entry.data, self.state.run_id, self._outbox
+        assert outbox is not None
+        if self.carrier and entry.kind not in ("child", "resume", "end"):
+            return False
+        match entry.kind:
+            case "params":
+                outbox.params(data["values"])
+            case "tags":
+                outbox.tags(data["values"])
+            case "metrics":
+                outbox.metrics(data["values"], data["step"], entry.time)
+            case "artifact":
+                outbox.artifact(data["path"], data["to"])
+            case "child":
+                self._child(entry)
+            case "dataset":
+                outbox.attempt(log_dataset, self.client, run_id, entry)
+            case "model_input":
+                self.before_model_input()  # a teacher of this run may be one of its children
+                outbox.attempt(log_model_input, self.client, run_id, entry)
+            case "model":
+                outbox.flush()  # the model is linked to the run's metrics
+                if data["entry"] not in self.state.models:
+                    model_id = outbox.attempt(log_model, self.client, self.state, self.folder, entry)
+                    if model_id:
+                        self.state.models[data["entry"]] = model_id
+                return True
+            case "register":
+                outbox.flush()
+                outbox.attempt(register, self.client, self.state, entry)
+                return True
+            case "resume":
+                outbox.flush()
+                self.state.generation = data["generation"]
+                if data["generation"] not in self._generations:
+                    self._generations.append(data["generation"])
+                self.state.ended = False
+                self._go_on()
+                return True
+            case "end":
+                outbox.flush()
+                self._end(data["status"], data["outcome"], data["exit_code"], data["message"], entry.time)
+                return True
+        return False
+
+    def _child(self, entry: Entry) -> None:
+        folder = Path(os.path.normpath(self.folder / str(entry.data["folder"]).replace("\0", "")))
+        if folder in self.children:
+            self.children.remove(folder)
+        if entry.end > self._forgotten.get(folder, 0):
+            self.children.append(folder)
+
+    def forget(self, folder: Path, upto: int | None = None) -> None:
+        """Have that child no more, until the journal names it again beyond the offset `upto` (by default: its end)."""
+        with contextlib.suppress(FileNotFoundError):
+            self._forgotten[folder] = self._path.stat().st_size if upto is None else upto
+        if folder in self.children:
+            self.children.remove(folder)
+
+    # The status
+
+    def _go_on(self) -> None:
+        """Tell the server that this text's last writer has the run now."""
+        if self.carrier:
+            return
+        if self._live:
+            # The mark comes first: see `kill`.
+            self.client.set_tag(self.state.run_id, GENERATION_TAG, self.state.generation)
+        elif self._taken_over():
+            return
+        self.client.update_run(self.state.run_id, status="RUNNING")
+
+    def _taken_over(self) -> bool:
+        """Whether a writer that this text does not know has gone on with the run, from a copy of its checkpoint."""
+        if self.carrier:
+            return False
+        mark = self.client.get_run(self.state.run_id).data.tags.get(GENERATION_TAG)
+        return mark is not None and mark not in self._generations
+
+    def kill(self) -> None:
+        """End a run whose trainer died without an `end` entry, unless another has taken it over."""
+        if self.carrier:
+            return
+        if self._taken_over():
+            log.info("%s has no end, and its run is another's now", self.folder)
+            return
+        log.warning("%s has no end: its trainer died; the run is KILLED", self.folder)
+        self._end("KILLED", "killed", 137, None, self._last_time)
+        turns.left_behind(self.client, self.state.run_id)
+        self.state.ended = False  # the journal has no end: a trainer that comes back goes on with it
+        self.state.save(self.folder)
+        if self._taken_over():  # between the question and the end
+            self.client.update_run(self.state.run_id, status="RUNNING")
+
+    def _end(self, status: str, outcome: str, exit_code: int, message: str | None, at: int) -> None:
+        for run_id in () if self.carrier else filter(None, (self.state.run_id, self.state.shell)):
+            end_run(self.client, run_id, status, outcome, exit_code, message, at)
+        self.state.ended = True
+
+    def _commit(self, offset: int) -> None:
+        assert self._outbox is not None
+        self._outbox.flush()
+        self.state.offset = max(self.state.offset, offset)
+        self.state.save(self.folder)

@@ -1,0 +1,260 @@
+"""A tracking server as delivery sees it: its address, its environment, a SQLite file that is ready, errors in one line.
+
+Importing this module is cheap; MLflow is imported by the functions that need it, after `prepare_environment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from pipeline import urls
+from pipeline.errors import UserError
+from pipeline.files import acquire, explained, release, replacing
+from pipeline.tracking.faults import lasting
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+log = logging.getLogger("asib.delivery")
+
+# One attempt at the start, so that a refusal comes in seconds; later a slow upload deserves patience, and the
+# loop's own back-off does the rest. MLflow's defaults hold a single call for four minutes.
+FIRST_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
+LATER_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
+QUIET = {
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Downloads would otherwise go to the server's S3 endpoint, which clients often cannot reach.
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    # A model's requirements come from its entry, not from whatever project lies in the working directory.
+    "MLFLOW_UV_AUTO_DETECT": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+BUSY_S = 10.0
+"""How long a start waits for who else has the SQLite file locked; a write takes milliseconds."""
+CONNECT_S = 10
+"""The same for a database server; MLflow itself would try for two minutes."""
+# What `mlflow run` sets for its step: the client API is told explicitly, and MLflow's fluent code must not act on it.
+ADOPTION = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
+
+
+def prepare_environment() -> set[str]:
+    """Set MLflow's environment for this process; what the user has set stays.
+
+    Returns:
+        The names of the patience settings that are ours to change (see `patience`).
+    """
+    ours = {name for name in FIRST_PATIENCE if name not in os.environ}
+    for name, value in {**QUIET, **FIRST_PATIENCE}.items():
+        os.environ.setdefault(name, value)
+    for name in ADOPTION:
+        os.environ.pop(name, None)
+    return ours
+
+
+def patience(values: dict[str, str], ours: set[str]) -> None:
+    """Change how long one call may take; MLflow reads these settings at every call."""
+    os.environ.update({name: value for name, value in values.items() if name in ours})
+
+
+def sqlite_file(uri: str) -> Path | None:
+    return urls.sqlite_path(uri) if uri.startswith(urls.SQLITE) else None
+
+
+def run_url(uri: str, experiment_id: str, run_id: str) -> str:
+    if uri.startswith("http"):
+        return f"{urls.hidden(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{urls.hidden(uri)} run {run_id}"
+
+
+def connect(uri: str, answers: bool = True) -> MlflowClient:
+    """A client whose server answers, with the SQLite file made or migrated first.
+
+    Args:
+        answers: False where it is no error that the server does not answer now.
+
+    Raises:
+        UserError: the server refuses or does not answer; one line with the reason and what would do.
+    """
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+    try:
+        prepare_sqlite(uri)
+        _check_answers(uri)
+        # Artifact and model URIs resolve through this global setting.
+        mlflow.set_tracking_uri(uri)
+        client = MlflowClient(tracking_uri=uri)
+        if answers:
+            client.search_experiments(max_results=1)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(explain(error, uri)) from error
+    return client
+
+
+def prepare_sqlite(uri: str) -> None:
+    """Make or migrate the schema of a SQLite file under a lock: simultaneous first use crashes MLflow.
+
+    A file that is ready costs one query. Before a migration the file is copied beside itself.
+
+    Raises:
+        UserError: it cannot be made, or another program keeps it locked; MLflow itself would try for minutes.
+    """
+    path = sqlite_file(uri)
+    if path is None or _schema_is_current(path):
+        return
+    with explained(path, "tracking.uri"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = acquire(path.with_name(path.name + ".lock"))
+    assert lock is not None
+    try:
+        if _schema_is_current(path):
+            return
+        _check_answers(uri)
+        from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine_with_retry
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        with explained(path, "tracking.uri"):
+            if not path.exists():
+                path.touch()  # with the permissions of the umask; SQLite's own never let a group write
+        revision, _ = _revision(path)
+        if revision is not None:
+            log.info("migrating %s from schema %s", path, revision)
+            with sqlite3.connect(path) as source, sqlite3.connect(f"{path}.before-{revision}") as copy:
+                source.backup(copy)
+            # As `mlflow db upgrade` does.
+            _upgrade_db(create_sqlalchemy_engine_with_retry(uri))
+        # Also makes the default experiment, whose artifacts then lie beside the file wherever we were started.
+        artifacts = str(path.parent / "mlartifacts")
+        if path.exists() and path.stat().st_size:
+            SqlAlchemyStore(uri, artifacts)
+            return
+        # A process that is killed in the middle leaves no half of a schema, which MLflow could not complete.
+        for part in path.parent.glob(f".{path.name}.*"):
+            part.unlink()
+        with replacing(path, "tracking.uri") as temporary:
+            SqlAlchemyStore(f"sqlite:///{temporary}", artifacts).engine.dispose()
+    finally:
+        release(lock)
+
+
+def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Everything that a search finds, which takes a page's token and gives a thousand at most."""
+    token = None
+    while True:
+        page = search(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def all_experiments(client: MlflowClient) -> list[str]:
+    """Ids of the experiments that are not deleted."""
+    return [found.experiment_id for found in all_pages(lambda token: client.search_experiments(page_token=token))]
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Where a new experiment keeps its artifacts: beside a SQLite file; a server decides for itself."""
+    path = sqlite_file(uri)
+    if path is None:
+        return None
+    slug = re.sub(r"[^A-Za-z0-9._-]", "_", experiment).strip(".") or "experiment"
+    if slug != experiment:
+        slug += "-" + hashlib.sha256(experiment.encode()).hexdigest()[:8]
+    return (path.parent / "mlartifacts" / slug).as_uri()
+
+
+def explain(error: BaseException, uri: str) -> str:
+    """One line: the server, what it said, what would do."""
+    password = urlsplit(uri).password
+    text = str(error).replace(password, "***") if password else str(error)
+    code = getattr(error, "error_code", "")
+    at = f"tracking server {urls.hidden(uri)}"
+    # not within a port or an id
+    if code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED") or re.search(r"\b401\b", text[:200]):
+        return f"{at}: wrong user name or password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if re.search(r"too many 429 |\b429 Client Error|error code 429", text):
+        return f"{at}: too many requests, or wrong passwords (429): wait a minute, then check MLFLOW_TRACKING_PASSWORD"
+    if "Invalid Host header" in text:
+        return f"{at}: it does not accept this host name (403): start it with --allowed-hosts, or use its own name"
+    if code == "PERMISSION_DENIED" or " 403 " in text[:200]:
+        return f"{at}: permission denied (403): ask for EDIT permission on the experiment"
+    if code == "ENDPOINT_NOT_FOUND":
+        return f"{at}: there is no MLflow at this address (404): check the URI"
+    if not uri.startswith("http"):
+        return f"{at}: {_first_line(text)}: check the URI, or use tracking=offline"
+    if (failed := re.search(r"too many (5\d\d) error responses", text)) is not None:
+        return f"{at} is out of order (error {failed[1]}): see its log, or use tracking=offline"
+    if not lasting(error):
+        return f"{at} does not answer ({_reason(text)}): start the server, or use tracking=offline"
+    return f"{at}: {_first_line(text)}"
+
+
+def _revision(path: Path) -> tuple[str | None, bool]:
+    """The schema's revision, and whether the first use was completed."""
+    if not path.exists() or path.stat().st_size == 0:
+        return None, False
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=BUSY_S / 4)) as db:
+            tables = {name for (name,) in db.execute("select name from sqlite_master where type = 'table'")}
+            if not {"alembic_version", "experiments"} <= tables:
+                return None, False
+            row = db.execute("select version_num from alembic_version").fetchone()
+            # The default experiment is the last thing that a first use writes.
+            ready = db.execute("select 1 from experiments where experiment_id = 0").fetchone()
+            return (str(row[0]) if row else None), ready is not None
+    except sqlite3.OperationalError:
+        return None, False  # another process is at it: the lock will tell
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path} is not a SQLite database ({error}): name another file") from error
+
+
+def _check_answers(uri: str) -> None:
+    """One attempt to reach a database, before MLflow begins its many: raises what the driver says."""
+    path = sqlite_file(uri)
+    if path is not None:
+        try:
+            with contextlib.closing(sqlite3.connect(path, timeout=BUSY_S)) as db:
+                db.execute("begin immediate")
+                db.rollback()
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"tracking.uri={uri}: {error}; end what else uses the file, or name another one") from error
+    elif uri.startswith("postgresql"):
+        import sqlalchemy
+
+        engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": CONNECT_S})
+        engine.connect().close()
+        engine.dispose()
+
+
+def _schema_is_current(path: Path) -> bool:
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    revision, ready = _revision(path)
+    return ready and revision == str(_get_latest_schema_revision())
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0][:300]
+
+
+def _reason(text: str) -> str:
+    for pattern in ("Connection refused", "Name or service not known", "Temporary failure in name resolution",
+                    "timed out", "timeout", "No route to host", "Connection reset"):  # fmt: skip
+        if pattern in text:
+            return pattern.lower()
+    return _first_line(text)[:160]

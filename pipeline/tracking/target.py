@@ -1,0 +1,158 @@
+"""The MLflow runs that journals lead to: looked up, placed below a parent or in an experiment, ended."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlflow.entities import Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from pipeline import urls
+from pipeline.errors import UserError
+from pipeline.journal import Entry
+from pipeline.tracking.faults import look
+from pipeline.tracking.server import artifact_location
+from pipeline.tracking.state import State, find_by_journal
+
+GENERATION_TAG = "asib.generation"
+TAG_LENGTH = 8000
+
+
+class Place(NamedTuple):
+    """A parent run on the server."""
+
+    run_id: str
+    experiment_id: str
+
+
+def find_run(client: MlflowClient, run_id: str) -> Run | None:
+    """The run, None where the server does not know it, or does not show it to this user.
+
+    Raises:
+        UserError: it is deleted.
+    """
+    run = look(lambda: client.get_run(run_id))
+    if run is None:
+        return None
+    if run.info.lifecycle_stage == "deleted":
+        raise UserError(f"run {run_id} is deleted: `mlflow runs restore --run-id {run_id}` brings it back")
+    return run
+
+
+def get_run(client: MlflowClient, uri: str, run_id: str) -> Run:
+    """The run.
+
+    Raises:
+        UserError: the server does not know it, or it is deleted.
+    """
+    run = find_run(client, run_id)
+    if run is None:
+        raise UserError(no_run(uri, run_id))
+    return run
+
+
+def no_run(uri: str, run_id: str) -> str:
+    """In one line; under basic authentication one that may not be read looks the same."""
+    return f"tracking server {urls.hidden(uri)} knows no run {run_id}: check the id, or ask for READ permission on it"
+
+
+def carried_run(client: MlflowClient, uri: str, folder: Path, link: dict[str, Any], experiment: str) -> Run:
+    """The run that a carrier stands for, or a carrier's nested run belongs to.
+
+    Args:
+        folder: where the journal with the link lies.
+        link: journal, folder and run of it, from the journal's header.
+        experiment: where it is looked for first, when its id does not lead to it.
+
+    Raises:
+        UserError: it is deleted, or not on this server (yet): names the folder to deliver first.
+    """
+    run = find_run(client, link["run"]) if link["run"] else None
+    run = run or find_by_journal(client, link["journal"], experiment)
+    if run is None:
+        above = os.path.normpath(folder / link["folder"]) if link["folder"] else f"the run of journal {link['journal']}"
+        raise UserError(f"{folder} belongs to a run that is not on {urls.hidden(uri)}: deliver {above} first")
+    return run
+
+
+def parent_place(client: MlflowClient, uri: str, folder: Path, header: Entry) -> Place | None:
+    """Where the run of a journal is nested when it is delivered alone; None for no parent, or one unknown yet.
+
+    Raises:
+        UserError: the parent of a carrier's nested run is not there.
+    """
+    above, experiment = header.data["parent"], header.data["experiment"]
+    if above is None:
+        return None
+    if "run" in above:
+        run: Run | None = carried_run(client, uri, folder, above, experiment)
+    else:
+        state = State.load(folder / above["folder"], uri, above["journal"])
+        if state.run_id:
+            return Place(state.run_id, state.experiment_id)
+        run = find_by_journal(client, above["journal"], experiment)
+    return Place(run.info.run_id, run.info.experiment_id) if run else None
+
+
+def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """The experiment of that name, made when there is none.
+
+    Raises:
+        UserError: it is deleted.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location(uri, name)))
+        except MlflowException as error:
+            # Another run was faster.
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise error
+    if experiment.lifecycle_stage == "deleted":
+        number = experiment.experiment_id
+        raise UserError(
+            f'experiment "{name}" is deleted: `mlflow experiments restore -x {number}` brings it back, '
+            "or take another name"
+        )
+    return str(experiment.experiment_id)
+
+
+def end_run(
+    client: MlflowClient, run_id: str, status: str, outcome: str, exit_code: int, message: str | None, at: int
+) -> None:
+    """Set a run's end; `at`: ms since 1970."""
+    tags = [RunTag("asib.outcome", outcome), RunTag("asib.exit_code", str(exit_code))]
+    if message:
+        tags.append(RunTag("asib.error", message[:TAG_LENGTH]))
+    client.log_batch(run_id, tags=tags)
+    begun = client.get_run(run_id).info.start_time or 0  # by the clock of another machine, or before ours was set back
+    client.set_terminated(run_id, status=status, end_time=max(at, begun))
+
+
+def can_rewrite(uri: str) -> bool:
+    """Whether parameters can be corrected there: MLflow's API changes none, its database can be written to."""
+    return uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql")
+
+
+def rewrite_params(uri: str, run_id: str, values: Mapping[str, str]) -> None:
+    """Correct parameters of a run in MLflow's own database (its table `params`, as of MLflow 3.17).
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: the database is busy or away.
+    """
+    from sqlalchemy import column, create_engine, table
+
+    engine = create_engine(uri)
+    params = table("params", column("run_uuid"), column("key"), column("value"))
+    try:
+        with engine.begin() as connection:
+            for key, value in values.items():
+                of_run = (params.c.run_uuid == run_id) & (params.c.key == key)
+                connection.execute(params.update().where(of_run).values(value=value))
+    finally:
+        engine.dispose()

@@ -1,0 +1,104 @@
+"""The queue of promotions, as tags of the registered model: only who may promote can write them.
+
+`asib.turn.<run id>` is one promotion's: a tag for each, because MLflow knows no compare-and-swap, and two promotions
+that wrote one tag would overwrite each other. The tag of a run would not do: whoever may log a run anywhere could join.
+`pipeline.promote.queue` says how a promotion waits for its turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.journal import now_ms
+from pipeline.tracking.model_tags import QUEUE, TURN, Turn, garbled, read_turn
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+log = logging.getLogger("asib.delivery")
+
+
+def may_edit(client: MlflowClient, name: str) -> None:
+    """Raise what the server says to whoever may not promote: taking away a tag that is not there changes nothing."""
+    client.delete_registered_model_tag(name, f"{TURN}nobody")
+
+
+def enter(client: MlflowClient, name: str, run_id: str, user: str = "") -> None:
+    """A promotion's run joins the queue of a model."""
+    at = now_ms()
+    _write(client, name, run_id, Turn(at, at, user))
+
+
+def beat(client: MlflowClient, name: str, run_id: str) -> None:
+    """Say that a promotion is still alive.
+
+    Raises:
+        UserError: it was taken for dead.
+    """
+    mine = read_turn(TURN + run_id, client.get_registered_model(name).tags.get(TURN + run_id, ""))
+    if mine is None:
+        raise UserError(f"this promotion of {name} was taken for dead: start it again")
+    _write(client, name, run_id, Turn(mine.joined, now_ms(), mine.user))
+
+
+def leave(client: MlflowClient, name: str, run_id: str) -> None:
+    """The promotion is over."""
+    client.delete_registered_model_tag(name, TURN + run_id)
+
+
+def queue(client: MlflowClient, name: str) -> dict[str, Any]:
+    """The promotions of a model.
+
+    Returns:
+        `waiting`: run_id, joined, seen, user and now (ms by this machine's clock) of each, the first to come first.
+        `said`: a line for each entry that is none, and was removed.
+    """
+    waiting, said = [], []
+    for tag, value in client.get_registered_model(name).tags.items():
+        if not tag.startswith(TURN):
+            continue
+        found = read_turn(tag, value)
+        if found is None:
+            said.append(garbled(tag, value, "removed"))
+            with contextlib.suppress(Exception):  # who may read only ignores it
+                client.delete_registered_model_tag(name, tag)
+            continue
+        run_id = tag.removeprefix(TURN)
+        entry = {"run_id": run_id, "joined": found.joined, "seen": found.seen, "user": found.user, "now": now_ms()}
+        waiting.append(entry)
+    return {"waiting": sorted(waiting, key=lambda entry: (entry["joined"], entry["run_id"])), "said": said}
+
+
+def bury(client: MlflowClient, name: str, run_id: str) -> None:
+    """Take a promotion whose machine is gone out of the queue, and end its run.
+
+    Only a run that says itself to be a promotion of this model is ended: the queue's tags may name any run.
+    """
+    from pipeline.tracking.target import end_run
+
+    leave(client, name, run_id)
+    try:
+        run = client.get_run(run_id)
+        if run.data.tags.get(QUEUE) == name and run.info.status == "RUNNING":
+            end_run(client, run_id, "KILLED", "killed", 137, "no sign of life: its machine is gone", now_ms())
+    except Exception as error:  # another's experiment
+        log.warning("run %s of a dead promotion stays as it is: %s", run_id, error)
+
+
+def left_behind(client: MlflowClient, run_id: str) -> None:
+    """The trainer of a run is dead: if that was a promotion, it is out of the queue at once."""
+    try:
+        name = client.get_run(run_id).data.tags.get(QUEUE)
+        if name:
+            leave(client, name, run_id)
+    except Exception as error:  # the next promotion finds it without a sign of life
+        log.warning("run %s may still be in the queue of its model: %s", run_id, error)
+
+
+def _write(client: MlflowClient, name: str, run_id: str, turn: Turn) -> None:
+    value = {"joined": turn.joined, "seen": turn.seen, "user": turn.user[:100]}
+    client.set_registered_model_tag(name, TURN + run_id, json.dumps(value))

@@ -1,0 +1,1 @@
+"""The teacher bank: teachers' outputs, computed once and looked up by view."""

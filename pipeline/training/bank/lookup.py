@@ -1,0 +1,238 @@
+"""The teacher bank in training: what frozen teachers say of a run's batches, looked up instead of run again.
+
+Batches are looked up some hundreds of images at a time, when the first of them asks; what no run has asked for yet goes
+through the teachers in one large batch. Within such a window nothing waits for the device.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.features import FeatureNet
+from pipeline.data.batches import Batch, EpochDraws, Seen, TrainBatches
+from pipeline.data.sources import ImageData
+from pipeline.data.views import Views
+from pipeline.errors import Interrupted
+from pipeline.training import distributed
+from pipeline.training.bank.cache import BankCache
+from pipeline.training.bank.store import Bank, NoBank
+
+logger = logging.getLogger("asib")
+WINDOW = 512
+"""Images that are looked up together; between windows a run can be interrupted."""
+Cells = NDArray[np.int64]
+
+
+@dataclass
+class Counts:
+    """Images times teachers: `served` from the bank, `computed` because it had none."""
+
+    served: int = 0
+    computed: int = 0
+
+
+@dataclass
+class BankedTeachers:
+    """Frozen teachers and their banks, one for each precision that they are asked in.
+
+    Args:
+        cache: where the banks are.
+        data: of which `train` is made.
+        train: the run's training images.
+        teachers: in eval mode, frozen.
+        hashes: of their weights.
+    """
+
+    cache: BankCache
+    data: ImageData
+    train: TrainBatches
+    teachers: Sequence[FeatureNet]
+    hashes: Sequence[str]
+    uncounted: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around the teachers' forward calls: what a method asks for is counted, whoever computed it."""
+    epoch: Counts = field(default_factory=Counts)
+    """Since `metrics` was asked last."""
+    total: Counts = field(default_factory=Counts)
+    _banks: dict[str, Sequence[Bank | NoBank]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.views = Views.of(self.train.augment)
+        self._indices = self.train.indices.cpu()
+
+    def begin(self) -> None:
+        """Open the banks now. Raises OSError where the folder cannot be used."""
+        computed = precision(self.train.device)
+        self._banks[computed] = self._open(computed)
+
+    def close(self) -> None:
+        """Let the banks go."""
+        for banks in self._banks.values():
+            for bank in banks:
+                bank.close()
+        self._banks = {}
+
+    def metrics(self) -> dict[str, float]:
+        """`bank/served` and `bank/computed`: images times teachers since the last call, over all processes."""
+        counts = torch.tensor([self.epoch.served, self.epoch.computed], dtype=torch.float64, device=self.train.device)
+        self.epoch = Counts()
+        return dict(zip(("bank/served", "bank/computed"), distributed.total(counts).tolist(), strict=True))
+
+    # batches ---------------------------------------------------------------------------------------------------------
+
+    def complete(self, batches: Iterator[Batch], draws: EpochDraws, start: int) -> Iterator[Batch]:
+        """The batches with what the bank has of them: the companion of `TrainBatches`."""
+        first, second = (self._cells_of(draws, view) for view in (draws.crop_flip, draws.second))
+        step = max(1, WINDOW // self.train.batch_size)
+        for at in range(start, len(self.train.bounds), step):
+            bounds = self.train.bounds[at : at + step]
+            own = [self.train.slice_of(stop - begin) for begin, stop in bounds]
+            mine = [slice(begin + s.start, begin + s.stop) for (begin, _), s in zip(bounds, own, strict=True)]
+            windows = [_Window(self, np.concatenate([cells[s] for s in mine])) for cells in (first, second)]
+            done = 0
+            for batch in islice(batches, len(bounds)):
+                rows = slice(done, done + len(batch.y))
+                known, other = (partial(window.rows, rows) for window in windows)
+                yield batch._replace(known=known, known_second=None if batch.x_second is None else other)
+                done = rows.stop
+
+    def _cells_of(self, draws: EpochDraws, view: Any) -> Cells:
+        """The cell of each position of an epoch."""
+        order = self._indices[draws.permutation]
+        return (order * self.views.count + self.views.numbers(view, len(order))).numpy()
+
+    def cells_of(self, draws: EpochDraws) -> Cells:
+        """The cells that an epoch asks for, those of its second views too."""
+        views = [draws.crop_flip] + ([draws.second] if draws.two_views else [])
+        return np.concatenate([self._cells_of(draws, view) for view in views])
+
+    # looking up ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def look_up(self, cells: Cells) -> list[Seen]:
+        """Every teacher's outputs for the images and views of distinct `cells` (n,)."""
+        banks = self._opened()
+        held, there = zip(*(bank.read(cells) for bank in banks), strict=True)
+        exact: list[tuple[Tensor, Tensor]] = []
+        for k, (bank, teacher) in enumerate(zip(banks, self.teachers, strict=True)):
+            missing = np.flatnonzero(~there[k])
+            self._count(len(cells) - len(missing), len(missing))
+            if len(missing):
+                computed = self._run(teacher, cells[missing])
+                in_half = computed.half()
+                held[k][missing] = bank.add(cells[missing], in_half.cpu().numpy())
+                # what half precision cannot hold is used as it is
+                lost = np.flatnonzero(~np.isfinite(held[k][missing]).all(axis=1))
+                exact.append((torch.from_numpy(missing[lost]), computed[torch.from_numpy(lost).to(computed.device)]))
+            else:
+                exact.append((torch.empty(0, dtype=torch.int64), torch.empty(0)))
+        return [
+            self._split(teacher, values, *more)
+            for teacher, values, more in zip(self.teachers, held, exact, strict=True)
+        ]
+
+    def _split(self, teacher: FeatureNet, values: Any, rows: Tensor, exact: Tensor) -> Seen:
+        found = torch.from_numpy(values).to(self.train.device).float()
+        if len(rows):
+            found[rows.to(found.device)] = exact
+        return Seen(found[:, : teacher.num_classes], found[:, teacher.num_classes :])
+
+    def _run(self, teacher: FeatureNet, cells: Cells) -> Tensor:
+        """A teacher's logits and feat_2d side by side, float32 (n, N + C)."""
+        images, numbers = (
+            torch.from_numpy(part).to(self.train.device).split(WINDOW) for part in np.divmod(cells, self.views.count)
+        )
+        parts = []
+        for image, number in zip(images, numbers, strict=True):
+            with self.uncounted():
+                seen = teacher(self.train.view(image, self.views.draw(number)))
+            parts.append(torch.cat([seen.logits.float(), seen.feat_2d.float()], dim=1))
+        return torch.cat(parts)
+
+    def _count(self, served: int, computed: int) -> None:
+        for counts in (self.epoch, self.total):
+            counts.served += served
+            counts.computed += computed
+
+    def _opened(self) -> Sequence[Bank | NoBank]:
+        """The banks of the precision in use: fp16 rounding is the only difference that a bank makes."""
+        computed = precision(self.train.device)
+        if computed not in self._banks:
+            try:
+                self._banks[computed] = self._open(computed)
+            except OSError as error:
+                logger.warning("teacher bank %s for %s: %s: the teachers are run", self.cache.folder, computed, error)
+                self._banks[computed] = [NoBank(_width(net)) for net in self.teachers]
+        return self._banks[computed]
+
+    def _open(self, computed: str) -> list[Bank]:
+        cells = len(self.train.images) * self.views.count
+        return [self.cache.open(self._key(k, computed), cells, _width(net)) for k, net in enumerate(self.teachers)]
+
+    def _key(self, index: int, computed: str) -> Mapping[str, Any]:
+        """All that decides what a teacher says of an image and a view."""
+        net, train = self.teachers[index], self.train
+        return {
+            "weights": self.hashes[index],
+            "architecture": net.architecture,
+            "small_input": net.small_input,
+            "timm": timm.__version__,
+            "data": self.data.digest,
+            "mean": list(self.data.mean),
+            "std": list(self.data.std),
+            "image": list(train.images.shape[1:]),
+            "views": self.views.name,
+            "computed": computed,
+        }
+
+    # ahead -----------------------------------------------------------------------------------------------------------
+
+    def build(self, epochs: Iterable[EpochDraws], stop: Callable[[], int] = lambda: 0) -> None:
+        """Compute now what these epochs will ask for. Processes share the work.
+
+        Raises:
+            Interrupted: `stop` gave a signal; what is done is kept.
+        """
+        world = distributed.world()
+        asked = np.concatenate([np.zeros(0, np.int64), *(self.cells_of(draws) for draws in epochs)])
+        # in the order in which they will be asked for, which is then that of the file
+        cells = asked[np.sort(np.unique(asked, return_index=True)[1])]
+        for at in range(world.rank * WINDOW, len(cells), world.size * WINDOW):
+            if stop():
+                raise Interrupted(stop())
+            self.look_up(cells[at : at + WINDOW])
+        self.epoch.served = self.total.served = 0  # nobody was served yet
+        distributed.barrier()
+
+
+def _width(net: FeatureNet) -> int:
+    return net.num_classes + net.feature_dim
+
+
+class _Window:
+    """Some batches' cells, looked up when the first of them asks."""
+
+    def __init__(self, bank: BankedTeachers, cells: Cells) -> None:
+        self._bank, self._cells = bank, cells
+        self._seen: list[Seen] | None = None
+
+    def rows(self, rows: slice) -> list[Seen]:
+        if self._seen is None:
+            self._seen = self._bank.look_up(self._cells)
+        return [seen.take(rows) for seen in self._seen]
+
+
+def precision(device: torch.device) -> str:
+    """How networks compute at this moment: `float32 on cpu`, or autocast's type."""
+    on = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if on else torch.float32
+    return f"{str(dtype).removeprefix('torch.')} on {device.type}"

@@ -1,0 +1,1 @@
+"""ASIB: A-steps teach the fusion, B-steps the student (docs/method.md)."""

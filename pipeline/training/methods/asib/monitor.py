@@ -1,0 +1,146 @@
+"""What a distillation knows of its teachers and its synergy: accuracies on the evaluation split, the gate, and the best
+fusion of an A-step (docs/method.md section 3).
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from models.features import FeatureNet
+from pipeline.config import MethodConfig
+from pipeline.training import distributed
+from pipeline.training.checkpoint import cpu_copy
+from pipeline.training.evaluation import Outputs, accuracy, average_probabilities, outputs, synergy_logits
+from pipeline.training.methods.asib import synergy_gate, targets
+from pipeline.training.methods.asib.fusion import Fusion
+from pipeline.training.run_data import RunData
+
+
+class Monitor:
+    """Evaluates teachers and fusion; decides the gate. Frozen teachers are run once per split."""
+
+    def __init__(self, method: MethodConfig, data: RunData, teachers: list[FeatureNet], fusion: Fusion | None) -> None:
+        self.method, self.data, self.teachers, self.fusion = method, data, teachers, fusion
+        self.known = synergy_gate.SynergyAccuracy(method.synergy_ema_alpha)
+        self.gate_open = False
+        self.share = 0.0
+        """c: share of the averaged teachers in `auto` targets."""
+        self.snapshot: dict[str, Any] = {}
+        self._outputs: dict[str, list[Outputs]] = {}
+
+    # evaluation ------------------------------------------------------------------------------------------------------
+
+    def teachers_on(self, split: str) -> list[Outputs]:
+        """The teachers' outputs on the evaluation split ("eval") or the test split ("test")."""
+        if split not in self._outputs:
+            batches = self.data.eval if split == "eval" else self.data.test
+            self._outputs[split] = [outputs(t, batches, f"teacher {k}") for k, t in enumerate(self.teachers)]
+        return self._outputs[split]
+
+    def forget_teachers(self) -> None:
+        """After the teachers have changed."""
+        self._outputs.clear()
+
+    def average(self, split: str) -> Tensor:
+        """p_avg on a split at temperature 1, (n, N)."""
+        return average_probabilities(self.teachers_on(split), self.method.averaging_weights)
+
+    def synergy_on(self, split: str, student: Outputs, chosen: tuple[int, ...] | None = None) -> Tensor:
+        """z_syn on a split, (n, N), eval mode, mean path, float32."""
+        assert self.fusion is not None
+        query = None if self.method.learnable_q else getattr(student, self.method.ib_mbm_query_key)
+        return synergy_logits(self.fusion, query, self.teachers_on(split), chosen)
+
+    def synergy_accuracy(self, student: Outputs) -> float:
+        """In percent, on the evaluation split."""
+        logits = self.synergy_on("eval", student, self.method.synergy_eval_teacher_indices)
+        (acc,) = distributed.first_says([accuracy(logits, self.data.eval.labels)], self.data.eval.device)
+        return acc
+
+    def average_accuracy(self) -> float:
+        """Of the averaged teachers, in percent, on the evaluation split."""
+        (acc,) = distributed.first_says([accuracy(self.average("eval"), self.data.eval.labels)], self.data.eval.device)
+        return acc
+
+    def teachers_found(self) -> dict[str, float]:
+        """The teachers on the evaluation split, and how often they disagree."""
+        seen, y = self.teachers_on("eval"), self.data.eval.labels
+        differ, both_wrong = targets.disagreement([s.logits for s in seen], y)
+        found = {f"teacher/{k}/acc": accuracy(s.logits, y) for k, s in enumerate(seen)}
+        found |= {"teacher/avg_acc": accuracy(self.average("eval"), y)}
+        return found | {"teacher/disagreement": differ.item(), "teacher/both_wrong": both_wrong.item()}
+
+    # A-steps ---------------------------------------------------------------------------------------------------------
+
+    def begin_a_step(self) -> None:
+        """The best snapshot is that of one A-step."""
+        self.snapshot = {}
+
+    def end_a_epoch(self, student: Outputs, last: bool) -> dict[str, float]:
+        """Evaluate the synergy; keep the best weights of this A-step and put them back at its end."""
+        assert self.fusion is not None
+        if self.method.use_teacher_finetuning:
+            self.forget_teachers()
+        acc = self.synergy_accuracy(student)
+        self.known.update(acc)
+        assert self.known.ema is not None
+        if self.data.has_validation:
+            if acc > self.snapshot.get("accuracy", float("-inf")):
+                self.snapshot = {"accuracy": acc, "fusion": cpu_copy(self.fusion.state_dict())}
+                if self.method.use_teacher_finetuning:
+                    self.snapshot["teachers"] = [cpu_copy(t.state_dict()) for t in self.teachers]
+            if last:
+                self._restore()
+        return {"synergy/acc": acc, "synergy/acc_ema": self.known.ema}
+
+    def _restore(self) -> None:
+        assert self.fusion is not None
+        self.fusion.load_state_dict(self.snapshot["fusion"])
+        for teacher, weights in zip(self.teachers, self.snapshot.get("teachers", []), strict=False):
+            teacher.load_state_dict(weights)
+        if self.method.use_teacher_finetuning:
+            self.forget_teachers()
+        self.known.current = self.snapshot["accuracy"]
+
+    # the gate --------------------------------------------------------------------------------------------------------
+
+    def decide(self, student: FeatureNet, trained: bool) -> None:
+        """Before a B-step: whether synergy targets are taught, and `auto`'s share of the averaged teachers.
+
+        Args:
+            trained: whether the fusion has been trained at all.
+        """
+        if not self.data.has_validation:
+            # the schema allows no threshold then, and the test split must not decide
+            self.gate_open = trained
+            return
+        if self.known.current is None:
+            self.known.update(self.synergy_accuracy(outputs(student, self.data.eval, "student")))
+        known = self.known.current if self.method.gate_source == "snapshot" else self.known.ema
+        setting = self.method.enable_kd_after_syn_acc
+        relative = isinstance(setting, str)
+        average = self.average_accuracy() if relative or self.method.kd_target == "auto" else 0.0
+        threshold = synergy_gate.threshold(setting, average)
+        self.gate_open = synergy_gate.is_open(known, threshold)
+        if self.method.kd_target == "auto":
+            m = self.method
+            self.share = (
+                targets.averaged_share(known or 0.0, threshold, average, m.kd_ens_alpha, m.kd_ens_alpha_max)
+                if self.gate_open
+                else 1.0
+            )
+
+    # state -----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "known": self.known.state_dict(),
+            "gate_open": self.gate_open,
+            "share": self.share,
+            "snapshot": self.snapshot,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.known.load_state_dict(state["known"])
+        self.gate_open, self.share, self.snapshot = state["gate_open"], state["share"], state["snapshot"]
+        self.forget_teachers()

@@ -1,0 +1,436 @@
+"""ASIB's stages: A-steps teach the fusion, B-steps the student, as one task of the loop (docs/method.md section 3)."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import freeze
+from models.features import FeatureNet
+from models.fold import folded
+from pipeline.config import Config, MethodConfig
+from pipeline.config.rules import needs_distillation, uses_fusion
+from pipeline.config.schema import ScheduleConfig
+from pipeline.data.batches import EpochDraws
+from pipeline.data.sources import ImageData
+from pipeline.errors import UserError
+from pipeline.training import distributed
+from pipeline.training.bank.lookup import BankedTeachers
+from pipeline.training.checkpoint import cpu_copy
+from pipeline.training.compiling import CompileClock, check_device, compiles
+from pipeline.training.costs import Costs
+from pipeline.training.evaluation import Outputs, accuracy, nll, outputs
+from pipeline.training.loop import Epoch, Phase
+from pipeline.training.methods.asib import schedules
+from pipeline.training.methods.asib.a_step import ALoss, AStep
+from pipeline.training.methods.asib.b_step import BLoss, BStep
+from pipeline.training.methods.asib.fusion import Fusion
+from pipeline.training.methods.asib.monitor import Monitor
+from pipeline.training.rng import Streams
+from pipeline.training.run_data import RunData, Selection, prepare
+
+
+def make_plan(method: MethodConfig, a_steps: bool) -> list[Epoch]:
+    """The run's epochs: `num_stages` times an A-step (skipped at 0 epochs, or without fusion), then a B-step.
+
+    An A-step that only B-epochs without distillation follow (`kd_cooldown_epochs`) is skipped: nothing would use it.
+    """
+    plan: list[Epoch] = []
+    counts = {"a": 0, "b": 0}
+    distils_until = sum(method.student_epochs_per_stage) - method.kd_cooldown_epochs
+    for stage, b_epochs in enumerate(method.student_epochs_per_stage):
+        used = counts["b"] < distils_until or method.kd_cooldown_epochs == 0
+        for phase, epochs in (("a", method.teacher_adapt_epochs if a_steps and used else 0), ("b", b_epochs)):
+            for i in range(epochs):
+                plan.append(Epoch(phase, stage, i, counts[phase], len(plan), i == 0, i == epochs - 1))
+                counts[phase] += 1
+    return plan
+
+
+def check_student(config: Config, student: FeatureNet, num_classes: int) -> None:
+    """What only the networks and the data can tell of a configuration. Raises UserError."""
+    m = config.method
+    if not needs_distillation(config):
+        return
+    if m.kd_loss == "dkd" and m.kd_alpha > 0 and num_classes < 3:
+        raise UserError(
+            f"method.kd_loss=dkd: it splits what is not the label, and the data has {num_classes} classes; use kl"
+        )
+    if m.feat_kd_alpha > 0:
+        adapter = student.distillation_adapter
+        width = student.feature_dim if m.feat_kd_key == "feat_2d" else None if adapter is None else adapter.out_dim
+        if width != m.ib_mbm_out_dim:
+            raise UserError(
+                f"method.feat_kd_alpha={m.feat_kd_alpha}: the student's {m.feat_kd_key} has width {width}, the fusion "
+                f"method.ib_mbm_out_dim={m.ib_mbm_out_dim}: set it to the student's, or feat_kd_key=distill_feat"
+            )
+
+
+def query_width(method: MethodConfig, student: FeatureNet) -> int:
+    """The width of the student's feature that queries the fusion."""
+    return method.distill_out_dim if method.ib_mbm_query_key == "distill_feat" else student.feature_dim
+
+
+def _freeze(net: FeatureNet, policy: freeze.FreezePolicy, key: str) -> freeze.Frozen:
+    """Apply a policy. UserError names `key` where the network cannot be frozen so."""
+    try:
+        return freeze.apply(net, policy)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+class Distillation:
+    """The loop's task for a student: K >= 0 teachers, a fusion where targets need one, stages.
+
+    Args:
+        config: the whole configuration.
+        data: images and labels.
+        student: trained in B-steps; with an adapter where its `distill_feat` is used.
+        teachers: frozen, or fine-tuned in A-steps.
+        device: where all of them are.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: ImageData,
+        student: FeatureNet,
+        teachers: list[FeatureNet],
+        device: torch.device,
+    ) -> None:
+        check_device(config, device)
+        self.config, self.method, self.optim, self.device = config, config.method, config.optim, device
+        self.student = student
+        self.teachers = teachers if needs_distillation(config) else []
+        if not self.method.use_teacher_finetuning:
+            shape = (data.in_chans, data.image_size, data.image_size)
+            self.teachers = [folded(teacher, shape) for teacher in self.teachers]
+        self.data = RunData(config, data, device)
+        self.batches = self.data.train
+        self.bank: BankedTeachers | None = None
+        self.streams = Streams(config.seed)
+        check_student(config, student, data.num_classes)
+        self.fusion = self._make_fusion(data.num_classes, device) if uses_fusion(config) else None
+        self._freeze_teachers()
+        self._try_student_levels()
+        self.compiled = compiles(config, device)
+        if self.compiled:
+            self.compile_clock = CompileClock()
+            for net in (student, *self.teachers):
+                net.compile_pass(graphs=config.optim.compile == "graphs")
+        self.monitor = Monitor(self.method, self.data, self.teachers, self.fusion)
+        networks: dict[str, nn.Module] = {"student": student}
+        networks |= {f"teacher_{k}": t for k, t in enumerate(self.teachers)}
+        self.costs = Costs(networks | ({"fusion": self.fusion} if self.fusion is not None else {}))
+        self.plan = make_plan(self.method, a_steps=self.fusion is not None)
+        self.phases = self._make_phases(device)
+        # deterministic fusion has no use for log variances, unless their penalty gives them a gradient
+        idle = not self.method.use_ib and self.method.ib_mbm_reg_lambda == 0
+        self._stage = -1
+        if self.optim.ema_decay is not None:
+            self._check_average()
+            self.phases["b"].objective.setup_ema(decay=self.optim.ema_decay)
+        prepare(self.phases, device, unused={"a"} if idle else set())
+        self.selection = Selection(self._selected_net(), self.data.has_validation)
+        self._last: dict[str, Tensor] = {}
+        self._student_seen: Outputs | None = None
+        self.best_test = float("-inf")
+        self.predicted: Tensor | None = None
+        """The selected student's classes of the test images (n,), once `results` has seen them."""
+
+    def use_bank(self, bank: BankedTeachers) -> None:
+        """Take the teachers' outputs for clean views from a bank, which is of these teachers and images."""
+        self.bank, self.batches.companion = bank, bank.complete
+        bank.uncounted = partial(self.costs.counting, False)
+        names = [f"teacher_{k}" for k in range(len(self.teachers))]
+        for phase in self.phases.values():
+            phase.objective.asked = partial(self.costs.asked, names)
+
+    def asked_of_teachers(self) -> Iterator[EpochDraws]:
+        """The draws of the epochs in which teachers look at images: what a bank built ahead has to know."""
+        for epoch in self.plan:
+            if epoch.phase == "a" or schedules.kd_weight(self.method, epoch.in_phase, self._b_epochs()) > 0:
+                two_views = epoch.phase == "b" and schedules.two_views(self.method, epoch.in_phase)
+                yield self.data.draws(self.streams, epoch, self.phases[epoch.phase], two_views)
+
+    # construction ----------------------------------------------------------------------------------------------------
+
+    def _make_fusion(self, num_classes: int, device: torch.device) -> Fusion:
+        query = query_width(self.method, self.student)
+        with self.streams.initialising("fusion"):
+            fusion = Fusion(self.method, [t.feature_dim for t in self.teachers], query, num_classes)
+        return fusion.to(device)
+
+    def _freeze_teachers(self) -> None:
+        m = self.method
+        self._held_teachers: list[tuple[freeze.Frozen, nn.Module]] = []
+        for net in self.teachers:
+            net.requires_grad_(False).eval()
+            if m.use_teacher_finetuning:
+                policy = freeze.FreezePolicy()
+                if m.use_partial_freeze:
+                    policy = freeze.FreezePolicy(
+                        m.teacher_freeze_level, m.teacher_freeze_bn, m.teacher_bn_head_only, m.teacher_freeze_scope
+                    )
+                frozen = _freeze(net, policy, f"method.teacher_freeze_level={m.teacher_freeze_level}")
+                self._held_teachers.append((frozen, net))
+
+    def _student_policy(self, stage: int) -> freeze.FreezePolicy:
+        m = self.method
+        level = m.student_freeze_level if m.student_freeze_schedule is None else m.student_freeze_schedule[stage]
+        return freeze.FreezePolicy(level, m.student_freeze_bn)
+
+    def _try_student_levels(self) -> None:
+        """Whatever a later stage could not do is said before training; the student is whole again afterwards."""
+        if self.method.use_partial_freeze:
+            for stage in range(self.method.num_stages):
+                policy = self._student_policy(stage)
+                _freeze(self.student, policy, f"stage {stage + 1}, student freeze level {policy.level}")
+            freeze.apply(self.student, freeze.FreezePolicy())
+
+    def _make_phases(self, device: torch.device) -> dict[str, Phase]:
+        m, o, updates = self.method, self.optim, len(self.batches)
+        phases: dict[str, Phase] = {}
+        if self.fusion is not None:
+            lr = o.a_step_lr * m.ib_mbm_lr_factor
+            groups: list[tuple[nn.Module, float]] = [(self.fusion, lr)]
+            if m.use_teacher_finetuning:
+                groups += [(t, o.a_step_lr) for t in self.teachers]
+            optimizer = schedules.optimizer(o.a_step_optimizer, groups, o.a_step_weight_decay, o.momentum)
+            # the A-steps' own cosine, without warm-up, over all A-epochs of the run
+            shape = ScheduleConfig(min_lr=min(self.config.schedule.min_lr, lr))
+            a_epochs = sum(e.phase == "a" for e in self.plan)
+            a_step = AStep(self.fusion, self.student, self.teachers, m, self.streams, device)
+            a_step.held = self._held_teachers
+            phases["a"] = Phase(
+                "a_step",
+                a_step,
+                optimizer,
+                schedules.lr_schedule(optimizer, shape, a_epochs, updates * m.cccp_nt),
+                repeats=m.cccp_nt,
+            )
+        optimizer = schedules.optimizer(o.optimizer, [(self.student, o.student_lr)], o.student_weight_decay, o.momentum)
+        cutmix = m.cutmix_alpha_distill > 0
+        phases["b"] = Phase(
+            "b_step",
+            BStep(self.student, self.teachers, self.fusion, m, self.streams, device),
+            optimizer,
+            schedules.lr_schedule(optimizer, self.config.schedule, self._b_epochs(), updates * m.cccp_ns),
+            mix="cutmix" if cutmix else "mixup" if m.mixup_alpha > 0 else None,
+            mix_alpha=m.cutmix_alpha_distill if cutmix else m.mixup_alpha,
+            repeats=m.cccp_ns,
+            clip=o.grad_clip_norm,
+        )
+        return phases
+
+    # what the loop calls ---------------------------------------------------------------------------------------------
+
+    def draws(self, epoch: Epoch) -> EpochDraws:
+        two_views = epoch.phase == "b" and self._b_step().weights.two_view
+        return self.data.draws(self.streams, epoch, self.phases[epoch.phase], two_views)
+
+    def begin_phase(self, epoch: Epoch) -> None:
+        if epoch.phase == "a":
+            self.monitor.begin_a_step()
+        elif self.fusion is not None and schedules.kd_weight(self.method, epoch.in_phase, self._b_epochs()) > 0:
+            self.monitor.decide(self.student, trained=epoch.overall > 0)
+
+    def _check_average(self) -> None:
+        """UserError where the moving average would stay what the student was before training, and be exported."""
+        o, updates = self.optim, self._b_epochs() * len(self.batches) * self.method.cccp_ns
+        if o.select_weights == "ema" and o.ema_update_every > updates:
+            raise UserError(
+                f"optim.ema_update_every={o.ema_update_every}: the run has {updates} updates of the student, and "
+                "optim.select_weights=ema would export what it was before them; update it more often"
+            )
+
+    def _b_epochs(self) -> int:
+        return sum(e.phase == "b" for e in self.plan)
+
+    def begin_epoch(self, epoch: Epoch) -> None:
+        if epoch.phase == "a":
+            self._begin_a_epoch(epoch)
+            return
+        self._student_seen = None
+        self._freeze_student(epoch.stage)
+        m, b = self.method, epoch.in_phase
+        self._b_step().weights = BLoss(
+            scale=schedules.kd_weight(m, b, self._b_epochs()) if self.teachers else 0.0,
+            tau=schedules.tau(m, epoch.overall, len(self.plan)),
+            synergy=self.monitor.gate_open,
+            averaged_share=self._averaged_share(b),
+            two_view=schedules.two_views(m, b),
+            ratio=m.kd_max_ratio if b >= m.kd_warmup_epochs else None,
+            bound=m.loss_clamp_max if m.use_loss_clamp and b >= m.loss_clamp_warmup_epochs else None,
+            dkd=min(1.0, (b + 1) / m.dkd_warmup_epochs) if m.dkd_warmup_epochs else 1.0,
+        )
+
+    def _begin_a_epoch(self, epoch: Epoch) -> None:
+        m, a = self.method, epoch.in_phase
+        ce_only = a < m.synergy_only_epochs
+        kd = m.kd_alpha if m.teacher_adapt_alpha_kd is None else m.teacher_adapt_alpha_kd
+        clamps = m.use_loss_clamp and not m.disable_loss_clamp_in_a and a >= m.loss_clamp_warmup_epochs
+        objective = self.phases["a"].objective
+        assert isinstance(objective, AStep)
+        objective.weights = ALoss(
+            ce=1.0 if ce_only else m.synergy_ce_alpha,
+            kd=0.0 if ce_only or m.use_cccp else kd,
+            cccp=m.cccp_alpha if m.use_cccp and not ce_only else 0.0,
+            beta=schedules.beta(m, a, epoch.in_stage),
+            tau=schedules.tau(m, epoch.overall, len(self.plan)),
+            certainty=m.use_ib and not ce_only,
+            feat=0.0 if ce_only else m.feat_kd_alpha,
+            teacher_ce=m.teacher_ce_alpha if m.use_teacher_finetuning else 0.0,
+            penalties=not ce_only,
+            bound=m.loss_clamp_max if clamps else None,
+        )
+
+    def _averaged_share(self, b: int) -> float:
+        if self.method.kd_target == "auto":
+            return self.monitor.share
+        return self.method.kd_ens_alpha if b < self.method.teacher_adapt_kd_warmup else 0.0
+
+    def _b_step(self) -> BStep:
+        objective = self.phases["b"].objective
+        assert isinstance(objective, BStep)
+        return objective
+
+    def _freeze_student(self, stage: int) -> None:
+        """The stage's freezing; what is wrapped for several processes is wrapped anew when it changes."""
+        m = self.method
+        if not m.use_partial_freeze or stage == self._stage:
+            return
+        objective = self._b_step()
+        objective.held = [(freeze.apply(self.student, self._student_policy(stage)), self.student)]
+        self._stage = stage
+        objective.trainable_module = self.student
+        prepare({"b": self.phases["b"]}, self.device, unused=set())
+
+    def end_epoch(self, epoch: Epoch) -> dict[str, float]:
+        found = {"schedule/tau": schedules.tau(self.method, epoch.overall, len(self.plan))}
+        if epoch.overall == 0 and self.teachers:
+            found |= self.monitor.teachers_found()
+        if self.bank is not None:
+            found |= self.bank.metrics()
+        return found | (self._end_a_epoch(epoch) if epoch.phase == "a" else self._end_b_epoch(epoch))
+
+    def _end_a_epoch(self, epoch: Epoch) -> dict[str, float]:
+        found = {"schedule/ib_beta": schedules.beta(self.method, epoch.in_phase, epoch.in_stage)}
+        if epoch.first:
+            found |= self._trainable("fusion", [self.phases["a"].objective.get_trainable_module()])
+        if (epoch.in_stage + 1) % self.method.teacher_eval_every and not epoch.last:
+            return found
+        return found | self.monitor.end_a_epoch(self._student_outputs(), epoch.last)
+
+    def _end_b_epoch(self, epoch: Epoch) -> dict[str, float]:
+        out, y = self._student_outputs(), self.data.eval.labels
+        acc, loss = distributed.first_says([accuracy(out.logits, y), nll(out.logits, y, "student")], self.device)
+        weights = self._b_step().weights
+        found = {"student/acc": acc, "student/loss": loss, "schedule/kd_weight": weights.scale * self.method.kd_alpha}
+        ema = self._b_step().get_trainable_module(ema=True)
+        if ema is not None:
+            averaged = outputs(ema.module, self.data.eval, "student's moving average")
+            (found["student/acc_ema"],) = distributed.first_says([accuracy(averaged.logits, y)], self.device)
+        chosen = found["student/acc_ema"] if self.optim.select_weights == "ema" else acc
+        self.selection.offer(chosen, epoch.in_phase)
+        if not self.data.has_validation:
+            self.best_test = max(self.best_test, chosen)
+        if epoch.first:
+            found |= self._trainable("student", [self.student])
+        return found | self._synergy_found(epoch, out)
+
+    def _student_outputs(self) -> Outputs:
+        """The student on the evaluation split; A-epochs leave it as the B-epoch before them has left it."""
+        if self._student_seen is None:
+            self._student_seen = outputs(self.student, self.data.eval, "student")
+        return self._student_seen
+
+    def _synergy_found(self, epoch: Epoch, student: Outputs) -> dict[str, float]:
+        """Gate and synergy in a B-epoch: monitored, without effect; in the cooldown teachers and fusion rest."""
+        if self.fusion is None:
+            return {}
+        found = {"gate/open": float(self.monitor.gate_open)}
+        if self.method.kd_target == "auto":
+            found["gate/averaged_share"] = self.monitor.share
+        due = (epoch.in_stage + 1) % self.method.teacher_eval_every == 0 or epoch.last
+        if due and self._b_step().weights.scale > 0:
+            found["synergy/acc"] = self.monitor.synergy_accuracy(student)
+        return found
+
+    @staticmethod
+    def _trainable(name: str, modules: list[nn.Module | None]) -> dict[str, float]:
+        """Trainable and all parameters of what a step trains."""
+        parameters = [p for m in modules if m is not None for p in m.parameters()]
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        return {f"parameters/{name}_trainable": trained, f"parameters/{name}_total": sum(p.numel() for p in parameters)}
+
+    # state and results -----------------------------------------------------------------------------------------------
+
+    def _selected_net(self) -> nn.Module:
+        ema = self._b_step().get_trainable_module(ema=True)
+        return ema.module if ema is not None and self.optim.select_weights == "ema" else self.student
+
+    def state_dict(self) -> dict[str, Any]:
+        ema = self._b_step().get_trainable_module(ema=True)
+        return {
+            "student": self._last or self.student.state_dict(),
+            "student_ema": None if ema is None else ema.module.state_dict(),
+            "fusion": None if self.fusion is None else self.fusion.state_dict(),
+            "teachers": [t.state_dict() for t in self.teachers] if self.method.use_teacher_finetuning else [],
+            "monitor": self.monitor.state_dict(),
+            "selection": self.selection.state_dict(),
+            "best_test": self.best_test,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._last, self._student_seen = {}, None
+        self.student.load_state_dict(state["student"])
+        ema = self._b_step().get_trainable_module(ema=True)
+        if ema is not None:
+            ema.module.load_state_dict(state["student_ema"])
+        if self.fusion is not None:
+            self.fusion.load_state_dict(state["fusion"])
+        for teacher, weights in zip(self.teachers, state["teachers"], strict=False):
+            teacher.load_state_dict(weights)
+        self.monitor.load_state_dict(state["monitor"])
+        self.best_test = state["best_test"]
+        self.selection.load_state_dict(state["selection"])
+
+    def results(self, test: bool = True) -> dict[str, float]:
+        """Final accuracies, in percent, and costs; the student holds the selected weights afterwards.
+
+        Args:
+            test: False where the test split must not be seen: a sweep's trials.
+        """
+        last = outputs(self.student, self.data.test, "student") if test else None
+        self._last = cpu_copy(self.student.state_dict())  # what a checkpoint continues from
+        self.student.load_state_dict(self.selection.chosen())
+        found = self._on_test(last) if last is not None else {}
+        if self.data.has_validation:
+            val = self.data.eval
+            found["final/val_acc"] = accuracy(outputs(self.student, val, "student").logits, val.labels)
+        elif any(e.phase == "b" for e in self.plan):
+            found["final/acc_best"] = self.best_test
+        if self.compiled:
+            found["cost/compile_seconds"] = self.compile_clock.seconds()
+        return found | self.costs.metrics()
+
+    def _on_test(self, last: Outputs) -> dict[str, float]:
+        """`last`: the last epoch's student on the test split, beside which the selected one is evaluated."""
+        test = self.data.test
+        selected = outputs(self.student, test, "student")
+        found = {
+            "final/acc_last": accuracy(last.logits, test.labels),
+            "final/acc_val_selected": accuracy(selected.logits, test.labels),
+        }
+        seen = self.monitor.teachers_on("test") if self.teachers else []
+        for k, teacher in enumerate(seen):
+            found[f"final/teacher_{k}_acc"] = accuracy(teacher.logits, test.labels)
+        if seen:
+            found["final/teacher_avg_acc"] = accuracy(self.monitor.average("test"), test.labels)
+        if self.fusion is not None:
+            found["final/synergy_acc"] = accuracy(self.monitor.synergy_on("test", selected), test.labels)
+        self.predicted = selected.logits.argmax(dim=1)
+        return found

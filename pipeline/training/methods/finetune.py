@@ -1,0 +1,89 @@
+"""Fine-tuning of one network with cross-entropy: teachers before they are distilled (docs/method.md section 7)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.features import FeatureNet
+from pipeline.config import Config
+from pipeline.data.batches import EpochDraws, EvalBatches
+from pipeline.data.sources import ImageData
+from pipeline.training import distributed
+from pipeline.training.checkpoint import cpu_copy
+from pipeline.training.costs import Costs
+from pipeline.training.evaluation import accuracy, nll, outputs
+from pipeline.training.loop import Epoch, Phase
+from pipeline.training.methods.asib import schedules
+from pipeline.training.methods.cross_entropy import CrossEntropy
+from pipeline.training.rng import Streams
+from pipeline.training.run_data import RunData, Selection, prepare
+
+
+class FineTuning:
+    """The loop's task for a teacher: one phase, selected by validation."""
+
+    def __init__(self, config: Config, data: ImageData, net: FeatureNet, device: torch.device) -> None:
+        f = config.finetune
+        self.optim = config.optim
+        self.net = net
+        self.data = RunData(config, data, device)
+        self.batches = self.data.train
+        self.streams = Streams(f.seed)
+        optimizer = schedules.optimizer(f.optimizer, [(net, f.lr)], f.weight_decay, config.optim.momentum)
+        self.costs = Costs({"teacher": net})
+        self.phases = {
+            "finetune": Phase(
+                "finetune",
+                CrossEntropy(net, f.label_smoothing, self.streams, device),
+                optimizer,
+                schedules.lr_schedule(optimizer, f.schedule, f.epochs, len(self.batches)),
+                mix="cutmix" if f.cutmix_alpha > 0 else None,
+                mix_alpha=f.cutmix_alpha,
+            )
+        }
+        prepare(self.phases, device, set())
+        self.plan = [Epoch("finetune", 0, i, i, i, i == 0, i == f.epochs - 1) for i in range(f.epochs)]
+        self.selection = Selection(net, self.data.has_validation)
+        self._last: dict[str, Tensor] = {}
+
+    def draws(self, epoch: Epoch) -> EpochDraws:
+        return self.data.draws(self.streams, epoch, self.phases[epoch.phase])
+
+    def begin_phase(self, epoch: Epoch) -> None:
+        pass
+
+    def begin_epoch(self, epoch: Epoch) -> None:
+        pass
+
+    def end_epoch(self, epoch: Epoch) -> dict[str, float]:
+        out, y = outputs(self.net, self.data.eval, "teacher"), self.data.eval.labels
+        acc, loss = distributed.first_says(
+            [accuracy(out.logits, y), nll(out.logits, y, "teacher")], self.batches.device
+        )
+        self.selection.offer(acc, epoch.in_phase)
+        return {"teacher/acc": acc, "teacher/loss": loss}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"net": self._last or self.net.state_dict(), "selection": self.selection.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._last = {}
+        self.net.load_state_dict(state["net"])
+        self.selection.load_state_dict(state["selection"])
+
+    def results(self, test: bool = True) -> dict[str, float]:
+        """Final accuracies, in percent, and costs; the network holds the selected weights afterwards.
+
+        Args:
+            test: False where the test split must not be seen: a sweep's teachers.
+        """
+        last = {"final/acc_last": self._accuracy_on(self.data.test)} if test else {}
+        self._last = cpu_copy(self.net.state_dict())  # what a checkpoint continues from
+        self.net.load_state_dict(self.selection.chosen())
+        selected = {"final/acc_val_selected": self._accuracy_on(self.data.test)} if test else {}
+        val = {"final/val_acc": self._accuracy_on(self.data.eval)} if self.data.has_validation else {}
+        return last | selected | val | self.costs.metrics()
+
+    def _accuracy_on(self, split: EvalBatches) -> float:
+        return accuracy(outputs(self.net, split, "teacher").logits, split.labels)

@@ -1,0 +1,113 @@
+"""What fine-tuning and distillation share: the resident data of a run, and the choice of the epoch that is kept."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.data.batches import EpochDraws, EvalBatches, TrainBatches
+from pipeline.data.image_files import Images
+from pipeline.data.sources import ImageData
+from pipeline.data.splits import split
+from pipeline.training import distributed
+from pipeline.training.checkpoint import cpu_copy
+from pipeline.training.loop import Epoch, Phase
+from pipeline.training.rng import Streams
+
+logger = logging.getLogger("asib")
+
+
+class RunData:
+    """Training, evaluation and test batches of one run: resident on the device, or files.
+
+    Per-epoch evaluation is on the validation split; on the test split only where there is no validation split, and then
+    nothing is selected by it (docs/method.md section 3).
+    """
+
+    def __init__(self, config: Config, data: ImageData, device: torch.device) -> None:
+        world = distributed.world()
+        parts = split(data.train_y, config.dataset.val_fraction, data.digest, config.dataset.split_seed)
+        self.has_validation = len(parts.val) > 0
+        images, labels = data.train_x.to(device), data.train_y.to(device)  # once, for training and validation
+        self.train = TrainBatches(
+            images,
+            labels,
+            parts.train,
+            batch_size=config.dataset.batch_size,
+            augment=config.augment,
+            rank=world.rank,
+            world_size=world.size,
+            mean=data.mean,
+            std=data.std,
+            device=device,
+            channels_last=config.optim.use_channels_last,
+        )
+        size = config.dataset.eval_batch_size
+
+        def in_order(x: Images, y: Tensor, indices: Tensor | None) -> EvalBatches:
+            channels_last = config.optim.use_channels_last
+            return EvalBatches(x, y, indices, size, data.mean, data.std, device, channels_last)
+
+        self.test = in_order(data.test_x, data.test_y, None)
+        self.eval = in_order(images, labels, parts.val) if len(parts.val) else self.test
+        self.eval_split = "val" if self.has_validation else "test"
+
+    def draws(self, streams: Streams, epoch: Epoch, phase: Phase, two_views: bool = False) -> EpochDraws:
+        """All random numbers of an epoch's images, from streams keyed by (seed, stream, phase, epoch in the phase)."""
+        return self.train.draw(
+            phase.mix,
+            phase.mix_alpha,
+            lambda stream: streams.generator(stream, epoch.phase, epoch.in_phase),
+            two_views,
+        )
+
+
+@dataclass
+class Selection:
+    """The weights of the epoch that validation chose; the last epoch's where there is no validation split."""
+
+    net: nn.Module
+    by_validation: bool
+    accuracy: float = float("-inf")
+    epoch: int = -1
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def offer(self, accuracy: float, epoch: int) -> None:
+        """Keep the net's weights if they are strictly better (earlier epochs win ties), or simply the newest."""
+        if not self.by_validation:
+            self.accuracy, self.epoch = accuracy, epoch
+        elif accuracy > self.accuracy:
+            self.accuracy, self.epoch, self.weights = accuracy, epoch, cpu_copy(self.net.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"accuracy": self.accuracy, "epoch": self.epoch, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.accuracy, self.epoch, self.weights = state["accuracy"], state["epoch"], state["weights"]
+
+    def chosen(self) -> dict[str, Tensor]:
+        """The state dict of the chosen epoch, on the CPU."""
+        return self.weights or cpu_copy(self.net.state_dict())
+
+
+def prepare(phases: dict[str, Phase], device: torch.device, unused: set[str]) -> None:
+    """Wrap what the phases train for several processes; in `unused` phases some parameters get no gradient.
+
+    Batch statistics cover the global batch on GPUs; on CPUs they are per process, and a warning says so.
+    """
+    if distributed.world().size == 1:
+        return
+    for name, phase in phases.items():
+        net = phase.objective.trainable_module
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+            if device.type == "cuda":
+                convert_sync_batchnorm(net)  # timm's: it keeps the activations that timm's batch norms hold
+            else:
+                logger.warning("%s: on CPU, batch statistics are per process", phase.metrics)
+        phase.objective.prepare_distributed(
+            [distributed.world().local_rank] if device.type == "cuda" else None, find_unused_parameters=name in unused
+        )

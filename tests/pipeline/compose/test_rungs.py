@@ -1,0 +1,199 @@
+"""The ladder: every rung changes what it states over its parent, over any configuration, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.compose import rungs
+from pipeline.compose.compose import compose
+from pipeline.config import Config, config_hash
+from pipeline.config.identity import computation
+from pipeline.config.rules import needs_distillation, uses_fusion
+from pipeline.errors import UserError
+
+CFGS = ("base", "quickstart")
+
+
+@pytest.fixture(scope="module", params=CFGS)
+def over(request: pytest.FixtureRequest) -> tuple[Config, dict[str, Config]]:
+    """A configuration and all rungs over it."""
+    cfg = compose(request.param)
+    return cfg, dict(zip(rungs.RUNGS, rungs.configurations(cfg, rungs.RUNGS, [0]), strict=True))
+
+
+def test_the_ladder_is_the_ten_rungs_of_the_method() -> None:
+    words = [rung.words.split(":")[0] for rung in map(rungs.RUNGS.get, rungs.LADDER) if rung]
+    assert words == ["L0", "L0k", "L1d", "L1", "L2", "L3a", "L3b", "L3c", "L3d", "L4"]
+    assert [rungs.RUNGS[name].parent for name in rungs.LADDER] == [None, *rungs.LADDER[:-1]]
+    files = {file.stem for file in rungs.RUNGS["l1_ib"].file.parent.glob("*.yaml")}
+    assert files == {*rungs.RUNGS, *rungs.ALIASES, "base", "quickstart", "asib_stage"}
+
+
+@pytest.mark.parametrize("name", rungs.RUNGS)
+def test_a_rung_differs_from_its_parent_in_exactly_the_keys_of_its_file(
+    over: tuple[Config, dict[str, Config]], name: str
+) -> None:
+    cfg, found = over
+    rung = rungs.RUNGS[name]
+    parent, child = computation(found[rung.parent] if rung.parent else cfg), computation(found[name])
+    body = yaml.safe_load(rung.file.read_text())["method"]
+    assert {k for k in child if child[k] != parent[k]} == {f"method.{key}" for key in body}
+    assert found[name].rung == name
+
+
+@pytest.mark.parametrize("name", rungs.RUNGS)
+def test_a_rung_over_the_base_is_its_file(name: str) -> None:
+    (found,) = rungs.configs("base", [name])
+    assert config_hash(found) == config_hash(compose(name))
+
+
+def test_the_alias_is_the_adaptive_rung() -> None:
+    assert config_hash(compose("l3_adaptive")) == config_hash(compose("l3d_adaptive"))
+    assert rungs.read_names("l3_adaptive") == ["l3d_adaptive"]
+
+
+def test_asib_stage_differs_from_the_base_as_the_method_says() -> None:
+    base, stage = computation(compose("base")), computation(compose("asib_stage"))
+    changed = {k.split(".")[1]: stage[k] for k in stage if stage[k] != base[k]}
+    assert changed == {
+        "teacher_adapt_epochs": 6,
+        "synergy_only_epochs": 2,
+        "kd_alpha": 0.4,
+        "kd_target": "auto",
+        "teacher_weights": [0.7, 0.3],
+        "kd_ens_alpha": 0.25,
+        "kd_warmup_epochs": 5,
+        "teacher_adapt_kd_warmup": 4,
+        "kd_max_ratio": 1.75,
+        "kd_uncertainty_weight": 0.5,
+        "kd_sample_gate": True,
+        "enable_kd_after_syn_acc": "avg-0.02",
+        "min_cw": 0.5,
+        "max_cw": 1.5,
+        "feat_kd_alpha": 0.05,
+        "grad_clip_norm": 0.5,
+    }
+
+
+def test_the_lowest_rungs_run_neither_teachers_nor_fusion(over: tuple[Config, dict[str, Config]]) -> None:
+    found = over[1]
+    assert not needs_distillation(found["l0_baseline"])
+    assert needs_distillation(found["l0k_aver"])
+    assert not uses_fusion(found["l0k_aver"])
+    assert all(uses_fusion(found[name]) for name in rungs.LADDER[2:])
+
+
+def test_values_that_follow_from_the_configuration_follow_it() -> None:
+    names = ["l0k_aver", "l2_cccp", "l2_control", "side_two_view"]
+    overrides = ["method.kd_alpha=0.4", "method.cccp_alpha=0.1", "method.student_epochs_per_stage=[2,2,2,2]"]
+    aver, cccp, control, views = (c.method for c in rungs.configs("quickstart", names, [0], overrides))
+    assert aver.kd_alpha == cccp.kd_alpha == control.kd_alpha == 0.4
+    assert (control.teacher_adapt_alpha_kd, control.use_cccp) == (cccp.cccp_alpha, False) == (0.1, False)
+    assert (control.cccp_nt, control.cccp_ns) == (cccp.cccp_nt, cccp.cccp_ns) == (2, 1)
+    assert (views.kd_two_view_start_epoch, views.kd_two_view_stop_epoch) == (2, 8)
+
+
+def test_a_seed_is_all_that_two_runs_of_a_rung_differ_in() -> None:
+    one, other = rungs.configs("quickstart", ["l1_ib"], [3, 7])
+    assert one.model_copy(update={"seed": 7}) == other
+
+
+def test_weights_that_follow_from_the_rescaling_are_no_difference() -> None:
+    zero, aver = rungs.configs("quickstart", ["l0_baseline", "l0k_aver"], [0], ["method.renorm_ce_kd=true"])
+    assert (zero.method.ce_alpha, zero.method.kd_alpha) == (1.0, 0.0)
+    assert (aver.method.ce_alpha, aver.method.kd_alpha) == (0.5, 0.5)
+
+
+# what is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The rungs' files, to be tampered with."""
+    shutil.copytree(rungs.CONF, tmp_path / "conf")
+    monkeypatch.setattr(rungs, "CONF", tmp_path / "conf")
+    return tmp_path / "conf" / "experiment"
+
+
+def tamper(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  use_ib: true\n", "  use_ib: true\n  tau: 2\n", "rung l1_ib changes method.tau"),
+        ("  use_ib: true\n", "  use_ib: true\noptim:\n  student_lr: 0.1\n", "rung l1_ib changes optim.student_lr"),
+        ("  use_ib: true\n", "  kd_view: mixed\n", "method."),
+        ("  - l1d_deterministic\n", "  - l1d_deterministic\n  - override /optim: sgd\n", "defaults"),
+        ("  - l1d_deterministic\n", "  - l0k_aver\n", "defaults"),
+        ("rung: l1_ib", "rung: l1", "write rung: l1_ib"),
+    ],
+)
+def test_a_file_that_changes_something_else_is_refused(files: Path, old: str, new: str, said: str) -> None:
+    tamper(files / "l1_ib.yaml", old, new)
+    with pytest.raises(UserError) as error:
+        rungs.configs("quickstart", ["l4_full"])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_any_other_difference_from_the_parent_is_refused_by_its_name() -> None:
+    cfg = compose("quickstart")
+    parent, child = rungs.configurations(cfg, ["l1d_deterministic", "l1_ib"], [0])
+    rungs.check(rungs.RUNGS["l1_ib"], parent, child)
+    other = child.model_copy(update={"method": child.method.model_copy(update={"tau": 2.0})})
+    with pytest.raises(UserError, match=r"^rung l1_ib differs from l1d_deterministic in method\.tau \(4\.0 -> 2\.0\)"):
+        rungs.check(rungs.RUNGS["l1_ib"], parent, other)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "names", "overrides", "said"),
+    [
+        ("asib_stage", ["l3b_gate"], [], "rung l3b_gate changes nothing over l3a_auto"),
+        ("l2_cccp", ["l2_cccp"], [], "rung l2_cccp changes nothing over l1_ib"),
+        ("l0_baseline", ["l1_ib"], [], "method.kd_alpha=0"),
+        (
+            "quickstart",
+            ["l4_full"],
+            ["method.num_stages=2", "method.student_epochs_per_stage=[6,6]"],
+            "set method.num_stages=4",
+        ),
+        ("quickstart", ["l3d_adaptive"], ["method.kd_uncertainty_weight=0.2"], "rung l3d_adaptive sets it"),
+        ("quickstart", ["l1_ib"], ["model/teacher=resnet56"], "fuses teachers and needs two"),
+    ],
+)
+def test_what_a_rung_cannot_be_applied_over_is_refused(
+    cfg: str, names: list[str], overrides: list[str], said: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        rungs.configs(cfg, names, [0], overrides)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "said"), [("l1", "no such rung"), ("l1_bi", "did you mean l1_ib"), (" ", "empty")])
+def test_unknown_rungs_are_refused(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        rungs.read_names(text)
+
+
+def test_names_and_seeds_are_read_as_people_write_them() -> None:
+    assert rungs.read_names("[l1_ib, ladder]") == ["l1_ib", *(n for n in rungs.LADDER if n != "l1_ib")]
+    assert rungs.read_names("all") == list(rungs.RUNGS)
+    assert rungs.read_seeds("[2, 0,2]") == [2, 0]
+    for text in ("", "a", "-1", "1.5"):
+        with pytest.raises(UserError, match="seeds="):
+            rungs.read_seeds(text)
+
+
+def test_the_table_states_every_rung() -> None:
+    lines = rungs.table(compose("quickstart")).splitlines()
+    assert len(lines) == 2 + len(rungs.RUNGS)
+    assert "| `l0k_aver` | `l0_baseline` | `kd_alpha=0.5`, `kd_target=avg` |" in lines

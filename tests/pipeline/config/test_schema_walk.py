@@ -1,0 +1,816 @@
+"""Every key of the schema acts: for each, a configuration where it can, another value, and what then differs.
+
+Where the table names no observer, the difference is in the student's weights after a tiny run. A key that is missing
+from the table fails, and so does one whose change changes nothing.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from models import zoo
+from pipeline.config import Config, config_hash, explain, flatten
+from pipeline.data import image_files, sources
+from pipeline.data.image_files import ImageFiles, Wanted
+from pipeline.data.sources import ImageData
+from pipeline.distill import bank, distill, export, networks, results, teachers, train
+from pipeline.errors import NonFinite, UserError
+from pipeline.evaluate.evaluate import evaluate
+from pipeline.evaluate.request import Request
+from pipeline.journal import read_entries
+from pipeline.runs import git
+from pipeline.runs.run import Run
+from pipeline.tracking import deliver
+from pipeline.training.evaluation import outputs
+from pipeline.training.loop import Precision
+from pipeline.training.methods.asib import monitor
+from pipeline.training.methods.asib.task import Distillation
+from tests.pipeline.training.builders import (
+    CPU,
+    Calls,
+    Record,
+    config,
+    differences,
+    distillation,
+    fine_tuning,
+    image_data,
+    loop_for,
+)
+
+Keys = dict[str, Any]
+Observer = Callable[[Keys], Any]
+
+# configurations ------------------------------------------------------------------------------------------------------
+
+
+def nested(keys: Keys) -> dict[str, Any]:
+    """`{"method.tau": 2}` as sections; `model.teachers.0.name` as the first item of a list."""
+    tree: dict[str, Any] = {}
+    for name, value in keys.items():
+        *sections, last = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = value
+    return tree
+
+
+def tiny(keys: Keys) -> Config:
+    """The builders' configuration with these keys."""
+    return config(**nested(keys))
+
+
+def images() -> ImageData:
+    return image_data(24, 12)
+
+
+# observers of training -----------------------------------------------------------------------------------------------
+
+
+def refused(observer: Observer) -> Observer:
+    """What a configuration is refused with is a difference too."""
+
+    @functools.wraps(observer)
+    def wrapped(keys: Keys) -> Any:
+        try:
+            return observer(keys)
+        except ValidationError as error:
+            return explain(error)
+        except UserError as error:
+            return str(error)
+
+    return wrapped
+
+
+@functools.cache
+def _run(written: str) -> dict[str, Any]:
+    keys = json.loads(written)
+    task, record = distillation(tiny(keys), images()), Record()
+    with tempfile.TemporaryDirectory() as folder:
+        loop = loop_for(task, Path(folder), record)
+        loop.slots = None
+        loop.recorder = record
+        rows: list[Any] = []
+        end = task.end_epoch
+        task.end_epoch = lambda e: (rows.append((e, end(e))), rows[-1][1])[1]  # type: ignore[method-assign, func-returns-value]
+        loop.run()
+    student = {k: v.clone() for k, v in task.student.state_dict().items()}
+    scaler = loop.precision.scaler
+    found = {"student": student, "rows": [row for _, row in rows], "plan": task.plan}
+    task.results()
+    return found | {
+        "exported": dict(task.student.state_dict()),
+        "averaged": task.state_dict()["student_ema"],
+        "scale": None if scaler is None else scaler.get_scale(),
+    }
+
+
+@refused
+def student(keys: Keys) -> Any:
+    """The student's weights after a run."""
+    return _run(json.dumps(keys))["student"]
+
+
+def part(name: str) -> Observer:
+    """Another part of what a run leaves: rows, plan, exported, averaged, scale."""
+
+    @refused
+    def observer(keys: Keys) -> Any:
+        return _run(json.dumps(keys))[name]
+
+    return observer
+
+
+@refused
+def tuned(keys: Keys) -> Any:
+    """A fine-tuned network's weights."""
+    task = fine_tuning(tiny(keys), images())
+    with tempfile.TemporaryDirectory() as folder:
+        loop = loop_for(task, Path(folder))
+        loop.slots = None
+        loop.run()
+    return dict(task.net.state_dict())
+
+
+@refused
+def gate(keys: Keys) -> Any:
+    """Gate and share of the averaged teachers, where the snapshot has 70 %, the moving average 30, the teachers 80."""
+    task = distillation(tiny(keys), images())
+    task.monitor.known.current, task.monitor.known.ema = 70.0, 30.0
+    task.monitor.average_accuracy = lambda: 80.0  # type: ignore[method-assign]
+    epoch = next(e for e in task.plan if e.phase == "b")
+    task.begin_phase(epoch)
+    task.begin_epoch(epoch)
+    weights = task.phases["b"].objective.weights
+    return [weights.synergy, weights.averaged_share]
+
+
+@refused
+def synergy_scores(keys: Keys) -> Any:
+    """What the synergy's accuracy is taken of."""
+    task = distillation(tiny(keys), images())
+    with mock.patch.object(monitor, "accuracy", side_effect=lambda scores, y: float(scores.abs().sum())):
+        return [task.monitor.synergy_accuracy(outputs(task.student, task.data.eval))]
+
+
+@refused
+def patience(keys: Keys) -> Any:
+    """After how many non-finite steps a run ends."""
+    task = fine_tuning(tiny(keys), images())
+    steps: list[int] = []
+    forward = task.phases["finetune"].objective.forward
+
+    def bad(*args: Any) -> Any:
+        steps.append(1)
+        return {k: v * float("nan") for k, v in forward(*args).items()}
+
+    task.phases["finetune"].objective.forward = bad
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(NonFinite):
+        loop = loop_for(task, Path(folder))
+        loop.slots = None
+        loop.run()
+    return len(steps)
+
+
+@refused
+def first_images(keys: Keys) -> Any:
+    """The first training batch."""
+    task = distillation(tiny(keys), images())
+    batch = next(iter(task.batches.epoch(task.draws(task.plan[0]))))
+    return {"x": batch.x, "index": batch.index, "strides": batch.x.stride()}
+
+
+@refused
+def evaluation_batches(keys: Keys) -> Any:
+    """Images per forward pass of an evaluation."""
+    task = distillation(tiny(keys), images())
+    calls = Calls(task.student)
+    task.end_epoch(next(e for e in task.plan if e.phase == "b"))
+    return calls.seen
+
+
+def compiled(keys: Keys) -> Any:
+    return distillation(tiny(keys), images()).compiled
+
+
+@refused
+def precision(keys: Keys) -> Any:
+    return Precision(tiny(keys).optim, CPU).name
+
+
+# observers of what surrounds a run -----------------------------------------------------------------------------------
+
+
+class Place:
+    """A folder with two small data sets, in which runs are made; made once."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="asib-walk-")
+        self.path = Path(self._folder.name)
+        rng = np.random.default_rng(0)
+        for name in ("one", "two"):
+            arrays = {
+                f"x_{s}": rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for s, n in (("train", 24), ("test", 9))
+            }
+            np.savez(self.path / f"{name}.npz", **arrays, y_train=np.arange(24) % 3, y_test=np.arange(9) % 3)
+        for k, pixels in enumerate(arrays["x_test"]):
+            for split in ("train", "val"):
+                (folder := self.path / "pictures" / split / str(k % 3)).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+
+    def config(self, keys: Keys) -> Config:
+        base = {
+            "output_dir": str(self.path / "runs"),
+            "device": "cpu",
+            "threads": 1,
+            "log_model": False,
+            "dataset.name": "npz",
+            "dataset.path": str(self.path / "one.npz"),
+            "dataset.batch_size": 8,
+            "dataset.val_fraction": 0.25,
+            "model.student.name": "cifar_resnet8",
+            "method.student_epochs_per_stage": [1],
+            "method.kd_target": "avg",
+            "tracking.mode": "offline",
+        }
+        return Config.model_validate(nested({**base, **self._written(keys)}))
+
+    def _written(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: self._written(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._written(v) for v in value]
+        return value.replace("{here}", str(self.path)) if isinstance(value, str) else value
+
+    def distilled(self, keys: Keys) -> Run:
+        run = Run.open("distill", self.config(keys))
+        with quiet():
+            distill.distill(run)
+        run.close("FINISHED", "completed", 0)
+        return run
+
+
+@functools.cache
+def place() -> Place:
+    return Place()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[mock.Mock]:
+    """Without pictures and tables; the mock is asked when a model is logged."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
+    with (
+        mock.patch.object(results, "curves"),
+        mock.patch.object(results, "confusion"),
+        mock.patch.object(export, "log_student") as logged,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        try:
+            yield logged
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+            torch.set_num_threads(threads)
+
+
+@refused
+def data_set(keys: Keys) -> Any:
+    """The digest of the images and what they are prepared with, or what is said of their absence."""
+    with mock.patch("torchvision.datasets.CIFAR10", side_effect=RuntimeError("asked for")):
+        data = sources.load(place().config(keys).dataset)
+    return {"digest": data.digest, "mean": data.mean, "std": data.std}
+
+
+@refused
+def pictures_read(keys: Keys) -> Any:
+    """One of the pictures in folders, and who read it."""
+    with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(place().path)}):
+        images = sources.load(place().config({**PICTURES, **keys}).dataset).train_x
+    assert isinstance(images, ImageFiles)
+    with mock.patch.object(image_files, "DataLoader", side_effect=image_files.DataLoader) as loader:
+        (seen,) = images.views([Wanted(np.array([4]))], CPU)
+    return {"x": seen, "workers": loader.call_args.kwargs["num_workers"]}
+
+
+def asked_of_the_zoo(build: Callable[[Config, ImageData], Any]) -> Observer:
+    """What is asked for when a network is built."""
+
+    @refused
+    def observer(keys: Keys) -> Any:
+        with (
+            mock.patch.object(zoo, "create_model", side_effect=UserError("asked")) as made,
+            contextlib.suppress(UserError),
+        ):
+            build(place().config(keys), images())
+        return {"args": str(made.call_args)}
+
+    return observer
+
+
+first_teacher = asked_of_the_zoo(lambda c, d: networks.build_teacher(c, d, 0))
+its_student = asked_of_the_zoo(networks.build_student)
+
+
+@refused
+def stem(keys: Keys) -> Any:
+    """The first convolution of a timm network."""
+    net = networks.build_student(place().config(keys), sources.load(place().config(keys).dataset))
+    return str(net.net.conv1)
+
+
+@refused
+def teacher_weights(keys: Keys) -> Any:
+    """Hashes of the teachers' weights that a distillation states."""
+    saved = place().path / "teacher.safetensors"
+    if not saved.exists():
+        c = place().config({**keys, "seed": 5})
+        data = sources.load(c.dataset)
+        made = Config.model_validate({**c.model_dump(), "finetune": {"seed": 77}})
+        networks.save(networks.build_teacher(made, data, 0), saved, c, data)
+    run = Run.open("distill", place().config(keys))
+    with quiet():
+        found = teachers.obtain(run, sources.load(run.config.dataset), networks.build_student(run.config, images()))
+    run.close("FINISHED", "completed", 0)
+    return [t.hash for t in found]
+
+
+@refused
+def record(keys: Keys) -> Any:
+    """The first entry of a run's journal, its folder's place and its tags."""
+    run = Run.open("distill", place().config(keys))
+    run.close("FINISHED", "completed", 0)
+    header, *rest = read_entries(run.folder / "journal.jsonl")[0]
+    rung = [v for e in rest if e.kind == "tags" for k, v in e.data["values"].items() if k == "asib.rung"]
+    head = {k: header.data[k] for k in ("name", "experiment")}
+    return {**head, "rung": rung, "parent": str(run.folder.parent)}
+
+
+@refused
+def difference_logged(keys: Keys) -> Any:
+    """Whether a run keeps what its sources differ in from their commit."""
+    with mock.patch.object(git, "difference", return_value="- a\n+ b\n"):
+        run = Run.open("distill", place().config(keys))
+        run.close("FINISHED", "completed", 0)
+    return (run.folder / "git.diff").exists()
+
+
+@refused
+def delivery(keys: Keys) -> Any:
+    """Whether a delivery is begun, where to, and how long its end is waited for."""
+    asked: list[Any] = []
+    fake = SimpleNamespace(finish=lambda seconds: asked.append(seconds) or True)
+
+    def start(folder: Path, *, uri: str | None = None, **more: Any) -> Any:
+        asked.append(uri)
+        return fake
+
+    with mock.patch.object(deliver, "start_delivery", start):
+        run = Run.open("distill", place().config(keys))
+        run.close("FINISHED", "completed", 0)
+    return asked
+
+
+@functools.cache
+def finished_run() -> str:
+    return str(place().distilled({}).folder)
+
+
+@refused
+def continuation(keys: Keys) -> Any:
+    """What becomes of `resume`: a new run, or one that stands at a checkpoint."""
+    given = {k: finished_run() if v == "{finished}" else v for k, v in keys.items()}
+    run = Run.open("distill", place().config(given))
+    found = {"again": str(run.folder) == finished_run(), "state": run.state is not None}
+    run.close("FINISHED", "completed", 0)
+    return found
+
+
+@refused
+def checkpoints(keys: Keys) -> Any:
+    """How many checkpoints a run writes."""
+    run = place().distilled(keys)
+    lines = (run.folder / "journal.jsonl").read_text().splitlines()
+    return [json.loads(line)["kind"] for line in lines].count("checkpoint")
+
+
+@refused
+def models_logged(keys: Keys) -> Any:
+    run = Run.open("distill", place().config(keys))
+    with quiet() as logged:
+        distill.distill(run)
+    run.close("FINISHED", "completed", 0)
+    return logged.call_count
+
+
+@refused
+def registered(keys: Keys) -> Any:
+    """Of which registered model the record of a run makes its student a version, and with which tags."""
+    run = Run.open("distill", place().config(keys))
+    with quiet():
+        distill.distill(run)
+    run.close("FINISHED", "completed", 0)
+    found = [e.data for e in read_entries(run.folder / "journal.jsonl")[0] if e.kind == "register"]
+    return [(data["registered"], data["alias"], sorted(data["tags"])) for data in found]
+
+
+@refused
+def evaluated(keys: Keys) -> Any:
+    """The accuracy of the student that is named, or that none is."""
+    given = {
+        k: f"{finished_run()}/checkpoints/student.safetensors" if v == "{finished}" else v for k, v in keys.items()
+    }
+    run = Run.open("evaluate", place().config(given))
+    with quiet():
+        try:
+            return evaluate(run, Request(teachers="false", speed=False))
+        finally:
+            run.close("FINISHED", "completed", 0)
+
+
+@refused
+def prepared(keys: Keys) -> Any:
+    """Threads and determinism of the process."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with (
+        mock.patch.object(torch, "set_num_threads") as threads,
+        mock.patch.object(torch, "use_deterministic_algorithms") as asked,
+        mock.patch.dict(os.environ),
+    ):
+        train.prepare(place().config(keys))
+    assert torch.are_deterministic_algorithms_enabled() is deterministic
+    return [str(threads.call_args), str(asked.call_args)]
+
+
+@refused
+def bank_of(keys: Keys) -> Any:
+    """Where the banks of a distillation are, and how large they may be."""
+    made = place().config(keys)
+    data = sources.load(made.dataset)
+    nets = [networks.build_teacher(made, data, 0)]
+    attached = bank.attach(Distillation(made, data, networks.build_student(made, data), nets, CPU), data, ["hash"])
+    if attached is None:
+        return []
+    attached.close()
+    return [str(attached.cache.folder), attached.cache.limit]
+
+
+@refused
+def device(keys: Keys) -> Any:
+    return str(networks.device_of(place().config(keys)))
+
+
+def error_style(keys: Keys) -> Any:
+    """What is written to standard error of a run that is refused."""
+    from pipeline.runs.step import execute
+
+    logger = logging.getLogger("asib")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    written = io.StringIO()
+    arguments = [f"{k}={str(v).lower()}" for k, v in keys.items()] + ["dataset.name=npz"]
+    try:
+        with contextlib.redirect_stderr(written), mock.patch.dict(os.environ):
+            os.environ.pop("MLFLOW_RUN_ID", None)
+            assert execute("distill", "nowhere:nothing", argv=arguments) == 2
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
+    return "Traceback" in written.getvalue()
+
+
+# the table -----------------------------------------------------------------------------------------------------------
+
+
+NOTHING: Keys = {}
+
+
+class Case(NamedTuple):
+    """`base` is where the key can act; `to` is its other value, with which `more` must change (rules between keys)."""
+
+    to: Any
+    base: Keys = NOTHING
+    observer: Observer = student
+    more: Keys = NOTHING
+
+
+def m(**keys: Any) -> Keys:
+    return {f"method.{k}": v for k, v in keys.items()}
+
+
+AUTO = m(kd_target="auto", kd_ens_alpha=0.1, enable_kd_after_syn_acc=0.6)
+GATED = m(kd_target="avg", kd_sample_gate=True, kd_sample_thr=1.0, kd_sample_min_ratio=0.0, kd_sample_max_ratio=0.5)
+DISAGREE = m(kd_target="avg", use_disagree_weight=True, disagree_lambda_high=3.0)
+DKD = m(kd_target="avg", kd_loss="dkd")
+FEATURES = m(feat_kd_alpha=0.3, feat_kd_key="distill_feat")
+WIDE = {**FEATURES, **m(ib_mbm_out_dim=6, distill_out_dim=6)}
+TUNED = m(use_teacher_finetuning=True, teacher_ce_alpha=0.5)
+FROZEN = m(use_partial_freeze=True, student_freeze_schedule=[-1, 0])
+PRETRAINED = {"model.student.name": "resnet18", "model.student.pretrained": True}
+HELD = {**TUNED, **m(use_partial_freeze=True, teacher_freeze_level=1)}
+CLAMPED = m(use_loss_clamp=True, loss_clamp_max=0.5)
+STRONG = m(ib_beta=1.0)
+EMA = {"optim.ema_decay": 0.5}
+SGD = {"optim.optimizer": "sgd"}
+STEP = {"schedule.type": "step", "schedule.milestones": [1]}
+HALF = {"optim.use_amp": True, "optim.amp_dtype": "float16"}
+TWO = m(kd_two_view_start_epoch=0, kd_two_view_stop_epoch=2)
+MIXED = m(cutmix_alpha_distill=1.0)
+WARM = m(teacher_adapt_kd_warmup=2, kd_ens_alpha=0.5)
+FETCHED = {"method.kd_alpha": 0.5, "finetune.epochs": 1, "model.teachers.0.name": "cifar_resnet8"}
+NAMED = {"model.teachers.0.name": "resnet18"}
+TAUGHT = {"method.kd_alpha": 0.5, "finetune.epochs": 0, "model.teachers.0.name": "cifar_resnet8",
+          "model.teachers.0.checkpoint": "{here}/none", "output_dir": "{here}/runs"}  # fmt: skip
+BANKED = {**TAUGHT, "bank": "lazy"}
+ONLINE = {"tracking.mode": "online", "tracking.uri": "sqlite:///a.db"}
+PICTURES = {"dataset.name": "image_folder", "dataset.root": "{here}/pictures", "dataset.path": None,
+            "dataset.image_size": 16}  # fmt: skip
+TORCHVISION = {"dataset.name": "cifar10", "dataset.root": "{here}/nothing"}
+
+TABLE: dict[str, Case] = {
+    # bookkeeping
+    "seed": Case(1),
+    "device": Case("cuda:99", observer=device),
+    "threads": Case(2, observer=prepared),
+    "output_dir": Case("{here}/elsewhere", observer=record),
+    "bank": Case("lazy", TAUGHT, bank_of),
+    "bank_folder": Case("{here}/bank", BANKED, bank_of),
+    "bank_gb": Case(1.0, BANKED, bank_of),
+    "run_name": Case("mine", observer=record),
+    "rung": Case("l1_ib", observer=record),
+    "student": Case("{finished}", observer=evaluated),
+    "resume": Case("{finished}", observer=continuation),
+    "extend": Case(True, {"resume": "{finished}"}, continuation),
+    "log_model": Case(True, observer=models_logged),
+    "register": Case("a-model", {"log_model": True}, registered),
+    "debug": Case(True, observer=error_style),
+    "checkpoint.every_seconds": Case(1e-9, observer=checkpoints),
+    "tracking.mode": Case("online", observer=delivery),
+    "tracking.uri": Case("sqlite:///other.db", ONLINE, delivery),
+    "tracking.experiment": Case("other", observer=record),
+    "tracking.git_diff": Case(False, observer=difference_logged),
+    "tracking.finish_seconds": Case(7.0, ONLINE, delivery),
+    # data and networks
+    "dataset.name": Case("cifar100_sample", observer=data_set),
+    "dataset.root": Case("{here}/nothing", {"dataset.name": "cifar10"}, data_set),
+    "dataset.path": Case("{here}/two.npz", observer=data_set),
+    "dataset.download": Case(True, TORCHVISION, data_set),
+    "dataset.image_size": Case(12, observer=pictures_read),
+    "dataset.workers": Case(0, {"dataset.workers": 1}, pictures_read),
+    "dataset.mean": Case([0.2] * 3, observer=data_set),
+    "dataset.std": Case([0.7] * 3, observer=data_set),
+    "dataset.batch_size": Case(6),
+    "dataset.eval_batch_size": Case(5, observer=evaluation_batches),
+    "dataset.val_fraction": Case(0.5),
+    "dataset.split_seed": Case(1, observer=first_images),
+    "dataset.small_input": Case(False, {"model.student.name": "resnet18"}, stem),
+    "model.student.name": Case("cifar_resnet20", observer=its_student),
+    "model.student.pretrained": Case(True, {"model.student.name": "resnet18"}, its_student),
+    "model.teachers.0.name": Case("resnet34", NAMED, first_teacher),
+    "model.teachers.0.pretrained": Case(False, NAMED, first_teacher),
+    "model.teachers.0.checkpoint": Case("{here}/teacher.safetensors", FETCHED, teacher_weights),
+    "model.teachers.0.efficientnet_dropout": Case(0.1, {"model.teachers.0.name": "efficientnet_b0"}, first_teacher),
+    # stages
+    "method.name": Case("fitnet"),
+    "method.num_stages": Case(1, observer=part("plan"), more=m(student_epochs_per_stage=[4])),
+    "method.student_epochs_per_stage": Case([1, 2], observer=part("plan")),
+    "method.teacher_adapt_epochs": Case(1, observer=part("plan")),
+    "method.synergy_only_epochs": Case(2),
+    # targets and weights of the B-step
+    "method.ce_alpha": Case(0.1),
+    "method.kd_alpha": Case(0.9),
+    "method.renorm_ce_kd": Case(True),
+    "method.kd_target": Case("weighted_conf"),
+    "method.kd_loss": Case("dkd"),
+    "method.dkd_alpha": Case(3.0, DKD),
+    "method.dkd_beta": Case(2.0, DKD),
+    "method.dkd_warmup_epochs": Case(3, DKD),
+    "method.kd_view": Case("mixed", MIXED),
+    "method.tau": Case(2.0),
+    "method.tau_schedule": Case([4.0, 1.0]),
+    "method.tau_syn": Case(1.0),
+    "method.synergy_logit_scale": Case(0.3),
+    "method.use_mu_for_kd": Case(False),
+    "method.teacher_weights": Case([0.9, 0.1], m(kd_target="avg")),
+    "method.kd_ens_alpha": Case(0.2, m(teacher_adapt_kd_warmup=2)),
+    "method.kd_ens_alpha_max": Case(0.5, AUTO, gate),
+    "method.hybrid_beta": Case(0.5),
+    "method.kd_warmup_epochs": Case(3),
+    "method.teacher_adapt_kd_warmup": Case(1, WARM),
+    "method.kd_max_ratio": Case(0.05),
+    "method.kd_cooldown_epochs": Case(1),
+    "method.kd_uncertainty_weight": Case(0.9),
+    "method.kd_sample_gate": Case(True),
+    "method.kd_sample_thr": Case(0.5, {**GATED, **m(kd_sample_max_ratio=1.0)}),
+    "method.kd_sample_min_ratio": Case(0.3, {**GATED, **m(kd_sample_thr=0.01)}),
+    "method.kd_sample_max_ratio": Case(0.2, GATED),
+    "method.kd_sample_reweight": Case(False, GATED),
+    "method.kd_two_view_start_epoch": Case(1, TWO),
+    "method.kd_two_view_stop_epoch": Case(1, TWO),
+    "method.enable_kd_after_syn_acc": Case(1.0),
+    "method.gate_source": Case("ema", m(enable_kd_after_syn_acc=0.5), gate),
+    "method.use_disagree_weight": Case(True, m(disagree_lambda_high=3.0)),
+    "method.disagree_mode": Case("both_wrong", DISAGREE),
+    "method.disagree_lambda_high": Case(0.1, DISAGREE),
+    "method.disagree_lambda_low": Case(0.1, {**DISAGREE, **m(disagree_mode="both_wrong")}),
+    # fusion
+    "method.use_ib": Case(False),
+    "method.ib_beta": Case(1.0),
+    "method.ib_beta_warmup_epochs": Case(4, STRONG),
+    "method.beta_schedule": Case([1.0, 0.0, 3]),
+    "method.ib_epochs_per_stage": Case(1, STRONG),
+    "method.ib_mbm_query_key": Case("distill_feat", FEATURES),
+    "method.ib_mbm_query_dim": Case(7),
+    "method.ib_mbm_out_dim": Case(12),
+    "method.ib_mbm_n_head": Case(4),
+    "method.ib_mbm_feature_norm": Case("l2"),
+    "method.ib_mbm_logvar_clip": Case(0.01),
+    "method.ib_mbm_min_std": Case(2.0),
+    "method.ib_mbm_lr_factor": Case(0.1),
+    "method.ib_mbm_reg_lambda": Case(5.0),
+    "method.learnable_q": Case(True),
+    "method.synergy_head_dropout": Case(0.5),
+    "method.synergy_temp_learnable": Case(True),
+    "method.synergy_temp_init": Case(1.0, m(synergy_temp_learnable=True)),
+    "method.use_cccp": Case(True),
+    "method.cccp_alpha": Case(2.0, m(use_cccp=True)),
+    "method.cccp_nt": Case(2),
+    "method.cccp_ns": Case(2),
+    # the A-step
+    "method.synergy_ce_alpha": Case(0.1),
+    "method.teacher_adapt_alpha_kd": Case(2.0),
+    "method.teacher_ce_alpha": Case(2.0, TUNED),
+    "method.min_cw": Case(2.5, m(max_cw=3.0)),
+    "method.max_cw": Case(0.4),
+    "method.reg_lambda": Case(5.0, TUNED),
+    "method.teacher_eval_every": Case(2, observer=part("rows")),
+    "method.synergy_ema_alpha": Case(0.1, {"optim.a_step_lr": 0.05}, part("rows")),
+    "method.synergy_eval_teacher_indices": Case([0], observer=synergy_scores),
+    "method.use_teacher_finetuning": Case(True, m(teacher_ce_alpha=0.5)),
+    "method.use_distillation_adapter": Case(False),
+    "method.distill_out_dim": Case(4),
+    # feature distillation
+    "method.feat_kd_alpha": Case(0.3),
+    "method.feat_kd_key": Case("feat_2d", WIDE),
+    "method.feat_kd_norm": Case("l2", FEATURES),
+    "method.feat_kd_huber_beta": Case(0.1, FEATURES),
+    "method.feat_kd_clip": Case(0.5, FEATURES),
+    # partial freezing
+    "method.use_partial_freeze": Case(True, m(student_freeze_schedule=[-1, 0])),
+    "method.student_freeze_level": Case(0, {**PRETRAINED, **m(use_partial_freeze=True)}),
+    "method.student_freeze_schedule": Case([-1, 1], FROZEN),
+    "method.student_freeze_bn": Case(True, FROZEN),
+    "method.teacher_freeze_level": Case(2, HELD),
+    "method.teacher_freeze_bn": Case(False, HELD),
+    "method.teacher_bn_head_only": Case(True, HELD),
+    "method.teacher_freeze_scope": Case("features_classifier", HELD),
+    # regularisation
+    "method.label_smoothing": Case(0.4),
+    "method.ce_label_smoothing": Case(0.4),
+    "method.mixup_alpha": Case(0.8),
+    "method.cutmix_alpha_distill": Case(0.8),
+    "method.use_loss_clamp": Case(True, m(loss_clamp_max=0.5)),
+    "method.loss_clamp_mode": Case("hard", CLAMPED),
+    "method.loss_clamp_max": Case(1.0, CLAMPED),
+    "method.loss_clamp_warmup_epochs": Case(1, CLAMPED),
+    "method.disable_loss_clamp_in_a": Case(True, CLAMPED),
+    # optimisers and precision
+    "optim.optimizer": Case("adam"),
+    "optim.momentum": Case(0.1, SGD),
+    "optim.student_lr": Case(3e-3),
+    "optim.student_weight_decay": Case(0.5),
+    "optim.a_step_optimizer": Case("sgd"),
+    "optim.a_step_lr": Case(1e-3),
+    "optim.a_step_weight_decay": Case(0.5),
+    "optim.grad_clip_norm": Case(0.01, SGD),
+    "optim.ema_decay": Case(0.9, EMA, part("averaged")),
+    "optim.ema_update_every": Case(3, EMA, part("averaged")),
+    "optim.select_weights": Case("ema", EMA, part("exported")),
+    "optim.use_amp": Case(True),
+    "optim.amp_dtype": Case("float16", {"optim.use_amp": True}),
+    "optim.grad_scaler_init_scale": Case(64.0, HALF, part("scale")),
+    "optim.safe_retry_patience": Case(3, {"finetune.epochs": 9}, patience),
+    "optim.use_channels_last": Case(False, observer=first_images),
+    "optim.deterministic": Case(False, observer=prepared),
+    "optim.compile": Case(True, observer=compiled),
+    "schedule.type": Case("step", more={"schedule.milestones": [1]}),
+    "schedule.lr_warmup_epochs": Case(2),
+    "schedule.min_lr": Case(5e-3),
+    "schedule.milestones": Case([2], STEP),
+    "schedule.gamma": Case(0.5, STEP),
+    "augment.crop_flip": Case(False, observer=first_images),
+    "augment.pad_mode": Case("reflect", observer=first_images),
+    "augment.randaugment": Case(True, observer=first_images),
+    # fine-tuning
+    "finetune.epochs": Case(2, observer=tuned),
+    "finetune.seed": Case(1, observer=tuned),
+    "finetune.optimizer": Case("sgd", observer=tuned),
+    "finetune.lr": Case(3e-3, observer=tuned),
+    "finetune.weight_decay": Case(0.5, observer=tuned),
+    "finetune.schedule.type": Case("step", {}, tuned, {"finetune.schedule.milestones": [1]}),
+    "finetune.schedule.lr_warmup_epochs": Case(2, observer=tuned),
+    "finetune.schedule.min_lr": Case(5e-3, observer=tuned),
+    "finetune.schedule.milestones": Case(
+        [2], {"finetune.schedule.type": "step", "finetune.schedule.milestones": [1]}, tuned
+    ),
+    "finetune.schedule.gamma": Case(
+        0.5, {"finetune.schedule.type": "step", "finetune.schedule.milestones": [1]}, tuned
+    ),
+    "finetune.cutmix_alpha": Case(1.0, observer=tuned),
+    "finetune.label_smoothing": Case(0.3, observer=tuned),
+}
+REFUSED = ("method.name", "method.ib_mbm_query_dim", "method.use_distillation_adapter", "device",
+           "dataset.root", "dataset.download", "resume", "extend", "student")  # fmt: skip
+"""Keys one of whose two values is refused here."""
+
+
+def schema_keys() -> set[str]:
+    return set(flatten(Config.model_validate({"model": {"teachers": [{}]}})))
+
+
+def test_every_key_of_the_schema_is_in_the_table_and_no_other() -> None:
+    assert set(TABLE) == schema_keys()
+
+
+def with_teacher(keys: Keys) -> Keys:
+    """`model.teachers.0.x` keys as a list of one teacher."""
+    first = {k.rsplit(".", 1)[1]: v for k, v in keys.items() if k.startswith("model.teachers.0.")}
+    others = {k: v for k, v in keys.items() if not k.startswith("model.teachers.0.")}
+    return {**others, "model.teachers": [first]} if first else others
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_changing_the_key_changes_what_it_is_for(key: str) -> None:
+    case = TABLE[key]
+    base, other = with_teacher(case.base), with_teacher({**case.base, key: case.to, **case.more})
+    before, after = case.observer(base), case.observer(other)
+    if key not in REFUSED:
+        assert not isinstance(before, str) or case.observer in (data_set, stem, precision), before
+        assert type(before) is type(after), after
+    assert differences(before, after) != []
+
+
+def test_the_observer_sees_nothing_where_nothing_differs() -> None:
+    """Runs are reproducible: what differs above differs by the key."""
+    first = _run(json.dumps({}))
+    _run.cache_clear()
+    assert differences(first, _run(json.dumps({}))) == []
+    assert differences(tuned({}), tuned({})) == []
+
+
+DEFAULTS_IN_THE_TABLE = {"log_model": False, "tracking.mode": "offline", "dataset.name": "npz", "method.num_stages": 3,
+                         "model.teachers.0.pretrained": True, "method.ib_mbm_n_head": 8}  # fmt: skip
+"""Other values of keys for which the table's is the default."""
+BOOKKEEPING = {"device", "threads", "output_dir", "run_name", "rung", "student", "resume", "extend", "log_model",
+               "register", "debug", "dataset.root", "dataset.path", "dataset.download", "dataset.eval_batch_size",
+               "dataset.workers", "optim.use_amp", "optim.compile", "model.teachers.0.checkpoint",
+               "bank", "bank_folder", "bank_gb"}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_the_hash_covers_the_key_unless_it_is_bookkeeping(key: str) -> None:
+    plain = flatten(Config.model_validate({"model": {"teachers": [{}]}}))
+    *sections, last = key.replace("teachers.0", "teachers").split(".")
+    config = Config.model_validate({"model": {"teachers": [{}]}})
+    parts: list[Any] = [config]
+    for section in sections:
+        found = getattr(parts[-1], section)
+        parts.append(found[0] if isinstance(found, tuple) else found)
+    value = tuple(TABLE[key].to) if isinstance(TABLE[key].to, list) else TABLE[key].to
+    value = DEFAULTS_IN_THE_TABLE.get(key, value)
+    assert value != plain[key]
+    inner: Any = parts.pop().model_copy(update={last: value})
+    for section, outer in zip(reversed(sections), reversed(parts), strict=True):
+        inner = outer.model_copy(update={section: (inner,) if section == "teachers" else inner})
+    uncomputed = key in BOOKKEEPING or key.startswith(("checkpoint.", "tracking."))
+    assert (config_hash(inner) == config_hash(config)) == uncomputed
+
+
+def test_a_configuration_is_no_scratch_pad() -> None:
+    """The research code kept results in its configuration: here it cannot be written to, and a run leaves it alone."""
+    c = tiny({})
+    before = c.model_dump_json()
+    task = distillation(c, images())
+    with tempfile.TemporaryDirectory() as folder:
+        loop = loop_for(task, Path(folder))
+        loop.slots = None
+        loop.run()
+    task.results()
+    assert c.model_dump_json() == before
+    for section, name in ((c, "seed"), (c.method, "tau"), (c.optim, "use_amp"), (c.model.teachers[0], "checkpoint")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, getattr(section, name))
+    with pytest.raises(ValidationError):
+        c.method.result = 1.0  # type: ignore[attr-defined]

@@ -1,0 +1,123 @@
+"""A run with the teacher bank says so: in its log, its tags, its identity and its metrics."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.compose import compose
+from pipeline.config import Config
+from pipeline.data import sources
+from pipeline.distill import distill, export, networks, results, train
+from pipeline.paths import REPOSITORY
+from pipeline.runs import records
+from pipeline.runs.run import Run
+from pipeline.training.bank import cache
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(cache, "RESERVE", 0)
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    with (
+        mock.patch.object(results, "curves"),
+        mock.patch.object(results, "confusion"),
+        mock.patch.object(export, "log_student"),
+    ):
+        yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.set_num_threads(before[1])
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, Any]:
+    """A student, a teacher with a checkpoint, 24 images of 16 x 16."""
+    rng = np.random.default_rng(0)
+    images = {f"x_{s}": rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for s, n in (("train", 24), ("test", 9))}
+    np.savez(tmp_path / "data.npz", **images, y_train=np.arange(24) % 3, y_test=np.arange(9) % 3)
+    found: dict[str, Any] = {
+        "output_dir": str(tmp_path / "runs"),
+        "device": "cpu",
+        "threads": 1,
+        "log_model": False,
+        "dataset": {"name": "npz", "path": str(tmp_path / "data.npz"), "batch_size": 8, "val_fraction": 0.25},
+        "model": {
+            "student": {"name": "cifar_resnet8"},
+            "teachers": [{"name": "cifar_resnet8", "checkpoint": str(tmp_path / "teacher.safetensors")}],
+        },
+        "method": {"student_epochs_per_stage": [2], "kd_alpha": 0.5, "kd_target": "avg"},
+        "tracking": {"mode": "offline"},
+    }
+    config = Config.model_validate(found)
+    data = sources.load(config.dataset)
+    networks.save(networks.build_teacher(config, data, 0), tmp_path / "teacher.safetensors", config, data)
+    return found
+
+
+def distilled(keys: dict[str, Any], **more: Any) -> records.Record:
+    train._load.cache_clear()
+    run = Run.open("distill", Config.model_validate(keys | more))
+    distill.distill(run)
+    run.close("FINISHED", "completed", 0)
+    return records.from_folder(run.folder)
+
+
+def test_a_run_states_its_bank(keys: dict[str, Any], caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
+    caplog.set_level("INFO", "asib")
+    off, auto = distilled(keys, bank="off"), distilled(keys)
+    assert "no teacher bank: bank=off" in caplog.text
+    assert "no teacher bank: it would save" in caplog.text
+    assert not (Path(keys["output_dir"]) / "bank").exists()
+    lazy = distilled(keys, bank="lazy")
+    assert "teacher bank: lazy, in" in caplog.text
+    ahead = distilled(keys, bank="ahead")
+    assert "0 images of all teachers computed ahead" in caplog.text, "the lazy run has left them"
+    assert [r.tags["asib.bank"] for r in (off, auto, lazy, ahead)] == ["off", "off", "lazy", "ahead"]
+    assert lazy.tags["asib.identity"] == ahead.tags["asib.identity"] != off.tags["asib.identity"]
+    assert len({r.tags["asib.config_hash"] for r in (off, lazy, ahead)}) == 1
+    assert lazy.metrics["bank/served"] + lazy.metrics["bank/computed"] == 18  # of the last epoch
+    assert (ahead.metrics["bank/served"], ahead.metrics["bank/computed"]) == (18, 0)
+    assert "bank/served" not in off.metrics
+    # the same bits as when it was filled; the costs of the method are those without a bank
+    assert lazy.tags["asib.weights"] == ahead.tags["asib.weights"]
+    asked = "cost/forward_images/teacher_0"
+    assert off.metrics[asked] == lazy.metrics[asked] == ahead.metrics[asked] == 36
+
+
+def test_a_folder_that_cannot_be_used_leaves_the_run_without_a_bank(
+    keys: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    found = distilled(keys, bank="lazy", bank_folder=str(tmp_path / "file"))
+    assert found.tags["asib.bank"] == "off"
+    assert "bank_folder=… names another" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_runs_that_build_at_once_have_the_same_bits(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Steps of their own, begun together on an empty bank; what they used is what a third one is served."""
+    file = tmp_path / "run.yaml"
+    config = Config.model_validate({**keys, "bank": "lazy"})
+    file.write_text(compose.dump(config))
+    command = [sys.executable, "-m", "steps.distill", f"cfg={file}"]
+    processes = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert subprocess.run(command, cwd=REPOSITORY, check=False, stdout=subprocess.DEVNULL).returncode == 0
+    runs = [records.from_folder(f.parent) for f in Path(keys["output_dir"]).glob("*-distill-*/results.json")]
+    assert len(runs) == 3
+    assert len({r.tags["asib.weights"] for r in runs}) == 1
+    assert min(r.metrics["bank/computed"] for r in runs) == 0
+    (content,) = (tmp_path / "runs" / "bank").rglob("records.bin")
+    cells = np.fromfile(content, np.uint64).reshape(-1, _words(content))[:, 1]
+    assert len(np.unique(cells)) == len(cells), "no view is there twice"
+
+
+def _words(content: Path) -> int:
+    header = json.loads((content.parent / "header.json").read_text())
+    return 2 + -(-int(header["width"]) // 4)

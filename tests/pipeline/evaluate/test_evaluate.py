@@ -1,0 +1,342 @@
+"""The job: modes and splits find what training found, other code's checkpoints what ours find; bad input is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from pipeline.config import DatasetConfig
+from pipeline.data import load, split
+from pipeline.evaluate import tables
+from tests.steps.lab import Done, Lab, client, deliver, journal, points, run_id, see, tensors, write_npz
+
+QUICK = "speed=false"
+
+
+def last(folder: Path) -> dict[str, float]:
+    """Every metric's last value in a run's record."""
+    return {name: values[-1] for (name, _), values in sorted(points(folder).items(), key=lambda item: item[0][1])}
+
+
+def tags(folder: Path) -> dict[str, str]:
+    return {k: v for e in journal(folder) if e.kind == "tags" for k, v in e.data["values"].items()}
+
+
+def evaluated(lab: Lab, *overrides: str) -> Done:
+    done = lab.step("evaluate", QUICK, *overrides)
+    assert done.code == 0, done.err
+    return done
+
+
+# what training found -----------------------------------------------------------------------------------------------
+
+
+def test_each_mode_finds_what_the_distillation_found(bench: Lab, distilled: Done, student: Path) -> None:
+    before = last(distilled.folder)
+    single = last(evaluated(bench, f"model={distilled.folder}").folder)
+    synergy = evaluated(bench, f"model={student}", "mode=synergy")
+    average = evaluated(bench, "mode=average")
+    assert single["test/acc"] == before["final/acc_val_selected"]
+    assert last(synergy.folder)["test/acc"] == before["final/synergy_acc"]
+    assert last(average.folder)["test/acc"] == before["final/teacher_avg_acc"]
+    for found in (single, last(synergy.folder), last(average.folder)):
+        for k in (0, 1):
+            assert found[f"test/teacher_{k}/acc"] == before[f"final/teacher_{k}_acc"]
+    assert tags(synergy.folder)["asib.mode"] == "synergy"
+    assert tags(synergy.folder)["asib.teachers"] == tags(distilled.folder)["asib.teachers"]
+
+
+def test_costs_of_a_mode_are_those_of_its_networks(bench: Lab, distilled: Done, student: Path) -> None:
+    """Parameters by counting tensors; multiply-accumulates as the distillation counted them."""
+    teachers = [distilled.folder / f"teacher_{k}/checkpoints/teacher.safetensors" for k in (0, 1)]
+    fusion = distilled.folder / "checkpoints/fusion.safetensors"
+
+    def size(*files: Path) -> int:
+        skipped = ("running_mean", "running_var", "num_batches_tracked")
+        return sum(v.size for file in files for k, v in tensors(file).items() if not k.endswith(skipped))
+
+    before = last(distilled.folder)
+    macs = {name: before[f"cost/macs_per_image/{name}"] for name in ("student", "teacher_0", "teacher_1", "fusion")}
+    single = last(evaluated(bench, f"model={student}", "teachers=false").folder)
+    average = last(evaluated(bench, "mode=average").folder)
+    synergy = last(evaluated(bench, f"model={student}", "mode=synergy").folder)
+    assert (single["parameters/total"], single["cost/macs_per_image"]) == (size(student), macs["student"])
+    both = macs["teacher_0"] + macs["teacher_1"]
+    assert (average["parameters/total"], average["cost/macs_per_image"]) == (size(*teachers), both)
+    assert synergy["parameters/total"] == size(student, *teachers, fusion)
+    assert synergy["cost/macs_per_image"] == sum(macs.values())
+    assert not [name for name in single if "teacher" in name]
+
+
+def test_the_three_splits(bench: Lab, distilled: Done, student: Path) -> None:
+    done = evaluated(bench, f"student={student}", "split=both", "teachers=false")
+    found = last(done.folder)
+    assert found["test/acc"] == last(distilled.folder)["final/acc_val_selected"]
+    val = evaluated(bench, f"student={student}", "split=val", "teachers=false")
+    assert last(val.folder)["val/acc"] == last(distilled.folder)["final/val_acc"]
+    assert "asib.val_contaminated" not in tags(val.folder)
+    data = load(DatasetConfig(name="npz", path=str(bench.data)))
+    parts = split(data.train_y, 0.2, data.digest, 0)
+    for folder, name, index in (
+        (done.folder / "train", "train", parts.train),
+        (val.folder / "val", "val", parts.val),
+        (done.folder, "test", torch.arange(40)),
+    ):
+        back = tables.read_correctness(folder / tables.CORRECTNESS)
+        labels = (data.test_y if name == "test" else data.train_y)[index]
+        np.testing.assert_array_equal(back.table["index"], index)
+        np.testing.assert_array_equal(back.table["label"], labels)
+        assert (back.data_digest, back.split) == (data.digest, name)
+        metrics = found | last(val.folder)
+        assert 100 * back.table["correct"].mean() == pytest.approx(metrics[f"{name}/acc"])
+        per_class = json.loads((folder / "per_class.json").read_text())
+        table = pd.DataFrame(per_class["data"], columns=per_class["columns"])
+        means = 100 * back.table.groupby("label")["correct"].mean()
+        np.testing.assert_allclose(table["accuracy"], means)
+    assert {"path": "train/per_class.json", "type": "table"} in json.loads(tags(done.folder)["mlflow.loggedArtifacts"])
+
+
+def test_clean_training_images_are_not_augmented(bench: Lab, student: Path) -> None:
+    """The same network on the same images twice, and with another run seed: the same numbers."""
+    once, again = (
+        last(evaluated(bench, f"student={student}", "split=train", "teachers=false", f"seed={seed}").folder)
+        for seed in (0, 7)
+    )
+    assert once == again
+
+
+def test_other_images_of_the_same_classes_are_prepared_as_the_model_was_trained(
+    bench: Lab, student: Path, tmp_path: Path
+) -> None:
+    """A second data set with the same test images but other statistics: the same predictions."""
+    with np.load(bench.data) as arrays:
+        other = dict(arrays)
+    other["x_train"] = other["x_train"] // 2
+    np.savez(tmp_path / "darker.npz", **other)
+    here = evaluated(bench, f"student={student}", "teachers=false")
+    there = evaluated(bench, f"student={student}", "teachers=false", f"dataset.path={tmp_path / 'darker.npz'}")
+    assert last(here.folder)["test/nll"] == last(there.folder)["test/nll"]
+    assert tags(here.folder)["asib.data_digest"] != tags(there.folder)["asib.data_digest"]
+
+
+# checkpoints of other code ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def research(distilled: Done, student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same networks as the research code saved them: adapters with the teachers, two files for the fusion."""
+    folder = tmp_path_factory.mktemp("research")
+    fusion = {k: torch.from_numpy(v) for k, v in tensors(distilled.folder / "checkpoints/fusion.safetensors").items()}
+
+    def under(prefix: str) -> dict[str, torch.Tensor]:
+        return {k.removeprefix(prefix): v for k, v in fusion.items() if k.startswith(prefix)}
+
+    torch.save(under("ib_mbm."), folder / "mbm.pth")
+    torch.save(under("head."), folder / "synergy_head.pth")
+    for k in (0, 1):
+        net = tensors(distilled.folder / f"teacher_{k}/checkpoints/teacher.safetensors")
+        state = {f"backbone.{name}": torch.from_numpy(v) for name, v in net.items()}
+        adapter = {f"distillation_adapter.{name}": v for name, v in under(f"adapters.{k}.").items()}
+        torch.save({"state_dict": state | adapter}, folder / f"teacher_{k}_ft.pth")
+    state = {f"module.{name}": torch.from_numpy(v) for name, v in tensors(student).items()}
+    torch.save({"state_dict": state}, folder / "student.pth")
+    return folder
+
+
+def test_checkpoints_of_the_research_code_score_the_same(
+    bench: Lab, distilled: Done, student: Path, research: Path
+) -> None:
+    given = [f"model.teachers.{k}.checkpoint={research}/teacher_{k}_ft.pth" for k in (0, 1)]
+    ours = last(evaluated(bench, f"model={student}", "mode=synergy").folder)
+    theirs = evaluated(bench, f"model={research}/student.pth", "mode=synergy", f"fusion={research}", *given)
+    assert last(theirs.folder) == ours
+    single = evaluated(
+        bench, f"model={research}/teacher_0_ft.pth", "teachers=false"
+    )  # its network is the student's too
+    assert last(single.folder)["test/acc"] == last(distilled.folder)["final/teacher_0_acc"]
+
+
+def test_teachers_in_one_token(bench: Lab, student: Path, research: Path, tmp_path: Path) -> None:
+    """An `mbm.pth` that takes both teachers concatenated is what it is, and not refused for its width."""
+    for file in research.glob("*.pth"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    state = torch.load(tmp_path / "mbm.pth", weights_only=True)
+    state["kv_proj.weight"] = torch.cat([state["kv_proj.weight"], torch.zeros_like(state["kv_proj.weight"])], dim=1)
+    torch.save(state, tmp_path / "mbm.pth")
+    given = [f"model.teachers.{k}.checkpoint={research}/teacher_{k}_ft.pth" for k in (0, 1)]
+    evaluated(bench, f"model={student}", "mode=synergy", f"fusion={tmp_path}", *given)
+
+
+# bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(bench: Lab) -> Path:
+    """A run that has trained the student without teachers, and so without a fusion."""
+    done = bench.step("baseline")
+    assert done.code == 0, done.err
+    return done.folder
+
+
+@pytest.fixture(scope="module")
+def files(student: Path, research: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that do not do."""
+    folder = tmp_path_factory.mktemp("bad")
+    write_npz(folder / "names.npz", class_names=np.array(["oak", "birch", "cedar", "date"]))
+    write_npz(folder / "five.npz", classes=5)
+    write_npz(folder / "larger.npz", size=32)
+    (folder / "half").mkdir()
+    (folder / "half/mbm.pth").write_bytes((research / "mbm.pth").read_bytes())
+    (folder / "empty").mkdir()
+    return folder
+
+
+TWICE = [
+    "model.teachers.0.name=cifar_wrn_16_1",
+    "model.teachers.0.checkpoint={research}/teacher_1_ft.pth",
+    "model.teachers.1.checkpoint={research}/teacher_1_ft.pth",
+]
+REFUSED: dict[str, tuple[list[str], list[str]]] = {
+    "no model": ([], ["student is not set", "model=runs:/<id>"]),
+    "two models": (["model=a.pt", "student=b.pt"], ["model=a.pt and student=b.pt"]),
+    "unknown mode": (["model={student}", "mode=synergi"], ["mode=synergi", "did you mean synergy?"]),
+    "unknown split": (["model={student}", "split=validation"], ["split=validation", "test, train, val, both"]),
+    "no validation": (
+        ["model={student}", "split=val", "dataset.val_fraction=0"],
+        ["split=val", "dataset.val_fraction=0"],
+    ),
+    "synergy without teachers": (
+        ["model={student}", "mode=synergy", "model.teachers=[]", "method.kd_alpha=0"],
+        ["mode=synergy", "model.teachers is empty"],
+    ),
+    "average without teachers": (
+        ["mode=average", "model.teachers=[]", "method.kd_alpha=0"],
+        ["mode=average", "model.teachers is empty"],
+    ),
+    "fusion without synergy": (["model={student}", "fusion={research}"], ["fusion=", "mode=synergy"]),
+    "another number of classes": (
+        ["model={student}", "dataset.path={files}/five.npz"],
+        ["model={student}", "num_classes is 4 in the checkpoint, 5 here"],
+    ),
+    "other class names": (
+        ["model={student}", "dataset.path={files}/names.npz"],
+        ["model={student}", "other classes (", "oak"],
+    ),
+    "another image size": (
+        ["model={student}", "dataset.path={files}/larger.npz"],
+        ["model={student}", "image size is 16 in the checkpoint, 32 here"],
+    ),
+    "an empty folder": (["model={files}/empty"], ["model={files}/empty", "no .safetensors file"]),
+    "a fusion as model": (["model={research}/mbm.pth"], ["mbm.pth", "mode=synergy", "fusion={research}"]),
+    "another scheme": (["model=s3://a/b"], ["model=s3://a/b", "models:/<name>@<alias>"]),
+    "half a version": (["model=models:/a/1/b/c"], ["models:/a/1/b/c", "models:/<name>/<version>"]),
+    "no fusion": (["model={research}/student.pth", "mode=synergy"], ["mode=synergy", "fusion="]),
+    "a run without a fusion": (
+        ["model={alone}", "mode=synergy"],
+        ["student={alone}/checkpoints/student.safetensors", "has no fusion; mode=single and mode=average work"],
+    ),
+    "a run without a fusion as fusion": (
+        ["model={student}", "mode=synergy", "fusion={alone}"],
+        ["fusion={alone}", "has no fusion; mode=single and mode=average work", "fusion=runs:/<id>"],
+    ),
+    "half a fusion": (
+        ["model={student}", "mode=synergy", "fusion={files}/half"],
+        ["fusion={files}/half", "no synergy_head.pth"],
+    ),
+    "adapters missing": (
+        ["model={student}", "mode=synergy", "fusion={research}"],
+        ["mbm.pth", "model.teachers.0.checkpoint", "distillation_adapter."],
+    ),
+    "another width": (
+        ["model={student}", "mode=synergy", "method.ib_mbm_out_dim=32"],
+        ["fusion=", "mis-shaped", "(16,"],
+    ),
+    "other heads": (
+        ["model={student}", "mode=synergy", "method.ib_mbm_n_head=2"],
+        ["method.ib_mbm_n_head=2", "had 4", "config.yaml"],
+    ),
+    "other teachers": (
+        ["model={student}", "mode=synergy", *TWICE],
+        ["model.teachers: the fusion was trained with teachers"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_and_code_2(
+    bench: Lab, student: Path, alone: Path, research: Path, files: Path, case: str
+) -> None:
+    overrides, needles = REFUSED[case]
+    places = {"student": student, "alone": alone, "research": research, "files": files}
+    done = bench.step("evaluate", QUICK, *(text.format(**places) for text in overrides))
+    assert done.code == 2, done.err
+    assert len(done.lines) == 1, done.err
+    for needle in needles:
+        assert needle.format(**places) in done.lines[0]
+    assert not [folder for folder in done.new if (folder / "results.json").exists()]
+
+
+def test_teachers_that_are_not_there_are_no_error_without_need(bench: Lab, student: Path) -> None:
+    """They are left out, and nothing is fine-tuned for a comparison that nobody asked for."""
+    done = evaluated(bench, f"model={student}", "finetune.seed=99")
+    assert not [name for name in last(done.folder) if "teacher" in name]
+    assert "not compared with teachers" in done.err
+    assert not (done.folder / "teacher_0").exists()
+
+
+# registered models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_registered_models_are_fetched_by_alias_version_and_run(bench: Lab, distilled: Done, sqlite_uri: str) -> None:
+    """On a server: the version behind an alias is the run's model, its input, and named by a tag."""
+    settings = yaml.safe_load(bench.cfg.read_text())
+    bench.cfg.with_name("logged.yaml").write_text(yaml.safe_dump(settings | {"log_model": True}))
+    made = bench.raw("distill", [f"cfg={bench.cfg.with_name('logged.yaml')}", f"output_dir={bench.runs}"])
+    assert made.code == 0, made.err
+    deliver(sqlite_uri, made.folder)
+    mlflow, source = client(sqlite_uri), run_id(made.folder)
+    (model,) = see(sqlite_uri, source).models_out
+    mlflow.create_registered_model("tree-student")
+    mlflow.create_model_version("tree-student", f"models:/{model}", source, model_id=model)
+    mlflow.set_registered_model_alias("tree-student", "champion", "1")
+    online = ["tracking.mode=online", f"tracking.uri={sqlite_uri}", "teachers=false"]
+    for name in ("models:/tree-student@champion", "models:/tree-student/1", f"runs:/{source}"):
+        done = evaluated(bench, f"model={name}", *online)
+        assert last(done.folder)["test/acc"] == last(made.folder)["final/acc_val_selected"]
+        seen = see(sqlite_uri, run_id(done.folder))
+        assert seen.models_in == [model]
+        assert seen.tags["asib.student"] == source
+        assert seen.tags.get("asib.model") == (None if name.startswith("runs:/") else "models:/tree-student/1")
+        assert (seen.tags["asib.mode"], seen.tags["asib.eval_split"]) == ("single", "test")
+        pictures = {"confusion.png", "reliability.png", "correctness.parquet", "per_class.json"}
+        assert pictures <= seen.artifacts
+    synergy = evaluated(bench, "model=models:/tree-student@champion", "mode=synergy", *online[:2])
+    assert last(synergy.folder)["test/acc"] == last(made.folder)["final/synergy_acc"]
+    for name in ("models:/tree-student@nobody", "models:/tree-student/9", "models:/nobody/1"):
+        refused = bench.step("evaluate", QUICK, f"model={name}", *online)
+        assert refused.code == 2, refused.err
+        assert len(refused.lines) == 1, refused.err
+        assert f"model={name}: " in refused.lines[0]
+
+
+def test_a_run_on_a_server_without_a_fusion_is_no_missing_file(bench: Lab, alone: Path, sqlite_uri: str) -> None:
+    """An unknown run, and a file that is given by name, still cannot be fetched."""
+    deliver(sqlite_uri, alone)
+    source = run_id(alone)
+    online = ["tracking.mode=online", f"tracking.uri={sqlite_uri}", "mode=synergy", QUICK]
+    for more, needle in (
+        ([], f"student=runs:/{source}: that run has no fusion; mode=single and mode=average work"),
+        ([f"fusion=runs:/{source}"], f"fusion=runs:/{source}: that run has no fusion"),
+        ([f"fusion=runs:/{source}/fusion.safetensors"], "cannot be fetched"),
+        (["fusion=runs:/" + 32 * "0"], "cannot be fetched"),
+    ):
+        done = bench.step("evaluate", f"model=runs:/{source}", *online, *more)
+        assert (done.code, len(done.lines)) == (2, 1), done.err
+        assert needle in done.lines[0]

@@ -1,0 +1,241 @@
+"""The gate: its statistics against hand-made numbers, scipy and closed forms, and every criterion at its limit."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from pipeline.errors import UserError
+from pipeline.promote import criteria as gates
+from pipeline.promote import gate as g
+from pipeline.promote import report
+from pipeline.promote.criteria import Gate
+from pipeline.promote.gate import Measured, Pairs
+from pipeline.reporting import statistics
+from tests.rendering import EVIL, leads
+
+CLASSES = ("ash", "birch", "cedar", "date")
+
+
+def correct(*right: int, of: int = 40) -> g.Bools:
+    """(of,) true on these slices of ten images: `correct(0, 1)` has the first twenty right."""
+    return np.isin(np.arange(of) // 10, right)
+
+
+LABELS = (np.arange(40) // 10).astype(np.int64)  # ten images of each class, in order
+
+
+def measured(right: g.Bools, ece: float = 0.1, latency_ms: float = 2.0, parameters: int = 1000) -> Measured:
+    return Measured(right, ece, latency_ms, parameters)
+
+
+# statistics ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("alone", "other", "p"),
+    [
+        (10, 0, 2 / 1024),
+        (0, 10, 2 / 1024),
+        (8, 2, 112 / 1024),
+        (5, 3, 186 / 256),
+        (4, 4, 1.0),
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+    ],
+)
+def test_mcnemar_counts_the_tosses_of_a_fair_coin(alone: int, other: int, p: float) -> None:
+    assert g.mcnemar(Pairs(50, alone, other, 30)) == pytest.approx(p, rel=1e-12)
+
+
+@pytest.mark.parametrize(("alone", "other"), [(310, 250), (3, 900), (77, 78)])
+def test_mcnemar_is_twice_the_binomial_tail(alone: int, other: int) -> None:
+    expected = min(1.0, 2 * binom.cdf(min(alone, other), alone + other, 0.5))
+    assert g.mcnemar(Pairs(0, alone, other, 0)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_bootstrap_has_the_mean_and_the_variance_of_a_paired_difference() -> None:
+    found = Pairs(700, 120, 80, 100)
+    drawn = g.bootstrap(found, 200_000)
+    plus, minus, n = 0.12, 0.08, 1000
+    sd = 100 * np.sqrt((plus + minus - (plus - minus) ** 2) / n)
+    assert drawn.mean() == pytest.approx(4.0, abs=4 * sd / np.sqrt(200_000))
+    assert drawn.std() == pytest.approx(sd, rel=0.01)
+    low, high = g.interval(drawn, 0.95)
+    # normal at this size; a bound is a multiple of a tenth of a point
+    assert (low, high) == (pytest.approx(4 - 1.96 * sd, abs=0.11), pytest.approx(4 + 1.96 * sd, abs=0.11))
+
+
+def test_drawing_counts_is_drawing_images() -> None:
+    """The same interval as resampling the images themselves gives, as comparisons of runs do."""
+    one, other = np.zeros(300, bool), np.zeros(300, bool)
+    one[:200], other[30:215] = True, True
+    found = g.pairs(one, other)
+    assert found == Pairs(170, 30, 15, 85)
+    low, high = g.interval(g.bootstrap(found, 50_000), 0.9)
+    images = statistics.difference(100.0 * one[None], 100.0 * other[None], level=0.9, count=20_000)
+    assert images.mean == pytest.approx(found.improvement)
+    assert (low, high) == (pytest.approx(images.low, abs=0.34), pytest.approx(images.high, abs=0.34))
+
+
+def test_pairs_need_the_same_images() -> None:
+    with pytest.raises(ValueError, match="same images"):
+        g.pairs(correct(0), correct(0, of=30))
+    with pytest.raises(ValueError, match="at least one"):
+        g.pairs(np.zeros(0, bool), np.zeros(0, bool))
+
+
+def test_class_accuracies_leave_out_classes_without_images() -> None:
+    labels = np.array([0, 0, 0, 2, 2], dtype=np.int64)
+    found = g.class_accuracies(np.array([True, False, False, True, True]), labels, 4)
+    np.testing.assert_allclose(found, [100 / 3, np.nan, 100, np.nan])
+
+
+# the verdict ---------------------------------------------------------------------------------------------------------
+
+
+def judged(challenger: Measured, champion: Measured | None, **keys: Any) -> dict[str, bool]:
+    verdict = g.judge(Gate.model_validate(keys), LABELS, CLASSES, challenger, champion)
+    assert verdict.passed == (not verdict.failed)
+    return {criterion.name: criterion.passed for criterion in verdict.criteria}
+
+
+def test_a_better_challenger_passes_with_the_numbers_behind_it() -> None:
+    verdict = g.judge(Gate(), LABELS, CLASSES, measured(correct(0, 1, 2, 3)), measured(correct(2, 3)))
+    assert verdict.passed
+    assert verdict.numbers["promotion/improvement"] == 50.0
+    assert verdict.numbers["promotion/p_value"] == 2.0**-19
+    assert verdict.numbers["promotion/challenger_only"] == 20
+    assert verdict.numbers["promotion/champion_only"] == 0
+    assert verdict.numbers["promotion/worst_class_drop"] == 0.0
+    assert 30 < verdict.numbers["promotion/interval_low"] < 50 < verdict.numbers["promotion/interval_high"] < 70
+
+
+@pytest.mark.parametrize(
+    ("challenger", "champion", "note"),
+    [((2, 3), (2, 3), "equally good"), ((0, 1), (2, 3), "equally good"), ((3,), (2, 3), "worse")],
+)
+def test_equal_and_worse_never_pass(challenger: Any, champion: Any, note: str) -> None:
+    """Not even a gate that asks for nothing else."""
+    nothing = Gate(alpha=None, interval=None, max_class_drop=None)
+    verdict = g.judge(nothing, LABELS, CLASSES, measured(correct(*challenger)), measured(correct(*champion)))
+    assert [(c.name, c.note) for c in verdict.failed] == [("improvement", note)]
+
+
+FIVE = correct(0, 1) & (np.arange(40) < 5)  # 12.5 %
+SIX = correct(0, 1) & (np.arange(40) < 6)
+ONLY: dict[str, Any] = {"alpha": None, "interval": None, "max_class_drop": None, "max_ece_increase": None,
+                        "max_latency_ratio": None, "max_parameters_ratio": None}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("criterion", "keys", "better", "passes"),
+    [
+        ("improvement", {"min_improvement": 2.5}, {}, True),
+        ("improvement", {"min_improvement": 2.6}, {}, False),
+        ("McNemar test", {"alpha": 0.99}, {}, False),  # one image more: p = 1
+        ("bootstrap interval", {"interval": 0.9}, {}, True),  # never below 0
+        ("bootstrap interval", {"interval": 0.9, "min_interval_low": 0.1}, {}, False),
+        ("calibration error", {"max_ece": 0.1}, {}, True),
+        ("calibration error", {"max_ece": 0.09}, {}, False),
+        ("calibration error, increase", {"max_ece_increase": 0.05}, {"ece": 0.15}, True),
+        ("calibration error, increase", {"max_ece_increase": 0.05}, {"ece": 0.16}, False),
+        ("calibration error, increase", {"max_ece_increase": 0.05}, {"ece": float("nan")}, False),
+        ("latency", {"max_latency_ms": 2.0}, {}, True),
+        ("latency", {"max_latency_ms": 2.0}, {"latency_ms": 2.1}, False),
+        ("latency, relative", {"max_latency_ratio": 1.5}, {"latency_ms": 3.0}, True),
+        ("latency, relative", {"max_latency_ratio": 1.5}, {"latency_ms": 3.1}, False),
+        ("parameters", {"max_parameters": 1000}, {}, True),
+        ("parameters", {"max_parameters": 999}, {}, False),
+        ("parameters, relative", {"max_parameters_ratio": 1.0}, {"parameters": 1000}, True),
+        ("parameters, relative", {"max_parameters_ratio": 1.0}, {"parameters": 1001}, False),
+    ],
+)
+def test_each_criterion_at_its_limit(
+    criterion: str, keys: dict[str, Any], better: dict[str, Any], passes: bool
+) -> None:
+    found = judged(measured(SIX, **better), measured(FIVE), **{**ONLY, **keys})
+    assert found[criterion] is passes
+    assert all(passed for name, passed in found.items() if name != criterion)
+
+
+def test_no_class_may_fall_by_more_than_allowed() -> None:
+    one = correct(0, 1, 2) | (np.arange(40) >= 38)  # two of ten dates
+    other = correct(3)
+    for allowed, passes in ((80.0, True), (79.0, False)):
+        found = g.judge(Gate(max_class_drop=allowed), LABELS, CLASSES, measured(one), measured(other))
+        (drop,) = [c for c in found.criteria if c.name == "drop of a class"]
+        assert (drop.value, drop.note, drop.passed) == (80.0, "date", passes)
+
+
+def test_a_first_version_has_thresholds() -> None:
+    keys = {"first": {"min_acc": 12.5, "min_class_acc": 0.0}, "max_ece": 0.05}
+    assert judged(measured(FIVE, ece=0.04), None, **keys) == {
+        "accuracy": True,
+        "accuracy of a class": True,
+        "calibration error": True,
+    }
+    keys = {"first": {"min_acc": 12.6, "min_class_acc": 1.0}, "max_ece": 0.05, "max_latency_ms": 1.0}
+    assert set(judged(measured(FIVE), None, **keys).values()) == {False}
+
+
+# its file ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_gate_states_every_key(tmp_path: Any) -> None:
+    import yaml
+
+    gate = gates.load("default", {})
+    text = yaml.safe_load((gates.locate("promotion", "default")).read_text())
+    assert {*text, *(f"first.{key}" for key in text.pop("first"))} - {"first"} >= {*gates.keys()} - {"replicates"}
+    assert gate.name == "default"
+    file = tmp_path / "strict.yaml"
+    file.write_text("alpha: 0.01\nfirst: {min_acc: 70}\n")
+    strict = gates.load(str(file), {"first.min_class_acc": "20", "interval": "null"})
+    assert (strict.alpha, strict.first.min_acc, strict.first.min_class_acc, strict.interval) == (0.01, 70.0, 20.0, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "needles"),
+    [
+        ("defualt", {}, ["gate=defualt", "did you mean default"]),
+        ("default", {"alhpa": "0.1"}, ["gate.alhpa", "did you mean gate.alpha"]),
+        ("default", {"alpha": "2"}, ["gate.alpha: got 2", "below 1"]),
+        ("default", {"first.min_acc": "high"}, ["gate.first.min_acc: got 'high'", "from 0 to 100"]),
+        ("default", {"max_ece": "true"}, ["gate.max_ece: got true"]),
+        ("default", {"first": "3"}, ["gate.first: got 3"]),
+        ("nowhere/gate.yaml", {}, ["gate=nowhere/gate.yaml: no such file"]),
+    ],
+)
+def test_a_gate_that_is_none_is_refused_in_one_line(name: str, settings: dict[str, str], needles: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        gates.load(name, settings)
+    assert "\n" not in str(refused.value)
+    for needle in needles:
+        assert needle in str(refused.value)
+
+
+def test_a_gate_names_what_the_command_line_has_changed_of_it(tmp_path: Any) -> None:
+    assert gates.load("default", {}).words == "default"
+    assert (
+        gates.load("default", {"alpha": "0.05", "first.min_acc": "60"}).words
+        == "default with first.min_acc=60.0 (15.0)"
+    )
+    changed = {"alpha": "0.999", "max_ece_increase": "null"}
+    assert gates.load("default", changed).words == "default with alpha=0.999 (0.05), max_ece_increase=null (0.05)"
+    own = tmp_path / "default.yaml"
+    own.write_text("alpha: 0.999\n")
+    digest = hashlib.sha256(b"alpha: 0.999\n").hexdigest()[:12]
+    assert gates.load(str(own), {}).words == f"default.yaml, sha256 {digest}", "a file of that name is not the default"
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_a_verdicts_note_loads_nothing_and_leads_nowhere(name: str) -> None:
+    worst = g.Criterion("class drop", 3.0, 2.0, False, False, "points", f"most in {name}")
+    text = report.note(f"m: {name}", g.Verdict((worst,), {}), f"m: version 2 is refused: {name}", name)
+    assert leads(text) == []
+    assert "| class drop | +3.00 points | at most +2.00 points | REFUSED |" in text

@@ -1,0 +1,133 @@
+"""The two-level bootstrap against closed forms, and its coverage on simulated accuracies."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pipeline.reporting import statistics
+from pipeline.reporting.statistics import Array
+
+
+def exact_variance(values: Array) -> float:
+    """Of a replicate: E[(w' D v)^2] - mean^2, with w and v multinomial shares of rows and columns."""
+
+    def moments(items: int) -> Array:
+        share = 1.0 / items
+        return (np.eye(items) - share) * share**2 + share**2  # covariance + mean mean'
+
+    rows, columns = values.shape
+    second = np.sum(moments(rows) * (values @ moments(columns) @ values.T))
+    return float(second - values.mean() ** 2)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 40), (3, 25), (8, 60)])
+def test_replicates_have_the_exact_mean_and_variance(rows: int, columns: int) -> None:
+    values = np.random.default_rng(0).normal(size=(rows, columns)) + np.arange(rows)[:, None]
+    found = statistics.replicates(values, count=40_000)
+    assert found.mean() == pytest.approx(values.mean(), abs=5 * np.sqrt(exact_variance(values) / 40_000))
+    assert found.var() == pytest.approx(exact_variance(values), rel=0.03)
+
+
+def test_one_seed_is_the_ordinary_bootstrap_over_images() -> None:
+    values = np.random.default_rng(1).normal(size=(1, 400))
+    found = statistics.replicates(values, count=20_000)
+    assert found.std() == pytest.approx(values.std() / 20, rel=0.03)
+
+
+def test_images_alone_and_seeds_alone_have_their_own_variance() -> None:
+    rng = np.random.default_rng(2)
+    images, seeds = rng.normal(size=(1, 200)), rng.normal(size=(10, 1))
+    over_images = statistics.replicates(np.repeat(images, 6, axis=0), count=20_000)
+    assert over_images.std() == pytest.approx(images.std() / np.sqrt(200), rel=0.03)
+    over_seeds = statistics.replicates(np.repeat(seeds, 50, axis=1), count=20_000)
+    assert over_seeds.std() == pytest.approx(seeds.std() / np.sqrt(10), rel=0.03)
+
+
+def coverage(seed_sd: float, image_sd: float, noise_sd: float, trials: int = 200) -> float:
+    rng, hits = np.random.default_rng(3), 0
+    for trial in range(trials):
+        values = rng.normal(0, seed_sd, (20, 1)) + rng.normal(0, image_sd, (1, 80))
+        found = statistics.interval(values + rng.normal(0, noise_sd, (20, 80)), count=400, seed=trial % 5)
+        hits += found.low <= 0 <= found.high
+    return hits / trials
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    assert 0.89 <= coverage(1.0, 1.0, 0.3) <= 0.98
+    assert 0.92 <= coverage(0.0, 1.0, 0.3) <= 0.98
+    assert coverage(0.05, 0.1, 1.0) >= 0.95, "where seeds and images interact, intervals are wide"
+
+
+def test_a_paired_difference_does_not_see_what_both_have_in_common() -> None:
+    rng = np.random.default_rng(4)
+    hard = rng.random((1, 500))
+    one = (rng.random((4, 500)) < 0.2 + 0.6 * hard).astype(float)
+    other = one.copy()
+    other[:, :25] = 1 - other[:, :25]
+    found = statistics.difference(one, other)
+    assert found.mean == pytest.approx((one - other).mean())
+    assert found == statistics.interval(one - other)
+    assert found.high - found.low < 0.6 * (statistics.interval(one).high - statistics.interval(one).low)
+
+
+def test_the_same_values_give_the_same_interval_and_equal_values_none() -> None:
+    values = np.random.default_rng(5).random((3, 100))
+    assert statistics.interval(values) == statistics.interval(values.copy())
+    assert statistics.interval(values) != statistics.interval(values, seed=1)
+    assert statistics.interval(np.full((3, 100), 0.25)) == (0.25, 0.25, 0.25)
+
+
+def test_other_shapes_are_not_paired() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        statistics.difference(np.zeros((2, 5)), np.zeros((2, 6)))
+
+
+# tests ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+def test_the_paired_t_is_scipys(seeds: int) -> None:
+    rng = np.random.default_rng(seeds)
+    one, other = rng.normal(60, 2, seeds), rng.normal(58, 2, seeds)
+    expected = stats.ttest_rel(one, other)
+    bounds = expected.confidence_interval(0.95)
+    found, p = statistics.paired_t(one - other)
+    assert p == pytest.approx(expected.pvalue, rel=1e-9)
+    assert found == pytest.approx(((one - other).mean(), bounds.low, bounds.high), rel=1e-9)
+
+
+def test_equal_differences_are_certain_and_none_is_no_difference() -> None:
+    assert statistics.paired_t(np.array([0.0, 0.0, 0.0])) == ((0.0, 0.0, 0.0), 1.0)
+    assert statistics.paired_t(np.array([2.0, 2.0])) == ((2.0, 2.0, 2.0), 0.0)
+
+
+def test_holm_is_that_of_a_hand_computed_table() -> None:
+    """Sorted .005 .010 .030 .040 times 4 3 2 1: .020 .030 .060 .040, and the last may not fall below the one before."""
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.4, 0.6]) == pytest.approx([0.8, 0.8])
+    assert statistics.holm([0.7, 0.6]) == [1.0, 1.0]
+    assert statistics.holm([0.2]) == [0.2]
+    assert statistics.holm([]) == []
+
+
+def test_the_bootstraps_p_is_the_normal_one_for_many_images() -> None:
+    values = np.random.default_rng(6).normal(size=(1, 1000))
+    values += 2.0 * values.std() / np.sqrt(1000) - values.mean()  # two standard errors from 0
+    assert statistics.bootstrap_p(values, count=8000) == pytest.approx(2 * stats.norm.sf(2.0), abs=0.01)
+    assert statistics.bootstrap_p(values - values.mean()) > 0.9
+    assert statistics.bootstrap_p(np.full((6, 10), 3.0), count=999) == pytest.approx(2 / 1000)
+    assert statistics.bootstrap_p(np.zeros((6, 10))) == 1.0
+
+
+def test_from_five_seeds_on_the_bootstrap_stands_alone() -> None:
+    rng = np.random.default_rng(7)
+    one, other = rng.random((6, 30)), rng.random((6, 30))
+    for seeds in (2, 4):
+        found = statistics.paired(one[:seeds], other[:seeds])
+        means = one[:seeds].mean(1), other[:seeds].mean(1)
+        assert (found.p, found.seeds) == (pytest.approx(stats.ttest_rel(*means).pvalue), seeds)
+        assert found.student is not None
+    for seeds in (1, 5, 6):
+        found = statistics.paired(one[:seeds], other[:seeds])
+        assert found.student is None
+        assert found.p == statistics.bootstrap_p(one[:seeds] - other[:seeds])

@@ -1,0 +1,409 @@
+"""Workers on this machine and under a real Slurm (marker slurm): their environment, their signals, who is alive."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.sweep.launch import processes
+from pipeline.sweep.launch import slurm as slurm_backend
+from pipeline.sweep.launch.launcher import Launcher, load
+from tests.pipeline.sweep.launch.launch_work import hold
+from tests.slurm import SlurmCluster
+
+REPOSITORY = Path(__file__).parents[4]
+TIMEOUT_S = 60.0
+SMALL = {"gpus_per_node": "0", "cpus_per_task": "1", "time_minutes": "10"}  # what the test's node can run two of
+
+
+class Site:
+    """A launcher's folder, and the folder that its workers write to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.notes = folder / "launch", folder / "notes"
+        self.notes.mkdir(parents=True)
+        self.made: list[Launcher] = []
+
+    def launcher(self, cluster: str = "local", workers: int = 1, **settings: str) -> Launcher:
+        self.made.append(Launcher(load(cluster, settings), self.folder, workers))
+        return self.made[-1]
+
+    def read(self, *names: str) -> list[dict[str, Any]]:
+        """What these workers have written, once all have."""
+        wait_for(lambda: all((self.notes / n).exists() for n in names), f"{names} of {self.logs()}")
+        return [json.loads((self.notes / n).read_text()) for n in names]
+
+    def finish(self) -> None:
+        (self.notes / "done").touch()
+
+    def logs(self) -> str:
+        return "\n".join(p.read_text()[-2000:] for p in (self.folder / "jobs").glob("*_log.out"))
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A place to work from, where only PYTHONPATH leads to the repository; no worker is left."""
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    made = Site(tmp_path)
+    yield made
+    for launcher in made.made:
+        launcher.stop(1.0)
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < end, f"waited {TIMEOUT_S} s for {what}"
+        time.sleep(0.05)
+
+
+# on this machine ---------------------------------------------------------------------------------------------------
+
+
+def test_each_worker_has_its_index_a_device_in_turn_its_share_of_the_cores_and_the_repository(site: Site) -> None:
+    launcher = site.launcher(workers=3, gpus="[4,6]")
+    assert launcher.alive() == 0
+    assert len(set(launcher.start(hold, 3, folder=str(site.notes)))) == 3
+    assert launcher.alive() == 3, "right after the start"
+    seen = site.read("0.0.json", "1.0.json", "2.0.json")
+    assert [s["index"] for s in seen] == [0, 1, 2]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in seen] == ["4", "6", "4"]
+    assert {s["OMP_NUM_THREADS"] for s in seen} == {str(max(1, len(os.sched_getaffinity(0)) // 3))}
+    assert {s["PYTHONPATH"] for s in seen} == {str(REPOSITORY)}
+    assert "PYTHONPATH" not in os.environ
+    assert launcher.alive() == 3
+    site.finish()
+    wait_for(lambda: launcher.alive() == 0, "the workers' end")
+
+
+def test_without_gpus_a_worker_sees_none(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launcher = site.launcher()
+    launcher.check()
+    launcher.start(hold, 1, folder=str(site.notes))
+    assert site.read("0.0.json")[0]["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_the_processes_of_one_trial_are_a_group_with_a_device_each(site: Site) -> None:
+    launcher = site.launcher(processes_per_trial="2", gpus="[0,1]")
+    launcher.start(hold, 1, folder=str(site.notes))
+    seen = site.read("0.0.json", "0.1.json")
+    assert [(s["RANK"], s["LOCAL_RANK"], s["WORLD_SIZE"]) for s in seen] == [("0", "0", "2"), ("1", "1", "2")]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in seen] == ["0", "1"]
+    assert len({s["MASTER_PORT"] for s in seen}) == 1
+    launcher.stop()
+    assert [e["signal"] for e in site.read("0.0.end", "0.1.end")] == ["SIGTERM", "SIGTERM"]
+
+
+def test_a_killed_worker_is_not_alive_and_its_successor_takes_its_device(site: Site) -> None:
+    launcher = site.launcher(workers=2, gpus="[4,6]")
+    launcher.start(hold, 2, folder=str(site.notes))
+    first, _ = site.read("0.0.json", "1.0.json")
+    assert {p["pid"] for p in launcher.processes()} == {s["pid"] for s in site.read("0.0.json", "1.0.json")}
+    os.kill(first["pid"], signal.SIGKILL)
+    wait_for(lambda: launcher.alive() == 1, "the loss of one worker")
+    launcher.start(hold, 1, folder=str(site.notes))
+    assert site.read("2.0.json")[0]["CUDA_VISIBLE_DEVICES"] == "4"
+    assert launcher.alive() == 2
+
+
+def test_stop_brings_sigterm_to_the_work_and_waits_for_it(site: Site) -> None:
+    launcher = site.launcher(workers=2)
+    launcher.start(hold, 2, folder=str(site.notes))
+    pids = [s["pid"] for s in site.read("0.0.json", "1.0.json")]
+    launcher.stop()
+    ends = [json.loads((site.notes / n).read_text()) for n in ("0.0.end", "1.0.end")]
+    assert ends == [{"pid": pid, "signal": "SIGTERM"} for pid in pids]
+    assert launcher.alive() == 0
+
+
+def test_stop_ends_a_worker_that_has_only_just_been_started(site: Site) -> None:
+    launcher = site.launcher()
+    launcher.start(hold, 1, folder=str(site.notes))
+    launcher.stop()
+    assert launcher.alive() == 0
+
+
+def test_stop_kills_what_does_not_listen(site: Site) -> None:
+    launcher = site.launcher()
+    launcher.start(hold, 1, folder=str(site.notes), deaf=True)
+    site.read("0.0.json")
+    (process,) = launcher.processes()
+    assert processes.lives(process)
+    launcher.stop(grace_seconds=0.2)
+    assert launcher.alive() == 0
+    wait_for(lambda: not processes.lives(process), "the worker's own end")
+
+
+DRIVER = """
+import signal, sys, time
+from pathlib import Path
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # in tests that run in the background they are ignored, which is inherited
+from pipeline.sweep.launch.launcher import Launcher, load
+from tests.pipeline.sweep.launch.launch_work import hold
+Launcher(load("local", {}), Path(sys.argv[1]), 1).start(hold, 1, folder=sys.argv[2])
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_workers_outlive_their_driver_and_hear_nothing_of_its_terminal(site: Site, number: signal.Signals) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", DRIVER, str(site.folder), str(site.notes)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+    assert driver.stdout is not None
+    with driver.stdout:
+        assert driver.stdout.readline() == b"started\n"
+        if number == signal.SIGKILL:
+            driver.kill()
+        else:  # as a terminal does, to all processes in the foreground; the worker is not even up by now
+            os.killpg(driver.pid, number)
+    assert driver.wait(TIMEOUT_S) != 0
+    (seen,) = site.read("0.0.json")
+    again = site.launcher()
+    assert again.alive() == 1, "the next launcher of the same folder finds it"
+    again.stop()
+    assert site.read("0.0.end") == [{"pid": seen["pid"], "signal": "SIGTERM"}]
+
+
+def test_a_number_that_was_given_again_is_another_process() -> None:
+    me = processes.identity(os.getpid())
+    assert processes.lives(me)
+    assert not processes.lives({**me, "started": "1"})
+    assert not processes.lives({**me, "host": "elsewhere"})
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    its = processes.identity(child.pid)
+    wait_for(lambda: not processes.lives(its), "the child's end, also while nobody has waited for it")
+    child.wait()
+
+
+def test_the_local_plan_names_devices_and_threads(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert site.launcher(workers=3).plan().splitlines()[1:] == [
+        "  worker 0: GPUs 1, OMP_NUM_THREADS=1",
+        "  worker 1: GPUs 3, OMP_NUM_THREADS=1",
+        "  worker 2: GPUs 1, OMP_NUM_THREADS=1",
+    ]
+
+
+# under Slurm -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slurm
+def test_an_array_of_two_runs_to_its_end(site: Site, slurm: SlurmCluster) -> None:
+    launcher = site.launcher("slurm", 2, **SMALL)
+    launcher.check()
+    jobs = launcher.start(hold, 2, folder=str(site.notes))
+    assert [job.partition("_")[2] for job in jobs] == ["0", "1"]
+    assert launcher.alive() == 2, "right after the start"
+    seen = site.read("0.0.json", "1.0.json")
+    assert [(s["index"], s["OMP_NUM_THREADS"], s["PYTHONPATH"]) for s in seen] == [
+        (0, "1", str(REPOSITORY)),
+        (1, "1", str(REPOSITORY)),
+    ]
+    assert launcher.alive() == 2
+    site.finish()
+    wait_for(lambda: launcher.alive() == 0, "the workers' end")
+
+
+@pytest.mark.slurm
+def test_stop_brings_sigterm_to_slurms_workers_and_cancels_those_that_wait(site: Site, slurm: SlurmCluster) -> None:
+    launcher = site.launcher("slurm", 3, **SMALL, array_parallelism="1")
+    launcher.start(hold, 3, folder=str(site.notes))
+    (seen,) = site.read("0.0.json")
+    assert launcher.alive() == 3
+    launcher.stop()
+    assert site.read("0.0.end") == [{"pid": seen["pid"], "signal": "SIGTERM"}]
+    assert not (site.notes / "2.0.json").exists()
+    assert launcher.alive() == 0
+
+
+@pytest.mark.slurm
+def test_a_preempted_worker_is_queued_again(site: Site, slurm: SlurmCluster) -> None:
+    launcher = site.launcher("slurm", **SMALL)
+    (job,) = launcher.start(hold, 1, folder=str(site.notes))
+    site.read("0.0.json")
+    slurm.run("scancel", "--signal=USR2", job)
+    assert site.read("0.0.end")[0]["signal"] == "SIGUSR2", "its own handler, before anything else"
+    wait_for(lambda: slurm.run("squeue", "-h", "-o", "%i %T") == f"{job} PENDING\n", "the requeued job")
+    assert "Restarts=1" in slurm.run("scontrol", "show", "job", job)
+    assert launcher.alive() == 1
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(("requeue", "signal_"), [("false", "USR2"), ("true", "TERM")])
+def test_a_worker_that_was_cancelled_or_shall_not_come_back_is_not_queued_again(
+    site: Site, slurm: SlurmCluster, requeue: str, signal_: str
+) -> None:
+    launcher = site.launcher("slurm", **SMALL, requeue=requeue)
+    (job,) = launcher.start(hold, 1, folder=str(site.notes))
+    site.read("0.0.json")
+    slurm.run("scancel", f"--signal={signal_}", job)
+    wait_for(lambda: launcher.alive() == 0, "the worker's end")
+
+
+def test_the_slurm_plan_is_the_arrays_script_and_needs_no_slurm(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(site.notes))
+    settings = {"partition": "a100", "mem_gb": "1.5", "array_parallelism": "2", "additional.exclusive": "true"}
+    lines = site.launcher("slurm", 4, **settings, setup="[module load cuda]").plan().splitlines()
+    assert lines[0] == "#!/bin/bash"
+    wanted = ["array=0-3%2", "exclusive", "gpus-per-node=1", "mem=1536M", "partition=a100", "requeue", "time=240"]
+    assert [line for line in lines if line[10:] in wanted] == [f"#SBATCH --{w}" for w in wanted]
+    assert "#SBATCH --signal=USR2@180" in lines
+    assert lines.index("module load cuda") < next(i for i, line in enumerate(lines) if line.startswith("srun "))
+
+
+# bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cluster", "settings", "words"),
+    [
+        ("slurn", {}, ["cluster=slurn", "did you mean slurm?"]),
+        ("slurm", {"partitoin": "gpu"}, ["cluster.partitoin", "did you mean cluster.partition?"]),
+        ("local", {"partition": "gpu"}, ["cluster.partition", "a key of kind slurm", "gpus"]),
+        ("local", {"name": "x"}, ["cluster.name: unknown key"]),
+        ("local", {"gpus": "all"}, ["cluster.gpus: got all", "auto, or a list of whole numbers"]),
+        ("slurm", {"time_minutes": "0"}, ["cluster.time_minutes: got 0", "a whole number from 1"]),
+        ("slurm", {"requeue": "maybe"}, ["cluster.requeue: got maybe", "true or false"]),
+        ("slurm", {"setup": "[a"}, ["cluster.setup=[a", "no valid YAML"]),
+        ("local", {"kind": "cloud"}, ["cluster.kind: got cloud", "give local"]),
+    ],
+)
+def test_a_bad_cluster_is_refused_in_one_line(cluster: str, settings: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        load(cluster, settings)
+    assert_line(refused.value, words)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "kind: local\nkind: slurm\n", "kind: [\n"])
+def test_a_bad_cluster_file_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as refused:
+        load(str(file), {})
+    assert_line(refused.value, ["mine.yaml"])
+
+
+def test_a_file_anywhere_is_a_cluster(tmp_path: Path) -> None:
+    file = tmp_path / "night.yaml"
+    file.write_text("kind: slurm\nadditional: {nice: 100}\n")
+    cluster = load(str(file), {"partition": "1", "additional.exclusive": "true"})
+    assert (cluster.name, cluster.kind) == ("night", "slurm")
+    assert cluster.model_dump(include={"partition", "additional", "requeue"}) == {
+        "partition": "1",
+        "additional": {"nice": 100, "exclusive": True},
+        "requeue": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("workers", "settings", "words"),
+    [
+        (0, {}, ["workers=0", "from 1"]),
+        (1, {"gpus": "[0,7]"}, ["cluster.gpus", "no GPU 7", "GPUs 0, 1"]),
+        (1, {"processes_per_trial": "3"}, ["cluster.processes_per_trial=3", "there are 2"]),
+    ],
+)
+def test_workers_that_this_machine_cannot_run_are_refused(
+    site: Site, monkeypatch: pytest.MonkeyPatch, workers: int, settings: dict[str, str], words: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(UserError) as refused:
+        site.launcher(workers=workers, **settings).check()
+    assert_line(refused.value, words)
+
+
+def test_no_slurm_on_this_machine_is_said_in_one_line(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(site.notes))
+    with pytest.raises(UserError) as refused:
+        site.launcher("slurm").check()
+    assert_line(refused.value, ["cluster=slurm: no sbatch on this machine", "cluster=local"])
+
+
+@pytest.mark.slurm
+def test_no_controller_is_said_in_one_line(site: Site, slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = site.notes / "slurm.conf"
+    conf.write_text(slurm.conf.read_text().replace("SlurmctldPort=", "SlurmctldPort=1 #") + "MessageTimeout=2\n")
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+    with pytest.raises(UserError) as refused:
+        site.launcher("slurm").check()
+    assert_line(refused.value, ["cluster=slurm: no Slurm controller answers"])
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"partition": "mian"}, ["cluster.partition=mian", "did you mean main?"]),
+        ({"gpus_per_node": "3"}, ["cluster.gpus_per_node=3", "more than 2"]),
+        ({"gpus_per_node": "1", "processes_per_trial": "2"}, ["cluster.processes_per_trial=2", "gpus_per_node=2"]),
+        ({"time_minutes": "240"}, ["cluster.time_minutes=240", "allows 60"]),  # it would wait for ever
+        ({"mem_gb": "500"}, ["cluster=slurm", "node configuration is not available"]),
+        ({"additional.no-such-option": "1"}, ["cluster=slurm", "no-such-option"]),
+    ],
+)
+def test_what_slurm_would_not_run_is_refused(
+    site: Site, slurm: SlurmCluster, settings: dict[str, str], words: list[str]
+) -> None:
+    with pytest.raises(UserError) as refused:
+        site.launcher("slurm", **{**SMALL, **settings}).check()
+    assert_line(refused.value, words)
+    assert slurm.run("squeue", "-h") == ""
+
+
+def assert_line(error: UserError, words: list[str]) -> None:
+    line = str(error)
+    assert "\n" not in line
+    assert all(word in line for word in words), line
+
+
+SURROUNDINGS = {"SBATCH_PARTITION": "nowhere", "SBATCH_TIMELIMIT": "nonsense", "SLURM_JOB_ID": "7",
+                "SQUEUE_FORMAT": "%j", "SLURM_CPUS_PER_TASK": "9", "SINFO_FORMAT": "%P"}  # fmt: skip
+
+
+def test_slurms_programs_see_none_of_a_surrounding_jobs_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "sinfo"
+    program.write_text("#!/bin/sh\nenv\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in {**SURROUNDINGS, "SLURM_CONF": "/etc/of/this/cluster"}.items():
+        monkeypatch.setenv(name, value)
+    done = slurm_backend._run("sinfo")
+    assert done is not None
+    seen = [line for line in done.stdout.splitlines() if line.startswith(("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_"))]
+    assert seen == ["SLURM_CONF=/etc/of/this/cluster"]
+    assert os.environ["SBATCH_PARTITION"] == "nowhere"
+
+
+@pytest.mark.slurm
+def test_an_array_is_submitted_from_within_a_job_as_its_file_says(
+    site: Site, slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SURROUNDINGS.items():
+        monkeypatch.setenv(name, value)
+    launcher = site.launcher("slurm", **SMALL)
+    launcher.check()
+    launcher.start(hold, 1, folder=str(site.notes))
+    (seen,) = site.read("0.0.json")
+    assert seen["OMP_NUM_THREADS"] == "1"  # not 9
+    assert launcher.alive() == 1
+    site.finish()
+    wait_for(lambda: launcher.alive() == 0, "the worker's end")

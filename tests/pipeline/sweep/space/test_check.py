@@ -1,0 +1,271 @@
+"""A sweep against the schema and the configuration that it varies: refused in one line, without torch."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.compose.compose import compose
+from pipeline.compose.groups import NOT_GROUPS, groups, names
+from pipeline.errors import UserError
+from pipeline.sweep.space.check import METRICS, check
+from pipeline.sweep.space.config import SweepConfig
+from pipeline.sweep.space.file import load
+
+ROOT = Path(__file__).resolve().parents[4]
+BASE = compose("quickstart")
+
+
+def sweep(space, **rest) -> SweepConfig:
+    return SweepConfig.model_validate({"name": "mine", "space": space, **rest})
+
+
+def ranged(low, high, kind="float", **rest):
+    return {"type": kind, "low": low, "high": high, **rest}
+
+
+def one_of(*choices):
+    return {"type": "categorical", "choices": choices}
+
+
+def refusal(space, *overridden, base=BASE, **rest) -> str:
+    with pytest.raises(UserError) as caught:
+        check(sweep(space, **rest), base, overridden)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("sweep=mine: ")
+    return message
+
+
+@pytest.mark.parametrize("name", names("sweep"))
+def test_every_sweep_fits_the_quickstart(name, caplog):
+    caplog.set_level(logging.INFO, logger="asib")
+    check(load(name), BASE, ["dataset.download", "tracking.uri"])
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("key", "dimension", "message"),
+    [
+        # keys
+        ("method.kd_alhpa", ranged(0, 1), "space: method.kd_alhpa: unknown key; did you mean method.kd_alpha?"),
+        ("kd_alpha", ranged(0, 1), "space: kd_alpha: unknown key; did you mean method.kd_alpha?"),
+        ("teacher_iters", ranged(1, 2, "int"), "this key is now method.teacher_adapt_epochs"),
+        ("model/student", one_of("cifar_resnet8"), "a group of files; a space names keys, such as model.student.name"),
+        ("experiment", one_of("base"), "experiment is a group of files"),
+        ("schedule", one_of("cosine", "step"), "schedule is a group of keys, got 'cosine'"),
+        ("model.teachers.5.name", one_of("x"), "model.teachers has 2 entries, numbered from 0"),
+        ("threads", ranged(1, 2, "int"), "the configuration's hash leaves this key out"),
+        ("output_dir", one_of("a", "b"), "the configuration's hash leaves this key out"),
+        ("tracking.experiment", one_of("a", "b"), "the configuration's hash leaves this key out"),
+        ("checkpoint.every_seconds", ranged(1, 2), "the configuration's hash leaves this key out"),
+        ("tracking", one_of({"mode": "offline"}), "the configuration's hash leaves this key out"),
+        ("resume", one_of("a"), "the configuration's hash leaves this key out"),
+        ("rung", one_of("a"), "the configuration's hash leaves this key out"),
+        ("optim.use_amp", one_of(True, False), "the configuration's hash leaves this key out"),
+        ("model.teachers.0.checkpoint", one_of("a", "b"), "the configuration's hash leaves this key out"),
+        ("dataset.val_fraction", ranged(0.1, 0.2), "it changes what the trials are measured on"),
+        ("dataset.split_seed", ranged(0, 2, "int"), "it changes what the trials are measured on"),
+        ("dataset", one_of({"name": "cifar10"}), "it changes what the trials are measured on"),
+        # types
+        ("method.num_stages", ranged(1, 2), "type: float, and this key takes a whole number from 1: use type: int"),
+        ("method.kd_target", ranged(0, 1), "takes one of avg, weighted_conf, synergy, auto, auto_min: use type: cat"),
+        ("method.use_cccp", ranged(0, 1, "int"), "takes true or false: use type: categorical with choices"),
+        ("model.student.name", ranged(0, 1), "takes a text: use type: categorical with choices"),
+        ("method.tau_schedule", ranged(1, 2), "takes a list of 2"),
+        ("method.student_epochs_per_stage.0", ranged(1, 2), "use type: int"),
+        ("method", ranged(1, 2), "takes a group of keys"),
+        # values
+        ("method.tau", ranged(0, 8), "space.method.tau.low=0.0: method.tau: got 0.0; give a number above 0"),
+        ("method.kd_ens_alpha", ranged(0.5, 1.5), ".high=1.5: method.kd_ens_alpha: got 1.5; give a number from 0 to 1"),
+        ("method.synergy_head_dropout", ranged(0, 1), "give a number from 0 and below 1"),
+        ("method.num_stages", ranged(0, 2, "int"), "low=0: method.num_stages: got 0; give a whole number from 1"),
+        ("method.tau", one_of(1, 0), "space.method.tau.choices.1=0: method.tau: got 0; give a number above 0"),
+        ("method.tau", {"type": "grid", "values": [1, "x"]}, "space.method.tau.values.1=x: method.tau: got 'x'"),
+        ("method.kd_target", one_of("avg", "synergi"), "(did you mean synergy?)"),
+        ("method.student_epochs_per_stage", one_of([3, 3], [3]), "has 2 entries for method.num_stages=4"),
+        ("method.ib_mbm_n_head", one_of(4, 5), "method.ib_mbm_out_dim=64 is not divisible by method.ib_mbm_n_head=5"),
+        ("method.tau", one_of(True), "method.tau: got true; give a number above 0"),
+        ("method.enable_kd_after_syn_acc", one_of(0.5, "avg+0", "avg"), "the same configuration as with choices.1"),
+        ("optim.student_lr", ranged(1e-9, 1e-2, log=True), "schedule.min_lr=1e-06 is above optim.student_lr=1e-09"),
+    ],
+)  # fmt: skip
+def test_a_dimension_that_is_refused(key, dimension, message):
+    assert message in refusal({key: dimension})
+
+
+@pytest.mark.parametrize(
+    ("key", "dimension"),
+    [
+        ("method.tau", ranged(1, 8, "int")),  # whole numbers for a number
+        ("method.enable_kd_after_syn_acc", ranged(0.1, 0.9)),
+        ("method.enable_kd_after_syn_acc", one_of(0.5, "avg-0.02")),
+        ("method.kd_max_ratio", ranged(0.5, 2)),  # may be null
+        ("method.student_epochs_per_stage.0", ranged(1, 2, "int")),
+        ("method.teacher_weights", one_of("equal", [1, 2], [2, 1])),
+        ("model.teachers.0.name", one_of("cifar_resnet8", "cifar_resnet20")),
+        ("schedule", one_of({"type": "cosine"}, {"type": "step", "milestones": [3]})),
+        ("dataset.batch_size", one_of(32, 64)),
+        ("finetune.lr", ranged(1e-4, 1e-2, log=True)),
+        ("seed", ranged(0, 5, "int", step=2)),
+    ],
+)
+def test_a_dimension_that_does(key, dimension):
+    check(sweep({key: dimension}), BASE, ())
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ("schedule", True),
+        ("++schedule={type: step}", True),
+        ("schedule.milestones[0]=3", True),
+        ("schedule.gamma", True),
+        ("optim.student_lr=3", False),
+        ("model/student=cifar_resnet20", False),
+    ],
+)
+def test_a_key_of_the_space_that_the_command_line_sets(given, refused):
+    space = {"schedule": one_of({"type": "cosine"}, {"type": "step", "milestones": [3]})}
+    if refused:
+        assert "the command line sets schedule" in refusal(space, given)
+    else:
+        check(sweep(space), BASE, [given])
+
+
+def test_a_list_that_the_command_line_sets_and_one_entry_of_it_that_varies():
+    check(sweep({"method.student_epochs_per_stage.0": ranged(1, 2, "int")}), BASE, ["method.student_epochs_per_stage"])
+
+
+def test_a_key_within_another():
+    space = {"schedule": one_of({"gamma": 0.5}, {"gamma": 0.2}), "schedule.gamma": ranged(0.1, 0.5)}
+    assert "space.schedule: the space has schedule.gamma in it too" in refusal(space)
+
+
+def test_without_validation_images():
+    base = compose("quickstart", ["dataset.val_fraction=0"])
+    assert "dataset.val_fraction=0: a sweep never looks at the test split" in refusal(
+        {"method.tau": ranged(1, 2)}, base=base
+    )
+
+
+def test_rescaled_weights_are_varied_both_or_not():
+    base = compose("quickstart", ["method.renorm_ce_kd=true", "method.ce_alpha=1"])
+    kd, ce = {"method.kd_alpha": ranged(0.1, 0.9)}, {"method.ce_alpha": ranged(0.1, 0.9)}
+    assert "method.renorm_ce_kd=true has already rescaled" in refusal(kd, base=base)
+    check(sweep(kd | ce), base, ())
+
+
+# rules between keys --------------------------------------------------------------------------------------------------
+
+
+def test_keys_that_do_only_together():
+    """min_cw up to 2 is above the configuration's max_cw=1, and below every max_cw of the space."""
+    check(sweep({"method.min_cw": ranged(0.5, 2), "method.max_cw": ranged(2, 4)}), BASE, ())
+
+
+def test_points_that_do_not_are_counted(caplog):
+    check(sweep({"method.min_cw": ranged(0.5, 2), "method.max_cw": ranged(1, 4)}), BASE, ())
+    assert "of 64 points of the space are refused, such trials fail: method.min_cw=" in caplog.text
+
+
+def test_a_space_of_which_no_point_does():
+    space = {
+        "method.kd_sample_min_ratio": ranged(0.41, 0.5),
+        "method.kd_sample_max_ratio": ranged(0.2, 0.4),
+    }
+    assert "is above method.kd_sample_max_ratio" in refusal(space)
+
+
+# metrics -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["final/acc_last", "final/acc_val_selected", "final/acc_best", "test/acc", "final/teacher_0_acc",
+     "final/teacher_avg_acc", "final/synergy_acc", "final/student_alone_acc"],
+)  # fmt: skip
+@pytest.mark.parametrize("part", ["objectives", "constraints"])
+def test_a_sweep_never_looks_at_the_test_split(metric, part):
+    rest = (
+        {"objectives": [{"metric": metric}]}
+        if part == "objectives"
+        else {"constraints": [{"metric": metric, "max": 1}]}
+    )
+    message = refusal({"method.tau": ranged(1, 2)}, pruner="none", **rest)
+    assert f"{part}.0.metric={metric}: a sweep never looks at the test split; use final/val_acc" in message
+
+
+@pytest.mark.parametrize(
+    ("metric", "hint"), [("final/val_ac", "final/val_acc"), ("parameters/student", "parameters/student_total")]
+)
+def test_an_unknown_metric_is_a_warning(metric, hint, caplog):
+    constraints = [{"metric": metric, "max": 1}]
+    check(sweep({"method.tau": ranged(1, 2)}, constraints=constraints), BASE, ())
+    assert f"constraints.0.metric={metric} is no metric that is known" in caplog.text
+    assert f"did you mean {hint}?" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "metric", ["final/val_acc", "cost/gmacs", "cost/macs_per_image/teacher_1", "train/images_per_second"]
+)
+def test_known_metrics(metric):
+    assert METRICS.fullmatch(metric)
+
+
+# what acts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_without_effect_is_a_log_line(caplog):
+    caplog.set_level(logging.INFO, logger="asib")
+    check(sweep({"method.cccp_alpha": ranged(0.1, 0.9)}), BASE, ())
+    assert caplog.messages == ["has no effect here: method.cccp_alpha: method.use_cccp is false"]
+
+
+def test_a_key_that_acts_with_some_choice_is_none(caplog):
+    caplog.set_level(logging.INFO, logger="asib")
+    check(sweep({"method.cccp_alpha": ranged(0.1, 0.9), "method.use_cccp": one_of(True, False)}), BASE, ())
+    assert caplog.messages == []
+
+
+def test_cmaes_and_lists(caplog):
+    check(sweep({"method.tau": ranged(1, 2), "method.kd_target": one_of("avg", "synergy")}, sampler="cmaes"), BASE, ())
+    assert "method.kd_target are drawn at random" in caplog.text
+    assert "needs two ranges" in caplog.text
+
+
+# surroundings --------------------------------------------------------------------------------------------------------
+
+
+def test_sweep_and_cluster_are_no_groups_of_a_run():
+    assert {group.split("/")[0] for group in groups()}.isdisjoint(NOT_GROUPS)
+    assert "kd_ib_tau" in names("sweep")
+
+
+@pytest.mark.parametrize("given", ["sweep=kd_ib_tau", "sweep.trials=3", "cluster=slurm", "+sweep=kd_ib_tau"])
+def test_a_step_that_is_no_sweep_says_so(given):
+    with pytest.raises(UserError) as caught:
+        compose("quickstart", [given])
+    assert "this is for -e sweep" in str(caught.value)
+
+
+def test_bad_input_is_found_without_torch(tmp_path):
+    (tmp_path / "bad.yaml").write_text("space: {method.tau: {type: float, low: 0, high: 8}}")
+    code = (
+        "import sys\n"
+        "from pipeline.compose import compose\n"
+        "from pipeline.sweep.space import space as sweep_space\n"
+        f"sweep = sweep_space.load({str(tmp_path / 'bad.yaml')!r})\n"
+        "try: sweep_space.check(sweep, compose.compose('quickstart'), [])\n"
+        "except compose.UserError as error: print(error)\n"
+        "print([name for name in ('torch', 'mlflow', 'optuna') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "sweep=bad: space.method.tau.low=0.0: method.tau: got 0.0; give a number above 0",
+        "[]",
+    ]

@@ -1,0 +1,215 @@
+"""Reading sweeps: files and settings, and one line for what would not do."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.compose.groups import names
+from pipeline.errors import UserError
+from pipeline.sweep.space.config import SweepConfig
+from pipeline.sweep.space.file import load
+
+TAU = "method.tau: {type: float, low: 1, high: 8}"
+
+
+def written(folder: Path, text: str) -> str:
+    file = folder / "mine.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def refusal(folder: Path, text: str, **settings: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(written(folder, text), {key.replace("__", "."): value for key, value in settings.items()})
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_space_of_the_issue():
+    """`kd_ib_tau`: kd_alpha 0.1–0.9, ib_beta 1e-6–1e-2 log, tau 1–8."""
+    sweep = load("kd_ib_tau")
+    ranges = {key: (d.type, d.low, d.high, d.log) for key, d in sweep.space.items()}
+    assert ranges == {
+        "method.kd_alpha": ("float", 0.1, 0.9, False),
+        "method.ib_beta": ("float", 1e-6, 1e-2, True),
+        "method.tau": ("float", 1.0, 8.0, False),
+    }
+    assert (sweep.sampler.name, sweep.pruner.name, sweep.trials) == ("tpe", "median", 30)
+    assert [(o.metric, o.direction, o.reported) for o in sweep.objectives] == [
+        ("final/val_acc", "maximize", "student/acc")
+    ]
+
+
+@pytest.mark.parametrize("name", names("sweep"))
+def test_every_sweep_survives_json(name):
+    sweep = load(name)
+    assert sweep.name == name
+    assert SweepConfig.model_validate_json(sweep.model_dump_json()) == sweep
+
+
+def test_a_file_anywhere_in_short_forms(tmp_path):
+    text = (
+        "space: {'method.student_epochs_per_stage[1]': {type: int, low: 1, high: 3}}\nsampler: {seed: 3}\npruner: none"
+    )
+    sweep = load(written(tmp_path, text))
+    assert (sweep.name, list(sweep.space)) == ("mine", ["method.student_epochs_per_stage.1"])
+    assert (sweep.sampler.name, sweep.sampler.seed, sweep.pruner.name) == ("tpe", 3, "none")
+    assert (sweep.trials, sweep.max_retry, sweep.heartbeat_seconds, sweep.grace_seconds) == (30, 2, 15, 60)
+
+
+def test_1e_3_is_a_number_and_1_is_one_of_a_float_range(tmp_path):
+    sweep = load(written(tmp_path, "space: {method.ib_beta: {type: float, low: 1e-6, high: 1, log: true}}"))
+    assert (sweep.space["method.ib_beta"].low, sweep.space["method.ib_beta"].high) == (1e-6, 1.0)
+
+
+def test_several_objectives_are_not_pruned_by_default(tmp_path):
+    text = f"space: {{{TAU}}}\nobjectives: [{{metric: final/val_acc}}, {{metric: cost/gmacs, direction: minimize}}]"
+    assert load(written(tmp_path, text)).pruner.name == "none"
+
+
+# settings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "found"),
+    [
+        ("trials", "10", lambda s: s.trials == 10),
+        ("sampler.seed", "7", lambda s: s.sampler.seed == 7),
+        ("sampler", "random", lambda s: s.sampler.name == "random"),
+        ("sampler.name", "random", lambda s: s.sampler.name == "random"),  # drops startup_trials of the file
+        ("pruner.name", "none", lambda s: s.pruner.name == "none"),
+        ("pruner", "{name: patient, patience: 4}", lambda s: s.pruner.patience == 4),
+        ("space.method.tau.high", "6", lambda s: s.space["method.tau"].high == 6),
+        ("space.method.ib_beta.low", "1e-5", lambda s: s.space["method.ib_beta"].low == 1e-5),
+        ("space.method.tau", "{type: grid, values: [1, 2]}", lambda s: s.space["method.tau"].values == (1, 2)),
+        ("space.method.tau", "null", lambda s: set(s.space) == {"method.kd_alpha", "method.ib_beta"}),
+        ("space.optim.student_lr", "{type: float, low: 1e-4, high: 1e-2}", lambda s: len(s.space) == 4),
+        ("objectives.0.metric", "student/acc", lambda s: s.objectives[0].metric == "student/acc"),
+        ("objectives[0].direction", "minimize", lambda s: s.objectives[0].direction == "minimize"),
+        ("constraints", "[{metric: cost/gmacs, max: 1e3}]", lambda s: s.constraints[0].max == 1000),
+    ],
+)
+def test_settings(key, text, found):
+    assert found(load("kd_ib_tau", {key: text}))
+
+
+def test_a_key_within_another_takes_the_longest(tmp_path):
+    sweep = load(
+        written(tmp_path, "space: {model.teachers.0.name: {type: categorical, choices: [a]}, "
+                          "model.teachers.0: {type: categorical, choices: [{name: b}]}}"),
+        {"space.model.teachers.0.name.choices": "[c, d]"},
+    )  # fmt: skip
+    assert sweep.space["model.teachers.0.name"].choices == ("c", "d")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("trails", "3", "sweep.trails: unknown key; did you mean sweep.trials?"),
+        ("name", "x", "sweep.name: unknown key"),
+        ("trials", "0", "trials=0: give a whole number from 1"),
+        ("trials", "many", "trials='many': give a whole number from 1"),
+        ("space.method.tuu.high", "6", "the space has no method.tuu; did you mean method.tau?"),
+        ("space.method.tau.hihg", "6", "space.method.tau.hihg: float has no hihg; did you mean high?"),
+        ("objectives.3.metric", "x", "objectives has 1 entries, numbered from 0"),
+        ("trials.x", "3", "sweep.trials.x=3: trials has no keys; give it whole"),
+        ("sampler", "[1", "no valid YAML"),
+        ("space.seed", "null", "the space has no seed"),
+        ("sampler.name", "tp", "sampler.name=tp: give one of tpe, gp, cmaes, random, grid (did you mean tpe?)"),
+    ],
+)
+def test_settings_that_are_refused(key, text, message):
+    with pytest.raises(UserError) as caught:
+        load("kd_ib_tau", {key: text})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_names_that_do_not_exist(tmp_path):
+    written(tmp_path, "")
+    for given, message in (
+        ("kd_ib_tua", "did you mean kd_ib_tau?"),
+        (str(tmp_path), "is a folder"),
+        (f"{tmp_path}/mime.yaml", "mine.yaml?"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load(given)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"space: {{{TAU}}}\nspace: {{{TAU}}}", "no valid YAML in line 2, column 1: found duplicate key space"),
+        (f"space:\n  {TAU}\n  {TAU}", "found duplicate key method.tau"),
+        ("space: {'a[0]': {type: int, low: 1, high: 2}, a.0: {type: int, low: 1, high: 2}}", "space.a.0 is"),
+        ("space: [", "no valid YAML in line"),
+        ("- 1", "holds no groups of keys"),
+        ("", "space is missing: give keys with their ranges"),
+        ("trials: 3", "space is missing"),
+        ("space: {}", "space is empty"),
+        ("space: 3", "space=3: give keys with their ranges"),
+        ("space: {method.tau: 3}", "space.method.tau=3: give {type: float, low: …, high: …}"),
+        ("space: {method.tau: {low: 1}}", "space.method.tau has no type: give one of float, int, categorical, grid"),
+        ("space: {method.tau: {type: flaot}}", "space.method.tau.type=flaot: give one of float, int"),
+        ("space: {method.tau: {type: float, low: 1}}", "space.method.tau.high is missing: give a number"),
+        ("space: {method.tau: {type: float, low: a, high: 2}}", "space.method.tau.low='a': give a number"),
+        ("space: {method.tau: {type: float, low: true, high: 2}}", "space.method.tau.low=true: give a number"),
+        ("space: {method.tau: {type: float, low: 1, high: .inf}}", "space.method.tau.high=inf: give a number"),
+        ("space: {method.tau: {type: float, low: 3, high: 2}}", "space.method.tau.low=3.0 is above high=2.0"),
+        ("space: {method.tau: {type: float, low: 0, high: 2, log: true}}", "log=true with low=0.0"),
+        ("space: {method.tau: {type: float, low: 1, high: 2, log: true, step: 1}}", "log=true with step=1.0"),
+        ("space: {method.tau: {type: float, low: 1, high: 2, step: 0}}", "step=0: give a number above 0"),
+        ("space: {method.tau: {type: int, low: 1.5, high: 2}}", "space.method.tau.low=1.5: give a whole number"),
+        ("space: {method.tau: {type: categorical, choices: []}}", "space.method.tau.choices is empty"),
+        ("space: {method.tau: {type: grid, values: []}}", "space.method.tau.values is empty"),
+        ("space: {method.tau: {type: categorical, choices: 3}}", "space.method.tau.choices=3: give a list"),
+        ("space: {method.tau: {type: categorical, choices: [.nan]}}", "choices holds nan: give numbers"),
+        ("space: {schedule: {type: categorical, choices: [{1: 2}]}}", "a group with the key 1: keys are texts"),
+        ("space: {method.tau: {type: [1], choices: [1]}}", "space.method.tau.type=[1]: give one of float"),
+        ("space: {method.tau: {type: categorical, choices: [1, 2, 1.0]}}", "choices holds 1.0 twice"),
+        ("space: {method.tau: {type: categorical, values: [1]}}", "categorical has no values"),
+        (f"space: {{{TAU}}}\nsampler: {{name: random, startup_trials: 3}}", "random has no startup_trials; it takes"),
+        (f"space: {{{TAU}}}\npruner: {{name: none, startup_trials: 3}}", "has no startup_trials; it takes nothing"),
+        (f"space: {{{TAU}}}\npruner: {{name: median, patience: 3}}", "pruner.patience: median has no patience"),
+        (f"space: {{{TAU}}}\npruner: {{name: medain}}", "did you mean median?"),
+        (f"space: {{{TAU}}}\npruner: 3", "pruner=3: give such as {name: median"),
+        (f"space: {{{TAU}}}\nobjectives: []", "objectives is empty"),
+        (f"space: {{{TAU}}}\nobjectives: [{{metric: cost/gmacs, direction: max}}]", "direction='max': give one of"),
+        (f"space: {{{TAU}}}\nobjectives: [3]", "objectives.0=3: give a list of {metric"),
+        (f"space: {{{TAU}}}\nobjectives: 3", "objectives=3: give a list of {metric"),
+        (f"space: {{{TAU}}}\nconstraints: [{{metric: cost/gmacs}}]", "metric=cost/gmacs has no bound"),
+        (f"space: {{{TAU}}}\nconstraints: [{{metric: a, min: 2, max: 1}}]", "min=2.0 is above max=1.0"),
+        (f"space: {{{TAU}}}\nconstraints: [{{max: 1}}]", "constraints.0.metric is missing: give a text"),
+        (f"space: {{{TAU}}}\nconstraints: [{{metric: a, max: 1}}, {{metric: a, min: 1}}]", "constraints name a twice"),
+        (f"space: {{{TAU}}}\nheartbeat_seconds: 60", "grace_seconds=60 is not above heartbeat_seconds=60"),
+        (f"space: {{{TAU}}}\nname: x", "a sweep is named after its file"),
+        (f"space: {{{TAU}}}\ntrails: 3", "trails: unknown key; did you mean trials?"),
+        (f"space: {{{TAU}}}\nsampler: grid", "space.method.tau has endlessly many values, and sampler.name=grid"),
+        ("space: {seed: {type: int, low: 0, high: 100000}}\nsampler: grid", "this grid has 100,001 points"),
+        (f"space: {{{TAU}}}\npruner: median\nobjectives: [{{metric: cost/gmacs}}]", "set pruner.name=none"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_refused(tmp_path, text, message):
+    assert message in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("line", ["pruner: hyperband", "sampler: cmaes"])
+def test_what_cannot_do_several_objectives(tmp_path, line):
+    text = f"space: {{{TAU}}}\nobjectives: [{{metric: final/val_acc}}, {{metric: cost/gmacs}}]\n{line}"
+    assert "with 2 objectives" in refusal(tmp_path, text)
+
+
+def test_yaml_itself_would_have_taken_the_second_of_a_key_twice():
+    assert yaml.safe_load("a: 1\na: 2") == {"a": 2}
+
+
+@pytest.mark.parametrize(("value", "violation"), [(5, -1), (6, 0), (8, 2), (2, 1), (float("nan"), float("inf"))])
+def test_how_far_a_constraint_is_missed(tmp_path, value, violation):
+    sweep = load(written(tmp_path, f"space: {{{TAU}}}\nconstraints: [{{metric: a, min: 3, max: 6}}]"))
+    assert sweep.constraints[0].violation(value) == violation

@@ -1,0 +1,515 @@
+"""The sweep as a step, on data of seconds, its workers in this process: what MLflow and Optuna hold, and faults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from pipeline.data.batches import EvalBatches
+from pipeline.distill import distill, train
+from pipeline.errors import Interrupted
+from pipeline.runs.run import Run
+from pipeline.sweep import driver as sweep
+from pipeline.sweep import worker
+from pipeline.sweep.study.claim import Claim
+from pipeline.sweep.study.study import Study
+from tests.steps.lab import TEST, TRAIN, Done, Lab, SignalAt, ending, journal, points, run_id, see, write_npz
+
+VAL = TRAIN // 5  # the lab's dataset.val_fraction
+PER_TRIAL = 20  # questions that the loop asks for a signal
+SPACE = {
+    "method.kd_alpha": {"type": "float", "low": 0.1, "high": 0.9},
+    "method.tau": {"type": "float", "low": 1, "high": 8},
+}
+
+
+class InProcess:
+    """Stands where workers are launched: the worker's life goes on in this process, to its end."""
+
+    def __init__(self, *_: Any) -> None:
+        self.codes: list[int] = []
+
+    def check(self) -> None: ...
+
+    def alive(self) -> int:
+        return 0
+
+    def stop(self) -> None: ...
+
+    def start(self, work: Callable[..., int], count: int, **arguments: Any) -> None:
+        self.codes += [work(index=0, **arguments)]
+
+
+@pytest.fixture(autouse=True)
+def _workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "ASIB_STORAGE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sweep, "Launcher", InProcess)
+    monkeypatch.setattr(sweep, "TICK_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fine-tuned once for this module."""
+    lab = Lab(tmp_path_factory.mktemp("teachers"))
+    done = lab.step("finetune")
+    assert done.code == 0, done.err
+    return lab.runs / "teachers"
+
+
+@pytest.fixture
+def lab(tmp_path: Path, teachers: Path) -> Lab:
+    lab = Lab(tmp_path / "lab")
+    shutil.copytree(teachers, lab.runs / "teachers")
+    return lab
+
+
+def space(lab: Lab, **changes: Any) -> str:
+    """`sweep=…` of a small study."""
+    content: dict[str, Any] = {
+        "space": SPACE,
+        "sampler": {"name": "random", "seed": 3},
+        "pruner": {"name": "none"},
+        "trials": 3,
+        "heartbeat_seconds": 1,
+        "grace_seconds": 3,
+    }
+    path = lab.folder / "small.yaml"
+    path.write_text(yaml.safe_dump(content | changes))
+    return f"sweep={path}"
+
+
+def study(lab: Lab) -> optuna.Study:
+    storage = f"sqlite:///{lab.runs / 'studies.db'}"
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def states(lab: Lab) -> list[str]:
+    return [trial.state.name for trial in study(lab).trials]
+
+
+def parent(lab: Lab) -> Path:
+    (folder,) = lab.runs.glob("*-sweep-*")
+    return folder
+
+
+def trials(lab: Lab) -> list[Path]:
+    return sorted(parent(lab).glob("trials/*"))
+
+
+def swept(lab: Lab, *overrides: str, **changes: Any) -> Done:
+    done = lab.step("sweep", space(lab, **changes), *overrides)
+    assert done.code == 0, done.err
+    return done
+
+
+def test_trials_and_runs_are_one_thing(lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_note_run", lambda *_: False)  # trials of a second end before delivery has their runs
+    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    swept(lab, "log_model=true", *online)
+    found = see(sqlite_uri, run_id(parent(lab)))
+    assert (found.status, set(found.children)) == ("FINISHED", {"trial 0", "trial 1", "trial 2"})
+    assert found.tags["asib.study"] == study(lab).study_name == found.name
+    for trial in study(lab).trials:
+        run = found.children[f"trial {trial.number}"]
+        assert run.status == "FINISHED"
+        assert (run.tags["asib.study"], run.tags["asib.trial"]) == (study(lab).study_name, str(trial.number))
+        assert trial.user_attrs["run_id"] == run.id
+        assert trial.user_attrs["config_hash"] == run.tags["asib.config_hash"]
+        assert trial.value == run.metrics["final/val_acc", 3][0]
+        assert trial.intermediate_values == {e: run.metrics["student/acc", e][0] for e in (1, 3)}
+        assert {k: float(run.params[k]) for k in SPACE} == trial.params
+        seen = {name for name, _ in run.metrics}
+        assert not any("test" in name or name.startswith("final/acc") for name in seen), "the test split stays unseen"
+    best = study(lab).best_trial
+    assert found.metrics["sweep/best_value", 3] == [best.value]
+    assert [found.metrics[f"sweep/{state}", 3] for state in ("complete", "running", "failed")] == [[3], [0], [0]]
+    assert json.loads(found.tags["asib.best_params"]) == best.params
+    assert {"best.yaml", "study/study.html", "study/history.png", "checkpoints/student.safetensors"} <= found.artifacts
+    assert len(found.models_out) == 1
+    assert f"runs/{best.user_attrs['run_id']}" in found.tags["mlflow.note.content"]
+
+
+def test_a_sweep_never_looks_at_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the teachers either that it fine-tunes itself: neither an image read nor a metric written."""
+    whole = EvalBatches.__iter__
+    evaluated: set[int] = set()
+
+    def noting(self: EvalBatches) -> Iterator[tuple[Tensor, Tensor]]:
+        evaluated.add(len(self.labels))
+        return whole(self)
+
+    monkeypatch.setattr(EvalBatches, "__iter__", noting)
+    lab = Lab(tmp_path / "fresh")
+    swept(lab, trials=1)
+    folders = [parent(lab), *parent(lab).glob("teacher_*"), *trials(lab)]
+    assert len(folders) == 4
+    written = {name for folder in folders for name, _ in points(folder)}
+    assert not [name for name in written if name.startswith(("test/", "final/acc", "final/teacher"))]
+    assert {"teacher/acc", "final/val_acc"} <= written
+    assert VAL in evaluated
+    assert TEST not in evaluated
+    done = lab.step("finetune", "finetune.seed=1")
+    assert done.code == 0, done.err
+    assert TEST in evaluated, "elsewhere it is evaluated"
+
+
+@pytest.mark.slow
+def test_the_best_configuration_from_the_server_is_that_trial_again(lab: Lab, sqlite_uri: str) -> None:
+    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    swept(lab, *online)
+    found, best = see(sqlite_uri, run_id(parent(lab))), study(lab).best_trial
+    here = [f"output_dir={lab.folder / 'again'}", f"dataset.path={lab.data}", "log_model=false", *online]
+    again = lab.raw("distill", [f"cfg=runs:/{found.id}/best.yaml", *here])
+    assert again.code == 0, again.err
+    (folder,) = (lab.folder / "again").glob("*-distill-*")
+    repeated = see(sqlite_uri, run_id(folder))
+    assert repeated.tags["asib.config_hash"] == best.user_attrs["config_hash"]
+    assert repeated.metrics["final/val_acc", 3] == [best.value]
+
+
+def test_the_same_command_goes_on_and_never_exceeds_its_total(lab: Lab) -> None:
+    swept(lab)
+    first = [trial.params for trial in study(lab).trials]
+    swept(lab)
+    assert [trial.params for trial in study(lab).trials] == first
+    assert len(trials(lab)) == 3
+    swept(lab, "trials=5")
+    assert [trial.params for trial in study(lab).trials][:3] == first
+    assert states(lab) == ["COMPLETE"] * 5
+    assert len(list(lab.runs.glob("*-sweep-*"))) == 1, "one run for the study"
+    assert ending(parent(lab)) == ("FINISHED", "completed", 0)
+    other = lab.step("sweep", space(lab, sampler={"name": "random", "seed": 4}), "trials=1")
+    assert other.code == 0, other.err
+    assert len(list(lab.runs.glob("*-sweep-*"))) == 2, "another sampler, another study"
+
+
+@pytest.mark.parametrize(
+    "question",
+    [8, PER_TRIAL + 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))],
+)
+def test_an_interrupted_trial_is_continued_from_its_checkpoint(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teachers: Path, question: int
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "stop", SignalAt(question))
+        stopped = lab.step("sweep", space(lab))
+    assert stopped.code == 143, stopped.err
+    assert ending(parent(lab)) == ("KILLED", "killed", 143)
+    assert "WAITING" in states(lab)
+    swept(lab)
+    counted = states(lab)
+    assert (counted.count("COMPLETE"), counted.count("FAIL")) == (3, 1)
+
+    quiet = Lab(tmp_path / "quiet")
+    shutil.copytree(teachers, quiet.runs / "teachers")
+    shutil.copyfile(lab.data, quiet.data)
+    swept(quiet)
+    for ours, theirs in zip(trials(lab), trials(quiet), strict=True):
+        assert points(ours) == points(theirs)
+        assert ending(ours) == ("FINISHED", "completed", 0)
+
+
+def test_a_pruned_trial_says_when_and_why(lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Claim, "should_prune", lambda claim: claim.number == 1)
+    swept(lab, "tracking.mode=online", f"tracking.uri={sqlite_uri}", pruner={"name": "median"})
+    assert states(lab) == ["COMPLETE", "PRUNED", "COMPLETE"]
+    found = see(sqlite_uri, run_id(parent(lab)))
+    run = found.children["trial 1"]
+    assert (run.status, run.tags["asib.outcome"], run.tags["asib.pruned_epoch"]) == ("KILLED", "pruned", "1")
+    assert "median" in run.tags["asib.pruned_reason"]
+    assert ("student/acc", 1) in run.metrics
+    assert ("student/acc", 3) not in run.metrics
+    assert found.metrics["sweep/pruned", 3] == [1]
+
+
+@pytest.mark.slow
+def test_out_of_memory_fails_the_trial_not_the_sweep(
+    lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = distill.trial
+
+    def trial(run: Any, watch: Any) -> Any:
+        if run.folder.name == "0001":
+            raise torch.OutOfMemoryError("tried to allocate 8 EiB")
+        return original(run, watch)
+
+    monkeypatch.setattr(distill, "trial", trial)
+    swept(lab, "tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    assert states(lab) == ["COMPLETE", "FAIL", "COMPLETE"]
+    found = see(sqlite_uri, run_id(parent(lab)))
+    assert found.children["trial 1"].status == "FAILED"
+    assert "8 EiB" in found.children["trial 1"].tags["asib.error"]
+    assert "8 EiB" in study(lab).trials[1].user_attrs["asib.error"]
+    assert found.metrics["sweep/failed", 3] == [1]
+
+
+@pytest.mark.slow
+def test_diverged_trials_fail_with_their_reason_and_do_not_end_the_worker(lab: Lab) -> None:
+    """No accuracy of chance reaches the study; three in a row are three bad configurations, not a bad machine."""
+    decays = {"optim.student_weight_decay": {"type": "grid", "values": [3e-4, 1e4, 1e5, 1e6, 1e-3]}}
+    swept(lab, "optim.student_lr=1e3", space=decays, sampler={"name": "grid", "seed": 0}, trials=5)
+    found = {trial.params["optim.student_weight_decay"]: trial for trial in study(lab).trials}
+    for decay, trial in found.items():
+        assert trial.state.name == ("COMPLETE" if decay < 1 else "FAIL")
+        if decay > 1:
+            assert trial.user_attrs["asib.error"].startswith("student: ")
+            assert trial.intermediate_values == {}
+
+
+@pytest.mark.slow
+def test_when_every_trial_fails_the_sweep_does(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trial(run: Any, watch: Any) -> Any:
+        raise RuntimeError("broken everywhere")
+
+    monkeypatch.setattr(distill, "trial", trial)
+    done = lab.step("sweep", space(lab), "trials=50")
+    assert done.code == 1
+    assert "broken everywhere" in done.err
+    assert len(states(lab)) < 50, "it does not burn the whole study"
+    assert ending(parent(lab))[0] == "FAILED"
+
+
+def test_an_equal_configuration_is_not_run_again(lab: Lab) -> None:
+    swept(lab, space={"method.tau": {"type": "int", "low": 4, "high": 4}})
+    assert states(lab) == ["COMPLETE"] * 3
+    assert len(trials(lab)) == 1
+    assert len({trial.value for trial in study(lab).trials}) == 1
+
+
+def test_a_run_that_had_finished_when_its_worker_left_is_taken_as_it_is(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, left = Claim.complete, []
+
+    def complete(claim: Claim, *values: Any) -> None:
+        if not left:
+            left.append(claim.number)
+            raise Interrupted(15)  # after the run's end, before the study knows
+        original(claim, *values)
+
+    monkeypatch.setattr(Claim, "complete", complete)
+    swept(lab)
+    assert (left, states(lab).count("COMPLETE"), states(lab).count("FAIL")) == ([0], 3, 1)
+    assert all("resume" not in [entry.kind for entry in journal(folder)] for folder in trials(lab))
+
+
+def test_several_objectives_leave_a_front(lab: Lab) -> None:
+    objectives = [
+        {"metric": "final/val_acc", "direction": "maximize"},
+        {"metric": "cost/gmacs", "direction": "minimize"},
+    ]
+    swept(lab, objectives=objectives, space={"method.cccp_nt": {"type": "int", "low": 1, "high": 3}, **SPACE})
+    front = study(lab).best_trials
+    assert {path.name for path in parent(lab).glob("front_*.yaml")} == {f"front_{t.number:04d}.yaml" for t in front}
+
+
+@pytest.fixture
+def stopped_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may train."""
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("it was to be refused")
+
+    monkeypatch.setattr(sweep, "sweep", never)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["workers=0"], "workers=0"),
+        (["trials=0"], "trials=0"),
+        (["sweep=kd_ib_tua"], "kd_ib_tau"),
+        (["sweep.sampler.nam=gp"], "sampler.nam"),
+        (["method.tau=2"], "method.tau"),
+        (["storage=postgresql://nobody:secret@127.0.0.1:1/none"], "127.0.0.1"),
+        (["cluster=slrum"], "slurm"),
+        (["dataset.val_fraction=0"], "dataset.val_fraction"),
+        (["join=none-such"], "studies.db"),
+    ],
+)
+@pytest.mark.usefixtures("stopped_before_torch")
+def test_bad_input_is_one_line(lab: Lab, arguments: list[str], said: str) -> None:
+    given = [] if arguments[0].startswith("sweep=") else [space(lab)]
+    done = lab.step("sweep", *given, *arguments)
+    assert done.code == 2, done.err
+    (line,) = done.lines
+    assert said in line
+    assert "secret" not in done.err
+    assert not list(lab.runs.glob("*-sweep-*"))
+
+
+def test_what_this_machine_lacks_is_said_before_any_trial(lab: Lab) -> None:
+    done = lab.step("sweep", space(lab), "device=cpu", "optim.compile=graphs")
+    assert done.code != 0
+    assert "optim.compile=graphs" in done.lines[-1]
+    assert done.new == []
+    assert not optuna.get_all_study_names(f"sqlite:///{lab.runs / 'studies.db'}"), "no study either"
+
+
+def test_a_dry_run_shows_the_jobs_and_leaves_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRY_RUN", "1")
+    done = lab.step("sweep", space(lab), "workers=2", "cluster=slurm", "storage=postgresql://me:se/cret@nowhere:1/x")
+    assert (done.code, done.new) == (0, []), done.err
+    assert "val_fraction" in done.out
+    assert "3 trials, 2 at a time" in done.out
+    assert "#SBATCH" in done.out
+    assert "cret" not in done.out
+    assert not list(lab.runs.glob("*.db")), "not even the study's database"
+
+
+@pytest.mark.usefixtures("stopped_before_torch")
+def test_a_second_sweep_of_a_study_is_told_to_join(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(run: Run, _: Any) -> None:
+        again = lab.step("sweep", space(lab))
+        assert again.code == 2
+        (line,) = again.lines
+        assert "join=small-" in line
+        assert str(run.folder) in line
+
+    def began(run: Run, plan: Any) -> None:
+        run.journal.tags({"asib.study": plan.name})
+        run.ready()
+        never(run, plan)
+
+    monkeypatch.setattr(sweep, "sweep", began)
+    done = lab.step("sweep", space(lab))
+    assert done.code == 0, done.err
+    assert len(list(lab.runs.glob("*-sweep-*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_study_made_anew_takes_nothing_from_the_one_before(lab: Lab) -> None:
+    swept(lab)
+    first, values = parent(lab), [trial.value for trial in study(lab).trials]
+    for file in lab.runs.glob("studies.db*"):
+        file.unlink()
+    swept(lab)
+    (second,) = set(lab.runs.glob("*-sweep-*")) - {first}
+    assert len(list(second.glob("trials/*"))) == 3
+    assert [trial.value for trial in study(lab).trials] == values
+    swept(lab, "trials=4")
+    assert len(list(lab.runs.glob("*-sweep-*"))) == 2
+    assert len(list(second.glob("trials/*"))) == 4
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_once_more_doubles_nothing(lab: Lab) -> None:
+    swept(lab, "log_model=true")
+    before = points(parent(lab))
+    swept(lab, "log_model=true")
+    assert points(parent(lab)) == before
+    assert [entry.kind for entry in journal(parent(lab))].count("model") == 1
+
+
+@pytest.mark.slow
+def test_a_trial_killed_before_it_had_stated_what_it_is_states_it_when_it_goes_on(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, left = Run.describe, []
+
+    def describe(run: Run) -> None:
+        if run.folder.name == "0000" and not left:
+            left.append(run.folder)
+            run.journal.close()  # as the process's end does
+            raise Interrupted(15)
+        original(run)
+
+    monkeypatch.setattr(Run, "describe", describe)
+    swept(lab)
+    for folder in trials(lab):
+        params = [entry.data["values"] for entry in journal(folder) if entry.kind == "params"]
+        assert "method.tau" in params[0]
+        assert (folder / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_an_error_that_follows_from_a_signal_is_no_failure_of_the_trial(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, left = distill.trial, []
+
+    def trial(run: Any, watch: Any) -> Any:
+        if not left:
+            left.append(run)
+            monkeypatch.setattr(worker.stop, "signum", 15)
+            raise RuntimeError("Connection closed by peer")  # as when a process that trains along has left
+        return original(run, watch)
+
+    monkeypatch.setattr(distill, "trial", trial)
+    stopped = lab.step("sweep", space(lab))
+    assert stopped.code == 143, stopped.err
+    assert states(lab) == ["FAIL", "WAITING"]
+    monkeypatch.setattr(worker.stop, "signum", 0)
+    swept(lab)
+    assert states(lab) == ["FAIL", *["COMPLETE"] * 3]
+
+
+@pytest.mark.slow
+def test_a_trial_that_was_to_be_pruned_when_its_worker_died_is_pruned_in_mlflow_too(
+    lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([Interrupted(15), True])
+
+    def should_prune(claim: Claim) -> bool:
+        if claim.origin:
+            return False
+        answer = next(answers)
+        if isinstance(answer, Interrupted):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(Claim, "should_prune", should_prune)
+    swept(lab, "tracking.mode=online", f"tracking.uri={sqlite_uri}", pruner={"name": "median"})
+    assert sorted(states(lab)) == ["COMPLETE", "COMPLETE", "FAIL", "PRUNED"]
+    run = see(sqlite_uri, run_id(parent(lab))).children["trial 0"]
+    assert (run.status, run.tags["asib.outcome"], run.tags["asib.pruned_epoch"]) == ("KILLED", "pruned", "1")
+
+
+@pytest.mark.slow
+def test_reaping_leaves_a_sweep_whose_driver_lives(lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    original, seen = distill.trial, []
+
+    def trial(run: Any, watch: Any) -> Any:
+        if not seen:
+            name = study(lab).study_name
+            Study.open(f"sqlite:///{lab.runs / 'studies.db'}", name).note(driver_seen=0.0)  # a long trial, a slow clock
+            done = lab.raw("sweep", ["reap=true", *online, f"output_dir={lab.runs}"])
+            assert done.code == 0, done.err
+            seen.append(done.out)
+        return original(run, watch)
+
+    monkeypatch.setattr(distill, "trial", trial)
+    swept(lab, *online)
+    assert seen[0].startswith("0 runs")
+
+
+@pytest.mark.slow
+def test_a_study_begun_off_line_goes_on_with_a_server(lab: Lab, sqlite_uri: str) -> None:
+    swept(lab)
+    swept(lab, "trials=4", "tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    found = see(sqlite_uri, run_id(parent(lab)))
+    assert set(found.children) == {f"trial {number}" for number in range(4)}
+    assert {run.status for run in found.children.values()} == {"FINISHED"}
+    assert {len(values) for run in found.children.values() for values in run.metrics.values()} == {1}
+
+
+@pytest.mark.slow
+def test_other_data_under_the_same_name_is_another_study(lab: Lab) -> None:
+    swept(lab)
+    write_npz(lab.data, seed=1)
+    done = lab.step("sweep", space(lab), "trials=5")
+    assert done.code == 2
+    assert "other data" in done.err
+    assert states(lab) == ["COMPLETE"] * 3
