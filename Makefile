@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all lint lock ui server bench check clean
+.PHONY: setup demo test test-all lint house lock ui server bench check clean
 
 setup: .venv/.installed
 
@@ -51,6 +51,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+# lines per room, circles, arrows upward
+house: setup
+	$(BIN)/python tools/house.py
 
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --group dev pyproject.toml -o requirements.lock
