@@ -114,7 +114,7 @@ def measure(sizes: Sequence[int], rounds: int, batch: int, device: torch.device)
             found[count].append(run.seconds())
     reference = REFERENCE if REFERENCE in runs else sorted(runs)[1]
     per_image = {count: statistics.median(values) / count for count, values in found.items()}
-    held = sum(t.nbytes for t in (data.train_x, data.train_y)) / 2**20
+    held = sum(t.nbytes for t in (data.train_x, data.train_y) if isinstance(t, torch.Tensor)) / 2**20
     return {
         "batch": batch,
         "first_epoch_of_largest_seconds": round(first, 3),

@@ -76,7 +76,7 @@ class Race:
             device=device,
         )
         net = zoo.create_model("resnet18", num_classes=CLASSES, image_size=size)
-        self.net = net.to(device, memory_format=torch.channels_last)
+        self.net = net.to(device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), fused=True)
         self.seed = 0
         shape = (batch, 3, size, size)

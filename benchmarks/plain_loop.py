@@ -33,6 +33,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     """The first `count` training images (repeated where there are fewer), as PIL reads them, through the transforms."""
 
     def __init__(self, data: ImageData, count: int) -> None:
+        assert isinstance(data.train_x, Tensor)
         self.images = data.train_x.permute(0, 2, 3, 1).contiguous().numpy()
         self.labels = data.train_y.tolist()
         self.count = count

@@ -71,7 +71,7 @@ class PostgresServer:
             )  # fmt: skip
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
-            asked = [self._bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+            asked = [str(self._bin / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
             if subprocess.run(asked).returncode == 0:
                 return
             assert self._process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
