@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -10,14 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import optuna
+from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline import urls
 from pipeline.compose import compose
 from pipeline.config import Config, config_hash
-from pipeline.config.places import output_dir
 from pipeline.config.rules import needs_distillation
 from pipeline.data.sources import ImageData
 from pipeline.distill import export, networks, register, teachers
@@ -28,16 +28,12 @@ from pipeline.runs import records
 from pipeline.runs.folders import STUDENT
 from pipeline.runs.run import Run, tracking_uri
 from pipeline.runs.step import stop
-from pipeline.sweep import ahead as sweep_ahead
-from pipeline.sweep import estimate as sweep_estimate
-from pipeline.sweep import reap as sweep_reap
-from pipeline.sweep import request as sweep_plan
-from pipeline.sweep import worker as sweep_worker
+from pipeline.sweep import ahead, reap, request, worker
 from pipeline.sweep.launch.launcher import Launcher
 from pipeline.sweep.request import STUDY_TAG, Plan
-from pipeline.sweep.space import space as sweep_space
-from pipeline.sweep.study import report as study_report
-from pipeline.sweep.study.retry import history
+from pipeline.sweep.space.changes import apply
+from pipeline.sweep.study import report
+from pipeline.sweep.study.retry import REPEATS, history
 from pipeline.sweep.study.study import Counts, Study
 from pipeline.training.compiling import check_device
 
@@ -65,34 +61,20 @@ def sweep(run: Run, plan: Plan) -> float | None:
     if plan.cluster.kind == "local":
         check_device(run.config, networks.device_of(run.config))
     data = load_data(run)
-    run.journal.params(sweep_plan.params(plan))
+    run.journal.params(request.params(plan))
     run.journal.tags({STUDY_TAG: plan.name})
     run.ready()
     base = run.config = _base(run.config)
     study, found = _study(run, plan, base, data)
-    sweep_reap.reap(plan.storage, run.delivery, except_run=run.run_id)
+    reap.reap(plan.storage, run.delivery, except_run=run.run_id)
     left = study.total - study.tend().ended
     study.note(driver_seen=time.time())
-    if left > 0:
-        _say_estimate(plan, base, data, found, left)
-    if found and sweep_ahead.pays(base, plan, left):
-        sweep_ahead.build(base, data, found)
+    if found and ahead.pays(base, plan, left):
+        ahead.build(base, data, found)
     del found
-    sweep_worker.free_memory()  # the workers' GPUs are this process's
+    worker.free_memory()  # the workers' GPUs are this process's
     _Driver(run, plan, study).drive()
     return _finish(run, plan, study, base, data)
-
-
-def _say_estimate(plan: Plan, base: Config, data: ImageData, found: list[teachers.Teacher], left: int) -> None:
-    """Time and disk of the trials that are left; what cannot be measured here is no reason not to begin."""
-    nets, workers = [t.net for t in found], min(plan.workers, left)
-    seeds = left if "seed" in plan.sweep.space else 1
-    try:
-        estimate = sweep_estimate.estimate(base, data, nets, trials=left, workers=workers, seeds=seeds)
-    except Exception as error:
-        logger.warning("no estimate of time and disk: %s: %s", type(error).__name__, error)
-    else:
-        logger.info("%s", sweep_estimate.words(estimate, output_dir(base)))
 
 
 def _base(config: Config) -> Config:
@@ -106,7 +88,7 @@ def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, 
     before = Study.refuse_other(plan.storage, plan.name, plan.digest)
     _refuse_other_data(plan.name, before, data)
     try:
-        sweep_worker.fetch_teachers(before.get("teachers", ()), run)
+        worker.fetch_teachers(before.get("teachers", ()), run)
     except UserError as error:
         logger.warning("%s: the teachers are fine-tuned anew", error)
     if needs_distillation(base):
@@ -173,6 +155,31 @@ def _made_teachers(
     return made
 
 
+def time_left(trials: Sequence[FrozenTrial], left: int, workers: int) -> str | None:
+    """How long the trials that are left take if they take as long as those before; None before one has ended.
+
+    Args:
+        left: trials that have not ended yet.
+        workers: at a time.
+
+    Example: "one trial took 23 s: about 6 min left with 2 workers".
+    """
+    ran = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and REPEATS not in t.user_attrs]
+    seconds = [t.duration.total_seconds() for t in ran if t.duration is not None]
+    if not seconds or left < 1:
+        return None
+    each, at_once = sum(seconds) / len(seconds), min(workers, left)
+    took = f"one trial took {_duration(each)}" if len(seconds) == 1 else f"a trial takes {_duration(each)} on average"
+    rest = _duration(math.ceil(left / at_once) * each)
+    return f"{took}: about {rest} left with {at_once} worker{'' if at_once == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 class _Driver:
     """Keeps workers at work until every trial has ended, and the parent run up to date."""
 
@@ -180,7 +187,8 @@ class _Driver:
         self.run, self.plan, self.study = run, plan, study
         self.launcher = Launcher(plan.cluster, run.folder / "launched", plan.workers)
         self.started = self.idle_starts = 0
-        self._shown: Any = None
+        self._shown: Counts | None = None
+        self._said_time_left = False
 
     def drive(self) -> None:
         """Raises Interrupted after a signal, when the workers have left their checkpoints."""
@@ -219,8 +227,8 @@ class _Driver:
         if self.idle_starts >= 2 * self.plan.workers + 1:
             word = self.study.last_error() or "they left no word"
             raise RuntimeError(f"{self.idle_starts} workers ended without a result: {word}; see {self.launcher.folder}")
-        os.environ[sweep_worker.STORAGE] = self.plan.storage
-        self.launcher.start(sweep_worker.work, missing, study=self.plan.name)
+        os.environ[worker.STORAGE] = self.plan.storage
+        self.launcher.start(worker.work, missing, study=self.plan.name)
         self.idle_starts += missing if self.started else 0
         self.started += missing
 
@@ -239,21 +247,25 @@ class _Driver:
             raise Interrupted(stop())
 
     def _show(self, counts: Counts, bar: Any) -> None:
-        bar.n = counts.ended
+        bar.refresh()
+        if counts == self._shown:
+            return
+        self._shown, bar.n = counts, counts.ended
         best = self.study.best()
         if best is not None:
             bar.set_postfix_str(f"best {best.values[0]:.4g} (trial {best.number})")
-        bar.refresh()
-        state = (counts, best.number if best else None)
-        if state != self._shown:
-            self._shown = state
-            self._state(counts)
+        self._state(counts)
+        if not self._said_time_left:
+            words = time_left(self.study.trials(), self.study.total - counts.ended, self.plan.workers)
+            if words is not None:
+                self._said_time_left = True
+                logger.info("%s", words)
 
     def _state(self, counts: Counts) -> None:
-        """What the parent shows while the sweep goes on."""
+        """Bring the parent run up to date."""
         numbers = {f"sweep/{name}": float(n) for name, n in asdict(counts).items()}
         best = self.study.best()
-        if best is not None and len(self.plan.sweep.objectives) == 1:
+        if best is not None:
             numbers["sweep/best_value"] = float(best.values[0])
             self.run.journal.tags(
                 {"asib.best_trial": str(best.number), "asib.best_params": json.dumps(self.study.values_of(best))}
@@ -266,13 +278,13 @@ class _Driver:
 
 
 def _finish(run: Run, plan: Plan, study: Study, base: Config, data: ImageData) -> float | None:
-    for path in study_report.write(study.optuna, run.folder / "study", plan.sweep):
+    for path in report.write(study.optuna, run.folder / "study", plan.sweep):
         run.journal.artifact(path, "study")
     run.journal.tags({"mlflow.note.content": _note(run, plan, study)})
     _name_undelivered(run, study)
     best = study.best()
-    print(study_report.text(study.optuna, plan.sweep), flush=True)
-    if len(plan.sweep.objectives) > 1 and study.pareto():
+    print(report.text(study.optuna, plan.sweep), flush=True)
+    if len(plan.sweep.objectives) > 1 and study.front():
         _keep_front(run, study, base, data)
         return None
     if best is None:
@@ -292,13 +304,13 @@ def _finish(run: Run, plan: Plan, study: Study, base: Config, data: ImageData) -
 def _note(run: Run, plan: Plan, study: Study) -> str:
     """The parent's description."""
     where = run.delivery.wait_ready().experiment_id if run.delivery is not None else ""
-    return study_report.note(study.optuna, plan.sweep, experiment=where, storage=plan.storage, parent=run.run_id or "")
+    return report.note(study.optuna, plan.sweep, experiment=where, storage=plan.storage, parent=run.run_id or "")
 
 
-def _config_of(study: Study, trial: optuna.trial.FrozenTrial, base: Config) -> Config:
+def _config_of(study: Study, trial: FrozenTrial, base: Config) -> Config:
     """A trial's configuration, with the threads that it ran with: they decide the last bits."""
     threads = study.source_of(trial).user_attrs.get("threads")
-    return sweep_worker.trial_config(sweep_space.apply(base, study.values_of(trial)), threads)
+    return worker.trial_config(apply(base, study.values_of(trial)), threads)
 
 
 def _with_teachers(config: Config, study: Study, data: ImageData) -> Config:
@@ -314,7 +326,7 @@ def _with_teachers(config: Config, study: Study, data: ImageData) -> Config:
 
 def _keep_front(run: Run, study: Study, base: Config, data: ImageData) -> None:
     """Each trial of the Pareto front as a configuration that can be run."""
-    for trial in study.pareto():
+    for trial in study.front():
         config = _with_teachers(_config_of(study, trial, base), study, data)
         run.write(f"front_{trial.number:04d}.yaml", compose.dump(config), "front")
 
@@ -329,7 +341,7 @@ def _name_undelivered(run: Run, study: Study) -> None:
             run.journal.child(folder)
 
 
-def _keep_best(run: Run, study: Study, best: optuna.trial.FrozenTrial, config: Config, data: ImageData) -> None:
+def _keep_best(run: Run, study: Study, best: FrozenTrial, config: Config, data: ImageData) -> None:
     """The best trial's student as the sweep's model."""
     attrs = study.source_of(best).user_attrs
     weights = Path(attrs.get("folder", "")) / STUDENT

@@ -1,4 +1,4 @@
-"""Pictures of a study: Optuna's own plots, drawn for paper (PNG) and for the browser (plotly), with our words on them.
+"""Pictures of a study: Optuna's own plots with our words on them, each drawn once, for PNG files and the HTML page.
 
 What cannot be drawn yet is left out: a picture never ends a sweep.
 """
@@ -10,13 +10,14 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from pipeline.sweep.study import tidy as study_tidy
+from pipeline.sweep.study import tidy
+from pipeline.sweep.study.front import feasible, front
 
 if TYPE_CHECKING:
     from pipeline.sweep.space.space import SweepConfig
@@ -42,24 +43,21 @@ FEWEST = 5
 DPI = 100
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One plot. name: stem of its file; title: for people; png: the picture; html: a `<div>` that needs plotly.js."""
+class Picture(NamedTuple):
+    """One plot. name: stem of its file; title: for people."""
 
     name: str
     title: str
     png: bytes
-    html: str
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     """One plot to be made.
 
     Attributes:
-        function: its name, in optuna.visualization.matplotlib and in optuna.visualization alike.
+        function: its name in optuna.visualization.matplotlib.
         lacks: why it cannot be drawn; empty: it can.
-        tidy, tidy_html: what is changed of Optuna's drawing, in matplotlib's figure and in plotly's.
+        tidy: what is changed of Optuna's drawing.
     """
 
     name: str
@@ -69,12 +67,6 @@ class _Plan:
     arguments: dict[str, Any]
     lacks: str
     tidy: Callable[[Any, Any], None]
-    tidy_html: Callable[[Any], Any] = lambda figure: None
-
-
-def feasible(trial: FrozenTrial) -> bool:
-    """Whether a trial keeps to all constraints."""
-    return all(value <= 0 for value in trial.constraints.values())
 
 
 def label(metric: str) -> str:
@@ -106,7 +98,7 @@ def draw(study: optuna.Study, sweep: "SweepConfig") -> Iterator[Picture]:
             continue
         try:
             with _quiet():
-                picture = Picture(plan.name, plan.title, _png(plan), _html(plan))
+                picture = Picture(plan.name, plan.title, _png(plan))
         except Exception as error:  # a study may hold what a plot does not foresee
             logger.debug("%s is left out: %s: %s", plan.name, type(error).__name__, error, exc_info=True)
             continue
@@ -135,72 +127,35 @@ def _plans(study: optuna.Study, sweep: "SweepConfig") -> list[_Plan]:
     done = [t for t in trials if t.state == TrialState.COMPLETE and all(map(math.isfinite, t.values))]
     varied = sorted({name for t in done for name in t.params})
     labels = [label(o.metric) for o in sweep.objectives]
-    several = len(labels) > 1
+    several, words = len(labels) > 1, labels[0]
     few = "" if len(done) > 1 else f"{len(done)} finished trials"
     grey = " (grey: infeasible)" if any(not feasible(t) for t in done) else ""
     plans = []
-    for index, words in enumerate(labels):
+    for index, metric in enumerate(labels):
         suffix = f"_{index}" if several else ""
-        one: dict[str, Any] = {"target_name": words}
-        if several:
-            one["target"] = _Target(index)
+        one: dict[str, Any] = {"target_name": metric} | ({"target": partial(_value, index)} if several else {})
+        none = "" if done else "no finished trial"
+        history, by_parameter = f"{metric} of each trial", f"{metric} by parameter{grey}"
         plans += [
-            _Plan(
-                f"history{suffix}",
-                f"{words} of each trial",
-                "plot_optimization_history",
-                shown,
-                one,
-                "" if done else "no finished trial",
-                study_tidy.history,
-            ),
-            _Plan(
-                f"slice{suffix}",
-                f"{words} by parameter{grey}",
-                "plot_slice",
-                shown,
-                one,
-                few,
-                study_tidy.slice,
-                study_tidy.slice_html,
-            ),
+            _Plan(f"history{suffix}", history, "plot_optimization_history", shown, one, none, tidy.history),
+            _Plan(f"slice{suffix}", by_parameter, "plot_slice", shown, one, few, tidy.slice),
         ]
     reported = [t for t in trials if t.intermediate_values and t.state in (*ENDED, TrialState.RUNNING)]
-    words = labels[0]
-    best = _best(done, shown.directions[0]) if not several else None
-    plans += [
-        _Plan(
-            "parallel_coordinate",
-            f"finished trials: {', '.join(labels)}, parameters",
-            "plot_parallel_coordinate",
-            shown,
-            {} if several else {"target_name": labels[0]},
-            few,
-            study_tidy.Parallel([*labels, *varied]),
-            study_tidy.Parallel([*labels, *varied]).html,
-        ),
+    best = next((t.number for t in front(shown)), None) if not several else None
+    title = f"finished trials: {', '.join(labels)}, parameters"
+    target = {} if several else {"target_name": words}
+    parallel = tidy.Parallel([*labels, *varied])
+    lines = tidy.Intermediate(words, {t.number: t.state for t in trials}, best)
+    not_reported = "" if reported else "nothing reported"
+    against = " against ".join(labels)
+    flat = "" if len(labels) in (2, 3) and done else f"{len(labels)} objectives, {len(done)} finished trials"
+    return [
+        *plans,
+        _Plan("parallel_coordinate", title, "plot_parallel_coordinate", shown, target, few, parallel),
         _importances(shown, done, varied, labels),
-        _Plan(
-            "intermediate_values",
-            f"{words} by epoch",
-            "plot_intermediate_values",
-            shown,
-            {},
-            "" if reported else "nothing reported",
-            study_tidy.Intermediate(words, {t.number: t.state for t in trials}, best),
-            lambda figure: figure.update_layout(xaxis_title="epoch", yaxis_title=words),
-        ),
-        _Plan(
-            "pareto_front",
-            " against ".join(labels),
-            "plot_pareto_front",
-            shown,
-            {"target_names": labels},
-            "" if len(labels) in (2, 3) and done else f"{len(labels)} objectives, {len(done)} finished trials",
-            study_tidy.pareto,
-        ),
+        _Plan("intermediate_values", f"{words} by epoch", "plot_intermediate_values", shown, {}, not_reported, lines),
+        _Plan("pareto_front", against, "plot_pareto_front", shown, {"target_names": labels}, flat, tidy.pareto),
     ]
-    return plans
 
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -220,20 +175,8 @@ def _snapshot(study: optuna.Study, sweep: "SweepConfig") -> optuna.Study:
     return copy
 
 
-class _Target:
-    """The value of one objective of several."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __call__(self, trial: FrozenTrial) -> float:
-        return float(trial.values[self.index])
-
-
-def _best(done: list[FrozenTrial], direction: optuna.study.StudyDirection) -> int | None:
-    """Number of the best feasible trial."""
-    sign = -1 if direction == optuna.study.StudyDirection.MAXIMIZE else 1
-    return min(((sign * t.values[0], t.number) for t in done if feasible(t)), default=(0, None))[1]
+def _value(index: int, trial: FrozenTrial) -> float:
+    return float(trial.values[index])
 
 
 def _importances(shown: optuna.Study, done: list[FrozenTrial], varied: list[str], labels: list[str]) -> _Plan:
@@ -257,11 +200,10 @@ def _importances(shown: optuna.Study, done: list[FrozenTrial], varied: list[str]
     elif not used:
         lacks = "every trial has the same value"
     title = f"importance of the parameters for {' and '.join(labels[k] for k in used)}"
-    tidy = study_tidy.importances
-    return _Plan("importances", title, "plot_param_importances", turned, {}, lacks, tidy, study_tidy.importances_html)
+    return _Plan("importances", title, "plot_param_importances", turned, {}, lacks, tidy.importances)
 
 
-# PNG -----------------------------------------------------------------------------------------------------------------
+# drawing -------------------------------------------------------------------------------------------------------------
 
 
 def _png(plan: _Plan) -> bytes:
@@ -302,15 +244,3 @@ def _set_title(figure: Any, title: str) -> None:
         figure.suptitle(text, fontsize=12)
     else:
         figure.axes[0].set_title(text, fontsize=12, loc="left", y=1.03)
-
-
-# HTML ----------------------------------------------------------------------------------------------------------------
-
-
-def _html(plan: _Plan) -> str:
-    import optuna.visualization as drawn
-
-    figure = getattr(drawn, plan.function)(plan.study, **plan.arguments)
-    figure.update_layout(title={"text": ""}, template="plotly_white", margin={"t": 30})
-    plan.tidy_html(figure)
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))

@@ -1,8 +1,10 @@
 """A study as people read it: table, terminal, the note of the sweep's run, pictures, and one HTML page."""
 
+import base64
 import html
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ from sqlalchemy.engine import URL, make_url
 from pipeline import escape
 from pipeline.compare.report import NOTE_LENGTH, STYLE
 from pipeline.sweep.space.space import SweepConfig
-from pipeline.sweep.study import plots as study_pictures
-from pipeline.sweep.study import retry as study_retry
-from pipeline.sweep.study.plots import Picture, feasible, label, short_names
+from pipeline.sweep.study import retry
+from pipeline.sweep.study.front import feasible, front
+from pipeline.sweep.study.plots import Picture, draw, label, short_names
 
 TOP = 10
 STATES = {
@@ -44,7 +46,7 @@ def write(study: optuna.Study, folder: Path, sweep: SweepConfig) -> list[Path]:
     found = table(study, sweep)
     paths = [folder / "trials.csv"]
     escape.table(found).to_csv(paths[0], index=False)
-    pictures = list(study_pictures.draw(study, sweep))
+    pictures = list(draw(study, sweep))
     for picture in pictures:
         paths.append(folder / f"{picture.name}.png")
         paths[-1].write_bytes(picture.png)
@@ -64,15 +66,15 @@ def table(study: optuna.Study, sweep: SweepConfig) -> pd.DataFrame:
     seconds, run_id (of the trial that it repeats, where it does), same_as (the number of that trial).
     """
     trials = study.get_trials(deepcopy=False)
-    replaced = {number for t in trials for number in study_retry.history(t)}
-    front = {t.number for t in _front(study)}
+    replaced = {number for t in trials for number in retry.history(t)}
+    best = {t.number for t in front(study)}
     by_number = {t.number: t for t in trials}
     keyed = []
     for trial in trials:
         row = _row(trial, sweep, by_number, trial.number in replaced)
         # the front's members are equally good; within a state earlier trials come first
         goodness = 0.0 if len(sweep.objectives) > 1 else _cost(row[sweep.objectives[0].metric], study.direction)
-        keyed.append(((ORDER.index(row["state"]), trial.number not in front, goodness, trial.number), row))
+        keyed.append(((ORDER.index(row["state"]), trial.number not in best, goodness, trial.number), row))
     keyed.sort(key=lambda pair: pair[0])
     found = pd.DataFrame([row for _, row in keyed], columns=_columns(sweep))
     return found.astype({"number": "int64", "epochs": "int64", "attempts": "int64", "same_as": "Int64"})
@@ -97,7 +99,7 @@ def _row(trial: FrozenTrial, sweep: SweepConfig, by_number: dict[int, FrozenTria
         "last": steps[max(steps)] if steps else math.nan,
         **{key: trial.params.get(key) for key in sweep.space},
         "epochs": max(steps) + 1 if steps else 0,
-        "attempts": len(study_retry.history(trial)) + (trial.state != TrialState.WAITING),
+        "attempts": len(retry.history(trial)) + (trial.state != TrialState.WAITING),
         "seconds": math.nan if attrs.get("seconds") is None else float(attrs["seconds"]),
         "run_id": attrs.get("run_id") or source.user_attrs.get("run_id") or "",
         "same_as": same_as,
@@ -109,16 +111,6 @@ def _cost(value: float, direction: StudyDirection) -> float:
     if math.isnan(value):
         return math.inf
     return -value if direction == StudyDirection.MAXIMIZE else value
-
-
-def _front(study: optuna.Study) -> list[FrozenTrial]:
-    """The best feasible trial, or with several objectives all of the Pareto front; empty before there is one."""
-    done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if feasible(t)]
-    if not done:
-        return []
-    if len(study.directions) > 1:
-        return list(study.best_trials)
-    return [min(done, key=lambda t: (_cost(t.values[0], study.direction), t.number))]
 
 
 # texts ---------------------------------------------------------------------------------------------------------------
@@ -139,7 +131,7 @@ def _values(trial: FrozenTrial, sweep: SweepConfig) -> str:
 
 def _counted(study: optuna.Study, sweep: SweepConfig) -> str:
     """`30 of 30 trials: 12 complete, 17 pruned, 1 failed (2 retried)`."""
-    counts = study_retry.count(study.get_trials(deepcopy=False))
+    counts = retry.count(study.get_trials(deepcopy=False))
     named = {name: n for name, n in asdict(counts).items() if n and name != "retried"}
     words = ", ".join(f"{n} {name}" for name, n in named.items()) or "none yet"
     again = f" ({counts.retried} retried)" if counts.retried else ""
@@ -149,17 +141,17 @@ def _counted(study: optuna.Study, sweep: SweepConfig) -> str:
 def text(study: optuna.Study, sweep: SweepConfig) -> str:
     """For the terminal: counts, the best value and its parameters; with several objectives the Pareto front."""
     lines = [f"{sweep.name}: {_counted(study, sweep)}"]
-    front = _front(study)
-    if not front:
+    best = front(study)
+    if not best:
         return "\n".join([*lines, "no trial has finished within the constraints"])
     if len(sweep.objectives) == 1:
-        width = max(map(len, front[0].params), default=0)
-        lines.append(f"best: {_values(front[0], sweep)} (trial {front[0].number})")
-        lines += [f"  {key:<{width}}  {_number(value)}" for key, value in front[0].params.items()]
+        width = max(map(len, best[0].params), default=0)
+        lines.append(f"best: {_values(best[0], sweep)} (trial {best[0].number})")
+        lines += [f"  {key:<{width}}  {_number(value)}" for key, value in best[0].params.items()]
         return "\n".join(lines)
-    lines.append(f"Pareto front, {len(front)} trials:")
-    lines += [f"  trial {t.number}: {_values(t, sweep)}" for t in front[:TOP]]
-    return "\n".join([*lines, *(["  …"] if len(front) > TOP else [])])
+    lines.append(f"Pareto front, {len(best)} trials:")
+    lines += [f"  trial {t.number}: {_values(t, sweep)}" for t in best[:TOP]]
+    return "\n".join([*lines, *(["  …"] if len(best) > TOP else [])])
 
 
 def without_password(storage: str) -> str:
@@ -182,16 +174,19 @@ def note(study: optuna.Study, sweep: SweepConfig, *, experiment: str = "", stora
         storage: URL of the study's database, for optuna-dashboard; its password is not shown.
         parent: id of the sweep's run, for the command that repeats the best trial.
     """
-    front, single = _front(study), len(sweep.objectives) == 1
+    best, single = front(study), len(sweep.objectives) == 1
     parts = [f"**{escape.markdown(sweep.name)}**: {_counted(study, sweep)}"]
-    if front and single:
-        parts.append(f"**best: {escape.markdown(_values(front[0], sweep))}**, trial {front[0].number}")
-        best = front[0].params.items()
-        parts.append("\n".join(f"- {escape.code(key)}: {escape.markdown(_number(value))}" for key, value in best))
+    if best and single:
+        parts.append(f"**best: {escape.markdown(_values(best[0], sweep))}**, trial {best[0].number}")
+        parts.append(
+            "\n".join(
+                f"- {escape.code(key)}: {escape.markdown(_number(value))}" for key, value in best[0].params.items()
+            )
+        )
         if parent:
             parts.append("again: " + escape.code(f"mlflow run . -e distill -P cfg=runs:/{parent}/best.yaml"))
-    elif front:
-        parts.append(f"**{len(front)} trials on the Pareto front**")
+    elif best:
+        parts.append(f"**{len(best)} trials on the Pareto front**")
     found = table(study, sweep)
     found = found[found["state"] == "complete"]
     tail = (
@@ -227,20 +222,17 @@ def _markdown(found: pd.DataFrame, sweep: SweepConfig, experiment: str) -> str:
 # the page ------------------------------------------------------------------------------------------------------------
 
 
-def page(study: optuna.Study, sweep: SweepConfig, found: pd.DataFrame, pictures: list[Picture]) -> str:
-    """One HTML file that needs no other and no network: plotly's JavaScript is part of it, once."""
+def page(study: optuna.Study, sweep: SweepConfig, found: pd.DataFrame, pictures: Sequence[Picture]) -> str:
+    """One HTML file that needs no other and no network."""
     title = html.escape(f"{sweep.name}: {', '.join(label(o.metric) for o in sweep.objectives)}")
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
         f"<h1>{title}</h1>",
         f"<pre>{html.escape(text(study, sweep))}</pre>",
     ]
-    if pictures:
-        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-
-        parts.append(f"<script>{get_plotlyjs()}</script>")
     for picture in pictures:
-        parts += [f"<h2>{html.escape(picture.title)}</h2>", picture.html]
+        words, png = html.escape(picture.title), base64.b64encode(picture.png).decode()
+        parts.append(f'<h2>{words}</h2><img alt="{words}" src="data:image/png;base64,{png}">')
     shown = found.astype(object).map(_number)
     parts += [
         "<h2>trials</h2>",

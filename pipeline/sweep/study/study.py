@@ -27,6 +27,7 @@ from pipeline.sweep.space.space import SweepConfig
 from pipeline.sweep.study import retry as study_retry
 from pipeline.sweep.study import samplers as study_samplers
 from pipeline.sweep.study.claim import Claim
+from pipeline.sweep.study.front import front
 from pipeline.sweep.study.retry import ERROR, REPEATS, WORKER, Counts
 from pipeline.sweep.study.storage import Database, Lock, database_url
 from pipeline.tracking.server import sqlite_file
@@ -148,16 +149,12 @@ class Study:
         return sum(reached.values())
 
     def best(self) -> FrozenTrial | None:
-        """The best feasible trial, the first of equals; None before there is one, and with several objectives."""
-        if len(self.sweep.objectives) > 1:
-            return None
-        feasible = [t for t in self.trials() if t.state == TrialState.COMPLETE and _feasible(t)]
-        sign = -1 if self.sweep.objectives[0].direction == "maximize" else 1
-        return min(feasible, key=lambda t: (sign * t.values[0], t.number), default=None)
+        """The best feasible trial; None before there is one, and with several objectives."""
+        return None if len(self.sweep.objectives) > 1 else next(iter(self.front()), None)
 
-    def pareto(self) -> list[FrozenTrial]:
-        """The feasible trials that no other beats in one objective without losing in another; by number."""
-        return self._database.patiently(lambda: self.optuna.best_trials)
+    def front(self) -> list[FrozenTrial]:
+        """The best feasible trial, or with several objectives the Pareto front (`front.front`)."""
+        return self._database.patiently(lambda: front(self.optuna))
 
     def values_of(self, trial: FrozenTrial) -> dict[str, Any]:
         """What a trial's configuration has in place of the sweep's base: `Claim.values` of the past."""
@@ -310,7 +307,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= 40 else text[:39] + "…"
-
-
-def _feasible(trial: FrozenTrial) -> bool:
-    return all(excess <= 0 for excess in trial.constraints.values())

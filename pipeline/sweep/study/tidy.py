@@ -1,6 +1,6 @@
 """What is changed of Optuna's plots so that they can be read: sizes, names of axes, ticks, colours, legends.
 
-Each takes the figure and what Optuna returned, in matplotlib's form; those that end in `_html` plotly's figure.
+Each takes matplotlib's figure and what Optuna returned.
 """
 
 import math
@@ -8,8 +8,6 @@ import re
 from typing import Any
 
 from optuna.trial import TrialState
-
-# PNG -----------------------------------------------------------------------------------------------------------------
 
 
 def _whole_numbers(axis: Any) -> None:
@@ -119,10 +117,6 @@ class Parallel:
             for tick in (*other.get_yticklabels(which="major"), *other.get_yticklabels(which="minor")):
                 tick.set(fontsize=8, bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6})
 
-    def html(self, figure: Any) -> None:
-        figure.update_xaxes(ticktext=[name.replace("\n", "<br>") for name in self.names])
-        figure.update_layout(height=480)
-
 
 def _in_lines(name: str, width: int = 16) -> str:
     """A name in lines of about `width` characters, broken where words end."""
@@ -184,16 +178,3 @@ def pareto(figure: Any, axis: Any) -> None:
         words = {"Best Trial": "on the front", "Trial": "dominated", "Feasible Trial": "dominated"}
         for text in axis.get_legend().get_texts():
             text.set_text(words.get(text.get_text(), "infeasible"))
-
-
-# HTML ----------------------------------------------------------------------------------------------------------------
-
-
-def slice_html(figure: Any) -> None:
-    """Colours of which none is white."""
-    figure.update_traces(marker_colorscale="Viridis", selector={"name": "Feasible Trial"})
-    figure.update_layout(height=480)
-
-
-def importances_html(figure: Any) -> None:
-    figure.update_layout(xaxis_title="share of the importance (PED-ANOVA)", yaxis_title="")

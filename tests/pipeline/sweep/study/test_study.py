@@ -156,7 +156,7 @@ def test_front_of_two_objectives(study_url: str) -> None:
         claim.report(accuracy, 0)
         assert not claim.should_prune()
         claim.complete([accuracy, seconds])
-    assert [trial.number for trial in study.pareto()] == [0, 1, 2]
+    assert [trial.number for trial in study.front()] == [0, 1, 2]
     assert study.best() is None
 
 
