@@ -25,8 +25,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from pipeline.compose import settings as settings_files
+from pipeline.compose.foreign import foreign
 from pipeline.compose.groups import CONF, NOT_GROUPS, groups
+from pipeline.compose.settings import read_yaml
 from pipeline.config import Config, explain, flatten
 from pipeline.config.describe import field_at, is_text, section_of, written
 from pipeline.config.names import UnknownKey, near_miss
@@ -265,7 +266,7 @@ _URI = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
 
 def _foreign(file: Path, folder: Path, source: str, given: Sequence[str]) -> Path:
     """What may be composed of a file that someone else has made, as a file in `folder`."""
-    text, left_out = settings_files.foreign(file, source, given)
+    text, left_out = foreign(file, source, given)
     if left_out:
         logger.info("%s: left out, for it says where or what to run: %s", source, ", ".join(left_out))
     made = folder / "foreign.yaml"
@@ -340,7 +341,7 @@ def _search_path(file: Path | None, source: str) -> Iterator[tuple[list[str], st
 
 def _check_yaml(file: Path, source: str) -> None:
     """A readable mapping, or one line of why not."""
-    if not isinstance(settings_files.read_yaml(file, source), DictConfig):
+    if not isinstance(read_yaml(file, source), DictConfig):
         raise UserError(f"{source}: holds a list, not groups of keys")
 
 

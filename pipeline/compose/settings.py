@@ -1,25 +1,26 @@
-"""Files of settings: YAML read with bounds, whoever wrote it, and what a file of someone else's may choose.
+"""Settings files: YAML read with bounds, and a section of the schema made of a file and the command line.
 
 One's own file may refer to others of its values and to the environment (`${…}`), but for variables whose names look
-like secrets. What comes from a tracking server is data: no `${…}` counts there, and only keys that change the
-computation do.
+like secrets. Somebody else's file may not: `foreign.py`.
 """
+
+from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline import secrets, yaml_data
-from pipeline.compose.groups import groups
-from pipeline.config.identity import NOT_COMPUTATION, listed
-from pipeline.config.schema import Config, flatten
+from pipeline.config.describe import MAX_PROBLEMS, is_text, shown, takes
+from pipeline.config.names import near_miss
 from pipeline.errors import UserError
 
 
@@ -57,6 +58,284 @@ def parse_data(text: str, source: str) -> Any:
     return yaml_data.parse(text, source, get_yaml_loader())
 
 
+# sections ------------------------------------------------------------------------------------------------------------
+
+OURS = ("name", "changes")
+"""What a section's reader fills in: no keys of its file."""
+TAGS = ("kind", "name", "type")
+"""Keys that choose between groups of keys. They are set first, for they drop the keys of the group not chosen."""
+
+
+def read_section(
+    schema: Any,
+    key: str,
+    given: str,
+    file: Path,
+    overrides: Mapping[str, str],
+    normal: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    **own: Any,
+) -> Any:
+    """A validated section from a YAML file, with the command line's `<key>.<name>=<text>` on top.
+
+    Args:
+        schema: a pydantic model, or a union of models that one of their keys tells apart.
+        key: what the command line calls the section: `cluster`, of `cluster=slurm cluster.partition=gpu`.
+        given: the value given for it, a name or a path, for errors.
+        overrides: `{"partition": "gpu", "space.method.tau.high": "6"}`. Another `kind`, `name` or `type` drops the keys
+            that only the former one has; `null` removes an entry of a group whose names are free.
+        normal: writes short forms in full; may raise ValueError.
+        own: values of `OURS`.
+
+    Raises:
+        UserError: one line with the key, its value and what to give instead.
+    """
+    source = f"{key}={given}"
+    content = read_yaml(file, source)
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{source}: holds no groups of keys")
+    plain = _plain(content, source)
+    for name in sorted(plain.keys() & set(OURS)):
+        raise UserError(f"{source}: {name}={plain[name]}: a {key} is named after its file; leave the key out")
+    try:
+        plain = normal(plain)
+        for name in sorted(overrides, key=lambda name: name.rpartition(".")[2] not in TAGS):
+            _override(plain, schema, key, re.sub(r"\[(\d+)\]", r".\1", name), " ".join(overrides[name].split()))
+            plain = normal(plain)
+        root = Place.of(schema)
+        section = root.section(plain)
+        if section is None:
+            raise UserError(_no_kind(root, plain, key, source))
+        return section.model_validate({**plain, **own})
+    except ValidationError as error:
+        raise UserError(_explain(error, schema, section, key)) from error
+    except ValueError as error:
+        raise UserError(f"{key}.{error}") from error
+
+
+def _plain(content: DictConfig | ListConfig, source: str) -> dict[str, Any]:
+    try:
+        plain: Any = OmegaConf.to_container(content, resolve=True)
+    except OmegaConfBaseException as error:
+        raise yaml_data.refusal(source, error) from error
+    return {str(name): value for name, value in plain.items()}
+
+
+def _override(content: dict[str, Any], schema: Any, key: str, name: str, text: str) -> None:
+    """Set one key of the command line. Raises UserError."""
+    given = f"{key}.{name}={text:.100}"
+    place, walked, rest = Place.of(schema), key, name
+    node: Any = content
+    while True:
+        if isinstance(node, list):
+            part, _, rest = rest.partition(".")
+            if not part.isdecimal() or int(part) >= len(node):
+                raise UserError(f"{given}: {walked} has {len(node)} entries, numbered from 0")
+        elif place.is_free:
+            part, rest = _entry(node, place, walked, rest)
+        else:
+            part, _, rest = rest.partition(".")
+            section = place.section(node)
+            if section is not None and (part not in section.model_fields or (node is content and part in OURS)):
+                raise UserError(_unknown(section, place, walked, part))
+        outer, place, walked = place, place.inside(part, node), f"{walked}.{part}"
+        index: Any = int(part) if isinstance(node, list) else part
+        if not rest:
+            break
+        child = node[index] if isinstance(node, list) else node.get(index)
+        if child is None and place.holds_keys:
+            child = node[index] = {}
+        if not isinstance(child, dict | list):
+            raise UserError(f"{given}: {walked} has no keys; give it whole")
+        node = child
+    literal = place.field is not None and is_text(place.field) and text != "null"
+    value = text if literal else _plain(parse_yaml(f"value: {text}", given), given)["value"]
+    if value is None and outer.is_free:
+        if part not in node:
+            raise UserError(f"{given}: {walked.removesuffix(f'.{part}')} has no {part}; give a new one whole")
+        del node[part]
+        return
+    node[index] = value
+    chosen = outer.section(node) if part == outer.tag else None
+    if chosen is not None:
+        for foreign in node.keys() - chosen.model_fields.keys():
+            del node[foreign]
+
+
+def _entry(node: Mapping[str, Any], place: Place, walked: str, rest: str) -> tuple[str, str]:
+    """An entry's name, which may hold dots, and the rest of the path: the longest name that fits, or a new one."""
+    fitting = [name for name in node if rest == name or rest.startswith(f"{name}.")]
+    if fitting:
+        name = max(fitting, key=len)
+        return name, rest[len(name) + 1 :]
+    stem, _, last = rest.rpartition(".")
+    inner = place.inside(stem, node)
+    if stem and any(last in kind.model_fields for kind in inner.kinds.values()):
+        near = near_miss(stem, node)
+        hint = f"did you mean {near}? " if near else ""
+        new = f"give a new one whole, {walked}.{stem}={inner.example}"
+        raise UserError(f"{walked}.{rest}: {walked} has no {stem}; {hint}there are {', '.join(node)}; {new}")
+    return rest, ""
+
+
+# a schema, place by place --------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """What the schema has at a path.
+
+    Attributes:
+        type: without `Annotated`.
+        tag: of a union of sections, the key that tells them apart; else empty.
+        field: the section's field that leads here or into which it leads; None at the root.
+    """
+
+    type: Any
+    tag: str = ""
+    field: FieldInfo | None = None
+
+    @classmethod
+    def of(cls, annotation: Any, tag: Any = None, field: FieldInfo | None = None) -> Place:
+        """The place of an annotation."""
+        while get_origin(annotation) is Annotated:
+            annotation, *extra = get_args(annotation)
+            tag = next((item.discriminator for item in extra if isinstance(item, FieldInfo)), tag)
+        return cls(annotation, tag or "", field)
+
+    @property
+    def kinds(self) -> dict[str, type[BaseModel]]:
+        """The sections of a union by what the tag says."""
+        return {kind.model_fields[self.tag].default: kind for kind in get_args(self.type)} if self.tag else {}
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is a group of keys that may have any names."""
+        return get_origin(self.type) is dict
+
+    @property
+    def holds_keys(self) -> bool:
+        return bool(self.tag) or self.is_free or self.section({}) is not None
+
+    @property
+    def items(self) -> Place:
+        """The values of a list or of a free group of keys."""
+        return Place.of(get_args(self.type)[1 if self.is_free else 0], None, self.field)
+
+    @property
+    def is_list(self) -> bool:
+        return get_origin(self.type) is tuple
+
+    def section(self, value: Any) -> type[BaseModel] | None:
+        """The model of a value here; None for anything but a section, or where its tag names none."""
+        if self.tag:
+            return self.kinds.get(str(value.get(self.tag)))
+        return self.type if isinstance(self.type, type) and issubclass(self.type, BaseModel) else None
+
+    def inside(self, part: str, value: Any = None) -> Place:
+        """The place that a part of a path leads to from here; of a union, the tag of `value` says in which section."""
+        if self.is_free or self.is_list:
+            return self.items
+        section = self.section(value)
+        field = section.model_fields.get(part) if section is not None else None
+        return Place(None) if field is None else Place.of(field.annotation, field.discriminator, field)
+
+    @property
+    def example(self) -> str:
+        """What may be written here, of a section or a union of such: `{type: float, low: …, high: …}`."""
+        if self.tag:
+            name, kind = next(iter(self.kinds.items()))
+            needed = [key for key, field in kind.model_fields.items() if field.is_required()]
+            return "{" + ", ".join([f"{self.tag}: {name}", *(f"{key}: …" for key in needed)]) + "}"
+        return "{" + ", ".join(f"{key}: …" for key in keys(self.type)) + "}"
+
+    def takes(self, problem: Any) -> str:
+        """What to give here, in words."""
+        if self.tag:
+            return f"such as {self.example}"
+        if self.section({}) is not None:
+            return f"a group of keys, such as {self.example}"
+        if self.is_free and self.items.tag:
+            return f"a group of keys with values such as {self.items.example}"
+        if self.is_list and self.items.section({}) is not None:
+            return f"a list of {self.items.example}"
+        if self.is_list and any(get_origin(kind) is dict for kind in get_args(self.items.type)):  # of anything
+            return "a list"
+        return "a group of keys" if self.field is None else takes(problem, self.field)
+
+
+def keys(section: type[BaseModel], but: Collection[str] = ()) -> list[str]:
+    """The keys of a section, those of sections inside it with dots, but for those named."""
+    found: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = Place.of(field.annotation, field.discriminator).section({}) if not field.discriminator else None
+        found += [] if name in but else [name] if inner is None else [f"{name}.{key}" for key in keys(inner)]
+    return found
+
+
+# errors --------------------------------------------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError, schema: Any, section: Any, key: str) -> str:
+    """One line: for each key its value and what to give; at most three problems."""
+    lines: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        name, line = _problem(problem, Place.of(schema), Place(section), key)
+        lines.setdefault(name, line)  # a union gives a problem for each of its members
+    more = len(lines) - MAX_PROBLEMS
+    return "; ".join(list(lines.values())[:MAX_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _problem(problem: Any, union: Place, place: Place, key: str) -> tuple[str, str]:
+    """The key that a problem of pydantic's is about, and the line that says so.
+
+    Args:
+        union: what the section may be one of.
+        place: the section.
+    """
+    outer, name = place, key
+    for part in map(str, problem["loc"]):
+        if place.tag:  # pydantic names the section chosen
+            union, place = place, Place(place.kinds[part])
+            continue
+        if not (place.holds_keys or (place.is_list and place.items.holds_keys)):
+            break  # an item of a plain list, or which member of a union
+        outer, place, name = place, place.inside(part), f"{name}.{part}"
+    what, value = problem["type"], problem["input"]
+    section = outer.section({})
+    if what == "value_error":  # raised by a rule, which says all
+        return name, f"{name}.{problem['ctx']['error']}"
+    if what == "extra_forbidden" and section is not None:
+        return name, _unknown(section, union, *name.rsplit(".", 1))
+    if what in ("union_tag_not_found", "union_tag_invalid"):
+        return name, _no_kind(place, value, name, name)
+    if what == "missing":
+        return name, f"{name} is missing: give {place.takes(problem)}"
+    return name, f"{name}: got {shown(value)}; give {place.takes(problem)}"
+
+
+def _no_kind(union: Place, value: Mapping[str, Any], name: str, source: str) -> str:
+    """The line for a section whose tag names no member of a union."""
+    choices = ", ".join(union.kinds)
+    if union.tag not in value:
+        return f"{source} has no {union.tag}: give one of {choices}"
+    near = near_miss(str(value[union.tag]), union.kinds)
+    hint = f" (did you mean {near}?)" if near else ""
+    return f"{name}.{union.tag}: got {shown(value[union.tag])}; give one of {choices}{hint}"
+
+
+def _unknown(section: type[BaseModel], union: Place, walked: str, part: str) -> str:
+    """The line for a key that a section does not have; `union`: what the section may be one of."""
+    known = keys(section, () if "." in walked else OURS)
+    near = near_miss(part, known)
+    hint = f"did you mean {walked}.{near}? " if near else ""
+    kind = next((name for name, other in union.kinds.items() if other is section), None)
+    if kind is None:
+        return f"{walked}.{part}: unknown key; {hint}there are {', '.join(known)}"
+    others = [name for name, other in union.kinds.items() if part in keys(other, OURS)]
+    hint = hint or (f"it is a key of {', '.join(others)}; " if others else "")
+    taken = ", ".join(name for name in known if name != union.tag) or "nothing else"
+    return f"{walked}.{part}: {kind} has no {part}; {hint}it takes {taken}"
+
+
 # the environment -----------------------------------------------------------------------------------------------------
 
 
@@ -72,117 +351,3 @@ def _variable(name: str, *default: str | None) -> str | None:
 
 
 OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
-
-
-# other people's files ------------------------------------------------------------------------------------------------
-
-FOREIGN_GROUPS = ("dataset", "model/student", "model/teacher", "method", "optim", "schedule", "augment")
-NUMERICS = ("threads", "bank", "optim.use_amp", "optim.compile", "dataset.eval_batch_size")
-"""Not in the configuration's hash, but they decide a result's last bits, and say nothing of where or what."""
-_RUN = re.compile(r"runs:/[0-9a-f]{32}(/(?!\.+(/|$))[\w.-]+)*")
-
-
-def foreign(path: Path, source: str, given: Collection[str] = ()) -> tuple[str, list[str]]:
-    """Someone else's configuration as YAML that may be composed, and the keys that were left out of it.
-
-    Kept are group choices and keys that change the computation, and teachers' checkpoints of the form `runs:/<id>`,
-    which are fetched from the same server. Left out is whatever says where to read, write or send, or what to run.
-
-    Args:
-        given: the keys that the command line sets.
-
-    Raises:
-        UserError: a kept value refers to something (`${…}`); a defaults list leads elsewhere; a teacher's checkpoint
-            is a file of another machine, and the command line names none.
-    """
-    content = read_data(path, source)
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise UserError(f"{source}: holds {'a list' if isinstance(content, list) else 'a single value'}, not keys")
-    defaults = content.pop("defaults", None)
-    left_out: dict[str, Any] = {}
-    kept = _kept(content, "", left_out, source)
-    _check_checkpoints(left_out, source, given)
-    if defaults is not None:
-        kept = {"defaults": [*_known(defaults, source)], **kept}
-    plain = flatten(Config())
-    named = [key for key, value in left_out.items() if value != plain.get(key)]  # others would change nothing
-    return "# @package _global_\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), named
-
-
-def _kept(content: Mapping[Any, Any], prefix: str, left_out: dict[str, Any], source: str) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        where = _says_where(key) or (key.endswith(".checkpoint") and not _on_server(value))
-        if isinstance(value, dict) and (value or not where):
-            inner = _kept(value, f"{key}.", left_out, source)
-            if not where:
-                kept[name] = inner
-        elif where:
-            left_out[key] = value
-        elif isinstance(value, list):
-            kept[name] = [
-                _kept(item, f"{key}.{i}.", left_out, source) if isinstance(item, dict) else _literal(item, key, source)
-                for i, item in enumerate(value)
-            ]
-        else:
-            kept[name] = _literal(value, key, source)
-    return kept
-
-
-def _says_where(key: str) -> bool:
-    return key not in NUMERICS and listed(key, NOT_COMPUTATION)
-
-
-def _on_server(checkpoint: Any) -> bool:
-    return checkpoint is None or (isinstance(checkpoint, str) and _RUN.fullmatch(checkpoint) is not None)
-
-
-def check_refers_to_nothing(text: str, source: str) -> None:
-    """Refuse a dumped configuration, in which every `${` is escaped, when somebody has put a live one into it.
-
-    Raises:
-        UserError.
-    """
-
-    def walk(value: Any) -> None:
-        for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
-            walk(item)
-        if isinstance(value, str) and re.search(r"(?<!\\)(\\\\)*\$\{", value):
-            raise UserError(f"{source}: refers to something (${{…}}): only a file of one's own may")
-
-    walk(parse_data(text, source))
-
-
-def _literal(value: Any, key: str, source: str) -> Any:
-    if isinstance(value, list):
-        return [_literal(item, key, source) for item in value]
-    if "${" in f"{value} {key}":
-        raise UserError(f"{source}: {key} refers to something (${{…}}): only a file of one's own may")
-    return value
-
-
-def _check_checkpoints(left_out: Mapping[str, Any], source: str, given: Collection[str]) -> None:
-    """Teachers' files are on the machine of whoever ran it: without them another computation would begin."""
-    for key, value in left_out.items():
-        if key.endswith(".checkpoint") and not {key, "model.teachers", "model/teacher"}.intersection(given):
-            raise UserError(
-                f"{source}: {key}={value} is a file on another machine: say where it is here, with {key}=<file>"
-            )
-
-
-def _known(defaults: Any, source: str) -> Iterator[Any]:
-    """The entries of a defaults list that lead to groups of this repository."""
-    options = groups()
-    for entry in defaults if isinstance(defaults, list) else [defaults]:
-        if entry == "_self_" or (isinstance(entry, str) and entry in options["experiment"]):
-            yield entry
-            continue
-        if isinstance(entry, dict) and len(entry) == 1:
-            ((name, option),) = entry.items()
-            group = str(name).removeprefix("override ").strip().removeprefix("/")
-            if group in FOREIGN_GROUPS and option in options.get(group, []):
-                yield {f"override /{group}": option}
-                continue
-        raise UserError(f"{source}: defaults: {entry!s:.100} is no choice of {', '.join(FOREIGN_GROUPS)}")

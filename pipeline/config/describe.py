@@ -159,28 +159,29 @@ def _explain(problem: Any, path: list[str | int]) -> tuple[str, str]:
         return name, unknown_key(name, known_names())
     found = field_at(path)
     if found is None:  # the whole configuration is not a mapping
-        return "", f"the configuration is {_shown(problem['input'])}, not groups of keys"
+        return "", f"the configuration is {shown(problem['input'])}, not groups of keys"
     field, depth = found
     key, inside = ".".join(map(str, path[:depth])), path[depth:]
     value = problem["input"]
     if problem["type"] == "bool_for_number":
         value = value if isinstance(value, bool) else list(value)
     if problem["type"] == "no_text":
-        return key, f"{key}: got {_shown(value)}, which holds control characters or is not UTF-8; give a plain text"
+        return key, f"{key}: got {shown(value)}, which holds control characters or is not UTF-8; give a plain text"
     section = section_of(field)
     if section is not None and not is_list_of_sections(field):
         return (
             key,
-            f"{key} is a group of keys, got {_shown(value)}; give such as {key}.{next(iter(section.model_fields))}=…",
+            f"{key} is a group of keys, got {shown(value)}; give such as {key}.{next(iter(section.model_fields))}=…",
         )
     where = f", entry {inside[-1]}" if inside and isinstance(inside[-1], int) and problem["type"] != "missing" else ""
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    near = near_miss(_shown(value), map(str, choices)) if isinstance(value, str) or choices else None
+    near = near_miss(shown(value), map(str, choices)) if isinstance(value, str) or choices else None
     hint = f" (did you mean {near}?)" if near else ""
-    return key, f"{key}: got {_shown(value)}{where}; give {takes(problem, field)}{hint}"
+    return key, f"{key}: got {shown(value)}{where}; give {takes(problem, field)}{hint}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in an error: texts in quotes, control characters escaped, at most 80 characters."""
     text = repr(value) if isinstance(value, str) else written(value)
     text = printable(text, 10_000)
     return text if len(text) <= 80 else text[:77] + "…"

@@ -5,23 +5,17 @@ Needs pydantic and OmegaConf only, so that a promotion that cannot be is refused
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from pipeline.compose.groups import CONF, locate
-from pipeline.compose.settings import parse_data, read_yaml
-from pipeline.config.describe import field_at, section_of, takes, written
-from pipeline.config.names import near_miss
+from pipeline.compose.settings import OURS, keys, read_section
+from pipeline.config.describe import written
 from pipeline.config.numbers import AtLeastOne, Fraction, NonNegative, Parameters, Percent, Points, Positive
-from pipeline.config.schema import Section, key
-from pipeline.errors import UserError
+from pipeline.config.schema import Section, flatten, key
 
 Inner = Annotated[float, Field(gt=0, lt=1)]
-OURS = {"name", "changes"}
-"""Fields that say where a gate comes from."""
 
 
 class FirstGate(Section):
@@ -73,74 +67,10 @@ def load(name_or_path: str, settings: Mapping[str, str]) -> Gate:
         UserError: no such file, an unknown key, a value that does not fit.
     """
     file = locate("promotion", name_or_path, "gate")
-    content = _read(file, name_or_path)
     ours = file.parent == CONF / "promotion"
     name = file.stem if ours else f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
-    try:
-        found = plain = Gate.model_validate({**content, "name": name})
-        if settings:
-            for changed, text in settings.items():
-                _set(content, changed, text)
-            found = Gate.model_validate({**content, "name": name})
-    except ValidationError as error:
-        raise UserError(_explain(error)) from error
-    changes = [f"{k}={_shown(found, k)} ({_shown(plain, k)})" for k in keys() if _at(found, k) != _at(plain, k)]
+    plain: Gate = read_section(Gate, "gate", name_or_path, file, {}, name=name)
+    found: Gate = read_section(Gate, "gate", name_or_path, file, settings, name=name)
+    before, after = flatten(plain), flatten(found)
+    changes = [f"{k}={written(after[k])} ({written(before[k])})" for k in keys(Gate, OURS) if after[k] != before[k]]
     return found.model_copy(update={"changes": tuple(changes)})
-
-
-def _at(gate: Gate, name: str) -> Any:
-    value: Any = gate
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _shown(gate: Gate, name: str) -> str:
-    return written(_at(gate, name))
-
-
-def _read(file: Path, given: str) -> dict[str, Any]:
-    content = read_yaml(file, f"gate={given}")
-    if not isinstance(content, DictConfig):
-        raise UserError(f"gate={given}: holds no keys; begin with such as alpha: 0.05")
-    plain: Any = OmegaConf.to_container(content)
-    for ours in sorted(OURS & plain.keys()):
-        raise UserError(f"gate={given}: {ours}={plain[ours]}: a gate is named after its file; leave the key out")
-    return {str(name): value for name, value in plain.items()}
-
-
-def _set(content: dict[str, Any], name: str, text: str) -> None:
-    path = name.split(".")
-    found = field_at(path, Gate)
-    if found is None or found[1] < len(path) or name in OURS:
-        raise UserError(_unknown(name))
-    value = parse_data(text, f"gate.{name}={text:.100}")
-    node = content
-    for part in path[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise UserError(f"gate.{name}: {part} is {written(node)} in the file, not a group of keys")
-    node[path[-1]] = value
-
-
-def keys() -> list[str]:
-    """All keys of a gate, those of the first version with their group."""
-    own = [name for name, field in Gate.model_fields.items() if name not in OURS and section_of(field) is None]
-    return [*own, *(f"first.{name}" for name in FirstGate.model_fields)]
-
-
-def _unknown(name: str) -> str:
-    near = near_miss(name, keys())
-    return f"gate.{name}: unknown key; " + (f"did you mean gate.{near}?" if near else f"there are {', '.join(keys())}")
-
-
-def _explain(error: ValidationError) -> str:
-    """One line for the first problem."""
-    problem = error.errors(include_url=False)[0]
-    name = ".".join(map(str, problem["loc"]))
-    found = field_at(name.split("."), Gate)
-    if problem["type"] == "extra_forbidden" or found is None:
-        return _unknown(name)
-    value = problem["input"]
-    shown = repr(value) if isinstance(value, str) else written(value)
-    return f"gate.{name}: got {shown}; give {takes(problem, found[0])}"

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.compose import settings
 from pipeline.compose.compose import compose
+from pipeline.compose.foreign import check_refers_to_nothing
 from pipeline.config import Config, config_hash
 from pipeline.config.places import output_dir
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken, UserError
@@ -81,7 +81,7 @@ def configuration(study: Study, overrides: Sequence[str]) -> Config:
     """What the study's trials start from, as this machine has it. UserError: overrides that change what is computed."""
     with tempfile.TemporaryDirectory(prefix="asib-study-") as folder:
         file = Path(folder) / "study.yaml"
-        settings.check_refers_to_nothing(study.facts["config"], f"study {study.name}")  # others write into its database
+        check_refers_to_nothing(study.facts["config"], f"study {study.name}")  # others write into its database
         file.write_text(study.facts["config"])
         config = compose(str(file), [*overrides])
     if config_hash(config) != study.facts["config_hash"]:

@@ -4,16 +4,12 @@ Needs neither torch nor submitit.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from pipeline.compose.groups import locate
-from pipeline.compose.settings import parse_data, read_yaml
-from pipeline.config.describe import is_text, takes, written
-from pipeline.config.names import near_miss
+from pipeline.compose.settings import read_section
 from pipeline.config.numbers import (
     AtLeastOne,
     Gigabytes,
@@ -26,7 +22,6 @@ from pipeline.config.numbers import (
     Whole,
 )
 from pipeline.config.schema import Section, key
-from pipeline.errors import UserError
 
 
 class ClusterConfig(Section):
@@ -67,7 +62,7 @@ class SlurmCluster(ClusterConfig):
     additional: dict[str, str | Whole | bool] = key({}, "further options of sbatch, such as {exclusive: true}")
 
 
-KINDS: dict[str, type[ClusterConfig]] = {"local": LocalCluster, "slurm": SlurmCluster}
+Cluster = Annotated[LocalCluster | SlurmCluster, Field(discriminator="kind")]
 
 
 def load(name_or_path: str, settings: Mapping[str, str]) -> ClusterConfig:
@@ -81,52 +76,5 @@ def load(name_or_path: str, settings: Mapping[str, str]) -> ClusterConfig:
         UserError: no such file, an unknown key, a value that does not fit.
     """
     file = locate("cluster", name_or_path)
-    content = _read(file, name_or_path)
-    if content.get("kind") not in KINDS:
-        kind = written(content.get("kind"))
-        raise UserError(f"cluster={name_or_path}: kind: got {kind}; give one of {', '.join(KINDS)}")
-    schema = KINDS[content["kind"]]
-    for name, text in settings.items():
-        head, _, inner = name.partition(".")
-        field = schema.model_fields.get(head)
-        value = text if field is not None and is_text(field) and text != "null" else _value(name, text)
-        if inner and isinstance(content.get(head, {}), dict):
-            content[head] = {**content.get(head, {}), inner: value}
-        else:
-            content[name] = value
-    known = schema.model_fields.keys() - {"name"}
-    for name in content:
-        if name not in known:
-            raise UserError(_unknown(str(name), known, content["kind"]))
-    try:
-        return schema.model_validate({**content, "name": file.stem})
-    except ValidationError as error:
-        raise UserError(_explain(error, schema)) from error
-
-
-def _read(file: Path, given: str) -> dict[str, Any]:
-    content = read_yaml(file, f"cluster={given}")
-    if not isinstance(content, DictConfig):
-        raise UserError(f"cluster={given}: holds no keys; begin with kind: local or kind: slurm")
-    plain: Any = OmegaConf.to_container(content)
-    return {str(name): value for name, value in plain.items()}
-
-
-def _value(name: str, text: str) -> Any:
-    return parse_data(text, f"cluster.{name}={text:.100}")
-
-
-def _unknown(name: str, known: set[str], kind: str) -> str:
-    others = [other for other, schema in KINDS.items() if name in schema.model_fields.keys() - {"name"}]
-    if others:
-        return f"cluster.{name}: a key of kind {others[0]}; kind {kind} has {', '.join(sorted(known))}"
-    near = near_miss(name, known)
-    hint = f"did you mean cluster.{near}?" if near else f"there are {', '.join(sorted(known))}"
-    return f"cluster.{name}: unknown key; {hint}"
-
-
-def _explain(error: ValidationError, schema: type[ClusterConfig]) -> str:
-    problem = error.errors(include_url=False)[0]
-    name, content = str(problem["loc"][0]), problem["input"]
-    field = schema.model_fields[name]
-    return f"cluster.{name}: got {written(content)}; give {takes(problem, field)}"
+    found: ClusterConfig = read_section(Cluster, "cluster", name_or_path, file, settings, name=file.stem)
+    return found

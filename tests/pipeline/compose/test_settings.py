@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.compose.compose import compose, dump
-from pipeline.compose.settings import check_refers_to_nothing, parse_data, parse_yaml, read_data
+from pipeline.compose.foreign import check_refers_to_nothing
+from pipeline.compose.settings import parse_data, parse_yaml, read_data
 from pipeline.config import config_hash
 from pipeline.errors import UserError
 from pipeline.promote import criteria as gate

@@ -276,13 +276,13 @@ def test_the_slurm_plan_is_the_arrays_script_and_needs_no_slurm(site: Site, monk
     [
         ("slurn", {}, ["cluster=slurn", "did you mean slurm?"]),
         ("slurm", {"partitoin": "gpu"}, ["cluster.partitoin", "did you mean cluster.partition?"]),
-        ("local", {"partition": "gpu"}, ["cluster.partition", "a key of kind slurm", "gpus"]),
-        ("local", {"name": "x"}, ["cluster.name: unknown key"]),
-        ("local", {"gpus": "all"}, ["cluster.gpus: got all", "auto, or a list of whole numbers"]),
+        ("local", {"partition": "gpu"}, ["cluster.partition", "local has no partition", "a key of slurm", "gpus"]),
+        ("local", {"name": "x"}, ["cluster.name: local has no name"]),
+        ("local", {"gpus": "all"}, ["cluster.gpus: got 'all'", "auto, or a list of whole numbers"]),
         ("slurm", {"time_minutes": "0"}, ["cluster.time_minutes: got 0", "a whole number from 1"]),
-        ("slurm", {"requeue": "maybe"}, ["cluster.requeue: got maybe", "true or false"]),
+        ("slurm", {"requeue": "maybe"}, ["cluster.requeue: got 'maybe'", "true or false"]),
         ("slurm", {"setup": "[a"}, ["cluster.setup=[a", "no valid YAML"]),
-        ("local", {"kind": "cloud"}, ["cluster.kind: got cloud", "give local"]),
+        ("local", {"kind": "cloud"}, ["cluster.kind: got 'cloud'", "give one of local, slurm"]),
     ],
 )
 def test_a_bad_cluster_is_refused_in_one_line(cluster: str, settings: dict[str, str], words: list[str]) -> None:

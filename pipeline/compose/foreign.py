@@ -1,0 +1,127 @@
+"""Settings that somebody else wrote, on a tracking server: data in which no `${…}` counts, and of which only the keys
+that change the computation are kept.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.compose.groups import groups
+from pipeline.compose.settings import parse_data, read_data
+from pipeline.config.identity import NOT_COMPUTATION, listed
+from pipeline.config.schema import Config, flatten
+from pipeline.errors import UserError
+
+FOREIGN_GROUPS = ("dataset", "model/student", "model/teacher", "method", "optim", "schedule", "augment")
+NUMERICS = ("threads", "bank", "optim.use_amp", "optim.compile", "dataset.eval_batch_size")
+"""Not in the configuration's hash, but they decide a result's last bits, and say nothing of where or what."""
+_RUN = re.compile(r"runs:/[0-9a-f]{32}(/(?!\.+(/|$))[\w.-]+)*")
+
+
+def foreign(path: Path, source: str, given: Collection[str] = ()) -> tuple[str, list[str]]:
+    """Someone else's configuration as YAML that may be composed, and the keys that were left out of it.
+
+    Kept are group choices and keys that change the computation, and teachers' checkpoints of the form `runs:/<id>`,
+    which are fetched from the same server. Left out is whatever says where to read, write or send, or what to run.
+
+    Args:
+        given: the keys that the command line sets.
+
+    Raises:
+        UserError: a kept value refers to something (`${…}`); a defaults list leads elsewhere; a teacher's checkpoint
+            is a file of another machine, and the command line names none.
+    """
+    content = read_data(path, source)
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: holds {'a list' if isinstance(content, list) else 'a single value'}, not keys")
+    defaults = content.pop("defaults", None)
+    left_out: dict[str, Any] = {}
+    kept = _kept(content, "", left_out, source)
+    _check_checkpoints(left_out, source, given)
+    if defaults is not None:
+        kept = {"defaults": [*_known(defaults, source)], **kept}
+    plain = flatten(Config())
+    named = [key for key, value in left_out.items() if value != plain.get(key)]  # others would change nothing
+    return "# @package _global_\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), named
+
+
+def _kept(content: Mapping[Any, Any], prefix: str, left_out: dict[str, Any], source: str) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        where = _says_where(key) or (key.endswith(".checkpoint") and not _on_server(value))
+        if isinstance(value, dict) and (value or not where):
+            inner = _kept(value, f"{key}.", left_out, source)
+            if not where:
+                kept[name] = inner
+        elif where:
+            left_out[key] = value
+        elif isinstance(value, list):
+            kept[name] = [
+                _kept(item, f"{key}.{i}.", left_out, source) if isinstance(item, dict) else _literal(item, key, source)
+                for i, item in enumerate(value)
+            ]
+        else:
+            kept[name] = _literal(value, key, source)
+    return kept
+
+
+def _says_where(key: str) -> bool:
+    return key not in NUMERICS and listed(key, NOT_COMPUTATION)
+
+
+def _on_server(checkpoint: Any) -> bool:
+    return checkpoint is None or (isinstance(checkpoint, str) and _RUN.fullmatch(checkpoint) is not None)
+
+
+def check_refers_to_nothing(text: str, source: str) -> None:
+    """Refuse a dumped configuration, in which every `${` is escaped, when somebody has put a live one into it.
+
+    Raises:
+        UserError.
+    """
+
+    def walk(value: Any) -> None:
+        for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+            walk(item)
+        if isinstance(value, str) and re.search(r"(?<!\\)(\\\\)*\$\{", value):
+            raise UserError(f"{source}: refers to something (${{…}}): only a file of one's own may")
+
+    walk(parse_data(text, source))
+
+
+def _literal(value: Any, key: str, source: str) -> Any:
+    if isinstance(value, list):
+        return [_literal(item, key, source) for item in value]
+    if "${" in f"{value} {key}":
+        raise UserError(f"{source}: {key} refers to something (${{…}}): only a file of one's own may")
+    return value
+
+
+def _check_checkpoints(left_out: Mapping[str, Any], source: str, given: Collection[str]) -> None:
+    """Teachers' files are on the machine of whoever ran it: without them another computation would begin."""
+    for key, value in left_out.items():
+        if key.endswith(".checkpoint") and not {key, "model.teachers", "model/teacher"}.intersection(given):
+            raise UserError(
+                f"{source}: {key}={value} is a file on another machine: say where it is here, with {key}=<file>"
+            )
+
+
+def _known(defaults: Any, source: str) -> Iterator[Any]:
+    """The entries of a defaults list that lead to groups of this repository."""
+    options = groups()
+    for entry in defaults if isinstance(defaults, list) else [defaults]:
+        if entry == "_self_" or (isinstance(entry, str) and entry in options["experiment"]):
+            yield entry
+            continue
+        if isinstance(entry, dict) and len(entry) == 1:
+            ((name, option),) = entry.items()
+            group = str(name).removeprefix("override ").strip().removeprefix("/")
+            if group in FOREIGN_GROUPS and option in options.get(group, []):
+                yield {f"override /{group}": option}
+                continue
+        raise UserError(f"{source}: defaults: {entry!s:.100} is no choice of {', '.join(FOREIGN_GROUPS)}")
