@@ -1,10 +1,13 @@
-"""What a sweep is asked for: its space (sweep_dimensions), sampler, pruner, objectives, constraints. Pydantic only."""
+"""What a sweep is asked for: its space, sampler, pruner, objectives, constraints. Needs pydantic only."""
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from pipeline.sweep.space.dimensions import (
     AtLeastOne,
@@ -27,93 +30,90 @@ GRID_LIMIT = 100_000
 """The grid sampler lists all points of a grid."""
 
 
-# samplers and pruners: each with the knobs that it has ---------------------------------------------------------------
+# samplers and pruners ------------------------------------------------------------------------------------------------
 
 
-class Tpe(Part):
-    """Tree-structured Parzen estimator (multivariate, constant liar)."""
+class Row(NamedTuple):
+    """A sampler or pruner of Optuna's.
 
-    name: Literal["tpe"] = "tpe"
-    seed: Seed = 0
-    startup_trials: Count = 10
-    candidates: AtLeastOne = 24
+    Attributes:
+        optuna: its class.
+        keys: key of the sweep's file -> (argument of the class, type, default).
+        fixed: arguments that nobody chooses.
+        wraps: the pruner that it asks, whose keys it takes too.
+    """
 
-
-class Gp(Part):
-    """Gaussian process."""
-
-    name: Literal["gp"] = "gp"
-    seed: Seed = 0
-    startup_trials: Count = 10
-    deterministic: bool = False
+    optuna: str
+    keys: Mapping[str, tuple[str, Any, Any]] = {}
+    fixed: Mapping[str, Any] = {}
+    wraps: "Row | None" = None
 
 
-class CmaEs(Part):
-    """Covariance matrix adaptation, of two or more ranges; lists of values are drawn at random."""
-
-    name: Literal["cmaes"] = "cmaes"
-    seed: Seed = 0
-    startup_trials: Count = 1
-    population: AtLeastTwo | None = None
-
-
-class Random(Part):
-    """Independent draws."""
-
-    name: Literal["random"] = "random"
-    seed: Seed = 0
-
-
-class Grid(Part):
-    """Every point of the grid once, in an order that follows from the seed."""
-
-    name: Literal["grid"] = "grid"
-    seed: Seed = 0
-
-
-class Median(Part):
-    """Ends a trial whose best epoch so far lies below the median of the other trials at the same epoch."""
-
-    name: Literal["median"] = "median"
-    startup_trials: Count = 5
-    warmup_epochs: Count = 3
-    interval_epochs: AtLeastOne = 1
-    min_trials: AtLeastOne = 1
-
-
-class Hyperband(Part):
-    """Successive halving with several budgets; `max_epochs` auto: as the longest trial has reported."""
-
-    name: Literal["hyperband"] = "hyperband"
-    min_epochs: AtLeastOne = 1
-    max_epochs: AtLeastOne | Literal["auto"] = "auto"
-    reduction: AtLeastTwo = 3
-
-
-class Patient(Part):
-    """As median, but only once a trial has not improved by `min_delta` for `patience` epochs."""
-
-    name: Literal["patient"] = "patient"
-    patience: Count = 3
-    min_delta: NonNegative = 0.0
-    startup_trials: Count = 5
-    warmup_epochs: Count = 3
+Population = AtLeastTwo | None
+MaxEpochs = AtLeastOne | Literal["auto"]
+MEDIAN = {"startup_trials": ("n_startup_trials", Count, 5), "warmup_epochs": ("n_warmup_steps", Count, 3)}
+QUIET = {"warn_independent_sampling": False}
+SAMPLERS = {
+    "tpe": Row(
+        "TPESampler",
+        {"startup_trials": ("n_startup_trials", Count, 10), "candidates": ("n_ei_candidates", AtLeastOne, 24)},
+        {"multivariate": True, "constant_liar": True},
+    ),
+    "gp": Row(
+        "GPSampler",
+        {"startup_trials": ("n_startup_trials", Count, 10), "deterministic": ("deterministic_objective", bool, False)},
+        QUIET,
+    ),
+    "cmaes": Row(  # searches two or more ranges; lists of values are drawn at random
+        "CmaEsSampler",
+        {"startup_trials": ("n_startup_trials", Count, 1), "population": ("popsize", Population, None)},
+        QUIET,
+    ),
+    "random": Row("RandomSampler"),
+    "grid": Row("GridSampler"),  # not used itself: study/samplers.py visits the points in an order of its own
+}
+PRUNERS = {
+    "median": Row(
+        "MedianPruner",
+        MEDIAN | {"interval_epochs": ("interval_steps", AtLeastOne, 1), "min_trials": ("n_min_trials", AtLeastOne, 1)},
+    ),
+    "hyperband": Row(
+        "HyperbandPruner",
+        {
+            "min_epochs": ("min_resource", AtLeastOne, 1),
+            "max_epochs": ("max_resource", MaxEpochs, "auto"),  # auto: as the longest trial has reported
+            "reduction": ("reduction_factor", AtLeastTwo, 3),
+        },
+    ),
+    "patient": Row(  # as median, but only once a trial has not improved by min_delta for patience epochs
+        "PatientPruner",
+        {"patience": ("patience", Count, 3), "min_delta": ("min_delta", NonNegative, 0.0)},
+        wraps=Row("MedianPruner", MEDIAN),
+    ),
+    "none": Row("NopPruner"),
+}
 
 
-class NoPruner(Part):
-    """Every trial runs to its end."""
+def _model(name: str, row: Row, **common: Any) -> type[Part]:
+    """The keys of a sampler or pruner, checked."""
+    keys = {**row.keys, **(row.wraps.keys if row.wraps else {})}
+    fields: dict[str, Any] = {key: (kind, default) for key, (_, kind, default) in keys.items()}
+    return create_model(name, __base__=Part, **{"name": (Literal[name], name), **common, **fields})
 
-    name: Literal["none"] = "none"
 
-
-Sampler = Annotated[Tpe | Gp | CmaEs | Random | Grid, Field(discriminator="name")]
-Pruner = Annotated[Median | Hyperband | Patient | NoPruner, Field(discriminator="name")]
 KINDS: dict[str, dict[str, type[Part]]] = {
     "space": {"float": FloatRange, "int": IntRange, "categorical": Categorical, "grid": GridValues},
-    "sampler": {"tpe": Tpe, "gp": Gp, "cmaes": CmaEs, "random": Random, "grid": Grid},
-    "pruner": {"median": Median, "hyperband": Hyperband, "patient": Patient, "none": NoPruner},
+    "sampler": {name: _model(name, row, seed=(Seed, 0)) for name, row in SAMPLERS.items()},
+    "pruner": {name: _model(name, row) for name, row in PRUNERS.items()},
 }
 """What `type` and `name` choose from."""
+if TYPE_CHECKING:
+    Sampler = Any
+    Pruner = Any
+else:
+    Sampler, Pruner = (
+        Annotated[reduce(or_, KINDS[part].values()), Field(discriminator="name")] for part in ("sampler", "pruner")
+    )
 
 
 # the sweep -----------------------------------------------------------------------------------------------------------
@@ -161,8 +161,8 @@ class SweepConfig(Part):
 
     name: str
     space: dict[str, Dimension]
-    sampler: Sampler = Tpe()
-    pruner: Pruner = Median()
+    sampler: Sampler = KINDS["sampler"]["tpe"]()
+    pruner: Pruner = KINDS["pruner"]["median"]()
     objectives: tuple[Objective, ...] = (Objective(),)
     constraints: tuple[Constraint, ...] = ()
     trials: Trials = 30

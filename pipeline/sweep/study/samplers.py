@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -11,42 +12,29 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
-from pipeline.sweep.space import space as sweep_space
-from pipeline.sweep.space.space import SweepConfig
+from pipeline.sweep.space.config import PRUNERS, SAMPLERS, Part, Row
+from pipeline.sweep.space.space import SweepConfig, grid
 
 
 def sampler(sweep: SweepConfig, place: int) -> BaseSampler:
     """The sampler of the configuration at `place` (from 0) in the study."""
-    chosen: Any = sweep.sampler
-    seed = int(np.random.SeedSequence([chosen.seed, place]).generate_state(1)[0])
-    match chosen.name:
-        case "tpe":
-            return optuna.samplers.TPESampler(
-                n_startup_trials=chosen.startup_trials,
-                n_ei_candidates=chosen.candidates,
-                multivariate=True,
-                constant_liar=True,
-                seed=seed,
-            )
-        case "gp":
-            return optuna.samplers.GPSampler(
-                n_startup_trials=chosen.startup_trials,
-                deterministic_objective=chosen.deterministic,
-                warn_independent_sampling=False,
-                seed=seed,
-            )
-        case "cmaes":
-            return optuna.samplers.CmaEsSampler(
-                n_startup_trials=chosen.startup_trials,
-                popsize=chosen.population,
-                warn_independent_sampling=False,
-                seed=seed,
-            )
-        case "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        case "grid":
-            return GridPoint(sweep_space.grid(sweep), chosen.seed, place)
-    raise AssertionError(chosen.name)
+    name, seed = sweep.sampler.name, sweep.sampler.seed
+    if name == "grid":
+        return GridPoint(grid(sweep), seed, place)
+    own = int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
+    return cast(BaseSampler, _made(optuna.samplers, SAMPLERS[name], sweep.sampler, seed=own))
+
+
+def pruner(sweep: SweepConfig) -> BasePruner:
+    """Epochs are counted from 0, as they are reported."""
+    return cast(BasePruner, _made(optuna.pruners, PRUNERS[sweep.pruner.name], sweep.pruner))
+
+
+def _made(module: ModuleType, row: Row, chosen: Part, **more: Any) -> object:
+    arguments = {argument: getattr(chosen, key) for key, (argument, *_) in row.keys.items()}
+    if row.wraps is not None:
+        more["wrapped_pruner"] = _made(module, row.wraps, chosen)
+    return getattr(module, row.optuna)(**arguments, **row.fixed, **more)
 
 
 class GridPoint(BaseSampler):
@@ -73,26 +61,3 @@ class GridPoint(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         return self._point[param_name]
-
-
-def pruner(sweep: SweepConfig) -> BasePruner:
-    """Epochs are counted from 0, as they are reported."""
-    chosen: Any = sweep.pruner
-    match chosen.name:
-        case "median":
-            return optuna.pruners.MedianPruner(
-                n_startup_trials=chosen.startup_trials,
-                n_warmup_steps=chosen.warmup_epochs,
-                interval_steps=chosen.interval_epochs,
-                n_min_trials=chosen.min_trials,
-            )
-        case "hyperband":
-            return optuna.pruners.HyperbandPruner(
-                min_resource=chosen.min_epochs, max_resource=chosen.max_epochs, reduction_factor=chosen.reduction
-            )
-        case "patient":
-            median = optuna.pruners.MedianPruner(chosen.startup_trials, chosen.warmup_epochs)
-            return optuna.pruners.PatientPruner(median, chosen.patience, chosen.min_delta)
-        case "none":
-            return optuna.pruners.NopPruner()
-    raise AssertionError(chosen.name)
