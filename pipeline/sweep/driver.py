@@ -67,7 +67,7 @@ def sweep(run: Run, plan: Plan) -> float | None:
     base = run.config = _base(run.config)
     study, found = _study(run, plan, base, data)
     reap.reap(plan.storage, run.delivery, except_run=run.run_id)
-    left = study.total - study.tend().ended
+    left = study.total - study.requeue_stale().ended
     study.note(driver_seen=time.time())
     if found and ahead.pays(base, plan, left):
         ahead.build(base, data, found)
@@ -197,7 +197,7 @@ class _Driver:
             logging_redirect_tqdm([logger]),
             tqdm(total=self.study.total, unit="trial", disable=None, leave=False) as bar,
         ):
-            counts, progress = self.study.tend(), self.study.progress()
+            counts, progress = self.study.requeue_stale(), self.study.progress()
             next_tend = 0.0
             while counts.ended < self.study.total:
                 if stop():
@@ -205,13 +205,13 @@ class _Driver:
                 self._start_missing(counts)
                 time.sleep(TICK_S)
                 if time.monotonic() > next_tend:
-                    counts = self.study.tend()
+                    counts = self.study.requeue_stale()
                     self.study.note(driver_seen=time.time())
                     next_tend = time.monotonic() + self.plan.sweep.heartbeat_seconds / 2
                 else:
                     counts = self.study.counts()
                     if counts.ended >= self.study.total:  # one that is just being queued again looks failed
-                        counts = self.study.tend()
+                        counts = self.study.requeue_stale()
                 if (now := self.study.progress()) > progress:
                     progress, self.idle_starts = now, 0
                 self._show(counts, bar)
@@ -235,7 +235,7 @@ class _Driver:
     def _stop(self) -> None:
         logger.warning("waiting for the workers to write their checkpoints; the same command goes on with the study")
         self.launcher.stop()
-        self._state(self.study.tend())
+        self._state(self.study.requeue_stale())
         raise Interrupted(stop())
 
     def _wait_for_workers(self) -> None:

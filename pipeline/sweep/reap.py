@@ -40,7 +40,7 @@ def reap(storage: str, delivery: Delivery | None, except_run: str | None = None)
         except UserError as error:  # of another version: no reason to refuse the study that is asked for
             logger.warning("%s: its runs are left as they are", error)
             continue
-        study.tend()
+        study.requeue_stale()
         states: dict[int, str] = {}
         for trial in study.trials():  # a later attempt at a trial says what has become of the earlier ones
             states |= dict.fromkeys([*history(trial), trial.number], trial.state.name)

@@ -17,10 +17,10 @@ from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.journal import writer_alive
 from pipeline.runs.folders import header_of, tagged
-from pipeline.sweep.launch import cluster as clusters
+from pipeline.sweep.launch import cluster
 from pipeline.sweep.launch.cluster import ClusterConfig
 from pipeline.sweep.launch.launcher import Launcher
-from pipeline.sweep.space import space as sweep_space
+from pipeline.sweep.space import space
 from pipeline.sweep.space.space import SweepConfig
 from pipeline.sweep.study.storage import shown_url
 from pipeline.sweep.study.study import Study
@@ -63,13 +63,12 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
     if own.get("trials"):
         most = why(SweepConfig.model_fields["trials"])
         settings["trials"] = str(whole("trials", own["trials"], high=MOST_TRIALS, why=most))
-    sweep = sweep_space.load(own.get("sweep") or DEFAULT, settings)
-    sweep_space.check(sweep, config, keys_of(overrides))
+    sweep = space.load(own.get("sweep") or DEFAULT, settings)
+    space.check(sweep, config, keys_of(overrides))
     workers = whole("workers", own.get("workers") or "1", high=WORKERS, why="each is a process or a cluster's job")
-    cluster = clusters.load(own.get("cluster") or "local", _settings(own, "cluster."))
-    digest = sweep_space.digest(sweep, config)
-    name = own.get("study") or sweep_space.study_name(sweep, config)
-    return Plan(sweep, cluster, workers, storage_url(own.get("storage"), config), name, digest)
+    where = cluster.load(own.get("cluster") or "local", _settings(own, "cluster."))
+    name = own.get("study") or space.study_name(sweep, config)
+    return Plan(sweep, where, workers, storage_url(own.get("storage"), config), name, space.digest(sweep, config))
 
 
 def storage_url(given: str | None, config: Config) -> str:
@@ -120,9 +119,9 @@ def _of_this_study(folder: Path, facts: Mapping[str, Any]) -> bool:
 
 def params(plan: Plan) -> dict[str, str]:
     """What the parent run states besides the configuration that trials start from."""
-    space = {f"sweep.space.{key}": str(d.model_dump(exclude_defaults=True)) for key, d in plan.sweep.space.items()}
+    keys = {f"sweep.space.{key}": str(d.model_dump(exclude_defaults=True)) for key, d in plan.sweep.space.items()}
     others = {f"sweep.{key}": str(value) for key, value in plan.sweep.model_dump(exclude={"space"}).items()}
-    return space | others | {"sweep.storage": shown_url(plan.storage)}
+    return keys | others | {"sweep.storage": shown_url(plan.storage)}
 
 
 def _settings(own: Mapping[str, str], prefix: str) -> dict[str, str]:

@@ -25,8 +25,7 @@ from pipeline.paths import inside
 from pipeline.runs.folders import header_of
 from pipeline.runs.step import log_to_terminal, stop
 from pipeline.sweep.launch.entry import PREEMPTED, requeue_on_signal
-from pipeline.sweep.space import space as sweep_space
-from pipeline.sweep.space.space import SweepConfig
+from pipeline.sweep.space.space import SweepConfig, apply
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.study import Study
 from pipeline.training.bank.policy import shared
@@ -188,7 +187,7 @@ class Worker:
 
         # a trial goes on with the threads it began with: they decide the last bits
         threads = self.base.threads or claim.notes.get("threads") or ALL_THREADS
-        config = trial_config(sweep_space.apply(self.base, claim.values), threads)
+        config = trial_config(apply(self.base, claim.values), threads)
         digest = config_hash(config)
         claim.note(config_hash=digest)
         twin = claim.same_as(digest)

@@ -73,12 +73,7 @@ class Slurm:
 
     def plan(self) -> str:
         """The array's script."""
-        from submitit.slurm import slurm
-
-        command = f"python -u -m submitit.core._submit {shlex.quote(str(self._folder / 'jobs'))}"
-        return slurm._make_sbatch_string(
-            command=command, folder=self._folder / "jobs", map_count=self._workers, **self._parameters()
-        )
+        return _compat_script(self._folder / "jobs", self._workers, self._parameters())
 
     def start(self, works: Sequence[Callable[..., int]], busy: list[int]) -> list[tuple[str, dict[str, Any]]]:
         """One array of all."""
@@ -145,6 +140,14 @@ class Slurm:
                 "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # since 22.05 srun does not take sbatch's",
             ],
         }
+
+
+def _compat_script(folder: Path, workers: int, parameters: dict[str, Any]) -> str:
+    """The script that submitit submits for an array, which it keeps private. Checked with submitit 1.5.4."""
+    from submitit.slurm import slurm
+
+    command = f"python -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return slurm._make_sbatch_string(command=command, folder=folder, map_count=workers, **parameters)
 
 
 @contextmanager

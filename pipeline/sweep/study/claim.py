@@ -38,11 +38,12 @@ class Claim:
         study: optuna.Study,
         sweep: SweepConfig,
         trial: optuna.Trial,
+        trial_id: int,
         as_stored: FrozenTrial,
         values: dict[str, Any],
     ) -> None:
         self._database, self._study, self._sweep, self._trial = database, study, sweep, trial
-        self._id = trial._trial_id
+        self._id = trial_id
         self.number = trial.number
         self.origin = [*history(as_stored), trial.number][0]
         self.attempt = len(history(as_stored))
@@ -83,11 +84,11 @@ class Claim:
         self._epoch = epoch
         try:
             # Trial.report would ignore an epoch that an earlier attempt has reported, with a warning.
-            self._study._storage.set_trial_intermediate_value(self._id, epoch, value)
+            self._database.rdb.set_trial_intermediate_value(self._id, epoch, value)
         except UpdateFinishedTrialError:
             raise self._taken() from None
         except Exception as error:
-            self._shrug(error)
+            self._ignore_outage(error)
 
     def should_prune(self) -> bool:
         """The pruner's answer after the last report, or for what earlier attempts have reported."""
@@ -104,7 +105,7 @@ class Claim:
         except Taken:
             raise
         except Exception as error:
-            self._shrug(error)
+            self._ignore_outage(error)
             return False
 
     def check(self) -> None:
@@ -112,7 +113,7 @@ class Claim:
         try:
             running = self._database.state(self._id) == TrialState.RUNNING
         except Exception as error:
-            self._shrug(error)
+            self._ignore_outage(error)
             return
         if not running:
             raise self._taken()
@@ -142,7 +143,7 @@ class Claim:
 
         def end() -> None:
             for epoch, value in twin.intermediate_values.items():
-                self._study._storage.set_trial_intermediate_value(self._id, epoch, value)
+                self._database.rdb.set_trial_intermediate_value(self._id, epoch, value)
             self._study.tell(self.number, state=TrialState.PRUNED)
 
         self._end(end, TrialState.PRUNED)
@@ -200,13 +201,13 @@ class Claim:
             self._heart.join()
 
     def _frozen(self) -> FrozenTrial:
-        return self._study._storage.get_trial(self._id)
+        return self._database.rdb.get_trial(self._id)
 
     def _taken(self) -> Taken:
         self._ended.set()
         return Taken(f"trial {self.number} of {self._study.study_name} is another worker's by now")
 
-    def _shrug(self, error: Exception) -> None:
+    def _ignore_outage(self, error: Exception) -> None:
         """Go on without a database that is away; anything else is an error."""
         if not is_away(error):
             raise error

@@ -1,6 +1,7 @@
 """Trials whose worker is gone: found, failed, and queued again; and how many trials of each kind there are.
 
-Everything here is called with the study's lock held, and may die between any two statements: `tend` finds the rest.
+Everything here is called with the study's lock held, and may die between any two statements: `requeue_stale` finds the
+rest.
 """
 
 import contextlib
@@ -71,13 +72,13 @@ def count(trials: Sequence[FrozenTrial]) -> Counts:
     return Counts(**counts)
 
 
-def tend(study: optuna.Study, rdb: RDBStorage, max_retry: int) -> list[FrozenTrial]:
+def requeue_stale(study: optuna.Study, rdb: RDBStorage, max_retry: int) -> list[FrozenTrial]:
     """Fail the trials whose heartbeat has stopped, and queue again all those that are due for it; all trials then."""
     optuna.storages.fail_stale_trials(study)
     # A trial's first heartbeat is written under the lock that its claim holds, and we hold it now: whoever claimed a
     # trial that has none is dead.
     with rdb.engine.connect() as connection:
-        dead = connection.execute(NEVER_BEAT, {"study": study._study_id}).scalars().all()
+        dead = connection.execute(NEVER_BEAT, {"study": rdb.get_study_id_from_name(study.study_name)}).scalars().all()
     for trial_id in dead:
         with contextlib.suppress(UpdateFinishedTrialError):
             rdb.set_trial_state_values(trial_id, TrialState.FAIL)
@@ -108,7 +109,7 @@ def _crashes(trial: FrozenTrial) -> int:
 
 
 def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
-    """A WAITING trial with what `trial` had, as Optuna's own callback makes it does it."""
+    """Add a WAITING trial with what `trial` had, through Optuna's own callback."""
     again = copy.deepcopy(trial)  # what Optuna gave is its cache
     crashed = trial.user_attrs.get(OUTCOME) != RELEASED
     again.user_attrs = {key: value for key, value in again.user_attrs.items() if key not in OF_ATTEMPT}

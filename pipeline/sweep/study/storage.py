@@ -87,14 +87,14 @@ class Database:
                 self._refuse_others()
                 # Optuna fills in {SCHEMA_VERSION}; braces in a password or path are not for it.
                 address = self.url.replace("{", "{{").replace("}", "}}")
-                self.rdb = RDBStorage(address, engine_kwargs=self._options())
+                # Heartbeats are switched on; ours beat in claim.py.
+                self.rdb = RDBStorage(address, engine_kwargs=self._options(), heartbeat_interval=1)
                 if self.file is not None:
                     self._make_quick()
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, OSError, ValueError) as error:
             raise UserError(self.explain(error)) from error
         self.engine.dispose()
         self.engine = self.rdb.engine
-        self.rdb.heartbeat_interval = 1  # Optuna's switch for heartbeats; ours beat in study_claim
 
     def close(self) -> None:
         """Give the connections back; more are made when they are needed."""
@@ -148,6 +148,14 @@ class Database:
         """A trial's state as it is now."""
         with self.engine.connect() as connection:
             return TrialState[connection.execute(STATE, {"trial": trial_id}).scalar_one()]
+
+    def trial_id(self, study: str, number: int) -> int:
+        """The database's number of a trial, which Optuna's own trials keep private."""
+        return int(self.rdb.get_trial_id_from_study_id_trial_number(self.rdb.get_study_id_from_name(study), number))
+
+    def expect_heartbeats(self, interval_s: int, grace_s: int) -> None:
+        """Take a trial for dead whose heart has not beaten for `grace_s`."""
+        self.rdb.heartbeat_interval, self.rdb.grace_period = interval_s, grace_s
 
     def _make_quick(self) -> None:
         """No wait for the disk at every small write: only a loss of power, which ends all workers, can undo the last.

@@ -16,16 +16,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import optuna
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
 from pipeline.config.names import near_miss
 from pipeline.errors import UserError
-from pipeline.sweep.space import space as sweep_space
-from pipeline.sweep.space.space import SweepConfig
-from pipeline.sweep.study import retry as study_retry
-from pipeline.sweep.study import samplers as study_samplers
+from pipeline.sweep.space.space import SweepConfig, grid, suggest
+from pipeline.sweep.study import retry, samplers
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.front import front
 from pipeline.sweep.study.retry import ERROR, REPEATS, WORKER, Counts
@@ -43,14 +40,12 @@ class Study:
         optuna: Optuna's own study, for pictures and tables. Its trials are ended through claims only.
     """
 
-    def __init__(self, database: Database, study: optuna.Study, sweep: SweepConfig) -> None:
-        self.optuna = study
-        self.sweep = sweep
-        self._database, self._rdb = database, database.rdb
-        self._storage: BaseStorage = study._storage
-        self._rdb.heartbeat_interval = sweep.heartbeat_seconds
-        self._rdb.grace_period = sweep.grace_seconds
-        study.pruner = study_samplers.pruner(sweep)
+    def __init__(self, database: Database, name: str, sweep: SweepConfig) -> None:
+        self.name, self.sweep = name, sweep
+        self._database = database
+        self._cache = optuna.storages.get_storage(database.rdb)
+        self.optuna = optuna.load_study(study_name=name, storage=self._cache, pruner=samplers.pruner(sweep))
+        database.expect_heartbeats(sweep.heartbeat_seconds, sweep.grace_seconds)
 
     @classmethod
     def open(cls, url: str, name: str) -> "Study":
@@ -61,14 +56,14 @@ class Study:
         """
         database = Database(url, create=False)
         study = _load(database, name)
-        return cls(database, study, _sweep_of(database, study))
+        return cls(database, name, _sweep_of(database, study))
 
     @classmethod
     def create(cls, url: str, name: str, sweep: SweepConfig, facts: Mapping[str, Any]) -> "Study":
         """Make the study, or go on with the one that is there. Any number of processes may call this at once.
 
         Args:
-            facts: JSON values, kept in the study; `digest` (`sweep_space.digest`) is its identity. A study that is
+            facts: JSON values, kept in the study; `digest` (`space.digest`) is its identity. A study that is
                 there keeps its facts, and takes from `sweep` what the digest does not cover: trials, retries, seconds.
 
         Raises:
@@ -94,7 +89,7 @@ class Study:
                 _refuse_other(database, name, present, facts[DIGEST], sweep, facts)
                 if present[SWEEP] != _json(sweep):
                     study.set_user_attr(SWEEP, _json(sweep))
-        return cls(database, study, sweep)
+        return cls(database, name, sweep)
 
     @staticmethod
     def refuse_other(url: str, name: str, digest: str, sweep: SweepConfig | None = None) -> dict[str, Any]:
@@ -115,10 +110,6 @@ class Study:
     # what it knows ---------------------------------------------------------------------------------------------------
 
     @property
-    def name(self) -> str:
-        return self.optuna.study_name
-
-    @property
     def facts(self) -> dict[str, Any]:
         """What `create` and `note` have written, read anew."""
         return self._database.patiently(lambda: self.optuna.user_attrs)
@@ -137,13 +128,13 @@ class Study:
         return self._database.patiently(lambda: self.optuna.get_trials(deepcopy=False))
 
     def counts(self) -> Counts:
-        return study_retry.count(self.trials())
+        return retry.count(self.trials())
 
     def progress(self) -> int:
         """Grows with every result, and with every epoch that a configuration has not reached before."""
         reached: dict[int, int] = {}
         for trial in self.trials():
-            origin = [*study_retry.history(trial), trial.number][0]
+            origin = [*retry.history(trial), trial.number][0]
             done = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
             reached[origin] = max(reached.get(origin, 0), len(trial.intermediate_values) + done)
         return sum(reached.values())
@@ -158,7 +149,7 @@ class Study:
 
     def values_of(self, trial: FrozenTrial) -> dict[str, Any]:
         """What a trial's configuration has in place of the sweep's base: `Claim.values` of the past."""
-        return sweep_space.suggest(cast(optuna.Trial, optuna.trial.FixedTrial(trial.params)), self.sweep)
+        return suggest(cast(optuna.Trial, optuna.trial.FixedTrial(trial.params)), self.sweep)
 
     def source_of(self, trial: FrozenTrial) -> FrozenTrial:
         """The trial that ran: another one's where this trial has taken over its result (`Claim.repeat`)."""
@@ -184,12 +175,12 @@ class Study:
         """
         return self._database.patiently(lambda: self._claim(worker, total))
 
-    def tend(self) -> Counts:
+    def requeue_stale(self) -> Counts:
         """Fail the trials of dead workers and queue them again; as every claim does. May be repeated, and may die."""
 
         def locked() -> Counts:
             with Lock(self._database, self.name):
-                return study_retry.count(study_retry.tend(self.optuna, self._rdb, self.sweep.max_retry))
+                return retry.count(self._requeue_stale())
 
         return self._database.patiently(locked)
 
@@ -199,17 +190,21 @@ class Study:
 
     def _claim(self, worker: str, total: int | None) -> Claim | None:
         with Lock(self._database, self.name):
-            trials = study_retry.tend(self.optuna, self._rdb, self.sweep.max_retry)
-            counts = study_retry.count(trials)
+            trials = self._requeue_stale()
+            counts = retry.count(trials)
             if counts.waiting == 0 and counts.used >= self._bound(total):
                 return None
-            self.optuna.sampler = study_samplers.sampler(self.sweep, _place(trials))
-            trial = self.optuna.ask()
-            values = sweep_space.suggest(trial, self.sweep)
+            sampler = samplers.sampler(self.sweep, _place(trials))
+            trial = optuna.load_study(study_name=self.name, storage=self._cache, sampler=sampler).ask()
+            values = suggest(trial, self.sweep)
             trial.set_user_attr(WORKER, worker)
-            as_stored = self._storage.get_trial(trial._trial_id)
-            self._rdb.record_heartbeat(trial._trial_id)
-        return Claim(self._database, self.optuna, self.sweep, trial, as_stored, values)
+            trial_id = self._database.trial_id(self.name, trial.number)
+            as_stored = self._database.rdb.get_trial(trial_id)
+            self._database.rdb.record_heartbeat(trial_id)
+        return Claim(self._database, self.optuna, self.sweep, trial, trial_id, as_stored, values)
+
+    def _requeue_stale(self) -> list[FrozenTrial]:
+        return retry.requeue_stale(self.optuna, self._database.rdb, self.sweep.max_retry)
 
     @property
     def total(self) -> int:
@@ -219,7 +214,7 @@ class Study:
     def _bound(self, total: int | None) -> int:
         total = self.sweep.trials if total is None else total
         if self.sweep.sampler.name == "grid":
-            return min(total, math.prod(len(values) for values in sweep_space.grid(self.sweep).values()))
+            return min(total, math.prod(len(values) for values in grid(self.sweep).values()))
         return total
 
 
@@ -227,7 +222,7 @@ def _place(trials: Sequence[FrozenTrial]) -> int:
     """Which configuration of the study is next, from 0: attempts at one count once, and those that wait go first."""
     waiting = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
     if waiting is not None:
-        trials = trials[: (study_retry.history(waiting) or [waiting.number])[0]]
+        trials = trials[: (retry.history(waiting) or [waiting.number])[0]]
     return sum("retry_history" not in trial.system_attrs for trial in trials)
 
 

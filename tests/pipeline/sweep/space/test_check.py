@@ -256,9 +256,9 @@ def test_bad_input_is_found_without_torch(tmp_path):
     code = (
         "import sys\n"
         "from pipeline.compose import compose\n"
-        "from pipeline.sweep.space import space as sweep_space\n"
-        f"sweep = sweep_space.load({str(tmp_path / 'bad.yaml')!r})\n"
-        "try: sweep_space.check(sweep, compose.compose('quickstart'), [])\n"
+        "from pipeline.sweep.space import space\n"
+        f"sweep = space.load({str(tmp_path / 'bad.yaml')!r})\n"
+        "try: space.check(sweep, compose.compose('quickstart'), [])\n"
         "except compose.UserError as error: print(error)\n"
         "print([name for name in ('torch', 'mlflow', 'optuna') if name in sys.modules])"
     )

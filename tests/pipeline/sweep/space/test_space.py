@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from pipeline.compose.compose import compose, dump
 from pipeline.config import config_hash
-from pipeline.sweep.space import space as sweep_space
 from pipeline.sweep.space.space import SweepConfig, apply, digest, grid, load, study_name, suggest
 
 BASE = compose("quickstart")
@@ -147,7 +146,7 @@ def test_digest_of_another_search(change):
 
 def test_digest_of_other_sources(monkeypatch):
     before = digest(FIRST, BASE)
-    monkeypatch.setattr(sweep_space, "source_digest", lambda root: "other")
+    monkeypatch.setattr("pipeline.sweep.space.space.source_digest", lambda root: "other")
     assert digest(FIRST, BASE) != before
 
 

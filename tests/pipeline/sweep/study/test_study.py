@@ -70,8 +70,8 @@ def test_released_trials_do_not_use_up_retries_and_crashes_do(study_url: str) ->
             claim.release()
             continue
         die(claim, study_url)
-        counts = study.tend()
-        assert counts == study.tend()
+        counts = study.requeue_stale()
+        assert counts == study.requeue_stale()
         assert counts.waiting == (attempt < 4), "the third crash is one more than max_retry"
     assert study.counts() == Counts(failed=1, retried=4)
     assert [t.intermediate_values for t in study.trials()] == [{0: 1.5, 1: 2.5}] * 5
@@ -81,9 +81,9 @@ def test_released_trials_do_not_use_up_retries_and_crashes_do(study_url: str) ->
 def test_death_between_failing_and_queueing_is_mended(study_url: str) -> None:
     study = Study.create(study_url, "s", sweep(trials=1), FACTS)
     claim = claimed(study)
-    study.optuna._storage.set_trial_state_values(claim._id, TrialState.FAIL)
+    study._database.rdb.set_trial_state_values(claim._id, TrialState.FAIL)
     assert study.counts() == Counts(failed=1)
-    assert study.tend() == study.tend() == Counts(waiting=1, retried=1)
+    assert study.requeue_stale() == study.requeue_stale() == Counts(waiting=1, retried=1)
     with pytest.raises(Taken):
         claim.check()
     assert claimed(study).values == claim.values
@@ -97,7 +97,7 @@ def test_death_between_saying_how_a_trial_ends_and_ending_it(
     claim = claimed(study)
     claim.note(**{"asib.outcome": outcome})
     die(claim, study_url)
-    assert study.tend() == Counts(waiting=waiting, failed=1 - waiting, retried=waiting)
+    assert study.requeue_stale() == Counts(waiting=waiting, failed=1 - waiting, retried=waiting)
     last = study.trials()[-1]
     assert (last.system_attrs.get("asib:crashes", 0), last.user_attrs.get("asib.outcome")) == (
         crashes,
@@ -279,7 +279,7 @@ def test_heart_beats_while_the_worker_is_busy(study_url: str) -> None:
     deadline = time.monotonic() + 60
     while "2020" in heartbeat(study_url) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert study.tend().running == 1
+    assert study.requeue_stale().running == 1
     claim.complete([1.0])
     assert not claim._heart.is_alive()
 
