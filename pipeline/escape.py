@@ -4,11 +4,7 @@ Needs the standard library only. In HTML it is `html.escape`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import pandas
+from typing import Any
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?%?|[+-]?(inf|nan)", re.IGNORECASE)
 
@@ -31,28 +27,6 @@ _STARTS = "=+-@\t\r\n＝＋－＠"
 """With the wide forms, which some spreadsheets read alike."""
 
 
-def cells(row: Iterable[Any]) -> list[Any]:
-    """A row for `csv.writer`."""
-    return [cell(value) for value in row]
-
-
-def cells_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row for `csv.DictWriter`; its keys are the header, which is ours."""
-    return {key: cell(value) for key, value in row.items()}
-
-
-def table(frame: "pandas.DataFrame") -> "pandas.DataFrame":
-    """A table for `to_csv`: its cells, its index and the names of its columns."""
-    safe = frame.copy()
-    for place in range(frame.shape[1]):
-        column = frame.iloc[:, place]
-        if column.dtype.kind not in "biufcMm":
-            safe.isetitem(place, column.map(cell))
-    safe.index = frame.index.map(cell).rename(frame.index.name)
-    safe.columns = frame.columns.map(cell).rename(frame.columns.name)
-    return safe
-
-
 _KEPT = r"\[[-+\d., ]*\](?![\[(:])"  # an interval or a list of numbers leads nowhere
 _MARKUP = re.compile(rf"({_KEPT})|(&|<|\[|\]|\||`|\\|\*|@(?=[\w-]+\.\w)|:(?=//)|(?<=\bwww)\.)", re.IGNORECASE)
 
@@ -68,11 +42,6 @@ def markdown(text: str) -> str:
     """
     one_line = re.sub(r"\s+", " ", text)
     return _MARKUP.sub(lambda found: found[1] or f"&#{ord(found[2])};", one_line)
-
-
-def row(cells: Iterable[str]) -> str:
-    """A line of a Markdown table; the cells are Markdown."""
-    return "| " + " | ".join(cells) + " |"
 
 
 def code(text: str) -> str:

@@ -1,8 +1,6 @@
 """A comparison as people read it: terminal, CSV, Markdown, a picture, one HTML page, and the note of a parent run."""
 
-import base64
 import html
-import io
 import json
 import math
 from collections import defaultdict
@@ -17,16 +15,10 @@ import pandas as pd
 from pipeline import escape
 from pipeline.compare.compare import ACCURACY, Comparison
 from pipeline.compare.pools import Group
+from pipeline.reporting import figures, pages, tables
+from pipeline.reporting.pages import first_that_fits
 from pipeline.reporting.statistics import ENOUGH
 
-NOTE_LENGTH = 7900
-"""MLflow keeps 8000 characters of a tag."""
-STYLE = (
-    "body{font:14px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1300px;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.25em .7em;text-align:right;"
-    "border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}thead th{background:#f4f4f4}"
-    "div{overflow-x:auto}img{max-width:100%}.note{background:#fff4d6;padding:.4em .8em}"
-)
 EXPLAINED = (
     "acc: test top-1 in % of the epoch that validation chose, mean over seeds, ± its standard deviation (n - 1). vs: "
     "difference in points on the seeds that both have, with the two-level (seed x image) bootstrap 95 % interval; with "
@@ -41,7 +33,7 @@ def write(found: Comparison, folder: Path) -> list[Path]:
     """`comparison.csv`, `.md`, `.png` and `.html` in `folder`; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"comparison.{kind}" for kind in ("csv", "md", "png", "html")]
-    escape.table(found.table).to_csv(paths[0])
+    tables.write_csv(found.table, paths[0])
     paths[1].write_text(markdown(found))
     paths[2].write_bytes(image := picture(found))
     paths[3].write_text(page(found, image))
@@ -117,12 +109,10 @@ def text(found: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _markdown_table(table: pd.DataFrame, corner: str) -> str:
-    head = [corner, *map(str, table.columns)]
+def _markdown(table: pd.DataFrame, corner: str) -> str:
     rows = [[str(name), *map(str, row)] for name, row in zip(table.index, table.to_numpy(), strict=True)]
-    rule = ["---", *["--:"] * (len(head) - 1)]
-    texts = [list(map(escape.markdown, cells)) for cells in (head, *rows)]
-    return "\n".join(map(escape.row, [texts[0], rule, *texts[1:]]))
+    head, *rows = [list(map(escape.markdown, cells)) for cells in ([corner, *map(str, table.columns)], *rows)]
+    return tables.markdown(head, rows)
 
 
 def _bold(lines: Sequence[str]) -> list[str]:
@@ -131,10 +121,10 @@ def _bold(lines: Sequence[str]) -> list[str]:
 
 def markdown(found: Comparison) -> str:
     """The tables and what is to be said with them."""
-    parts = [f"## {escape.markdown(_title(found))}", *_bold(found.notes), _markdown_table(shown(found), "rung")]
+    parts = [f"## {escape.markdown(_title(found))}", *_bold(found.notes), _markdown(shown(found), "rung")]
     parts += map(escape.markdown, _below(found))
     if len(found.differing):
-        parts += ["### Keys that differ", _markdown_table(found.differing.T, "rung")]
+        parts += ["### Keys that differ", _markdown(found.differing.T, "rung")]
     return "\n\n".join([*parts, EXPLAINED]) + "\n"
 
 
@@ -153,12 +143,11 @@ def note(found: Comparison, to: str) -> str:
     narrow = shown(found)
     costs = list(narrow.columns).index("student updates")
     small = narrow.iloc[:, :costs].assign(seconds=narrow["seconds"])
-    for table in (narrow, small):
-        parts = [first, *_bold(found.notes), _markdown_table(table, "rung")]
-        whole = "\n\n".join(filter(None, [*parts, *map(escape.markdown, _below(found))]))
-        if len(whole) <= NOTE_LENGTH:
-            return whole
-    return first[:NOTE_LENGTH]
+    notes = (
+        [first, *_bold(found.notes), _markdown(table, "rung"), *map(escape.markdown, _below(found))]
+        for table in (narrow, small)
+    )
+    return first_that_fits([*("\n\n".join(filter(None, parts)) for parts in notes), first])
 
 
 # the page ------------------------------------------------------------------------------------------------------------
@@ -166,24 +155,16 @@ def note(found: Comparison, to: str) -> str:
 
 def page(found: Comparison, image: bytes) -> str:
     """One HTML file that needs no other: style and picture are part of it."""
-    title = html.escape(_title(found))
-    data = base64.b64encode(image).decode()
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
-        f"<h1>{title}</h1>",
         *(f'<p class="note">{html.escape(line)}</p>' for line in found.notes),
-        f"<div>{_html_table(shown(found), 'rung')}</div>",
+        pages.table(shown(found), "rung"),
         *(f"<p>{html.escape(line)}</p>" for line in _below(found)),
-        f'<p><img alt="bars and curves of the table" src="data:image/png;base64,{data}"></p>',
+        f"<p>{pages.image(image, 'bars and curves of the table')}</p>",
     ]
     if len(found.differing):
-        parts += ["<h2>Keys that differ</h2>", f"<div>{_html_table(found.differing.T, 'rung')}</div>"]
-    parts += ["<h2>Runs</h2>", f"<div>{_html_table(_runs(found), 'run')}</div>", f"<p>{html.escape(EXPLAINED)}</p>"]
-    return "\n".join([*parts, "</html>\n"])
-
-
-def _html_table(table: pd.DataFrame, corner: str) -> str:
-    return str(table.rename_axis(index=None, columns=corner).to_html(border=0, escape=True))
+        parts += ["<h2>Keys that differ</h2>", pages.table(found.differing.T, "rung")]
+    parts += ["<h2>Runs</h2>", pages.table(_runs(found), "run"), f"<p>{html.escape(EXPLAINED)}</p>"]
+    return pages.page(_title(found), parts)
 
 
 def _runs(found: Comparison) -> pd.DataFrame:
@@ -200,14 +181,8 @@ def _runs(found: Comparison) -> pd.DataFrame:
 
 def picture(found: Comparison) -> bytes:
     """PNG: test accuracy with error bars and reference lines, and the curves on the evaluation split."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    height = max(4.5, 0.34 * len(found.groups) + 1.5)
-    figure, axes = plt.subplots(1, 3, figsize=(18, height), constrained_layout=True)
-    palette = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(found.groups)))
+    made, axes = figures.figure(1, 3, 18, max(4.5, 0.34 * len(found.groups) + 1.5))
+    palette = figures.pyplot().get_cmap("turbo")(np.linspace(0.05, 0.95, len(found.groups)))
     _bars(axes[0], found, palette)
     curves = (("student/acc", "student, per-epoch accuracy in %"), ("synergy/acc", "synergy, accuracy in %"))
     for axis, (metric, title) in zip(axes[1:], curves, strict=True):
@@ -217,11 +192,8 @@ def picture(found: Comparison) -> bytes:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
-    figure.suptitle("; ".join([_title(found), *found.notes[:1]]), fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
+    made.suptitle("; ".join([_title(found), *found.notes[:1]]), fontsize=10)
+    return figures.png(made)
 
 
 def _bars(axis: Any, found: Comparison, palette: Any) -> None:

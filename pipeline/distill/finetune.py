@@ -2,9 +2,10 @@
 
 import logging
 
-from pipeline.distill import networks, results, teachers
+from pipeline.distill import networks, teachers
 from pipeline.distill.train import prepare
 from pipeline.errors import UserError
+from pipeline.reporting import tables
 from pipeline.runs.run import Run
 from pipeline.training.compiling import check_device
 
@@ -27,5 +28,6 @@ def finetune(run: Run) -> float | None:
     run.journal.hold()  # they are written together with the end, so that a resume does not repeat them
     run.journal.metrics(means, 0)
     names = [config.model.teachers[k].name for k in todo]
-    results.print_table("fine-tuned teachers: test top-1 in %", list(zip(names, means.values(), strict=True)))
+    rows = [(name, f"{acc:.2f}") for name, acc in zip(names, means.values(), strict=True)]
+    print(tables.text("fine-tuned teachers: test top-1 in %", rows), flush=True)
     return sum(means.values()) / len(means)

@@ -1,6 +1,5 @@
 """What a person sees of a run: tables in the terminal, pictures, `results.json` and `summary.csv`."""
 
-import csv
 import json
 import time
 from collections import defaultdict
@@ -12,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import escape
 from pipeline.config import Config
 from pipeline.journal import decode_number, read_entries
+from pipeline.reporting import figures, tables
 from pipeline.runs.run import Run
 
 SMOKE = "smoke test: cannot rank methods"
@@ -23,20 +22,13 @@ SMOKE = "smoke test: cannot rank methods"
 # tables --------------------------------------------------------------------------------------------------------------
 
 
-def print_table(title: str, rows: list[tuple[str, float]]) -> None:
-    """A small table on standard output."""
-    width = max(len(name) for name, _ in rows)
-    lines = [title, "-" * max(len(title), width + 9), *(f"{name:<{width}}  {value:7.2f}" for name, value in rows)]
-    print("\n".join(lines), flush=True)
-
-
 def print_results(config: Config, results: dict[str, float]) -> None:
     """Student alone, each teacher, their average, the synergy, the distilled student: test top-1 in percent."""
-    rows: list[tuple[str, float]] = []
+    rows: list[tuple[str, str]] = []
 
     def row(name: str, key: str) -> None:
         if key in results:
-            rows.append((name, results[key]))
+            rows.append((name, f"{results[key]:.2f}"))
 
     distilled = config.method.kd_alpha > 0
     row(f"student alone ({config.model.student.name})", "final/student_alone_acc")
@@ -46,7 +38,7 @@ def print_results(config: Config, results: dict[str, float]) -> None:
     row("synergy", "final/synergy_acc")
     row(f"{'distilled' if distilled else 'trained'} student ({config.model.student.name})", "final/acc_val_selected")
     title = f"{config.dataset.name}: test top-1 in %, seed {config.seed}"
-    print_table(f"{title} ({SMOKE})" if config.dataset.name == "cifar100_sample" else title, rows)
+    print(tables.text(f"{title} ({SMOKE})" if config.dataset.name == "cifar100_sample" else title, rows), flush=True)
 
 
 # numbers -------------------------------------------------------------------------------------------------------------
@@ -72,6 +64,8 @@ def metrics_of(run: Run) -> dict[str, list[tuple[int, float]]]:
 
 def write_results(run: Run, results: dict[str, float]) -> None:
     """`results.json`, and `summary.csv` with the columns of the research code's ExperimentLogger."""
+    import pandas  # late: it takes half a second
+
     if run.follower:
         return
     seconds = time.monotonic() - run.started
@@ -79,11 +73,8 @@ def write_results(run: Run, results: dict[str, float]) -> None:
     run.write("results.json", json.dumps(everything, indent=2, sort_keys=True) + "\n")
     columns = _experiment_logger(run, results, seconds)
     path = run.folder / "summary.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        row = {k: f"{v:.2f}" if k.endswith(("acc", "sec")) and v != "" else v for k, v in columns.items()}
-        writer.writerow(escape.cells_of(row))
+    row = {k: f"{v:.2f}" if k.endswith(("acc", "sec")) and v != "" else v for k, v in columns.items()}
+    tables.write_csv(pandas.DataFrame([row]), path, index=False)
     run.journal.artifact(path)
 
 
@@ -122,26 +113,6 @@ def _num_classes(run: Run) -> Any:
 # pictures ------------------------------------------------------------------------------------------------------------
 
 
-def figure(rows: int, columns: int, width: float, height: float, **layout: Any) -> tuple[Any, Any]:
-    """A figure of so many inches with its axes; `layout`: further arguments of `pyplot.subplots`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    made, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **layout)
-    return made, axes
-
-
-def save(made: Any, path: Path) -> None:
-    """Write a figure as PNG, and let it go."""
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(made)
-
-
 def curves(run: Run) -> None:
     """`curves.png`: accuracies, losses and schedules over the run's epochs; A-steps are shaded."""
     history = metrics_of(run)
@@ -150,7 +121,7 @@ def curves(run: Run) -> None:
         ("loss", ("a_step/loss", "a_step/ce", "a_step/kd", "b_step/loss", "b_step/ce", "b_step/kd")),
         ("certainty, gate, KD weight", ("a_step/cw_mean", "gate/open", "schedule/kd_weight")),
     )
-    made, axes = figure(1, len(panels), 15, 4)
+    made, axes = figures.figure(1, len(panels), 15, 4)
     a_epochs = [step for step, _ in history.get("a_step/loss", [])]
     for axis, (title, names) in zip(axes, panels, strict=True):
         for name in names:
@@ -169,7 +140,7 @@ def curves(run: Run) -> None:
         axes[0].axhline(history["teacher/avg_acc"][-1][1], color="black", ls="--", lw=1)
     title = f"{run.config.dataset.name}, seed {run.config.seed}; grey: teachers, dashed: their average"
     made.suptitle(title, fontsize=10)
-    save(made, run.folder / "curves.png")
+    figures.save(made, run.folder / "curves.png")
     run.journal.artifact(run.folder / "curves.png")
 
 
@@ -187,7 +158,7 @@ def draw_confusion(counts: NDArray[np.int64], classes: tuple[str, ...], path: Pa
 
     n = len(classes)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    made, axis = figure(1, 1, 8, 7)
+    made, axis = figures.figure(1, 1, 8, 7)
     image = axis.imshow(shares, norm=PowerNorm(0.5, 0, 1), cmap="viridis", interpolation="nearest")  # errors are rare
     made.colorbar(image, ax=axis, label="share of the label's images")
     axis.set(xlabel="predicted", ylabel="label")
@@ -198,4 +169,4 @@ def draw_confusion(counts: NDArray[np.int64], classes: tuple[str, ...], path: Pa
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "black" if shares[row, column] > 0.4 else "white"
             axis.text(column, row, counts[row, column], ha="center", va="center", fontsize=6, color=color)
-    save(made, path)
+    figures.save(made, path)

@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from pipeline.data.sources import ImageData
 from pipeline.distill import networks, results
 from pipeline.distill.train import load_data, prepare
-from pipeline.evaluate import measures, modes, plots, speed, tables
+from pipeline.evaluate import correctness, measures, modes, plots, speed
 from pipeline.evaluate.measures import Evaluation
 from pipeline.evaluate.modes import Part, Subject
 from pipeline.evaluate.request import Request, check
 from pipeline.evaluate.source import Source
+from pipeline.reporting import tables
 from pipeline.runs.run import Run
 
 PAIRS = 50
@@ -50,7 +52,7 @@ def evaluate(run: Run, request: Request | None = None, source: Source | None = N
         found |= evaluation.metrics | measures.agreement(name, answers.logits, answers.teachers, part.y)
         if not run.follower:
             shown += write(run, data, evaluation, part)
-    run.journal.tags(tables.logged_tables(shown))
+    run.journal.tags(tables.logged(shown))
     run.journal.hold()  # written together with the end
     run.journal.metrics(found, 0)
     results.write_results(run, found)
@@ -73,15 +75,16 @@ def write(run: Run, data: ImageData, evaluation: Evaluation, part: Part) -> list
     if "superclass" in evaluation.per_class:
         found["per_superclass"] = measures.by_superclass(evaluation.per_class, evaluation)
     for name, table in found.items():
-        tables.write_table(table, folder / f"{name}.json")
-    tables.write_confusion(counts, data.classes, folder / "confusion.csv")
+        tables.write_json(table, folder / f"{name}.json")
+    confusion = pd.DataFrame(counts, index=pd.Index(data.classes, name="label"), columns=list(data.classes))
+    tables.write_csv(confusion, folder / "confusion.csv")
     index = part.indices.numpy()
-    tables.write_correctness(evaluation, index, data.digest, data.classes, folder / tables.CORRECTNESS)
+    correctness.write(evaluation, index, data.digest, data.classes, folder / correctness.FILE)
     plots.reliability(evaluation, folder / "reliability.png")
     results.draw_confusion(counts, data.classes, folder / "confusion.png")
     names = [
         "confusion.csv",
-        tables.CORRECTNESS,
+        correctness.FILE,
         "reliability.png",
         "confusion.png",
         *(f"{name}.json" for name in found),
@@ -133,10 +136,8 @@ def _costs(subject: Subject, latency: bool) -> dict[str, float]:
 
 
 def _print(subject: Subject, request: Request, found: dict[str, float]) -> None:
-    width = max(len(name) for name in found)
     title = f"{subject.title} on {subject.data.name} ({request.split})"
-    lines = [title, "-" * max(len(title), width + 12), *(f"{k:<{width}}  {_number(v):>12}" for k, v in found.items())]
-    print("\n".join(lines), flush=True)
+    print(tables.text(title, [(name, _number(value)) for name, value in found.items()]), flush=True)
 
 
 def _number(value: float) -> str:

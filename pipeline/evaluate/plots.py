@@ -10,8 +10,8 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from pipeline.data.image_files import Images
-from pipeline.distill import results
 from pipeline.evaluate.measures import Evaluation
+from pipeline.reporting import figures
 
 COLUMNS = 10
 """Images of a pair on the sheet."""
@@ -21,7 +21,7 @@ def reliability(evaluation: Evaluation, path: Path) -> None:
     """Accuracy over confidence, bin by bin, with the gaps that the calibration error adds up; the images below."""
     bins = evaluation.bins
     middle, width = (bins["low"] + bins["high"]) / 2, float(bins["high"][0] - bins["low"][0])
-    made, (upper, lower) = results.figure(2, 1, 5.5, 6.5, sharex=True, height_ratios=(3, 1))
+    made, (upper, lower) = figures.figure(2, 1, 5.5, 6.5, sharex=True, height_ratios=(3, 1))
     filled = bins["images"] > 0
     accuracy, confidence = bins["accuracy"][filled], bins["confidence"][filled]
     upper.bar(middle[filled], accuracy, width, color="tab:blue", edgecolor="white", label="accuracy")
@@ -46,7 +46,7 @@ def reliability(evaluation: Evaluation, path: Path) -> None:
     lower.axvline(acc / 100, color="tab:blue", lw=1, label="accuracy")
     lower.set(xlabel="confidence", ylabel="share of images")
     lower.legend(loc="upper left", fontsize=8)
-    results.save(made, path)
+    figures.save(made, path)
 
 
 def confused_sheet(
@@ -76,7 +76,7 @@ def confused_sheet(
     for row, found in enumerate(chosen):
         blank[row, : len(found)] = images[indices[torch.from_numpy(found)]]
     grid = make_grid(blank.flatten(0, 1), nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
-    made, axis = results.figure(1, 1, 3 + 0.75 * columns, 0.6 + 0.75 * rows)
+    made, axis = figures.figure(1, 1, 3 + 0.75 * columns, 0.6 + 0.75 * rows)
     axis.imshow(grid, interpolation="nearest")
     words = [f"{a} → {b}\n{count} images ({share:.0%})" for a, b, count, share in pairs.itertuples(index=False)]
     axis.set_yticks([2 + row * (size + 2) + size / 2 for row in range(rows)], words, fontsize=8)
@@ -84,7 +84,7 @@ def confused_sheet(
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_title(f"{evaluation.split}: most-confused pairs, label → predicted (of the label's images)", fontsize=9)
-    results.save(made, path)
+    figures.save(made, path)
     return True
 
 

@@ -1,6 +1,5 @@
 """Predictions for a folder of pictures, with a logged student: its ONNX file, and the preprocessing of the server."""
 
-import csv
 import hashlib
 import logging
 import os
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import escape
 from pipeline.compose.groups import STUDENTS
 from pipeline.config.places import is_uri
 from pipeline.errors import UserError
 from pipeline.paths import user_path
+from pipeline.reporting import tables
 from pipeline.served import bundle
 from pipeline.served.picture_files import SUFFIXES, find, told
 from pipeline.served.pictures import Refused
@@ -189,7 +188,7 @@ def _write(run: "Run", asked: Asked, parts: Sequence["pandas.DataFrame"]) -> Pat
     if path.suffix == ".parquet":
         everything.to_parquet(path, index=False)
     else:
-        escape.table(everything).to_csv(path, index=False, float_format="%.6f")
+        tables.write_csv(everything, path, index=False, float_format="%.6f")
     run.journal.artifact(path)
     if asked.to is None:
         return path
@@ -202,6 +201,8 @@ def _write(run: "Run", asked: Asked, parts: Sequence["pandas.DataFrame"]) -> Pat
 
 def _tell(run: "Run", asked: Asked, skipped: Mapping[str, str]) -> Path:
     """Warn of files left out, and list all of them in `skipped.csv`, which is made where there are some; its path."""
+    import pandas
+
     path = run.folder / "skipped.csv"
     if not skipped:
         return path
@@ -209,8 +210,7 @@ def _tell(run: "Run", asked: Asked, skipped: Mapping[str, str]) -> Path:
         logger.warning("skipped: %s: %s", asked.images / name, reason)
     if len(skipped) > SHOWN:
         logger.warning("skipped: %d more, all of them in skipped.csv", len(skipped) - SHOWN)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("file", "reason"), *map(escape.cells, skipped.items())])
+    tables.write_csv(pandas.DataFrame(skipped.items(), columns=["file", "reason"]), path, index=False)
     run.journal.artifact(path)
     return path
 

@@ -5,16 +5,14 @@ Everything here is arithmetic on what was measured; nothing is loaded, logged or
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from pipeline.promote import spending
 from pipeline.promote.criteria import Gate
+from pipeline.reporting.statistics import Bools, Pairs, mcnemar, pairs, percentiles, replicates_of_pairs
 
-Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 ROUNDING = 1e-9
@@ -74,75 +72,7 @@ class Verdict:
         return tuple(criterion for criterion in self.criteria if not criterion.passed)
 
 
-# statistics of pairs -------------------------------------------------------------------------------------------------
-
-
-class Pairs(NamedTuple):
-    """How n images fall: both students right, one alone, or none."""
-
-    both: int
-    challenger_only: int
-    champion_only: int
-    neither: int
-
-    @property
-    def images(self) -> int:
-        return sum(self)
-
-    @property
-    def improvement(self) -> float:
-        """Points of top-1 that the challenger is above the champion."""
-        return 100.0 * (self.challenger_only - self.champion_only) / self.images
-
-
-class Interval(NamedTuple):
-    """Points."""
-
-    low: float
-    high: float
-
-
-def pairs(challenger: Bools, champion: Bools) -> Pairs:
-    """Count the images (n,) by who classified them correctly.
-
-    Raises:
-        ValueError: there are no images, or not the same for both.
-    """
-    if challenger.shape != champion.shape or challenger.size == 0:
-        raise ValueError(f"the same images for both, and at least one: got {challenger.shape} and {champion.shape}")
-    return Pairs(
-        int((challenger & champion).sum()),
-        int((challenger & ~champion).sum()),
-        int((~challenger & champion).sum()),
-        int((~challenger & ~champion).sum()),
-    )
-
-
-def mcnemar(found: Pairs) -> float:
-    """p of the exact two-sided McNemar test: were the images on which the two differ a fair coin?
-
-    Under the null hypothesis the number that the challenger alone has right is binomial with 1/2 among those that
-    exactly one has right (McNemar 1947, with the exact distribution instead of chi-squared). 1 where they never differ.
-    """
-    differing = found.challenger_only + found.champion_only
-    return 1.0 if differing == 0 else float(binomtest(found.challenger_only, differing, 0.5).pvalue)
-
-
-def bootstrap(found: Pairs, replicates: int, seed: int = 0) -> Floats:
-    """Bootstrap replicates (replicates,) of the improvement in points: images drawn with replacement, as pairs.
-
-    An image contributes +1, -1 or 0, so that drawing n images is one draw of a multinomial over these three.
-    """
-    n = found.images
-    shares = [found.challenger_only / n, found.champion_only / n, (found.both + found.neither) / n]
-    drawn = np.random.default_rng(seed).multinomial(n, shares, size=replicates)
-    return np.asarray(100.0 * (drawn[:, 0] - drawn[:, 1]) / n)
-
-
-def interval(replicates: Floats, level: float) -> Interval:
-    """Percentile interval of bootstrap replicates."""
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high))
+# the verdict ---------------------------------------------------------------------------------------------------------
 
 
 def class_accuracies(correct: Bools, labels: Ints, classes: int) -> Floats:
@@ -151,9 +81,6 @@ def class_accuracies(correct: Bools, labels: Ints, classes: int) -> Floats:
     right = np.bincount(labels[correct], minlength=classes).astype(np.float64)
     with np.errstate(invalid="ignore"):
         return np.asarray(100.0 * right / seen)
-
-
-# the verdict ---------------------------------------------------------------------------------------------------------
 
 
 def judge(
@@ -198,13 +125,13 @@ def judge(
 
 def _numbers(gate: Gate, found: Pairs) -> dict[str, float]:
     numbers = {
-        "promotion/improvement": found.improvement,
+        "promotion/improvement": found.gain,
         "promotion/p_value": mcnemar(found),
-        "promotion/challenger_only": float(found.challenger_only),
-        "promotion/champion_only": float(found.champion_only),
+        "promotion/challenger_only": float(found.one_alone),
+        "promotion/champion_only": float(found.other_alone),
     }
     if gate.interval is not None:
-        low, high = interval(bootstrap(found, gate.replicates), gate.interval)
+        low, high = percentiles(replicates_of_pairs(found, gate.replicates), gate.interval)
         numbers |= {"promotion/interval_low": low, "promotion/interval_high": high}
     return numbers
 
@@ -217,14 +144,14 @@ def _level(gate: Gate, look: int) -> float | None:
 
 
 def _better(gate: Gate, found: Pairs, level: float | None, numbers: dict[str, float]) -> Iterator[Criterion]:
-    gain = found.improvement
-    ahead = found.challenger_only > found.champion_only
+    gain = found.gain
+    ahead = found.one_alone > found.other_alone
     note = "" if ahead else "equally good" if gain == 0 else "worse"
     enough = ahead and gain >= gate.min_improvement - ROUNDING
     yield Criterion("improvement", gain, gate.min_improvement, enough, True, "points", note)
     if level is not None:
         p = numbers["promotion/p_value"]
-        note = f"alone right: challenger {found.challenger_only}, champion {found.champion_only}"
+        note = f"alone right: challenger {found.one_alone}, champion {found.other_alone}"
         yield Criterion("McNemar test", p, level, p <= level, False, "p", note)
     if gate.interval is not None:
         low, high = numbers["promotion/interval_low"], numbers["promotion/interval_high"]

@@ -27,6 +27,7 @@ from pipeline.promote.decision import Occasion
 from pipeline.promote.gate import Verdict
 from pipeline.promote.registered_model import CHAMPION, PAST, PREVIOUS, Overview, Registry, Version
 from pipeline.promote.request import Plan, sides
+from pipeline.reporting import tables
 from pipeline.runs.run import Run
 from pipeline.served import bundle
 
@@ -212,7 +213,7 @@ def _decide(
             "asib.gate": tags["asib.gate"],
             "asib.look": looks or "none: there is no champion",
             "mlflow.note.content": report.note(title, verdict, conclusion, *filter(None, [looks, warning])),
-            "mlflow.loggedArtifacts": json.dumps([{"path": f"{FOLDER}/{report.TABLE}", "type": "table"}]),
+            **tables.logged([f"{FOLDER}/{report.TABLE}"]),
         }
     )
     print(conclusion, flush=True)

@@ -1,6 +1,5 @@
 """A verdict as people read it: terminal, note of the run, MLflow table, picture of the paired differences."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,9 @@ from pipeline import escape
 from pipeline.promote import gate as gates
 from pipeline.promote import spending
 from pipeline.promote.criteria import Gate
-from pipeline.promote.gate import Bools, Criterion, Ints, Verdict
+from pipeline.promote.gate import Criterion, Ints, Verdict
+from pipeline.reporting import figures, statistics, tables
+from pipeline.reporting.statistics import Bools
 
 TABLE, PICTURE, PAIRED = "verdict.json", "differences.png", "paired.parquet"
 COLUMNS = ("criterion", "value", "limit", "verdict", "note")
@@ -46,10 +47,7 @@ def _number(value: float, unit: str) -> str:
 
 def text(title: str, verdict: Verdict) -> str:
     """The table for the terminal."""
-    table = [COLUMNS, *rows(verdict)]
-    widths = [max(len(row[k]) for row in table) for k in range(len(COLUMNS) - 1)]
-    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in table]
-    return "\n".join([title, "-" * max(len(title), *map(len, lines)), *(line.rstrip() for line in lines)])
+    return tables.text(title, [COLUMNS, *rows(verdict)], left=len(COLUMNS))
 
 
 def sentence(verdict: Verdict) -> str:
@@ -91,11 +89,8 @@ def warning(verdict: Verdict, gate: Gate) -> str:
 def note(title: str, verdict: Verdict, conclusion: str, *remarks: str) -> str:
     """Markdown for the run's description."""
     title, conclusion, *told = [escape.markdown(text) for text in (title, conclusion, *remarks)]  # they hold names
-    lines = [[escape.markdown(cell) for cell in line] for line in rows(verdict)]
-    body = [COLUMNS, ("---",) * len(COLUMNS), *lines]
-    return "\n".join(
-        [f"**{title}**", "", *map(escape.row, body), "", *(f"{remark}\n" for remark in told), f"**{conclusion}**"]
-    )
+    table = tables.markdown(COLUMNS, [list(map(escape.markdown, row)) for row in rows(verdict)], left=len(COLUMNS))
+    return "\n\n".join([f"**{title}**", table, *told, f"**{conclusion}**"])
 
 
 def write(
@@ -106,9 +101,8 @@ def write(
     Args:
         sides: `challenger` and, where there is one, `champion`: (n,) which images each classified correctly.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / TABLE, folder / PAIRED]
-    paths[0].write_text(json.dumps({"columns": list(COLUMNS), "data": rows(verdict)}, indent=1))
+    tables.write_json(pd.DataFrame(rows(verdict), columns=list(COLUMNS)), paths[0])
     table = {"index": np.arange(len(labels)), "label": labels} | {f"{k}_correct": v for k, v in sides.items()}
     pd.DataFrame(table).to_parquet(paths[1], index=False)
     if "champion" in sides:
@@ -118,30 +112,24 @@ def write(
 
 
 def _draw(path: Path, gate: Gate, labels: Ints, classes: tuple[str, ...], challenger: Bools, champion: Bools) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found = gates.pairs(challenger, champion)
-    height = max(4.0, 0.16 * len(classes))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, min(height, 16)), constrained_layout=True)
-    drawn = gates.bootstrap(found, gate.replicates)
+    found = statistics.pairs(challenger, champion)
+    made, (left, right) = figures.figure(1, 2, 13, min(max(4.0, 0.16 * len(classes)), 16))
+    drawn = statistics.replicates_of_pairs(found, gate.replicates)
     # replicates are multiples of one image's weight: bins that hold different numbers of them would look like a comb
     width = 100.0 / found.images * max(1, int(np.ptp(drawn) * found.images / 100.0 / 50))
     edges = np.arange(drawn.min() - width / 2, drawn.max() + width, width)
     left.hist(drawn, bins=edges.tolist(), color="tab:blue", alpha=0.7)
-    left.axvline(found.improvement, color="black", label=f"measured: {found.improvement:+.2f}")
+    left.axvline(found.gain, color="black", label=f"measured: {found.gain:+.2f}")
     left.axvline(gate.min_improvement, color="tab:red", ls=":", label=f"asked for: {gate.min_improvement:+.2f}")
     if gate.interval is not None:
-        low, high = gates.interval(drawn, gate.interval)
+        low, high = statistics.percentiles(drawn, gate.interval)
         label = f"{100 * gate.interval:g} %: {low:+.2f}, {high:+.2f}"
         left.axvspan(low, high, color="tab:blue", alpha=0.15, label=label)
-    alone = f"alone right: challenger {found.challenger_only}, champion {found.champion_only}"
+    alone = f"alone right: challenger {found.one_alone}, champion {found.other_alone}"
     left.set(
         xlabel="challenger - champion, points of test top-1",
         ylabel="bootstrap replicates",
-        title=f"{alone}; p = {gates.mcnemar(found):.3g}",
+        title=f"{alone}; p = {statistics.mcnemar(found):.3g}",
     )
     left.legend(fontsize=8)
     gains = gates.class_accuracies(challenger, labels, len(classes))
@@ -154,5 +142,4 @@ def _draw(path: Path, gate: Gate, labels: Ints, classes: tuple[str, ...], challe
         right.legend(fontsize=8)
     right.set(xlabel="challenger - champion, points", title="by class")
     right.set_yticks(range(len(classes)), [classes[k] for k in order], fontsize=8 if len(classes) <= 40 else 5)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    figures.save(made, path)

@@ -1,1 +1,1 @@
-"""What several steps report alike: statistics, tables, figures."""
+"""What several steps report with: tables, figures, HTML pages, statistics."""

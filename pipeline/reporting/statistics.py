@@ -1,4 +1,4 @@
-"""Intervals for accuracies that vary with the seed of the run and with the images they were measured on."""
+"""Accuracies that vary with the seed of the run and with the images: bootstrap intervals, tests, adjustments."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 REPLICATES = 2000
 LEVEL = 0.95
 
@@ -48,9 +49,13 @@ def interval(values: Array, level: float = LEVEL, count: int = REPLICATES, seed:
         >>> interval(np.ones((3, 50)))
         Interval(mean=1.0, low=1.0, high=1.0)
     """
-    found = replicates(values, count, seed)
+    return Interval(float(values.mean()), *percentiles(replicates(values, count, seed), level))
+
+
+def percentiles(found: Array, level: float) -> tuple[float, float]:
+    """Bounds of the percentile interval of bootstrap replicates (count,)."""
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+    return float(low), float(high)
 
 
 def difference(one: Array, other: Array, level: float = LEVEL, count: int = REPLICATES, seed: int = 0) -> Interval:
@@ -62,6 +67,62 @@ def difference(one: Array, other: Array, level: float = LEVEL, count: int = REPL
     if one.shape != other.shape:
         raise ValueError(f"paired values have one shape, got {one.shape} and {other.shape}")
     return interval(one - other, level, count, seed)
+
+
+# two classifiers on the same images ----------------------------------------------------------------------------------
+
+
+class Pairs(NamedTuple):
+    """How n images fall: both classifiers right, one alone, the other alone, or neither."""
+
+    both: int
+    one_alone: int
+    other_alone: int
+    neither: int
+
+    @property
+    def images(self) -> int:
+        return sum(self)
+
+    @property
+    def gain(self) -> float:
+        """Points of top-1 by which the one is above the other."""
+        return 100.0 * (self.one_alone - self.other_alone) / self.images
+
+
+def pairs(one: Bools, other: Bools) -> Pairs:
+    """Count the images (n,) by who classified them correctly.
+
+    Raises:
+        ValueError: there are no images, or not the same for both.
+    """
+    if one.shape != other.shape or one.size == 0:
+        raise ValueError(f"the same images for both, and at least one: got {one.shape} and {other.shape}")
+    return Pairs(*(int(cell.sum()) for cell in (one & other, one & ~other, ~one & other, ~one & ~other)))
+
+
+def mcnemar(found: Pairs) -> float:
+    """p of the exact two-sided McNemar test: were the images on which the two differ a fair coin?
+
+    Under the null hypothesis the number that the one alone has right is binomial with 1/2 among those that exactly one
+    has right (McNemar 1947, with the exact distribution instead of chi-squared). 1 where they never differ.
+    """
+    from scipy import stats  # late: no other command needs it
+
+    differing = found.one_alone + found.other_alone
+    return 1.0 if differing == 0 else float(stats.binomtest(found.one_alone, differing, 0.5).pvalue)
+
+
+def replicates_of_pairs(found: Pairs, count: int, seed: int = 0) -> Array:
+    """Bootstrap replicates (count,) of the gain in points: images drawn with replacement, as pairs.
+
+    With one seed `replicates` draws from the same distribution, image by image. An image contributes +1, -1 or 0 here,
+    so that n images are one draw of a multinomial over these three, whatever n.
+    """
+    n = found.images
+    shares = [found.one_alone / n, found.other_alone / n, (found.both + found.neither) / n]
+    drawn = np.random.default_rng(seed).multinomial(n, shares, size=count)
+    return np.asarray(100.0 * (drawn[:, 0] - drawn[:, 1]) / n)
 
 
 # tests ---------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,7 @@
 """Other people's words in spreadsheets and in Markdown."""
 
-import csv
 import html
-import io
 
-import pandas as pd
 import pytest
 
 from pipeline import escape
@@ -21,18 +18,6 @@ def test_formulas_become_text(text: str) -> None:
 @pytest.mark.parametrize("value", [*PLAIN, -1.5, 3, None, True])
 def test_numbers_and_other_texts_stay(value: object) -> None:
     assert escape.cell(value) is value
-
-
-def test_a_table_is_escaped_in_cells_index_and_header_and_keeps_its_numbers() -> None:
-    frame = pd.DataFrame({"=a": ["=x", "y"], "n": [-1.5, 2.0]}, index=pd.Index(["@i", "j"], name="label"))
-    buffer = io.StringIO()
-    escape.table(frame).to_csv(buffer)
-    assert list(csv.reader(buffer.getvalue().splitlines())) == [
-        ["label", "'=a", "n"],
-        ["'@i", "'=x", "-1.5"],
-        ["j", "y", "2.0"],
-    ]
-    assert frame.loc["@i", "=a"] == "=x"
 
 
 MARKUP = ["![x](http://a.b/c.png)", "[x](http://a.b)", "<img src=http://a.b/c.png>", "http://a.b/c", "a|b", "`x`"]

@@ -3,7 +3,6 @@
 What cannot be drawn yet is left out: a picture never ends a sweep.
 """
 
-import io
 import logging
 import math
 import textwrap
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from pipeline.reporting import figures
 from pipeline.sweep.study import tidy
 from pipeline.sweep.study.front import feasible, front
 
@@ -40,7 +40,6 @@ LABELS = {
 """What metrics are called on axes; any other goes by its name."""
 FEWEST = 5
 """Finished trials from which importances say anything: they compare the best tenth with the rest."""
-DPI = 100
 
 
 class Picture(NamedTuple):
@@ -208,10 +207,7 @@ def _importances(shown: optuna.Study, done: list[FrozenTrial], varied: list[str]
 
 def _png(plan: _Plan) -> bytes:
     """Whatever Optuna does to matplotlib's state (its style, open figures) is undone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = figures.pyplot()
     import optuna.visualization.matplotlib as drawn
 
     open_before = set(plt.get_fignums())
@@ -225,9 +221,7 @@ def _png(plan: _Plan) -> bytes:
                 axis.set_axisbelow(True)
             plan.tidy(figure, axes)
             _set_title(figure, plan.title)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
-            return buffer.getvalue()
+            return figures.png(figure, bbox_inches="tight")
     finally:
         for number in set(plt.get_fignums()) - open_before:
             plt.close(number)

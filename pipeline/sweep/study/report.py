@@ -1,6 +1,5 @@
 """A study as people read it: table, terminal, the note of the sweep's run, pictures, and one HTML page."""
 
-import base64
 import html
 import math
 import shlex
@@ -17,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 
 from pipeline import escape
-from pipeline.compare.report import NOTE_LENGTH, STYLE
+from pipeline.reporting import pages, tables
 from pipeline.sweep.space.space import SweepConfig
 from pipeline.sweep.study import retry
 from pipeline.sweep.study.front import feasible, front
@@ -45,7 +44,7 @@ def write(study: optuna.Study, folder: Path, sweep: SweepConfig) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found = table(study, sweep)
     paths = [folder / "trials.csv"]
-    escape.table(found).to_csv(paths[0], index=False)
+    tables.write_csv(found, paths[0], index=False)
     pictures = list(draw(study, sweep))
     for picture in pictures:
         paths.append(folder / f"{picture.name}.png")
@@ -194,12 +193,9 @@ def note(study: optuna.Study, sweep: SweepConfig, *, experiment: str = "", stora
         if storage
         else []
     )
-    for rows in range(min(TOP, len(found)), -1, -1):
-        middle = [_markdown(found.head(rows), sweep, experiment)] if rows else []
-        whole = "\n\n".join([*parts, *middle, *tail])
-        if len(whole) <= NOTE_LENGTH:
-            return whole
-    return parts[0][:NOTE_LENGTH]
+    shorter = (found.head(rows) for rows in range(min(TOP, len(found)), -1, -1))
+    middles = ([_markdown(rows, sweep, experiment)] if len(rows) else [] for rows in shorter)
+    return pages.first_that_fits([*("\n\n".join([*parts, *middle, *tail]) for middle in middles), parts[0]])
 
 
 def _markdown(found: pd.DataFrame, sweep: SweepConfig, experiment: str) -> str:
@@ -208,7 +204,7 @@ def _markdown(found: pd.DataFrame, sweep: SweepConfig, experiment: str) -> str:
     metrics = [o.metric for o in sweep.objectives]
     head = ["trial", *map(escape.markdown, metrics), *(escape.code(names[key]) for key in sweep.space)]
     head += ["epochs", "attempts", "seconds"]
-    lines = [head, ["--:"] * len(head)]
+    lines = []
     for row in found.to_dict("records"):
         run = quote(str(row["run_id"]), safe="")  # of the study's database, where others write too
         trial = (
@@ -216,7 +212,7 @@ def _markdown(found: pd.DataFrame, sweep: SweepConfig, experiment: str) -> str:
         )
         cells = [*metrics, *sweep.space, "epochs", "attempts", "seconds"]
         lines.append([trial, *(escape.markdown(_number(row[str(name)])) for name in cells)])
-    return "\n".join(map(escape.row, lines))
+    return tables.markdown(head, lines, left=0)
 
 
 # the page ------------------------------------------------------------------------------------------------------------
@@ -224,19 +220,8 @@ def _markdown(found: pd.DataFrame, sweep: SweepConfig, experiment: str) -> str:
 
 def page(study: optuna.Study, sweep: SweepConfig, found: pd.DataFrame, pictures: Sequence[Picture]) -> str:
     """One HTML file that needs no other and no network."""
-    title = html.escape(f"{sweep.name}: {', '.join(label(o.metric) for o in sweep.objectives)}")
-    parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
-        f"<h1>{title}</h1>",
-        f"<pre>{html.escape(text(study, sweep))}</pre>",
-    ]
+    parts = [f"<pre>{html.escape(text(study, sweep))}</pre>"]
     for picture in pictures:
-        words, png = html.escape(picture.title), base64.b64encode(picture.png).decode()
-        parts.append(f'<h2>{words}</h2><img alt="{words}" src="data:image/png;base64,{png}">')
-    shown = found.astype(object).map(_number)
-    parts += [
-        "<h2>trials</h2>",
-        f"<div>{shown.to_html(border=0, escape=True, index=False)}</div>",
-        f"<p>{html.escape(EXPLAINED)}</p>",
-    ]
-    return "\n".join([*parts, "</html>\n"])
+        parts += [f"<h2>{html.escape(picture.title)}</h2>", pages.image(picture.png, picture.title)]
+    parts += ["<h2>trials</h2>", pages.table(found.astype(object).map(_number)), f"<p>{html.escape(EXPLAINED)}</p>"]
+    return pages.page(f"{sweep.name}: {', '.join(label(o.metric) for o in sweep.objectives)}", parts)

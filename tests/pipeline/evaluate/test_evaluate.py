@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.config import DatasetConfig
 from pipeline.data import load, split
-from pipeline.evaluate import tables
+from pipeline.evaluate import correctness
 from tests.steps.lab import Done, Lab, client, deliver, journal, points, run_id, see, tensors, write_npz
 
 QUICK = "speed=false"
@@ -88,7 +88,7 @@ def test_the_three_splits(bench: Lab, distilled: Done, student: Path) -> None:
         (val.folder / "val", "val", parts.val),
         (done.folder, "test", torch.arange(40)),
     ):
-        back = tables.read_correctness(folder / tables.CORRECTNESS)
+        back = correctness.read(folder / correctness.FILE)
         labels = (data.test_y if name == "test" else data.train_y)[index]
         np.testing.assert_array_equal(back.table["index"], index)
         np.testing.assert_array_equal(back.table["label"], labels)

@@ -1,4 +1,4 @@
-"""The two-level bootstrap against closed forms, and its coverage on simulated accuracies."""
+"""Bootstraps and tests against closed forms, hand-made numbers and scipy, and coverage on simulated accuracies."""
 
 import numpy as np
 import pytest
@@ -131,3 +131,59 @@ def test_from_five_seeds_on_the_bootstrap_stands_alone() -> None:
         found = statistics.paired(one[:seeds], other[:seeds])
         assert found.student is None
         assert found.p == statistics.bootstrap_p(one[:seeds] - other[:seeds])
+
+
+# two classifiers on the same images ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("alone", "other", "p"),
+    [
+        (10, 0, 2 / 1024),
+        (0, 10, 2 / 1024),
+        (8, 2, 112 / 1024),
+        (5, 3, 186 / 256),
+        (4, 4, 1.0),
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+    ],
+)
+def test_mcnemar_counts_the_tosses_of_a_fair_coin(alone: int, other: int, p: float) -> None:
+    assert statistics.mcnemar(statistics.Pairs(50, alone, other, 30)) == pytest.approx(p, rel=1e-12)
+
+
+@pytest.mark.parametrize(("alone", "other"), [(310, 250), (3, 900), (77, 78)])
+def test_mcnemar_is_twice_the_binomial_tail(alone: int, other: int) -> None:
+    expected = min(1.0, 2 * stats.binom.cdf(min(alone, other), alone + other, 0.5))
+    assert statistics.mcnemar(statistics.Pairs(0, alone, other, 0)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_bootstrap_has_the_mean_and_the_variance_of_a_paired_difference() -> None:
+    found = statistics.Pairs(700, 120, 80, 100)
+    drawn = statistics.replicates_of_pairs(found, 200_000)
+    plus, minus, n = 0.12, 0.08, 1000
+    sd = 100 * np.sqrt((plus + minus - (plus - minus) ** 2) / n)
+    assert drawn.mean() == pytest.approx(4.0, abs=4 * sd / np.sqrt(200_000))
+    assert drawn.std() == pytest.approx(sd, rel=0.01)
+    low, high = statistics.percentiles(drawn, 0.95)
+    # normal at this size; a bound is a multiple of a tenth of a point
+    assert (low, high) == (pytest.approx(4 - 1.96 * sd, abs=0.11), pytest.approx(4 + 1.96 * sd, abs=0.11))
+
+
+def test_drawing_counts_is_drawing_images() -> None:
+    """The same interval as resampling the images themselves gives, as comparisons of runs do."""
+    one, other = np.zeros(300, bool), np.zeros(300, bool)
+    one[:200], other[30:215] = True, True
+    found = statistics.pairs(one, other)
+    assert found == statistics.Pairs(170, 30, 15, 85)
+    low, high = statistics.percentiles(statistics.replicates_of_pairs(found, 50_000), 0.9)
+    images = statistics.difference(100.0 * one[None], 100.0 * other[None], level=0.9, count=20_000)
+    assert images.mean == pytest.approx(found.gain)
+    assert (low, high) == (pytest.approx(images.low, abs=0.34), pytest.approx(images.high, abs=0.34))
+
+
+def test_pairs_need_the_same_images() -> None:
+    with pytest.raises(ValueError, match="same images"):
+        statistics.pairs(np.ones(40, bool), np.ones(30, bool))
+    with pytest.raises(ValueError, match="at least one"):
+        statistics.pairs(np.zeros(0, bool), np.zeros(0, bool))

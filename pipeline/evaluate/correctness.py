@@ -1,4 +1,4 @@
-"""Tables of an evaluation on disk: those that MLflow's UI shows, and `correctness.parquet` for paired comparisons."""
+"""`correctness.parquet`: what a model said of a split, image by image, for paired comparisons."""
 
 import json
 from dataclasses import dataclass
@@ -10,30 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import escape
-from pipeline.evaluate.measures import Evaluation, Ints
+from pipeline.evaluate.measures import Evaluation
 
-CORRECTNESS = "correctness.parquet"
+FILE = "correctness.parquet"
 COLUMNS = ("index", "label", "predicted", "correct", "confidence")
 METADATA = b"asib"
-
-
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """A JSON file as `mlflow.log_table` writes it; columns that hold no number come out as null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_json(path, orient="split", index=False)
-
-
-def write_confusion(counts: Ints, classes: tuple[str, ...], path: Path) -> None:
-    """Counts as CSV: the first column names the label, the others are predictions."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    counted = pd.DataFrame(counts, index=pd.Index(classes, name="label"), columns=list(classes))
-    escape.table(counted).to_csv(path)
-
-
-def logged_tables(paths: list[str]) -> dict[str, str]:
-    """The tag by which MLflow's UI finds tables among a run's artifacts."""
-    return {"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"} for path in paths])}
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +35,7 @@ class Correctness:
     classes: tuple[str, ...]
 
 
-def write_correctness(
+def write(
     evaluation: Evaluation, index: NDArray[np.int64], data_digest: str, classes: tuple[str, ...], path: Path
 ) -> None:
     """`Correctness` as parquet; what is not in the columns is in the file's metadata, under "asib"."""
@@ -71,8 +52,8 @@ def write_correctness(
     pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(record).encode()}), path)
 
 
-def read_correctness(path: Path) -> Correctness:
-    """What `write_correctness` wrote."""
+def read(path: Path) -> Correctness:
+    """What `write` wrote."""
     table = pq.read_table(path)
     record = json.loads(table.schema.metadata[METADATA])
     return Correctness(table.to_pandas(), record["data_digest"], record["split"], tuple(record["classes"]))

@@ -1,0 +1,42 @@
+"""The one set-up of matplotlib: figures drawn without a display, written as PNG."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+DPI = 110
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot on a backend that needs no display; imported late, for it takes half a second."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def figure(rows: int, columns: int, width: float, height: float, **layout: Any) -> tuple[Any, Any]:
+    """A figure and its axes.
+
+    Args:
+        width: in inches, as is `height`.
+        layout: further arguments of `pyplot.subplots`.
+    """
+    made, axes = pyplot().subplots(rows, columns, figsize=(width, height), layout="constrained", **layout)
+    return made, axes
+
+
+def png(made: Any, **options: Any) -> bytes:
+    """The bytes of a figure, which is closed; `options`: of `savefig`. Equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    made.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, **options)
+    pyplot().close(made)
+    return buffer.getvalue()
+
+
+def save(made: Any, path: Path) -> None:
+    """Write a figure as PNG and close it; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(made))
