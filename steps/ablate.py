@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.ablate import request as ablate_plan
-from pipeline.compose import cli, rungs
+from pipeline.compose import cli
+from pipeline.compose.compose import compose
+from pipeline.compose.rungs import ROOT
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.runs.step import execute
@@ -41,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 def _print_table(rest: list[str]) -> int:
     try:
         command = cli.parse(rest)
-        print(rungs.table(rungs.compose(command.cfg or rungs.ROOT, command.overrides)))
+        print(ablate_plan.table(compose(command.cfg or ROOT, command.overrides)))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -157,7 +157,7 @@ def _finished_here(root: Path, wanted: set[str]) -> dict[str, Path]:
 
 def _train(run: Run, child: Child) -> None:
     nested = run.child("distill", child.key, child.config, child.name)
-    parent = rungs.RUNGS[str(child.config.rung)].parent
+    parent = rungs.known()[str(child.config.rung)].parent
     nested.journal.tags({"asib.parent_rung": parent or "none"})
     with nested.nested():
         distill.distill(nested)

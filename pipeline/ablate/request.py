@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from pipeline.compose import cli, rungs
 from pipeline.config import Config, config_hash, source_digest
+from pipeline.config.describe import written
 from pipeline.config.identity import canonical
 from pipeline.config.numbers import processes
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.paths import REPOSITORY
+from pipeline.reporting import tables
 from pipeline.runs.folders import interrupted
 from pipeline.training.bank.policy import shared
 
@@ -56,6 +58,15 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
     }
     digest = hashlib.sha256(canonical(what).encode()).hexdigest()
     return Plan(tuple(names), tuple(seeds), force, tuple(configs), digest)
+
+
+def table(cfg: Config) -> str:
+    """Markdown: every rung, its parent and what it changes over `cfg`."""
+    rows = []
+    for rung in rungs.known().values():
+        changes = (f"`{key.removeprefix('method.')}={written(value)}`" for key, value in rungs.delta(rung, cfg).items())
+        rows.append([f"`{rung.name}`", f"`{rung.parent or 'cfg'}`", ", ".join(changes)])
+    return tables.markdown(["rung", "over", "changes"], rows, left=3)
 
 
 def prepared(config: Config, plan: Plan) -> Config:

@@ -53,7 +53,7 @@ class Group:
 
     @property
     def rung(self) -> rungs.Rung | None:
-        return rungs.RUNGS.get(self.records[0].rung or "")
+        return rungs.known().get(self.records[0].rung or "")
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -103,7 +103,7 @@ def group(runs: Sequence[Record]) -> list[Group]:
     for run in runs:
         key = hashlib.sha256(canonical(facts(run)).encode()).hexdigest()
         found.setdefault((run.rung or "", key), {})[run.seed] = run
-    order = list(rungs.RUNGS)
+    order = list(rungs.known())
     keys = sorted(found, key=lambda k: order.index(k[0]) if k[0] in order else len(order))
     counts: dict[str, int] = {}
     groups = []
@@ -141,7 +141,7 @@ def about(one: Group, other: Group) -> set[str] | None:
     between = above[above.index(other.rung.name) + 1 :]
     # with renorm_ce_kd cross-entropy's weight follows from that of distillation
     renormed = {"method.ce_alpha"} if one.facts.get("method.renorm_ce_kd") == "true" else set()
-    return {key for name in between for key in rungs.RUNGS[name].changes} | renormed
+    return {key for name in between for key in rungs.known()[name].sets} | renormed
 
 
 def beside(one: Group, other: Group) -> Differences:

@@ -1,11 +1,12 @@
 """The ablation ladder: what each rung changes over its parent, applied over any configuration, and nothing else.
 
-A rung is a file of conf/experiment (a few lines over its parent) and its entry in `RUNGS`, which states the keys that
-it may change. Composing needs no torch.
+A rung is a file of conf/experiment: its name, its parent and the few keys that it sets. The ladder leads from `LOWEST`
+to `HIGHEST`; other rungs are side runs. Composing needs no torch.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from pipeline.config.names import near_miss
 from pipeline.config.numbers import MOST_SEED, whole
 from pipeline.errors import UserError
 
-ROOT = "base"
-"""What the lowest rung's file is written over."""
+ROOT, LOWEST, HIGHEST = "base", "l0_baseline", "l4_full"
+"""What the lowest rung's file is written over; the ends of the ladder."""
 
 FROM_CFG: Mapping[tuple[str, str], Callable[[Config], Any]] = {
     ("l0k_aver", "method.kd_alpha"): lambda cfg: cfg.method.kd_alpha,
@@ -35,55 +36,54 @@ FROM_CFG: Mapping[tuple[str, str], Callable[[Config], Any]] = {
 
 @dataclass(frozen=True)
 class Rung:
-    """`changes`: all keys in which it may differ from its parent. `words`: for tables."""
+    """A file of conf/experiment over another rung's, or over `base`.
+
+    Attributes:
+        parent: None of the lowest one.
+        sets: its dotted keys and their values: all that it may change of its parent.
+    """
 
     name: str
     parent: str | None
-    changes: tuple[str, ...]
-    words: str
-
-    @property
-    def file(self) -> Path:
-        return CONF / "experiment" / f"{self.name}.yaml"
+    sets: Mapping[str, Any]
 
 
-def _rung(name: str, parent: str | None, changes: str, words: str) -> tuple[str, Rung]:
-    return name, Rung(name, parent, tuple(f"method.{key}" for key in changes.split()), words)
+def known() -> dict[str, Rung]:
+    """Every rung: those that no other one is needed for first, and within a level by name."""
+    return _known(CONF / "experiment")
 
 
-RUNGS: dict[str, Rung] = dict(
-    (
-        _rung("l0_baseline", None, "kd_alpha", "L0: cross-entropy only"),
-        _rung("l0k_aver", "l0_baseline", "kd_alpha kd_target", "L0k: AVER, averaged teachers"),
-        _rung("l1d_deterministic", "l0k_aver", "kd_target use_ib", "L1d: deterministic fusion"),
-        _rung("l1_ib", "l1d_deterministic", "use_ib", "L1: + information bottleneck"),
-        _rung("l2_cccp", "l1_ib", "use_cccp cccp_nt", "L2: + CCCP"),
-        _rung("l2_control", "l2_cccp", "use_cccp teacher_adapt_alpha_kd", "control of L2: CCCP off, as many updates"),
-        _rung("l3a_auto", "l2_cccp", "kd_target kd_ens_alpha", "L3a: + target auto"),
-        _rung("l3b_gate", "l3a_auto", "enable_kd_after_syn_acc", "L3b: + gate"),
-        _rung("l3c_sample_gate", "l3b_gate", "kd_sample_gate", "L3c: + sample gate"),
-        _rung("l3d_adaptive", "l3c_sample_gate", "kd_uncertainty_weight", "L3d: + uncertainty"),
-        _rung(
-            "l4_full",
-            "l3d_adaptive",
-            "use_partial_freeze student_freeze_schedule student_freeze_bn",
-            "L4: + partial freezing",
-        ),
-        _rung("side_beta", "l3d_adaptive", "ib_beta", "L3d with beta 1e-3"),
-        _rung("side_sampled_z", "l3d_adaptive", "use_mu_for_kd", "L3d with sampled z"),
-        _rung("side_avg_target", "l3d_adaptive", "kd_target", "L3d with target avg"),
-        _rung("side_weighted_conf", "l3d_adaptive", "kd_target", "L3d with target weighted_conf"),
-        _rung("side_auto_min", "l3d_adaptive", "kd_target", "L3d with target auto_min"),
-        _rung("side_two_view", "l3d_adaptive", "kd_two_view_start_epoch kd_two_view_stop_epoch", "L3d with two views"),
-        _rung("side_dkd", "l3d_adaptive", "kd_loss", "L3d with the DKD form"),
-        _rung("side_mixed_view", "l3d_adaptive", "kd_view", "L3d with the mixed view"),
-        _rung("side_query_distill_feat", "l3d_adaptive", "ib_mbm_query_key feat_kd_alpha", "L3d, query distill_feat"),
-        _rung("side_learnable_query", "l3d_adaptive", "learnable_q", "L3d with a learned query"),
-    )
-)
-LADDER = tuple(name for name in RUNGS if not name.startswith("side_") and name != "l2_control")
-SETS = {"ladder": LADDER, "all": tuple(RUNGS)}
-ALIASES = {"l3_adaptive": "l3d_adaptive"}
+@cache
+def _known(folder: Path) -> dict[str, Rung]:
+    found = {file.stem: rung for file in sorted(folder.glob("*.yaml")) if isinstance(rung := _read(file), Rung)}
+    levels = [[found[name] for name in found if name == LOWEST and found[name].parent is None]]
+    while levels[-1]:
+        below = {rung.name for rung in levels[-1]}
+        levels.append([rung for rung in found.values() if rung.parent in below])
+    return {rung.name: rung for level in levels for rung in level}
+
+
+def _read(file: Path) -> Rung | str | None:
+    """The rung in a file; the name that the file is another one of; None: neither."""
+    try:
+        content = read_data(file, str(file))
+    except UserError:  # somebody's own, which is refused where it is asked for
+        return None
+    if not isinstance(content, dict):
+        return None
+    defaults, name = content.pop("defaults", None), content.pop("rung", None)
+    match defaults:
+        case [str(other)] if name is None and not content:
+            return other
+        case [str(parent), "_self_"] if name == file.stem and all(isinstance(keys, dict) for keys in content.values()):
+            sets = {f"{group}.{key}": value for group, keys in content.items() for key, value in keys.items()}
+            return Rung(file.stem, None if parent == ROOT else parent, sets)
+    return None
+
+
+def ladder() -> list[str]:
+    """The names from the lowest rung to the highest."""
+    return [rung.name for rung in lineage(HIGHEST)]
 
 
 # names -------------------------------------------------------------------------------------------------------------
@@ -93,15 +93,28 @@ def read_names(text: str) -> list[str]:
     """`l0_baseline,l1_ib`, `ladder`, `all`: names in the given order, each once. Raises UserError."""
     found: list[str] = []
     for word in filter(None, (part.strip() for part in text.strip("[] ").split(","))):
-        name = ALIASES.get(word, word)
-        if name not in RUNGS and name not in SETS:
-            near = near_miss(word, [*RUNGS, *SETS])
-            hint = f"did you mean {near}? " if near else ""
-            raise UserError(f"rungs={word}: no such rung; {hint}there are {', '.join(SETS)} and {', '.join(RUNGS)}")
-        found += SETS.get(name, (name,))
+        found += {"ladder": ladder, "all": lambda: list(known())}.get(word, lambda word=word: [_named(word)])()
     if not found:
         raise UserError("rungs is empty: give rungs=ladder, rungs=all, or names such as l0_baseline,l1_ib")
     return list(dict.fromkeys(found))
+
+
+def _named(word: str) -> str:
+    """The name of a rung, given by itself or by another one. Raises UserError."""
+    if word in known():
+        return word
+    file = CONF / "experiment" / f"{word}.yaml"
+    if file.parent == CONF / "experiment" and file.is_file():
+        other = _read(file)
+        if isinstance(other, str) and other in known():
+            return other
+        raise UserError(
+            f"rungs={word}: {file} is none: write rung: {word}, defaults: [<the rung below it>, _self_], and the keys "
+            "that it changes"
+        )
+    near = near_miss(word, [*known(), "ladder", "all"])
+    hint = f"did you mean {near}? " if near else ""
+    raise UserError(f"rungs={word}: no such rung; {hint}there are ladder, all and {', '.join(known())}")
 
 
 def read_seeds(text: str) -> list[int]:
@@ -113,33 +126,19 @@ def read_seeds(text: str) -> list[int]:
 
 
 def lineage(name: str) -> list[Rung]:
-    """The rung and those below it, the lowest first."""
-    found = [RUNGS[name]]
+    """The rung and those below it, the lowest first. Raises UserError: there is none of that name."""
+    found = [known()[_named(name)]]
     while (parent := found[0].parent) is not None:
-        found.insert(0, RUNGS[parent])
+        found.insert(0, known()[parent])
     return found
 
 
-# deltas ------------------------------------------------------------------------------------------------------------
+# configurations ------------------------------------------------------------------------------------------------------
 
 
 def delta(rung: Rung, cfg: Config) -> dict[str, Any]:
-    """The dotted keys that a rung sets over its parent, with the values that they have over `cfg`.
-
-    Raises:
-        UserError: the file changes something that `RUNGS` does not state, or has another parent.
-    """
-    content = read_data(rung.file, str(rung.file)) or {}
-    wanted = [rung.parent or ROOT, "_self_"]
-    if content.pop("defaults", None) != wanted:
-        raise UserError(f"{rung.file}: a rung's defaults are its parent and itself: write [{', '.join(wanted)}]")
-    if content.pop("rung", None) != rung.name:
-        raise UserError(f"{rung.file}: write rung: {rung.name}")
-    found = {f"{group}.{key}": value for group, keys in content.items() for key, value in dict(keys).items()}
-    for key in found.keys() ^ set(rung.changes):
-        what = "changes" if key in found else "does not change"
-        raise UserError(f"rung {rung.name} {what} {key}, and states {', '.join(rung.changes)}: see {rung.file}")
-    return {key: FROM_CFG.get((rung.name, key), lambda _, value=value: value)(cfg) for key, value in found.items()}
+    """The dotted keys that a rung sets over its parent, with the values that they have over `cfg`."""
+    return {key: FROM_CFG.get((rung.name, key), lambda _, value=value: value)(cfg) for key, value in rung.sets.items()}
 
 
 def configuration(cfg: Config, name: str, seed: int) -> Config:
@@ -166,7 +165,7 @@ def configurations(cfg: Config, names: Iterable[str], seeds: Sequence[int]) -> l
     """A configuration for each rung and seed, rung by rung, each checked against its parent.
 
     Raises:
-        UserError: a rung that does not fit, changes nothing, or changes what it does not state.
+        UserError: a rung that does not fit or changes nothing.
     """
     if cfg.method.kd_alpha == 0:
         raise UserError("method.kd_alpha=0: the rungs above l0_baseline distil with the configuration's weight; set it")
@@ -197,15 +196,15 @@ def check(rung: Rung, parent: Config, child: Config) -> None:
     below = rung.parent or "its cfg"
     # with renorm_ce_kd, cross-entropy's weight follows from that of distillation, before the lock
     follows = {"method.ce_alpha"} if parent.method.renorm_ce_kd else set()
-    for key in sorted(differing - set(rung.changes) - follows):
+    for key in sorted(differing - set(rung.sets) - follows):
         raise UserError(
             f"rung {rung.name} differs from {below} in {key} ({written(before.get(key))} -> "
-            f"{written(after.get(key))}), and states {', '.join(rung.changes)} only"
+            f"{written(after.get(key))}), and states {', '.join(rung.sets)} only"
         )
     if not differing:
         raise UserError(
             f"rung {rung.name} changes nothing over {below}: this cfg already has "
-            + ", ".join(f"{key}={written(after[key])}" for key in rung.changes)
+            + ", ".join(f"{key}={written(after[key])}" for key in rung.sets)
             + "; start from another cfg, or leave the rung out"
         )
 
@@ -215,15 +214,6 @@ def refuse_overrides(names: Iterable[str], overrides: Sequence[str]) -> None:
     given = {text.lstrip("+~ ").partition("=")[0].strip() for text in overrides}
     for name in names:
         for rung in lineage(name):
-            for key in rung.changes:
+            for key in rung.sets:
                 if key in given and (rung.name, key) not in FROM_CFG and key != "method.kd_alpha":
                     raise UserError(f"{key}: rung {rung.name} sets it; leave the override or the rung out")
-
-
-def table(cfg: Config) -> str:
-    """Markdown: every rung, its parent and what it changes over `cfg`."""
-    lines = ["| rung | over | changes |", "|---|---|---|"]
-    for rung in RUNGS.values():
-        changed = ", ".join(f"`{k.removeprefix('method.')}={written(v)}`" for k, v in delta(rung, cfg).items())
-        lines.append(f"| `{rung.name}` | `{rung.parent or 'cfg'}` | {changed} |")
-    return "\n".join(lines)
