@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.runs.step import execute
 
 if TYPE_CHECKING:
-    from pipeline.predict.predict import Asked
+    from pipeline.predict.predict import Request
     from pipeline.runs.run import Run
 
 OWN = {
@@ -29,12 +29,12 @@ def main(argv: Sequence[str]) -> int:
         return execute("predict", "", list(argv))  # which says what is wrong with them
     if "--help" in rest:
         print("\n".join(f"  {key}: {words}" for key, words in OWN.items()) + "\n")
-    found: list[Asked] = []
+    found: list[Request] = []
 
     def asked(config: Config) -> Config:
         from pipeline.predict import predict
 
-        found.append(predict.understand(own))
+        found.append(predict.parse(own))
         return config if config.run_name else config.model_copy(update={"run_name": "predict"})
 
     def job(run: "Run") -> float | None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +9,7 @@ from pipeline.compose import cli, rungs
 from pipeline.config import Config, config_hash, source_digest
 from pipeline.config.describe import written
 from pipeline.config.identity import canonical
-from pipeline.config.numbers import processes
 from pipeline.config.places import output_dir
-from pipeline.errors import UserError
 from pipeline.paths import REPOSITORY
 from pipeline.reporting import tables
 from pipeline.runs.folders import interrupted
@@ -40,8 +37,7 @@ class Plan:
 
 def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Plan:
     """Read the step's own keys. Raises UserError: unknown rungs, rungs that do not fit the configuration."""
-    if processes(os.environ)[1] != 1:
-        raise UserError("ablate runs as one process; start single rungs with torchrun and -m steps.distill cfg=<rung>")
+    cli.one_process("ablate", "start single rungs with torchrun -m steps.distill cfg=<rung>")
     names = rungs.read_names(own.get("rungs") or "ladder")
     seeds = rungs.read_seeds(own.get("seeds") or str(config.seed))
     force = cli.flag(own, "force")
@@ -71,15 +67,12 @@ def table(cfg: Config) -> str:
 
 def prepared(config: Config, plan: Plan) -> Config:
     """The parent's configuration: its name, and the interrupted ablation that it continues."""
-    changes: dict[str, object] = {}
     if config.resume is None:
         before = interrupted(output_dir(config), "ablate", PLAN_TAG, plan.digest)
         if before is not None:
-            logger.info("going on with %s, which was interrupted", before)
-            changes["resume"] = str(before)
-    if config.run_name is None and "MLFLOW_RUN_ID" not in os.environ:
-        changes["run_name"] = f"ablate {_count(plan.names, 'rung')}, {_count(plan.seeds, 'seed')}"
-    return config.model_copy(update=changes)
+            logger.info("continuing %s, which was interrupted", before)
+            config = config.model_copy(update={"resume": str(before)})
+    return cli.named(config, f"ablate {_count(plan.names, 'rung')}, {_count(plan.seeds, 'seed')}")
 
 
 def _count(items: Sequence[object], word: str) -> str:

@@ -3,6 +3,7 @@
 Imports neither torch nor MLflow: `--help` answers at once.
 """
 
+import os
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pydantic import BaseModel
 from pipeline.compose.groups import groups
 from pipeline.config import Config
 from pipeline.config.describe import expects, is_list_of_sections, is_text, section_of, written
+from pipeline.config.names import suggestion
+from pipeline.config.numbers import processes
 from pipeline.errors import UserError
 from pipeline.paths import is_plain, printable
 
@@ -129,6 +132,32 @@ def flag(own: Mapping[str, str], key: str, default: bool = False) -> bool:
     if text and text not in TRUE + FALSE:
         raise UserError(f"{key}={printable(own[key], 80)}: give true or false")
     return text in TRUE if text else default
+
+
+def choice(own: Mapping[str, str], key: str, known: Sequence[str]) -> str:
+    """A step's own key that is one of a few words; empty is the first. Raises UserError for anything else."""
+    given = own.get(key, "").lower() or known[0]
+    if given not in known:
+        raise UserError(f"{key}={own[key]}: {suggestion(given, known)}give {', '.join(known)}")
+    return given
+
+
+def settings(own: Mapping[str, str], key: str) -> dict[str, str]:
+    """What is set of a section: `gate.alpha=0.01` -> `{"alpha": "0.01"}` for the key `gate`."""
+    return {name.removeprefix(f"{key}."): value for name, value in own.items() if name.startswith(f"{key}.")}
+
+
+def one_process(step: str, instead: str) -> None:
+    """Refuse torchrun for a step that needs no group; `instead`: what to do. Raises UserError."""
+    if processes(os.environ)[1] != 1:
+        raise UserError(f"{step} runs as one process: {instead}")
+
+
+def named(config: Config, name: str) -> Config:
+    """The configuration with a run name, unless it has one or `mlflow run` gave the run one."""
+    if config.run_name is not None or "MLFLOW_RUN_ID" in os.environ:
+        return config
+    return config.model_copy(update={"run_name": name})
 
 
 def split_overrides(text: str) -> list[str]:

@@ -5,7 +5,6 @@ nor take values such as `a=b` or `it's.pt` without quoting. Imports no torch: co
 """
 
 import logging
-import os
 import re
 import tempfile
 import threading
@@ -26,13 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from pipeline.compose.foreign import foreign
-from pipeline.compose.groups import CONF, NOT_GROUPS, groups
+from pipeline.compose.groups import CONF, NOT_GROUPS, groups, locate
 from pipeline.compose.settings import read_yaml
 from pipeline.config import Config, explain, flatten
 from pipeline.config.describe import field_at, is_text, section_of, written
-from pipeline.config.names import UnknownKey, near_miss
+from pipeline.config.names import UnknownKey, suggestion
 from pipeline.errors import UserError
-from pipeline.paths import printable, user_path
+from pipeline.paths import printable
 
 logger = logging.getLogger("asib")
 _EXPERIMENT = "experiment"
@@ -168,14 +167,10 @@ def _split(text: str) -> tuple[str, str, str | None]:
 
 def _option(group: str, value: str, options: dict[str, list[str]]) -> str:
     if group not in options:
-        near = near_miss(group, options)
-        raise UserError(
-            f"{group}: no such group; " + (f"did you mean {near}?" if near else f"there are {', '.join(options)}")
-        )
+        raise UserError(f"{group}: no such group; {suggestion(group, options)}there are {', '.join(options)}")
     chosen = value.strip().strip("'\"").removesuffix(".yaml")
     if chosen not in options[group]:
-        near = near_miss(chosen, options[group])
-        hint = f"did you mean {near}? " if near else ""
+        hint = suggestion(chosen, options[group])
         raise UserError(f"{group}={chosen}: no such option; {hint}there are {', '.join(options[group])}")
     return chosen
 
@@ -280,25 +275,7 @@ def _locate(cfg: str, fetch: Callable[[str], Path] | None) -> Path:
         if fetch is None:
             raise UserError(f"cfg={cfg} lies on a tracking server: download it and give its path")
         return fetch(cfg)
-    named = CONF / _EXPERIMENT / (cfg if cfg.endswith((".yaml", ".yml")) else f"{cfg}.yaml")
-    given = user_path(cfg, "cfg")
-    is_path = cfg.endswith((".yaml", ".yml")) or os.sep in cfg
-    if is_path and given.is_file():
-        return given.resolve()
-    if not Path(cfg).is_absolute() and ".." not in Path(cfg).parts and named.is_file():
-        return named
-    if given.is_dir():
-        raise UserError(f"cfg={cfg} is a folder: give a YAML file in it")
-    if is_path:
-        beside = sorted(p.name for p in given.parent.glob("*.y*ml")) if given.parent.is_dir() else []
-        near = near_miss(given.name, beside)
-        raise UserError(f"cfg={cfg}: no such file" + (f"; did you mean {given.parent / near}?" if near else ""))
-    names = groups().get(_EXPERIMENT, [])
-    near = near_miss(cfg, names)
-    hint = f"did you mean {near}? " if near else ""
-    raise UserError(
-        f"cfg={cfg}: no such experiment; {hint}there are {', '.join(names)}, or give the path of a YAML file"
-    )
+    return locate(_EXPERIMENT, cfg, "cfg")
 
 
 def _compose_groups(file: Path | None, choices: dict[str, str], source: str) -> DictConfig:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from pipeline.config.names import near_miss
+from pipeline.config.names import near_miss, suggestion
 from pipeline.errors import UserError
 from pipeline.paths import REPOSITORY, user_path
 
@@ -26,12 +26,12 @@ def groups() -> dict[str, list[str]]:
 
 
 def names(folder: str) -> list[str]:
-    """The options of a folder of `NOT_GROUPS`: `names("sweep")` -> `["accuracy_cost", …]`."""
+    """The files of a folder of conf/: `names("sweep")` -> `["accuracy_cost", …]`."""
     return sorted(file.stem for file in (CONF / folder).glob("*.yaml"))
 
 
 def locate(folder: str, given: str, key: str | None = None) -> Path:
-    """The file that `sweep=<given>` or `cluster=<given>` names: of conf/<folder>, or a YAML file anywhere.
+    """The file that `cfg=<given>` or `sweep=<given>` names: of conf/<folder>, or a YAML file anywhere.
 
     Args:
         key: what names it on the command line, where that is not the folder's name.
@@ -44,15 +44,17 @@ def locate(folder: str, given: str, key: str | None = None) -> Path:
     file = user_path(given, key)
     if is_path and file.is_file():
         return file.resolve()
-    known = names(folder)
-    if given.removesuffix(".yaml") in known:
-        return CONF / folder / f"{given.removesuffix('.yaml')}.yaml"
+    named = CONF / folder / f"{given.removesuffix('.yaml')}.yaml"
+    if not Path(given).is_absolute() and ".." not in Path(given).parts and named.is_file():
+        return named
     if file.is_dir():
         raise UserError(f"{key}={given} is a folder: give a YAML file in it")
     if is_path:
         beside = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
         near = near_miss(file.name, beside)
         raise UserError(f"{key}={given}: no such file" + (f"; did you mean {file.parent / near}?" if near else ""))
-    near = near_miss(given, known)
-    hint = f"did you mean {near}? " if near else ""
-    raise UserError(f"{key}={given}: not known; {hint}there are {', '.join(known)}, or give the path of a YAML file")
+    known, what = names(folder), folder if key == "cfg" else key
+    raise UserError(
+        f"{key}={given}: no such {what}; {suggestion(given, known)}there are {', '.join(known)}, or give the path of a "
+        "YAML file"
+    )

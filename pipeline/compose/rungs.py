@@ -18,7 +18,7 @@ from pipeline.compose.settings import read_data
 from pipeline.config import Config, explain
 from pipeline.config.describe import why, written
 from pipeline.config.identity import computation
-from pipeline.config.names import near_miss
+from pipeline.config.names import suggestion
 from pipeline.config.numbers import MOST_SEED, whole
 from pipeline.errors import UserError
 
@@ -112,8 +112,7 @@ def _named(word: str) -> str:
             f"rungs={word}: {file} is none: write rung: {word}, defaults: [<the rung below it>, _self_], and the keys "
             "that it changes"
         )
-    near = near_miss(word, [*known(), "ladder", "all"])
-    hint = f"did you mean {near}? " if near else ""
+    hint = suggestion(word, [*known(), "ladder", "all"])
     raise UserError(f"rungs={word}: no such rung; {hint}there are ladder, all and {', '.join(known())}")
 
 

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline import secrets, yaml_data
 from pipeline.config.describe import MAX_PROBLEMS, is_text, shown, takes
-from pipeline.config.names import near_miss
+from pipeline.config.names import near_miss, suggestion
 from pipeline.errors import UserError
 
 
@@ -170,10 +170,10 @@ def _entry(node: Mapping[str, Any], place: Place, walked: str, rest: str) -> tup
     stem, _, last = rest.rpartition(".")
     inner = place.inside(stem, node)
     if stem and any(last in kind.model_fields for kind in inner.kinds.values()):
-        near = near_miss(stem, node)
-        hint = f"did you mean {near}? " if near else ""
         new = f"give a new one whole, {walked}.{stem}={inner.example}"
-        raise UserError(f"{walked}.{rest}: {walked} has no {stem}; {hint}there are {', '.join(node)}; {new}")
+        raise UserError(
+            f"{walked}.{rest}: {walked} has no {stem}; {suggestion(stem, node)}there are {', '.join(node)}; {new}"
+        )
     return rest, ""
 
 
@@ -317,9 +317,9 @@ def _no_kind(union: Place, value: Mapping[str, Any], name: str, source: str) -> 
     choices = ", ".join(union.kinds)
     if union.tag not in value:
         return f"{source} has no {union.tag}: give one of {choices}"
-    near = near_miss(str(value[union.tag]), union.kinds)
-    hint = f" (did you mean {near}?)" if near else ""
-    return f"{name}.{union.tag}: got {shown(value[union.tag])}; give one of {choices}{hint}"
+    given = value[union.tag]
+    hint = suggestion(str(given), union.kinds)
+    return f"{name}.{union.tag}: got {shown(given)}; {hint}give one of {choices}"
 
 
 def _unknown(section: type[BaseModel], union: Place, walked: str, part: str) -> str:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.compose import cli
 from pipeline.compose.compose import Setting, keys_of
 from pipeline.compose.groups import groups
-from pipeline.config.names import near_miss
+from pipeline.config.names import near_miss, suggestion
 from pipeline.config.numbers import MOST_SEED, whole
 from pipeline.errors import UserError
 
@@ -133,8 +133,7 @@ def _student(text: str) -> tuple[str, ...]:
 def _method(text: str) -> tuple[str, ...]:
     options = groups()["method"]
     if text not in options:
-        near = near_miss(text.lower(), options)
-        hint = f"did you mean {near}? " if near else ""
+        hint = suggestion(text.lower(), options)
         raise UserError(f"METHOD={text} in the environment: no such method; {hint}there are {', '.join(options)}")
     return (f"method={text}",)
 

@@ -55,6 +55,12 @@ def near_miss(given: str, known: Iterable[str], cutoff: float = 0.6) -> str | No
     return next(iter(difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)), None)
 
 
+def suggestion(given: str, known: Iterable[str]) -> str:
+    """`did you mean <the nearest known word>? ` for an error; empty where nothing is near."""
+    near = near_miss(given, known)
+    return f"did you mean {near}? " if near else ""
+
+
 def known_names() -> list[str]:
     """Every dotted key of the schema; keys of list items appear as `model.teachers.0.name` and `.1.name`."""
     from pipeline.config.schema import Config

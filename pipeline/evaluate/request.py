@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from pipeline.compose import cli
 from pipeline.config import Config
-from pipeline.config.names import near_miss
 from pipeline.config.places import is_uri
 from pipeline.errors import UserError
 from pipeline.paths import user_path
@@ -56,10 +55,10 @@ def read(own: Mapping[str, str]) -> Request:
         ('train', 'test')
     """
     return Request(
-        mode=_one_of("mode", own, MODES),
-        split=_one_of("split", own, tuple(SPLITS)),
+        mode=cli.choice(own, "mode", MODES),
+        split=cli.choice(own, "split", tuple(SPLITS)),
         fusion=own.get("fusion") or None,
-        teachers=_one_of("teachers", own, TEACHERS),
+        teachers=cli.choice(own, "teachers", TEACHERS),
         speed=cli.flag(own, "speed", default=True),
         named="model" if own.get("model") else "student",
     )
@@ -95,11 +94,3 @@ def check(request: Request, config: Config) -> None:
             "split=val: dataset.val_fraction=0 holds out no validation images; give the model's own val_fraction, "
             "or split=test"
         )
-
-
-def _one_of(key: str, own: Mapping[str, str], known: tuple[str, ...]) -> str:
-    given = own.get(key, "").lower() or known[0]
-    if given not in known:
-        near = near_miss(given, known)
-        raise UserError(f"{key}={own[key]}: " + (f"did you mean {near}? " if near else "") + f"give {', '.join(known)}")
-    return given

@@ -37,7 +37,7 @@ SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """The command line; `files` lie under `images`, sorted, and so do those `ignored`; `to` None: the table stays in
     the run's folder.
     """
@@ -53,7 +53,7 @@ class Asked:
         return f"classify {len(self.files)} pictures in {self.images} with {self.model}"
 
 
-def understand(own: Mapping[str, str]) -> Asked:
+def parse(own: Mapping[str, str]) -> Request:
     """The step's own keys. Raises UserError: one is missing, or names what cannot be."""
     model, images, to = own.get("model", ""), own.get("images", ""), own.get("to", "")
     if not model:
@@ -71,7 +71,7 @@ def understand(own: Mapping[str, str]) -> Asked:
         raise UserError(f"images={images}: no {', '.join(SUFFIXES)} file in it, at any depth; give another folder")
     if not is_uri(model):
         _model_folder(model)
-    return Asked(model, folder, tuple(sorted(map(Path, found))), _target(to) if to else None, tuple(ignored))
+    return Request(model, folder, tuple(sorted(map(Path, found))), _target(to) if to else None, tuple(ignored))
 
 
 def _model_folder(given: str) -> Path:
@@ -93,7 +93,7 @@ def _target(to: str) -> Path:
 # the job -------------------------------------------------------------------------------------------------------------
 
 
-def predict(run: "Run", asked: Asked) -> float | None:
+def predict(run: "Run", request: Request) -> float | None:
     """Write the table, log it, and link the model; pictures that cannot be read are listed and left out.
 
     Raises:
@@ -101,30 +101,32 @@ def predict(run: "Run", asked: Asked) -> float | None:
     """
     if run.follower:
         return None  # one process is enough
-    model = bundle.read(locate(asked.model, run.fetch, run.folder / "fetched"), f"model={asked.model}")
-    classifier = bundle.load(model, f"model={asked.model}")
+    model = bundle.read(locate(request.model, run.fetch, run.folder / "fetched"), f"model={request.model}")
+    classifier = bundle.load(model, f"model={request.model}")
     run.ready()
-    if asked.ignored:
-        logger.info("images=%s: %s", asked.images, told(asked.ignored, asked.images))
+    if request.ignored:
+        logger.info("images=%s: %s", request.images, told(request.ignored, request.images))
     if model.run_id:
         run.journal.model_input(model.run_id)
-    tags = {"asib.model": model.version or asked.model, "asib.student": model.run_id, "asib.model_id": model.model_id}
+    tags = {"asib.model": model.version or request.model, "asib.student": model.run_id, "asib.model_id": model.model_id}
     run.journal.tags({key: value for key, value in tags.items() if value})
     started = time.perf_counter()
     skipped: dict[str, str] = {}
     digest = hashlib.sha256()
     parts = []
-    for names, images in _read(asked, classifier, digest, skipped):
+    for names, images in _read(request, classifier, digest, skipped):
         parts.append(table(names, classifier.probabilities(images), classifier.classes))
     seconds = time.perf_counter() - started
-    reasons = _tell(run, asked, skipped)
+    reasons = _tell(run, request, skipped)
     if not parts:
-        raise UserError(f"images={asked.images}: none of its {len(asked.files)} pictures can be read; see {reasons}")
-    written = _write(run, asked, parts)
+        raise UserError(
+            f"images={request.images}: none of its {len(request.files)} pictures can be read; see {reasons}"
+        )
+    written = _write(run, request, parts)
     count = sum(len(part) for part in parts)
     profile = {"images": count, "skipped": len(skipped)}
-    source = str(asked.images.absolute())
-    run.journal.dataset(asked.images.absolute().name, digest.hexdigest(), "prediction", source, profile=profile)
+    source = str(request.images.absolute())
+    run.journal.dataset(request.images.absolute().name, digest.hexdigest(), "prediction", source, profile=profile)
     run.journal.hold()
     speed = {"predict/images_per_second": count / seconds}
     run.journal.metrics({f"predict/{name}": float(n) for name, n in profile.items()} | speed, 0)
@@ -135,7 +137,7 @@ def predict(run: "Run", asked: Asked) -> float | None:
 
 
 def _read(
-    asked: Asked, classifier: Classifier, digest: "hashlib._Hash", skipped: dict[str, str]
+    request: Request, classifier: Classifier, digest: "hashlib._Hash", skipped: dict[str, str]
 ) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
     """Names and images (n, size, size, channels) by batches; fills `digest` and `skipped` (name -> reason)."""
 
@@ -147,11 +149,11 @@ def _read(
             return b"", str(error)
 
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(asked.files), BATCH):
+        for start in range(0, len(request.files), BATCH):
             names, images = [], []
-            files = asked.files[start : start + BATCH]
+            files = request.files[start : start + BATCH]
             for path, (content, image) in zip(files, pool.map(read, files), strict=True):
-                name = path.relative_to(asked.images).as_posix()
+                name = path.relative_to(request.images).as_posix()
                 if isinstance(image, str):
                     skipped[name] = image
                 else:
@@ -179,27 +181,27 @@ def table(names: Sequence[str], probabilities: NDArray[np.float32], classes: Seq
     return pandas.DataFrame(columns)
 
 
-def _write(run: "Run", asked: Asked, parts: Sequence["pandas.DataFrame"]) -> Path:
+def _write(run: "Run", request: Request, parts: Sequence["pandas.DataFrame"]) -> Path:
     """The table in the run's folder, as an artifact, and where it was asked for; that path."""
     import pandas
 
     everything = pandas.concat(parts, ignore_index=True)
-    path = run.folder / f"predictions{asked.to.suffix.lower() if asked.to else '.csv'}"
+    path = run.folder / f"predictions{request.to.suffix.lower() if request.to else '.csv'}"
     if path.suffix == ".parquet":
         everything.to_parquet(path, index=False)
     else:
         tables.write_csv(everything, path, index=False, float_format="%.6f")
     run.journal.artifact(path)
-    if asked.to is None:
+    if request.to is None:
         return path
     try:
-        shutil.copyfile(path, asked.to)
+        shutil.copyfile(path, request.to)
     except OSError as error:
-        raise UserError(f"to={asked.to}: cannot be written ({error.strerror}); the table is in {path}") from error
-    return asked.to
+        raise UserError(f"to={request.to}: cannot be written ({error.strerror}); the table is in {path}") from error
+    return request.to
 
 
-def _tell(run: "Run", asked: Asked, skipped: Mapping[str, str]) -> Path:
+def _tell(run: "Run", request: Request, skipped: Mapping[str, str]) -> Path:
     """Warn of files left out, and list all of them in `skipped.csv`, which is made where there are some; its path."""
     import pandas
 
@@ -207,7 +209,7 @@ def _tell(run: "Run", asked: Asked, skipped: Mapping[str, str]) -> Path:
     if not skipped:
         return path
     for name, reason in list(skipped.items())[:SHOWN]:
-        logger.warning("skipped: %s: %s", asked.images / name, reason)
+        logger.warning("skipped: %s: %s", request.images / name, reason)
     if len(skipped) > SHOWN:
         logger.warning("skipped: %d more, all of them in skipped.csv", len(skipped) - SHOWN)
     tables.write_csv(pandas.DataFrame(skipped.items(), columns=["file", "reason"]), path, index=False)
@@ -233,6 +235,3 @@ def locate(source: str, fetch: Callable[[str, Path], Path], to: Path) -> Path:
         except UserError as error:
             raise UserError(f"model={source}: {str(error).removeprefix(uri).lstrip(': ')}") from error
     return _model_folder(source)
-
-
-__all__ = ["Asked", "predict", "understand"]

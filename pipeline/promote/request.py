@@ -1,13 +1,12 @@
 """What `-e promote` is asked for: the step's own keys, checked before torch is imported, then against the registry."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.compose import cli
 from pipeline.config import Config, registered
-from pipeline.config.numbers import VERSIONS, processes, whole
+from pipeline.config.numbers import VERSIONS, whole
 from pipeline.errors import NotThere, UserError
 from pipeline.promote import criteria as gates
 from pipeline.promote import queue
@@ -71,7 +70,7 @@ def make(config: Config, own: Mapping[str, str]) -> Plan:
         if number is not None:
             whole(key, number, high=VERSIONS, why=f"it is the number of a version, such as {key}=3")
     _check(config)
-    settings = {key.removeprefix("gate."): value for key, value in own.items() if key.startswith("gate.")}
+    settings = cli.settings(own, "gate")
     gate = gates.load(own.get("gate") or "default", settings)
     action: Action = "rollback" if rollback else "retire" if retire else "promote"
     reason = " ".join(own.get("reason", "").split())
@@ -84,14 +83,11 @@ def make(config: Config, own: Mapping[str, str]) -> Plan:
 
 def prepared(config: Config, plan: Plan) -> Config:
     """The run's configuration: its name."""
-    if config.run_name is not None or "MLFLOW_RUN_ID" in os.environ:
-        return config
-    return config.model_copy(update={"run_name": f"{plan.action} {plan.name}"})
+    return cli.named(config, f"{plan.action} {plan.name}")
 
 
 def _check(config: Config) -> None:
-    if processes(os.environ)[1] != 1:
-        raise UserError("promote runs as one process: start it without torchrun")
+    cli.one_process("promote", "start it without torchrun")
     if config.tracking.mode == "offline":
         raise UserError("tracking=offline: the registry is on the tracking server; leave tracking on line")
     if config.resume is not None:

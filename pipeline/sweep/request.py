@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import urls
+from pipeline.compose import cli
 from pipeline.compose.compose import keys_of
 from pipeline.compose.shortcuts import wants_dry_run
 from pipeline.config import Config
 from pipeline.config.describe import why
-from pipeline.config.numbers import MOST_TRIALS, WORKERS, processes, whole
+from pipeline.config.numbers import MOST_TRIALS, WORKERS, whole
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.journal import writer_alive
@@ -57,16 +58,15 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
     Raises:
         UserError: a space that does not fit the schema.
     """
-    if processes(os.environ)[1] != 1:
-        raise UserError("a sweep is started by one process; several per trial: cluster.processes_per_trial=2")
-    settings = _settings(own, "sweep.")
+    cli.one_process("sweep", "several for each trial are cluster.processes_per_trial=2")
+    settings = cli.settings(own, "sweep")
     if own.get("trials"):
         most = why(SweepConfig.model_fields["trials"])
         settings["trials"] = str(whole("trials", own["trials"], high=MOST_TRIALS, why=most))
     sweep = space.load(own.get("sweep") or DEFAULT, settings)
     space.check(sweep, config, keys_of(overrides))
     workers = whole("workers", own.get("workers") or "1", high=WORKERS, why="each is a process or a cluster's job")
-    where = cluster.load(own.get("cluster") or "local", _settings(own, "cluster."))
+    where = cluster.load(own.get("cluster") or "local", cli.settings(own, "cluster"))
     name = own.get("study") or space.study_name(sweep, config)
     return Plan(sweep, where, workers, storage_url(own.get("storage"), config), name, space.digest(sweep, config))
 
@@ -98,15 +98,12 @@ def prepared(config: Config, plan: Plan) -> Config:
     driven = [Path(facts["folder"])] if writer_alive(Path(facts.get("folder", "/nowhere"))) else []
     for folder in (*driven, *tagged(root, "sweep", STUDY_TAG, plan.name, alive=True)):
         raise UserError(f"study {plan.name}: the sweep in {folder} is at work on it; join={plan.name} helps it")
-    changes: dict[str, Any] = {}
     if config.resume is None:
         earlier = tagged(root, "sweep", STUDY_TAG, plan.name)
         before = next((folder for folder in earlier if _of_this_study(folder, facts)), None)
         if before is not None:
-            changes |= {"resume": str(before), "extend": True}
-    if config.run_name is None and "MLFLOW_RUN_ID" not in os.environ:
-        changes["run_name"] = plan.name
-    return config.model_copy(update=changes)
+            config = config.model_copy(update={"resume": str(before), "extend": True})
+    return cli.named(config, plan.name)
 
 
 def _of_this_study(folder: Path, facts: Mapping[str, Any]) -> bool:
@@ -122,7 +119,3 @@ def params(plan: Plan) -> dict[str, str]:
     keys = {f"sweep.space.{key}": str(d.model_dump(exclude_defaults=True)) for key, d in plan.sweep.space.items()}
     others = {f"sweep.{key}": str(value) for key, value in plan.sweep.model_dump(exclude={"space"}).items()}
     return keys | others | {"sweep.storage": shown_url(plan.storage)}
-
-
-def _settings(own: Mapping[str, str], prefix: str) -> dict[str, str]:
-    return {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}

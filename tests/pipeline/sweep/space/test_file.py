@@ -124,7 +124,7 @@ def test_a_key_within_another_takes_the_longest(tmp_path):
         (
             "sampler.name",
             "tp",
-            "sampler.name: got 'tp'; give one of tpe, gp, cmaes, random, grid (did you mean tpe?)",
+            "sampler.name: got 'tp'; did you mean tpe? give one of tpe, gp, cmaes, random, grid",
         ),
     ],
 )
@@ -164,7 +164,7 @@ def test_names_that_do_not_exist(tmp_path):
         ("space: 3", "space: got 3; give a group of keys with values"),
         ("space: {method.tau: 3}", "space.method.tau: got 3; give such as {type: float, low: …, high: …}"),
         ("space: {method.tau: {low: 1}}", "space.method.tau has no type: give one of float, int, categorical, grid"),
-        ("space: {method.tau: {type: flaot}}", "space.method.tau.type: got 'flaot'; give one of float, int"),
+        ("space: {method.tau: {type: flaot}}", "space.method.tau.type: got 'flaot'; did you mean float? give one of"),
         ("space: {method.tau: {type: float, low: 1}}", "space.method.tau.high is missing: give a number"),
         ("space: {method.tau: {type: float, low: a, high: 2}}", "space.method.tau.low: got 'a'; give a number"),
         ("space: {method.tau: {type: float, low: true, high: 2}}", "space.method.tau.low: got true; give a number"),
