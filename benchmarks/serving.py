@@ -152,9 +152,9 @@ def memory(server: ModelServer) -> int:
 def student(model: str | None) -> Iterator[tuple[str, str, str]]:
     """Model URI, tracking URI, and what is served, in words."""
     if model is not None:
-        from pipeline.tracking import deliver
+        from pipeline.tracking import start
 
-        yield model, deliver.default_uri(), model
+        yield model, start.default_uri(), model
         return
     with tempfile.TemporaryDirectory(prefix="asib-serving-") as folder:
         uri = f"sqlite:///{folder}/mlflow.db"

@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.runs.run import tracking_uri
-from pipeline.tracking import deliver
+from pipeline.tracking import start
 
 PACKAGES = ("torch", "torchvision", "timm", "mlflow", "hydra-core", "optuna", "pandas", "pydantic", "safetensors")
 MARKS = {True: "ok  ", False: "FAIL", None: "note"}
@@ -107,7 +107,7 @@ def _tracking(config: Config) -> Iterator[Finding]:
         return
     uri = tracking_uri(config)
     with tempfile.TemporaryDirectory() as folder:
-        delivery = deliver.start_delivery(Path(folder), uri=uri, adopt="")
+        delivery = start.start_delivery(Path(folder), uri=uri, adopt="")
         delivery.wait_fetched(timeout=120)  # it answers, and its schema is there
         delivery.finish(0.0)
     yield Finding(True, "tracking", f"{uri} answers; experiment {config.tracking.experiment!r}")

@@ -106,8 +106,11 @@ def sqlite_path(url: str) -> Path:
 
 
 def hidden(url: str) -> str:
-    """The URL without a password, also where one with / or @ makes it unparsable."""
-    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
+    """The URL without passwords, also where one with / or @ makes it unparsable.
+
+    SQLAlchemy's own `render_as_string` takes 0.6 s to import, and shows what follows an @ in a password.
+    """
+    return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url))
 
 
 def _allowed(path: Path, mode: int) -> bool:

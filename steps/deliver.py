@@ -5,4 +5,4 @@ import sys
 from pipeline.tracking.deliver import main
 
 if __name__ == "__main__":
-    sys.exit(main(["deliver", *sys.argv[1:]]))
+    sys.exit(main())

@@ -17,7 +17,7 @@ from pipeline.runs.step import execute
 
 if TYPE_CHECKING:
     from pipeline.runs.run import Run
-    from pipeline.tracking.deliver import Delivery
+    from pipeline.tracking.client import Delivery
 
 
 def main(argv: Sequence[str]) -> int:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _serve(own: Mapping[str, str], command: cli.Command) -> int:
     from pipeline.predict import serve
-    from pipeline.tracking import deliver
+    from pipeline.tracking import start
 
     source = own.get("model", "")
     if not source:
@@ -52,10 +52,10 @@ def _serve(own: Mapping[str, str], command: cli.Command) -> int:
     where = configuration(command, OWN).tracking
     limits = serve.Limits(body=most, request=timeout)
     socket = serve.listen(own.get("host") or "127.0.0.1", port)
-    uri = where.uri or deliver.default_uri()
+    uri = where.uri or start.default_uri()
     with socket:
         with tempfile.TemporaryDirectory(prefix="asib-served-") as folder:
-            classifier, version = serve.load(source, lambda what, to: deliver.fetch_now(uri, what, to), Path(folder))
+            classifier, version = serve.load(source, lambda what, to: start.fetch_now(uri, what, to), Path(folder))
         host, port = socket.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         logger.info("serving %s on http://%s:%d", version, address, port)

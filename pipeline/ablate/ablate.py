@@ -127,7 +127,7 @@ def _find_finished(run: Run, children: Sequence[Child], force: bool) -> None:
     missing = [c for c in children if c.folder is None]
     if missing and run.delivery is not None:
         try:
-            there = run.delivery.find_finished([c.identity for c in missing])
+            there = run.delivery.ask("find_finished", identities=[c.identity for c in missing])
         except UserError as error:
             logger.warning("not asked for finished runs: %s", error)
             there = {}
@@ -197,7 +197,7 @@ def _records(run: Run, children: Sequence[Child]) -> list[records.Record]:
     distant = [c.run_id for c in children if c.folder is None and c.run_id]
     fetched: dict[str, records.Record] = {}
     if distant and run.delivery is not None:
-        for folder in run.delivery.read(distant, run.folder / "fetched", records.HISTORIES):
+        for folder in run.delivery.read_runs(distant, run.folder / "fetched", records.HISTORIES):
             record = records.from_server(folder)
             fetched[record.id] = record
     return [records.from_folder(c.folder) if c.folder else fetched[str(c.run_id)] for c in children]

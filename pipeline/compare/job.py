@@ -32,7 +32,7 @@ def compare_runs(run: Run, parent: str, names: Sequence[str], anyway: bool = Fal
     link = report.link(everything, run.delivery.wait_ready().experiment_id) if run.delivery else ""
     run.journal.tags({"mlflow.note.content": report.note(found, link)})
     if parent and run.delivery is not None and not _is_folder(parent):
-        run.delivery.log_files(parent, paths, "comparison")
+        run.delivery.ask("log_files", run_id=parent, files=[str(p.absolute()) for p in paths], to="comparison")
     print(report.text(found), flush=True)
     best = found.best()
     return None if best is None else best[0].validation
@@ -48,7 +48,7 @@ def _read(run: Run, names: Sequence[str]) -> list[records.Record]:
     found: dict[str, records.Record] = {name: records.from_folder(folder) for name, folder in folders.items()}
     ids = [name for name in names if name not in found]
     if run.delivery is not None and ids:
-        fetched = run.delivery.read(ids, run.folder / "fetched", records.HISTORIES)
+        fetched = run.delivery.read_runs(ids, run.folder / "fetched", records.HISTORIES)
         found |= {name: records.from_server(folder) for name, folder in zip(ids, fetched, strict=True)}
     elif ids:
         for name in ids:
@@ -63,7 +63,7 @@ def _nested(run: Run, parent: str) -> list[records.Record]:
     """The parent's own distillations and those that it reused; what has not finished is named and left out."""
     if run.delivery is not None and not _is_folder(parent):
         tags = run.delivery.run_info(parent)["tags"]
-        seen = _read(run, [*run.delivery.nested(parent), *_reused(tags.get("asib.reused"))])
+        seen = _read(run, [*run.delivery.ask("nested_runs", run_id=parent), *_reused(tags.get("asib.reused"))])
     else:
         folder = find_folder(output_dir(run.config), parent, "parent")
         if folder is None:

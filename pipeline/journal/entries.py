@@ -1,21 +1,24 @@
-"""Reading journals: the lines of the record on disk, as entries."""
+"""The lines of a journal: made and read, as entries."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import sys
 import time
+import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pipeline import secrets
 from pipeline.errors import UserError
 from pipeline.files import is_locked
-from pipeline.journal.folder import LOCK
+from pipeline.journal.folder import LOCK, relative
 
 FILE = "journal.jsonl"
 VERSION = 1
@@ -159,16 +162,99 @@ def read_header(folder: Path) -> Entry | None:
     return parse_header(line.decode(errors="replace"), path)
 
 
-def parent_link(parent: Entry, above: Path, folder: Path) -> dict[str, str]:
-    """What leads from a nested run's `folder` to its parent, whose header and absolute folder are given.
+def open_line(
+    folder: Path,
+    experiment: str,
+    name: str | None,
+    usual_name: str | None,
+    tags: Mapping[str, str],
+    parent: Path | None,
+    journal: str | None,
+    carrier: Carrier | None,
+) -> str:
+    """A journal's first line; the arguments are those of `Journal.create`. Raises UserError: the parent has none."""
+    return line_of(
+        "open",
+        version=VERSION,
+        journal=journal or uuid.uuid4().hex,
+        name=name,
+        usual_name=usual_name,
+        experiment=experiment,
+        tags=dict(tags),
+        # Whoever begins a known run again is another writer than the one that began it.
+        generation=uuid.uuid4().hex if journal else None,
+        parent=None if parent is None else _parent_link(parent, folder),
+        carrier=carrier and carrier.link(folder),
+        user=_user(),
+        source=sys.argv[0] if sys.argv else "",
+    )
+
+
+def _parent_link(parent: Path, folder: Path) -> dict[str, str]:
+    """What leads from a nested run's `folder` to its parent's.
 
     It leads past a carrier to the run itself: carriers come and go with the processes that have them.
     """
-    carried = parent.data.get("carrier")
+    header = read_header(parent)
+    if header is None:
+        raise UserError(f"no journal in {parent}: start the parent's journal before its child's")
+    carried = header.data.get("carrier")
     if carried:
-        where = os.path.relpath(above / carried["folder"], folder) if carried["folder"] else ""
+        where = os.path.relpath(parent.absolute() / carried["folder"], folder) if carried["folder"] else ""
         return {**carried, "folder": where}
-    return {"journal": parent.data["journal"], "folder": os.path.relpath(above, folder)}
+    return {"journal": header.data["journal"], "folder": os.path.relpath(parent.absolute(), folder)}
+
+
+def _user() -> str:
+    with contextlib.suppress(KeyError, OSError, ImportError):
+        import getpass
+
+        return getpass.getuser()
+    return ""
+
+
+class ModelDetails(TypedDict, total=False):
+    """What `Journal.model` may be told of a model."""
+
+    kind: str
+    """"pyfunc" (servable; needs `python_model`; the default) or "weights" (the folder's files as they are)."""
+    python_model: Path
+    """A file that ends with `mlflow.models.set_model(…)`."""
+    artifacts: Mapping[str, Path]
+    """Name -> file, as `context.artifacts` gives them to the model."""
+    input_example: Path
+    """A .json or .npy file."""
+    pip_requirements: Sequence[str]
+    """What the served model needs."""
+    params: Mapping[str, object]
+    metrics: Mapping[str, float]
+    """Those that the run has too are linked to its points."""
+    tags: Mapping[str, str]
+    model_type: str
+    step: int
+    """The epoch that the model is of; 0 by default."""
+
+
+def model_values(root: Path, folder: Path, name: str, details: ModelDetails) -> dict[str, Any]:
+    """The entry of a model whose prepared files lie in `folder`, inside the run's folder `root`. Raises ValueError."""
+    kind = details.get("kind", "pyfunc")
+    python_model, example = details.get("python_model"), details.get("input_example")
+    if kind not in ("pyfunc", "weights") or (kind == "pyfunc") != (python_model is not None):
+        raise ValueError('a model is of kind "pyfunc" with python_model, or of kind "weights" without')
+    return {
+        "folder": relative(folder, root),
+        "name": name,
+        "model_kind": kind,
+        "python_model": relative(python_model, root) if python_model else None,
+        "artifacts": {key: relative(path, root) for key, path in details.get("artifacts", {}).items()},
+        "input_example": relative(example, root) if example else None,
+        "pip_requirements": list(details.get("pip_requirements", ())),
+        "params": {key: str(value) for key, value in details.get("params", {}).items()},
+        "metrics": {key: encode_number(value) for key, value in details.get("metrics", {}).items()},
+        "tags": dict(details.get("tags", {})),
+        "model_type": details.get("model_type"),
+        "step": details.get("step", 0),
+    }
 
 
 def generations(entries: Sequence[Entry]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -43,3 +44,21 @@ def take(folder: Path, patience: float | None = None) -> int:
     if lock is None:
         raise UserError(f"another process is writing {folder}: wait for it or end it")
     return lock
+
+
+def append(fd: int, path: Path, data: bytes) -> None:
+    """Write whole lines at the end of the journal `path`, which `fd` has open.
+
+    Raises:
+        UserError: the disk is full; what it took of a line is cut off again.
+    """
+    done = 0
+    with explained(path):
+        try:
+            while done < len(data):
+                done += os.write(fd, data[done:])
+        except OSError:
+            torn = done - (data.rfind(b"\n", 0, done) + 1)
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, os.fstat(fd).st_size - torn)
+            raise

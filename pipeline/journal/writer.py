@@ -5,43 +5,42 @@ Needs the standard library only. Nothing here knows MLflow; `pipeline.tracking` 
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import hashlib
 import logging
 import os
-import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from pipeline.errors import UserError
 from pipeline.files import explained, release, write_atomically
 from pipeline.journal.entries import (
     DAMAGED,
     FILE,
-    VERSION,
     Carrier,
     Entry,
+    ModelDetails,
     check_end,
     damage,
     encode_number,
     line_of,
+    model_values,
     now_ms,
-    parent_link,
+    open_line,
     parse_header,
     read_entries,
     read_header,
 )
-from pipeline.journal.folder import relative, take
-from pipeline.journal.steps import StepEntries
+from pipeline.journal.folder import append, relative, take
 
 logger = logging.getLogger("asib")
 PLACE = '{"kind": "checkpoint_here"'
 
 
-class Journal(StepEntries):
+class Journal:
     """A run's record; a `Recorder`. Made by `create`, `reopen` or `restore`; usable from several threads.
 
     Entries are written at once unless `hold` was called: then they wait in memory for the `checkpoint` of the next
@@ -99,12 +98,7 @@ class Journal(StepEntries):
         folder = folder.absolute()
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        above = None
-        if parent is not None:
-            parent_header = read_header(parent)
-            if parent_header is None:
-                raise UserError(f"no journal in {parent}: start the parent's journal before its child's")
-            above = parent_link(parent_header, parent.absolute(), folder)
+        line = open_line(folder, experiment, name, usual_name, tags or {}, parent, journal, carrier)
         taken = UserError(f"{folder} already holds a run: give resume=<its id>, or another folder")
         if (folder / FILE).exists():
             raise taken
@@ -112,21 +106,6 @@ class Journal(StepEntries):
         if (folder / FILE).exists():
             release(lock)
             raise taken
-        line = line_of(
-            "open",
-            version=VERSION,
-            journal=journal or uuid.uuid4().hex,
-            name=name,
-            usual_name=usual_name,
-            experiment=experiment,
-            tags=dict(tags or {}),
-            # Whoever begins a known run again is another writer than the one that began it.
-            generation=uuid.uuid4().hex if journal else None,
-            parent=above,
-            carrier=carrier and carrier.link(folder),
-            user=_user(),
-            source=sys.argv[0] if sys.argv else "",
-        )
         made = cls(folder, parse_header(line, folder / FILE), lock)
         made._pending = [line]
         if not pending:
@@ -184,7 +163,8 @@ class Journal(StepEntries):
             logger.warning("%s", sentence)
         lifecycle = [entry.kind for entry in entries if entry.kind in ("end", "resume")]
         if lifecycle[-1:] == ["end"]:
-            journal._resume()
+            journal._write([journal._mark()])
+            journal.sync()
         return journal
 
     @classmethod
@@ -261,6 +241,51 @@ class Journal(StepEntries):
                 os.fsync(self._fd)
                 if os.fstat(self._fd).st_nlink == 0:
                     raise FileNotFoundError(errno.ENOENT, "removed", str(self.folder / FILE))
+
+    # What steps record beside these
+
+    def dataset(
+        self,
+        name: str,
+        digest: str,
+        context: str,
+        source: str,
+        schema: Mapping[str, Any] | None = None,
+        profile: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A data set that the run reads; `context` is training, validation or test, `source` a path or a URL."""
+        self._add("dataset", name=name, digest=digest, context=context, source=source, schema=schema, profile=profile)
+
+    def model_input(self, run_id: str) -> None:
+        """A teacher: the model that the run (an MLflow run id, or a journal id for work off line) has logged."""
+        self._add("model_input", run_id=run_id)
+
+    def model(self, folder: Path, name: str, **details: Unpack[ModelDetails]) -> None:
+        """A prepared folder to become a LoggedModel of that name; every path lies inside the run's folder.
+
+        Raises:
+            ValueError: a path lies outside, or kind and python_model do not fit.
+        """
+        entry = self._model_entry(name, details.get("step", 0))
+        self._add("model", entry=entry, **model_values(self.folder, folder, name, details))
+
+    def register(
+        self, registered: str, *, model: str, alias: str, tags: Mapping[str, str] | None = None, step: int = 0
+    ) -> None:
+        """A model that was logged before becomes a new version of a registered model, once, and gets an alias.
+
+        Args:
+            registered: the registered model's name; it is made when there is none.
+            model, step: the LoggedModel's, as given to `model`.
+            alias: moved to the new version, unless a newer one has it.
+            tags: of the version.
+        """
+        entry = self._model_entry(model, step)
+        self._add("register", entry=entry, registered=registered, alias=alias, tags=dict(tags or {}))
+
+    def _model_entry(self, name: str, step: int) -> str:
+        """What a model is known by: the same when it is logged again."""
+        return hashlib.sha256(f"{self.id}/{name}/{step}".encode()).hexdigest()[:32]
 
     # Checkpoints
 
@@ -342,10 +367,6 @@ class Journal(StepEntries):
             lock, self._folder_lock = self._folder_lock, None
             return lock
 
-    def _resume(self) -> None:
-        self._write([self._mark()])
-        self.sync()
-
     @staticmethod
     def _mark() -> str:
         # The generation tells a reader whether a byte offset it remembers still belongs to this text.
@@ -370,22 +391,4 @@ class Journal(StepEntries):
         if self._pending is not None:
             self._pending += lines
             return
-        data = "".join(line + "\n" for line in lines).encode()
-        done = 0
-        with explained(self.folder / FILE):
-            try:
-                while done < len(data):
-                    done += os.write(self._fd, data[done:])
-            except OSError:  # a disk that has become full has taken a part of a line
-                torn = done - (data.rfind(b"\n", 0, done) + 1)
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._fd, os.fstat(self._fd).st_size - torn)
-                raise
-
-
-def _user() -> str:
-    with contextlib.suppress(KeyError, OSError, ImportError):
-        import getpass
-
-        return getpass.getuser()
-    return ""
+        append(self._fd, self.folder / FILE, "".join(line + "\n" for line in lines).encode())

@@ -175,7 +175,7 @@ def bind(registry: Registry, contenders: list[Contender]) -> None:
     """Versions that were registered before there were manifests get theirs, now that they have been judged."""
     for one in contenders:
         if one.manifest:
-            registry.bind(one.version.number, one.manifest)
+            registry.ask("tag_manifest", number=one.version.number, manifest=one.manifest)
             logger.info("version %s has the manifest of its files now (tag %s)", one.version.number, bundle.TAG)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.promote.gate import Verdict
-from pipeline.promote.registered_model import CHAMPION, MOST_PAST, PREVIOUS, RETIRED, ROLLED_BACK, Overview, Version
+from pipeline.promote.registered_model import RETIRED, ROLLED_BACK, Overview, Version
+from pipeline.tracking.model_tags import CHAMPION, MOST_PAST, PREVIOUS
 
 HISTORY = "asib.history"
 """Tag of a version: what has happened to it, a line each, the latest last. What it had no room for any more is in

@@ -25,11 +25,12 @@ from pipeline.promote import contender, decision, queue, report
 from pipeline.promote import gate as gates
 from pipeline.promote.decision import Occasion
 from pipeline.promote.gate import Verdict
-from pipeline.promote.registered_model import CHAMPION, PAST, PREVIOUS, Overview, Registry, Version
+from pipeline.promote.registered_model import Overview, Registry, Version
 from pipeline.promote.request import Plan, sides
 from pipeline.reporting import tables
 from pipeline.runs.run import Run
 from pipeline.served import bundle
+from pipeline.tracking.model_tags import CHAMPION, PAST, PREVIOUS
 
 logger = logging.getLogger("asib")
 REFUSED = 3
@@ -71,7 +72,7 @@ def same_data(config: Config, name: str, versions: Sequence[Version]) -> None:
 
 def _act(run: Run, plan: Plan, registry: Registry, why: Occasion, mended: dict[str, object] | None) -> float | None:
     now = registry.overview()
-    registry.say(now.said)
+    registry.warn(now.said)
     if mended is not None:
         logger.info("an interrupted move was finished: %s (decided in run %s)", mended["why"], mended["run"])
         run.journal.tags({"asib.mended": str(mended["run"])})
@@ -197,9 +198,9 @@ def _decide(
     if not plan.dry_run:
         queue.still_ours(registry, why.run_id)
         if verdict.passed:
-            registry.move(decision.promotion(now, challenger, champion, tags, why))
+            registry.ask("move", plan=decision.promotion(now, challenger, champion, tags, why))
         else:
-            registry.move(decision.refusal(now, challenger, tags, why))
+            registry.ask("move", plan=decision.refusal(now, challenger, tags, why))
     if verdict.passed:
         run.conclusion = ("completed" if plan.dry_run else "promoted", 0)
     else:
@@ -238,7 +239,7 @@ def _rollback(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occa
             raise UserError(f"{left}; to replace the present one, {_as_a_first_one(registry)}") from error
     if not plan.dry_run:
         queue.still_ours(registry, why.run_id)
-        registry.move(move)
+        registry.ask("move", plan=move)
     run.journal.tags({"asib.version": move["after"][CHAMPION], "asib.reason": plan.reason or "none given"})
     after = move["after"][PREVIOUS]
     then = f"version {after}" if after else "none: a further rollback would be refused"
@@ -289,7 +290,7 @@ def _retire(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasi
     move = decision.retirement(version, now, why)
     if not plan.dry_run:
         queue.still_ours(registry, why.run_id)
-        registry.move(move)
+        registry.ask("move", plan=move)
     run.journal.tags({"asib.version": version.number, "asib.reason": plan.reason or "none given"})
     would = "would be retired" if plan.dry_run else "is retired: it stays where it is, and is never promoted"
     _say(run, f"{plan.name}: version {version.number} {would}")

@@ -34,7 +34,7 @@ def turn(registry: Registry, run_id: str, user: str = "") -> Iterator[None]:
     Raises:
         UserError: another promotion, which is named, was there before; or this user may not promote.
     """
-    registry.enter(run_id, user)
+    registry.ask("join", run_id=run_id, user=user)
     ended = threading.Event()
     beat = threading.Thread(target=_beat, args=(registry, run_id, ended), name="promotion's heart", daemon=True)
     beat.start()
@@ -45,13 +45,13 @@ def turn(registry: Registry, run_id: str, user: str = "") -> Iterator[None]:
         ended.set()
         beat.join(2 * BEAT_S)
         with suppress(UserError):  # then it is found without a sign of life
-            registry.leave(run_id)
+            registry.ask("leave", run_id=run_id)
 
 
 def _beat(registry: Registry, run_id: str, ended: threading.Event) -> None:
     while not ended.wait(BEAT_S):
         with suppress(UserError):  # a server that is away, and having been taken for dead, are said where it matters
-            registry.beat(run_id)
+            registry.ask("beat", run_id=run_id)
 
 
 def _wait(registry: Registry, run_id: str) -> None:
@@ -112,5 +112,5 @@ def living(registry: Registry, run_id: str, sleep: Callable[[float], None] = tim
     dead = {other.run_id for other in after if doubtful.get(other.run_id) == other.seen}
     for silent in sorted(dead):
         logger.warning("the promotion of run %s has given no sign of life: it is out of the queue", silent)
-        registry.bury(silent)
+        registry.ask("mark_dead", run_id=silent)
     return [other for other in after if other.run_id not in dead]

@@ -7,41 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import NotThere
-from pipeline.tracking.deliver import Delivery
-from pipeline.tracking.model_tags import (
-    CHALLENGER,
-    CHAMPION,
-    MOST_PAST,
-    MOVE,
-    PAST,
-    PREVIOUS,
-    is_version,
-    read_champions,
-    read_move,
-)
+from pipeline.tracking.client import Delivery
+from pipeline.tracking.model_tags import MOVE, PAST, read_champions, read_move
 
 logger = logging.getLogger("asib")
 
 RETIRED, ROLLED_BACK, DIGEST = "asib.retired", "asib.rolled_back", "asib.data_digest"
 """Tags of a version."""
-
-__all__ = [
-    "CHALLENGER",
-    "CHAMPION",
-    "DIGEST",
-    "MOST_PAST",
-    "MOVE",
-    "PAST",
-    "PREVIOUS",
-    "RETIRED",
-    "ROLLED_BACK",
-    "Look",
-    "Overview",
-    "Registry",
-    "Version",
-    "Waiting",
-    "is_version",
-]
 
 
 @dataclass(frozen=True)
@@ -109,54 +81,34 @@ class Registry:
         self.name = name
         self._delivery = delivery
 
+    def ask(self, what: str, **values: Any) -> Any:
+        """A request that is about this model: a row of `pipeline.tracking.requests.REQUESTS`."""
+        return self._delivery.ask(what, name=self.name, **values)
+
     def overview(self) -> Overview:
-        found = self._ask("overview")
+        found = self.ask("overview")
         return Overview(found["aliases"], found["tags"], tuple(found["said"]))
 
     def version(self, number: str) -> Version:
-        return Version(**self._ask("version", number=number))
-
-    def move(self, plan: Mapping[str, Any]) -> None:
-        """Move aliases, and set the tags of versions that go with it, as tracking/moves.py says."""
-        self._ask("move", plan=dict(plan))
+        return Version(**self.ask("version", number=number))
 
     def repair(self) -> dict[str, Any] | None:
-        """Finish what a promotion has left half done; its plan, None where there was nothing. Says what was amiss."""
-        found = self._ask("repair")
-        self.say(found["said"])
+        """Finish what a promotion has left half done and return its plan; warns of what was amiss."""
+        found = self.ask("repair")
+        self.warn(found["said"])
         plan: dict[str, Any] | None = found["plan"]
         return plan
 
-    def may_edit(self) -> None:
-        """Raise UserError if this user may not promote."""
-        self._ask("may_edit")
-
-    def enter(self, run_id: str, user: str = "") -> None:
-        """Join the queue."""
-        self._ask("enter", run_id=run_id, user=user)
-
-    def beat(self, run_id: str) -> None:
-        """Say that the run is still alive. Raises UserError: it was taken for dead."""
-        self._ask("beat", run_id=run_id)
-
-    def leave(self, run_id: str) -> None:
-        """Out of the queue."""
-        self._ask("leave", run_id=run_id)
-
     def queue(self) -> list[Waiting]:
-        """Promotions of this model, the first to come first; says what in the queue is none."""
-        found = self._ask("queue")
-        self.say(found["said"])
+        """Promotions of this model, first come, first served; warns of entries that are none."""
+        found = self.ask("queue")
+        self.warn(found["said"])
         return [Waiting(**values) for values in found["waiting"]]
-
-    def bury(self, run_id: str) -> None:
-        """Take a promotion whose machine is gone out of the queue, and end its run."""
-        self._ask("bury", run_id=run_id)
 
     def look(self, digest: str, data: str, pair: str, turn: bool) -> Look:
         """Count a look at the test set, as tracking/looks.py says."""
-        found = self._ask("look", digest=digest, data=data, pair=pair, turn=turn)
-        self.say(found["said"])
+        found = self.ask("count_look", digest=digest, data=data, pair=pair, turn=turn)
+        self.warn(found["said"])
         return Look(found["number"], found["counted"])
 
     def fetch(self, number: str, to: Path) -> Path:
@@ -166,14 +118,7 @@ class Registry:
             raise NotThere(f"models:/{self.name}/{number} has no files")
         return folder
 
-    def bind(self, number: str, manifest: str) -> None:
-        """Tag a version with the manifest of its files."""
-        self._ask("bind", number=number, manifest=manifest)
-
-    def say(self, lines: Iterable[str]) -> None:
-        """What is not as it should be in the registry, each in one line."""
+    def warn(self, lines: Iterable[str]) -> None:
+        """Log what is not as it should be in the registry, each in one line."""
         for line in lines:
             logger.warning("%s: %s", self.name, line)
-
-    def _ask(self, what: str, **values: Any) -> Any:
-        return self._delivery.registry(what, name=self.name, **values)

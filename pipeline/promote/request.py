@@ -11,7 +11,8 @@ from pipeline.errors import NotThere, UserError
 from pipeline.promote import criteria as gates
 from pipeline.promote import queue
 from pipeline.promote.criteria import Gate
-from pipeline.promote.registered_model import CHALLENGER, CHAMPION, RETIRED, ROLLED_BACK, Overview, Registry, Version
+from pipeline.promote.registered_model import RETIRED, ROLLED_BACK, Overview, Registry, Version
+from pipeline.tracking.model_tags import CHALLENGER, CHAMPION
 
 OWN = {
     "name": "the registered model",
@@ -108,7 +109,7 @@ def check(plan: Plan, registry: Registry) -> list[Version]:
     """
     now = registry.overview()
     if not plan.dry_run:
-        registry.may_edit()
+        registry.ask("may_edit")
         queue.refuse_if_busy(registry)
     if plan.action == "promote" and now.move is None:
         return [version for version in sides(plan, registry, now) if version is not None]

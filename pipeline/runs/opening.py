@@ -10,13 +10,14 @@ from pipeline.config import Config
 from pipeline.errors import NotThere, UserError
 from pipeline.journal import read_entries
 from pipeline.paths import inside
-from pipeline.tracking import deliver as tracking
+from pipeline.tracking import start
+from pipeline.tracking.client import Delivery
 from pipeline.training.checkpoint import Slots
 
 CONFIG = "config.yaml"
 
 
-def give_up(folder: Path, delivery: tracking.Delivery | None) -> None:
+def give_up(folder: Path, delivery: Delivery | None) -> None:
     """Leave nothing of a run that has not begun."""
     if delivery is not None:
         delivery.finish(0.0)
@@ -25,10 +26,10 @@ def give_up(folder: Path, delivery: tracking.Delivery | None) -> None:
 
 def tracking_uri(config: Config) -> str:
     """Where runs go; never a relative path."""
-    return urls.tracking(config.tracking.uri) if config.tracking.uri else tracking.default_uri()
+    return urls.tracking(config.tracking.uri) if config.tracking.uri else start.default_uri()
 
 
-def fetch_checkpoint(delivery: tracking.Delivery, run_id: str, folder: Path) -> bool:
+def fetch_checkpoint(delivery: Delivery, run_id: str, folder: Path) -> bool:
     """Bring a run's newest checkpoint from the server into `folder`; False where it has none. Raises UserError."""
     try:
         fetched = delivery.fetch(f"runs:/{run_id}/checkpoints", folder / "fetched")
@@ -46,10 +47,10 @@ def fetch_checkpoint(delivery: tracking.Delivery, run_id: str, folder: Path) -> 
     return True
 
 
-def deliver(config: Config, folder: Path) -> tracking.Delivery | None:
+def deliver(config: Config, folder: Path) -> Delivery | None:
     if config.tracking.mode == "offline":
         return None
-    return tracking.start_delivery(folder, uri=tracking_uri(config))
+    return start.start_delivery(folder, uri=tracking_uri(config))
 
 
 def described(folder: Path) -> bool:

@@ -31,7 +31,8 @@ from pipeline.runs.opening import (
     tracking_uri,
 )
 from pipeline.runs.run_log import log_to
-from pipeline.tracking import deliver as tracking
+from pipeline.tracking import start
+from pipeline.tracking.client import DELIVER, Delivery
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
 
@@ -53,7 +54,7 @@ class Run:
         config: Config,
         folder: Path,
         journal: Journal | NullJournal,
-        delivery: tracking.Delivery | None,
+        delivery: Delivery | None,
         state: Any = None,
         parent: "Run | None" = None,
         parent_id: str | None = None,
@@ -97,7 +98,7 @@ class Run:
     # starting --------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, step: str, config: Config, delivery: tracking.Delivery | None = None) -> "Run":
+    def open(cls, step: str, config: Config, delivery: Delivery | None = None) -> "Run":
         """Start a run, or continue the one that `resume` names; delivery starts at once, beside this process's imports.
 
         Args:
@@ -118,7 +119,7 @@ class Run:
         config: Config,
         folder: Path,
         parent: "Run | None",
-        delivery: tracking.Delivery | None = None,
+        delivery: Delivery | None = None,
         known_as: str | None = None,
         name: str | None = None,
         key: str | None = None,
@@ -184,7 +185,7 @@ class Run:
         folder = fresh_folder(config, step, name[:6])
         with writable(config):
             folder.mkdir(parents=True)
-        delivery = tracking.start_delivery(folder, uri=tracking_uri(config), resume=name)
+        delivery = start.start_delivery(folder, uri=tracking_uri(config), resume=name)
         try:
             info = delivery.run_info(name)
             refuse_other_step(name, info["tags"].get("asib.step"), step)
@@ -208,7 +209,7 @@ class Run:
         config: Config,
         folder: Path,
         parent: "Run | None",
-        delivery: tracking.Delivery | None = None,
+        delivery: Delivery | None = None,
     ) -> "Run":
         name = config.resume or folder.name
         slots = Slots(folder / "checkpoints")
@@ -335,7 +336,7 @@ class Run:
 
     def _fetch(self, uri: str, to: Path) -> Path:
         if self.delivery is None:
-            return tracking.fetch_now(tracking_uri(self.config), uri, to)
+            return start.fetch_now(tracking_uri(self.config), uri, to)
         return self.delivery.fetch(uri, to)
 
     def write(self, name: str, text: str, to: str = "") -> Path:
@@ -407,10 +408,10 @@ class Run:
         if self.parent is not None or self.follower:
             return
         if self.delivery is None:
-            logger.info("tracking was off line; to deliver: %s %s", tracking.DELIVER, self.folder)
+            logger.info("tracking was off line; to deliver: %s %s", DELIVER, self.folder)
             return
         if not self.delivery.finish(self.config.tracking.finish_seconds) and exit_code != 2:
-            logger.warning("the tracking server did not take everything: %s %s", tracking.DELIVER, self.folder)
+            logger.warning("the tracking server did not take everything: %s %s", DELIVER, self.folder)
 
     def _end_record(
         self, status: str, outcome: str, exit_code: int, message: str | None, tags: Mapping[str, str] | None

@@ -33,7 +33,7 @@ from pipeline.runs.mlflow_run import kill_mlflow_run_parent
 
 if TYPE_CHECKING:
     from pipeline.runs.run import Run
-    from pipeline.tracking.deliver import Delivery
+    from pipeline.tracking.client import Delivery
 
 logger = logging.getLogger("asib")
 Job = Callable[["Run"], float | None]
@@ -191,7 +191,7 @@ def configuration(command: cli.Command, own: Collection[str] = ()) -> Config:
 
 def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
     """A file of a run for `cfg`, from where the overrides say that runs go. Raises UserError: it is not there."""
-    from pipeline.tracking import deliver
+    from pipeline.tracking import start
 
     if re.fullmatch(r"runs:/+[^/]+/.*[^/]", uri) is None:
         raise UserError(f"cfg={uri}: give runs:/<run id>/<file>, such as runs:/<run id>/config.yaml")
@@ -199,7 +199,7 @@ def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
     if where.mode == "offline":
         raise UserError(f"cfg={uri} lies on a tracking server, and tracking is off line: download it, give its path")
     try:
-        path = deliver.fetch_now(where.uri or deliver.default_uri(), uri, folder)
+        path = start.fetch_now(where.uri or start.default_uri(), uri, folder)
     except UserError as error:
         raise UserError(f"cfg={uri}: {str(error).removeprefix(uri).lstrip(': ')}") from error
     if path.is_dir():
@@ -225,11 +225,11 @@ def _open(step: str, config: Config, ask: "Callable[[Delivery], None] | None") -
 
 def _asked(step: str, config: Config, ask: "Callable[[Delivery], None]") -> "Delivery":
     from pipeline.runs.folders import fresh_folder, writable
-    from pipeline.tracking import deliver
+    from pipeline.tracking import start
 
     folder = fresh_folder(config, step)
     with writable(config):
-        delivery = deliver.start_delivery(folder, uri=config.tracking.uri)
+        delivery = start.start_delivery(folder, uri=config.tracking.uri)
     try:
         ask(delivery)
     except (UserError, Interrupted):
@@ -312,12 +312,12 @@ def _refuse(step: str, error: UserError, debug: bool) -> int:
 def _fail_adopted_run(step: str, message: str) -> None:
     """A record of the refusal alone: there is no configuration whose parameters it could state."""
     from pipeline.journal import Journal
-    from pipeline.tracking import deliver
+    from pipeline.tracking import start
 
     with tempfile.TemporaryDirectory(prefix="asib-refused-", ignore_cleanup_errors=True) as above:
         folder = Path(above) / step
         journal = Journal.create(folder, experiment="", name=None, tags={"asib.step": step})
-        delivery = deliver.start_delivery(folder)
+        delivery = start.start_delivery(folder)
         journal.end("FAILED", "refused", 2, message)
         delivery.finish(60.0)
 

@@ -11,7 +11,7 @@ from pipeline.journal import writer_alive
 from pipeline.runs.run import tracking_uri
 from pipeline.sweep.study.retry import history
 from pipeline.sweep.study.study import Study, studies
-from pipeline.tracking.deliver import Delivery
+from pipeline.tracking.client import Delivery
 
 logger = logging.getLogger("asib")
 ENDINGS = {
@@ -44,14 +44,14 @@ def reap(storage: str, delivery: Delivery | None, except_run: str | None = None)
         states: dict[int, str] = {}
         for trial in study.trials():  # a later attempt at a trial says what has become of the earlier ones
             states |= dict.fromkeys([*history(trial), trial.number], trial.state.name)
-        for run in delivery.running(name) if delivery is not None else ():
+        for run in delivery.ask("running", study=name) if delivery is not None else ():
             ending = _ending(study, run["tags"], states)
             if ending is not None and run["run_id"] != except_run:
                 orphans[run["run_id"]] = ending
         study.close()
     if delivery is None or not orphans:
         return []
-    ended = delivery.reap(orphans)
+    ended: list[str] = delivery.ask("reap", runs=orphans)
     for run_id in ended:
         logger.info("run %s had no process any more: ended %s", run_id, orphans[run_id][0])
     return ended

@@ -28,7 +28,11 @@ from pipeline.files import read_state
 from pipeline.paths import REPOSITORY
 
 logger = logging.getLogger("asib")
+DELIVER = "python -m steps.deliver"
+"""The command that brings a run's folder to a server later."""
 LOG = "delivery.log"
+ANSWER_S, TRANSFER_S = 120.0, 600.0
+"""How long an answer, or an answer with files, is waited for."""
 STARTS = 50
 """How often the process is started at most."""
 IN_VAIN, IN_VAIN_S = 3, 25.0
@@ -46,7 +50,7 @@ class Ready:
 
 
 class Delivery:
-    """A running delivery process; made by `tracking.start_delivery`."""
+    """A running delivery process; `start.start_delivery` makes that of a run."""
 
     def __init__(self, uri: str, arguments: Sequence[str], folder: Path | None) -> None:
         self.folder = folder
@@ -124,79 +128,53 @@ class Delivery:
             time.sleep(0.05)
         raise UserError(f"no MLflow run for {folder} after {timeout:.0f} s: see {self._log()}")
 
-    def fetch(self, uri: str, dest: Path, timeout: float = 600.0) -> Path:
+    def ask(self, name: str, /, *, timeout: float = ANSWER_S, **values: Any) -> Any:
+        """What the function `name` of `pipeline.tracking.requests.REQUESTS` returns for these values, as JSON.
+
+        Raises:
+            NotThere: what is asked for does not exist.
+            UserError: the server refuses, or does not answer in time.
+        """
+        number = next(self._numbers)
+        answer: Future[Any] = Future()
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            self._answers[number] = answer
+        self._send(number, name, values)
+        try:
+            return self._wait(answer, timeout)
+        finally:
+            self._requests.pop(number, None)  # nobody waits for it any more
+
+    def fetch(self, uri: str, dest: Path) -> Path:
         """Download `runs:/<id>/<path>` or `models:/…` into the folder `dest`; the local path.
 
         Raises:
             NotThere: the server does not have it.
             UserError: the server does not answer.
         """
-        return Path(self._ask("fetch", timeout, uri=uri, dest=str(dest.absolute())))
+        return Path(self.ask("fetch", timeout=TRANSFER_S, uri=uri, dest=str(dest.absolute())))
 
-    def run_info(self, run_id: str, timeout: float = 60.0) -> dict[str, Any]:
-        """run_id, experiment_id, status, name, params, tags, metrics (as text) of any run.
+    def run_info(self, run_id: str) -> dict[str, Any]:
+        """id, experiment_id, name, status, params, tags and metrics (as text) of any run.
 
         Raises:
             UserError: the server does not know it.
         """
-        return dict(self._ask("info", timeout, run_id=run_id))
+        return dict(self.ask("run_info", run_id=run_id))
 
-    def read(self, runs: Sequence[str], dest: Path, histories: Sequence[str], timeout: float = 600.0) -> list[Path]:
+    def read_runs(self, runs: Sequence[str], dest: Path, histories: Sequence[str]) -> list[Path]:
         """A folder for each run, with `record.json`, its config.yaml and predictions.npz where it has them.
 
         Raises:
             UserError: the server does not know one of them.
         """
         where = str(dest.absolute())
-        found = self._ask("read", timeout, runs=list(runs), dest=where, histories=list(histories))
+        found = self.ask("read_runs", timeout=TRANSFER_S, runs=list(runs), dest=where, histories=list(histories))
         return [Path(path) for path in found]
 
-    def nested(self, run_id: str, timeout: float = 60.0) -> list[str]:
-        """Ids of the runs nested in a run. Raises UserError."""
-        return list(self._ask("nested", timeout, run_id=run_id))
-
-    def find_finished(self, identities: Sequence[str], timeout: float = 120.0) -> dict[str, str]:
-        """Identity -> newest FINISHED run on the server that has it. Raises UserError."""
-        return dict(self._ask("find", timeout, identities=list(identities)))
-
-    def log_files(self, run_id: str, files: Sequence[Path], to: str, timeout: float = 300.0) -> None:
-        """Add artifacts to a run that is not this delivery's. Raises UserError."""
-        self._ask("log", timeout, run_id=run_id, files=[str(file.absolute()) for file in files], to=to)
-
-    def running(self, study: str | None = None, timeout: float = 120.0) -> list[dict[str, Any]]:
-        """`{"run_id": …, "tags": {…}}` of each RUNNING run on the server with that `asib.study`, with any for None.
-
-        Raises:
-            UserError: the server does not answer.
-        """
-        return list(self._ask("running", timeout, study=study))
-
-    def reap(self, runs: Mapping[str, tuple[str, str, int, str | None]], timeout: float = 120.0) -> list[str]:
-        """End runs of any process, as far as they are still RUNNING.
-
-        Args:
-            runs: run id -> status, outcome, exit code and message, as for `Journal.end`.
-
-        Returns:
-            Ids of the runs that were ended.
-
-        Raises:
-            UserError: the server does not answer.
-            ValueError: an unknown status or outcome.
-        """
-        for status, outcome, *_ in runs.values():
-            journal.check_end(status, outcome)
-        return list(self._ask("reap", timeout, runs={run_id: list(end) for run_id, end in runs.items()}))
-
-    def registry(self, what: str, timeout: float = 120.0, **values: Any) -> Any:
-        """A request to tracking/registry.py; `pipeline.promote.registered_model` says which there are.
-
-        Raises:
-            UserError: the registry refuses, or the server does not answer.
-        """
-        return self._ask(f"registry.{what}", timeout, **values)
-
-    def forget(self, folder: Path, timeout: float = 120.0) -> None:
+    def forget(self, folder: Path) -> None:
         """Give up a nested run that is another worker's now: from here on nothing of it is sent, nor does it end.
 
         Call it when the run's journal is closed. A later `Journal.child` of the same folder takes it up again.
@@ -210,17 +188,17 @@ class Delivery:
         with contextlib.suppress(OSError):  # without a folder or a journal nothing is followed
             if self.folder is not None:
                 self._forgotten[str(folder.absolute())] = (self.folder / journal.FILE).stat().st_size
-        self._ask("forget", timeout, folder=str(folder.absolute()))
+        self.ask("forget", folder=str(folder.absolute()))
 
     def finish(self, timeout: float = 600.0) -> bool:
         """After `Journal.end`: wait until everything is on the server.
 
         Returns:
             False when it is not: the server was away for the grace time, or `timeout` is over (then the process still
-            tries for a while after this one's end). `f"{tracking.DELIVER} {folder}"` brings the rest later.
+            tries for a while after this one's end). `f"{DELIVER} {folder}"` brings the rest later.
         """
         with contextlib.suppress(UserError):
-            self._send(next(self._numbers), {"do": "finish"})
+            self._send(next(self._numbers), "finish", {})
         try:
             told = self._wait(self._finished, timeout)
         except UserError:
@@ -231,21 +209,9 @@ class Delivery:
             self._process.wait(10)
         return bool(told["delivered"])
 
-    def _ask(self, what: str, timeout: float, **values: Any) -> Any:
-        number = next(self._numbers)
-        answer: Future[Any] = Future()
-        with self._lock:
-            if self._closed is not None:
-                raise self._closed
-            self._answers[number] = answer
-        self._send(number, {"do": what, "id": number, **values})
-        try:
-            return self._wait(answer, timeout)
-        finally:
-            self._requests.pop(number, None)  # nobody waits for it any more
-
-    def _send(self, number: int, request: Mapping[str, Any]) -> None:
-        """Write it; one that finds no process any more is written to the next."""
+    def _send(self, number: int, name: str, values: Mapping[str, Any]) -> None:
+        """Write a request; one that finds no process any more is written to the next."""
+        request = {"id": number, "ask": name, "values": values}
         with self._lock:
             if self._closed is not None:
                 raise self._closed

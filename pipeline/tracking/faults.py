@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.tracking._compat import is_error_code, says_version
 
 T = TypeVar("T")
 
@@ -111,16 +112,9 @@ def ask(call: Callable[[], T], uri: str) -> T:
 
 def identifies_itself(uri: str) -> bool:
     """Whether an MLflow server answers at this address: it says its version."""
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
     if not uri.startswith("http"):
         return True
-    try:
-        answer = http_request(get_default_host_creds(uri), "/version", "GET", max_retries=0, raise_on_status=False)
-    except Exception:
-        return False
-    return answer.status_code == 200 and re.fullmatch(r"\d+\.\d+\.\S{1,40}", answer.text.strip()) is not None
+    return re.fullmatch(r"\d+\.\d+\.\S{1,40}", (says_version(uri) or "").strip()) is not None
 
 
 def _answer(error: BaseException) -> tuple[int | None, bool, str]:
@@ -151,10 +145,8 @@ def _answer(error: BaseException) -> tuple[int | None, bool, str]:
 
 def _signed(content: Any) -> bool:
     """Whether JSON is MLflow's: a proxy's has no error code, or one of its own."""
-    from mlflow.protos.databricks_pb2 import ErrorCode
-
     code = content.get("error_code") if isinstance(content, dict) else None
-    return isinstance(code, str) and code in ErrorCode.DESCRIPTOR.values_by_name
+    return isinstance(code, str) and is_error_code(code)
 
 
 def _no_json(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DIGEST_LENGTH = 16
 
 
-def look(client: MlflowClient, name: str, digest: str, data: str, pair: str, turn: bool) -> dict[str, Any]:
+def count_look(client: MlflowClient, name: str, digest: str, data: str, pair: str, turn: bool) -> dict[str, Any]:
     """Count a look at the test set, before it is taken.
 
     Args:

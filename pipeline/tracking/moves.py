@@ -90,7 +90,17 @@ def repair(client: MlflowClient, name: str) -> dict[str, Any]:
     return {"plan": plan, "said": said}
 
 
-def pending(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def already_made(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> bool:
+    """Whether a process that was killed meanwhile has made this move, or had begun it and it is finished now."""
+    try:
+        repair(client, name)
+        champion = client.get_registered_model(name).aliases.get(CHAMPION)
+    except Exception:
+        return False  # whatever it is, the move itself will say it
+    return plan["after"] != plan["before"] and str(champion) == plan["after"][CHAMPION]
+
+
+def _pending(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Version -> tags that an interrupted move was about to set; those of older promotions are in the plan itself."""
     found = _version(client, name, plan.get("version"))
     text = found.tags.get(PENDING, "") if found is not None else ""
@@ -115,7 +125,7 @@ def _interrupted(client: MlflowClient, name: str, said: list[str]) -> dict[str, 
         ends = [plan[when][CHAMPION] for when in ("before", "after")]
         gone = present is None and not all(there(client, name, end) for end in ends if end is not None)
         if gone or (None if present is None else str(present)) in ends:
-            return plan | {"tags": pending(client, name, plan)}
+            return plan | {"tags": _pending(client, name, plan)}
         said.append(f"an interrupted move ({plan['why']}) is given up: the champion was set by hand since")
     client.delete_registered_model_tag(name, MOVE)
     return None

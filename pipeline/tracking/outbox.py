@@ -15,8 +15,9 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import UserError
 from pipeline.journal import decode_number
 from pipeline.paths import tree_inside
+from pipeline.tracking._compat import rewrite_params
 from pipeline.tracking.faults import Refusal, ask, lasting
-from pipeline.tracking.target import TAG_LENGTH, can_rewrite, get_run, rewrite_params
+from pipeline.tracking.target import TAG_LENGTH, can_rewrite, get_run
 
 log = logging.getLogger("asib.delivery")
 

@@ -1,6 +1,6 @@
 """The delivery process: `MLFLOW_TRACKING_URI=… python -m pipeline.tracking.process --trainer <pid> [<folder>]`.
 
-Started by `tracking.start_delivery`, in a session of its own. It alone imports MLflow, answers its trainer over pipes
+Started by `client.Delivery`, in a session of its own. It alone imports MLflow, answers its trainer over pipes
 (JSON lines: requests on stdin, events on stdout), and outlives it until the journal is on the server.
 """
 
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pipeline import secrets, urls
-from pipeline.errors import NotThere, UserError
-from pipeline.tracking import registry as delivery_registry
-from pipeline.tracking import requests as delivery_read
-from pipeline.tracking import server
-from pipeline.tracking.faults import lasting, unknown
+from pipeline.errors import UserError
+from pipeline.tracking import moves, requests, server
+from pipeline.tracking.client import DELIVER
+from pipeline.tracking.faults import lasting
+from pipeline.tracking.fetch import fetch
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -82,7 +82,7 @@ class Process:
             self.options.uri = urls.tracking(self.options.uri)
             # one that has been here before does not give up its run for an outage
             self._client = server.connect(self.options.uri, answers=not self.options.again)
-            paths = {uri: str(self._fetch(uri, Path(dest))) for uri, dest in self.options.fetch}
+            paths = {uri: fetch(self._client, uri, dest) for uri, dest in self.options.fetch}
             self.trainer.tell("connected", fetched=paths)
             server.patience(server.LATER_PATIENCE, self._ours)
             if self.options.folder is None:
@@ -138,7 +138,7 @@ class Process:
                 failures += 1
                 self._failed(error, failures)
                 if time.monotonic() > self._leave_by:
-                    log.error("given up; `python -m pipeline.experiment.tracking deliver` brings the rest")
+                    log.error("given up; `%s %s` brings the rest", DELIVER, self.options.folder)
                     self.trainer.tell("finished", delivered=False, reason=server.explain(error, self.options.uri))
                     return 1
                 self._answer(pause, leave_early=not self._urgent())
@@ -186,91 +186,22 @@ class Process:
                 if leave_early and self.trainer.dead():
                     return
                 continue
-            if request["do"] == "finish":
+            number, ask, values = request["id"], request["ask"], request["values"]
+            if ask == "finish":
                 self._finishing = True
                 return
-            answer = self._answer_to(request)
-            self.trainer.tell("answer", id=request["id"], **answer)
+            self.trainer.tell("answer", id=number, **self._answer_to(ask, values, request.get("again", False)))
 
-    def _answer_to(self, request: dict[str, Any]) -> dict[str, Any]:
-        again = request.pop("again", False)  # another process was killed before it had answered
-        if request["do"] == "fetch":
-            return self._fetch_answer(request)
-        if request["do"] == "info":
-            return self._info_answer(request)
-        if request["do"] == "forget":
-            if self._loop is not None:  # else there is nothing that would be followed
-                self._loop.forget(Path(request["folder"]))
+    def _answer_to(self, ask: str, values: dict[str, Any], again: bool = False) -> dict[str, Any]:
+        """`again`: the process that was asked before was killed before it had answered."""
+        assert self._client is not None
+        if ask == "forget":  # it asks nothing of the server
+            if self._loop is not None:  # else nothing is followed
+                self._loop.forget(Path(values["folder"]))
             return {"value": None}
-        assert self._client is not None
-        if request["do"].startswith("registry."):
-            if again and request["do"] == "registry.move" and self._moved(request):
-                return {"value": None}
-            return delivery_registry.answer(self._client, request, self.options.uri)
-        return delivery_read.answer(self._client, request, self.options.uri)
-
-    def _moved(self, request: dict[str, Any]) -> bool:
-        """Whether the process that was killed has made this move, or is found to have begun it and it is made now."""
-        for what in ("registry.repair", "registry.overview"):
-            asked = {"do": what, "id": request["id"], "name": request["name"]}
-            answer = delivery_registry.answer(self._client, asked, self.options.uri)
-            if "error" in answer:
-                return False
-        champion, plan = answer["value"]["aliases"].get(delivery_registry.CHAMPION), request["plan"]
-        return bool(plan["after"] != plan["before"] and champion == plan["after"][delivery_registry.CHAMPION])
-
-    def _fetch_answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {"value": str(self._fetch(request["uri"], Path(request["dest"])))}
-        except UserError as error:
-            return {"error": str(error), "not_there": isinstance(error, NotThere)}
-
-    def _info_answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._client is not None
-        from pipeline.tracking.target import no_run
-
-        run_id = request["run_id"]
-        try:
-            run = self._client.get_run(run_id)
-        except Exception as error:
-            said = no_run(self.options.uri, run_id) if unknown(error) else server.explain(error, self.options.uri)
-            return {"error": said}
-        return {
-            "value": {
-                "run_id": run_id,
-                "experiment_id": run.info.experiment_id,
-                "status": run.info.status,
-                "name": run.info.run_name,
-                "params": dict(run.data.params),
-                "tags": dict(run.data.tags),
-                "metrics": {key: str(value) for key, value in run.data.metrics.items()},
-            }
-        }
-
-    def _fetch(self, uri: str, dest: Path) -> Path:
-        from pipeline.tracking.fetch import fetch
-
-        assert self._client is not None
-        try:
-            return fetch(self._client, uri, dest, self.options.uri)
-        except Exception as error:
-            log.warning("fetch %s", uri, exc_info=error)
-            if not (unknown(error) or lasting(error) or self._missing(uri)):
-                raise UserError(f"{uri}: {server.explain(error, self.options.uri)}") from error
-            reason = str(error).strip().split("\n", 1)[0][:300]
-            where = urls.hidden(self.options.uri)
-            raise NotThere(f"{uri} cannot be fetched from {where}: {reason}: check the id and the path") from error
-
-    def _missing(self, uri: str) -> bool:
-        """Whether a run has no such artifact. MLflow's download says of all failures that they are internal errors."""
-        run_id, _, path = uri.removeprefix("runs:/").strip("/").partition("/")
-        if self._client is None or not uri.startswith("runs:/"):
-            return False
-        try:
-            there = self._client.list_artifacts(run_id, path.rpartition("/")[0] or None)
-        except Exception:
-            return False
-        return path not in [file.path for file in there]
+        if again and ask == "move" and moves.already_made(self._client, **values):
+            return {"value": None}
+        return requests.answer(self._client, ask, values)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,18 +1,14 @@
-"""The model registry as delivery sees it: versions made of a run's models, and what promotions ask.
-
-`register` takes a journal's entry; `answer` serves the requests of `pipeline.promote.registered_model`.
-"""
+"""The model registry as delivery sees it: versions made of a run's models, and what is asked of them."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import NotThere, UserError
 from pipeline.served import bundle
-from pipeline.tracking import looks, moves, server, turns
+from pipeline.tracking import moves, server
 from pipeline.tracking.faults import Fault, classify, unknown
 from pipeline.tracking.model_tags import CHALLENGER, CHAMPION, PREVIOUS, TAG_LENGTH, garbled, is_version
 
@@ -126,23 +122,7 @@ def _announce(client: MlflowClient, version: ModelVersion, alias: str) -> None:
     client.set_model_version_tag(version.name, str(version.version), ANNOUNCED, alias)
 
 
-# what a promotion asks -----------------------------------------------------------------------------------------------
-
-
-def answer(client: MlflowClient, request: dict[str, Any], uri: str) -> dict[str, Any]:
-    """`{"value": …}` or `{"error": one line}` for `registry.<what>`, whose arguments are the request's other values."""
-    values = {key: value for key, value in request.items() if key not in ("do", "id")}
-    what, name = request["do"].removeprefix("registry."), request["name"]
-    try:
-        if what not in REQUESTS:
-            return {"error": f"delivery does not know registry.{what}"}
-        return {"value": REQUESTS[what](client, **values)}
-    except UserError as error:
-        return {"error": str(error), "not_there": isinstance(error, NotThere)}
-    except Exception as error:
-        log.warning("registry.%s of %s", what, name, exc_info=error)
-        said = server.explain(error, uri)
-        return {"error": said.replace("EDIT permission on the experiment", f"EDIT permission on the model {name}")}
+# requests ------------------------------------------------------------------------------------------------------------
 
 
 def overview(client: MlflowClient, name: str) -> dict[str, Any]:
@@ -197,23 +177,6 @@ def version(client: MlflowClient, name: str, number: str) -> dict[str, Any]:
     }
 
 
-def bind(client: MlflowClient, name: str, number: str, manifest: str) -> None:
+def tag_manifest(client: MlflowClient, name: str, number: str, manifest: str) -> None:
     """Tag a version with the manifest of its files."""
     client.set_model_version_tag(name, number, bundle.TAG, manifest)
-
-
-REQUESTS: dict[str, Callable[..., Any]] = {
-    "overview": overview,
-    "version": version,
-    "move": moves.move,
-    "repair": moves.repair,
-    "pending": moves.pending,
-    "may_edit": turns.may_edit,
-    "enter": turns.enter,
-    "beat": turns.beat,
-    "leave": turns.leave,
-    "queue": turns.queue,
-    "bury": turns.bury,
-    "look": looks.look,
-    "bind": bind,
-}

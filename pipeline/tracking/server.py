@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from pipeline import urls
 from pipeline.errors import UserError
 from pipeline.files import acquire, explained, release, replacing
+from pipeline.tracking._compat import latest_schema, make_store, migrate
 from pipeline.tracking.faults import lasting
 
 if TYPE_CHECKING:
@@ -124,9 +125,6 @@ def prepare_sqlite(uri: str) -> None:
         if _schema_is_current(path):
             return
         _check_answers(uri)
-        from mlflow.store.db.utils import _upgrade_db, create_sqlalchemy_engine_with_retry
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
         with explained(path, "tracking.uri"):
             if not path.exists():
                 path.touch()  # with the permissions of the umask; SQLite's own never let a group write
@@ -135,18 +133,17 @@ def prepare_sqlite(uri: str) -> None:
             log.info("migrating %s from schema %s", path, revision)
             with sqlite3.connect(path) as source, sqlite3.connect(f"{path}.before-{revision}") as copy:
                 source.backup(copy)
-            # As `mlflow db upgrade` does.
-            _upgrade_db(create_sqlalchemy_engine_with_retry(uri))
+            migrate(uri)
         # Also makes the default experiment, whose artifacts then lie beside the file wherever we were started.
         artifacts = str(path.parent / "mlartifacts")
         if path.exists() and path.stat().st_size:
-            SqlAlchemyStore(uri, artifacts)
+            make_store(uri, artifacts)
             return
         # A process that is killed in the middle leaves no half of a schema, which MLflow could not complete.
         for part in path.parent.glob(f".{path.name}.*"):
             part.unlink()
         with replacing(path, "tracking.uri") as temporary:
-            SqlAlchemyStore(f"sqlite:///{temporary}", artifacts).engine.dispose()
+            make_store(f"sqlite:///{temporary}", artifacts)
     finally:
         release(lock)
 
@@ -242,10 +239,8 @@ def _check_answers(uri: str) -> None:
 
 
 def _schema_is_current(path: Path) -> bool:
-    from mlflow.store.db.utils import _get_latest_schema_revision
-
     revision, ready = _revision(path)
-    return ready and revision == str(_get_latest_schema_revision())
+    return ready and revision == latest_schema()
 
 
 def _first_line(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,22 +136,3 @@ def end_run(
 def can_rewrite(uri: str) -> bool:
     """Whether parameters can be corrected there: MLflow's API changes none, its database can be written to."""
     return uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql")
-
-
-def rewrite_params(uri: str, run_id: str, values: Mapping[str, str]) -> None:
-    """Correct parameters of a run in MLflow's own database (its table `params`, as of MLflow 3.17).
-
-    Raises:
-        sqlalchemy.exc.SQLAlchemyError: the database is busy or away.
-    """
-    from sqlalchemy import column, create_engine, table
-
-    engine = create_engine(uri)
-    params = table("params", column("run_uuid"), column("key"), column("value"))
-    try:
-        with engine.begin() as connection:
-            for key, value in values.items():
-                of_run = (params.c.run_uuid == run_id) & (params.c.key == key)
-                connection.execute(params.update().where(of_run).values(value=value))
-    finally:
-        engine.dispose()

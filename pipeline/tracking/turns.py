@@ -27,7 +27,7 @@ def may_edit(client: MlflowClient, name: str) -> None:
     client.delete_registered_model_tag(name, f"{TURN}nobody")
 
 
-def enter(client: MlflowClient, name: str, run_id: str, user: str = "") -> None:
+def join(client: MlflowClient, name: str, run_id: str, user: str = "") -> None:
     """A promotion's run joins the queue of a model."""
     at = now_ms()
     _write(client, name, run_id, Turn(at, at, user))
@@ -73,7 +73,7 @@ def queue(client: MlflowClient, name: str) -> dict[str, Any]:
     return {"waiting": sorted(waiting, key=lambda entry: (entry["joined"], entry["run_id"])), "said": said}
 
 
-def bury(client: MlflowClient, name: str, run_id: str) -> None:
+def mark_dead(client: MlflowClient, name: str, run_id: str) -> None:
     """Take a promotion whose machine is gone out of the queue, and end its run.
 
     Only a run that says itself to be a promotion of this model is ended: the queue's tags may name any run.

@@ -19,7 +19,6 @@ from pipeline.data.batches import EvalBatches
 from pipeline.data.sources import ImageData
 from pipeline.distill import export
 from pipeline.evaluate import speed
-from pipeline.tracking import deliver
 from pipeline.training.evaluation import outputs
 from tests import mlmodel
 from tests.pipeline.promote.local import LocalDelivery, registered
@@ -125,7 +124,7 @@ def make_desk(lab: Lab, uri: str, data: ImageData, students: Students, monkeypat
     def start(folder: Path, *, uri: str | None = None, **more: Any) -> LocalDelivery:
         return LocalDelivery(folder, str(uri), made.registry)
 
-    monkeypatch.setattr(deliver, "start_delivery", start)
+    monkeypatch.setattr("pipeline.tracking.start.start_delivery", start)
     monkeypatch.setattr(speed, "BATCHES", (1,))
     monkeypatch.setattr(speed, "BUDGET_S", {1: 0.05})
     return made

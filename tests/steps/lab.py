@@ -230,11 +230,11 @@ def ending(folder: Path) -> tuple[str, str, int]:
 
 
 def deliver(uri: str, *folders: Path) -> None:
-    """`python -m pipeline.experiment.tracking deliver`, in this process."""
-    from pipeline.tracking import deliver as tracking
+    """`python -m steps.deliver`, in this process."""
+    from pipeline.tracking import deliver
 
     with _as_a_process() as (_, err):
-        assert tracking.main(["deliver", *map(str, folders), "--uri", uri]) == 0, err.getvalue()
+        assert deliver.main([*map(str, folders), "--uri", uri]) == 0, err.getvalue()
 
 
 def run_id(folder: Path) -> str:

@@ -137,7 +137,7 @@ def test_the_main_job_goes_on_when_the_server_vanishes_and_is_delivered_later(
         patched.setattr(train, "stop", CutAt(2, wire))  # before any teacher is there
         done = lab.step("main", *arguments)
     assert done.code == 0, done.err
-    assert "python -m pipeline.experiment.tracking deliver" in done.lines[-1]
+    assert "python -m steps.deliver" in done.lines[-1]
     assert points(done.folder / "distill") == points(undisturbed.folder)
 
     # the run's own delivery goes on trying as long as its trainer, this process, lives

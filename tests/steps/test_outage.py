@@ -158,7 +158,7 @@ def test_what_stays_away_to_the_end_is_delivered_later(
         team.door.mend()
         front.mend()
     assert done.code == 0, done.err
-    assert "python -m pipeline.experiment.tracking deliver" in done.lines[-1]
+    assert "python -m steps.deliver" in done.lines[-1]
     end_delivery(done.folder)
     deliver(front.uri, done.folder)
     found = whole(team, done.folder, undisturbed, tmp_path, sqlite_uri)

@@ -288,7 +288,7 @@ def no_digest(desk: Desk) -> list[str]:
 
 def busy(desk: Desk) -> list[str]:
     desk.register("half")
-    LocalDelivery(None, desk.uri).registry("enter", name=NAME, run_id="a" * 32, user="ada")
+    LocalDelivery(None, desk.uri).ask("join", name=NAME, run_id="a" * 32, user="ada")
     return [f"another promotion of stripes is under way, run {'a' * 32} by ada"]
 
 

@@ -53,8 +53,8 @@ def database_url(url: str) -> str:
 
 
 def shown_url(url: str) -> str:
-    """The URL without a password, also where one with / or @ makes it unparsable."""
-    return re.sub(r"(password=)[^&]*", r"\1***", urls.hidden(url)).replace("postgresql+psycopg://", "postgresql://")
+    """The URL as the user may have written it, without passwords."""
+    return urls.hidden(url).replace("postgresql+psycopg://", "postgresql://")
 
 
 class Database:

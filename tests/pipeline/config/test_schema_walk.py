@@ -35,7 +35,6 @@ from pipeline.evaluate.request import Request
 from pipeline.journal import read_entries
 from pipeline.runs import git
 from pipeline.runs.run import Run
-from pipeline.tracking import deliver
 from pipeline.training.evaluation import outputs
 from pipeline.training.loop import Precision
 from pipeline.training.methods.asib import monitor
@@ -379,7 +378,7 @@ def delivery(keys: Keys) -> Any:
         asked.append(uri)
         return fake
 
-    with mock.patch.object(deliver, "start_delivery", start):
+    with mock.patch("pipeline.tracking.start.start_delivery", start):
         run = Run.open("distill", place().config(keys))
         run.close("FINISHED", "completed", 0)
     return asked

@@ -10,18 +10,16 @@ from typing import Any
 
 from pipeline.errors import NotThere, UserError
 from pipeline.journal import Journal
-from pipeline.tracking import registry as delivery_registry
-from pipeline.tracking.client import Ready
+from pipeline.tracking import requests, server
+from pipeline.tracking.client import Delivery, Ready
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.follow import DeliveryLoop
 
 
-class LocalDelivery:
-    """What `tracking.start_delivery` gives, without a process. `client` may be wrapped, to fail where a test wants."""
+class LocalDelivery(Delivery):
+    """A `Delivery` without a process. `client` may be wrapped, to fail where a test wants."""
 
     def __init__(self, folder: Path | None, uri: str, client: Any = None) -> None:
-        from pipeline.tracking import server
-
         self.folder, self.uri = folder, uri
         self.client = client or server.connect(uri)
 
@@ -42,26 +40,12 @@ class LocalDelivery:
         with DeliveryLoop(self.folder, self.uri, client=self.client, live=True) as loop:
             return loop.run_once()
 
-    def registry(self, what: str, timeout: float = 0, **values: Any) -> Any:
-        request = json.loads(json.dumps({"do": f"registry.{what}", "id": 0, **values}))  # as it goes over the pipe
-        return self._value(delivery_registry.answer(self.client, request, self.uri))
-
-    def run_info(self, run_id: str) -> dict[str, Any]:
-        return {"tags": dict(self.client.get_run(run_id).data.tags)}
-
-    def fetch(self, uri: str, dest: Path) -> Path:
-        from pipeline.tracking.fetch import fetch
-
-        try:
-            return fetch(self.client, uri, dest, self.uri)
-        except Exception as error:
-            raise NotThere(f"{uri} cannot be fetched") from error
-
-    @staticmethod
-    def _value(answer: Mapping[str, Any]) -> Any:
+    def ask(self, name: str, /, *, timeout: float = 0, **values: Any) -> Any:
+        values = json.loads(json.dumps(values))  # as they go over the pipe
+        answer = requests.answer(self.client, name, values)
         if "error" in answer:
             raise (NotThere if answer.get("not_there") else UserError)(answer["error"])
-        return answer["value"]
+        return json.loads(json.dumps(answer["value"]))
 
 
 class Broken(Exception):

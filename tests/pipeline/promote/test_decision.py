@@ -12,7 +12,8 @@ from pipeline.errors import UserError
 from pipeline.promote import decision, request
 from pipeline.promote.decision import Occasion
 from pipeline.promote.gate import Criterion, Verdict
-from pipeline.promote.registered_model import PAST, Overview, Version
+from pipeline.promote.registered_model import Overview, Version
+from pipeline.tracking.model_tags import PAST
 
 JUDGED = {"asib.verdict": "promoted", "asib.gate": "default with alpha=0.999 (0.05)"}
 WHY = Occasion("r" * 32, "ada", "2025-11-20T08:41:00Z", "looks good")

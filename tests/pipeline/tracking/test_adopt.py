@@ -14,8 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
 from pipeline.journal import FILE, Journal
-from pipeline.tracking import deliver as tracking
-from pipeline.tracking.deliver import deliver
+from pipeline.tracking.deliver import deliver, main
 from pipeline.tracking.follow import DeliveryLoop
 
 pytest_plugins = ["tests.servers"]
@@ -111,7 +110,7 @@ def test_a_damaged_journal_is_delivered_but_for_the_line_that_is_named(
     path = folder / FILE
     path.write_bytes(path.read_bytes().replace(b'"step": 8,', b'"step": 3,'))
     for _ in range(2):
-        assert tracking.main(["deliver", str(folder), "--uri", sqlite_uri]) == 2
+        assert main([str(folder), "--uri", sqlite_uri]) == 2
         said = capsys.readouterr()
         assert [f"{path}: line 10 is damaged" in line for line in said.err.splitlines()] == [True]
         run_id = said.out.split(": ")[1].split()[0]

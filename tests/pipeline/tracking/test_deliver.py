@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import NotThere, UserError
 from pipeline.files import locked
 from pipeline.journal import Journal
-from pipeline.tracking import deliver
+from pipeline.tracking import deliver, start
 
 if TYPE_CHECKING:
     from tests.servers import MlflowServer, Wire
@@ -33,10 +34,10 @@ ROOT = Path(__file__).resolve().parents[3]
 TRAINER = """
 import sys, time
 from pathlib import Path
-from pipeline.tracking import deliver as tracking
+from pipeline.tracking import start
 from pipeline.journal import Journal
 folder = Path(sys.argv[1])
-delivery = tracking.start_delivery(folder, uri=sys.argv[2], grace=60.0)
+delivery = start.start_delivery(folder, uri=sys.argv[2], grace=60.0)
 journal = Journal.create(folder, experiment="killed", name="n")
 child = Journal.create(folder / "child", experiment="killed", name="child", parent=folder)
 journal.child(child.folder)
@@ -55,11 +56,11 @@ while True:
 WORKER = """
 import sys
 from pathlib import Path
-from pipeline.tracking import deliver as tracking
+from pipeline.tracking import start
 from pipeline.journal import Carrier, Journal
 home, uri, run_id, journal_id = Path(sys.argv[1]), *sys.argv[2:]
 stands_for = Carrier(run_id, journal_id, "sweeps")
-delivery = tracking.start_delivery(home / "worker", uri=uri)
+delivery = start.start_delivery(home / "worker", uri=uri)
 carrier = Journal.create(home / "worker", experiment="sweeps", carrier=stands_for)
 assert delivery.wait_ready().run_id == run_id
 for name in ("own", "taken"):
@@ -115,7 +116,7 @@ def start_trainer(folder: Path, uri: str) -> tuple[subprocess.Popen[str], str, s
 @pytest.mark.slow
 def test_a_run_goes_through_an_outage_without_loss(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    delivery = deliver.start_delivery(run, uri=mlflow_server.uri)
+    delivery = start.start_delivery(run, uri=mlflow_server.uri)
     assert delivery.wait_fetched() == {}
     journal = Journal.create(run, experiment="outage", name="n")
     ready = delivery.wait_ready()
@@ -168,7 +169,7 @@ def test_a_killed_trainer_leaves_a_killed_run_with_everything(sqlite_uri: str, t
 
 @pytest.mark.slow
 def test_a_killed_worker_leaves_its_sweep_running_and_what_it_had_forgotten(sqlite_uri: str, tmp_path: Path) -> None:
-    parent = deliver.start_delivery(tmp_path / "sweep", uri=sqlite_uri)
+    parent = start.start_delivery(tmp_path / "sweep", uri=sqlite_uri)
     journal = Journal.create(tmp_path / "sweep", experiment="sweeps")
     sweep = parent.wait_ready().run_id
     worker = subprocess.Popen(
@@ -187,13 +188,14 @@ def test_a_killed_worker_leaves_its_sweep_running_and_what_it_had_forgotten(sqli
     until(lambda: client.get_run(own).info.status == "KILLED")
     until(lambda: free(tmp_path / "worker"))  # its delivery has left
     assert client.get_run(taken).info.status == client.get_run(sweep).info.status == "RUNNING"
-    assert parent.nested(sweep) == [own, taken]
-    (orphan,) = parent.running("s")
+    assert parent.ask("nested_runs", run_id=sweep) == [own, taken]
+    (orphan,) = parent.ask("running", study="s")
     assert (orphan["run_id"], orphan["tags"]["n"]) == (taken, "taken")
-    assert parent.running("another") == []
-    with pytest.raises(ValueError, match="status"):
-        parent.reap({taken: ("RUNNING", "killed", 137, None)})
-    assert parent.reap({taken: ("KILLED", "killed", 137, "gone"), own: ("FAILED", "failed", 1, None)}) == [taken]
+    assert parent.ask("running", study="another") == []
+    with pytest.raises(UserError, match="status"):
+        parent.ask("reap", runs={taken: ("RUNNING", "killed", 137, None)})
+    ends = {taken: ("KILLED", "killed", 137, "gone"), own: ("FAILED", "failed", 1, None)}
+    assert parent.ask("reap", runs=ends) == [taken]
     assert client.get_run(taken).data.tags["asib.error"] == "gone"
     journal.end("FINISHED", "completed", 0)
     assert parent.finish(60.0)
@@ -213,7 +215,7 @@ def test_a_resume_takes_the_folder_from_a_delivery_that_waits_for_its_server(
     assert trainer.stdout is not None
     trainer.stdout.close()
     # The orphan would try for a minute yet, over the wire that is cut.
-    delivery = deliver.start_delivery(run, uri=mlflow_server.uri)
+    delivery = start.start_delivery(run, uri=mlflow_server.uri)
     journal = Journal.reopen(run)
     assert delivery.wait_ready(40.0).run_id == run_id
     journal.end("FINISHED", "completed", 0)
@@ -228,7 +230,7 @@ def test_a_resume_takes_the_folder_from_a_delivery_that_waits_for_its_server(
 def test_simultaneous_first_starts_on_a_fresh_sqlite_file(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'fresh' / 'mlflow.db'}"
     folders = [tmp_path / f"run{i}" for i in range(4)]
-    deliveries = [deliver.start_delivery(folder, uri=uri) for folder in folders]
+    deliveries = [start.start_delivery(folder, uri=uri) for folder in folders]
     journals = [Journal.create(folder, experiment="same") for folder in folders]
     ready = [delivery.wait_ready() for delivery in deliveries]
     assert len({one.run_id for one in ready}) == 4
@@ -240,29 +242,31 @@ def test_simultaneous_first_starts_on_a_fresh_sqlite_file(tmp_path: Path) -> Non
     assert {client.get_run(one.run_id).info.status for one in ready} == {"FINISHED"}
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_in_false_and_deliver_brings_the_rest(
     mlflow_server: MlflowServer, wire: Wire, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    delivery = deliver.start_delivery(tmp_path / "run", uri=wire.uri, grace=0.5)
+    delivery = start.start_delivery(tmp_path / "run", uri=wire.uri, grace=0.5)
     journal = Journal.create(tmp_path / "run", experiment="away")
     ready = delivery.wait_ready()
     wire.cut()
     journal.metrics({"student/acc": 1.0}, step=0)
     journal.end("FINISHED", "completed", 0)
     assert not delivery.finish(60.0)
-    assert deliver.main(["deliver", str(tmp_path / "run"), "--uri", wire.uri]) == 2
+    assert deliver.main([str(tmp_path / "run"), "--uri", wire.uri]) == 2
     assert "does not answer" in capsys.readouterr().err
-    assert deliver.main(["deliver", str(tmp_path / "run"), "--uri", mlflow_server.uri]) == 0
+    assert deliver.main([str(tmp_path / "run"), "--uri", mlflow_server.uri]) == 0
     assert ready.run_id in capsys.readouterr().out
     client = MlflowClient(mlflow_server.uri)
     assert steps(client, ready.run_id) == [0]
     assert client.get_run(ready.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_refusals_come_before_training_in_one_line(sqlite_uri: str, tmp_path: Path) -> None:
-    away = deliver.start_delivery(tmp_path / "a", uri="http://127.0.0.1:9")
-    unknown = deliver.start_delivery(tmp_path / "b", uri=sqlite_uri, adopt="0" * 32)
-    missing = deliver.start_delivery(tmp_path / "c", uri=sqlite_uri, fetch={f"runs:/{'1' * 32}/x": tmp_path / "x"})
+    away = start.start_delivery(tmp_path / "a", uri="http://127.0.0.1:9")
+    unknown = start.start_delivery(tmp_path / "b", uri=sqlite_uri, adopt="0" * 32)
+    missing = start.start_delivery(tmp_path / "c", uri=sqlite_uri, fetch={f"runs:/{'1' * 32}/x": tmp_path / "x"})
     for name in "abc":
         Journal.create(tmp_path / name, experiment="e").close()
     for delivery, words in ((away, "start the server"), (unknown, "knows no run"), (missing, "cannot be fetched")):
@@ -271,30 +275,38 @@ def test_refusals_come_before_training_in_one_line(sqlite_uri: str, tmp_path: Pa
         assert "\n" not in str(caught.value)
         assert not delivery.finish(1.0)
     # A step may also turn back before it has a journal.
-    assert not deliver.start_delivery(tmp_path / "no journal", uri=sqlite_uri).finish(30.0)
+    assert not start.start_delivery(tmp_path / "no journal", uri=sqlite_uri).finish(30.0)
     with pytest.raises(UserError, match=r"tracking\.uri="):
-        deliver.start_delivery(tmp_path / "d", uri="ftp://x")
+        start.start_delivery(tmp_path / "d", uri="ftp://x")
 
 
+@pytest.mark.slow
 def test_one_artifact_can_be_fetched_without_a_run(sqlite_uri: str, tmp_path: Path) -> None:
     client = MlflowClient(sqlite_uri)
     run_id = client.create_run(client.create_experiment("e", (tmp_path / "art").as_uri())).info.run_id
     client.log_text(run_id, "a: 1", "best.yaml")
-    path = deliver.fetch_now(sqlite_uri, f"runs:/{run_id}/best.yaml", tmp_path / "here")
+    path = start.fetch_now(sqlite_uri, f"runs:/{run_id}/best.yaml", tmp_path / "here")
     assert path.read_text() == "a: 1"
 
 
 def test_the_default_uri_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert deliver.default_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert start.default_uri() == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///sub/x.db")
-    assert deliver.default_uri() == f"sqlite:///{tmp_path}/sub/x.db"
+    assert start.default_uri() == f"sqlite:///{tmp_path}/sub/x.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
-    assert deliver.default_uri() == "http://server:5000"
+    assert start.default_uri() == "http://server:5000"
 
 
-def test_deliver_says_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert deliver.main(["deliver", str(tmp_path), "--uri", f"sqlite:///{tmp_path}/x.db"]) == 2
+@pytest.mark.parametrize("command", [["steps.deliver"], ["pipeline.experiment.tracking", "deliver"]])
+def test_deliver_says_what_is_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """By its name, and by that of earlier releases."""
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path), "--uri", f"sqlite:///{tmp_path}/x.db"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(command[0], run_name="__main__")
+    assert ended.value.code == 2
     assert "no journal" in capsys.readouterr().err
 
 

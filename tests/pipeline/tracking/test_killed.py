@@ -25,7 +25,7 @@ from pipeline.errors import HelperFailed
 from pipeline.journal import FILE, Journal
 from pipeline.runs.ending import ending_of
 from pipeline.tracking import client as delivery_client
-from pipeline.tracking import deliver
+from pipeline.tracking import start
 from pipeline.tracking.faults import lasting
 from pipeline.tracking.follow import DeliveryLoop
 from pipeline.tracking.process import Process
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[3]
 ROUNDS = int(os.environ.get("ASIB_ROUNDS", "2"))
 
 
-def kill(delivery: deliver.Delivery) -> None:
+def kill(delivery: delivery_client.Delivery) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.kill(delivery._process.pid, signal.SIGKILL)
 
@@ -44,7 +44,7 @@ def kill(delivery: deliver.Delivery) -> None:
 def test_a_delivery_that_is_killed_at_any_moment_goes_on(sqlite_uri: str, tmp_path: Path) -> None:
     rng, folder = random.Random(10), tmp_path / "run"
     began = time.monotonic()
-    delivery = deliver.start_delivery(folder, uri=sqlite_uri)
+    delivery = start.start_delivery(folder, uri=sqlite_uri)
     kill(delivery)  # before it has said a word
     journal = Journal.create(folder, experiment="killed", name="n")
     child = Journal.create(folder / "child", experiment="killed", name="child", parent=folder)
@@ -65,7 +65,7 @@ def test_a_delivery_that_is_killed_at_any_moment_goes_on(sqlite_uri: str, tmp_pa
         (folder / f"{number}.txt").write_text(str(number))
         journal.artifact(folder / f"{number}.txt")
         asked: list[object] = []
-        asking = threading.Thread(target=lambda: asked.append(delivery.run_info(ready.run_id)["run_id"]))  # noqa: B023
+        asking = threading.Thread(target=lambda: asked.append(delivery.run_info(ready.run_id)["id"]))  # noqa: B023
         asking.start()
         time.sleep(rng.uniform(0, 0.2))
         kill(delivery)
@@ -90,7 +90,7 @@ def test_one_that_always_dies_is_given_up_and_is_not_bad_input(
 ) -> None:
     monkeypatch.setattr(delivery_client, "PAUSE_S", 0.05)
     monkeypatch.setattr(delivery_client, "IN_VAIN_S", 0.5)
-    delivery = deliver.start_delivery(tmp_path / "run", uri=sqlite_uri)
+    delivery = start.start_delivery(tmp_path / "run", uri=sqlite_uri)
     Journal.create(tmp_path / "run", experiment="e").close()
     killed, given_up = set(), threading.Event()
 
@@ -141,14 +141,13 @@ def test_a_move_of_aliases_that_is_asked_for_again_is_made_once(sqlite_uri: str,
             "why": "w"}  # fmt: skip
     process = Process(argparse.Namespace(uri=sqlite_uri, again=False), None, set())  # type: ignore[arg-type]
     process._client = client
-    request = {"do": "registry.move", "id": 1, "name": "m", "plan": plan}
     for again in (True, True, False):  # nothing was done before; all was; and somebody else asks for the same
-        answer = process._answer_to({**request, "again": True} if again else dict(request))
+        answer = process._answer_to("move", {"name": "m", "plan": plan}, again)
         assert ("error" in answer) is not again, answer
         assert {k: str(v) for k, v in client.get_registered_model("m").aliases.items()} == after
         assert client.get_model_version("m", "2").tags["a"] == "b"
     stays = plan | {"before": after, "after": after, "tags": {"1": {"verdict": "refused"}}, "version": "1"}
-    assert "error" not in process._answer_to({**request, "plan": stays, "again": True})
+    assert "error" not in process._answer_to("move", {"name": "m", "plan": stays}, again=True)
     assert client.get_model_version("m", "1").tags["verdict"] == "refused"
 
 

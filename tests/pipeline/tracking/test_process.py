@@ -22,7 +22,6 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
 from pipeline.journal import FILE, Journal, decode_number, read_entries
-from pipeline.tracking import deliver as tracking
 from pipeline.tracking import server as delivery_server
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.follow import DeliveryLoop
@@ -42,7 +41,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     delivery_server.prepare_environment()
 
 
-@pytest.fixture(params=["sqlite", "server"])
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
 def store(request: pytest.FixtureRequest) -> Iterator[str]:
     """The URI of each kind of tracking store."""
     if request.param == "sqlite":
@@ -410,7 +409,7 @@ def test_deliver_waits_for_a_delivery_that_is_just_ending(
     ending.start()
     assert deliver([tmp_path / "run"], sqlite_uri)[0].complete
     ending.join()
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.1)
+    monkeypatch.setattr("pipeline.tracking.deliver.PATIENCE_S", 0.1)
     with (
         DeliveryLoop(tmp_path / "run", sqlite_uri),
         pytest.raises(UserError, match="being delivered by another process"),

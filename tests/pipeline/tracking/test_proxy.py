@@ -20,6 +20,7 @@ from pipeline.journal import Journal
 from pipeline.tracking.follow import DeliveryLoop
 from tests.servers import MlflowServer
 
+pytestmark = pytest.mark.slow  # a server takes 10 s to start
 NGINX = "<html>\r\n<head><title>{0}</title></head>\r\n<body>\r\n<center><h1>{0}</h1></center>\r\n</body>\r\n</html>\r\n"
 CADDY = ""
 GATEWAY = '{{"message": "no route matched with those values", "status": "{0}"}}'

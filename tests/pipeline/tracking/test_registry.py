@@ -37,7 +37,7 @@ def aliases(client: MlflowClient) -> dict[str, str]:
 # versions ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["sqlite", "server"])
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
 def store(request: pytest.FixtureRequest) -> str:
     if request.param == "sqlite":
         return str(request.getfixturevalue("sqlite_uri"))
@@ -197,7 +197,7 @@ def test_a_champion_set_by_hand_is_left_alone(client: MlflowClient) -> None:
 
 
 def test_what_is_not_there_is_said_in_one_line(client: MlflowClient, sqlite_uri: str) -> None:
-    registry = Registry(LocalDelivery(None, sqlite_uri), "birds and treees")  # type: ignore[arg-type]
+    registry = Registry(LocalDelivery(None, sqlite_uri), "birds and treees")
     with pytest.raises(UserError, match="did you mean birds and trees") as refused:
         registry.overview()
     assert "\n" not in str(refused.value)
@@ -324,7 +324,7 @@ TEST, DATA = "0123456789abcdef" * 4, "d" * 64
 
 
 def look(client: Any, pair: str, turn: bool = True, digest: str = TEST) -> tuple[int, bool, int]:
-    found = looks.look(client, NAME, digest, DATA, pair, turn)
+    found = looks.count_look(client, NAME, digest, DATA, pair, turn)
     return found["number"], found["counted"], len(found["said"])
 
 

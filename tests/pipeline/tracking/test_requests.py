@@ -13,12 +13,12 @@ pytest.importorskip("mlflow")
 from mlflow.entities import Dataset, DatasetInput
 from mlflow.tracking import MlflowClient
 
-from pipeline.tracking import requests as delivery_read
+from pipeline.tracking import requests
 
 pytest_plugins = ["tests.servers"]
 
 
-@pytest.fixture(params=["sqlite", "server"])
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
 def client(request: pytest.FixtureRequest) -> MlflowClient:
     if request.param == "sqlite":
         return MlflowClient(request.getfixturevalue("sqlite_uri"))
@@ -47,12 +47,12 @@ def test_running_runs_of_a_study_are_found_on_all_pages_of_all_experiments(clien
         client.create_run(experiment)
         ended = client.create_run(experiment, tags={"asib.study": "kd-1"}).info.run_id
         client.set_terminated(ended, "FAILED")
-    found = delivery_read.running(SmallPages(client), "kd-1")
+    found = requests.running(SmallPages(client), "kd-1")
     assert {run["run_id"] for run in found} == made["kd-1"]
     assert {(run["tags"]["asib.study"], run["tags"]["asib.trial"]) for run in found} == {("kd-1", "7")}
-    assert {run["run_id"] for run in delivery_read.running(client, "it's-2")} == made["it's-2"]
+    assert {run["run_id"] for run in requests.running(client, "it's-2")} == made["it's-2"]
     assert len(found) == len({run["run_id"] for run in found})
-    both = delivery_read.running(SmallPages(client), None)
+    both = requests.running(SmallPages(client), None)
     assert {run["run_id"] for run in both} >= made["kd-1"] | made["it's-2"]
 
 
@@ -61,7 +61,7 @@ def test_reaping_ends_only_what_still_runs(client: MlflowClient) -> None:
     client.set_terminated(finished, "FINISHED")
     client.delete_run(deleted)
     end = ["KILLED", "killed", 137, "the worker's heartbeat is gone"]
-    assert delivery_read.reap(client, dict.fromkeys([finished, deleted, "0" * 32, orphan], end)) == [orphan]
+    assert requests.reap(client, dict.fromkeys([finished, deleted, "0" * 32, orphan], end)) == [orphan]
     run = client.get_run(orphan)
     assert run.info.status == "KILLED"
     assert run.info.end_time >= run.info.start_time
@@ -70,7 +70,7 @@ def test_reaping_ends_only_what_still_runs(client: MlflowClient) -> None:
     assert run.data.tags["asib.error"] == "the worker's heartbeat is gone"
     assert client.get_run(finished).info.status == "FINISHED"
     assert "asib.outcome" not in client.get_run(finished).data.tags
-    assert delivery_read.reap(client, {orphan: end}) == []
+    assert requests.reap(client, {orphan: end}) == []
 
 
 @pytest.mark.parametrize("profile", ["no JSON", "[1]", '{"classes": "many"}', '{"classes": -1}'])
@@ -80,5 +80,5 @@ def test_a_strangers_data_set_holds_no_comparison_up(sqlite_uri: str, tmp_path: 
     for number, text in enumerate([profile, '{"classes": 20}']):
         data = Dataset(name=f"d{number}", digest=str(number), source_type="local", source="{}", profile=text)
         client.log_inputs(run_id, [DatasetInput(data)])
-    folder = Path(delivery_read.read(client, run_id, tmp_path, []))
+    folder = Path(requests.read_runs(client, [run_id], str(tmp_path), [])[0])
     assert json.loads((folder / "record.json").read_text())["classes"] == 20

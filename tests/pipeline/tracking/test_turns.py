@@ -33,7 +33,7 @@ def client(sqlite_uri: str) -> MlflowClient:
 
 @pytest.fixture
 def registry(client: MlflowClient, sqlite_uri: str) -> Registry:
-    return Registry(LocalDelivery(None, sqlite_uri, client), NAME)  # type: ignore[arg-type]
+    return Registry(LocalDelivery(None, sqlite_uri, client), NAME)
 
 
 def promotion(client: MlflowClient, tags: dict[str, str] | None = None) -> str:
@@ -54,7 +54,7 @@ def test_the_oldest_promotion_has_its_turn_and_the_others_are_told(client: Mlflo
     first, second, third = (promotion(client) for _ in range(3))
     with queue.turn(registry, first, "ada"):
         time.sleep(0.1)  # the order is that of the clock, which may be set back a little between two promotions
-        registry.enter(third)  # it has looked, and is about to give way
+        registry.ask("join", run_id=third)  # it has looked, and is about to give way
         queue.still_ours(registry, first)
         told = f"another promotion of {NAME} is under way, run {first} by ada"
         with pytest.raises(UserError, match=told):
@@ -62,7 +62,7 @@ def test_the_oldest_promotion_has_its_turn_and_the_others_are_told(client: Mlflo
         with pytest.raises(UserError, match=told), queue.turn(registry, second):
             pass
     assert entries(client) == {third}
-    registry.leave(third)
+    registry.ask("leave", run_id=third)
     with queue.turn(registry, second):
         assert entries(client) == {second}
     assert entries(client) == set()
@@ -79,7 +79,7 @@ def test_a_younger_one_that_looked_too_early_is_waited_for(
         waits.append(seconds)
         queue.still_ours(registry, young)
         if len(waits) == 3:
-            registry.leave(young)
+            registry.ask("leave", run_id=young)
 
     with queue.turn(registry, young):
         monkeypatch.setattr(queue.time, "sleep", sleep)
@@ -96,18 +96,19 @@ def test_a_promotion_whose_machine_is_gone_blocks_nobody(client: MlflowClient, r
     victim = promotion(client)  # a training that somebody has put into the queue
     for place, run in enumerate((dead, slow, victim)):
         join(client, run, place, seen)
-    registry.enter(mine)
+    registry.ask("join", run_id=mine)
 
     def watch(seconds: float) -> None:
         assert 20 < seconds < 60
-        registry.beat(slow)
+        registry.ask("beat", run_id=slow)
 
     assert [other.run_id for other in queue.living(registry, mine, watch)] == [slow, mine]
     assert [client.get_run(run).info.status for run in (dead, slow, victim)] == ["KILLED", "RUNNING", "RUNNING"]
     assert client.get_run(dead).data.tags["asib.outcome"] == "killed"
-    for act in (queue.still_ours, Registry.beat):
-        with pytest.raises(UserError, match="taken for dead"):
-            act(registry, dead)
+    with pytest.raises(UserError, match="taken for dead"):
+        queue.still_ours(registry, dead)
+    with pytest.raises(UserError, match="taken for dead"):
+        registry.ask("beat", run_id=dead)
     assert entries(client) == {slow, mine}, "a beat does not bring back who was taken for dead"
 
 
@@ -137,7 +138,7 @@ def test_garbage_in_the_queue_is_one_line_and_goes(client: MlflowClient, registr
     client.set_registered_model_tag(NAME, "asib.turn.me", '{"joined": 1, "seen": 2, "user": "x"}')
     mine = promotion(client)
     said: list[str] = []
-    registry.say = said.extend  # type: ignore[method-assign]
+    registry.warn = said.extend  # type: ignore[method-assign]
     with queue.turn(registry, mine):
         assert entries(client) == {mine}
     assert len(said) == len(GARBAGE) + 1
@@ -154,7 +155,7 @@ def test_a_killed_promotion_is_out_of_the_queue_when_delivery_ends_its_run(
     with DeliveryLoop(tmp_path / "run", sqlite_uri, client=client) as loop:
         loop.run_once()
         run = loop.top.state.run_id
-        turns.enter(client, NAME, run)
+        turns.join(client, NAME, run)
         journal.close()  # the trainer is dead
         assert entries(client) == {run}
         loop.close_unfinished()

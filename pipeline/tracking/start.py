@@ -1,0 +1,67 @@
+"""Starting a delivery process: beside a run, or for one file; and the server that is used where none is named.
+
+Imports no MLflow: the delivery process does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline import urls
+from pipeline.tracking.client import TRANSFER_S, Delivery
+
+
+def default_uri() -> str:
+    """MLFLOW_TRACKING_URI, else a SQLite file in the working directory; never a relative path."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given:
+        return urls.tracking(given, "MLFLOW_TRACKING_URI")
+    return urls.tracking(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
+
+
+def start_delivery(
+    folder: Path,
+    *,
+    uri: str | None = None,
+    fetch: Mapping[str, Path] | None = None,
+    adopt: str | None = None,
+    resume: str | None = None,
+    grace: float = 120.0,
+) -> Delivery:
+    """Start the delivery process of the run in `folder` and return at once; its imports take seconds of its own.
+
+    Args:
+        folder: the run's folder. Its journal may be made later: `Delivery.wait_ready` needs it, fetching does not.
+        uri: the tracking URI; `default_uri()` by default.
+        fetch: artifact URI (`runs:/…`, `models:/…`) → local folder, downloaded first (`Delivery.wait_fetched`).
+        adopt: the run that `mlflow run` has made; MLFLOW_RUN_ID by default, "" for none.
+        resume: the run that the journal goes on with. An adopted run then gets `asib.resumes` and ends empty.
+        grace: seconds of further attempts when the server is away and the trainer has ended.
+
+    Raises:
+        UserError: the URI is not one this project can use.
+    """
+    arguments = ["--grace", str(grace)]
+    adopt = os.environ.get("MLFLOW_RUN_ID", "") if adopt is None else adopt
+    for name, value in (("--adopt", adopt), ("--resume", resume)):
+        if value:
+            arguments += [name, value]
+    for source, dest in (fetch or {}).items():
+        arguments += ["--fetch", source, str(dest.absolute())]
+    folder.mkdir(parents=True, exist_ok=True)
+    where = urls.tracking(uri) if uri else default_uri()
+    return Delivery(where, arguments, folder.absolute())
+
+
+def fetch_now(uri: str, run_uri: str, dest: Path) -> Path:
+    """Download one artifact with no run of one's own; takes the seconds of MLflow's import, in a process of its own.
+
+    Raises:
+        UserError: it is not there, or the server does not answer.
+    """
+    delivery = Delivery(urls.tracking(uri), ["--fetch", run_uri, str(dest.absolute())], None)
+    path = delivery.wait_fetched(TRANSFER_S)[run_uri]
+    delivery.finish(0.0)
+    return path
