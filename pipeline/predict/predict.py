@@ -115,7 +115,10 @@ def predict(run: "Run", request: Request) -> float | None:
     digest = hashlib.sha256()
     parts = []
     for names, images in _read(request, classifier, digest, skipped):
-        parts.append(table(names, classifier.probabilities(images), classifier.classes))
+        try:
+            parts.append(table(names, classifier.probabilities(images), classifier.classes))
+        except Refused as error:
+            raise UserError(f"model={request.model}: {names[0]} and what follows {error}; register it again") from error
     seconds = time.perf_counter() - started
     reasons = _tell(run, request, skipped)
     if not parts:

@@ -22,6 +22,7 @@ from pipeline.evaluate.measures import evaluate_model
 from pipeline.promote.gate import Measured
 from pipeline.promote.registered_model import DIGEST, Registry, Version
 from pipeline.served import bundle
+from pipeline.served.pictures import Refused
 from pipeline.served.student_pyfunc import BATCH, Classifier
 from pipeline.training.evaluation import outputs
 
@@ -136,7 +137,7 @@ def judge(contenders: list[Contender], data: ImageData, config: Config) -> list[
         correct.append(found.correct)
     for _ in range(ROUNDS):
         for k, (one, images) in enumerate(zip(contenders, batches, strict=True)):
-            timed = speed.latency(one.net, _image(images))
+            timed = speed.latency(Served(one.served), _sent(images, slice(1)))
             times[k].append(timed.get(LATENCY, np.nan))
             metrics[k] |= timed
     for k, latencies in enumerate(times):
@@ -147,16 +148,33 @@ def judge(contenders: list[Contender], data: ImageData, config: Config) -> list[
     ]
 
 
+class Served(torch.nn.Module):
+    """What a server runs, ONNX through onnxruntime with its own threads: uint8 (n, H, W, C) -> probabilities (n, N)."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self._classifier = classifier
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self._classifier.probabilities(images.numpy()))
+
+
+def _sent(images: EvalBatches, which: slice) -> torch.Tensor:
+    """Images as they are sent to a server, uint8 (n, H, W, C), on the CPU."""
+    return images.images[which].permute(0, 2, 3, 1).contiguous().cpu()
+
+
 def served(one: Contender, images: EvalBatches) -> torch.Tensor:
     """What a server answers to images: log-probabilities (n, N), on the CPU.
 
     Raises:
         UserError: the weights say otherwise, by more than `TOLERANCE`.
     """
-    uint8 = (images.images[i : i + BATCH] for i in range(0, len(images.labels), BATCH))
-    answers = torch.cat(
-        [torch.from_numpy(one.served.probabilities(x.permute(0, 2, 3, 1).contiguous().cpu().numpy())) for x in uint8]
-    )
+    network = Served(one.served)
+    try:
+        answers = torch.cat([network(_sent(images, slice(i, i + BATCH))) for i in range(0, len(images.labels), BATCH)])
+    except Refused as error:
+        raise UserError(f"version {one.version.number}: test images {error}; not promoted") from error
     # TF32, which cuDNN takes by default, has three digits
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         expected = torch.softmax(outputs(one.net, images, f"version {one.version.number}").logits, dim=1).cpu()

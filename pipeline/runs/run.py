@@ -13,7 +13,7 @@ from pipeline import secrets
 from pipeline.compose import compose
 from pipeline.config import Config, config_hash
 from pipeline.config.places import output_dir
-from pipeline.errors import Interrupted, Taken, UserError
+from pipeline.errors import HelperFailed, Interrupted, Taken, UserError
 from pipeline.files import locked, read_state, release, write_atomically
 from pipeline.journal import FILE, Carrier, Journal, NullJournal, read_header, take
 from pipeline.runs import git, records
@@ -66,6 +66,8 @@ class Run:
         self.conclusion: tuple[str, int] = ("completed", 0)
         """Outcome and exit code of a step that comes to its end; a promotion's verdict is one."""
         self._run_id: str | None = None
+        self._refused = False
+        """Whether the server did not take it when it was new: a reader's, say."""
         self._from_server = False
         """Whether it was begun on another machine: its nested runs may be on the server, and not here."""
         self._nesting = parent_id or journal.id
@@ -198,7 +200,6 @@ class Run:
             run = cls._continue(step, config, folder, None, delivery)
         else:
             run = cls._begin(step, config, folder, None, delivery, info["tags"].get("asib.journal"))
-            run.journal.begin()
         run._from_server = True
         return run
 
@@ -303,12 +304,17 @@ class Run:
         if self.parent is not None:
             self.parent.ready()
             return
-        if self.pending:
+        fresh = self.pending
+        if fresh:
             if self.delivery is not None:
                 self.delivery.wait_fetched()  # a server that refuses us leaves no run behind
             self.journal.begin()
         if self.delivery is not None and self._run_id is None:
-            answer = self.delivery.wait_ready(timeout=300)
+            try:
+                answer = self.delivery.wait_ready(timeout=300)
+            except UserError as error:
+                self._refused = fresh and not isinstance(error, HelperFailed)
+                raise
             self._run_id = answer.run_id
             logger.info("tracked as %s", answer.url)
             given = os.environ.get("MLFLOW_RUN_ID")
@@ -375,8 +381,8 @@ class Run:
 
     @property
     def pending(self) -> bool:
-        """Whether nothing of it is recorded yet: it may still be refused without a trace."""
-        return isinstance(self.journal, Journal) and not self.journal.begun
+        """Whether nothing of it counts yet, here or on the server: it may still be refused without a trace."""
+        return isinstance(self.journal, Journal) and (self._refused or not self.journal.begun)
 
     def discard(self) -> None:
         """Leave nothing of a pending run."""

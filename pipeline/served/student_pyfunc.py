@@ -41,10 +41,13 @@ class Classifier:
         self._session = onnxruntime.InferenceSession(net, providers=["CPUExecutionProvider"])
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(n, size, size, channels) -> (n, N), for any n > 0."""
+        """(n, size, size, channels) -> (n, N), for any n > 0. Raises Refused: they are not finite."""
         starts = range(0, len(images), BATCH)
         found = [self._session.run(["probabilities"], {"images": images[i : i + BATCH]})[0] for i in starts]
-        return np.concatenate(found)
+        rows: NDArray[np.float32] = np.concatenate(found)
+        if not np.isfinite(rows).all():
+            raise Refused("cannot be classified: the network's probabilities are not finite")
+        return rows
 
     def picture(self, file: bytes, *, sent: bool = False) -> NDArray[np.uint8]:
         """A picture file, or one that was `sent` to a server, as the network takes it, (size, size, channels).

@@ -5,6 +5,7 @@ The students' accuracies, and the p-values between them, are known exactly (test
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -22,18 +23,26 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pandas as pd
+import psutil
 import pytest
 import sqlalchemy
+from PIL import Image
 
 from pipeline.data.sources import ImageData
+from pipeline.predict.serve import answer
 from pipeline.promote import decision, queue
 from pipeline.promote.registered_model import Version
+from pipeline.served.pictures import Refused
+from pipeline.served.student_pyfunc import Classifier
 from tests.pipeline.promote.local import Fragile, LocalDelivery
 from tests.steps.desk import LAX, NAME, Desk, Students, make_desk
 from tests.steps.lab import CLASSES, TEST, Lab, client, deliver, ending, points, run_id, see
 
 pytest_plugins = ["tests.servers"]
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -456,8 +465,7 @@ def test_of_two_promotions_at_once_one_promotes(desk: Desk) -> None:
     desk.register("half")
     own = [f"name={NAME}", "tracking.mode=online", f"tracking.uri={desk.uri}"]
     command = [sys.executable, "-m", "steps.promote", *desk.lab.arguments(*own)]
-    root = Path(__file__).resolve().parents[2]
-    both = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     said = [process.communicate()[1].decode() for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
     loser = next(err for process, err in zip(both, said, strict=True) if process.returncode == 2)
@@ -466,40 +474,90 @@ def test_of_two_promotions_at_once_one_promotes(desk: Desk) -> None:
     assert desk.tags(1)["asib.history"].count("\n") == 0
 
 
-@pytest.mark.slow
-def test_promotions_killed_at_any_moment_are_finished_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """kill -9 of a step with its delivery, then once more: promoted, said once in each history, nothing left over.
+class Forked:
+    """A promotion in a fork of this process, which has imported everything; its delivery is in it."""
 
-    ASIB_ROUNDS=20 kills twenty. Moments are drawn from what an undisturbed promotion takes. The processes are forks of
-    this one, which has imported everything: all of their time is a promotion's.
+    def __init__(self, desk: Desk) -> None:
+        self._process = multiprocessing.get_context("fork").Process(target=promote_alone, args=(desk,))
+        self._process.start()
+
+    def ended(self, seconds: float) -> int | None:
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def kill(self, draw: random.Random) -> str:
+        self._process.kill()
+        self._process.join()
+        return "both"
+
+
+class Real:
+    """A step in a process of its own, with a delivery in another one: either is killed, or both."""
+
+    def __init__(self, desk: Desk) -> None:
+        own = [f"name={NAME}", "version=2", *LAX, "tracking.mode=online", f"tracking.uri={desk.uri}"]
+        command = [sys.executable, "-m", "steps.promote", *desk.lab.arguments(*own)]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._all = psutil.Process(self._process.pid)
+
+    def ended(self, seconds: float) -> int | None:
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self, draw: random.Random) -> str:
+        try:
+            helpers = self._all.children(recursive=True)
+        except psutil.NoSuchProcess:
+            helpers = []
+        which = draw.choice(["both", "step", "delivery"])
+        if which != "delivery":
+            self._process.kill()
+        if which != "step":
+            for helper in helpers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    helper.kill()
+        self._process.wait(300)  # of a delivery that was killed the step makes another
+        psutil.wait_procs(helpers, 300)  # a delivery outlives its step until everything is on the server
+        return which
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [Forked, Real])
+def test_promotions_killed_at_any_moment_are_finished_once(
+    desk: Desk, start: type[Forked] | type[Real], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 of a step and its delivery, then once more: promoted, said once in each history, nothing left over.
+
+    ASIB_ROUNDS=20 kills twenty. Moments are drawn from what an undisturbed promotion takes.
     """
-    rounds, draw = int(os.environ.get("ASIB_ROUNDS", "3")), random.Random(0)
+    rounds, draw = int(os.environ.get("ASIB_ROUNDS", "3" if start is Forked else "1")), random.Random(0)
     monkeypatch.setattr(queue, "SILENT_S", 0.0)  # of the step that comes after, which finds the dead one in the queue
     monkeypatch.setattr(queue, "WATCH_S", 0.2)
     desk.register("half", "good")
     assert desk.promote("version=1").code == 0
     took, reached = 0.0, Counter[str]()
-    for k in range(rounds + 2):
+    undisturbed = 2 if start is Forked else 1  # the second fork is as fast as those that follow
+    for k in range(rounds + undisturbed):
         began, before = time.monotonic(), set(desk.lab.run_folders())
-        process = multiprocessing.get_context("fork").Process(target=promote_alone, args=(desk,))
-        process.start()
-        if k < 2:  # the second is as fast as those that follow
-            process.join(300)
-            assert process.exitcode == 0
+        process = start(desk)
+        if k < undisturbed:
+            assert process.ended(300) == 0
             took = time.monotonic() - began
         else:
-            process.join(took * draw.uniform(0.05, 1.0))
-            process.kill()
-            process.join()
+            process.ended(took * draw.uniform(0.05, 1.0))
+            killed = process.kill(draw)
             new = [p for p in set(desk.lab.run_folders()) - before if (p / "journal.jsonl").exists()]
             tags = client(desk.uri).get_registered_model(NAME).tags
             queued = any(tag.startswith("asib.turn") for tag in tags)
             moving = "asib.move" in tags or desk.aliases["champion"] == "2"
-            stages = {"ended": process.exitcode == 0, "moving": moving, "in its turn": queued, "with a run": bool(new)}
-            reached[next((stage for stage, there in stages.items() if there), "without a run")] += 1
+            stages = {"ended": process.ended(0) == 0, "moving": moving, "in its turn": queued, "with a run": bool(new)}
+            reached[f"{killed} {next((name for name, there in stages.items() if there), 'without a run')}"] += 1
             done = desk.promote("version=2", *LAX)
             assert done.code == 0 or "champion already" in done.err, done.err
-            deliver(desk.uri, *new)
+            if new:
+                deliver(desk.uri, *new)
         assert desk.aliases == {"challenger": "2", "champion": "2", "previous": "1"}
         store = client(desk.uri)
         left = store.get_registered_model(NAME).tags.keys()
@@ -519,3 +577,53 @@ def promote_alone(desk: Desk) -> None:
     for engine in [found for found in gc.get_objects() if isinstance(found, sqlalchemy.Engine)]:
         engine.dispose(close=False)
     os._exit(desk.promote("version=2", *LAX).code)
+
+
+def test_the_latency_judged_is_that_of_what_is_served(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Classifier.probabilities
+
+    def slow(self: Classifier, images: Any) -> Any:
+        time.sleep(0.05)
+        return original(self, images)
+
+    desk.register("good")
+    with monkeypatch.context() as patched:
+        patched.setattr(Classifier, "probabilities", slow)
+        refused = desk.promote("gate.max_latency_ms=40")
+    assert (refused.code, "latency" in refused.out) == (3, True), refused.out
+    assert desk.promote("gate.max_latency_ms=40").code == 0
+
+
+def test_probabilities_that_are_not_finite_are_no_class(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of a version that is judged nor of pictures, whether a file or a request brings them."""
+    desk.register("good")
+    session = onnxruntime.InferenceSession
+
+    class Broken:
+        def __init__(self, *args: Any, **more: Any) -> None:
+            self._session = session(*args, **more)
+
+        def run(self, *asked: Any) -> list[Any]:
+            return [np.full_like(found, np.nan) for found in self._session.run(*asked)]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Broken)
+    done = desk.promote()
+    assert done.code == 2
+    assert "version 1: test images cannot be classified: the network's probabilities are not finite" in done.lines[-1]
+    assert "champion" not in desk.aliases
+    pictures = desk.lab.folder / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (8, 8)).save(pictures / "grey.png")
+    where = ["tracking.mode=online", f"tracking.uri={desk.uri}"]
+    told = desk.lab.step("predict", f"model=models:/{NAME}/1", f"images={pictures}", *where)
+    assert told.code == 2
+    assert (
+        "grey.png and what follows cannot be classified: the network's probabilities are not finite" in told.lines[-1]
+    )
+    net, meta = desk.lab.folder / "student.onnx", desk.lab.folder / "meta.json"
+    net.write_bytes(desk.students["good"]["artifacts/student.onnx"])
+    meta.write_bytes(desk.students["good"]["artifacts/meta.json"])
+    classifier = Classifier(str(net), str(meta))
+    request = {"inputs": np.zeros((1, classifier.size, classifier.size, 3), int).tolist()}
+    with pytest.raises(Refused, match="probabilities are not finite"):
+        answer(classifier, json.dumps(request).encode())
