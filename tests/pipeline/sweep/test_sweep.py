@@ -20,11 +20,27 @@ from pipeline.errors import Interrupted
 from pipeline.runs.run import Run
 from pipeline.sweep import driver as sweep
 from pipeline.sweep import worker
+from pipeline.sweep.study import report
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.study import Study
-from tests.steps.lab import TEST, TRAIN, Done, Lab, SignalAt, ending, journal, points, run_id, see, write_npz
+from tests.steps.lab import (
+    TEST,
+    TRAIN,
+    Done,
+    Lab,
+    Seen,
+    SignalAt,
+    deliver,
+    ending,
+    journal,
+    points,
+    run_id,
+    see,
+    write_npz,
+)
 
 VAL = TRAIN // 5  # the lab's dataset.val_fraction
+SHORT = ("method.num_stages=1", "method.student_epochs_per_stage=[1]")  # half a trial, where its length does not matter
 PER_TRIAL = 20  # questions that the loop asks for a signal
 SPACE = {
     "method.kd_alpha": {"type": "float", "low": 0.1, "high": 0.9},
@@ -49,12 +65,21 @@ class InProcess:
         self.codes += [work(index=0, **arguments)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _workers() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        tracking = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI")
+        for name in (*tracking, "RANK", "WORLD_SIZE", "ASIB_STORAGE"):
+            patched.delenv(name, raising=False)
+        patched.setattr(sweep, "Launcher", InProcess)
+        patched.setattr(sweep, "TICK_S", 0.0)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "ASIB_STORAGE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sweep, "Launcher", InProcess)
-    monkeypatch.setattr(sweep, "TICK_S", 0.0)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these trials; `finished` has some."""
+    monkeypatch.setattr(report, "draw", lambda *_: ())
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +89,17 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = lab.step("finetune")
     assert done.code == 0, done.err
     return lab.runs / "teachers"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, teachers: Path) -> Lab:
+    """A sweep, off line, that nothing has disturbed; its third trial was pruned. Only to be looked at."""
+    lab = Lab(tmp_path_factory.mktemp("finished"))
+    shutil.copytree(teachers, lab.runs / "teachers")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Claim, "should_prune", lambda claim: claim.number == 2)
+        swept(lab, pruner={"name": "median"})
+    return lab
 
 
 @pytest.fixture
@@ -113,31 +149,55 @@ def swept(lab: Lab, *overrides: str, **changes: Any) -> Done:
     return done
 
 
-def test_trials_and_runs_are_one_thing(lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_note_run", lambda *_: False)  # trials of a second end before delivery has their runs
-    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
-    swept(lab, "log_model=true", *online)
-    found = see(sqlite_uri, run_id(parent(lab)))
+def assert_runs_are_trials(lab: Lab, found: Seen) -> None:
+    """The study, in which the third trial was pruned, and what MLflow holds of it."""
     assert (found.status, set(found.children)) == ("FINISHED", {"trial 0", "trial 1", "trial 2"})
     assert found.tags["asib.study"] == study(lab).study_name == found.name
+    assert states(lab) == ["COMPLETE", "COMPLETE", "PRUNED"]
     for trial in study(lab).trials:
         run = found.children[f"trial {trial.number}"]
-        assert run.status == "FINISHED"
         assert (run.tags["asib.study"], run.tags["asib.trial"]) == (study(lab).study_name, str(trial.number))
-        assert trial.user_attrs["run_id"] == run.id
         assert trial.user_attrs["config_hash"] == run.tags["asib.config_hash"]
-        assert trial.value == run.metrics["final/val_acc", 3][0]
-        assert trial.intermediate_values == {e: run.metrics["student/acc", e][0] for e in (1, 3)}
+        assert trial.intermediate_values == {e: v[0] for (name, e), v in run.metrics.items() if name == "student/acc"}
         assert {k: float(run.params[k]) for k in SPACE} == trial.params
         seen = {name for name, _ in run.metrics}
         assert not any("test" in name or name.startswith("final/acc") for name in seen), "the test split stays unseen"
+        if trial.number < 2:
+            assert run.status == "FINISHED"
+            assert set(trial.intermediate_values) == {1, 3}
+            assert trial.value == run.metrics["final/val_acc", 3][0]
+        else:
+            assert (run.status, run.tags["asib.outcome"], run.tags["asib.pruned_epoch"]) == ("KILLED", "pruned", "1")
+            assert "median" in run.tags["asib.pruned_reason"]
+            assert set(trial.intermediate_values) == {1}
     best = study(lab).best_trial
     assert found.metrics["sweep/best_value", 3] == [best.value]
-    assert [found.metrics[f"sweep/{state}", 3] for state in ("complete", "running", "failed")] == [[3], [0], [0]]
+    counts = [found.metrics[f"sweep/{state}", 3] for state in ("complete", "pruned", "running", "failed")]
+    assert counts == [[2], [1], [0], [0]]
     assert json.loads(found.tags["asib.best_params"]) == best.params
     assert {"best.yaml", "study/study.html", "study/history.png", "checkpoints/student.safetensors"} <= found.artifacts
+
+
+def test_trials_and_runs_are_one_thing(finished: Lab, sqlite_uri: str) -> None:
+    deliver(sqlite_uri, parent(finished))
+    assert_runs_are_trials(finished, see(sqlite_uri, run_id(parent(finished))))
+
+
+@pytest.mark.slow
+def test_trials_know_their_runs_while_the_sweep_goes_on(
+    lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # with pictures
+    monkeypatch.setattr(worker, "_note_run", lambda *_: False)  # trials of a second end before delivery has their runs
+    monkeypatch.setattr(Claim, "should_prune", lambda claim: claim.number == 2)
+    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    swept(lab, "log_model=true", *online, pruner={"name": "median"})
+    found = see(sqlite_uri, run_id(parent(lab)))
+    assert_runs_are_trials(lab, found)
+    for trial in study(lab).trials:
+        assert trial.user_attrs["run_id"] == found.children[f"trial {trial.number}"].id
     assert len(found.models_out) == 1
-    assert f"runs/{best.user_attrs['run_id']}" in found.tags["mlflow.note.content"]
+    assert f"runs/{study(lab).best_trial.user_attrs['run_id']}" in found.tags["mlflow.note.content"]
 
 
 def test_a_sweep_never_looks_at_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +211,7 @@ def test_a_sweep_never_looks_at_the_test_split(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(EvalBatches, "__iter__", noting)
     lab = Lab(tmp_path / "fresh")
-    swept(lab, trials=1)
+    swept(lab, *SHORT, trials=1)
     folders = [parent(lab), *parent(lab).glob("teacher_*"), *trials(lab)]
     assert len(folders) == 4
     written = {name for folder in folders for name, _ in points(folder)}
@@ -159,9 +219,6 @@ def test_a_sweep_never_looks_at_the_test_split(tmp_path: Path, monkeypatch: pyte
     assert {"teacher/acc", "final/val_acc"} <= written
     assert VAL in evaluated
     assert TEST not in evaluated
-    done = lab.step("finetune", "finetune.seed=1")
-    assert done.code == 0, done.err
-    assert TEST in evaluated, "elsewhere it is evaluated"
 
 
 @pytest.mark.slow
@@ -178,59 +235,39 @@ def test_the_best_configuration_from_the_server_is_that_trial_again(lab: Lab, sq
     assert repeated.metrics["final/val_acc", 3] == [best.value]
 
 
-def test_the_same_command_goes_on_and_never_exceeds_its_total(lab: Lab) -> None:
-    swept(lab)
-    first = [trial.params for trial in study(lab).trials]
-    swept(lab)
-    assert [trial.params for trial in study(lab).trials] == first
-    assert len(trials(lab)) == 3
-    swept(lab, "trials=5")
-    assert [trial.params for trial in study(lab).trials][:3] == first
-    assert states(lab) == ["COMPLETE"] * 5
+def test_the_same_command_goes_on_and_never_exceeds_its_total(lab: Lab, finished: Lab) -> None:
+    swept(lab, *SHORT, trials=1)
+    swept(lab, *SHORT, "trials=2", trials=1)
+    assert [trial.params for trial in study(lab).trials] == [trial.params for trial in study(finished).trials[:2]]
+    assert states(lab) == ["COMPLETE"] * 2
     assert len(list(lab.runs.glob("*-sweep-*"))) == 1, "one run for the study"
     assert ending(parent(lab)) == ("FINISHED", "completed", 0)
-    other = lab.step("sweep", space(lab, sampler={"name": "random", "seed": 4}), "trials=1")
-    assert other.code == 0, other.err
-    assert len(list(lab.runs.glob("*-sweep-*"))) == 2, "another sampler, another study"
 
 
-@pytest.mark.parametrize(
-    "question",
-    [8, PER_TRIAL + 6, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))],
-)
+@pytest.mark.slow
+def test_another_sampler_is_another_study(lab: Lab) -> None:
+    swept(lab, trials=1)
+    swept(lab, trials=1, sampler={"name": "random", "seed": 4})
+    assert len(list(lab.runs.glob("*-sweep-*"))) == 2
+
+
+@pytest.mark.parametrize("question", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, PER_TRIAL + 6))])
 def test_an_interrupted_trial_is_continued_from_its_checkpoint(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teachers: Path, question: int
+    lab: Lab, finished: Lab, monkeypatch: pytest.MonkeyPatch, question: int
 ) -> None:
+    count = 1 + question // PER_TRIAL
     with monkeypatch.context() as patched:
         patched.setattr(train, "stop", SignalAt(question))
-        stopped = lab.step("sweep", space(lab))
+        stopped = lab.step("sweep", space(lab, trials=count))
     assert stopped.code == 143, stopped.err
     assert ending(parent(lab)) == ("KILLED", "killed", 143)
     assert "WAITING" in states(lab)
-    swept(lab)
+    swept(lab, trials=count)
     counted = states(lab)
-    assert (counted.count("COMPLETE"), counted.count("FAIL")) == (3, 1)
-
-    quiet = Lab(tmp_path / "quiet")
-    shutil.copytree(teachers, quiet.runs / "teachers")
-    shutil.copyfile(lab.data, quiet.data)
-    swept(quiet)
-    for ours, theirs in zip(trials(lab), trials(quiet), strict=True):
+    assert (counted.count("COMPLETE"), counted.count("FAIL")) == (count, 1)
+    for ours, theirs in zip(trials(lab), trials(finished), strict=False):
         assert points(ours) == points(theirs)
         assert ending(ours) == ("FINISHED", "completed", 0)
-
-
-def test_a_pruned_trial_says_when_and_why(lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Claim, "should_prune", lambda claim: claim.number == 1)
-    swept(lab, "tracking.mode=online", f"tracking.uri={sqlite_uri}", pruner={"name": "median"})
-    assert states(lab) == ["COMPLETE", "PRUNED", "COMPLETE"]
-    found = see(sqlite_uri, run_id(parent(lab)))
-    run = found.children["trial 1"]
-    assert (run.status, run.tags["asib.outcome"], run.tags["asib.pruned_epoch"]) == ("KILLED", "pruned", "1")
-    assert "median" in run.tags["asib.pruned_reason"]
-    assert ("student/acc", 1) in run.metrics
-    assert ("student/acc", 3) not in run.metrics
-    assert found.metrics["sweep/pruned", 3] == [1]
 
 
 @pytest.mark.slow
@@ -280,13 +317,15 @@ def test_when_every_trial_fails_the_sweep_does(lab: Lab, monkeypatch: pytest.Mon
     assert ending(parent(lab))[0] == "FAILED"
 
 
+@pytest.mark.slow
 def test_an_equal_configuration_is_not_run_again(lab: Lab) -> None:
-    swept(lab, space={"method.tau": {"type": "int", "low": 4, "high": 4}})
-    assert states(lab) == ["COMPLETE"] * 3
+    swept(lab, *SHORT, space={"method.tau": {"type": "int", "low": 4, "high": 4}}, trials=2)
+    assert states(lab) == ["COMPLETE"] * 2
     assert len(trials(lab)) == 1
     assert len({trial.value for trial in study(lab).trials}) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_had_finished_when_its_worker_left_is_taken_as_it_is(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,8 +338,8 @@ def test_a_run_that_had_finished_when_its_worker_left_is_taken_as_it_is(
         original(claim, *values)
 
     monkeypatch.setattr(Claim, "complete", complete)
-    swept(lab)
-    assert (left, states(lab).count("COMPLETE"), states(lab).count("FAIL")) == ([0], 3, 1)
+    swept(lab, *SHORT, trials=1)
+    assert (left, states(lab)) == ([0], ["FAIL", "COMPLETE"])
     assert all("resume" not in [entry.kind for entry in journal(folder)] for folder in trials(lab))
 
 
@@ -309,7 +348,13 @@ def test_several_objectives_leave_a_front(lab: Lab) -> None:
         {"metric": "final/val_acc", "direction": "maximize"},
         {"metric": "cost/gmacs", "direction": "minimize"},
     ]
-    swept(lab, objectives=objectives, space={"method.cccp_nt": {"type": "int", "low": 1, "high": 3}, **SPACE})
+    swept(
+        lab,
+        *SHORT,
+        objectives=objectives,
+        trials=2,
+        space={"method.cccp_nt": {"type": "int", "low": 1, "high": 3}, **SPACE},
+    )
     front = study(lab).best_trials
     assert {path.name for path in parent(lab).glob("front_*.yaml")} == {f"front_{t.number:04d}.yaml" for t in front}
 

@@ -1,4 +1,4 @@
-"""Workers on this machine and under a real Slurm (marker slurm): their environment, their signals, who is alive."""
+"""Workers: what every backend promises, on this machine and under a real Slurm (marker slurm), then each one's own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Site:
         self.made: list[Launcher] = []
 
     def launcher(self, cluster: str = "local", workers: int = 1, **settings: str) -> Launcher:
-        self.made.append(Launcher(load(cluster, settings), self.folder, workers))
+        usual = SMALL if cluster == "slurm" else {}
+        self.made.append(Launcher(load(cluster, {**usual, **settings}), self.folder, workers))
         return self.made[-1]
 
     def read(self, *names: str) -> list[dict[str, Any]]:
@@ -69,33 +70,93 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-# on this machine ---------------------------------------------------------------------------------------------------
+# every backend -----------------------------------------------------------------------------------------------------
 
 
-def test_each_worker_has_its_index_a_device_in_turn_its_share_of_the_cores_and_the_repository(site: Site) -> None:
-    launcher = site.launcher(workers=3, gpus="[4,6]")
+@pytest.fixture(params=["local", pytest.param("slurm", marks=pytest.mark.slurm)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The one list of backends; its name in conf/cluster."""
+    if request.param == "slurm":
+        request.getfixturevalue("slurm")
+    return str(request.param)
+
+
+def test_workers_run_to_their_end_with_an_index_their_share_of_the_cores_and_the_repository(
+    backend: str, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launcher = site.launcher(backend, 2)
+    launcher.check()
     assert launcher.alive() == 0
-    assert len(set(launcher.start(hold, 3, folder=str(site.notes)))) == 3
-    assert launcher.alive() == 3, "right after the start"
-    seen = site.read("0.0.json", "1.0.json", "2.0.json")
-    assert [s["index"] for s in seen] == [0, 1, 2]
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in seen] == ["4", "6", "4"]
-    assert {s["OMP_NUM_THREADS"] for s in seen} == {str(max(1, len(os.sched_getaffinity(0)) // 3))}
-    assert {s["PYTHONPATH"] for s in seen} == {str(REPOSITORY)}
+    assert len(set(launcher.start(hold, 2, folder=str(site.notes)))) == 2
+    assert launcher.alive() == 2, "right after the start"
+    seen = site.read("0.0.json", "1.0.json")
+    threads = "1" if backend == "slurm" else str(max(1, len(os.sched_getaffinity(0)) // 2))
+    for index, worker in enumerate(seen):
+        assert worker["index"] == index
+        assert (worker["OMP_NUM_THREADS"], worker["PYTHONPATH"]) == (threads, str(REPOSITORY))
+        assert not worker["CUDA_VISIBLE_DEVICES"]
     assert "PYTHONPATH" not in os.environ
-    assert launcher.alive() == 3
+    assert {p["pid"] for p in launcher.processes()} == {s["pid"] for s in seen}
     site.finish()
     wait_for(lambda: launcher.alive() == 0, "the workers' end")
 
 
-def test_without_gpus_a_worker_sees_none(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    launcher = site.launcher()
-    launcher.check()
+def test_stop_brings_sigterm_to_the_work_and_waits_for_it(backend: str, site: Site) -> None:
+    launcher = site.launcher(backend, 2)
+    launcher.start(hold, 2, folder=str(site.notes))
+    pids = [s["pid"] for s in site.read("0.0.json", "1.0.json")]
+    launcher.stop()
+    assert site.read("0.0.end", "1.0.end") == [{"pid": pid, "signal": "SIGTERM"} for pid in pids]
+    assert launcher.alive() == 0
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_not_alive_and_has_a_successor(backend: str, site: Site) -> None:
+    launcher = site.launcher(backend, 2)
+    launcher.start(hold, 2, folder=str(site.notes))
+    first, _ = site.read("0.0.json", "1.0.json")
+    os.kill(first["pid"], signal.SIGKILL)
+    wait_for(lambda: launcher.alive() == 1, "the loss of one worker")
     launcher.start(hold, 1, folder=str(site.notes))
-    assert site.read("0.0.json")[0]["CUDA_VISIBLE_DEVICES"] == ""
+    assert site.read("2.0.json")[0]["index"] == 2
+    assert launcher.alive() == 2
 
 
+@pytest.mark.slow
+def test_stop_ends_a_worker_that_has_only_just_been_started(backend: str, site: Site) -> None:
+    launcher = site.launcher(backend)
+    launcher.start(hold, 1, folder=str(site.notes))
+    launcher.stop()
+    assert launcher.alive() == 0
+
+
+@pytest.mark.slow
+def test_the_next_launcher_of_the_same_folder_finds_and_stops_the_workers(backend: str, site: Site) -> None:
+    site.launcher(backend).start(hold, 1, folder=str(site.notes))
+    (seen,) = site.read("0.0.json")
+    again = site.launcher(backend)
+    assert again.alive() == 1
+    again.stop()
+    assert site.read("0.0.end") == [{"pid": seen["pid"], "signal": "SIGTERM"}]
+
+
+# on this machine ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_workers_have_devices_in_turn_and_a_successor_takes_that_of_the_lost_one(site: Site) -> None:
+    launcher = site.launcher(workers=3, gpus="[4,6]")
+    launcher.start(hold, 3, folder=str(site.notes))
+    seen = site.read("0.0.json", "1.0.json", "2.0.json")
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in seen] == ["4", "6", "4"]
+    os.kill(seen[1]["pid"], signal.SIGKILL)
+    wait_for(lambda: launcher.alive() == 2, "the loss of one worker")
+    launcher.start(hold, 1, folder=str(site.notes))
+    assert site.read("3.0.json")[0]["CUDA_VISIBLE_DEVICES"] == "6"
+
+
+@pytest.mark.slow
 def test_the_processes_of_one_trial_are_a_group_with_a_device_each(site: Site) -> None:
     launcher = site.launcher(processes_per_trial="2", gpus="[0,1]")
     launcher.start(hold, 1, folder=str(site.notes))
@@ -107,35 +168,7 @@ def test_the_processes_of_one_trial_are_a_group_with_a_device_each(site: Site) -
     assert [e["signal"] for e in site.read("0.0.end", "0.1.end")] == ["SIGTERM", "SIGTERM"]
 
 
-def test_a_killed_worker_is_not_alive_and_its_successor_takes_its_device(site: Site) -> None:
-    launcher = site.launcher(workers=2, gpus="[4,6]")
-    launcher.start(hold, 2, folder=str(site.notes))
-    first, _ = site.read("0.0.json", "1.0.json")
-    assert {p["pid"] for p in launcher.processes()} == {s["pid"] for s in site.read("0.0.json", "1.0.json")}
-    os.kill(first["pid"], signal.SIGKILL)
-    wait_for(lambda: launcher.alive() == 1, "the loss of one worker")
-    launcher.start(hold, 1, folder=str(site.notes))
-    assert site.read("2.0.json")[0]["CUDA_VISIBLE_DEVICES"] == "4"
-    assert launcher.alive() == 2
-
-
-def test_stop_brings_sigterm_to_the_work_and_waits_for_it(site: Site) -> None:
-    launcher = site.launcher(workers=2)
-    launcher.start(hold, 2, folder=str(site.notes))
-    pids = [s["pid"] for s in site.read("0.0.json", "1.0.json")]
-    launcher.stop()
-    ends = [json.loads((site.notes / n).read_text()) for n in ("0.0.end", "1.0.end")]
-    assert ends == [{"pid": pid, "signal": "SIGTERM"} for pid in pids]
-    assert launcher.alive() == 0
-
-
-def test_stop_ends_a_worker_that_has_only_just_been_started(site: Site) -> None:
-    launcher = site.launcher()
-    launcher.start(hold, 1, folder=str(site.notes))
-    launcher.stop()
-    assert launcher.alive() == 0
-
-
+@pytest.mark.slow
 def test_stop_kills_what_does_not_listen(site: Site) -> None:
     launcher = site.launcher()
     launcher.start(hold, 1, folder=str(site.notes), deaf=True)
@@ -160,6 +193,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_workers_outlive_their_driver_and_hear_nothing_of_its_terminal(site: Site, number: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -205,37 +239,20 @@ def test_the_local_plan_names_devices_and_threads(site: Site, monkeypatch: pytes
 
 
 @pytest.mark.slurm
-def test_an_array_of_two_runs_to_its_end(site: Site, slurm: SlurmCluster) -> None:
-    launcher = site.launcher("slurm", 2, **SMALL)
-    launcher.check()
-    jobs = launcher.start(hold, 2, folder=str(site.notes))
-    assert [job.partition("_")[2] for job in jobs] == ["0", "1"]
-    assert launcher.alive() == 2, "right after the start"
-    seen = site.read("0.0.json", "1.0.json")
-    assert [(s["index"], s["OMP_NUM_THREADS"], s["PYTHONPATH"]) for s in seen] == [
-        (0, "1", str(REPOSITORY)),
-        (1, "1", str(REPOSITORY)),
-    ]
-    assert launcher.alive() == 2
-    site.finish()
-    wait_for(lambda: launcher.alive() == 0, "the workers' end")
-
-
-@pytest.mark.slurm
-def test_stop_brings_sigterm_to_slurms_workers_and_cancels_those_that_wait(site: Site, slurm: SlurmCluster) -> None:
-    launcher = site.launcher("slurm", 3, **SMALL, array_parallelism="1")
-    launcher.start(hold, 3, folder=str(site.notes))
-    (seen,) = site.read("0.0.json")
+def test_stop_cancels_those_that_wait(site: Site, slurm: SlurmCluster) -> None:
+    launcher = site.launcher("slurm", 3, array_parallelism="1")
+    jobs = launcher.start(hold, 3, folder=str(site.notes))
+    assert [job.partition("_")[2] for job in jobs] == ["0", "1", "2"]
+    site.read("0.0.json")
     assert launcher.alive() == 3
     launcher.stop()
-    assert site.read("0.0.end") == [{"pid": seen["pid"], "signal": "SIGTERM"}]
     assert not (site.notes / "2.0.json").exists()
     assert launcher.alive() == 0
 
 
 @pytest.mark.slurm
 def test_a_preempted_worker_is_queued_again(site: Site, slurm: SlurmCluster) -> None:
-    launcher = site.launcher("slurm", **SMALL)
+    launcher = site.launcher("slurm")
     (job,) = launcher.start(hold, 1, folder=str(site.notes))
     site.read("0.0.json")
     slurm.run("scancel", "--signal=USR2", job)
@@ -250,7 +267,7 @@ def test_a_preempted_worker_is_queued_again(site: Site, slurm: SlurmCluster) -> 
 def test_a_worker_that_was_cancelled_or_shall_not_come_back_is_not_queued_again(
     site: Site, slurm: SlurmCluster, requeue: str, signal_: str
 ) -> None:
-    launcher = site.launcher("slurm", **SMALL, requeue=requeue)
+    launcher = site.launcher("slurm", requeue=requeue)
     (job,) = launcher.start(hold, 1, folder=str(site.notes))
     site.read("0.0.json")
     slurm.run("scancel", f"--signal={signal_}", job)
@@ -260,7 +277,8 @@ def test_a_worker_that_was_cancelled_or_shall_not_come_back_is_not_queued_again(
 def test_the_slurm_plan_is_the_arrays_script_and_needs_no_slurm(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(site.notes))
     settings = {"partition": "a100", "mem_gb": "1.5", "array_parallelism": "2", "additional.exclusive": "true"}
-    lines = site.launcher("slurm", 4, **settings, setup="[module load cuda]").plan().splitlines()
+    cluster = load("slurm", {**settings, "setup": "[module load cuda]"})
+    lines = Launcher(cluster, site.folder, 4).plan().splitlines()
     assert lines[0] == "#!/bin/bash"
     wanted = ["array=0-3%2", "exclusive", "gpus-per-node=1", "mem=1536M", "partition=a100", "requeue", "time=240"]
     assert [line for line in lines if line[10:] in wanted] == [f"#SBATCH --{w}" for w in wanted]
@@ -362,7 +380,7 @@ def test_what_slurm_would_not_run_is_refused(
     site: Site, slurm: SlurmCluster, settings: dict[str, str], words: list[str]
 ) -> None:
     with pytest.raises(UserError) as refused:
-        site.launcher("slurm", **{**SMALL, **settings}).check()
+        site.launcher("slurm", **settings).check()
     assert_line(refused.value, words)
     assert slurm.run("squeue", "-h") == ""
 
@@ -399,7 +417,7 @@ def test_an_array_is_submitted_from_within_a_job_as_its_file_says(
 ) -> None:
     for name, value in SURROUNDINGS.items():
         monkeypatch.setenv(name, value)
-    launcher = site.launcher("slurm", **SMALL)
+    launcher = site.launcher("slurm")
     launcher.check()
     launcher.start(hold, 1, folder=str(site.notes))
     (seen,) = site.read("0.0.json")
