@@ -1,4 +1,4 @@
-"""The teacher bank of a sweep, built by its driver before workers would all compute the same."""
+"""The teacher bank of a sweep, built by the driver so that workers do not all compute the same."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ from pipeline.training.methods.asib.task import Distillation
 
 
 def pays(config: Config, plan: Plan, left: int) -> bool:
-    """Whether the driver builds the bank that the trials of `config` will use.
+    """Whether the driver should build the bank that the trials of `config` will use.
 
-    With one worker the first trial leaves everything to the next ones, at the same cost; several that begin together
-    would each compute it. Trials of other seeds see other views, and a Slurm worker may be on another machine.
+    With one worker the first trial fills the bank for the next ones at the same cost; several that start together would
+    each compute it. Trials of other seeds see other views, and a Slurm worker may run on another machine.
 
     Args:
-        left: trials that are still to be run.
+        left: trials still to run.
     """
     if not bank_use(shared(config)).on or left < 2 or "seed" in plan.sweep.space or plan.cluster.kind != "local":
         return False
@@ -26,10 +26,10 @@ def pays(config: Config, plan: Plan, left: int) -> bool:
 
 
 def build(config: Config, data: ImageData, found: Sequence[Teacher]) -> None:
-    """Compute ahead what trials will ask for that have the epochs of `config`.
+    """Compute what trials with the epochs of `config` will ask the teachers.
 
     Raises:
-        Interrupted: a signal arrived; what is done is kept.
+        Interrupted: a signal arrived; what is computed is kept.
     """
     config = config.model_copy(update={"bank": "ahead"})
     student = networks.build_student(config, data)

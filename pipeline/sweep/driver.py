@@ -1,4 +1,4 @@
-"""The sweep's driver: one run for the study, workers that take its trials, and what is left of it at the end."""
+"""The sweep's driver: one run for the study, workers that take its trials, and the results at the end."""
 
 import json
 import logging
@@ -43,19 +43,19 @@ Made = Sequence[Mapping[str, Any]]
 TICK_S = 1.0
 BEST = "best.yaml"
 OF_THE_RUN = ("config", "config_hash", "parent_run", "parent_journal", "folder", "host", "teachers", "parents")
-"""Facts that may change when a study goes on: its run, its folder, the tracking server."""
+"""Facts that may change when a study is continued: its run, its folder, the tracking server."""
 KEPT = "asib.kept_trial"
 """Tag: the trial whose student is the sweep's model."""
 
 
 def sweep(run: Run, plan: Plan) -> float | None:
-    """Run the plan's study to its number of trials; the best trial's student gets the model.
+    """Run the plan's study until all its trials have ended; log the best trial's student as the model.
 
     Returns:
         The best value; None with several objectives.
 
     Raises:
-        RuntimeError: workers end without finishing any trial.
+        RuntimeError: the workers end without finishing any trial.
     """
     prepare(run.config, threads_of(run))
     if plan.cluster.kind == "local":
@@ -78,19 +78,19 @@ def sweep(run: Run, plan: Plan) -> float | None:
 
 
 def _base(config: Config) -> Config:
-    """What every trial starts from: the run's configuration without what belongs to the run itself."""
+    """The configuration that trials start from: the run's, without the keys of the run itself."""
     return config.model_copy(update={"resume": None, "extend": False, "run_name": None})
 
 
 def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, list[teachers.Teacher]]:
-    """The study with all that a worker needs to know; teachers that are not there are fine-tuned first, once."""
+    """Create or continue the study, with all that a worker needs to know; fine-tune missing teachers first, once."""
     found: list[teachers.Teacher] = []
     before = Study.refuse_other(plan.storage, plan.name, plan.digest)
     _refuse_other_data(plan.name, before, data)
     try:
         worker.fetch_teachers(before.get("teachers", ()), run)
     except UserError as error:
-        logger.warning("%s: the teachers are fine-tuned anew", error)
+        logger.warning("%s: fine-tuning the teachers again", error)
     if needs_distillation(base):
         found = teachers.obtain(run, data, networks.build_student(base, data), test=False)
     run.journal.tags({"asib.teachers": ",".join(t.hash for t in found) or "none"})
@@ -122,7 +122,7 @@ def _refuse_other_data(name: str, before: Mapping[str, Any], data: ImageData) ->
 
 
 def _refuse_other_teachers(name: str, before: Made, now: Made) -> None:
-    """Trials of one study have the same teachers, to the bit."""
+    """Refuse teachers that differ in a single bit from those of earlier trials."""
     hashes = {made["file"]: made["hash"] for made in before}
     for made in now:
         known = hashes.get(made["file"], made["hash"])
@@ -136,7 +136,7 @@ def _refuse_other_teachers(name: str, before: Made, now: Made) -> None:
 def _made_teachers(
     run: Run, base: Config, data: ImageData, found: list[teachers.Teacher], before: Made
 ) -> list[dict[str, str | None]]:
-    """Where workers on other machines find the teachers that were fine-tuned for this study, or before it."""
+    """Where workers on other machines find the fine-tuned teachers of this study."""
     made: list[dict[str, str | None]] = []
     uri = urls.hidden(tracking_uri(base))
     known = {there["file"]: there["run_id"] for there in before}
@@ -156,7 +156,7 @@ def _made_teachers(
 
 
 def time_left(trials: Sequence[FrozenTrial], left: int, workers: int) -> str | None:
-    """How long the trials that are left take if they take as long as those before; None before one has ended.
+    """Estimate the time left from the trials that have run; None before the first has ended.
 
     Args:
         left: trials that have not ended yet.
@@ -181,7 +181,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Driver:
-    """Keeps workers at work until every trial has ended, and the parent run up to date."""
+    """Keep workers busy until every trial has ended, and the parent run up to date."""
 
     def __init__(self, run: Run, plan: Plan, study: Study) -> None:
         self.run, self.plan, self.study = run, plan, study
@@ -191,7 +191,7 @@ class _Driver:
         self._said_time_left = False
 
     def drive(self) -> None:
-        """Raises Interrupted after a signal, when the workers have left their checkpoints."""
+        """Raise Interrupted after a signal, once the workers have written their checkpoints."""
         with (
             stop.between_batches(),
             logging_redirect_tqdm([logger]),
@@ -210,7 +210,7 @@ class _Driver:
                     next_tend = time.monotonic() + self.plan.sweep.heartbeat_seconds / 2
                 else:
                     counts = self.study.counts()
-                    if counts.ended >= self.study.total:  # one that is just being queued again looks failed
+                    if counts.ended >= self.study.total:  # a trial that is just being requeued looks failed
                         counts = self.study.requeue_stale()
                 if (now := self.study.progress()) > progress:
                     progress, self.idle_starts = now, 0
@@ -218,28 +218,28 @@ class _Driver:
             self._wait_for_workers()
 
     def _start_missing(self, counts: Counts) -> None:
-        """So many workers as are wanted and find a trial, counting those that are only starting."""
+        """Start as many workers as there are open trials, counting those that are only starting."""
         alive = self.launcher.alive()
         open_trials = max(0, self.study.total - counts.used) + counts.waiting
         missing = min(self.plan.workers - alive, open_trials - max(0, alive - counts.running))
         if missing <= 0:
             return
         if self.idle_starts >= 2 * self.plan.workers + 1:
-            word = self.study.last_error() or "they left no word"
-            raise RuntimeError(f"{self.idle_starts} workers ended without a result: {word}; see {self.launcher.folder}")
+            why = self.study.last_error() or "no error was recorded"
+            raise RuntimeError(f"{self.idle_starts} workers ended without a result: {why}; see {self.launcher.folder}")
         os.environ[worker.STORAGE] = self.plan.storage
         self.launcher.start(worker.work, missing, study=self.plan.name)
         self.idle_starts += missing if self.started else 0
         self.started += missing
 
     def _stop(self) -> None:
-        logger.warning("waiting for the workers to write their checkpoints; the same command goes on with the study")
+        logger.warning("waiting for the workers to write their checkpoints; the same command continues the study")
         self.launcher.stop()
         self._state(self.study.requeue_stale())
         raise Interrupted(stop())
 
     def _wait_for_workers(self) -> None:
-        """They bring what they have to the tracking server; those that cannot are not waited for."""
+        """Wait, within limits, until they have delivered what they have."""
         until = time.monotonic() + self.run.config.tracking.finish_seconds + 5
         while self.launcher.alive() and time.monotonic() < until and not stop():
             time.sleep(0.2)
@@ -274,7 +274,7 @@ class _Driver:
         self.run.journal.tags({"mlflow.note.content": _note(self.run, self.plan, self.study)})
 
 
-# what is left at the end ---------------------------------------------------------------------------------------------
+# results --------------------------------------------------------------------------------------------------------------
 
 
 def _finish(run: Run, plan: Plan, study: Study, base: Config, data: ImageData) -> float | None:
@@ -288,13 +288,13 @@ def _finish(run: Run, plan: Plan, study: Study, base: Config, data: ImageData) -
         _keep_front(run, study, base, data)
         return None
     if best is None:
-        why = study.last_error() or "none is within the constraints"
-        raise RuntimeError(f"no trial of {plan.name} can be taken: {why}")
+        why = study.last_error() or "none satisfies the constraints"
+        raise RuntimeError(f"{plan.name} has no best trial: {why}")
     config = _config_of(study, best, base)
     repeated = _with_teachers(config, study, data).model_copy(update={"log_model": base.log_model})
     run.write(BEST, compose.dump(repeated))
     stated, metric = records.from_folder(run.folder), plan.sweep.objectives[0].metric
-    if stated.metrics.get(metric) != best.values[0]:  # the same command, once more, doubles nothing
+    if stated.metrics.get(metric) != best.values[0]:  # running the same command again doubles nothing
         run.journal.metrics({metric: float(best.values[0])}, 0)
     if stated.tags.get(KEPT) != str(best.number):
         _keep_best(run, study, best, config, data)
@@ -308,13 +308,13 @@ def _note(run: Run, plan: Plan, study: Study) -> str:
 
 
 def _config_of(study: Study, trial: FrozenTrial, base: Config) -> Config:
-    """A trial's configuration, with the threads that it ran with: they decide the last bits."""
+    """A trial's configuration, with the threads it ran with: they decide the last bits."""
     threads = study.source_of(trial).user_attrs.get("threads")
     return worker.trial_config(apply(base, study.values_of(trial)), threads)
 
 
 def _with_teachers(config: Config, study: Study, data: ImageData) -> Config:
-    """The configuration with the study's own teachers as checkpoints: fine-tuned elsewhere their bits differ."""
+    """Name the study's own teachers as checkpoints: fine-tuned elsewhere, their bits would differ."""
     made = {there["file"]: there["run_id"] for there in study.facts["teachers"]}
     specs = []
     for index, spec in enumerate(config.model.teachers):
@@ -325,16 +325,16 @@ def _with_teachers(config: Config, study: Study, data: ImageData) -> Config:
 
 
 def _keep_front(run: Run, study: Study, base: Config, data: ImageData) -> None:
-    """Each trial of the Pareto front as a configuration that can be run."""
+    """Write each trial of the Pareto front as a configuration that can be run."""
     for trial in study.front():
         config = _with_teachers(_config_of(study, trial, base), study, data)
         run.write(f"front_{trial.number:04d}.yaml", compose.dump(config), "front")
 
 
 def _name_undelivered(run: Run, study: Study) -> None:
-    """Trials whose runs are not whole on the server (off line, or it was away) are brought there with this run."""
+    """Hand trials that are not complete on the server (offline, or an outage) to this run's delivery."""
     trials = study.trials()
-    replaced = {number for trial in trials for number in history(trial)}  # a later attempt may go on in a copy
+    replaced = {number for trial in trials for number in history(trial)}  # a later attempt may continue in a copy
     for trial in trials:
         folder = Path(trial.user_attrs.get("folder", "/nowhere"))
         if trial.number not in replaced and (folder / "journal.jsonl").exists() and not records.delivered_whole(folder):
@@ -342,7 +342,7 @@ def _name_undelivered(run: Run, study: Study) -> None:
 
 
 def _keep_best(run: Run, study: Study, best: FrozenTrial, config: Config, data: ImageData) -> None:
-    """The best trial's student as the sweep's model."""
+    """Log the best trial's student as the sweep's model."""
     attrs = study.source_of(best).user_attrs
     weights = Path(attrs.get("folder", "")) / STUDENT
     if not weights.is_file():
@@ -354,7 +354,7 @@ def _keep_best(run: Run, study: Study, best: FrozenTrial, config: Config, data: 
         try:
             weights = run.fetch(f"runs:/{attrs['run_id']}/{STUDENT}", run.folder / "fetched")
         except UserError as error:
-            logger.warning("%s: no model is logged; the same command tries it again", error)
+            logger.warning("%s: no model is logged; the same command tries again", error)
             return
     net = networks.build_student(config, data)
     networks.load(net, weights, str(weights), data)

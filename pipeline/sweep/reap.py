@@ -20,29 +20,29 @@ ENDINGS = {
     "FAIL": ("FAILED", "failed", 1, "the worker's heartbeat is gone"),
     "WAITING": ("KILLED", "killed", 137, "the worker's heartbeat is gone"),
 }
-"""What a trial's state in Optuna says of its run."""
+"""State of a trial in Optuna -> how its run ends: status, outcome, exit code, error."""
 
 
 def reap(storage: str, delivery: Delivery | None, except_run: str | None = None) -> list[str]:
     """Fail stale trials of every study in `storage`, and end the runs that are left RUNNING.
 
     Args:
-        delivery: asks and tells the tracking server; None off line.
-        except_run: the sweep that asks.
+        delivery: the connection to the tracking server; None offline.
+        except_run: id of the sweep's own run.
 
     Returns:
-        Ids of the runs that were ended.
+        Ids of the runs that it ended.
     """
     orphans: dict[str, tuple[str, str, int, str | None]] = {}
     for name in studies(storage):
         try:
             study = Study.open(storage, name)
-        except UserError as error:  # of another version: no reason to refuse the study that is asked for
+        except UserError as error:  # made by another version: no reason to refuse this one
             logger.warning("%s: its runs are left as they are", error)
             continue
         study.requeue_stale()
         states: dict[int, str] = {}
-        for trial in study.trials():  # a later attempt at a trial says what has become of the earlier ones
+        for trial in study.trials():  # earlier attempts at a trial take the state of the last one
             states |= dict.fromkeys([*history(trial), trial.number], trial.state.name)
         for run in delivery.ask("running", study=name) if delivery is not None else ():
             ending = _ending(study, run["tags"], states)
@@ -53,7 +53,7 @@ def reap(storage: str, delivery: Delivery | None, except_run: str | None = None)
         return []
     ended: list[str] = delivery.ask("reap", runs=orphans)
     for run_id in ended:
-        logger.info("run %s had no process any more: ended %s", run_id, orphans[run_id][0])
+        logger.info("run %s no longer had a process: ended %s", run_id, orphans[run_id][0])
     return ended
 
 
@@ -70,15 +70,13 @@ def reap_all(storage: str, config: Config) -> list[str]:
 
 
 def _ending(study: Study, tags: dict[str, str], states: dict[int, str]) -> tuple[str, str, int, str | None] | None:
-    """How a RUNNING run is to end; None while somebody works on it."""
+    """Decide how a RUNNING run ends; None while a process still works on it."""
     number: Any = tags.get("asib.trial")
     if number is None:
         facts = study.facts
         grace = study.sweep.grace_seconds + study.sweep.heartbeat_seconds
         gone = time.time() - float(facts.get("driver_seen", 0.0)) > grace and not writer_alive(Path(facts["folder"]))
-        return (
-            ("KILLED", "killed", 137, "the sweep's process is gone; the same command goes on with it") if gone else None
-        )
+        return ("KILLED", "killed", 137, "the sweep's process is gone; the same command continues it") if gone else None
     state = states.get(int(number), "FAIL")
     if state == "RUNNING":
         return None

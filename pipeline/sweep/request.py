@@ -1,4 +1,4 @@
-"""What a sweep is asked for, checked before torch is imported, and the study that it goes on with."""
+"""A sweep's request, checked before torch is imported, and the earlier run of its study."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ DEFAULT = "kd_ib_tau"
 
 @dataclass(frozen=True)
 class Plan:
-    """`storage`: the database's URL. `name`: the study's. `digest`: of all that decides what is found."""
+    """`storage`: URL of the database. `name`: of the study. `digest`: of everything that decides its results."""
 
     sweep: SweepConfig
     cluster: ClusterConfig
@@ -47,16 +47,16 @@ class Plan:
         return self.sweep.trials
 
     def words(self) -> str:
-        """What DRY_RUN=1 shows: the study, and the jobs that would take its trials."""
+        """What DRY_RUN=1 shows: the study, and the jobs that would run its trials."""
         head = f"study {self.name} in {shown_url(self.storage)}: {self.trials} trials, {self.workers} at a time"
         return f"{head}\n{Launcher(self.cluster, Path(), self.workers).plan()}"
 
 
 def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Plan:
-    """Read the step's own keys.
+    """Parse the step's own keys.
 
     Raises:
-        UserError: a space that does not fit the schema.
+        UserError: a key, space or cluster that is not valid.
     """
     cli.one_process("sweep", "several for each trial are cluster.processes_per_trial=2")
     settings = cli.settings(own, "sweep")
@@ -72,17 +72,17 @@ def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Pl
 
 
 def storage_url(given: str | None, config: Config) -> str:
-    """Where studies are kept; never a relative path, which would be another file for another process."""
+    """URL of the database; never a relative path, which means another file to another process."""
     url = given or os.environ.get("ASIB_STORAGE") or f"sqlite:///{output_dir(config).absolute() / 'studies.db'}"
     return urls.sqlite(url, "storage") if url.startswith(urls.SQLITE) else url
 
 
 def prepared(config: Config, plan: Plan) -> Config:
-    """The parent run's configuration: its name, and the earlier run of this study that it goes on with.
+    """The parent run's configuration: its name, and the earlier run of this study that it resumes.
 
     Raises:
-        UserError: workers that cannot be started, a database that cannot be reached, another study of that name, a
-            study that another sweep is at work on.
+        UserError: workers that cannot start, a database out of reach, another study of that name, a study that
+            another sweep is running.
     """
     if wants_dry_run(os.environ):
         return config
@@ -97,7 +97,7 @@ def prepared(config: Config, plan: Plan) -> Config:
     root = output_dir(config)
     driven = [Path(facts["folder"])] if writer_alive(Path(facts.get("folder", "/nowhere"))) else []
     for folder in (*driven, *tagged(root, "sweep", STUDY_TAG, plan.name, alive=True)):
-        raise UserError(f"study {plan.name}: the sweep in {folder} is at work on it; join={plan.name} helps it")
+        raise UserError(f"study {plan.name}: the sweep in {folder} is running it; help with join={plan.name}")
     if config.resume is None:
         earlier = tagged(root, "sweep", STUDY_TAG, plan.name)
         before = next((folder for folder in earlier if _of_this_study(folder, facts)), None)
@@ -107,15 +107,15 @@ def prepared(config: Config, plan: Plan) -> Config:
 
 
 def _of_this_study(folder: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether a sweep's run is of the very study in the database: its name may have been another's, in another one."""
-    if not facts:  # it ended before there was a study: while it fine-tuned the teachers
+    """Whether a sweep's run belongs to the study in this database: another database may have one of that name."""
+    if not facts:  # it ended before it created the study, while it fine-tuned the teachers
         return not any((folder / name).exists() for name in ("launched", "trials"))
     header = header_of(folder)
     return header is not None and header.data["journal"] in (facts.get("parent_journal"), *facts.get("parents", ()))
 
 
 def params(plan: Plan) -> dict[str, str]:
-    """What the parent run states besides the configuration that trials start from."""
+    """Parameters of the parent run besides the base configuration."""
     keys = {f"sweep.space.{key}": str(d.model_dump(exclude_defaults=True)) for key, d in plan.sweep.space.items()}
     others = {f"sweep.{key}": str(value) for key, value in plan.sweep.model_dump(exclude={"space"}).items()}
     return keys | others | {"sweep.storage": shown_url(plan.storage)}

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ from pipeline.journal import Carrier, writer_alive
 from pipeline.paths import inside
 from pipeline.runs.folders import header_of
 from pipeline.runs.step import log_to_terminal, stop
+from pipeline.sweep import followers
 from pipeline.sweep.launch.entry import PREEMPTED, requeue_on_signal
 from pipeline.sweep.space.space import SweepConfig, apply
 from pipeline.sweep.study.claim import Claim
@@ -37,21 +37,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger("asib")
 STORAGE = "ASIB_STORAGE"
 HOPELESS = 3
-"""So many failures in a row, and no success, end a worker: the next trials would fail too."""
+"""Failures in a row after which a worker leaves: the next trials would fail too."""
 LINK_S = 30.0
-"""So long a trial that has ended waits for its run's id: an ended trial takes no more notes."""
+"""How long a finished trial waits for its run's id: once it has ended, it takes no more notes."""
 
 
 def work(
     index: int, study: str, storage: str | None = None, overrides: Sequence[str] = (), joined: bool = False
 ) -> int:
-    """A worker's life; run by submitit, by `join`, and in each process of torchrun.
+    """Take trials until none is left; run by submitit, by `join`, and in each process of torchrun.
 
     Args:
         index: among the workers that were started together.
-        storage: the study's database; None: as the environment's `STORAGE` says, where no file shows its password.
-        overrides: what differs on this machine, such as dataset.root: nothing that is computed.
-        joined: by hand, perhaps to somebody else's study.
+        storage: URL of the study's database; None: as the environment variable `STORAGE` says, where no
+            file shows its password.
+        overrides: what differs on this machine, such as dataset.root; nothing that changes what is computed.
+        joined: by hand, perhaps somebody else's study.
 
     Returns:
         0 when there was nothing left to do, 1 after `HOPELESS` failures, `PREEMPTED` after a signal.
@@ -62,7 +63,7 @@ def work(
     stop.install()
     requeue_on_signal(stop.arrived)
     if os.environ.get("RANK", "0") != "0":
-        return _follow()
+        return followers.follow()
     opened = Study.open(storage or os.environ[STORAGE], study)
     base = configuration(opened, overrides)
     if joined:
@@ -77,10 +78,10 @@ def work(
 
 
 def configuration(study: Study, overrides: Sequence[str]) -> Config:
-    """What the study's trials start from, as this machine has it. UserError: overrides that change what is computed."""
+    """Compose the study's base configuration on this machine. UserError: overrides that change what is computed."""
     with tempfile.TemporaryDirectory(prefix="asib-study-") as folder:
         file = Path(folder) / "study.yaml"
-        check_refers_to_nothing(study.facts["config"], f"study {study.name}")  # others write into its database
+        check_refers_to_nothing(study.facts["config"], f"study {study.name}")  # others write to its database
         file.write_text(study.facts["config"])
         config = compose(str(file), [*overrides])
     if config_hash(config) != study.facts["config_hash"]:
@@ -89,14 +90,14 @@ def configuration(study: Study, overrides: Sequence[str]) -> Config:
 
 
 def refuse_strange_server(study: str, uri: str | None, overrides: Sequence[str]) -> None:
-    """A study may be somebody else's: no password goes to a server that only its database names. Raises UserError."""
+    """Send no password to a server that only somebody else's study names. Raises UserError."""
     told = any(text.lstrip(" +").startswith("tracking") for text in overrides)
     if uri and uri.startswith("http") and uri != os.environ.get("MLFLOW_TRACKING_URI") and not told:
-        raise UserError(f"join={study}: its runs go to {uri}; say that yours may too: tracking.uri={uri}")
+        raise UserError(f"join={study}: its runs go to {uri}; confirm with tracking.uri={uri}")
 
 
 class Worker:
-    """What one worker keeps from trial to trial: the study, the carrier of its runs, the data (in session)."""
+    """What one worker keeps from trial to trial: the study and the carrier of its runs."""
 
     def __init__(self, study: Study, base: Config, index: int) -> None:
         from pipeline.runs.run import Run
@@ -120,25 +121,25 @@ class Worker:
         distributed.join()
         self._refuse_other_data()
         fetch_teachers(self.study.facts["teachers"], self.run_)
-        self.run_.ready()  # a server that refuses us is to cost no trial
+        self.run_.ready()  # a server that refuses us must not cost a trial
         while True:
-            with stop.between_batches():  # a claim is not to be cut in the middle
+            with stop.between_batches():  # a claim must not be cut in the middle
                 claim = None if stop() else self.study.claim(self.name)
             if stop():
                 if claim is not None:
                     claim.release()
                 return PREEMPTED
             if claim is None:
-                _tell_followers(None)
+                followers.tell(None)
                 return 0
             self._take(claim)
             if self._failures >= HOPELESS:
                 logger.error("%d trials have failed in a row: this worker leaves", self._failures)
-                _tell_followers(None)
+                followers.tell(None)
                 return 1
 
     def close(self) -> None:
-        """Let the worker's delivery bring the rest, and wait for it."""
+        """Wait until the worker's delivery process has sent the rest."""
         self.run_.close("FINISHED", "completed", 0)
 
     def _refuse_other_data(self) -> None:
@@ -147,14 +148,14 @@ class Worker:
         known, found = self.study.facts.get("data"), images(self.base).digest
         if known not in (None, found):
             raise UserError(
-                f"study {self.study.name}: its trials are trained on other data (digest {known[:12]}) than this "
+                f"study {self.study.name}: its trials train on other data (digest {known[:12]}) than this "
                 f"machine has (digest {found[:12]}); bring the same, or name it with dataset.root or dataset.path"
             )
 
     # one trial -------------------------------------------------------------------------------------------------------
 
     def _take(self, claim: Claim) -> None:
-        """Run one claim to one of its ends; only signals get out, and errors that leave other processes behind."""
+        """Run one claim to an end. Raises only on signals, and on errors that leave other processes behind."""
         self._together = False
         try:
             self._try(claim)
@@ -164,14 +165,14 @@ class Worker:
         except Interrupted:
             _release(claim)
             raise
-        except NonFinite as error:  # a result of this configuration, on which all processes agree
+        except NonFinite as error:  # a result of this configuration; all processes agree on it
             self._together = False
             logger.error("trial %d diverged: %s", claim.number, error)
             with contextlib.suppress(Taken):
                 claim.fail(str(error))
             free_memory()
-        except Exception as error:  # whatever a configuration does, the others are tried
-            if stop():  # the signal has ended a process that trains along first
+        except Exception as error:  # whatever a configuration does, the others get their turn
+            if stop():  # the signal reached another process of the group first
                 _release(claim)
                 raise Interrupted(stop()) from error
             logger.error("trial %d failed: %s", claim.number, error, exc_info=not isinstance(error, UserError))
@@ -185,20 +186,20 @@ class Worker:
     def _try(self, claim: Claim) -> None:
         from pipeline.distill.train import ALL_THREADS
 
-        # a trial goes on with the threads it began with: they decide the last bits
+        # a trial keeps the threads it began with: they decide the last bits
         threads = self.base.threads or claim.notes.get("threads") or ALL_THREADS
         config = trial_config(apply(self.base, claim.values), threads)
         digest = config_hash(config)
         claim.note(config_hash=digest)
         twin = claim.same_as(digest)
         if twin is not None:
-            logger.info("trial %d is configured as trial %d, which has ended: not run again", claim.number, twin.number)
+            logger.info("trial %d has the configuration of trial %d, and is not run again", claim.number, twin.number)
             claim.repeat(twin)
             return
         folder = self._folder(claim)
         results = finished(folder, digest)
         if results is not None:
-            self.run_.journal.child(folder)  # what the lost worker has not brought to the server
+            self.run_.journal.child(folder)  # what the lost worker did not deliver
             self._link(claim, folder)
         else:
             results = self._distil(claim, config, folder)
@@ -206,7 +207,7 @@ class Worker:
             self._complete(claim, results)
 
     def _folder(self, claim: Claim) -> Path:
-        """Where the trial's run is, or is to be; a copy of its checkpoint where a lost worker still holds it."""
+        """The folder of the trial's run; a copy of its checkpoint where a lost worker still holds the folder."""
         first = self.home / "trials" / f"{claim.origin:04d}"
         noted = Path(claim.notes.get("folder", first))
         before = noted if claim.notes.get("folder") and (noted / "journal.jsonl").exists() else first
@@ -232,9 +233,9 @@ class Worker:
         try:
             with run.nested():
                 if claim.attempt and claim.should_prune():
-                    raise Pruned(claim.reached or 0, "it was about to be pruned when its worker ended")
+                    raise Pruned(claim.reached or 0, "its worker ended while pruning it")
                 self._together = True
-                _tell_followers({"config": config.model_dump(mode="json"), "folder": str(folder)})
+                followers.tell({"config": config.model_dump(mode="json"), "folder": str(folder)})
                 results = distill.trial(run, TrialWatch(claim, self.study.sweep, folder))
                 self._together = False
         except Pruned as error:
@@ -246,13 +247,13 @@ class Worker:
         return results
 
     def _link(self, claim: Claim, folder: Path) -> None:
-        """Note the trial's MLflow run; one of seconds may end before delivery has made it."""
+        """Note the trial's MLflow run; a short trial may end before delivery has created it."""
         if self.run_.delivery is None or _note_run(claim, folder):
             return
         try:
             claim.note(run_id=self.run_.delivery.child_ready(folder, LINK_S))
         except UserError as error:
-            logger.warning("trial %d ends without its run's id: %s", claim.number, error)
+            logger.warning("trial %d ended without its run's id: %s", claim.number, error)
 
     def _complete(self, claim: Claim, results: Mapping[str, float]) -> None:
         sweep = self.study.sweep
@@ -267,7 +268,7 @@ class Worker:
 
 
 class TrialWatch:
-    """Reports a trial's epochs to the study, and says when it is pruned or another worker's."""
+    """Report a trial's epochs to the study, and tell when it is pruned or taken by another worker."""
 
     def __init__(self, claim: Claim, sweep: SweepConfig, folder: Path) -> None:
         self.reason = ""
@@ -282,7 +283,7 @@ class TrialWatch:
             if not self._linked:
                 self._linked = _note_run(self._claim, self._folder)
             value = metrics.get(self._metric) if self._metric else None
-            if value is None or not math.isfinite(value):  # a mean that one skipped step has spoilt says nothing
+            if value is None or not math.isfinite(value):  # a mean spoilt by one skipped step says nothing
                 self._claim.check()
                 return Verdict.GO_ON
             self._claim.report(value, epoch)
@@ -290,7 +291,7 @@ class TrialWatch:
                 return Verdict.GO_ON
         except Taken:
             return Verdict.LEAVE
-        self.reason = f"{self._metric} {value:.4g} was not worth more epochs to the {self._pruner} pruner"
+        self.reason = f"{self._metric} {value:.4g} was too low for the {self._pruner} pruner"
         return Verdict.PRUNE
 
     def still_ours(self) -> bool:
@@ -301,20 +302,8 @@ class TrialWatch:
         return True
 
 
-class _Silent:
-    """The watch of torchrun's other processes: they hear what the first one decides."""
-
-    reason = ""
-
-    def __call__(self, epoch: int, metrics: Mapping[str, float]) -> "Verdict":
-        raise RuntimeError("only the first process asks")
-
-    def still_ours(self) -> bool:
-        raise RuntimeError("only the first process asks")
-
-
 def trial_config(config: Config, threads: int | None) -> Config:
-    """A trial's configuration: what is computed is `config`'s; threads are stated, so that it can be repeated.
+    """A trial's configuration: it computes what `config` does, and states the threads so that it can be repeated.
 
     Trials share their teachers, and so the bank.
     """
@@ -323,10 +312,10 @@ def trial_config(config: Config, threads: int | None) -> Config:
 
 
 def finished(folder: Path, config_hash: str) -> dict[str, float] | None:
-    """Every metric's last value of a trial whose run has finished in `folder`; its worker died before it said so.
+    """The last value of every metric of a trial whose run finished in `folder` although its worker died.
 
     Args:
-        config_hash: the trial's; another's results are not taken.
+        config_hash: of the trial; results of another configuration are not taken.
     """
     from pipeline.runs import records
     from pipeline.runs.folders import ended
@@ -338,18 +327,18 @@ def finished(folder: Path, config_hash: str) -> dict[str, float] | None:
 
 
 def _release(claim: Claim) -> None:
-    with contextlib.suppress(Taken):  # its end had been written when the signal came
+    with contextlib.suppress(Taken):  # its end was written before the signal came
         claim.release()
 
 
 def _metric(results: Mapping[str, float], name: str) -> float:
     if name not in results:
-        raise UserError(f"{name} is no metric of a trial; there are {', '.join(sorted(results))}")
+        raise UserError(f"{name} is no metric of a trial; it has {', '.join(sorted(results))}")
     return results[name]
 
 
 def _note_run(claim: Claim, folder: Path) -> bool:
-    """Link the trial to its MLflow run as soon as delivery knows it; training does not wait for that."""
+    """Link the trial to its MLflow run once delivery knows it; training does not wait for it."""
     from pipeline.runs import records
 
     run_id = records.delivered_as(folder)
@@ -359,7 +348,7 @@ def _note_run(claim: Claim, folder: Path) -> bool:
 
 
 def fetch_teachers(teachers: Sequence[Mapping[str, Any]], run: "Run") -> None:
-    """Fine-tuned teachers that another machine made, brought to where `teachers.obtain` looks for them."""
+    """Fetch the teachers that another machine fine-tuned to where `teachers.obtain` looks for them."""
     for made in teachers:
         path = inside(output_dir(run.config) / "teachers", made["file"])
         if path.exists() or not made["run_id"] or run.delivery is None:
@@ -385,32 +374,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-# several processes for one trial -------------------------------------------------------------------------------------
-
-
-def _tell_followers(trial: dict[str, Any] | None) -> None:
-    """The next trial to torchrun's other processes; None: there is none."""
-    from pipeline.training import distributed
-
-    distributed.first_process_says(json.dumps(trial))
-
-
-def _follow() -> int:
-    """Trains what the first process has claimed, until there is nothing left."""
-    from pipeline.distill import distill
-    from pipeline.runs.run import Run
-    from pipeline.training import distributed
-
-    logger.setLevel(logging.ERROR)
-    distributed.join()
-    while (trial := json.loads(distributed.first_process_says(""))) is not None:
-        config = Config.model_validate(trial["config"])
-        try:
-            distill.trial(Run.follow("distill", config, Path(trial["folder"])), _Silent())
-        except Interrupted:
-            return PREEMPTED
-        except (NonFinite, Pruned, Taken):
-            continue
-    return 0

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from submitit import JobEnvironment
 
 PREEMPTED = 75
-"""What the work returns when it has left because the scheduler wants the machine back (EX_TEMPFAIL)."""
+"""The work's return value after it left because the scheduler wants the machine back (EX_TEMPFAIL)."""
 PREEMPTION = signal.SIGUSR2
-"""Comes before a preemption and before the time limit."""
+"""The signal before a preemption and before the time limit."""
 _warned = False
 
 
 def requeue_on_signal(handler: Callable[[int, FrameType | None], Any]) -> None:
-    """For the work: `handler` is called on `PREEMPTION`; its job is queued again when it then returns `PREEMPTED`.
+    """Call `handler` on `PREEMPTION`; if the work then returns `PREEMPTED`, its job is requeued.
 
-    Without a `PREEMPTION` nothing is queued again, whatever the work returns: a worker that was cancelled stays so.
+    Without a `PREEMPTION` nothing is requeued, whatever the work returns: a cancelled worker stays cancelled.
     """
 
     def arrived(number: int, frame: FrameType | None) -> None:
@@ -50,7 +50,7 @@ def enter(
         work: "module:function", called with index=`index` and the `arguments`.
         folder: of the launcher; the process writes down there who it is.
         devices: GPUs of the worker's processes, one each; empty: none. None: as the scheduler has set them.
-        requeue: whether a preempted job is to be queued again.
+        requeue: whether to requeue a preempted job.
     """
     from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment

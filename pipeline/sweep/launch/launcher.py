@@ -1,7 +1,7 @@
-"""Starts a sweep's workers, on this machine or through Slurm; says how many there are, and stops them.
+"""Start, count and stop a sweep's workers, on this machine or through Slurm.
 
-What was started is written down in the launcher's folder, so that the next launcher of the same folder, after a
-driver that was killed, counts and stops those workers too.
+The launcher's folder records what was started, so that the next launcher of the same folder, after a driver was
+killed, counts and stops those workers too.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from pipeline.sweep.launch.slurm import Slurm
 
 __all__ = ["PREEMPTED", "PREEMPTION", "ClusterConfig", "Launcher", "load", "requeue_on_signal"]
 AGAIN_S = 2.0
-"""A signal to a process that is only just starting may be lost: it is sent again."""
+"""A process that is only just starting may lose a signal: it is sent again."""
 KILL_S = 30.0
 
 
@@ -53,7 +53,7 @@ class Launcher:
 
     Args:
         folder: for logs and for what was started; reachable from the cluster's nodes.
-        workers: how many are to run at a time; cores are divided among them.
+        workers: how many run at a time; they share the cores.
 
     Example:
         >>> launcher = Launcher(load("local", {}), Path("runs/sweep/launch"), workers=2)
@@ -110,7 +110,7 @@ class Launcher:
         return [job for job, _ in begun]
 
     def started(self) -> list[Worker]:
-        """All that were ever started from this folder."""
+        """All workers ever started from this folder."""
         if not self._ledger.exists():
             return []
         found = []
@@ -122,22 +122,22 @@ class Launcher:
         return found
 
     def alive(self) -> int:
-        """Workers that wait for their start, run, or were queued again."""
+        """Number of workers that are pending, running or requeued."""
         return len(self._living(self.started()))
 
     def processes(self) -> list[dict[str, Any]]:
-        """Who the workers' processes are (pid, started, host), as each has written down."""
+        """The workers' processes (pid, started, host), as each has recorded itself."""
         found = map(read_state, sorted((self.folder / "processes").glob("*.json")))
         return [process for process in found if process is not None]
 
     def logs(self) -> list[Path]:
-        """What the workers' processes have printed, a file each, the newest last."""
+        """The logs of the workers' processes, the newest last."""
         return sorted((self.folder / "jobs").glob("*_log.out"), key=lambda p: p.stat().st_mtime)
 
     def stop(self, grace_seconds: float = 60.0) -> None:
         """End all workers: SIGTERM to the processes that work, and, for those still there after a while, SIGKILL.
 
-        Returns when none is left, or when even SIGKILL has changed nothing for half a minute.
+        Return when none is left, or half a minute after SIGKILL.
         """
         for send, seconds in ((self._backend.terminate, grace_seconds), (self._backend.kill, KILL_S)):
             end, again = time.monotonic() + seconds, 0.0

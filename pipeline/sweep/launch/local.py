@@ -17,7 +17,7 @@ from pipeline.sweep.launch.cluster import LocalCluster
 
 TEN_YEARS = 60 * 24 * 3650
 WARNING_S = 30
-"""SIGUSR2 comes so long before `timeout_minutes` is over."""
+"""SIGUSR2 comes this long before `timeout_minutes` is over."""
 
 
 class Here:
@@ -124,7 +124,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Processes started inside see these variables."""
+    """Set variables for the processes started inside."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

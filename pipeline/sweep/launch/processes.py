@@ -1,4 +1,4 @@
-"""Processes by more than their number: the system gives numbers again."""
+"""Processes identified by more than their number, which the system reuses."""
 
 import os
 import signal

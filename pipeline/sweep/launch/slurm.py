@@ -1,4 +1,4 @@
-"""Workers as jobs of a Slurm array. Without accounting submitit cannot tell their state: squeue says who is there."""
+"""Workers as jobs of a Slurm array. Without accounting submitit cannot tell their state: squeue does."""
 
 import logging
 import math
@@ -103,7 +103,7 @@ class Slurm:
         return [handle["id"] in self._present for handle in handles]
 
     def terminate(self, handles: list[dict[str, Any]]) -> None:
-        """Those that wait are cancelled; SIGTERM to the steps of the others, not to the script that waits for them."""
+        """Cancel the pending ones; send SIGTERM to the steps of the others, not to the script that waits for them."""
         ids = [handle["id"] for handle in handles]
         _run("scancel", "--quiet", "--state=PENDING", *ids)
         _run("scancel", "--quiet", "--signal=TERM", *ids)
@@ -155,7 +155,7 @@ def _own_settings_only() -> Iterator[None]:
     """Without the variables that Slurm's programs take for options, before the script's #SBATCH lines.
 
     A sweep that is itself started within a job inherits that job's size and number, and SBATCH_* of a user's profile
-    would overrule the cluster's file. SLURM_CONF stays: it says where Slurm is.
+    would overrule the cluster's file. SLURM_CONF stays: it locates Slurm.
     """
     taken = {k: v for k, v in os.environ.items() if k.startswith(INHERITED) and k != "SLURM_CONF"}
     for name in taken:
@@ -167,7 +167,7 @@ def _own_settings_only() -> Iterator[None]:
 
 
 def _run(*command: str, text: str | None = None) -> subprocess.CompletedProcess[str] | None:
-    """A command of Slurm's; None when it cannot be run or does not come back."""
+    """Run a command of Slurm; None when it cannot run or does not return."""
     try:
         with _own_settings_only():
             return subprocess.run(command, input=text, capture_output=True, text=True, timeout=TIMEOUT_S)
@@ -176,7 +176,7 @@ def _run(*command: str, text: str | None = None) -> subprocess.CompletedProcess[
 
 
 def _why(done: subprocess.CompletedProcess[str] | None) -> str:
-    """The last line that a command has complained with."""
+    """The last line of a command's complaint."""
     lines = (done.stderr or done.stdout).strip().splitlines() if done is not None else []
     lines = [line.strip() for line in lines if not line.startswith("Try ")]
     return lines[-1] if lines else f"no answer within {TIMEOUT_S:g} s"

@@ -24,7 +24,7 @@ def apply(base: Config, values: Mapping[str, Any]) -> Config:
     `base` are what is rescaled again.
 
     Raises:
-        UserError: one line that names the key and says what would do.
+        UserError: one line that names the key and what to give instead.
     """
     try:
         return validated(base, values)

@@ -1,4 +1,4 @@
-"""A sweep against the configuration that it varies: what would not do is said in one line before any trial starts."""
+"""Validate a sweep against the configuration that it varies: one line per fault, before any trial starts."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ from pipeline.sweep.space.dimensions import FloatRange, IntRange, Range
 
 logger = logging.getLogger("asib")
 COMBINATIONS = 64
-"""So many points of the space are tried on the configuration's rules, besides each key's own limits."""
+"""Points of the space that are tried against the rules between keys, besides each key's own limits."""
 RANDOM_STATE = 0
 
 METRICS = re.compile(
@@ -32,25 +32,25 @@ METRICS = re.compile(
     r"|parameters/(student|fusion)_(total|trainable)"
     r"|cost/(gmacs|seconds|updates/[ab]|(macs_per_image|forward_images)/(student|fusion|teacher_\d+))"
 )
-"""Metrics that a trial's run has."""
+"""Metrics of a trial's run."""
 USUAL = (
     *(VALIDATION, "student/acc", "synergy/acc", "train/images_per_second", "cost/gmacs", "cost/seconds"),
     *("parameters/student_total", "cost/macs_per_image/student", "cost/updates/b"),
 )
-"""Of these the one nearest to a misspelt metric is named."""
+"""Suggestions for a misspelt metric."""
 TEST_SPLIT = re.compile(
     r"test/.*|final/(acc_last|acc_val_selected|acc_best|teacher_(\d+|avg)_acc|synergy_acc|student_alone_acc)"
 )
 
 
 def check(sweep: SweepConfig, base: Config, overridden: Collection[str]) -> None:
-    """Refuse a sweep that cannot be run over `base`; what has no effect, or is not known, is logged.
+    """Refuse a sweep that cannot run over `base`; log what has no effect or is unknown.
 
     Args:
         overridden: the keys that the command line sets.
 
     Raises:
-        UserError: one line that names the key, the value and what would do.
+        UserError: one line that names the key, the value and what to give instead.
     """
     source = f"sweep={sweep.name}"
     if base.dataset.val_fraction == 0:
@@ -167,7 +167,7 @@ def _check_metrics(source: str, sweep: SweepConfig) -> None:
             near = near_miss(metric, USUAL)
             hint = f"; did you mean {near}?" if near else ""
             logger.warning(
-                "%s: %s=%s is no metric that is known: trials whose run has none fail%s", source, where, metric, hint
+                "%s: %s=%s is an unknown metric: trials whose run lacks it fail%s", source, where, metric, hint
             )
 
 
@@ -175,14 +175,14 @@ def _check_metrics(source: str, sweep: SweepConfig) -> None:
 
 
 class _Combinations:
-    """Values of the space tried on the configuration: each key's own limits first, then the rules between keys."""
+    """Points of the space tried on the configuration: each key's own limits first, then the rules between keys."""
 
     def __init__(self, source: str, sweep: SweepConfig, base: Config) -> None:
         self.source, self.space, self.base = source, sweep.space, base
         self.random = random.Random(RANDOM_STATE)
 
     def check(self) -> list[tuple[Mapping[str, Any], Config]]:
-        """Points of the space with their configurations. Raises UserError: values that no trial could have."""
+        """Return points of the space with their configurations. Raises UserError: values that no trial could have."""
         for key in self.space:
             self._check_limits(key)
         valid: list[tuple[Mapping[str, Any], Config]] = []
@@ -195,14 +195,14 @@ class _Combinations:
                 refused.append(found)
         if refused and valid:
             logger.warning(
-                "%s: %d of %d points of the space are refused, such trials fail: %s",
+                "%s: %d of %d points of the space are invalid, and such trials fail: %s",
                 self.source,
                 len(refused),
                 COMBINATIONS,
                 refused[0],
             )
         elif refused:
-            raise UserError(f"{self.source}: no point of the space would do: {refused[0]}")
+            raise UserError(f"{self.source}: no point of the space is valid: {refused[0]}")
         return valid
 
     def _check_limits(self, key: str) -> None:
@@ -228,7 +228,7 @@ class _Combinations:
         return {key: _drawn(dimension, self.random) for key, dimension in self.space.items()} | dict(fixed)
 
     def _try(self, values: Mapping[str, Any]) -> Config | str:
-        """The configuration, or why there is none."""
+        """The configuration, or why it is invalid."""
         try:
             return validated(self.base, values)
         except ValidationError as error:
@@ -265,7 +265,7 @@ def _drawn(dimension: Any, source: random.Random) -> Any:
 
 
 def _log_inactive(sweep: SweepConfig, points: Iterable[tuple[Mapping[str, Any], Config]]) -> None:
-    """A line for each key that acts at no point that was tried."""
+    """Log each key that has no effect at any point that was tried."""
     points = list(points)
     defaults = flatten(Config())
     for key in sorted(sweep.space):

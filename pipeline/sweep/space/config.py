@@ -127,7 +127,7 @@ class Objective(Part):
 
     @property
     def reported(self) -> str | None:
-        """The metric of an epoch that stands for it while the trial runs, for pruning; None: there is none."""
+        """The metric of an epoch that stands for it while the trial runs, for pruning; None without one."""
         if self.metric == VALIDATION:
             return "student/acc"
         return self.metric if self.metric.startswith("student/") else None
@@ -145,7 +145,7 @@ class Constraint(Part):
         if self.min is None and self.max is None:
             raise ValueError(f"metric={self.metric} has no bound: give min, max or both")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min={self.min} is above max={self.max}: nothing would do")
+            raise ValueError(f"min={self.min} is above max={self.max}: no value satisfies both")
         return self
 
     def violation(self, value: float) -> float:
@@ -194,7 +194,7 @@ class SweepConfig(Part):
         return self
 
     def _check_together(self) -> None:
-        """What sampler and pruner cannot do."""
+        """Refuse what sampler and pruner cannot do."""
         several = len(self.objectives) > 1
         if several and self.pruner.name != "none":
             raise ValueError(

@@ -1,6 +1,6 @@
 """The search space of a sweep: its values as Optuna sees them and as a configuration takes them, and its digest.
 
-`sweep_config` has the models, `sweep_file` reads them, `sweep_check` refuses what would not do. Needs no torch.
+config.py has the models, file.py reads them, check.py refuses what cannot run. Needs no torch.
 """
 
 import hashlib

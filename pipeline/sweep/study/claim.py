@@ -1,4 +1,4 @@
-"""One trial in the hands of one worker: its heart beats from the claim to the end that the worker gives it."""
+"""One trial held by one worker, with a heartbeat from the claim to its end."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.errors import Taken
 from pipeline.sweep.space.space import SweepConfig
 from pipeline.sweep.study.retry import ERROR, FAILED, OUTCOME, RELEASED, REPEATS, history, queue_again
-from pipeline.sweep.study.storage import Database, Lock, is_away
+from pipeline.sweep.study.storage import Database, is_away
 
 logger = logging.getLogger("asib.study")
 ERROR_LENGTH = 2000
@@ -121,7 +121,7 @@ class Claim:
     # its end ---------------------------------------------------------------------------------------------------------
 
     def complete(self, values: Sequence[float], constraints: Sequence[float] = ()) -> None:
-        """The trial's result. One that is not a number is a failure: no sampler could learn from it.
+        """Record the result. One that is not a number is a failure: no sampler could learn from it.
 
         Args:
             values: one for each objective of the sweep.
@@ -135,7 +135,7 @@ class Claim:
         self._complete([float(value) for value in values], beyond)
 
     def repeat(self, twin: FrozenTrial) -> None:
-        """End as `twin` has ended, whose configuration is the same: the same state, values and constraints."""
+        """End as `twin`, which has the same configuration, has ended: same state, values and constraints."""
         self.note(**{OUTCOME: "repeated", REPEATS: twin.number})
         if twin.state == TrialState.COMPLETE:
             self._complete(list(twin.values), list(twin.constraints.values()))
@@ -149,18 +149,18 @@ class Claim:
         self._end(end, TrialState.PRUNED)
 
     def prune(self, reason: str, epoch: int | None = None) -> None:
-        """The pruner's decision, carried out."""
+        """End it as pruned."""
         notes: dict[str, Any] = {OUTCOME: "pruned", "asib.reason": reason}
         self.note(**notes, **({} if epoch is None else {"asib.epoch": epoch}))
         self._end(lambda: self._study.tell(self.number, state=TrialState.PRUNED), TrialState.PRUNED)
 
     def fail(self, error: str) -> None:
-        """The configuration's own fault: it is not tried again, and counts towards the total."""
+        """End it as the configuration's own fault: not retried, and counted towards the total."""
         self.note(**{OUTCOME: FAILED, ERROR: error[:ERROR_LENGTH]})
         self._end(lambda: self._study.tell(self.number, state=TrialState.FAIL), TrialState.FAIL)
 
     def release(self) -> None:
-        """We have to go: the trial waits for another worker at once, and this is no crash of its."""
+        """Leave the trial to another worker at once; it does not count as a crash."""
 
         def end() -> None:
             self._study.tell(self.number, state=TrialState.FAIL)
@@ -180,12 +180,12 @@ class Claim:
         self._end(end, TrialState.COMPLETE)
 
     def _end(self, end: Callable[[], object], state: TrialState) -> None:
-        """Between our look at the state and the writing nobody may take the trial over: hence the lock."""
+        """Write the end under the lock: nobody may take the trial over between our look at its state and the write."""
         tried = False
 
         def locked() -> None:
             nonlocal tried
-            with Lock(self._database, self._study.study_name):
+            with self._database.lock(self._study.study_name):
                 present = self._database.state(self._id)
                 if tried and present == state:  # it was written, and only the answer was lost
                     return
@@ -208,10 +208,10 @@ class Claim:
         return Taken(f"trial {self.number} of {self._study.study_name} is another worker's by now")
 
     def _ignore_outage(self, error: Exception) -> None:
-        """Go on without a database that is away; anything else is an error."""
+        """Continue without a database that is away; raise anything else."""
         if not is_away(error):
             raise error
-        logger.warning("trial %d goes on without its study: %s", self.number, self._database.explain(error))
+        logger.warning("trial %d continues without its study: %s", self.number, self._database.explain(error))
 
     def _beat(self) -> None:
         while not self._ended.wait(self._sweep.heartbeat_seconds):

@@ -33,9 +33,9 @@ STATES = {
 ORDER = ("complete", "infeasible", "pruned", "running", "waiting", "failed", "retried")
 """States in the order of the table."""
 EXPLAINED = (
-    "infeasible: finished, but beyond a constraint. retried: its worker died or was stopped, and a later trial goes on "
-    "with it. last: what was reported in the last epoch that it reached. attempts: how often it was started. seconds: "
-    "of training, without evaluation."
+    "infeasible: finished, but beyond a constraint. retried: its worker died or was stopped, and a later trial "
+    "continues it. last: the value reported in the last epoch that it reached. attempts: how often it was started. "
+    "seconds: of training, without evaluation."
 )
 
 

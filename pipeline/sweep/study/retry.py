@@ -48,12 +48,12 @@ class Counts:
 
     @property
     def used(self) -> int:
-        """What counts towards the total."""
+        """Trials that count towards the total."""
         return self.complete + self.pruned + self.running + self.waiting + self.failed
 
     @property
     def ended(self) -> int:
-        """What will not run any more."""
+        """Trials that have ended for good."""
         return self.complete + self.pruned + self.failed
 
 
@@ -73,7 +73,7 @@ def count(trials: Sequence[FrozenTrial]) -> Counts:
 
 
 def requeue_stale(study: optuna.Study, rdb: RDBStorage, max_retry: int) -> list[FrozenTrial]:
-    """Fail the trials whose heartbeat has stopped, and queue again all those that are due for it; all trials then."""
+    """Fail the trials whose heartbeat has stopped, queue again those that may be retried, and return all trials."""
     optuna.storages.fail_stale_trials(study)
     # A trial's first heartbeat is written under the lock that its claim holds, and we hold it now: whoever claimed a
     # trial that has none is dead.
@@ -115,7 +115,7 @@ def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
     again.user_attrs = {key: value for key, value in again.user_attrs.items() if key not in OF_ATTEMPT}
     again.system_attrs = {k: v for k, v in again.system_attrs.items() if not k.startswith("constraints")}
     if WORKER not in trial.user_attrs:
-        # It died while its parameters were suggested: all of them are suggested anew, with the same random numbers.
+        # It died while its parameters were suggested: all are suggested again, from the same random numbers.
         again.params, again.distributions = {}, {}
         kept = ("failed_trial", "retry_history", "fixed_params", CRASHES)
         again.system_attrs = {key: again.system_attrs[key] for key in kept if key in again.system_attrs}

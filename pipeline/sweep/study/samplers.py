@@ -1,4 +1,4 @@
-"""A sweep's sampler and pruner as Optuna's; samplers are made anew for each claim, seeded by the claim's place."""
+"""A sweep's sampler and pruner as Optuna's; each claim makes its own sampler, seeded by the claim's place."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def _made(module: ModuleType, row: Row, chosen: Part, **more: Any) -> object:
 
 
 class GridPoint(BaseSampler):
-    """One point of a grid. Optuna's own grid sampler goes by trial numbers, of which retries use some up.
+    """One point of a grid. Optuna's own grid sampler goes by trial numbers, some of which go to retries.
 
     Args:
         values: of each key. seed: the order in which points are visited. place: which one this is, from 0.

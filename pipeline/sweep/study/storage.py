@@ -6,8 +6,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import optuna
@@ -19,12 +18,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from pipeline import urls
 from pipeline.errors import UserError
-from pipeline.files import acquire, release
+from pipeline.files import locked
 from pipeline.tracking.server import sqlite_file
 
 logger = logging.getLogger("asib.study")
 PATIENCE_S = 120.0
-"""How long a call waits for a database that has gone away; a trial's result is worth more than these seconds."""
+"""How long a call waits for a database that is away; a trial's result is worth more than these seconds."""
 CONNECT_S = 10
 BUSY_S = 60
 """How long SQLite waits for the writers before it."""
@@ -83,7 +82,7 @@ class Database:
                 raise UserError(f"storage={self.shown}: {error.strerror}: {self.file.parent}") from error
         try:
             self.engine = sqlalchemy.create_engine(self.url, **self._options())
-            with Lock(self, "tables"):
+            with self.lock("tables"):
                 self._refuse_others()
                 # Optuna fills in {SCHEMA_VERSION}; braces in a password or path are not for it.
                 address = self.url.replace("{", "{{").replace("}", "}}")
@@ -99,6 +98,28 @@ class Database:
     def close(self) -> None:
         """Give the connections back; more are made when they are needed."""
         self.engine.dispose()
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """One holder at a time among all processes that use the database; freed when the holder dies. Not re-entrant.
+
+        A lock file beside a SQLite file; an advisory lock on PostgreSQL, held by a transaction of its own.
+
+        Args:
+            name: of the study. With SQLite all studies of a file share one lock, as they share one writer.
+        """
+        if self.file is not None:
+            with locked(self.file.with_name(self.file.name + ".lock")):
+                yield
+            return
+        key = int.from_bytes(hashlib.sha256(f"asib study {name}".encode()).digest()[:8], "big", signed=True)
+        connection = self.engine.connect()
+        try:
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+            yield
+        finally:
+            with contextlib.suppress(SQLAlchemyError):  # the connection is gone, and the lock with it
+                connection.close()
 
     def rest(self) -> None:
         """Give idle connections to a server back: it has a hundred by default, for all workers together."""
@@ -126,7 +147,7 @@ class Database:
             pause = min(2 * pause, 5.0)
 
     def explain(self, error: BaseException) -> str:
-        """One line: the database, what it said, what would do; no password."""
+        """Explain an error in one line without a password: the database, what it said, what to do."""
         while isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ is not None:
             error = error.__cause__
         original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
@@ -141,8 +162,8 @@ class Database:
             return f"storage={self.shown}: {text}: make it with createdb"
         if "not a database" in text:
             return f"storage={self.shown}: the file is no SQLite database: name another"
-        what_would_do = "check the path" if self.file else "check the address, and that the server runs"
-        return f"storage={self.shown}: {text}: {what_would_do}"
+        hint = "check the path" if self.file else "check the address, and that the server runs"
+        return f"storage={self.shown}: {text}: {hint}"
 
     def state(self, trial_id: int) -> TrialState:
         """A trial's state as it is now."""
@@ -173,7 +194,7 @@ class Database:
         arguments: dict[str, Any] = {"connect_timeout": CONNECT_S, "application_name": "asib"}
         if "options=" not in self.url:
             arguments["options"] = SESSION
-        # One for the lock and one for what is done with it: new ones for every claim would double its time.
+        # One for the lock and one for the work under it: new ones for every claim would double its time.
         return {"pool_pre_ping": True, "pool_size": 2, "max_overflow": 3, "connect_args": arguments}
 
     def _refuse_others(self) -> None:
@@ -186,49 +207,6 @@ class Database:
 
 def _do_not_sync(connection: Any, record: object) -> None:
     connection.execute("PRAGMA synchronous = NORMAL")
-
-
-class Lock:
-    """One holder at a time among all processes that use the database; freed when the holder dies. Not re-entrant.
-
-    A lock file beside a SQLite file; an advisory lock on PostgreSQL, held by a transaction of its own.
-
-    Args:
-        name: of the study. With SQLite all studies of a file share one lock, as they share one writer.
-    """
-
-    def __init__(self, database: Database, name: str) -> None:
-        self._database, self._name = database, name
-        self._fd: int | None = None
-        self._connection: sqlalchemy.Connection | None = None
-
-    def __enter__(self) -> "Lock":
-        file = self._database.file
-        if file is not None:
-            self._fd = acquire(file.with_name(file.name + ".lock"))
-            return self
-        key = int.from_bytes(hashlib.sha256(f"asib study {self._name}".encode()).digest()[:8], "big", signed=True)
-        self._connection = self._database.engine.connect()
-        try:
-            self._connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
-        except BaseException:
-            self._release()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        if self._fd is not None:
-            release(self._fd)
-            self._fd = None
-        if self._connection is not None:
-            connection, self._connection = self._connection, None
-            with contextlib.suppress(SQLAlchemyError):  # the connection is gone, and the lock with it
-                connection.close()
 
 
 def is_away(error: BaseException) -> bool:

@@ -1,6 +1,6 @@
 """A sweep's study: the one home of Optuna. Any number of workers on any machines claim its trials, never too many.
 
-    study = Study.create(url, name, sweep, facts)      # the driver; or goes on with the one that is there
+    study = Study.create(url, name, sweep, facts)      # the driver; continues an existing one
     study = Study.open(url, name)                      # a worker
     while (claim := study.claim("worker 3")) is not None:
         claim.complete([train(claim.values)])
@@ -26,7 +26,7 @@ from pipeline.sweep.study import retry, samplers
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.front import front
 from pipeline.sweep.study.retry import ERROR, REPEATS, WORKER, Counts
-from pipeline.sweep.study.storage import Database, Lock, database_url
+from pipeline.sweep.study.storage import Database, database_url
 from pipeline.tracking.server import sqlite_file
 
 SWEEP, DIGEST = "sweep", "digest"
@@ -60,7 +60,7 @@ class Study:
 
     @classmethod
     def create(cls, url: str, name: str, sweep: SweepConfig, facts: Mapping[str, Any]) -> "Study":
-        """Make the study, or go on with the one that is there. Any number of processes may call this at once.
+        """Create the study, or continue the existing one. Any number of processes may call this at once.
 
         Args:
             facts: JSON values, kept in the study; `digest` (`space.digest`) is its identity. A study that is
@@ -71,7 +71,7 @@ class Study:
         """
         database = Database(url, create=True)
         directions = [objective.direction for objective in sweep.objectives]
-        with Lock(database, "tables"):
+        with database.lock("tables"):
             try:
                 study = optuna.create_study(storage=database.rdb, study_name=name, directions=directions)
             except optuna.exceptions.DuplicatedStudyError:
@@ -111,7 +111,7 @@ class Study:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What `create` and `note` have written, read anew."""
+        """What `create` and `note` wrote, read from the database."""
         return self._database.patiently(lambda: self.optuna.user_attrs)
 
     def note(self, **values: Any) -> None:
@@ -157,14 +157,14 @@ class Study:
         return trial if twin is None else self.trials()[twin]
 
     def last_error(self) -> str | None:
-        """What the latest trial that failed has said."""
+        """The error of the latest failed trial."""
         errors = [t.user_attrs[ERROR] for t in self.trials() if ERROR in t.user_attrs]
         return errors[-1] if errors else None
 
     # what workers and the driver do ----------------------------------------------------------------------------------
 
     def claim(self, worker: str, total: int | None = None) -> Claim | None:
-        """The next trial: one that waits to be tried again, else a new one as long as there are fewer than `total`.
+        """Claim the next trial: a waiting one, else a new one while there are fewer than `total`.
 
         Args:
             worker: a name for people; noted on the trial.
@@ -176,10 +176,10 @@ class Study:
         return self._database.patiently(lambda: self._claim(worker, total))
 
     def requeue_stale(self) -> Counts:
-        """Fail the trials of dead workers and queue them again; as every claim does. May be repeated, and may die."""
+        """Fail the trials of dead workers and queue them again, as every claim does. Safe to repeat, and to die in."""
 
         def locked() -> Counts:
-            with Lock(self._database, self.name):
+            with self._database.lock(self.name):
                 return retry.count(self._requeue_stale())
 
         return self._database.patiently(locked)
@@ -189,7 +189,7 @@ class Study:
         self._database.close()
 
     def _claim(self, worker: str, total: int | None) -> Claim | None:
-        with Lock(self._database, self.name):
+        with self._database.lock(self.name):
             trials = self._requeue_stale()
             counts = retry.count(trials)
             if counts.waiting == 0 and counts.used >= self._bound(total):
@@ -208,7 +208,7 @@ class Study:
 
     @property
     def total(self) -> int:
-        """How many trials it is to have: what the sweep says, no more than a grid has points."""
+        """Number of trials: the sweep's, at most the points of a grid."""
         return self._bound(None)
 
     def _bound(self, total: int | None) -> int:

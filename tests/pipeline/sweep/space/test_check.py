@@ -168,7 +168,7 @@ def test_keys_that_do_only_together():
 
 def test_points_that_do_not_are_counted(caplog):
     check(sweep({"method.min_cw": ranged(0.5, 2), "method.max_cw": ranged(1, 4)}), BASE, ())
-    assert "of 64 points of the space are refused, such trials fail: method.min_cw=" in caplog.text
+    assert "of 64 points of the space are invalid, and such trials fail: method.min_cw=" in caplog.text
 
 
 def test_a_space_of_which_no_point_does():
@@ -204,7 +204,7 @@ def test_a_sweep_never_looks_at_the_test_split(metric, part):
 def test_an_unknown_metric_is_a_warning(metric, hint, caplog):
     constraints = [{"metric": metric, "max": 1}]
     check(sweep({"method.tau": ranged(1, 2)}, constraints=constraints), BASE, ())
-    assert f"constraints.0.metric={metric} is no metric that is known" in caplog.text
+    assert f"constraints.0.metric={metric} is an unknown metric" in caplog.text
     assert f"did you mean {hint}?" in caplog.text
 
 
