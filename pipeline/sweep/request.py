@@ -42,13 +42,9 @@ class Plan:
     name: str
     digest: str
 
-    @property
-    def trials(self) -> int:
-        return self.sweep.trials
-
     def words(self) -> str:
         """What DRY_RUN=1 shows: the study, and the jobs that would run its trials."""
-        head = f"study {self.name} in {shown_url(self.storage)}: {self.trials} trials, {self.workers} at a time"
+        head = f"study {self.name} in {shown_url(self.storage)}: {self.sweep.trials} trials, {self.workers} at a time"
         return f"{head}\n{Launcher(self.cluster, Path(), self.workers).plan()}"
 
 

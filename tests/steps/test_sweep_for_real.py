@@ -104,6 +104,7 @@ def test_several_processes_train_a_trial_together(ready_lab: Lab, sqlite_uri: st
     finish(ready_lab, start(ready_lab, sqlite_uri, "cluster.processes_per_trial=2", trials=2))
     study = only_study(local(ready_lab))
     assert states(study) == {"COMPLETE": 2}
+    assert "left with 1 worker" in (ready_lab.folder / "driver.log").read_text(), "said after the first trial"
     found = see(sqlite_uri, run_id(parent(ready_lab)))
     for trial in study.trials:
         assert trial.value == found.children[f"trial {trial.number}"].metrics["final/val_acc", 3][0]

@@ -24,7 +24,6 @@ PREEMPTED = 75
 """The work's return value after it left because the scheduler wants the machine back (EX_TEMPFAIL)."""
 PREEMPTION = signal.SIGUSR2
 """The signal before a preemption and before the time limit."""
-_warned = False
 
 
 def requeue_on_signal(handler: Callable[[int, FrameType | None], Any]) -> None:
@@ -33,12 +32,18 @@ def requeue_on_signal(handler: Callable[[int, FrameType | None], Any]) -> None:
     Without a `PREEMPTION` nothing is requeued, whatever the work returns: a cancelled worker stays cancelled.
     """
 
-    def arrived(number: int, frame: FrameType | None) -> None:
-        global _warned
-        _warned = True
-        handler(number, frame)
+    signal.signal(PREEMPTION, _Remembering(handler))
 
-    signal.signal(PREEMPTION, arrived)
+
+class _Remembering:
+    """A handler that remembers that its signal has come."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self.handler, self.came = handler, False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        self.handler(number, frame)
 
 
 def enter(
@@ -70,7 +75,9 @@ def enter(
     write_atomically(me, json.dumps(identity(os.getpid())))
     module, _, function = work.partition(":")
     code: int = getattr(importlib.import_module(module), function)(index=index, **arguments)
-    if code == PREEMPTED and _warned and requeue and job.cluster == "slurm" and job.global_rank == 0:
+    handler = signal.getsignal(PREEMPTION)
+    warned = isinstance(handler, _Remembering) and handler.came
+    if code == PREEMPTED and warned and requeue and job.cluster == "slurm" and job.global_rank == 0:
         _requeue()
     return code
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import UserError
-from pipeline.files import read_state, warn_once
+from pipeline.files import warn_once
 from pipeline.sweep.launch.cluster import ClusterConfig, LocalCluster, SlurmCluster, load
 from pipeline.sweep.launch.entry import PREEMPTED, PREEMPTION, enter, requeue_on_signal
 from pipeline.sweep.launch.local import Here
@@ -124,15 +124,6 @@ class Launcher:
     def alive(self) -> int:
         """Number of workers that are pending, running or requeued."""
         return len(self._living(self.started()))
-
-    def processes(self) -> list[dict[str, Any]]:
-        """The workers' processes (pid, started, host), as each has recorded itself."""
-        found = map(read_state, sorted((self.folder / "processes").glob("*.json")))
-        return [process for process in found if process is not None]
-
-    def logs(self) -> list[Path]:
-        """The logs of the workers' processes, the newest last."""
-        return sorted((self.folder / "jobs").glob("*_log.out"), key=lambda p: p.stat().st_mtime)
 
     def stop(self, grace_seconds: float = 60.0) -> None:
         """End all workers: SIGTERM to the processes that work, and, for those still there after a while, SIGKILL.

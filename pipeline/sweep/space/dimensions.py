@@ -155,7 +155,6 @@ class GridValues(_Listed):
 
 
 Range = FloatRange | IntRange
-Listed = Categorical | GridValues
 Dimension = Annotated[FloatRange | IntRange | Categorical | GridValues, Field(discriminator="type")]
 
 

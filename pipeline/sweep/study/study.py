@@ -92,7 +92,7 @@ class Study:
         return cls(database, name, sweep)
 
     @staticmethod
-    def refuse_other(url: str, name: str, digest: str, sweep: SweepConfig | None = None) -> dict[str, Any]:
+    def refuse_other(url: str, name: str, digest: str) -> dict[str, Any]:
         """The study's facts, none where there is no such study yet.
 
         Raises:
@@ -103,7 +103,7 @@ class Study:
             study = _load(database, name)
             if DIGEST in study.user_attrs or study.get_trials(deepcopy=False):
                 facts = study.user_attrs
-                _refuse_other(database, name, facts, digest, sweep, {})
+                _refuse_other(database, name, facts, digest, None, {})
         database.close()
         return facts
 
@@ -163,17 +163,16 @@ class Study:
 
     # what workers and the driver do ----------------------------------------------------------------------------------
 
-    def claim(self, worker: str, total: int | None = None) -> Claim | None:
-        """Claim the next trial: a waiting one, else a new one while there are fewer than `total`.
+    def claim(self, worker: str) -> Claim | None:
+        """Claim the next trial: a waiting one, else a new one while there are fewer than `self.total`.
 
         Args:
             worker: a name for people; noted on the trial.
-            total: the sweep's `trials` by default. A grid's size bounds it too.
 
         Returns:
             None when there is nothing to do now; a trial that runs may still die, and then waits.
         """
-        return self._database.patiently(lambda: self._claim(worker, total))
+        return self._database.patiently(lambda: self._claim(worker))
 
     def requeue_stale(self) -> Counts:
         """Fail the trials of dead workers and queue them again, as every claim does. Safe to repeat, and to die in."""
@@ -188,11 +187,11 @@ class Study:
         """Give the connections back. Claims that have not ended go on without."""
         self._database.close()
 
-    def _claim(self, worker: str, total: int | None) -> Claim | None:
+    def _claim(self, worker: str) -> Claim | None:
         with self._database.lock(self.name):
             trials = self._requeue_stale()
             counts = retry.count(trials)
-            if counts.waiting == 0 and counts.used >= self._bound(total):
+            if counts.waiting == 0 and counts.used >= self.total:
                 return None
             sampler = samplers.sampler(self.sweep, _place(trials))
             trial = optuna.load_study(study_name=self.name, storage=self._cache, sampler=sampler).ask()
@@ -209,13 +208,9 @@ class Study:
     @property
     def total(self) -> int:
         """Number of trials: the sweep's, at most the points of a grid."""
-        return self._bound(None)
-
-    def _bound(self, total: int | None) -> int:
-        total = self.sweep.trials if total is None else total
         if self.sweep.sampler.name == "grid":
-            return min(total, math.prod(len(values) for values in grid(self.sweep).values()))
-        return total
+            return min(self.sweep.trials, math.prod(len(values) for values in grid(self.sweep).values()))
+        return self.sweep.trials
 
 
 def _place(trials: Sequence[FrozenTrial]) -> int:

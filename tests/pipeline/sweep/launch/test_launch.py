@@ -44,6 +44,10 @@ class Site:
         wait_for(lambda: all((self.notes / n).exists() for n in names), f"{names} of {self.logs()}")
         return [json.loads((self.notes / n).read_text()) for n in names]
 
+    def processes(self) -> list[dict[str, Any]]:
+        """Who the workers' processes are, as each has recorded itself."""
+        return [json.loads(path.read_text()) for path in sorted((self.folder / "processes").glob("*.json"))]
+
     def finish(self) -> None:
         (self.notes / "done").touch()
 
@@ -97,7 +101,7 @@ def test_workers_run_to_their_end_with_an_index_their_share_of_the_cores_and_the
         assert (worker["OMP_NUM_THREADS"], worker["PYTHONPATH"]) == (threads, str(REPOSITORY))
         assert not worker["CUDA_VISIBLE_DEVICES"]
     assert "PYTHONPATH" not in os.environ
-    assert {p["pid"] for p in launcher.processes()} == {s["pid"] for s in seen}
+    assert {p["pid"] for p in site.processes()} == {s["pid"] for s in seen}
     site.finish()
     wait_for(lambda: launcher.alive() == 0, "the workers' end")
 
@@ -173,7 +177,7 @@ def test_stop_kills_what_does_not_listen(site: Site) -> None:
     launcher = site.launcher()
     launcher.start(hold, 1, folder=str(site.notes), deaf=True)
     site.read("0.0.json")
-    (process,) = launcher.processes()
+    (process,) = site.processes()
     assert processes.lives(process)
     launcher.stop(grace_seconds=0.2)
     assert launcher.alive() == 0

@@ -42,7 +42,7 @@ def test_as_overrides_would(cfg, values):
     assert config_hash(apply(compose(cfg), values)) == _overridden(cfg, values)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=10)
 @given(
     st.fixed_dictionaries(
         {},

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pipeline.compose.groups import names
 from pipeline.errors import UserError
@@ -27,21 +26,6 @@ def refusal(folder: Path, text: str, **settings: str) -> str:
     return message
 
 
-def test_the_space_of_the_issue():
-    """`kd_ib_tau`: kd_alpha 0.1–0.9, ib_beta 1e-6–1e-2 log, tau 1–8."""
-    sweep = load("kd_ib_tau")
-    ranges = {key: (d.type, d.low, d.high, d.log) for key, d in sweep.space.items()}
-    assert ranges == {
-        "method.kd_alpha": ("float", 0.1, 0.9, False),
-        "method.ib_beta": ("float", 1e-6, 1e-2, True),
-        "method.tau": ("float", 1.0, 8.0, False),
-    }
-    assert (sweep.sampler.name, sweep.pruner.name, sweep.trials) == ("tpe", "median", 30)
-    assert [(o.metric, o.direction, o.reported) for o in sweep.objectives] == [
-        ("final/val_acc", "maximize", "student/acc")
-    ]
-
-
 @pytest.mark.parametrize("name", names("sweep"))
 def test_every_sweep_survives_json(name):
     sweep = load(name)
@@ -56,7 +40,6 @@ def test_a_file_anywhere_in_short_forms(tmp_path):
     sweep = load(written(tmp_path, text))
     assert (sweep.name, list(sweep.space)) == ("mine", ["method.student_epochs_per_stage.1"])
     assert (sweep.sampler.name, sweep.sampler.seed, sweep.pruner.name) == ("tpe", 3, "none")
-    assert (sweep.trials, sweep.max_retry, sweep.heartbeat_seconds, sweep.grace_seconds) == (30, 2, 15, 60)
 
 
 def test_1e_3_is_a_number_and_1_is_one_of_a_float_range(tmp_path):
@@ -211,10 +194,6 @@ def test_a_file_that_is_refused(tmp_path, text, message):
 def test_what_cannot_do_several_objectives(tmp_path, line):
     text = f"space: {{{TAU}}}\nobjectives: [{{metric: final/val_acc}}, {{metric: cost/gmacs}}]\n{line}"
     assert "with 2 objectives" in refusal(tmp_path, text)
-
-
-def test_yaml_itself_would_have_taken_the_second_of_a_key_twice():
-    assert yaml.safe_load("a: 1\na: 2") == {"a": 2}
 
 
 @pytest.mark.parametrize(("value", "violation"), [(5, -1), (6, 0), (8, 2), (2, 1), (float("nan"), float("inf"))])

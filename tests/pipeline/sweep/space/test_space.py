@@ -37,7 +37,7 @@ def sweep(space=SPACE, **rest) -> SweepConfig:
 @pytest.mark.filterwarnings("error")
 def test_what_is_suggested_lies_in_the_space_and_composes():
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    for _ in range(30):
+    for index in range(30):
         values = suggest(study.ask(), sweep())
         assert values["method.kd_alpha"] in (0.1, 0.3, 0.5, 0.7, 0.9)
         assert 1e-6 <= values["method.ib_beta"] <= 1e-2
@@ -45,8 +45,9 @@ def test_what_is_suggested_lies_in_the_space_and_composes():
         assert 1 <= values["method.cccp_ns"] <= 64
         assert values["method.student_epochs_per_stage"] in EPOCHS
         assert values["method.tau"] in (1, 2.5, 4)
-        overrides = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
-        assert config_hash(apply(BASE, values)) == config_hash(compose("quickstart", overrides))
+        if index % 6 == 0:  # composing takes longer
+            overrides = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
+            assert config_hash(apply(BASE, values)) == config_hash(compose("quickstart", overrides))
 
 
 @pytest.mark.filterwarnings("error")

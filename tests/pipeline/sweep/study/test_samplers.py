@@ -24,7 +24,7 @@ def run(study: Study, count: int) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize("name", ["tpe", "gp", "cmaes"])
+@pytest.mark.parametrize("name", ["tpe", pytest.param("gp", marks=pytest.mark.slow), "cmaes"])
 def test_samplers_learn_from_the_trials_before(study_url: str, name: str) -> None:
     drawn = run(Study.create(study_url, "random", sweep(), FACTS), 12)
     study = Study.create(study_url, name, sweep(sampler={"name": name, "seed": 3, "startup_trials": 4}), FACTS)

@@ -20,8 +20,8 @@ from tests.pipeline.sweep.study.studies import FACTS, age_heartbeats, die, heart
 from tests.postgres import ESCAPED, PASSWORD, PostgresServer
 
 
-def claimed(study: Study, total: int | None = None) -> Any:
-    claim = study.claim("me", total)
+def claimed(study: Study) -> Any:
+    claim = study.claim("me")
     assert claim is not None
     return claim
 
@@ -170,7 +170,7 @@ def test_study_goes_on_with_its_facts_and_new_totals(study_url: str) -> None:
     assert (opened.sweep.trials, opened.sweep.grace_seconds) == (2, 9)
     assert (opened.facts["parent_run"], opened.facts["driver_seen"]) == ("abc", 5)
     claimed(opened).complete([2.0])
-    assert opened.claim("me", total=2) is None
+    assert opened.claim("me") is None
     assert studies(study_url) == ["s"]
 
 

@@ -29,17 +29,20 @@ def alone(folder: Path, count: int) -> list[dict[str, Any]]:
     return [trial.params for trial in study.trials()]
 
 
-def test_eight_processes_run_exactly_the_trials_asked_for(study_url: str, tmp_path: Path) -> None:
-    Study.create(study_url, "s", sweep(trials=40), FACTS).close()
-    with running(8, work, study_url, "s") as workers:
+@pytest.mark.parametrize(("processes", "total"), [(3, 9), pytest.param(8, 40, marks=pytest.mark.slow)])
+def test_several_processes_run_exactly_the_trials_asked_for(
+    study_url: str, tmp_path: Path, processes: int, total: int
+) -> None:
+    Study.create(study_url, "s", sweep(trials=total), FACTS).close()
+    with running(processes, work, study_url, "s") as workers:
         for worker in workers:
             worker.join(120)
-        assert [worker.exitcode for worker in workers] == [0] * 8
+        assert [worker.exitcode for worker in workers] == [0] * processes
     trials = Study.open(study_url, "s").trials()
-    assert [trial.number for trial in trials] == list(range(40))
+    assert [trial.number for trial in trials] == list(range(total))
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
     assert [trial.value for trial in trials] == [score(trial.params) for trial in trials]
-    assert [trial.params for trial in trials] == alone(tmp_path, 40), "as one worker would have been told"
+    assert [trial.params for trial in trials] == alone(tmp_path, total), "as one worker would have been told"
 
 
 def create_and_take_one(url: str, start: Any) -> None:
@@ -49,6 +52,7 @@ def create_and_take_one(url: str, start: Any) -> None:
     claim.complete([1.0])
 
 
+@pytest.mark.slow
 def test_first_use_of_a_fresh_database_by_six_processes(study_url: str) -> None:
     with running(6, create_and_take_one, study_url, FORK.Barrier(6)) as workers:
         for worker in workers:
