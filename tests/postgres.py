@@ -123,10 +123,21 @@ def postgres_url(postgres_server: PostgresServer) -> str:
     return postgres_server.create_database()
 
 
+@pytest.fixture(scope="session")
+def studies_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with Optuna's empty tables, to be copied: making them takes as long as most tests."""
+    from pipeline.sweep.study.storage import Database
+
+    file = tmp_path_factory.mktemp("studies") / "template.db"
+    Database(f"sqlite:///{file}", create=True).close()
+    return file
+
+
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
 def study_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The one list of storages: every behaviour of studies is tested on each."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'studies.db'}"
+        copy = shutil.copy(request.getfixturevalue("studies_template"), tmp_path / "studies.db")
+        return f"sqlite:///{copy}"
     url: str = request.getfixturevalue("postgres_url")
     return url

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.sweep import driver as sweep
 from pipeline.sweep import worker
 from pipeline.sweep.study import report
 from pipeline.sweep.study.claim import Claim
+from pipeline.sweep.study.plots import draw
 from pipeline.sweep.study.study import Study
 from tests.steps.lab import (
     TEST,
@@ -78,7 +80,7 @@ def _workers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than these trials; `finished` has some."""
+    """They take longer than these trials; `finished` has one."""
     monkeypatch.setattr(report, "draw", lambda *_: ())
 
 
@@ -97,6 +99,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teachers: Path) -> Lab:
     lab = Lab(tmp_path_factory.mktemp("finished"))
     shutil.copytree(teachers, lab.runs / "teachers")
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "draw", lambda *study: islice(draw(*study), 1))
         patched.setattr(Claim, "should_prune", lambda claim: claim.number == 2)
         swept(lab, pruner={"name": "median"})
     return lab
@@ -235,6 +238,7 @@ def test_the_best_configuration_from_the_server_is_that_trial_again(lab: Lab, sq
     assert repeated.metrics["final/val_acc", 3] == [best.value]
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_never_exceeds_its_total(lab: Lab, finished: Lab) -> None:
     swept(lab, *SHORT, trials=1)
     swept(lab, *SHORT, "trials=2", trials=1)
@@ -343,6 +347,7 @@ def test_a_run_that_had_finished_when_its_worker_left_is_taken_as_it_is(
     assert all("resume" not in [entry.kind for entry in journal(folder)] for folder in trials(lab))
 
 
+@pytest.mark.slow
 def test_several_objectives_leave_a_front(lab: Lab) -> None:
     objectives = [
         {"metric": "final/val_acc", "direction": "maximize"},

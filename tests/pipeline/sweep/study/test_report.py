@@ -269,17 +269,6 @@ def test_a_picture_that_fails_is_named_in_the_log(
     assert "importances is left out: 4 finished trials, at least 5 are needed" in caplog.text
 
 
-def test_drawing_leaves_the_study_and_the_libraries_as_they_were(tmp_path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    made, before = searched(8), dict(matplotlib.rcParams)
-    trials, level, opened = made.trials, optuna.logging.get_verbosity(), plt.get_fignums()
-    report.write(made, tmp_path, sweep())
-    assert {k: v for k, v in matplotlib.rcParams.items() if k != "backend" and before[k] != v} == {}
-    assert made.trials == trials
-    assert (optuna.logging.get_verbosity(), plt.get_fignums()) == (level, opened)
-
-
 def overlaps(figure: Figure) -> list[tuple[str, str]]:
     """Texts below and above the axes, and titles, that cover one another."""
     figure.canvas.draw()
@@ -321,8 +310,15 @@ def test_pictures_can_be_read(keys: int, objectives: int, monkeypatch: pytest.Mo
     assert all("validation accuracy in %" in p.title for n, p in drawn.items() if not n.endswith("_1"))
 
 
-def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
-    report.write(searched(8), tmp_path, sweep())
+def test_the_page_needs_nothing_else_and_drawing_leaves_the_study_and_the_libraries_alone(tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    made, before = searched(8), dict(matplotlib.rcParams)
+    trials, level, opened = made.trials, optuna.logging.get_verbosity(), plt.get_fignums()
+    report.write(made, tmp_path, sweep())
+    assert {k: v for k, v in matplotlib.rcParams.items() if k != "backend" and before[k] != v} == {}
+    assert made.trials == trials
+    assert (optuna.logging.get_verbosity(), plt.get_fignums()) == (level, opened)
     page = (tmp_path / "study.html").read_text()
     assert not re.search(r"<(script|link)|(src|href)=(?!\"data:)", page)
     shown = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', page)

@@ -53,7 +53,9 @@ def create_and_take_one(url: str, start: Any) -> None:
 
 
 @pytest.mark.slow
-def test_first_use_of_a_fresh_database_by_six_processes(study_url: str) -> None:
+def test_first_use_of_a_fresh_database_by_six_processes(study_url: str, tmp_path: Path) -> None:
+    if study_url.startswith("sqlite"):  # which has its tables
+        study_url = f"sqlite:///{tmp_path / 'fresh.db'}"
     with running(6, create_and_take_one, study_url, FORK.Barrier(6)) as workers:
         for worker in workers:
             worker.join(120)
