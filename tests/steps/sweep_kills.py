@@ -128,8 +128,7 @@ class Sweep:
     # what is left ----------------------------------------------------------------------------------------------------
 
     def study(self) -> optuna.Study:
-        (name,) = optuna.get_all_study_names(self.storage)
-        return optuna.load_study(study_name=name, storage=self.storage)
+        return only_study(self.storage)
 
     def configurations(self) -> dict[int, Path]:
         """Folder of the finished run of each configuration, by the number of its first attempt."""
@@ -138,6 +137,12 @@ class Sweep:
             if trial.state == optuna.trial.TrialState.COMPLETE:
                 found[int(trial.system_attrs.get("failed_trial", trial.number))] = Path(trial.user_attrs["folder"])
         return found
+
+
+def only_study(storage: str) -> optuna.Study:
+    """The one study of a database."""
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage)
 
 
 def _wake(pid: int) -> None:

@@ -51,11 +51,6 @@ def finish(lab: Lab, driver: subprocess.Popen[bytes], seconds: float = 300) -> N
     assert driver.wait(seconds) == 0, (lab.folder / "driver.log").read_text()[-3000:]
 
 
-def only_study(storage: str) -> optuna.Study:
-    (name,) = optuna.get_all_study_names(storage)
-    return optuna.load_study(study_name=name, storage=storage)
-
-
 def states(study: optuna.Study) -> Counter[str]:
     return Counter(trial.state.name for trial in study.trials)
 
@@ -80,7 +75,7 @@ def test_nothing_is_lost_however_it_is_killed(tmp_path: Path, sqlite_template: P
 def test_four_workers_over_postgresql_make_exactly_the_trials(lab: Lab, sqlite_uri: str, postgres_url: str) -> None:
     driver = start(lab, sqlite_uri, f"storage={postgres_url}", "workers=4", trials=10)
     finish(lab, driver)
-    study = only_study(postgres_url.replace("postgresql://", "postgresql+psycopg://"))
+    study = sweep_kills.only_study(postgres_url.replace("postgresql://", "postgresql+psycopg://"))
     assert states(study) == {"COMPLETE": 10}
     found = see(sqlite_uri, run_id(parent(lab)))
     assert {child.status for child in found.children.values()} == {"FINISHED"}
@@ -93,7 +88,7 @@ def test_four_workers_over_postgresql_make_exactly_the_trials(lab: Lab, sqlite_u
 def test_two_workers_through_slurm(lab: Lab, sqlite_uri: str, slurm: Any) -> None:
     given = ["cluster=slurm", "cluster.gpus_per_node=0", "cluster.cpus_per_task=1", "cluster.time_minutes=10"]
     finish(lab, start(lab, sqlite_uri, "workers=2", *given))
-    assert states(only_study(local(lab))) == {"COMPLETE": 4}
+    assert states(sweep_kills.only_study(local(lab))) == {"COMPLETE": 4}
     found = see(sqlite_uri, run_id(parent(lab)))
     assert found.status == "FINISHED"
     assert {child.status for child in found.children.values()} == {"FINISHED"}
@@ -102,7 +97,7 @@ def test_two_workers_through_slurm(lab: Lab, sqlite_uri: str, slurm: Any) -> Non
 @pytest.mark.slow
 def test_several_processes_train_a_trial_together(ready_lab: Lab, sqlite_uri: str) -> None:
     finish(ready_lab, start(ready_lab, sqlite_uri, "cluster.processes_per_trial=2", trials=2))
-    study = only_study(local(ready_lab))
+    study = sweep_kills.only_study(local(ready_lab))
     assert states(study) == {"COMPLETE": 2}
     assert "left with 1 worker" in (ready_lab.folder / "driver.log").read_text(), "said after the first trial"
     found = see(sqlite_uri, run_id(parent(ready_lab)))
@@ -139,7 +134,7 @@ def test_what_a_dead_machine_left_running_is_reaped_and_goes_on(ready_lab: Lab, 
 
     until(reaped, 60)
     finish(lab, start(lab, sqlite_uri, epochs))
-    assert states(only_study(local(lab))) == {"COMPLETE": 4, "FAIL": 1}
+    assert states(sweep_kills.only_study(local(lab))) == {"COMPLETE": 4, "FAIL": 1}
     found = see(sqlite_uri, run_id(parent(lab)))
     assert {run.status for run in (found, *found.children.values())} == {"FINISHED"}
     assert {len(values) for run in found.children.values() for values in run.metrics.values()} == {1}
@@ -159,7 +154,7 @@ def test_another_machine_joins_and_continues_from_the_server_alone(
     assert stopped.code == 143, stopped.err
     folder = parent(lab)
     before = points(folder / "trials/0000")
-    sweep_run, study = run_id(folder), only_study(storage.removeprefix("storage="))
+    sweep_run, study = run_id(folder), sweep_kills.only_study(storage.removeprefix("storage="))
     shutil.move(folder, lab.folder / "gone")
 
     elsewhere = lab.folder / "elsewhere"

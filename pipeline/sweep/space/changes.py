@@ -19,7 +19,7 @@ def apply(base: Config, values: Mapping[str, Any]) -> Config:
     """`base` with the values of dotted keys, validated; keys lead into lists too (`model.teachers.0.name`).
 
     A list replaces a list, a group of keys is merged into the group, and distillation widths that only followed from
-    the student follow from the new one. It depends on nothing but the two arguments' values, so that every worker of a
+    the student follow from the new one. It depends only on the two arguments' values, so that every worker of a
     study makes the same configuration, whichever way `base` came to it; weights that `renorm_ce_kd` has rescaled in
     `base` are what is rescaled again.
 

@@ -133,7 +133,7 @@ class Intermediate:
 
     Args:
         words: what is reported.
-        states: trial -> state. best: the best trial, None where there is none.
+        states: trial -> state. best: the best trial's number, if any.
     """
 
     def __init__(self, words: str, states: dict[int, TrialState], best: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What the driver says of the time that is left: from what the study has recorded."""
+"""The time left, as the driver estimates it from the trials that the study has recorded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.sweep.study.retry import REPEATS
 
 
 def trial(seconds: float, state: TrialState = TrialState.COMPLETE, **notes: int) -> FrozenTrial:
-    """One that took so long."""
+    """A trial that took that many seconds."""
     made = create_trial(state=state, value=1.0 if state == TrialState.COMPLETE else None, user_attrs=notes)
     made.datetime_start = datetime(2026, 1, 1)
     made.datetime_complete = made.datetime_start + timedelta(seconds=seconds)

@@ -40,6 +40,7 @@ from tests.steps.lab import (
     see,
     write_npz,
 )
+from tests.steps.sweep_kills import only_study
 
 VAL = TRAIN // 5  # the lab's dataset.val_fraction
 SHORT = ("method.num_stages=1", "method.student_epochs_per_stage=[1]")  # half a trial, where its length does not matter
@@ -128,9 +129,7 @@ def space(lab: Lab, **changes: Any) -> str:
 
 
 def study(lab: Lab) -> optuna.Study:
-    storage = f"sqlite:///{lab.runs / 'studies.db'}"
-    (name,) = optuna.get_all_study_names(storage)
-    return optuna.load_study(study_name=name, storage=storage)
+    return only_study(f"sqlite:///{lab.runs / 'studies.db'}")
 
 
 def states(lab: Lab) -> list[str]:

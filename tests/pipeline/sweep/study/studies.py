@@ -59,7 +59,7 @@ def work(url: str, name: str, seconds: float = 0.0) -> None:
 
 @contextmanager
 def running(count: int, target: Callable[..., None], *arguments: Any) -> Iterator[list[BaseProcess]]:
-    """So many processes; all gone afterwards."""
+    """Run `count` processes; all are gone afterwards."""
     processes: list[BaseProcess] = [FORK.Process(target=target, args=arguments) for _ in range(count)]
     for process in processes:
         process.start()

@@ -1,4 +1,4 @@
-"""Studies on SQLite and PostgreSQL: claims and their ends, what is best, who may go on with what."""
+"""Studies on SQLite and PostgreSQL: claims and their ends, what is best, who may continue what."""
 
 import os
 import sqlite3
