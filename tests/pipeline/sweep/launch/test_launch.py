@@ -106,6 +106,7 @@ def test_workers_run_to_their_end_with_an_index_their_share_of_the_cores_and_the
     wait_for(lambda: launcher.alive() == 0, "the workers' end")
 
 
+@pytest.mark.slow
 def test_stop_brings_sigterm_to_the_work_and_waits_for_it(backend: str, site: Site) -> None:
     launcher = site.launcher(backend, 2)
     launcher.start(hold, 2, folder=str(site.notes))
