@@ -30,7 +30,8 @@ from pipeline.data.sources import CIFAR100, ImageData
 from pipeline.distill import train
 from pipeline.errors import Pruned
 from pipeline.journal import NullJournal
-from pipeline.training.loop import Loop, Precision
+from pipeline.training.loop import Loop
+from pipeline.training.optim import Precision
 
 SIZES = (10_000, 50_000, 200_000, 1_000_000)
 REFERENCE = 50_000

@@ -19,7 +19,7 @@ from benchmarks.steps.cases import Case
 from benchmarks.steps.clock import Window, algorithms
 from models.features import FeatureNet
 from pipeline.config import Config
-from pipeline.training.methods.asib import schedules
+from pipeline.training import optim
 from pipeline.training.methods.asib.fusion import Fusion
 
 KINDS = ("eager", "folded", "compiled")
@@ -61,13 +61,13 @@ class Limit:
         self.networks |= {f"teacher_{k}": net for k, net in enumerate(frozen)}
         o = config.optim
         self.optimizers = {
-            "b": schedules.optimizer(o.optimizer, [(student_net, o.student_lr)], o.student_weight_decay, o.momentum)
+            "b": optim.optimizer(o.optimizer, [(student_net, o.student_lr)], o.student_weight_decay, o.momentum)
         }
         fused = len(teachers) > 1
         if fused:
             fusion = Fusion(config.method, [t.feature_dim for t in teachers], student.feature_dim, classes).to(device)
             self.networks["fusion"] = fusion
-            self.optimizers["a"] = schedules.optimizer(
+            self.optimizers["a"] = optim.optimizer(
                 o.a_step_optimizer, [(fusion, o.a_step_lr)], o.a_step_weight_decay, o.momentum
             )
             self.eps = torch.randn(case.batch, fusion.width, device=device)

@@ -21,8 +21,10 @@ from pipeline.distill import networks, teachers, train
 from pipeline.errors import Pruned
 from pipeline.runs.run import Run
 from pipeline.training.checkpoint import Copy, Saved, Slots
-from pipeline.training.loop import Epoch, Loop, Precision, Verdict
+from pipeline.training.loop import Loop, Verdict
 from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.optim import Precision
+from pipeline.training.phases import Epoch
 
 
 class ClockedDistillation(Distillation):

@@ -27,7 +27,7 @@ from pipeline.runs.folders import STUDENT, ended, folders_with, header_of
 from pipeline.runs.run import Run, tracking_uri
 from pipeline.training.bank.policy import bank_use
 from pipeline.training.compiling import check_device, compiles
-from pipeline.training.loop import Precision
+from pipeline.training.optim import Precision
 
 logger = logging.getLogger("asib")
 

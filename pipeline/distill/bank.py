@@ -13,8 +13,8 @@ from pipeline.training import distributed
 from pipeline.training.bank.cache import BankCache
 from pipeline.training.bank.lookup import BankedTeachers
 from pipeline.training.bank.policy import bank_use
-from pipeline.training.loop import Precision
 from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.optim import Precision
 
 logger = logging.getLogger("asib")
 

@@ -6,7 +6,8 @@ import torch
 
 from pipeline.data.sources import ImageData
 from pipeline.training import costs
-from pipeline.training.methods.asib.task import Distillation, query_width
+from pipeline.training.methods.asib.fusion import query_width
+from pipeline.training.methods.asib.task import Distillation
 
 
 def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]) -> dict[str, float]:

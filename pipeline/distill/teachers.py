@@ -24,8 +24,8 @@ from pipeline.files import read_state, write_atomically
 from pipeline.paths import REPOSITORY
 from pipeline.runs.run import Run
 from pipeline.training import distributed
-from pipeline.training.methods.asib.fusion import Fusion
-from pipeline.training.methods.asib.task import check_student, query_width
+from pipeline.training.methods.asib.fusion import Fusion, query_width
+from pipeline.training.methods.asib.task import check_student
 from pipeline.training.methods.finetune import FineTuning
 
 logger = logging.getLogger("asib")

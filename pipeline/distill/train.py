@@ -24,7 +24,9 @@ from pipeline.runs.step import stop
 from pipeline.training import distributed
 from pipeline.training.checkpoint import pack, require_space, unpack
 from pipeline.training.compiling import compiles
-from pipeline.training.loop import Loop, Precision, Task, Watch
+from pipeline.training.loop import Loop, Watch
+from pipeline.training.optim import Precision
+from pipeline.training.phases import Task
 
 logger = logging.getLogger("asib")
 ALL_THREADS = torch.get_num_threads()

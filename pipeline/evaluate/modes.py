@@ -22,9 +22,10 @@ from pipeline.evaluate import fusions
 from pipeline.evaluate.request import Request
 from pipeline.evaluate.source import Source, check_fits, find
 from pipeline.runs.run import Run
-from pipeline.training.evaluation import average_probabilities, outputs, synergy_logits
+from pipeline.training.evaluation import outputs
 from pipeline.training.methods.asib import targets
 from pipeline.training.methods.asib.fusion import Fusion
+from pipeline.training.methods.asib.monitor import synergy_logits
 from pipeline.training.methods.asib.task import query_width
 
 logger = logging.getLogger("asib")
@@ -139,7 +140,9 @@ class Subject:
         ]
         members = [out.logits.cpu() for out in seen]
         if self.mode == "average":
-            return Answers(_log(average_probabilities(seen, method.averaging_weights)).cpu(), members)
+            return Answers(
+                _log(targets.averaged([s.logits for s in seen], method.averaging_weights, tau=1.0)).cpu(), members
+            )
         if self.fusion is not None and method.learnable_q:
             return Answers(synergy_logits(self.fusion, None, seen).cpu(), members)
         # the model's own preprocessing, whatever statistics this data has

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from models.features import FeatureNet
 from pipeline.data.batches import EvalBatches
-from pipeline.training.methods.asib import targets
-from pipeline.training.methods.asib.fusion import Fusion
 from pipeline.training.nonfinite import require_finite
 
 
@@ -63,39 +61,3 @@ def nll(logits: Tensor, y: Tensor, name: str = "network") -> float:
     loss = F.cross_entropy(logits.float(), y)
     require_finite(loss[None], name, "mean losses")
     return loss.item()
-
-
-@torch.no_grad()
-def synergy_logits(
-    fusion: Fusion, query: Tensor | None, teachers: list[Outputs], chosen: tuple[int, ...] | None = None
-) -> Tensor:
-    """z_syn (n, N) on the mean path from networks' outputs on a split; the fusion's mode is restored.
-
-    Args:
-        query: the student's feat_2d (n, C); None with a learned query.
-        teachers: every teacher's outputs on the same split.
-        chosen: indices of the teachers to fuse; None: all.
-
-    Raises:
-        NonFinite: the logits are not all finite.
-    """
-    mode = fusion.training
-    fusion.eval()
-    try:
-        picked = [teachers[k].feat_2d for k in (range(len(teachers)) if chosen is None else chosen)]
-        with torch.autocast(picked[0].device.type, enabled=False):
-            parts = []
-            for i in range(0, len(picked[0]), 1000):
-                rows = slice(i, i + 1000)
-                part = fusion(None if query is None else query[rows], [f[rows] for f in picked], teachers=chosen)
-                parts.append(part.logits)
-        logits = torch.cat(parts)
-        require_finite(logits, "synergy")
-        return logits
-    finally:
-        fusion.train(mode)
-
-
-def average_probabilities(teachers: list[Outputs], weights: list[float] | None) -> Tensor:
-    """p_avg (n, N) of the teachers at temperature 1."""
-    return targets.averaged([t.logits for t in teachers], weights, tau=1.0)

@@ -6,84 +6,23 @@ networks, objectives and what happens between epochs.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
-from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pipeline.config import OptimConfig
-from pipeline.data.augmentations import MixKind
-from pipeline.data.batches import EpochDraws, TrainBatches
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken
 from pipeline.journal import CheckpointRecorder
 from pipeline.training import distributed
 from pipeline.training.allocator import keep_freed_memory
 from pipeline.training.checkpoint import Slots
-from pipeline.training.costs import Costs
 from pipeline.training.nonfinite import Kept, statistics, update_average
-from pipeline.training.objective import Moment, Objective
-
-
-class Epoch(NamedTuple):
-    """One epoch of the plan."""
-
-    phase: str
-    stage: int
-    in_stage: int
-    in_phase: int
-    """a, b, or the fine-tuning epoch: the counter that random streams and schedules go by."""
-    overall: int
-    """e: the step under which its metrics are logged."""
-    first: bool
-    last: bool
-
-
-@dataclass
-class Phase:
-    """One kind of update: what is optimised, how, and the name of its metrics."""
-
-    metrics: str
-    objective: Objective
-    optimizer: Optimizer
-    scheduler: Scheduler
-    mix: MixKind | None = None
-    mix_alpha: float = 0.0
-    repeats: int = 1
-    """Updates per batch."""
-    clip: float = 0.0
-    """Bound of the gradient's norm; 0: none."""
-
-
-class Task(Protocol):
-    """What the loop drives."""
-
-    plan: list[Epoch]
-    phases: dict[str, Phase]
-    batches: TrainBatches
-    optim: OptimConfig
-    costs: Costs
-
-    def begin_phase(self, epoch: Epoch) -> None:
-        """Before the first batch of a phase; what it decides is part of the state."""
-
-    def begin_epoch(self, epoch: Epoch) -> None:
-        """Before every epoch, also when it is continued: sets what follows from the counters and the state."""
-
-    def end_epoch(self, epoch: Epoch) -> dict[str, float]:
-        """After the last batch of an epoch: evaluates, and returns metrics."""
-
-    def draws(self, epoch: Epoch) -> EpochDraws:
-        """All random numbers of an epoch's images."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+from pipeline.training.objective import Moment
+from pipeline.training.optim import Precision, restore_optimizer, update
+from pipeline.training.phases import Epoch, Phase, Task
 
 
 class Watch(Protocol):
@@ -106,73 +45,6 @@ class Verdict(IntEnum):
     PRUNE = 1
     LEAVE = 2
     """Another worker has the trial: nothing more may be written."""
-
-
-class Precision:
-    """Autocast and, for float16, the gradient scaler (docs/method.md section 5)."""
-
-    def __init__(self, optim: OptimConfig, device: torch.device) -> None:
-        self.device = device
-        self.dtype = getattr(torch, optim.amp_dtype) if optim.use_amp else None
-        self.scaler = (
-            torch.amp.GradScaler(device.type, init_scale=optim.grad_scaler_init_scale)
-            if self.dtype is torch.float16
-            else None
-        )
-
-    @property
-    def name(self) -> str:
-        """The type actually used, as it enters a result's identity."""
-        return "float32" if self.dtype is None else str(self.dtype).removeprefix("torch.")
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
-
-
-def update(phase: Phase, loss: Tensor, precision: Precision, kept: Kept | None = None) -> Tensor:
-    """One optimiser update; a non-finite one is skipped. Returns whether it was, as a tensor: nothing synchronises.
-
-    Args:
-        kept: what the forward pass has changed beside; as it was before, where the update is skipped.
-    """
-    optimizer = phase.optimizer
-    optimizer.zero_grad(set_to_none=True)
-    if precision.scaler is None:
-        loss.backward()
-    else:
-        precision.scaler.scale(loss).backward()
-        precision.scaler.unscale_(optimizer)
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if phase.clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(
-            [p for group in optimizer.param_groups for p in group["params"]], phase.clip, norm
-        )
-    bad = ~torch.isfinite(norm) | ~torch.isfinite(loss.detach())
-    if kept is not None:
-        bad = bad | kept.broken()
-    if distributed.world().size > 1:  # all skip it, or none
-        bad = distributed.total(bad.float()) > 0
-    # fused optimisers leave the weights alone where found_inf is 1, as they do for GradScaler
-    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-    optimizer.step()
-    if precision.scaler is not None:
-        precision.scaler.update()
-    if kept is not None and (bad.is_cuda or bad):  # on a GPU nobody waits for the answer
-        kept.put_back(bad)
-    return bad
-
-
-def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load a state; its moments take their parameters' memory format, which a checkpoint does not keep.
-
-    Fused kernels walk parameters and moments side by side in memory: in another order they would be paired wrongly.
-    """
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class Sums:

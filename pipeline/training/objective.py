@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.freeze import Frozen
 from pipeline.data.batches import Batch, Known, Seen
-from pipeline.training import clamps, distributed
-from pipeline.training.losses import cross_entropy
+from pipeline.training import distributed
+from pipeline.training.losses import clamp_loss, cross_entropy
 
 
 class Moment(NamedTuple):
@@ -67,7 +67,7 @@ class Objective(TrainingTask):
 
     def clamp(self, loss: Tensor, bound: float, mode: str) -> Tensor:
         """The bounded loss; the bound acts on the loss of the global batch."""
-        return clamps.clamp_loss(loss, bound, mode, distributed.mean(loss))
+        return clamp_loss(loss, bound, mode, distributed.mean(loss))
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
         """The epoch's means of all terms, as they are logged."""

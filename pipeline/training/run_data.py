@@ -15,7 +15,7 @@ from pipeline.data.sources import ImageData
 from pipeline.data.splits import split
 from pipeline.training import distributed
 from pipeline.training.checkpoint import cpu_copy
-from pipeline.training.loop import Epoch, Phase
+from pipeline.training.phases import Epoch, Phase
 from pipeline.training.rng import Streams
 
 logger = logging.getLogger("asib")

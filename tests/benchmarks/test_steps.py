@@ -18,7 +18,8 @@ from benchmarks.steps.limit import KINDS, Limit
 from benchmarks.steps.ours import ClockedDistillation, OneEpoch
 from pipeline.errors import Pruned
 from pipeline.journal import NullJournal
-from pipeline.training.loop import Loop, Precision
+from pipeline.training.loop import Loop
+from pipeline.training.optim import Precision
 from tests.page_faults import PAGES, printed_by
 from tests.pipeline.training.builders import config, image_data, networks
 

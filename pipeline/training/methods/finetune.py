@@ -9,13 +9,12 @@ from models.features import FeatureNet
 from pipeline.config import Config
 from pipeline.data.batches import EpochDraws, EvalBatches
 from pipeline.data.sources import ImageData
-from pipeline.training import distributed
+from pipeline.training import distributed, optim
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.costs import Costs
 from pipeline.training.evaluation import accuracy, nll, outputs
-from pipeline.training.loop import Epoch, Phase
-from pipeline.training.methods.asib import schedules
 from pipeline.training.methods.cross_entropy import CrossEntropy
+from pipeline.training.phases import Epoch, Phase
 from pipeline.training.rng import Streams
 from pipeline.training.run_data import RunData, Selection, prepare
 
@@ -30,14 +29,14 @@ class FineTuning:
         self.data = RunData(config, data, device)
         self.batches = self.data.train
         self.streams = Streams(f.seed)
-        optimizer = schedules.optimizer(f.optimizer, [(net, f.lr)], f.weight_decay, config.optim.momentum)
+        optimizer = optim.optimizer(f.optimizer, [(net, f.lr)], f.weight_decay, config.optim.momentum)
         self.costs = Costs({"teacher": net})
         self.phases = {
             "finetune": Phase(
                 "finetune",
                 CrossEntropy(net, f.label_smoothing, self.streams, device),
                 optimizer,
-                schedules.lr_schedule(optimizer, f.schedule, f.epochs, len(self.batches)),
+                optim.lr_schedule(optimizer, f.schedule, f.epochs, len(self.batches)),
                 mix="cutmix" if f.cutmix_alpha > 0 else None,
                 mix_alpha=f.cutmix_alpha,
             )

@@ -36,9 +36,9 @@ from pipeline.journal import read_entries
 from pipeline.runs import git
 from pipeline.runs.run import Run
 from pipeline.training.evaluation import outputs
-from pipeline.training.loop import Precision
 from pipeline.training.methods.asib import monitor
 from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.optim import Precision
 from tests.pipeline.training.builders import (
     CPU,
     Calls,

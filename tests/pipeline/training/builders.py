@@ -19,9 +19,11 @@ from pipeline.data.sources import ImageData
 from pipeline.errors import Interrupted
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Slots
-from pipeline.training.loop import Loop, Precision, Task
+from pipeline.training.loop import Loop
 from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.methods.finetune import FineTuning
+from pipeline.training.optim import Precision
+from pipeline.training.phases import Task
 
 CPU = torch.device("cpu")
 CLASSES = 4

@@ -11,10 +11,11 @@ from pipeline.errors import UserError
 from pipeline.journal import NullJournal
 from pipeline.training.compiling import LONG, check_device, compiles
 from pipeline.training.evaluation import outputs
-from pipeline.training.loop import Loop, Precision
+from pipeline.training.loop import Loop
 from pipeline.training.methods.asib import task as stages
 from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.objective import Moment
+from pipeline.training.optim import Precision
 from tests.pipeline.training.builders import CPU, config, distillation, image_data
 
 ROUNDING = 1e-5

@@ -14,10 +14,11 @@ from torch import nn
 
 from pipeline.config import OptimConfig
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken, UserError
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, optim
 from pipeline.training.checkpoint import Slots, unpack
-from pipeline.training.loop import Phase, Precision, Sums, Verdict, restore_optimizer, update
-from pipeline.training.methods.asib import schedules
+from pipeline.training.loop import Sums, Verdict
+from pipeline.training.optim import Precision, restore_optimizer, update
+from pipeline.training.phases import Phase
 from tests.pipeline.training.builders import (
     CPU,
     HeldUp,
@@ -39,7 +40,7 @@ def phase_for(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = nn.Linear(3, 2)
-    optimizer = schedules.optimizer(name, [(module, lr)], decay, momentum)
+    optimizer = optim.optimizer(name, [(module, lr)], decay, momentum)
     return module, Phase("x", None, optimizer, None)  # type: ignore[arg-type]
 
 
@@ -357,11 +358,11 @@ def test_restored_moments_have_the_memory_format_of_their_parameters(name: str) 
         optimizer.step()
 
     straight = conv()
-    optimizer = schedules.optimizer(name, [(straight, 0.1)], 0.0, 0.9)
+    optimizer = optim.optimizer(name, [(straight, 0.1)], 0.0, 0.9)
     for n in range(4):
         step(straight, optimizer, n)
     first = conv()
-    optimizer = schedules.optimizer(name, [(first, 0.1)], 0.0, 0.9)
+    optimizer = optim.optimizer(name, [(first, 0.1)], 0.0, 0.9)
     for n in range(2):
         step(first, optimizer, n)
     state = optimizer.state_dict()
@@ -371,7 +372,7 @@ def test_restored_moments_have_the_memory_format_of_their_parameters(name: str) 
     }
     second = conv()
     second.load_state_dict(first.state_dict())
-    optimizer = schedules.optimizer(name, [(second, 0.1)], 0.0, 0.9)
+    optimizer = optim.optimizer(name, [(second, 0.1)], 0.0, 0.9)
     restore_optimizer(optimizer, state)
     for n in range(2, 4):
         step(second, optimizer, n)

@@ -9,8 +9,8 @@ from torch import Tensor
 from models.features import FeatureNet
 from pipeline.config import MethodConfig
 from pipeline.data.batches import Batch, Known, taken
-from pipeline.training import clamps, distributed, losses
-from pipeline.training.methods.asib import samples, targets
+from pipeline.training import distributed, losses
+from pipeline.training.methods.asib import targets
 from pipeline.training.methods.asib.fusion import Fusion
 from pipeline.training.objective import Moment, Objective, batch_mean, mixed_cross_entropy
 from pipeline.training.rng import Streams
@@ -113,7 +113,7 @@ class BStep(Objective):
             if m.use_ib:
                 found["cw"] = losses.certainty_weights(fused.logvar, m.min_cw, m.max_cw)
         if m.use_disagree_weight:
-            found["weight"] = samples.disagreement_weight(
+            found["weight"] = targets.disagreement_weight(
                 logits, y, m.disagree_mode, m.disagree_lambda_high, m.disagree_lambda_low
             )
         return found
@@ -144,7 +144,7 @@ class BStep(Objective):
             return torch.arange(batch.global_size, device=logits.device)
         confidence = F.softmax(logits.float(), dim=1).amax(dim=1)
         everyone = distributed.gather_rows(confidence, batch.first_row, batch.global_size)
-        return samples.select(everyone, m.kd_sample_thr, m.kd_sample_min_ratio, m.kd_sample_max_ratio)
+        return targets.select(everyone, m.kd_sample_thr, m.kd_sample_min_ratio, m.kd_sample_max_ratio)
 
     def _query(self, x: Tensor, features: Tensor | None) -> Tensor | None:
         """The student's query for images x: the training pass's own features, or one eval-mode forward."""
@@ -313,19 +313,19 @@ class BStep(Objective):
         m, w = self.method, self.weights
         omega = lesson.get("weight", torch.ones_like(distilled))
         if "sure" in lesson:
-            omega = omega * samples.uncertainty_weight(lesson["sure"], m.kd_uncertainty_weight)
+            omega = omega * targets.uncertainty_weight(lesson["sure"], m.kd_uncertainty_weight)
         total = torch.zeros((), device=logits.device)
         if "p" in lesson:
             counted = distilled * omega * lesson.get("guard", torch.ones_like(distilled))
             out["kd"] = batch_mean(counted * self._divergence(logits, lesson, batch), batch)
             term = w.scale * m.kd_alpha * out["kd"]
             if w.ratio is not None:
-                factor = clamps.ratio_factor(distributed.mean(term), distributed.mean(ce), w.ratio)
+                factor = losses.ratio_factor(distributed.mean(term), distributed.mean(ce), w.ratio)
                 out["kd_clamped"] = (factor < 1).float()
                 term = term * factor
             total = total + term
             got = (distilled > 0).float()
-            out["target_entropy"] = batch_mean(got * samples.entropy(lesson["p"]), batch)
+            out["target_entropy"] = batch_mean(got * targets.entropy(lesson["p"]), batch)
             out["sample_gate"] = batch_mean(got, batch)
             if "guard" in lesson:
                 out["label_guard"] = batch_mean(got * (lesson["guard"] == 0).float(), batch)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.adapter import DistillationAdapter
+from models.features import FeatureNet
 from models.ib_mbm import IBMBM, SynergyHead
 from pipeline.config import MethodConfig
 from pipeline.errors import UserError
@@ -17,6 +18,11 @@ class Synergy(NamedTuple):
     logits: Tensor
     mu: Tensor
     logvar: Tensor
+
+
+def query_width(method: MethodConfig, student: FeatureNet) -> int:
+    """The width of the student's feature that queries the fusion."""
+    return method.distill_out_dim if method.ib_mbm_query_key == "distill_feat" else student.feature_dim
 
 
 class Fusion(nn.Module):

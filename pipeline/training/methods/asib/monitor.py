@@ -2,18 +2,91 @@
 fusion of an A-step (docs/method.md section 3).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.features import FeatureNet
 from pipeline.config import MethodConfig
+from pipeline.config.rules import gate_offset
 from pipeline.training import distributed
 from pipeline.training.checkpoint import cpu_copy
-from pipeline.training.evaluation import Outputs, accuracy, average_probabilities, outputs, synergy_logits
-from pipeline.training.methods.asib import synergy_gate, targets
+from pipeline.training.evaluation import Outputs, accuracy, outputs
+from pipeline.training.methods.asib import targets
 from pipeline.training.methods.asib.fusion import Fusion
+from pipeline.training.nonfinite import require_finite
 from pipeline.training.run_data import RunData
+
+
+@torch.no_grad()
+def synergy_logits(
+    fusion: Fusion, query: Tensor | None, teachers: list[Outputs], chosen: tuple[int, ...] | None = None
+) -> Tensor:
+    """z_syn (n, N) on the mean path from networks' outputs on a split; the fusion's mode is restored.
+
+    Args:
+        query: the student's feat_2d (n, C); None with a learned query.
+        teachers: every teacher's outputs on the same split.
+        chosen: indices of the teachers to fuse; None: all.
+
+    Raises:
+        NonFinite: the logits are not all finite.
+    """
+    mode = fusion.training
+    fusion.eval()
+    try:
+        picked = [teachers[k].feat_2d for k in (range(len(teachers)) if chosen is None else chosen)]
+        with torch.autocast(picked[0].device.type, enabled=False):
+            parts = []
+            for i in range(0, len(picked[0]), 1000):
+                rows = slice(i, i + 1000)
+                part = fusion(None if query is None else query[rows], [f[rows] for f in picked], teachers=chosen)
+                parts.append(part.logits)
+        logits = torch.cat(parts)
+        require_finite(logits, "synergy")
+        return logits
+    finally:
+        fusion.train(mode)
+
+
+@dataclass
+class SynergyAccuracy:
+    """What is known of the synergy's accuracy, in percent.
+
+    `current` belongs to the weights in use; `ema` is smoothed, ema <- alpha ema + (1 - alpha) acc, and starts at the
+    first value; epochs without evaluation leave it alone.
+    """
+
+    alpha: float
+    current: float | None = None
+    ema: float | None = None
+
+    def update(self, accuracy: float) -> None:
+        self.current = accuracy
+        self.ema = accuracy if self.ema is None else self.alpha * self.ema + (1 - self.alpha) * accuracy
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"current": self.current, "ema": self.ema}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.current, self.ema = state["current"], state["ema"]
+
+
+def threshold(setting: float | str, average_accuracy: float) -> float:
+    """The gate's threshold in percent: a fraction, or relative to the averaged teachers (`avg-0.02`).
+
+    Args:
+        average_accuracy: of the averaged teachers, in percent, on the same split.
+    """
+    offset = gate_offset(setting)
+    return 100.0 * float(setting) if offset is None else average_accuracy + 100.0 * offset
+
+
+def is_open(accuracy: float | None, threshold: float) -> bool:
+    """Open iff the accuracy is known, above 0 and at least the threshold."""
+    return accuracy is not None and accuracy > 0 and accuracy >= threshold
 
 
 class Monitor:
@@ -21,7 +94,7 @@ class Monitor:
 
     def __init__(self, method: MethodConfig, data: RunData, teachers: list[FeatureNet], fusion: Fusion | None) -> None:
         self.method, self.data, self.teachers, self.fusion = method, data, teachers, fusion
-        self.known = synergy_gate.SynergyAccuracy(method.synergy_ema_alpha)
+        self.known = SynergyAccuracy(method.synergy_ema_alpha)
         self.gate_open = False
         self.share = 0.0
         """c: share of the averaged teachers in `auto` targets."""
@@ -43,7 +116,7 @@ class Monitor:
 
     def average(self, split: str) -> Tensor:
         """p_avg on a split at temperature 1, (n, N)."""
-        return average_probabilities(self.teachers_on(split), self.method.averaging_weights)
+        return targets.averaged([t.logits for t in self.teachers_on(split)], self.method.averaging_weights, tau=1.0)
 
     def synergy_on(self, split: str, student: Outputs, chosen: tuple[int, ...] | None = None) -> Tensor:
         """z_syn on a split, (n, N), eval mode, mean path, float32."""
@@ -120,12 +193,12 @@ class Monitor:
         setting = self.method.enable_kd_after_syn_acc
         relative = isinstance(setting, str)
         average = self.average_accuracy() if relative or self.method.kd_target == "auto" else 0.0
-        threshold = synergy_gate.threshold(setting, average)
-        self.gate_open = synergy_gate.is_open(known, threshold)
+        limit = threshold(setting, average)
+        self.gate_open = is_open(known, limit)
         if self.method.kd_target == "auto":
             m = self.method
             self.share = (
-                targets.averaged_share(known or 0.0, threshold, average, m.kd_ens_alpha, m.kd_ens_alpha_max)
+                targets.averaged_share(known or 0.0, limit, average, m.kd_ens_alpha, m.kd_ens_alpha_max)
                 if self.gate_open
                 else 1.0
             )

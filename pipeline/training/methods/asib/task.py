@@ -10,43 +10,26 @@ from torch import Tensor, nn
 from models import freeze
 from models.features import FeatureNet
 from models.fold import folded
-from pipeline.config import Config, MethodConfig
+from pipeline.config import Config
 from pipeline.config.rules import needs_distillation, uses_fusion
 from pipeline.config.schema import ScheduleConfig
 from pipeline.data.batches import EpochDraws
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
-from pipeline.training import distributed
+from pipeline.training import distributed, optim
 from pipeline.training.bank.lookup import BankedTeachers
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.compiling import CompileClock, check_device, compiles
 from pipeline.training.costs import Costs
 from pipeline.training.evaluation import Outputs, accuracy, nll, outputs
-from pipeline.training.loop import Epoch, Phase
 from pipeline.training.methods.asib import schedules
 from pipeline.training.methods.asib.a_step import ALoss, AStep
 from pipeline.training.methods.asib.b_step import BLoss, BStep
-from pipeline.training.methods.asib.fusion import Fusion
+from pipeline.training.methods.asib.fusion import Fusion, query_width
 from pipeline.training.methods.asib.monitor import Monitor
+from pipeline.training.phases import Epoch, Phase
 from pipeline.training.rng import Streams
 from pipeline.training.run_data import RunData, Selection, prepare
-
-
-def make_plan(method: MethodConfig, a_steps: bool) -> list[Epoch]:
-    """The run's epochs: `num_stages` times an A-step (skipped at 0 epochs, or without fusion), then a B-step.
-
-    An A-step that only B-epochs without distillation follow (`kd_cooldown_epochs`) is skipped: nothing would use it.
-    """
-    plan: list[Epoch] = []
-    counts = {"a": 0, "b": 0}
-    distils_until = sum(method.student_epochs_per_stage) - method.kd_cooldown_epochs
-    for stage, b_epochs in enumerate(method.student_epochs_per_stage):
-        used = counts["b"] < distils_until or method.kd_cooldown_epochs == 0
-        for phase, epochs in (("a", method.teacher_adapt_epochs if a_steps and used else 0), ("b", b_epochs)):
-            for i in range(epochs):
-                plan.append(Epoch(phase, stage, i, counts[phase], len(plan), i == 0, i == epochs - 1))
-                counts[phase] += 1
-    return plan
 
 
 def check_student(config: Config, student: FeatureNet, num_classes: int) -> None:
@@ -66,11 +49,6 @@ def check_student(config: Config, student: FeatureNet, num_classes: int) -> None
                 f"method.feat_kd_alpha={m.feat_kd_alpha}: the student's {m.feat_kd_key} has width {width}, the fusion "
                 f"method.ib_mbm_out_dim={m.ib_mbm_out_dim}: set it to the student's, or feat_kd_key=distill_feat"
             )
-
-
-def query_width(method: MethodConfig, student: FeatureNet) -> int:
-    """The width of the student's feature that queries the fusion."""
-    return method.distill_out_dim if method.ib_mbm_query_key == "distill_feat" else student.feature_dim
 
 
 def _freeze(net: FeatureNet, policy: freeze.FreezePolicy, key: str) -> freeze.Frozen:
@@ -124,7 +102,7 @@ class Distillation:
         networks: dict[str, nn.Module] = {"student": student}
         networks |= {f"teacher_{k}": t for k, t in enumerate(self.teachers)}
         self.costs = Costs(networks | ({"fusion": self.fusion} if self.fusion is not None else {}))
-        self.plan = make_plan(self.method, a_steps=self.fusion is not None)
+        self.plan = schedules.make_plan(self.method, a_steps=self.fusion is not None)
         self.phases = self._make_phases(device)
         # deterministic fusion has no use for log variances, unless their penalty gives them a gradient
         idle = not self.method.use_ib and self.method.ib_mbm_reg_lambda == 0
@@ -198,7 +176,7 @@ class Distillation:
             groups: list[tuple[nn.Module, float]] = [(self.fusion, lr)]
             if m.use_teacher_finetuning:
                 groups += [(t, o.a_step_lr) for t in self.teachers]
-            optimizer = schedules.optimizer(o.a_step_optimizer, groups, o.a_step_weight_decay, o.momentum)
+            optimizer = optim.optimizer(o.a_step_optimizer, groups, o.a_step_weight_decay, o.momentum)
             # the A-steps' own cosine, without warm-up, over all A-epochs of the run
             shape = ScheduleConfig(min_lr=min(self.config.schedule.min_lr, lr))
             a_epochs = sum(e.phase == "a" for e in self.plan)
@@ -208,16 +186,16 @@ class Distillation:
                 "a_step",
                 a_step,
                 optimizer,
-                schedules.lr_schedule(optimizer, shape, a_epochs, updates * m.cccp_nt),
+                optim.lr_schedule(optimizer, shape, a_epochs, updates * m.cccp_nt),
                 repeats=m.cccp_nt,
             )
-        optimizer = schedules.optimizer(o.optimizer, [(self.student, o.student_lr)], o.student_weight_decay, o.momentum)
+        optimizer = optim.optimizer(o.optimizer, [(self.student, o.student_lr)], o.student_weight_decay, o.momentum)
         cutmix = m.cutmix_alpha_distill > 0
         phases["b"] = Phase(
             "b_step",
             BStep(self.student, self.teachers, self.fusion, m, self.streams, device),
             optimizer,
-            schedules.lr_schedule(optimizer, self.config.schedule, self._b_epochs(), updates * m.cccp_ns),
+            optim.lr_schedule(optimizer, self.config.schedule, self._b_epochs(), updates * m.cccp_ns),
             mix="cutmix" if cutmix else "mixup" if m.mixup_alpha > 0 else None,
             mix_alpha=m.cutmix_alpha_distill if cutmix else m.mixup_alpha,
             repeats=m.cccp_ns,

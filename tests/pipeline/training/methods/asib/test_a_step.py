@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.training.loop import update
 from pipeline.training.methods.asib.a_step import AStep
 from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.objective import Moment
+from pipeline.training.optim import update
 from tests.pipeline.training.builders import (
     Calls,
     ce,

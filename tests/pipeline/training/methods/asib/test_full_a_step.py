@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.training.loop import update
 from pipeline.training.methods.asib.a_step import AStep
 from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.objective import Moment
+from pipeline.training.optim import update
 from tests.pipeline.training.builders import Calls, config, differences, distillation, double, first_batch, loop_for
 
 MOMENT = Moment("a", 0, 1)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.training.loop import update
 from pipeline.training.methods.asib.b_step import BLoss, BStep
 from pipeline.training.methods.asib.fusion import Synergy
 from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.objective import Moment
+from pipeline.training.optim import update
 from tests.pipeline.training.builders import Calls, Record, config, distillation, double, loop_for
 
 MIXES: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.training.evaluation import outputs
-from pipeline.training.loop import Precision
 from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.optim import Precision
 from tests.pipeline.training.builders import (
     CPU,
     EVERYTHING,

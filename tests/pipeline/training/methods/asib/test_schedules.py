@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.config import MethodConfig, ScheduleConfig
+from pipeline.training import optim
 from pipeline.training.methods.asib import schedules
 
 
@@ -56,8 +57,8 @@ def test_the_distillation_weight_rises_to_one_in_its_warm_up() -> None:
 
 
 def rates(config: ScheduleConfig, epochs: int, updates: int, peak: float = 0.1) -> list[float]:
-    optimizer = schedules.optimizer("sgd", [(nn.Linear(2, 2), peak)], 0.0, 0.9)
-    scheduler = schedules.lr_schedule(optimizer, config, epochs, updates)
+    optimizer = optim.optimizer("sgd", [(nn.Linear(2, 2), peak)], 0.0, 0.9)
+    scheduler = optim.lr_schedule(optimizer, config, epochs, updates)
     found = []
     for n in range(epochs * updates):
         scheduler.step_update(n)
@@ -78,8 +79,8 @@ def test_the_cosine_starts_at_the_peak_after_the_warm_up_and_ends_at_its_minimum
             expected = low + 0.5 * (peak - low) * (1 + math.cos(math.pi * (n - w) / (total - w)))
         assert lr == pytest.approx(expected, rel=1e-9), n
     assert found[w] == pytest.approx(peak)
-    optimizer = schedules.optimizer("sgd", [(nn.Linear(2, 2), peak)], 0.0, 0.9)
-    scheduler = schedules.lr_schedule(optimizer, ScheduleConfig(lr_warmup_epochs=warmup, min_lr=low), epochs, updates)
+    optimizer = optim.optimizer("sgd", [(nn.Linear(2, 2), peak)], 0.0, 0.9)
+    scheduler = optim.lr_schedule(optimizer, ScheduleConfig(lr_warmup_epochs=warmup, min_lr=low), epochs, updates)
     scheduler.step_update(total)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(low), "one update later it would be the minimum"
 
@@ -110,7 +111,7 @@ GRADS = (0.5, -1.0, 2.0)
 
 def stepped(name: str, lr: float, decay: float, momentum: float) -> tuple[list[float], nn.Module]:
     module = tensors()
-    optimizer = schedules.optimizer(name, [(module, lr)], decay, momentum)
+    optimizer = optim.optimizer(name, [(module, lr)], decay, momentum)
     before = [v for p in module.parameters() for v in p.flatten().tolist()]
     for g in GRADS:
         for p in module.parameters():
@@ -158,7 +159,7 @@ def test_a_skipped_first_update_leaves_no_trace(name: str) -> None:
     """torch's fused SGD makes its momentum uninitialised in the first step; skipped, it would stay so."""
     _, undisturbed = stepped(name, 0.1, 0.05, 0.9)
     module = tensors()
-    optimizer = schedules.optimizer(name, [(module, 0.1)], 0.05, 0.9)
+    optimizer = optim.optimizer(name, [(module, 0.1)], 0.05, 0.9)
     torch.full((4096,), float("nan")).mul_(2)  # what freed memory may hold
     for g, bad in ((float("nan"), 1.0), *((g, 0.0) for g in GRADS)):
         for p in module.parameters():
@@ -171,5 +172,5 @@ def test_a_skipped_first_update_leaves_no_trace(name: str) -> None:
 def test_frozen_parameters_are_not_optimised() -> None:
     module = tensors()
     module.bias.requires_grad_(False)
-    optimizer = schedules.optimizer("adamw", [(module, 0.1)], 0.0, 0.9)
+    optimizer = optim.optimizer("adamw", [(module, 0.1)], 0.0, 0.9)
     assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(module.weight)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.training.methods.asib.synergy_gate import SynergyAccuracy, is_open, threshold
+from pipeline.training.methods.asib.monitor import SynergyAccuracy, is_open, threshold
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.config import MethodConfig
-from pipeline.training import clamps, losses
-from pipeline.training.methods.asib import samples, schedules, targets
-from pipeline.training.methods.asib.task import make_plan
+from pipeline.training import losses
+from pipeline.training.methods.asib import schedules, targets
+from pipeline.training.methods.asib.schedules import make_plan
 from tests.pipeline.training.builders import ce, kl, softmax
 
 
@@ -191,11 +191,11 @@ def test_auto_min_picks_by_the_label_and_the_guard_closes_where_neither_knows_it
 
 def test_the_uncertainty_weight_goes_from_one_to_one_minus_u() -> None:
     p = torch.cat([torch.eye(4)[:1], torch.full((1, 4), 0.25), random(3, 4).softmax(1)])
-    found = samples.uncertainty_weight(p, 0.6).tolist()
+    found = targets.uncertainty_weight(p, 0.6).tolist()
     expected = [1 - 0.6 * -sum(v * math.log(v) for v in row if v > 0) / math.log(4) for row in p.tolist()]
     assert found == pytest.approx(expected, rel=1e-5)
     assert found[:2] == pytest.approx([1.0, 0.4])
-    assert samples.uncertainty_weight(torch.tensor([[0.5, 0.5]]), 1.0).item() == pytest.approx(0.0, abs=1e-6)
+    assert targets.uncertainty_weight(torch.tensor([[0.5, 0.5]]), 1.0).item() == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("pred", [3, 3, 1, 1]), ("both_wrong", [1, 3, 1, 3])])
@@ -203,7 +203,7 @@ def test_disagreement_weights(mode: str, expected: list[int]) -> None:
     eye = torch.eye(4)
     # labels 0 1 2 3: one is right; all differ and miss; all right; all agree and miss
     teachers = [eye[[0, 0, 2, 1]], eye[[1, 2, 2, 1]], eye[[0, 3, 2, 1]]]
-    found = samples.disagreement_weight(teachers, torch.arange(4), mode, 3.0, 1.0)
+    found = targets.disagreement_weight(teachers, torch.arange(4), mode, 3.0, 1.0)
     assert found.tolist() == expected
     if mode == "pred":
         differ, both = targets.disagreement(teachers, torch.arange(4))
@@ -224,7 +224,7 @@ def test_the_gate_takes_the_least_sure_within_its_bounds(
     confidence: list[float], threshold: float, one: int, other: int
 ) -> None:
     least, most = sorted((one, other))
-    chosen = samples.select(torch.tensor(confidence), threshold, least / 100, most / 100).tolist()
+    chosen = targets.select(torch.tensor(confidence), threshold, least / 100, most / 100).tolist()
     size = len(confidence)
     at_least = -(-least * size // 100)
     at_most = max(at_least, most * size // 100)
@@ -237,18 +237,18 @@ def test_the_gate_takes_the_least_sure_within_its_bounds(
 
 def test_the_gate_may_choose_nobody_or_everybody() -> None:
     sure = torch.full((8,), 0.99)
-    assert samples.select(sure, 0.85, 0.0, 0.5).tolist() == []
-    assert samples.select(sure, 0.85, 0.25, 0.5).tolist() == [0, 1]
-    assert samples.select(1 - sure, 0.85, 0.0, 0.5).tolist() == [0, 1, 2, 3]
-    assert samples.select(1 - sure, 0.85, 0.0, 1.0).tolist() == list(range(8))
-    assert samples.select(sure[:1], 0.85, 0.1, 0.5).tolist() == [0], "a batch of one"
+    assert targets.select(sure, 0.85, 0.0, 0.5).tolist() == []
+    assert targets.select(sure, 0.85, 0.25, 0.5).tolist() == [0, 1]
+    assert targets.select(1 - sure, 0.85, 0.0, 0.5).tolist() == [0, 1, 2, 3]
+    assert targets.select(1 - sure, 0.85, 0.0, 1.0).tolist() == list(range(8))
+    assert targets.select(sure[:1], 0.85, 0.1, 0.5).tolist() == [0], "a batch of one"
 
 
 @pytest.mark.parametrize("percent", range(101))
 def test_ratios_round_as_decimals_do(percent: int) -> None:
     """0.07 * 100 is 7.000000000000001, and 0.29 * 100 is 28.999999999999996."""
-    assert samples.gate_size(0, 100, percent / 100, 1.0) == percent
-    assert samples.gate_size(100, 100, 0.0, percent / 100) == percent
+    assert targets.gate_size(0, 100, percent / 100, 1.0) == percent
+    assert targets.gate_size(100, 100, 0.0, percent / 100) == percent
 
 
 # clamps --------------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_ratios_round_as_decimals_do(percent: int) -> None:
 )
 def test_the_ratio_clamp_is_a_detached_factor(kd: float, cross_entropy: float, expected: float) -> None:
     term, other = torch.tensor(kd, requires_grad=True), torch.tensor(cross_entropy, requires_grad=True)
-    factor = clamps.ratio_factor(term, other, 1.25)
+    factor = losses.ratio_factor(term, other, 1.25)
     assert factor.item() == pytest.approx(expected)
     assert not factor.requires_grad
     (factor * term).backward()
@@ -271,7 +271,7 @@ def test_the_ratio_clamp_is_a_detached_factor(kd: float, cross_entropy: float, e
 @pytest.mark.parametrize("value", [0.5, 20.0, 20.5, 55.0, 1e4])
 def test_the_loss_clamp_and_its_gradient(mode: str, value: float) -> None:
     loss = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-    found = clamps.clamp_loss(loss, 20.0, mode)
+    found = losses.clamp_loss(loss, 20.0, mode)
     found.backward()
     if value <= 20:
         expected, slope = value, 1.0
@@ -288,10 +288,10 @@ def test_several_processes_clamp_by_their_common_loss(mode: str) -> None:
     """The mean of their clamped losses is the clamped mean, also where one of them alone lies below the bound."""
     parts = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, 47.0)]
     overall = (sum(parts) / 2).detach()
-    (sum(clamps.clamp_loss(p, 20.0, mode, overall) for p in parts) / 2).backward()
-    both = sum(clamps.clamp_loss(p, 20.0, mode, overall) for p in parts).item() / 2
+    (sum(losses.clamp_loss(p, 20.0, mode, overall) for p in parts) / 2).backward()
+    both = sum(losses.clamp_loss(p, 20.0, mode, overall) for p in parts).item() / 2
     alone = torch.tensor(25.0, dtype=torch.float64, requires_grad=True)
-    whole = clamps.clamp_loss(alone, 20.0, mode)
+    whole = losses.clamp_loss(alone, 20.0, mode)
     whole.backward()
     assert both == pytest.approx(whole.item())
     assert [p.grad.item() for p in parts] == pytest.approx([alone.grad.item() / 2] * 2)
@@ -300,7 +300,7 @@ def test_several_processes_clamp_by_their_common_loss(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["hard", "soft"])
 def test_a_clamp_hides_no_loss_that_is_not_finite(mode: str) -> None:
     for bad in (math.nan, math.inf):
-        assert not torch.isfinite(clamps.clamp_loss(torch.tensor(bad), 20.0, mode))
+        assert not torch.isfinite(losses.clamp_loss(torch.tensor(bad), 20.0, mode))
 
 
 # the cooldown --------------------------------------------------------------------------------------------------------
