@@ -36,16 +36,23 @@ class FeatureNet(nn.Module):
     Args:
         net: a classifier with timm's `forward_features`, `forward_head(pre_logits=True)`, `get_classifier`.
         adapter_dim: D; None for no adapter.
+        architecture: its name; None: what timm says.
+        small_input: whether its stem is adapted to small images; both travel with checkpoints.
 
     Attributes:
         feature_dim: C. num_classes: N. distillation_adapter: the adapter or None.
-        architecture, small_input: as `zoo.create_model` made it; they travel with checkpoints.
 
     Raises:
         ValueError: `net` has no such interface or no classifier.
     """
 
-    def __init__(self, net: nn.Module, adapter_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        adapter_dim: int | None = None,
+        architecture: str | None = None,
+        small_input: bool = False,
+    ) -> None:
         super().__init__()
         missing = [m for m in ("forward_features", "forward_head", "get_classifier") if not hasattr(net, m)]
         if missing:
@@ -56,8 +63,8 @@ class FeatureNet(nn.Module):
         self.net = net
         self.feature_dim = int(getattr(net, "head_hidden_size", 0) or getattr(net, "num_features", 0))
         self.distillation_adapter = None if adapter_dim is None else DistillationAdapter(self.feature_dim, adapter_dim)
-        self.architecture = _name(net)
-        self.small_input = False
+        self.architecture = architecture or _name(net)
+        self.small_input = small_input
         self._pass: Pass = decompose
 
     def compile_pass(self, graphs: bool = False) -> None:

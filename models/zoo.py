@@ -128,9 +128,7 @@ def create_model(
             f"{full}: its last stage stays {shape[2]}×{shape[3]} at image size {image_size}; "
             "small_input is not known for its stem, set small_input=false"
         )
-    model = FeatureNet(net, adapter_dim)
-    model.architecture, model.small_input = full, small
-    return model
+    return FeatureNet(net, adapter_dim, full, small)
 
 
 def _fixed_size(full: str) -> int | None:

@@ -9,7 +9,8 @@ epoch is skipping batches, and a process of several computes its rows of exactly
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,13 +44,15 @@ class Seen(NamedTuple):
         return Seen(self.logits[rows], self.feat_2d[rows])
 
 
-Known = Callable[[], Sequence[Seen]]
-"""Every teacher's outputs for the rows of a batch, looked up (or computed) when they are asked for."""
+class Known(Protocol):
+    """Every teacher's outputs for some rows of a batch, or all; looked up (or computed) when it is called."""
+
+    def __call__(self, rows: Tensor | None = None) -> Sequence[Seen]: ...
 
 
 def taken(known: Known | None, rows: Tensor | None) -> Known | None:
     """The outputs for some rows of a batch; `rows` None: for all."""
-    return known if known is None or rows is None else lambda: [seen.take(rows) for seen in known()]
+    return None if known is None else partial(known, rows)
 
 
 class Batch(NamedTuple):
@@ -105,9 +108,6 @@ class EpochDraws:
     two_views: bool = False
     second: CropFlip | None = None
     seeds: Tensor | None = None
-
-
-Companion = Callable[[Iterator[Batch], EpochDraws, int], Iterator[Batch]]
 
 
 def batch_bounds(n_images: int, batch_size: int) -> list[tuple[int, int]]:
@@ -190,8 +190,6 @@ class TrainBatches:
         self.rank = rank
         self.world_size = world_size
         self.bounds = batch_bounds(len(indices), batch_size)
-        self.companion: Companion | None = None
-        """Completes the batches of an epoch, given its draws and first batch: the teacher bank does."""
         if not self.bounds:
             raise UserError(
                 f"dataset.batch_size={batch_size} and {len(indices)} training images make no batch of at least 2; "
@@ -243,8 +241,7 @@ class TrainBatches:
             )
         if not 0 <= start <= self.steps:
             raise ValueError(f"batch {start} of an epoch of {self.steps}")
-        batches = self._epoch(draws, start)
-        return batches if self.companion is None else self.companion(batches, draws, start)
+        return self._epoch(draws, start)
 
     def slice_of(self, size: int) -> slice:
         """This process's rows of a global batch of `size` images."""

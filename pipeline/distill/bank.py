@@ -2,10 +2,13 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from models.features import FeatureNet
 from pipeline.config import Config
 from pipeline.config.places import output_dir
+from pipeline.data.batches import TrainBatches
 from pipeline.data.sources import ImageData
 from pipeline.paths import user_path
 from pipeline.runs.step import stop
@@ -13,7 +16,8 @@ from pipeline.training import distributed
 from pipeline.training.bank.cache import BankCache
 from pipeline.training.bank.lookup import BankedTeachers
 from pipeline.training.bank.policy import bank_use
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.costs import Costs
+from pipeline.training.methods.asib.task import Distillation, OpenBank
 from pipeline.training.optim import Precision
 
 logger = logging.getLogger("asib")
@@ -24,27 +28,34 @@ def folder(config: Config) -> Path:
     return user_path(config.bank_folder, "bank_folder") if config.bank_folder else output_dir(config) / "bank"
 
 
-def attach(task: Distillation, data: ImageData, hashes: Sequence[str]) -> BankedTeachers | None:
-    """Give a task its bank where its configuration has one, built ahead where it says so; a line says what is done.
+def opener(config: Config, data: ImageData, hashes: Sequence[str]) -> OpenBank:
+    """What opens the bank of a task where its configuration has one, and logs a line about it.
 
     Args:
-        data: the images that the task was made with.
+        data: the images that the task is made with.
         hashes: of the weights of its teachers, in order.
-
-    Raises:
-        Interrupted: a signal arrived while it was built.
     """
-    config, use = task.config, bank_use(task.config)
+    return partial(_open, config, data, hashes)
+
+
+def _open(
+    config: Config,
+    data: ImageData,
+    hashes: Sequence[str],
+    batches: TrainBatches,
+    teachers: Sequence[FeatureNet],
+    costs: Costs,
+) -> BankedTeachers | None:
+    use = bank_use(config)
     if not use.on:
-        if task.teachers:
+        if teachers:
             logger.info("no teacher bank: %s", use.reason)
         return None
     cache = BankCache(folder(config), int(config.bank_gb * 1e9))
-    bank = BankedTeachers(cache, data, task.data.train, task.teachers, hashes)
-    precision = Precision(config.optim, task.device)
+    bank = BankedTeachers(cache, data, batches, teachers, hashes, costs)
     fault: OSError | None = None
     try:
-        with precision.autocast():
+        with Precision(config.optim, batches.device).autocast():
             bank.begin()
     except OSError as error:
         fault = error
@@ -52,18 +63,27 @@ def attach(task: Distillation, data: ImageData, hashes: Sequence[str]) -> Banked
     if distributed.anyone(fault is not None):  # all processes have one, or none has
         bank.close()
         return None
-    task.use_bank(bank)
     used, limit = cache.used() / 1e9, config.bank_gb
     logger.info("teacher bank: %s, in %s (%.2f of %g GB used)", use.mode, cache.folder, used, limit)
-    if use.mode == "ahead":
-        with precision.autocast():
-            bank.build(task.asked_of_teachers(), stop)
-        logger.info("teacher bank: %d images of all teachers computed ahead", bank.total.computed)
     return bank
 
 
-def conclude(bank: BankedTeachers) -> None:
-    """Say what the bank was good for, and let it go."""
-    total = bank.total
-    logger.info("teacher bank: %d images of all teachers served, %d computed", total.served, total.computed)
-    bank.close()
+def build_ahead(task: Distillation) -> None:
+    """Fill a task's bank with all that training will ask for, where its configuration says so.
+
+    Raises:
+        Interrupted: a signal arrived; what is done is kept.
+    """
+    if task.bank is None or bank_use(task.config).mode != "ahead":
+        return
+    with Precision(task.optim, task.device).autocast():
+        task.bank.build(task.asked_of_teachers(), stop)
+    logger.info("teacher bank: %d images of all teachers computed ahead", task.bank.total.computed)
+
+
+def conclude(task: Distillation) -> None:
+    """Log what a task's bank was good for, and close it."""
+    if task.bank is not None:
+        total = task.bank.total
+        logger.info("teacher bank: %d images of all teachers served, %d computed", total.served, total.computed)
+        task.bank.close()

@@ -62,21 +62,20 @@ def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Lo
     student = networks.build_student(config, data)
     test = watch is None  # a sweep never looks at the test split
     taught = teachers.obtain(run, data, student, test) if needs_distillation(config) else []
-    task = Distillation(config, data, student, [t.net for t in taught], device)
+    hashes = [t.hash for t in taught]
+    task = Distillation(config, data, student, [t.net for t in taught], device, bank.opener(config, data, hashes))
     run.journal.tags({"asib.eval_split": task.data.eval_split})
     if any(t.saw_validation for t in taught) and task.data.has_validation:
         run.journal.tags({"asib.val_contaminated": "true"})
     for teacher in taught:
         if teacher.made_by is not None:
             run.journal.model_input(teacher.made_by)
-    hashes = [t.hash for t in taught]
-    banked = bank.attach(task, data, hashes)
-    run.journal.tags({"asib.bank": "off" if banked is None else bank_use(config).mode})
+    run.journal.tags({"asib.bank": "off" if task.bank is None else bank_use(config).mode})
     try:
-        return data, task, train(run, task, data, hashes, watch=watch, bank=banked is not None)
+        bank.build_ahead(task)
+        return data, task, train(run, task, data, hashes, watch=watch, bank=task.bank is not None)
     finally:
-        if banked is not None:
-            bank.conclude(banked)
+        bank.conclude(task)
 
 
 def _conclude(data: ImageData, task: Distillation, loop: Loop, test: bool = True) -> dict[str, float]:

@@ -18,7 +18,7 @@ from pipeline.config.rules import uses_fusion
 from pipeline.data.sources import ImageData
 from pipeline.data.splits import split
 from pipeline.distill import networks
-from pipeline.distill import results as report
+from pipeline.distill.results import write_results
 from pipeline.distill.train import load_data, prepare, threads_of, train
 from pipeline.files import read_state, write_atomically
 from pipeline.paths import REPOSITORY
@@ -188,7 +188,7 @@ def finetune(parent: Run, index: int, test: bool = True) -> dict[str, float]:
             run.journal.artifact(path, "checkpoints")
             run.journal.tags({"asib.weights": weights_hash(net.net)})
             run.journal.model(_weights_folder(run, path), name="teacher", kind="weights", metrics=results)
-        report.write_results(run, results)
+        write_results(run, results)
     distributed.barrier()
     return results
 

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -122,16 +123,15 @@ def train(
     )
     if run.state is not None:
         check_continuation(run, header)
-        loop.load_state_dict(run.state)
+        loop.load_state_dict(run.state | ({"finished": False} if config.extend else {}))
         if config.extend:
-            loop.finished = False
             run.restate()
     run.ready()
     with stop.between_batches(), logging_redirect_tqdm([logger]):
         if precision.dtype is None:
             loop.run()
         else:
-            _run_with_retry(run, loop, part)
+            loop = _run_with_retry(run, loop, part)
     _check_lock(run, header["config_hash"])
     return loop
 
@@ -162,12 +162,16 @@ def _check_lock(run: Run, before: str) -> None:
         raise RuntimeError(f"the configuration changed during the run: {before} before, {run.config_hash} now")
 
 
-def _run_with_retry(run: Run, loop: Loop, part: str) -> None:
-    """SAFE-RETRY: once, from the last good checkpoint (the start where there is none), with AMP off."""
+def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
+    """SAFE-RETRY: once, from the last good checkpoint (the start where there is none), with AMP off.
+
+    Returns:
+        The loop that came to the end.
+    """
     start, record = pack(loop.state_dict()), run.journal.snapshot()
     try:
         loop.run()
-        return
+        return loop
     except NonFinite as error:
         logger.warning("SAFE-RETRY with AMP off: %s", error)
         reason = str(error)
@@ -181,12 +185,13 @@ def _run_with_retry(run: Run, loop: Loop, part: str) -> None:
         lock = run.journal.hand_over()
         at = None if good is None else (good[1].path, good[1].sha256, good[1].slot)
         run.journal = Journal.restore(run.folder, record if good is None else state["journal"], at, lock)
-        loop.recorder = run.journal
     run.journal.tags({"asib.safe_retry": reason})
     _state_identity(run, header, part)
-    loop.header, loop.precision = header, _precision(run.config, loop.device, amp=False)
-    loop.load_state_dict(state)
-    loop.run()
+    precision = _precision(run.config, loop.device, amp=False)
+    again = replace(loop, recorder=run.journal, header=header, precision=precision)
+    again.load_state_dict(state)
+    again.run()
+    return again
 
 
 def check_continuation(run: Run, header: dict[str, Any]) -> None:

@@ -33,7 +33,10 @@ def build(config: Config, data: ImageData, found: Sequence[Teacher]) -> None:
     """
     config = config.model_copy(update={"bank": "ahead"})
     student = networks.build_student(config, data)
-    task = Distillation(config, data, student, [t.net for t in found], networks.device_of(config))
-    made = bank.attach(task, data, [t.hash for t in found])
-    if made is not None:
-        made.close()
+    opener = bank.opener(config, data, [t.hash for t in found])
+    task = Distillation(config, data, student, [t.net for t in found], networks.device_of(config), opener)
+    try:
+        bank.build_ahead(task)
+    finally:
+        if task.bank is not None:
+            task.bank.close()

@@ -1,6 +1,6 @@
 """What a run costs: updates, forward images of each network in training, multiply-accumulates, seconds."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,14 +62,13 @@ class Costs:
         finally:
             self._active = before
 
-    def asked(self, names: Iterable[str], images: int) -> None:
-        """Count outputs that the teacher bank gave in the place of a forward call.
+    def asked(self, name: str, images: int) -> None:
+        """Count outputs of a network that the teacher bank gave in the place of a forward call.
 
         What a method costs does not depend on which run came first and filled the bank: `bank/computed` says that.
         """
         if self._active:
-            for name in names:
-                self.images[name] += images
+            self.images[name] += images
 
     def updated(self, phase: str) -> None:
         """One optimiser update of a phase."""

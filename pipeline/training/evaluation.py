@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.features import FeatureNet
+from models.features import FeatureNet, undisturbed
 from pipeline.data.batches import EvalBatches
 from pipeline.training.nonfinite import require_finite
 
@@ -33,22 +33,16 @@ def outputs(net: FeatureNet, batches: EvalBatches, name: str = "network") -> Out
     return found
 
 
-@torch.no_grad()
 def unchecked(net: FeatureNet, batches: EvalBatches) -> Outputs:
     """`outputs`, whatever they are."""
-    mode = net.training
-    net.eval()
-    try:
-        with torch.autocast(batches.device.type, enabled=False):
-            seen = [net(x) for x, _ in batches]
-        adapted = [s.distill_feat.float() for s in seen if s.distill_feat is not None]
-        return Outputs(
-            torch.cat([s.logits.float() for s in seen]),
-            torch.cat([s.feat_2d.float() for s in seen]),
-            torch.cat(adapted) if adapted else None,
-        )
-    finally:
-        net.train(mode)
+    with undisturbed(net), torch.autocast(batches.device.type, enabled=False):
+        seen = [net(x) for x, _ in batches]
+    adapted = [s.distill_feat.float() for s in seen if s.distill_feat is not None]
+    return Outputs(
+        torch.cat([s.logits.float() for s in seen]),
+        torch.cat([s.feat_2d.float() for s in seen]),
+        torch.cat(adapted) if adapted else None,
+    )
 
 
 def accuracy(scores: Tensor, y: Tensor) -> float:

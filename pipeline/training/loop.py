@@ -101,9 +101,12 @@ class Loop:
     streak: int = 0
     finished: bool = False
     sums: Sums = field(init=False)
+    _streak: Tensor = field(init=False)
+    """`streak` on the device."""
 
     def __post_init__(self) -> None:
         self.sums = Sums(self.device)
+        self._streak = torch.tensor(float(self.streak), device=self.device)
 
     # state -----------------------------------------------------------------------------------------------------------
 
@@ -123,6 +126,7 @@ class Loop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         position = state["position"]
         self.epoch, self.batch, self.streak = position["epoch"], position["batch"], position["streak"]
+        self._streak = torch.tensor(float(self.streak), device=self.device)
         self.finished = state["finished"]
         self.sums.load_state_dict(state["sums"])
         self.task.costs.load_state_dict(state["costs"])
@@ -262,7 +266,7 @@ class Loop:
         """The rest of an epoch's updates; each gives what is added to the sums."""
         task, size, repeats = self.task, distributed.world().size, phase.repeats
         kept = Kept(statistics(phase.objective.trainable_module))
-        for batch in task.batches.epoch(task.draws(epoch), start=self.batch):
+        for batch in task.epoch_batches(epoch, self.batch):
             images, total = batch.global_size / size, Sums(self.device)
             for repeat in range(repeats):
                 done = (epoch.in_phase * len(task.batches) + self.batch) * repeats + repeat
@@ -288,7 +292,7 @@ class Loop:
         if self.device.type == "cpu":
             self.streak = self.streak + 1 if bool(bad) else 0
         else:
-            self._streak = (getattr(self, "_streak", torch.zeros((), device=self.device)) + 1) * bad
+            self._streak = (self._streak + 1) * bad
             if (self.batch + 1) % patience and self.batch + 1 < len(self.task.batches):
                 return
             self.streak = int(self._streak)

@@ -1,6 +1,6 @@
 """What every objective has in common: timm's TrainingTask, with a batch and a moment instead of input and target."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,15 +31,19 @@ class Objective(TrainingTask):
 
     trainable_module: nn.Module
 
-    def __init__(self, trainable: nn.Module, frozen: list[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self,
+        trainable: nn.Module,
+        frozen: list[nn.Module],
+        device: torch.device,
+        held: Sequence[tuple[Frozen, nn.Module]] = (),
+    ) -> None:
         super().__init__(device=device, verbose=False)
         self.trainable_module = trainable
         self.eval_model = trainable
         self._frozen = tuple(frozen)  # a tuple: not registered as sub-modules
-        self.held: list[tuple[Frozen, nn.Module]] = []
+        self.held = held
         """Partly frozen networks: their frozen normalisation layers stay in eval mode."""
-        self.asked: Callable[[int], None] = lambda images: None
-        """Told how many images' outputs are taken from the teacher bank."""
 
     def train(self, mode: bool = True) -> "Objective":
         super().train(mode)
@@ -49,6 +53,10 @@ class Objective(TrainingTask):
             policy.hold(net)
         return self
 
+    def refreeze(self, trainable: nn.Module, frozen: Frozen) -> None:
+        """Train `trainable` as far as `frozen` leaves it free; what wrapped it for several processes is gone."""
+        self.trainable_module, self.held = trainable, [(frozen, trainable)]
+
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "Objective":
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
@@ -57,14 +65,6 @@ class Objective(TrainingTask):
         """`repeat` counts several updates on one batch, from 0."""
         raise NotImplementedError
 
-    def say(self, teachers: Sequence[nn.Module], x: Tensor, known: Known | None) -> list[Seen]:
-        """What frozen teachers say of images x (n,C,H,W): from the bank where it is used, else each is run once."""
-        if known is not None:
-            self.asked(len(x))
-            return list(known())
-        outputs = [teacher(x) for teacher in teachers]
-        return [Seen(out.logits, out.feat_2d) for out in outputs]
-
     def clamp(self, loss: Tensor, bound: float, mode: str) -> Tensor:
         """The bounded loss; the bound acts on the loss of the global batch."""
         return clamp_loss(loss, bound, mode, distributed.mean(loss))
@@ -72,6 +72,14 @@ class Objective(TrainingTask):
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
         """The epoch's means of all terms, as they are logged."""
         return means
+
+
+def teacher_outputs(teachers: Sequence[nn.Module], x: Tensor, known: Known | None) -> Sequence[Seen]:
+    """The outputs of frozen teachers for images x (n,C,H,W): the bank's where there is one, else each runs once."""
+    if known is not None:
+        return known()
+    outputs = [teacher(x) for teacher in teachers]
+    return [Seen(out.logits, out.feat_2d) for out in outputs]
 
 
 def batch_mean(values: Tensor, batch: Batch) -> Tensor:

@@ -1,5 +1,6 @@
 """What the loop drives: a task, its plan of epochs, and its phases, each with an objective and an optimiser."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -8,7 +9,7 @@ from torch.optim import Optimizer
 
 from pipeline.config import OptimConfig
 from pipeline.data.augmentations import MixKind
-from pipeline.data.batches import EpochDraws, TrainBatches
+from pipeline.data.batches import Batch, TrainBatches
 from pipeline.training.costs import Costs
 from pipeline.training.objective import Objective
 
@@ -61,8 +62,8 @@ class Task(Protocol):
     def end_epoch(self, epoch: Epoch) -> dict[str, float]:
         """After the last batch of an epoch: evaluates, and returns metrics."""
 
-    def draws(self, epoch: Epoch) -> EpochDraws:
-        """All random numbers of an epoch's images."""
+    def epoch_batches(self, epoch: Epoch, start: int) -> Iterator[Batch]:
+        """The batches of an epoch from batch `start` on."""
 
     def state_dict(self) -> dict[str, Any]: ...
 

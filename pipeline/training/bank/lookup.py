@@ -6,7 +6,6 @@ through the teachers in one large batch. Within such a window nothing waits for 
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -26,6 +25,7 @@ from pipeline.errors import Interrupted
 from pipeline.training import distributed
 from pipeline.training.bank.cache import BankCache
 from pipeline.training.bank.store import Bank, NoBank
+from pipeline.training.costs import Costs
 
 logger = logging.getLogger("asib")
 WINDOW = 512
@@ -51,6 +51,7 @@ class BankedTeachers:
         train: the run's training images.
         teachers: in eval mode, frozen.
         hashes: of their weights.
+        costs: counts what a method asks for, whoever computed it.
     """
 
     cache: BankCache
@@ -58,8 +59,7 @@ class BankedTeachers:
     train: TrainBatches
     teachers: Sequence[FeatureNet]
     hashes: Sequence[str]
-    uncounted: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Around the teachers' forward calls: what a method asks for is counted, whoever computed it."""
+    costs: Costs = field(default_factory=lambda: Costs({}))
     epoch: Counts = field(default_factory=Counts)
     """Since `metrics` was asked last."""
     total: Counts = field(default_factory=Counts)
@@ -90,7 +90,7 @@ class BankedTeachers:
     # batches ---------------------------------------------------------------------------------------------------------
 
     def complete(self, batches: Iterator[Batch], draws: EpochDraws, start: int) -> Iterator[Batch]:
-        """The batches with what the bank has of them: the companion of `TrainBatches`."""
+        """The batches of an epoch from batch `start` on, each with what the bank has of it."""
         first, second = (self._cells_of(draws, view) for view in (draws.crop_flip, draws.second))
         step = max(1, WINDOW // self.train.batch_size)
         for at in range(start, len(self.train.bounds), step):
@@ -153,7 +153,7 @@ class BankedTeachers:
         )
         parts = []
         for image, number in zip(images, numbers, strict=True):
-            with self.uncounted():
+            with self.costs.counting(False):
                 seen = teacher(self.train.view(image, self.views.draw(number)))
             parts.append(torch.cat([seen.logits.float(), seen.feat_2d.float()], dim=1))
         return torch.cat(parts)
@@ -225,10 +225,16 @@ class _Window:
         self._bank, self._cells = bank, cells
         self._seen: list[Seen] | None = None
 
-    def rows(self, rows: slice) -> list[Seen]:
+    def rows(self, batch: slice, rows: Tensor | None = None) -> list[Seen]:
+        """The outputs for `rows` of the batch at `batch`; None: for all of it."""
         if self._seen is None:
             self._seen = self._bank.look_up(self._cells)
-        return [seen.take(rows) for seen in self._seen]
+        found = [seen.take(batch) for seen in self._seen]
+        if rows is not None:
+            found = [seen.take(rows) for seen in found]
+        for k, seen in enumerate(found):
+            self._bank.costs.asked(f"teacher_{k}", len(seen.logits))
+        return found
 
 
 def precision(device: torch.device) -> str:

@@ -1,5 +1,6 @@
 """Fine-tuning of one network with cross-entropy: teachers before they are distilled (docs/method.md section 7)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from models.features import FeatureNet
 from pipeline.config import Config
-from pipeline.data.batches import EpochDraws, EvalBatches
+from pipeline.data.batches import Batch, EpochDraws, EvalBatches
 from pipeline.data.sources import ImageData
 from pipeline.training import distributed, optim
 from pipeline.training.checkpoint import cpu_copy
@@ -48,6 +49,9 @@ class FineTuning:
 
     def draws(self, epoch: Epoch) -> EpochDraws:
         return self.data.draws(self.streams, epoch, self.phases[epoch.phase])
+
+    def epoch_batches(self, epoch: Epoch, start: int) -> Iterator[Batch]:
+        return self.batches.epoch(self.draws(epoch), start)
 
     def begin_phase(self, epoch: Epoch) -> None:
         pass

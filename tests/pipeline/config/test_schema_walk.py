@@ -461,7 +461,8 @@ def bank_of(keys: Keys) -> Any:
     made = place().config(keys)
     data = sources.load(made.dataset)
     nets = [networks.build_teacher(made, data, 0)]
-    attached = bank.attach(Distillation(made, data, networks.build_student(made, data), nets, CPU), data, ["hash"])
+    student, opener = networks.build_student(made, data), bank.opener(made, data, ["hash"])
+    attached = Distillation(made, data, student, nets, CPU, opener).bank
     if attached is None:
         return []
     attached.close()

@@ -169,7 +169,12 @@ EVERYTHING: dict[str, Any] = {
 
 
 def distillation(
-    c: Config, data: ImageData | None = None, norm: str = "batch", seed: int = 0, device: torch.device = CPU
+    c: Config,
+    data: ImageData | None = None,
+    norm: str = "batch",
+    seed: int = 0,
+    device: torch.device = CPU,
+    **given: Any,
 ) -> Distillation:
     """The task of `c`, with as many teachers; what it freezes has blocks, what its features need has an adapter."""
     data, m = data or image_data(), c.method
@@ -178,7 +183,7 @@ def distillation(
     more = {"staged": m.use_partial_freeze, "classes": data.num_classes}
     widths = (5, 7, 4)[: len(c.model.teachers)]
     teachers = [net(width, 100 + k, norm, **more).to(device) for k, width in enumerate(widths)]
-    return Distillation(c, data, net(6, seed, norm, adapter=adapter, **more).to(device), teachers, device)
+    return Distillation(c, data, net(6, seed, norm, adapter=adapter, **more).to(device), teachers, device, **given)
 
 
 def fine_tuning(c: Config, data: ImageData | None = None, seed: int = 0, drop: float = 0.2) -> FineTuning:
@@ -225,7 +230,7 @@ def loop_for(
 def first_batch(task: Distillation, phase: str = "b", number: int = 0) -> Batch:
     """A real batch of the first epoch of a phase."""
     epoch = next(e for e in task.plan if e.phase == phase)
-    return list(task.batches.epoch(task.draws(epoch)))[number]
+    return list(task.epoch_batches(epoch, 0))[number]
 
 
 def double(module: Any) -> Any:

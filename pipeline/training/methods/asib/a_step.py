@@ -1,16 +1,18 @@
 """ASIB's A-step: it teaches the fusion, and the teachers where they are fine-tuned (docs/method.md section 3)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from models.features import FeatureNet
+from models.freeze import Frozen
 from pipeline.config import MethodConfig
 from pipeline.data.batches import Batch
 from pipeline.training import losses
 from pipeline.training.methods.asib.fusion import Fusion, Synergy
-from pipeline.training.objective import Moment, Objective, batch_mean
+from pipeline.training.objective import Moment, Objective, batch_mean, teacher_outputs
 from pipeline.training.rng import Streams
 
 
@@ -115,16 +117,21 @@ class AStep(Objective):
         method: MethodConfig,
         streams: Streams,
         device: torch.device,
+        held: Sequence[tuple[Frozen, nn.Module]] = (),
     ) -> None:
         self.finetunes = method.use_teacher_finetuning
         trainable = FusionAndTeachers(fusion, teachers) if self.finetunes else fusion
-        super().__init__(trainable, [student] if self.finetunes else [student, *teachers], device)
+        super().__init__(trainable, [student] if self.finetunes else [student, *teachers], device, held)
         self._student, self._teachers, self._fusion = (student,), tuple(teachers), (fusion,)
         self.width, self.dropout = fusion.width, fusion.dropout
         self.method = method
         self.streams = streams
         self.weights = ALoss(1.0, 0.0, 0.0, method.tau, certainty=False)
         self._fixed: tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]] | None = None
+
+    def begin_epoch(self, weights: ALoss) -> None:
+        """Weigh the terms so from now on."""
+        self.weights = weights
 
     @torch.no_grad()
     def look(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
@@ -134,7 +141,7 @@ class AStep(Objective):
         feature = w.feat > 0
         (student,) = self._student
         seen = student(batch.x) if logits or feature or not m.learnable_q else None
-        features = [] if self.finetunes else [s.feat_2d for s in self.say(self._teachers, batch.x, batch.known)]
+        features = [] if self.finetunes else [s.feat_2d for s in teacher_outputs(self._teachers, batch.x, batch.known)]
         if seen is None:
             return None, None, None, features
         return (

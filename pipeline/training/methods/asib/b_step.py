@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.features import FeatureNet
+from models.features import FeatureNet, undisturbed
 from pipeline.config import MethodConfig
 from pipeline.data.batches import Batch, Known, taken
 from pipeline.training import distributed, losses
 from pipeline.training.methods.asib import targets
 from pipeline.training.methods.asib.fusion import Fusion
-from pipeline.training.objective import Moment, Objective, batch_mean, mixed_cross_entropy
+from pipeline.training.objective import Moment, Objective, batch_mean, mixed_cross_entropy, teacher_outputs
 from pipeline.training.rng import Streams
 
 TINY = torch.finfo(torch.float32).tiny
@@ -64,6 +64,10 @@ class BStep(Objective):
         self.weights = BLoss(0.0, method.tau, synergy=False, averaged_share=0.0)
         self._held: tuple[Lesson, Tensor] | None = None
 
+    def begin_epoch(self, weights: BLoss) -> None:
+        """Weigh the terms so from now on."""
+        self.weights = weights
+
     # what the teachers say -------------------------------------------------------------------------------------------
 
     def _fuses(self) -> bool:
@@ -87,7 +91,7 @@ class BStep(Objective):
             known: the teachers' outputs for x, from the bank.
         """
         m = self.method
-        seen = self.say(self._teachers, x, known)
+        seen = teacher_outputs(self._teachers, x, known)
         logits = [s.logits for s in seen]
         fused = syn = picked = guard = None
         if self._fuses():
@@ -153,11 +157,8 @@ class BStep(Objective):
         if features is not None:
             return features
         (student,) = self._student
-        mode = [(module, module.training) for module in student.modules()]
-        student.eval()
-        query: Tensor = getattr(student(x), self.method.ib_mbm_query_key)
-        for module, training in mode:
-            module.training = training
+        with undisturbed(student):
+            query: Tensor = getattr(student(x), self.method.ib_mbm_query_key)
         return query
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.features import FeatureNet
+from models.features import FeatureNet, undisturbed
 from pipeline.config import MethodConfig
 from pipeline.config.rules import gate_offset
 from pipeline.training import distributed
@@ -20,7 +20,6 @@ from pipeline.training.nonfinite import require_finite
 from pipeline.training.run_data import RunData
 
 
-@torch.no_grad()
 def synergy_logits(
     fusion: Fusion, query: Tensor | None, teachers: list[Outputs], chosen: tuple[int, ...] | None = None
 ) -> Tensor:
@@ -34,21 +33,16 @@ def synergy_logits(
     Raises:
         NonFinite: the logits are not all finite.
     """
-    mode = fusion.training
-    fusion.eval()
-    try:
-        picked = [teachers[k].feat_2d for k in (range(len(teachers)) if chosen is None else chosen)]
-        with torch.autocast(picked[0].device.type, enabled=False):
-            parts = []
-            for i in range(0, len(picked[0]), 1000):
-                rows = slice(i, i + 1000)
-                part = fusion(None if query is None else query[rows], [f[rows] for f in picked], teachers=chosen)
-                parts.append(part.logits)
-        logits = torch.cat(parts)
-        require_finite(logits, "synergy")
-        return logits
-    finally:
-        fusion.train(mode)
+    picked = [teachers[k].feat_2d for k in (range(len(teachers)) if chosen is None else chosen)]
+    parts = []
+    with undisturbed(fusion), torch.autocast(picked[0].device.type, enabled=False):
+        for i in range(0, len(picked[0]), 1000):
+            rows = slice(i, i + 1000)
+            part = fusion(None if query is None else query[rows], [f[rows] for f in picked], teachers=chosen)
+            parts.append(part.logits)
+    logits = torch.cat(parts)
+    require_finite(logits, "synergy")
+    return logits
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """ASIB's stages: A-steps teach the fusion, B-steps the student, as one task of the loop (docs/method.md section 3)."""
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from models.fold import folded
 from pipeline.config import Config
 from pipeline.config.rules import needs_distillation, uses_fusion
 from pipeline.config.schema import ScheduleConfig
-from pipeline.data.batches import EpochDraws
+from pipeline.data.batches import Batch, EpochDraws, TrainBatches
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.training import distributed, optim
@@ -59,6 +58,10 @@ def _freeze(net: FeatureNet, policy: freeze.FreezePolicy, key: str) -> freeze.Fr
         raise UserError(f"{key}: {error}") from error
 
 
+OpenBank = Callable[[TrainBatches, Sequence[FeatureNet], Costs], BankedTeachers | None]
+"""The bank of some teachers and training images, which counts what it serves."""
+
+
 class Distillation:
     """The loop's task for a student: K >= 0 teachers, a fusion where targets need one, stages.
 
@@ -68,6 +71,7 @@ class Distillation:
         student: trained in B-steps; with an adapter where its `distill_feat` is used.
         teachers: frozen, or fine-tuned in A-steps.
         device: where all of them are.
+        open_bank: gives a bank of the teachers' outputs for the training images, or None.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Distillation:
         student: FeatureNet,
         teachers: list[FeatureNet],
         device: torch.device,
+        open_bank: OpenBank = lambda batches, teachers, costs: None,
     ) -> None:
         check_device(config, device)
         self.config, self.method, self.optim, self.device = config, config.method, config.optim, device
@@ -87,11 +92,10 @@ class Distillation:
             self.teachers = [folded(teacher, shape) for teacher in self.teachers]
         self.data = RunData(config, data, device)
         self.batches = self.data.train
-        self.bank: BankedTeachers | None = None
         self.streams = Streams(config.seed)
         check_student(config, student, data.num_classes)
         self.fusion = self._make_fusion(data.num_classes, device) if uses_fusion(config) else None
-        self._freeze_teachers()
+        held = self._freeze_teachers()
         self._try_student_levels()
         self.compiled = compiles(config, device)
         if self.compiled:
@@ -103,13 +107,14 @@ class Distillation:
         networks |= {f"teacher_{k}": t for k, t in enumerate(self.teachers)}
         self.costs = Costs(networks | ({"fusion": self.fusion} if self.fusion is not None else {}))
         self.plan = schedules.make_plan(self.method, a_steps=self.fusion is not None)
-        self.phases = self._make_phases(device)
+        self.a_step, self.b_step = self._make_objectives(held)
+        self.phases = self._make_phases()
         # deterministic fusion has no use for log variances, unless their penalty gives them a gradient
         idle = not self.method.use_ib and self.method.ib_mbm_reg_lambda == 0
         self._stage = -1
         if self.optim.ema_decay is not None:
             self._check_average()
-            self.phases["b"].objective.setup_ema(decay=self.optim.ema_decay)
+            self.b_step.setup_ema(decay=self.optim.ema_decay)
         prepare(self.phases, device, unused={"a"} if idle else set())
         self.selection = Selection(self._selected_net(), self.data.has_validation)
         self._last: dict[str, Tensor] = {}
@@ -117,14 +122,7 @@ class Distillation:
         self.best_test = float("-inf")
         self.predicted: Tensor | None = None
         """The selected student's classes of the test images (n,), once `results` has seen them."""
-
-    def use_bank(self, bank: BankedTeachers) -> None:
-        """Take the teachers' outputs for clean views from a bank, which is of these teachers and images."""
-        self.bank, self.batches.companion = bank, bank.complete
-        bank.uncounted = partial(self.costs.counting, False)
-        names = [f"teacher_{k}" for k in range(len(self.teachers))]
-        for phase in self.phases.values():
-            phase.objective.asked = partial(self.costs.asked, names)
+        self.bank = open_bank(self.batches, self.teachers, self.costs)
 
     def asked_of_teachers(self) -> Iterator[EpochDraws]:
         """The draws of the epochs in which teachers look at images: what a bank built ahead has to know."""
@@ -141,9 +139,10 @@ class Distillation:
             fusion = Fusion(self.method, [t.feature_dim for t in self.teachers], query, num_classes)
         return fusion.to(device)
 
-    def _freeze_teachers(self) -> None:
+    def _freeze_teachers(self) -> list[tuple[freeze.Frozen, nn.Module]]:
+        """Freeze the teachers; those that are fine-tuned, with what stays frozen of them."""
         m = self.method
-        self._held_teachers: list[tuple[freeze.Frozen, nn.Module]] = []
+        held: list[tuple[freeze.Frozen, nn.Module]] = []
         for net in self.teachers:
             net.requires_grad_(False).eval()
             if m.use_teacher_finetuning:
@@ -153,7 +152,8 @@ class Distillation:
                         m.teacher_freeze_level, m.teacher_freeze_bn, m.teacher_bn_head_only, m.teacher_freeze_scope
                     )
                 frozen = _freeze(net, policy, f"method.teacher_freeze_level={m.teacher_freeze_level}")
-                self._held_teachers.append((frozen, net))
+                held.append((frozen, net))
+        return held
 
     def _student_policy(self, stage: int) -> freeze.FreezePolicy:
         m = self.method
@@ -168,10 +168,17 @@ class Distillation:
                 _freeze(self.student, policy, f"stage {stage + 1}, student freeze level {policy.level}")
             freeze.apply(self.student, freeze.FreezePolicy())
 
-    def _make_phases(self, device: torch.device) -> dict[str, Phase]:
+    def _make_objectives(self, held: Sequence[tuple[freeze.Frozen, nn.Module]]) -> tuple[AStep | None, BStep]:
+        m, streams, device = self.method, self.streams, self.device
+        b_step = BStep(self.student, self.teachers, self.fusion, m, streams, device)
+        if self.fusion is None:
+            return None, b_step
+        return AStep(self.fusion, self.student, self.teachers, m, streams, device, held), b_step
+
+    def _make_phases(self) -> dict[str, Phase]:
         m, o, updates = self.method, self.optim, len(self.batches)
         phases: dict[str, Phase] = {}
-        if self.fusion is not None:
+        if self.fusion is not None and self.a_step is not None:
             lr = o.a_step_lr * m.ib_mbm_lr_factor
             groups: list[tuple[nn.Module, float]] = [(self.fusion, lr)]
             if m.use_teacher_finetuning:
@@ -180,11 +187,9 @@ class Distillation:
             # the A-steps' own cosine, without warm-up, over all A-epochs of the run
             shape = ScheduleConfig(min_lr=min(self.config.schedule.min_lr, lr))
             a_epochs = sum(e.phase == "a" for e in self.plan)
-            a_step = AStep(self.fusion, self.student, self.teachers, m, self.streams, device)
-            a_step.held = self._held_teachers
             phases["a"] = Phase(
                 "a_step",
-                a_step,
+                self.a_step,
                 optimizer,
                 optim.lr_schedule(optimizer, shape, a_epochs, updates * m.cccp_nt),
                 repeats=m.cccp_nt,
@@ -193,7 +198,7 @@ class Distillation:
         cutmix = m.cutmix_alpha_distill > 0
         phases["b"] = Phase(
             "b_step",
-            BStep(self.student, self.teachers, self.fusion, m, self.streams, device),
+            self.b_step,
             optimizer,
             optim.lr_schedule(optimizer, self.config.schedule, self._b_epochs(), updates * m.cccp_ns),
             mix="cutmix" if cutmix else "mixup" if m.mixup_alpha > 0 else None,
@@ -206,8 +211,13 @@ class Distillation:
     # what the loop calls ---------------------------------------------------------------------------------------------
 
     def draws(self, epoch: Epoch) -> EpochDraws:
-        two_views = epoch.phase == "b" and self._b_step().weights.two_view
+        two_views = epoch.phase == "b" and self.b_step.weights.two_view
         return self.data.draws(self.streams, epoch, self.phases[epoch.phase], two_views)
+
+    def epoch_batches(self, epoch: Epoch, start: int) -> Iterator[Batch]:
+        draws = self.draws(epoch)
+        batches = self.batches.epoch(draws, start)
+        return batches if self.bank is None else self.bank.complete(batches, draws, start)
 
     def begin_phase(self, epoch: Epoch) -> None:
         if epoch.phase == "a":
@@ -234,7 +244,7 @@ class Distillation:
         self._student_seen = None
         self._freeze_student(epoch.stage)
         m, b = self.method, epoch.in_phase
-        self._b_step().weights = BLoss(
+        weights = BLoss(
             scale=schedules.kd_weight(m, b, self._b_epochs()) if self.teachers else 0.0,
             tau=schedules.tau(m, epoch.overall, len(self.plan)),
             synergy=self.monitor.gate_open,
@@ -244,15 +254,14 @@ class Distillation:
             bound=m.loss_clamp_max if m.use_loss_clamp and b >= m.loss_clamp_warmup_epochs else None,
             dkd=min(1.0, (b + 1) / m.dkd_warmup_epochs) if m.dkd_warmup_epochs else 1.0,
         )
+        self.b_step.begin_epoch(weights)
 
     def _begin_a_epoch(self, epoch: Epoch) -> None:
         m, a = self.method, epoch.in_phase
         ce_only = a < m.synergy_only_epochs
         kd = m.kd_alpha if m.teacher_adapt_alpha_kd is None else m.teacher_adapt_alpha_kd
         clamps = m.use_loss_clamp and not m.disable_loss_clamp_in_a and a >= m.loss_clamp_warmup_epochs
-        objective = self.phases["a"].objective
-        assert isinstance(objective, AStep)
-        objective.weights = ALoss(
+        weights = ALoss(
             ce=1.0 if ce_only else m.synergy_ce_alpha,
             kd=0.0 if ce_only or m.use_cccp else kd,
             cccp=m.cccp_alpha if m.use_cccp and not ce_only else 0.0,
@@ -264,26 +273,21 @@ class Distillation:
             penalties=not ce_only,
             bound=m.loss_clamp_max if clamps else None,
         )
+        assert self.a_step is not None
+        self.a_step.begin_epoch(weights)
 
     def _averaged_share(self, b: int) -> float:
         if self.method.kd_target == "auto":
             return self.monitor.share
         return self.method.kd_ens_alpha if b < self.method.teacher_adapt_kd_warmup else 0.0
 
-    def _b_step(self) -> BStep:
-        objective = self.phases["b"].objective
-        assert isinstance(objective, BStep)
-        return objective
-
     def _freeze_student(self, stage: int) -> None:
         """The stage's freezing; what is wrapped for several processes is wrapped anew when it changes."""
         m = self.method
         if not m.use_partial_freeze or stage == self._stage:
             return
-        objective = self._b_step()
-        objective.held = [(freeze.apply(self.student, self._student_policy(stage)), self.student)]
+        self.b_step.refreeze(self.student, freeze.apply(self.student, self._student_policy(stage)))
         self._stage = stage
-        objective.trainable_module = self.student
         prepare({"b": self.phases["b"]}, self.device, unused=set())
 
     def end_epoch(self, epoch: Epoch) -> dict[str, float]:
@@ -305,9 +309,9 @@ class Distillation:
     def _end_b_epoch(self, epoch: Epoch) -> dict[str, float]:
         out, y = self._student_outputs(), self.data.eval.labels
         acc, loss = distributed.first_says([accuracy(out.logits, y), nll(out.logits, y, "student")], self.device)
-        weights = self._b_step().weights
+        weights = self.b_step.weights
         found = {"student/acc": acc, "student/loss": loss, "schedule/kd_weight": weights.scale * self.method.kd_alpha}
-        ema = self._b_step().get_trainable_module(ema=True)
+        ema = self.b_step.get_trainable_module(ema=True)
         if ema is not None:
             averaged = outputs(ema.module, self.data.eval, "student's moving average")
             (found["student/acc_ema"],) = distributed.first_says([accuracy(averaged.logits, y)], self.device)
@@ -333,7 +337,7 @@ class Distillation:
         if self.method.kd_target == "auto":
             found["gate/averaged_share"] = self.monitor.share
         due = (epoch.in_stage + 1) % self.method.teacher_eval_every == 0 or epoch.last
-        if due and self._b_step().weights.scale > 0:
+        if due and self.b_step.weights.scale > 0:
             found["synergy/acc"] = self.monitor.synergy_accuracy(student)
         return found
 
@@ -347,11 +351,11 @@ class Distillation:
     # state and results -----------------------------------------------------------------------------------------------
 
     def _selected_net(self) -> nn.Module:
-        ema = self._b_step().get_trainable_module(ema=True)
+        ema = self.b_step.get_trainable_module(ema=True)
         return ema.module if ema is not None and self.optim.select_weights == "ema" else self.student
 
     def state_dict(self) -> dict[str, Any]:
-        ema = self._b_step().get_trainable_module(ema=True)
+        ema = self.b_step.get_trainable_module(ema=True)
         return {
             "student": self._last or self.student.state_dict(),
             "student_ema": None if ema is None else ema.module.state_dict(),
@@ -365,7 +369,7 @@ class Distillation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._last, self._student_seen = {}, None
         self.student.load_state_dict(state["student"])
-        ema = self._b_step().get_trainable_module(ema=True)
+        ema = self.b_step.get_trainable_module(ema=True)
         if ema is not None:
             ema.module.load_state_dict(state["student_ema"])
         if self.fusion is not None:

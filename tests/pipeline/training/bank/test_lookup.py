@@ -49,17 +49,19 @@ def _small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def banked(folder: Path, limit: int = 10**9, data: Any = None, **sections: Any) -> Distillation:
     data = data or image_data()
-    task = distillation(config(**sections), data)
-    hashes = [f"hash {k}" for k in range(len(task.teachers))]
-    task.use_bank(BankedTeachers(BankCache(folder, limit), data, task.data.train, task.teachers, hashes))
-    return task
+
+    def open_bank(batches: Any, teachers: Any, costs: Any) -> BankedTeachers:
+        hashes = [f"hash {k}" for k in range(len(teachers))]
+        return BankedTeachers(BankCache(folder, limit), data, batches, teachers, hashes, costs)
+
+    return distillation(config(**sections), data, open_bank=open_bank)
 
 
 def first(task: Distillation, phase: str) -> tuple[Batch, Moment]:
     epoch = next(e for e in task.plan if e.phase == phase)
     task.monitor.gate_open = True
     task.begin_epoch(epoch)
-    return next(iter(task.batches.epoch(task.draws(epoch), start=1))), Moment(phase, epoch.in_phase, 1)
+    return next(iter(task.epoch_batches(epoch, 1))), Moment(phase, epoch.in_phase, 1)
 
 
 def trained(task: Distillation, folder: Path) -> tuple[dict[str, Any], Record]:

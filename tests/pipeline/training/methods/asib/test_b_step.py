@@ -91,7 +91,7 @@ def prepared(mix: str, **method: Any) -> tuple[Distillation, BStep, Any]:
 def test_the_loss_is_that_of_the_method(mix: str, weights: BLoss) -> None:
     task, objective, batch = prepared(mix, tau_syn=2.5, synergy_logit_scale=0.8, teacher_weights=(0.7, 0.3))
     expected = reference(task, batch, weights)
-    objective.weights = weights
+    objective.begin_epoch(weights)
     found = objective(batch, Moment("b", 0, 0))
     assert found["ce"].item() == pytest.approx(expected[1], rel=2e-5)
     assert found["kd"].item() == pytest.approx(expected[2], rel=5e-5)
@@ -106,7 +106,7 @@ def test_the_loss_is_that_of_the_method(mix: str, weights: BLoss) -> None:
 def test_every_network_runs_once_per_batch_and_view(mix: str, learnable: bool) -> None:
     task, objective, batch = prepared(mix, learnable_q=learnable)
     student, *teachers = (Calls(n) for n in (task.student, *task.teachers))
-    objective.weights = BLoss(1.0, 3.0, synergy=True, averaged_share=0.3)
+    objective.begin_epoch(BLoss(1.0, 3.0, synergy=True, averaged_share=0.3))
     objective(batch, Moment("b", 0, 0))
     n = len(batch.x)
     clean_query = [(False, False, n)] if mix != "none" and not learnable else []
@@ -122,7 +122,7 @@ def test_with_the_gate_closed_neither_fusion_nor_a_second_student_pass_runs(mix:
     task.student.register_forward_hook(lambda *_: calls.update(["student"]))
     assert task.fusion is not None
     task.fusion.register_forward_hook(lambda *_: calls.update(["fusion"]))
-    objective.weights = BLoss(1.0, 3.0, synergy=False, averaged_share=0.3)
+    objective.begin_epoch(BLoss(1.0, 3.0, synergy=False, averaged_share=0.3))
     objective(batch, Moment("b", 0, 0))
     assert calls == {"student": 1}
 
@@ -130,7 +130,7 @@ def test_with_the_gate_closed_neither_fusion_nor_a_second_student_pass_runs(mix:
 def test_without_distillation_weight_no_teacher_runs() -> None:
     task, objective, batch = prepared("cutmix")
     teachers = [Calls(t) for t in task.teachers]
-    objective.weights = BLoss(0.0, 3.0, synergy=True, averaged_share=0.0)
+    objective.begin_epoch(BLoss(0.0, 3.0, synergy=True, averaged_share=0.0))
     found = objective(batch, Moment("b", 0, 0))
     assert [len(c) for c in teachers] == [0, 0]
     assert found["loss"].item() == pytest.approx(0.7 * found["ce"].item())
@@ -145,7 +145,7 @@ def test_the_clean_pass_leaves_no_trace_in_the_batch_norm_statistics(mix: str) -
         seen = conv(batch.x_mixed)
     expected = 0.9 * norm.running_mean + 0.1 * seen.mean((0, 2, 3))
     count = int(norm.num_batches_tracked)
-    objective.weights = BLoss(1.0, 3.0, synergy=True, averaged_share=0.0)
+    objective.begin_epoch(BLoss(1.0, 3.0, synergy=True, averaged_share=0.0))
     objective(batch, Moment("b", 0, 0))
     torch.testing.assert_close(norm.running_mean, expected, rtol=1e-5, atol=1e-6)
     assert int(norm.num_batches_tracked) == count + 1
@@ -153,7 +153,7 @@ def test_the_clean_pass_leaves_no_trace_in_the_batch_norm_statistics(mix: str) -
 
 def test_only_the_student_gets_gradients() -> None:
     task, objective, batch = prepared("cutmix")
-    objective.weights = BLoss(1.0, 3.0, synergy=True, averaged_share=0.3)
+    objective.begin_epoch(BLoss(1.0, 3.0, synergy=True, averaged_share=0.3))
     objective(batch, Moment("b", 0, 0))["loss"].backward()
     assert task.fusion is not None
     assert all(p.grad is not None for p in task.student.parameters())
@@ -197,7 +197,7 @@ def test_the_distillation_weight_warms_up_over_b_epochs_through_stages() -> None
 def test_both_labels_of_a_mixed_image_count() -> None:
     """CutMix images with cross-entropy against one label only: a fault of the research code."""
     _, objective, batch = prepared("cutmix", ce_label_smoothing=0.0)
-    objective.weights = BLoss(0.0, 3.0, synergy=False, averaged_share=0.0)
+    objective.begin_epoch(BLoss(0.0, 3.0, synergy=False, averaged_share=0.0))
     mixed = objective(batch, Moment("b", 0, 0))["ce"].item()
     first = objective(batch._replace(y_b=batch.y), Moment("b", 0, 0))["ce"].item()
     second = objective(batch._replace(y=batch.y_b), Moment("b", 0, 0))["ce"].item()

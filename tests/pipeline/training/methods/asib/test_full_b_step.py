@@ -307,7 +307,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_method(case: str) -> None:
     task, objective, batch = prepared(mix, **method)
     two_view = "kd_two_view_start_epoch" in method
     w = BLoss(**{"scale": 1.0, "tau": 3.0, "synergy": True, "averaged_share": 0.0, "two_view": two_view, **weights})
-    objective.weights = w
+    objective.begin_epoch(w)
     if task.method.kd_view == "mixed":
         batch = batch._replace(lam=torch.minimum(batch.lam, 1 - batch.lam))
     expected = Reference(task, batch, w)
@@ -366,7 +366,7 @@ def test_certainty_is_that_of_the_target_which_is_taught() -> None:
     said = SimpleNamespace(logits=average, feat_2d=None)
     objective._teachers = (lambda x: said,)
     objective._fusion = (lambda *args, **more: Synergy(synergy, torch.zeros(1, 8), torch.zeros(1, 8)),)
-    objective.weights = BLoss(1.0, 10.0, synergy=True, averaged_share=0.0)
+    objective.begin_epoch(BLoss(1.0, 10.0, synergy=True, averaged_share=0.0))
     lesson = objective.lesson(torch.zeros(1, 3, 8, 8), torch.tensor([0]), None, None)
     assert synergy.softmax(1)[0, 0] < average.softmax(1)[0, 0]
     assert synergy.softmax(1)[0, 0] > (average / 10).softmax(1)[0, 0]
@@ -477,7 +477,7 @@ def test_a_subset_of_one(mix: str) -> None:
     keys = {"kd_sample_gate": True, "kd_sample_thr": 1e-6, "kd_sample_min_ratio": 0.1, "kd_target": "auto_min"}
     task, objective, batch = prepared(mix, **keys)
     w = BLoss(1.0, 3.0, synergy=True, averaged_share=0.0)
-    objective.weights = w
+    objective.begin_epoch(w)
     expected = Reference(task, batch, w)
     assert len(expected.chosen) == 1
     assert objective(batch, MOMENT)["loss"].item() == pytest.approx(expected.loss.item(), rel=1e-4)
