@@ -13,8 +13,7 @@ import torch
 
 from pipeline.compose import compose
 from pipeline.config import Config
-from pipeline.data import sources
-from pipeline.distill import distill, export, networks, results, train
+from pipeline.distill import distill, export, results, train
 from pipeline.paths import REPOSITORY
 from pipeline.runs import records
 from pipeline.runs.run import Run
@@ -33,31 +32,6 @@ def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield
     torch.use_deterministic_algorithms(before[0])
     torch.set_num_threads(before[1])
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> dict[str, Any]:
-    """A student, a teacher with a checkpoint, 24 images of 16 x 16."""
-    rng = np.random.default_rng(0)
-    images = {f"x_{s}": rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for s, n in (("train", 24), ("test", 9))}
-    np.savez(tmp_path / "data.npz", **images, y_train=np.arange(24) % 3, y_test=np.arange(9) % 3)
-    found: dict[str, Any] = {
-        "output_dir": str(tmp_path / "runs"),
-        "device": "cpu",
-        "threads": 1,
-        "log_model": False,
-        "dataset": {"name": "npz", "path": str(tmp_path / "data.npz"), "batch_size": 8, "val_fraction": 0.25},
-        "model": {
-            "student": {"name": "cifar_resnet8"},
-            "teachers": [{"name": "cifar_resnet8", "checkpoint": str(tmp_path / "teacher.safetensors")}],
-        },
-        "method": {"student_epochs_per_stage": [2], "kd_alpha": 0.5, "kd_target": "avg"},
-        "tracking": {"mode": "offline"},
-    }
-    config = Config.model_validate(found)
-    data = sources.load(config.dataset)
-    networks.save(networks.build_teacher(config, data, 0), tmp_path / "teacher.safetensors", config, data)
-    return found
 
 
 def distilled(keys: dict[str, Any], **more: Any) -> records.Record:

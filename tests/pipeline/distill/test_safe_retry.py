@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from mlflow import MlflowClient
 
-from pipeline.runs.records import from_folder
+from pipeline.distill import train
+from pipeline.runs.records import Record, from_folder
 from pipeline.runs.step import execute
 from pipeline.training.methods.asib.b_step import BStep
 from tests.pipeline.training.builders import HeldUp
 
-pytest_plugins = ["tests.servers"]
 PATIENCE = 3
 BRIEF = [
-    "cfg=quickstart",
+    "dataset=npz",
+    "dataset.batch_size=4",
+    "dataset.val_fraction=0.25",
+    "model/student=cifar_resnet8",
     "model/teacher=none",
     "method.kd_alpha=0",
     "method.kd_target=avg",
@@ -25,6 +27,8 @@ BRIEF = [
     "method.student_epochs_per_stage=[3]",
     "schedule.lr_warmup_epochs=0",
     "log_model=false",
+    "tracking.mode=offline",
+    "device=cpu",
     "optim.use_amp=true",
     f"optim.safe_retry_patience={PATIENCE}",
 ]
@@ -49,34 +53,32 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
     return inject
 
 
-def run(uri: str, folder: Path) -> tuple[int, Any]:
-    code = execute(
-        "distill", "pipeline.distill.distill:distill", [*BRIEF, f"tracking.uri={uri}", f"output_dir={folder}"]
-    )
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("asib")
-    assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id])
-    return code, found
+def run(keys: dict[str, Any], *more: str) -> tuple[int, Record, Path]:
+    train._load.cache_clear()
+    where = [f"dataset.path={keys['dataset']['path']}", f"output_dir={keys['output_dir']}"]
+    code = execute("distill", "pipeline.distill.distill:distill", [*BRIEF, *more, *where])
+    (folder,) = Path(keys["output_dir"]).glob("*-distill-*")
+    return code, from_folder(folder), folder
 
 
-def test_nan_under_amp_restarts_once_with_amp_off_and_says_so(sqlite_uri: str, tmp_path: Path, poison: Any) -> None:
+def accuracies(found: Record) -> list[int]:
+    """The epochs under which the record has the student's accuracy."""
+    return [epoch for epoch, _ in found.histories["student/acc"]]
+
+
+def test_nan_under_amp_restarts_once_with_amp_off_and_says_so(keys: dict[str, Any], poison: Any) -> None:
     poison(only_under_amp=True)
-    code, found = run(sqlite_uri, tmp_path)
-    assert (code, found.info.status) == (0, "FINISHED")
-    assert "non-finite steps in a row" in found.data.tags["asib.safe_retry"]
-    history = MlflowClient(sqlite_uri).get_metric_history(found.info.run_id, "student/acc")
-    assert [m.step for m in history] == [0, 1, 2]  # no epoch missing or double
-    assert found.data.metrics["train/nonfinite_steps"] == 0
-    # epochs after the restart are those of a run without AMP that continues the same first epoch
-    (folder,) = tmp_path.glob("*-distill-*")
-    states = json.loads((folder / "checkpoints" / "manifest.json").read_text())
-    assert len(states["checkpoints"]) == 2
-    assert found.data.params["optim.use_amp"] == "true"  # the configuration, and its hash, are as they were
+    code, found, folder = run(keys)
+    assert (code, found.status) == (0, "FINISHED")
+    assert "non-finite steps in a row" in found.tags["asib.safe_retry"]
+    assert accuracies(found) == [0, 1, 2], "no epoch missing or double"
+    assert found.metrics["train/nonfinite_steps"] == 0
+    assert len(json.loads((folder / "checkpoints/manifest.json").read_text())["checkpoints"]) == 2
+    assert found.config["optim.use_amp"] == "true", "the configuration, and its hash, are as they were"
 
 
 def test_a_restart_waits_for_the_checkpoint_that_is_being_written(
-    sqlite_uri: str, tmp_path: Path, poison: Any, monkeypatch: pytest.MonkeyPatch
+    keys: dict[str, Any], poison: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(only_under_amp=True)
     held_up, forward, begun = HeldUp(monkeypatch), BStep.forward, []
@@ -89,36 +91,30 @@ def test_a_restart_waits_for_the_checkpoint_that_is_being_written(
         return forward(self, batch, moment, repeat)
 
     monkeypatch.setattr(BStep, "forward", noted)
-    code, found = run(sqlite_uri, tmp_path)
-    assert (code, found.info.status) == (0, "FINISHED")
+    code, found, _ = run(keys)
+    assert (code, found.status) == (0, "FINISHED")
     assert begun == [0, 1, 1, 2], "from the first epoch's checkpoint"
-    history = MlflowClient(sqlite_uri).get_metric_history(found.info.run_id, "student/acc")
-    assert [m.step for m in history] == [0, 1, 2]
+    assert accuracies(found) == [0, 1, 2]
 
 
-def test_nan_without_amp_too_ends_the_run_with_step_terms_and_images(
-    sqlite_uri: str, tmp_path: Path, poison: Any
-) -> None:
+def test_nan_without_amp_too_ends_the_run_with_step_terms_and_images(keys: dict[str, Any], poison: Any) -> None:
     poison(only_under_amp=False)
-    code, found = run(sqlite_uri, tmp_path)
-    assert (code, found.info.status) == (1, "FAILED")
-    assert "asib.safe_retry" in found.data.tags
-    error = found.data.tags["asib.error"]
+    code, found, _ = run(keys)
+    assert (code, found.status) == (1, "FAILED")
+    assert "asib.safe_retry" in found.tags
+    error = found.tags["asib.error"]
     for part in (f"{PATIENCE} non-finite steps in a row", "b-epoch 2", "batch 5", "loss=nan", "ce=", "images ["):
         assert part in error, error
 
 
-def test_a_divergence_that_patience_does_not_see_is_a_failed_run_of_one_line(tmp_path: Path) -> None:
+def test_a_divergence_that_patience_does_not_see_is_a_failed_run_of_one_line(keys: dict[str, Any]) -> None:
     """Fewer updates than `safe_retry_patience`: neither an accuracy of chance nor a complaint about ONNX."""
     more = ["optim.use_amp=false", "optim.safe_retry_patience=1000", "log_model=true"]
     more += ["optim.student_lr=1e6", "optim.student_weight_decay=1e6"]  # AdamW: -1e12 times each weight in every step
-    where = ["tracking.mode=offline", f"output_dir={tmp_path}"]
-    code = execute("distill", "pipeline.distill.distill:distill", [*BRIEF, *more, *where])
-    (folder,) = tmp_path.glob("*-distill-*")
-    found = from_folder(folder)
+    code, found, folder = run(keys, *more)
     assert (code, found.status) == (1, "FAILED")
     assert not any("acc" in name for name in found.metrics)
     said = (folder / "run.log").read_text()
-    assert said.count("student: 200 of 200 outputs in evaluation are not finite: it has diverged; lower its ") == 1
+    assert said.count("student: 6 of 6 outputs in evaluation are not finite: it has diverged; lower its ") == 1
     assert "Traceback" not in said
     assert "onnx" not in said.lower()
