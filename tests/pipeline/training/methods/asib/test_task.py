@@ -9,7 +9,8 @@ import torch
 
 from pipeline.config import MethodConfig
 from pipeline.training.methods.asib.b_step import BStep
-from pipeline.training.methods.asib.task import Distillation, make_plan
+from pipeline.training.methods.asib.schedules import make_plan
+from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.run_data import Selection
 from tests.pipeline.training.builders import (
     Record,
