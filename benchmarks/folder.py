@@ -26,8 +26,8 @@ from benchmarks.machine import described
 from benchmarks.steps.clock import Window, interleaved, spread
 from models import zoo
 from pipeline.config import AugmentConfig, DatasetConfig
-from pipeline.data import TrainBatches, load
-from pipeline.data.batches import Batch
+from pipeline.data.batches import Batch, TrainBatches
+from pipeline.data.sources import load
 from pipeline.training.allocator import keep_freed_memory
 
 CLASSES = 10

@@ -9,18 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.config import AugmentConfig
-from pipeline.data import (
-    Batch,
-    CropFlip,
-    EpochDraws,
-    EvalBatches,
-    Normalize,
-    TrainBatches,
-    batch_bounds,
-    crop_flip,
-    draw_epoch,
-    mix,
-)
+from pipeline.data.augmentations import CropFlip, Normalize, crop_flip, mix
+from pipeline.data.batches import Batch, EpochDraws, EvalBatches, TrainBatches, batch_bounds, draw_epoch
 from pipeline.errors import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

@@ -16,8 +16,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from pipeline.config import AugmentConfig, DatasetConfig
-from pipeline.data import EvalBatches, TrainBatches, load
+from pipeline.data.batches import EvalBatches, TrainBatches
 from pipeline.data.image_files import ImageFiles
+from pipeline.data.sources import load
 from pipeline.errors import UserError
 from pipeline.served.pictures import decode
 
@@ -322,7 +323,8 @@ def test_a_worker_outlives_signals_that_come_before_it_has_begun(root: Path) -> 
 PROGRAM = """
 import sys, torch
 from pipeline.config import DatasetConfig
-from pipeline.data import EvalBatches, load
+from pipeline.data.batches import EvalBatches
+from pipeline.data.sources import load
 data = load(DatasetConfig(name="image_folder", root=sys.argv[1], image_size=16, workers=2))
 batches = EvalBatches(data.train_x, data.train_y, None, 5, data.mean, data.std, "cpu")
 seen = iter(batches)
@@ -343,7 +345,8 @@ def test_a_process_ends_though_nobody_let_its_workers_go(root: Path) -> None:
 SMALL = """
 import sys, time, torch
 from pipeline.config import DatasetConfig
-from pipeline.data import EvalBatches, load
+from pipeline.data.batches import EvalBatches
+from pipeline.data.sources import load
 from pipeline.errors import UserError
 from torchvision.transforms import v2
 data = load(DatasetConfig(name="image_folder", root=sys.argv[1], image_size=1024, workers=2))

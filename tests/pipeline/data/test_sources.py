@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from pipeline.config import DatasetConfig
-from pipeline.data import ImageData, load
 from pipeline.data.arrays import Arrays, check
-from pipeline.data.sources import SAMPLE, digest, statistics
+from pipeline.data.sources import SAMPLE, ImageData, digest, load, statistics
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[3]

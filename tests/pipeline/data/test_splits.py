@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import split
+from pipeline.data.splits import split
 from pipeline.errors import UserError
 
 

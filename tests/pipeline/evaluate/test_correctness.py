@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.config import DatasetConfig
-from pipeline.data import ImageData, load
+from pipeline.data.sources import ImageData, load
 from pipeline.distill import results
 from pipeline.evaluate import correctness, measures, plots
 

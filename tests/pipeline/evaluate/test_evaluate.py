@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from pipeline.config import DatasetConfig
-from pipeline.data import load, split
+from pipeline.data.sources import load
+from pipeline.data.splits import split
 from pipeline.evaluate import correctness
 from tests.steps.lab import Done, Lab, client, deliver, journal, points, run_id, see, tensors, write_npz
 

@@ -15,7 +15,7 @@ from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
 from pipeline.config import DatasetConfig
-from pipeline.data import ImageData, load
+from pipeline.data.sources import ImageData, load
 from pipeline.evaluate import measures
 from pipeline.evaluate.measures import evaluate_model
 from pipeline.evaluate.superclasses import CIFAR100, superclasses
