@@ -26,7 +26,8 @@ from benchmarks.steps.cases import PAIRS, TWO_TEACHERS, Case
 from benchmarks.steps.clock import Window, spread
 from benchmarks.steps.ours import ClockedDistillation, OneEpoch
 from models.features import FeatureNet
-from pipeline.data.sources import CIFAR100, ImageData
+from pipeline.config.datasets import CIFAR100
+from pipeline.data.sources import ImageData
 from pipeline.distill import train
 from pipeline.errors import Pruned
 from pipeline.journal import NullJournal

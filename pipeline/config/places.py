@@ -4,31 +4,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from pipeline import urls
+from pipeline.config.datasets import DATASETS
 from pipeline.config.rules import needs_distillation
 from pipeline.config.schema import Config, DatasetConfig, TrackingConfig
 from pipeline.errors import UserError
 from pipeline.paths import user_path
-
-
-class Place(NamedTuple):
-    """Where torchvision keeps a data set: its class there, and the folder below dataset.root."""
-
-    class_name: str
-    folder: str
-
-    def below(self, root: str) -> Path:
-        return (user_path(root, "dataset.root") / self.folder).resolve()
-
-
-TORCHVISION = {
-    "cifar100": Place("CIFAR100", "cifar-100-python"),
-    "cifar10": Place("CIFAR10", "cifar-10-batches-py"),
-    "fashion_mnist": Place("FashionMNIST", "FashionMNIST/raw"),
-}
-
 
 DISTILLING = ("main", "distill", "ablate", "sweep")
 """Steps that cannot do without their teachers."""
@@ -87,7 +69,7 @@ def check_data(dataset: DatasetConfig) -> None:
     """The same for the data set alone; what `dataset.download` fetches need not be there."""
     if dataset.name == "image_folder":
         _check_image_folder(dataset.root)
-    place = TORCHVISION.get(dataset.name)
+    place = DATASETS[dataset.name]
     if place is not None and not dataset.download and not place.below(dataset.root).is_dir():
         raise UserError(
             f"dataset.root={dataset.root}: {place.class_name} is not there (looked in {place.below(dataset.root)}); "

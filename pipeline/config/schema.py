@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from pipeline.config.datasets import DATASETS
 from pipeline.config.numbers import (
     AtLeastOne,
     BatchSize,
@@ -65,9 +66,7 @@ class Section(BaseModel):
 class DatasetConfig(Section):
     """What is learned, and how it is split (docs/method.md section 3)."""
 
-    name: Literal["cifar100_sample", "cifar100", "cifar10", "fashion_mnist", "npz", "image_folder"] = key(
-        "cifar100_sample", "data set; the first is bundled"
-    )
+    name: Literal[*DATASETS] = key("cifar100_sample", "data set; the first is bundled")  # type: ignore[valid-type]
     root: str = key("data", "folder of the torchvision layout; of image_folder: with train/<class>/ and val/<class>/")
     path: str | None = key(None, "the file of dataset.name=npz (x_train, y_train, x_test, y_test; uint8 NHWC)")
     download: bool = key(False, "fetch a missing data set with torchvision")

@@ -5,10 +5,9 @@ Whatever the source, the result is one `ImageData`: checked images and the diges
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import DatasetConfig
-from pipeline.config.places import TORCHVISION, check_data
+from pipeline.config.datasets import CIFAR100, DATASETS, Statistics, Torchvision
+from pipeline.config.places import check_data
 from pipeline.data.arrays import Arrays, check, read_npz
 from pipeline.data.image_files import CROP_PCT, ImageFiles, Images, scan
 from pipeline.errors import UserError
@@ -25,17 +25,7 @@ from pipeline.paths import user_path
 SAMPLE = Path(__file__).parent / "sample" / "cifar100_sample.npz"
 
 
-class Statistics(NamedTuple):
-    """Per-channel mean and standard deviation of training images scaled to [0, 1]."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-CIFAR100 = Statistics((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761))
-CIFAR10 = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-FASHION_MNIST = Statistics((0.2860,), (0.3530,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +72,8 @@ def load(config: DatasetConfig) -> ImageData:
     Raises UserError when files are missing, damaged or not a classification data set, or where `mean` or `std` is for
     images of other channels.
     """
-    data = _SOURCES[config.name](config)
+    row = DATASETS[config.name]
+    data = OWN[config.name](config) if row is None else _torchvision(config, row)
     for key, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != data.in_chans:
             raise UserError(f"dataset.{key}={list(values)}: the images have {data.in_chans} channels; give as many")
@@ -133,23 +124,17 @@ def _image_folder(config: DatasetConfig) -> ImageData:
     )
 
 
-def _torchvision(name: str, known: Statistics) -> Callable[[DatasetConfig], ImageData]:
-    """A loader for a data set of torchvision's."""
-    class_name = TORCHVISION[name].class_name
-
-    def source(config: DatasetConfig) -> ImageData:
-        check_data(config)
-        place = TORCHVISION[name].below(config.root)
-        train, test = _read_torchvision(class_name, config, place)
-        arrays = {
-            f"{part}_{split}": np.asarray(values)
-            for split, read in (("train", train), ("test", test))
-            for part, values in (("x", read.data), ("y", read.targets))
-        }
-        checked = check(arrays, f"dataset.root={config.root}: {class_name} in {place}", tuple(train.classes))
-        return _image_data(config.name, checked, known, str(place))
-
-    return source
+def _torchvision(config: DatasetConfig, row: Torchvision) -> ImageData:
+    check_data(config)
+    place = row.below(config.root)
+    train, test = _read_torchvision(row.class_name, config, place)
+    arrays = {
+        f"{part}_{split}": np.asarray(values)
+        for split, read in (("train", train), ("test", test))
+        for part, values in (("x", read.data), ("y", read.targets))
+    }
+    checked = check(arrays, f"dataset.root={config.root}: {row.class_name} in {place}", tuple(train.classes))
+    return _image_data(config.name, checked, row.statistics, str(place))
 
 
 def _read_torchvision(class_name: str, config: DatasetConfig, place: Path) -> tuple[Any, Any]:
@@ -214,11 +199,5 @@ def statistics(images: NDArray[np.uint8]) -> Statistics:
     return Statistics(tuple(mean), tuple(std))
 
 
-_SOURCES: dict[str, Callable[[DatasetConfig], ImageData]] = {
-    "cifar100_sample": _sample,
-    "cifar100": _torchvision("cifar100", CIFAR100),
-    "cifar10": _torchvision("cifar10", CIFAR10),
-    "fashion_mnist": _torchvision("fashion_mnist", FASHION_MNIST),
-    "npz": _npz,
-    "image_folder": _image_folder,
-}
+OWN = {"cifar100_sample": _sample, "npz": _npz, "image_folder": _image_folder}
+"""How the data sets are read that torchvision does not know."""
