@@ -36,7 +36,7 @@ class FeatureNet(nn.Module):
     Args:
         net: a classifier with timm's `forward_features`, `forward_head(pre_logits=True)`, `get_classifier`.
         adapter_dim: D; None for no adapter.
-        architecture: its name; None: what timm says.
+        architecture: its name; None: timm's.
         small_input: whether its stem is adapted to small images; both travel with checkpoints.
 
     Attributes:

@@ -87,7 +87,7 @@ class Frozen:
     def hold(self, model: nn.Module) -> None:
         """Put the held modules into eval mode; to be called after every `model.train()`.
 
-        Modules are found by name, so that a copy, or the network after a SyncBatchNorm conversion, will do.
+        Modules are found by name, so a copy works too, and a network after a SyncBatchNorm conversion.
 
         Raises:
             ValueError: `model` lacks one of them; it is another network, or wrapped (give DDP's `.module`).
@@ -112,7 +112,7 @@ def apply(model: FeatureNet, policy: FreezePolicy) -> Frozen:
         policy: what trains. At level 0 without `freeze_bn` this is the same as `bn_head_only`.
 
     Raises:
-        ValueError: fewer stages than the level needs, stages that cannot be told, no classifier, `bn_head_only`
+        ValueError: fewer stages than the level needs, unknown stages, no classifier, `bn_head_only`
             without normalisation layers, nothing left to train. The model is then as it was.
     """
     if not isinstance(model, FeatureNet):

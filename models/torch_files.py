@@ -68,7 +68,7 @@ class Name(NamedTuple):
 
 
 class Opaque(NamedTuple):
-    """An object of which its class's name alone is known."""
+    """An object known only by its class's name."""
 
     what: str
 

@@ -24,7 +24,7 @@ def main(run: Run) -> float | None:
         raise UserError("the main job distils: it needs model.teachers and method.kd_alpha > 0, or use -e baseline")
     prepare(config)
     check_device(config, networks.device_of(config))
-    teachers.foresee(config, images(config))
+    teachers.validate_early(config, images(config))
     run.ready()
     alone_config = student_alone(config).model_copy(update={"log_model": False, "register": None})
     alone = _nested(run, "baseline", "student_alone", alone_config, distill)

@@ -141,7 +141,7 @@ class Ours:
 def make_loop(
     run: Run, config: Config, data: ImageData, device: torch.device, slots: Slots
 ) -> tuple[Loop, ClockedDistillation]:
-    """What `jobs.distill` and `session.train` make of a run, and a watch that stops it after every epoch."""
+    """Build a run's loop as `distill` and `train` do, with a watch that stops it after every epoch."""
     student = networks.build_student(config, data)
     found = teachers.obtain(run, data, student)
     task = ClockedDistillation(config, data, student, [t.net for t in found], device)

@@ -1,6 +1,6 @@
-"""Are four arrays a classification data set? Every way in which they may not be has one clear line.
+"""Check that four arrays are a classification data set; every fault has its one-line error.
 
-Used for all sources: a user's npz file and files that torchvision has read go through the same checks.
+All sources go through the same checks: a user's npz file and files that torchvision has read.
 """
 
 import zipfile

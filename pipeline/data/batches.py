@@ -1,6 +1,6 @@
 """Batches of a data set: index → crop and flip → normalise → mix.
 
-Images live on the device as uint8, and no worker has a part in it; or they are files, and workers decode them ahead.
+Images live on the device as uint8, without workers; or they are files, which workers decode ahead of time.
 
 All random numbers of an epoch are drawn before it begins (`draw_epoch`), for the global batch. So resuming within an
 epoch is skipping batches, and a process of several computes its rows of exactly the batch that one process would see.
@@ -33,7 +33,7 @@ from pipeline.errors import UserError
 
 
 class Seen(NamedTuple):
-    """What a frozen teacher says of n images, float32 on the device: of its outputs those that the bank keeps."""
+    """A frozen teacher's outputs for n images, float32 on the device: those that the bank keeps."""
 
     logits: Tensor
     """(n,N)."""
@@ -81,7 +81,7 @@ class Batch(NamedTuple):
     x_second: Tensor | None = None
     """float32 (b,C,H,W): the same images under a second, independent augmentation; None where none was drawn."""
     known: Known | None = None
-    """What the teacher bank has of x; None without a bank: the teachers are to be run."""
+    """The teacher bank's outputs for x; None without a bank: the teachers have to run."""
     known_second: Known | None = None
     """The same of `x_second`."""
 
@@ -298,7 +298,7 @@ class TrainBatches:
             yield from map(self.normalize, self.images.views(wanted, self.device))
 
     def _batch(self, plan: "_Plan", x: Tensor, made: Iterator[Tensor], one: Tensor) -> Batch:
-        """This process's rows of the plan's global batch; `made` gives what was asked for beside `x`."""
+        """This process's rows of the plan's global batch; `made` yields what was asked for after `x`."""
         index, rows, mixture = plan.index, plan.rows, plan.mixture
         size, mine, crops = len(index), index[rows], plan.asked[0].crops
         y = self.labels[mine]

@@ -35,7 +35,7 @@ class Views:
 
     @property
     def name(self) -> str:
-        """What a bank's key says of them."""
+        """Their name in a bank's key."""
         return f"crop-flip pad {PAD} {self.pad_mode}" if self.crop_flip else "plain"
 
     def numbers(self, draw: CropFlip | None, n: int) -> Tensor:

@@ -24,12 +24,12 @@ logger = logging.getLogger("asib")
 
 
 def folder(config: Config) -> Path:
-    """Where the banks of a configuration are."""
+    """The folder of a configuration's banks."""
     return user_path(config.bank_folder, "bank_folder") if config.bank_folder else output_dir(config) / "bank"
 
 
 def opener(config: Config, data: ImageData, hashes: Sequence[str]) -> OpenBank:
-    """What opens the bank of a task where its configuration has one, and logs a line about it.
+    """Return a function that opens a task's bank where its configuration has one, and logs a line about it.
 
     Args:
         data: the images that the task is made with.
@@ -69,7 +69,7 @@ def _open(
 
 
 def build_ahead(task: Distillation) -> None:
-    """Fill a task's bank with all that training will ask for, where its configuration says so.
+    """Fill a task's bank with everything that training will ask for, if its configuration says so.
 
     Raises:
         Interrupted: a signal arrived; what is done is kept.
@@ -82,7 +82,7 @@ def build_ahead(task: Distillation) -> None:
 
 
 def conclude(task: Distillation) -> None:
-    """Log what a task's bank was good for, and close it."""
+    """Log how much a task's bank served, and close it."""
     if task.bank is not None:
         total = task.bank.total
         logger.info("teacher bank: %d images of all teachers served, %d computed", total.served, total.computed)

@@ -22,7 +22,7 @@ PREPARED_ALIKE = 1e-3
 
 @contextmanager
 def user_error(key: str) -> Iterator[None]:
-    """What the models say of bad input becomes one line that names the key."""
+    """Turn a ValueError of the models into a one-line UserError that names the key."""
     try:
         yield
     except ValueError as error:
@@ -30,7 +30,7 @@ def user_error(key: str) -> Iterator[None]:
 
 
 def check_names(config: Config) -> None:
-    """Refuse names of networks that nobody knows, before anything is built. Raises UserError."""
+    """Refuse unknown network names before anything is built. Raises UserError."""
     named = {"model.student.name": config.model.student.name}
     named |= {f"model.teachers.{k}.name": t.name for k, t in enumerate(config.model.teachers)}
     for key, name in named.items():
@@ -87,10 +87,10 @@ def build_teacher(config: Config, data: ImageData, index: int) -> FeatureNet:
 
 
 def load(net: FeatureNet, path: Path, key: str, data: ImageData) -> dict[str, Any]:
-    """Fill a network from a checkpoint file; its metadata.
+    """Fill a network from a checkpoint file; return the file's metadata.
 
-    Where the file records classes, they are the data's, in its order; a mean and deviation that it records are those
-    that the data is prepared with.
+    Classes that the file records must be the data's, in its order; a recorded mean and deviation must be those that
+    the data is prepared with.
 
     Raises:
         UserError: it names `key`.
@@ -116,7 +116,7 @@ def check_prepared(record: Mapping[str, Any], data: ImageData) -> None:
 
 
 def prepared_as(data: ImageData, record: Mapping[str, Any]) -> ImageData:
-    """The data as a network is evaluated on it that was trained with the mean and deviation of its own record."""
+    """The data, prepared with the mean and deviation that a network's record names."""
     mean, std = (tuple(record.get(name) or getattr(data, name)) for name in ("mean", "std"))
     return replace(data, mean=mean, std=std)
 

@@ -78,13 +78,13 @@ def keep(net: FeatureNet, run: Run, config: Config, data: ImageData, index: int)
 
 
 def obtain(run: Run, data: ImageData, student: FeatureNet, test: bool = True) -> list[Teacher]:
-    """All teachers of a run's configuration, in order; what cannot do is refused before anything is fine-tuned.
+    """All teachers of a run's configuration, in order; unsuitable ones are refused before anything is fine-tuned.
 
     Args:
         test: False where the test split must not be seen: those fine-tuned here are not evaluated on it.
 
     Raises:
-        UserError: a checkpoint that is not there or does not fit, teachers that cannot be fused.
+        UserError: a checkpoint is missing or does not fit, or the teachers cannot be fused.
     """
     config = run.config
     nets = _build(config, data, student)
@@ -95,8 +95,8 @@ def obtain(run: Run, data: ImageData, student: FeatureNet, test: bool = True) ->
     return [found[index] for index in range(len(nets))]
 
 
-def foresee(config: Config, data: ImageData) -> None:
-    """Refuse now what `obtain` will refuse later, as far as it can be told without a run. Raises UserError."""
+def validate_early(config: Config, data: ImageData) -> None:
+    """Refuse now what `obtain` would refuse later, as far as that needs no run. Raises UserError."""
     nets = _build(config, data, networks.build_student(config, data))
     for index, (net, spec) in enumerate(zip(nets, config.model.teachers, strict=True)):
         if spec.checkpoint is not None and not spec.checkpoint.startswith("runs:/"):
@@ -105,7 +105,7 @@ def foresee(config: Config, data: ImageData) -> None:
 
 def _build(config: Config, data: ImageData, student: FeatureNet) -> list[FeatureNet]:
     dataset = config.dataset
-    # else it is refused after teachers were fine-tuned
+    # an impossible split would otherwise be refused only after fine-tuning
     split(data.train_y, dataset.val_fraction, data.digest, dataset.split_seed)
     nets = [networks.build_teacher(config, data, index) for index in range(len(config.model.teachers))]
     check_student(config, student, data.num_classes)

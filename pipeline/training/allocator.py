@@ -1,4 +1,4 @@
-"""Memory that was freed stays with the process: on processors, where every layer takes and frees tensors of megabytes.
+"""Keep freed memory with the process: on CPUs every layer allocates and frees megabytes.
 
 glibc maps blocks above 32 MB (smaller ones too, at first) for each allocation and unmaps them when freed. Their
 pages then come one fault at a time, zeroed, for every layer of every pass (benchmarks/README.md, «Page faults»).
@@ -12,13 +12,13 @@ MOST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """From now on freed memory is used again, never given back before the process ends.
+    """Reuse freed memory from now on instead of returning it to the system.
 
-    Called when all data is in memory: what loading frees should go back. Another allocator than glibc's (jemalloc,
-    musl, macOS) is left as it is.
+    To be called once all data is in memory: what loading freed should go back. Allocators other than glibc's
+    (jemalloc, musl, macOS) are left alone.
 
     Returns:
-        Whether glibc took it.
+        Whether glibc accepted it.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -65,7 +65,7 @@ class Copy:
         self._structure = _split(tree, "", self._tensors)
 
     def pack(self) -> bytes:
-        """The bytes of a safetensors file that holds it; afterwards they are all that is left of it in memory."""
+        """The bytes of a safetensors file that holds the tree; the copy itself is freed."""
         content = save_tensors(self._tensors, metadata={"format": FORMAT, "tree": json.dumps(self._structure)})
         self._tensors.clear()
         return content
@@ -77,7 +77,7 @@ def pack(tree: Any) -> bytes:
 
 
 def unpack(content: bytes) -> Any:
-    """What `pack` was given; tuples come back as lists. Raises ValueError for anything else."""
+    """The tree that was packed, with tuples as lists. Raises ValueError for any other bytes."""
     try:
         size = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + size])["__metadata__"]
@@ -119,7 +119,7 @@ class Slots:
         return content if hashlib.sha256(content).hexdigest() == record["sha256"] else None
 
     def _records(self) -> list[dict[str, Any]]:
-        """Newest first; what is no record of one of the two slots is none."""
+        """The manifest's records, newest first; anything else in it is ignored."""
         if not self.manifest.exists():
             return []
         try:
@@ -131,15 +131,15 @@ class Slots:
         ]
 
     def write(self, tree: Any) -> None:
-        """Begin to write `tree` as it is now over the older slot (or the one that is torn), then the manifest.
+        """Begin to write `tree` as it is now over the older (or damaged) slot, then the manifest.
 
-        What was written before has been settled.
+        The previous write must have been settled.
         """
         assert self._pending is None
         self._pending = self._writer.submit(self._write, Copy(tree))
 
     def settle(self, wait: bool = True) -> Saved | None:
-        """The checkpoint that was begun, once it is whole; None: there is none, or (without `wait`) it is not yet.
+        """The pending checkpoint once it is written; None where nothing is pending or, without `wait`, not finished.
 
         Raises:
             UserError: the disk is full; the checkpoints before it are as they were.
@@ -186,7 +186,7 @@ class Slots:
         write_atomically(self.manifest, json.dumps({"checkpoints": [{"slot": 0, "sha256": sha256}]}))
 
     def read(self) -> tuple[Any, Saved]:
-        """The newest checkpoint that is whole. UserError where there is none."""
+        """The newest intact checkpoint. Raises UserError if both are missing or damaged."""
         for state, saved in self._whole_ones():
             return state, saved
         raise UserError(f"{self.folder}: no whole checkpoint there; start the run anew")
@@ -217,7 +217,7 @@ def cpu_copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def require_space(folder: Path, modules: list[torch.nn.Module]) -> None:
-    """UserError before training when two checkpoints of these modules (weights, two moments, best copy) cannot fit."""
+    """Raise UserError unless two checkpoints of these modules (weights, two moments, best copy) fit on disk."""
     weights = sum(v.numel() * v.element_size() for m in modules for v in m.state_dict().values())
     needed = 2 * 4 * weights + 5_000_000
     folder.mkdir(parents=True, exist_ok=True)

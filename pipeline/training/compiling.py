@@ -6,11 +6,11 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 
 LONG = 40
-"""`auto` compiles on a GPU for runs of at least so many epochs; compiling takes about a minute."""
+"""Epochs from which `auto` compiles on a GPU; compiling takes about a minute."""
 
 
 def check_device(config: Config, device: torch.device) -> None:
-    """UserError where `optim.compile` asks for what the device does not have."""
+    """Raise UserError where `optim.compile` asks for something that the device lacks."""
     if config.optim.compile == "graphs" and device.type != "cuda":
         raise UserError(
             f"optim.compile=graphs: CUDA graphs are a GPU's, and device={config.device} is {device.type} here; use "
@@ -19,9 +19,9 @@ def check_device(config: Config, device: torch.device) -> None:
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """What `optim.compile` comes to here.
+    """Resolve `optim.compile` for this device.
 
-    On processors `auto` is off: what it brings there is little (benchmarks/README.md), and it needs a C++ compiler.
+    `auto` is off on CPUs: it gains little there (benchmarks/README.md) and needs a C++ compiler.
     """
     asked = config.optim.compile
     if asked != "auto":
@@ -32,18 +32,18 @@ def compiles(config: Config, device: torch.device) -> bool:
 
 
 class CompileClock:
-    """Counts what this process spends compiling from now on."""
+    """Measures the time that this process spends compiling from now on."""
 
     def __init__(self) -> None:
         self._before = _spent()
 
     def seconds(self) -> float:
-        """By the clock on the wall: tracing, code generation and compilers, of forward and backward passes."""
+        """Wall-clock seconds: tracing, code generation and compilers, for forward and backward passes."""
         return _spent() - self._before
 
 
 def _spent() -> float:
-    """Since the process began. Torch keeps the sum, but has no public name for it."""
-    from torch._dynamo.utils import calculate_time_spent  # late: a second, which eager runs need not wait
+    """Seconds since the process began. Torch keeps the sum, but has no public name for it."""
+    from torch._dynamo.utils import calculate_time_spent  # late: takes a second, which eager runs need not pay
 
     return float(calculate_time_spent()["total_wall_time"])

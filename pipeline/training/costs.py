@@ -25,17 +25,17 @@ def images_in(args: tuple[Any, ...]) -> int:
 @torch.no_grad()
 def macs(net: nn.Module, *args: Any) -> int:
     """Multiply-accumulates of one call in eval mode; divide by its batch size for those of an image."""
-    # compiled kernels are no operations that could be counted
+    # operations inside compiled kernels cannot be counted
     with undisturbed(net), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         net(*args)
     return int(counter.get_total_flops()) // 2
 
 
 class Costs:
-    """Counts while `counting`: evaluation is not part of what a method costs.
+    """Count forward images and updates inside `counting`: evaluation is not part of a method's cost.
 
     Args:
-        networks: name -> network; every forward call of it is counted, whoever makes it.
+        networks: name -> network; each of its forward calls is counted, whoever makes it.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
@@ -55,7 +55,7 @@ class Costs:
 
     @contextmanager
     def counting(self, active: bool = True) -> Iterator[None]:
-        """Forward calls inside count; with `active` False they do not."""
+        """Count forward calls made inside; with `active` False, do not."""
         before, self._active = self._active, active
         try:
             yield
@@ -63,15 +63,15 @@ class Costs:
             self._active = before
 
     def asked(self, name: str, images: int) -> None:
-        """Count outputs of a network that the teacher bank gave in the place of a forward call.
+        """Count outputs that the teacher bank supplied instead of a forward call.
 
-        What a method costs does not depend on which run came first and filled the bank: `bank/computed` says that.
+        A method's cost does not depend on which run filled the bank; `bank/computed` shows that.
         """
         if self._active:
             self.images[name] += images
 
     def updated(self, phase: str) -> None:
-        """One optimiser update of a phase."""
+        """Count one optimiser update of a phase."""
         self.updates[phase] = self.updates.get(phase, 0) + 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where a run computes. Needs torch alone, so that a device that is not there is refused before there is a run."""
+"""Where a run computes. Needs torch alone, so that a missing device is refused before a run begins."""
 
 import torch
 
@@ -10,7 +10,7 @@ DEVICELESS = ("compare", "predict")
 
 
 def device_of(config: Config) -> torch.device:
-    """The device that `device` asks for. UserError where it is not there."""
+    """The device that `device` names. Raises UserError if it is missing."""
     if config.device == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(config.device)

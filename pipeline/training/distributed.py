@@ -1,4 +1,4 @@
-"""What several processes under torchrun agree on. With one process everything here is the identity."""
+"""Agreement among the processes of torchrun. With one process everything here is the identity."""
 
 import os
 from typing import NamedTuple
@@ -49,7 +49,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def anyone(flag: bool) -> bool:
-    """Whether the flag is up in any process."""
+    """Whether the flag is set in any process."""
     if not dist.is_initialized():
         return flag
     raised = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")

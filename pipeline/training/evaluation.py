@@ -34,7 +34,7 @@ def outputs(net: FeatureNet, batches: EvalBatches, name: str = "network") -> Out
 
 
 def unchecked(net: FeatureNet, batches: EvalBatches) -> Outputs:
-    """`outputs`, whatever they are."""
+    """Like `outputs`, without the check."""
     with undisturbed(net), torch.autocast(batches.device.type, enabled=False):
         seen = [net(x) for x, _ in batches]
     adapted = [s.distill_feat.float() for s in seen if s.distill_feat is not None]

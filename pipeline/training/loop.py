@@ -26,20 +26,20 @@ from pipeline.training.phases import Epoch, Phase, Task
 
 
 class Watch(Protocol):
-    """Who looks at every epoch's metrics before they are kept, and may end the run: a trial's pruner."""
+    """A trial's pruner: sees every epoch's metrics before they are kept, and may end the run."""
 
     reason: str
-    """Why it pruned."""
+    """Why the run was pruned."""
 
     def __call__(self, epoch: int, metrics: Mapping[str, float]) -> "Verdict":
         """`epoch`: the one that `metrics` are logged under. Asked in the first process only."""
 
     def still_ours(self) -> bool:
-        """Whether this process may go on writing the run's record."""
+        """Whether this process may still write the run's record."""
 
 
 class Verdict(IntEnum):
-    """What becomes of a run after an epoch."""
+    """What happens to a run after an epoch."""
 
     GO_ON = 0
     PRUNE = 1
@@ -80,10 +80,10 @@ class Loop:
     Args:
         task: networks, phases, plan.
         recorder: the run's journal.
-        slots: where checkpoints go; None (other processes than the first): nowhere.
+        slots: where checkpoints go; None: nowhere (all processes but the first).
         header: what every checkpoint states about the run (hashes, threads).
         stop: the number of a signal that arrived, or 0.
-        every_seconds: also a checkpoint this often within long epochs.
+        every_seconds: how often to write a checkpoint within long epochs.
         watch: may end the run after an epoch.
     """
 
@@ -137,7 +137,7 @@ class Loop:
         self.task.load_state_dict(state["task"])
 
     def _save(self, metrics: dict[str, float] | None, step: int) -> None:
-        """Begin a checkpoint of this moment, which is written beside training and covers the metrics."""
+        """Begin a checkpoint of this moment that covers the metrics; it is written while training continues."""
         if self.slots is None:
             return
         self._settle()
@@ -146,7 +146,7 @@ class Loop:
         self.slots.write({**self.state_dict(), "journal": self.recorder.snapshot()})
 
     def _settle(self, wait: bool = True) -> None:
-        """Record the checkpoint that was begun, and what it covers, if it is whole by now; `wait`: once it is.
+        """Record the pending checkpoint and what it covers, if it has been written; `wait`: wait until it has.
 
         Raises:
             UserError: it could not be written.
@@ -158,7 +158,7 @@ class Loop:
     # running ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end of the plan; however it is left, no checkpoint is being written any more.
+        """Train to the end of the plan. However it is left, no checkpoint is still being written.
 
         Raises:
             Interrupted, NonFinite, Pruned, Taken.
@@ -168,7 +168,7 @@ class Loop:
         if self.device.type == "cpu":
             keep_freed_memory()
         if self.slots is not None:
-            self.recorder.hold()  # an epoch's entries wait for the checkpoint that contains them
+            self.recorder.hold()  # an epoch's entries wait for the checkpoint that covers them
         done = self.epoch * batches + self.batch
         # tqdm hides itself without a terminal
         with tqdm(total=len(plan) * batches, initial=done, disable=None, unit="batch", leave=False) as bar:
@@ -183,7 +183,7 @@ class Loop:
                 self._settle()
 
     def finish(self, results: dict[str, float]) -> None:
-        """Log the final metrics, covered by a last checkpoint: continued from there, they are not logged again."""
+        """Log the final metrics, covered by a last checkpoint: a run continued from it does not log them again."""
         try:
             if not self.finished:
                 self.finished = True
@@ -231,7 +231,7 @@ class Loop:
             self._leave_if_stopped()
 
     def _verdict(self, epoch: int, metrics: Mapping[str, float]) -> Verdict:
-        """The first process asks, all hear the same."""
+        """Ask in the first process, and tell all."""
         if self.watch is None:
             return Verdict.GO_ON
         found = self.watch(epoch, metrics) if distributed.world().rank == 0 else Verdict.GO_ON
@@ -250,7 +250,7 @@ class Loop:
         return now
 
     def _look_up(self) -> bool:
-        """Several processes must agree when they stop, and asking costs: they look up every 20 batches."""
+        """Several processes must agree on when to stop, which costs time: they check every 20 batches."""
         return distributed.world().size == 1 or self.batch % 20 == 0
 
     def _anyone(self, flag: bool) -> bool:
@@ -259,11 +259,11 @@ class Loop:
     def _leave_if_stopped(self) -> None:
         if distributed.anyone(bool(self.stop())):
             self._settle()
-            distributed.barrier()  # torchrun soon kills the first process where another one has left
+            distributed.barrier()  # torchrun soon kills the first process once another one has left
             raise Interrupted(self.stop() or 15)
 
     def _updates(self, epoch: Epoch, phase: Phase) -> Iterator[dict[str, Tensor]]:
-        """The rest of an epoch's updates; each gives what is added to the sums."""
+        """Make the rest of an epoch's updates; yield each batch's terms."""
         task, size, repeats = self.task, distributed.world().size, phase.repeats
         kept = Kept(statistics(phase.objective.trainable_module))
         for batch in task.epoch_batches(epoch, self.batch):
@@ -287,7 +287,7 @@ class Loop:
             yield total.values
 
     def _watch(self, bad: Tensor, epoch: Epoch, terms: dict[str, Tensor], index: Tensor) -> None:
-        """End the run after `safe_retry_patience` bad steps in a row; GPUs are asked that often, and at epoch ends."""
+        """End the run after `safe_retry_patience` bad steps in a row; GPUs are asked only that often."""
         patience = self.task.optim.safe_retry_patience
         if self.device.type == "cpu":
             self.streak = self.streak + 1 if bool(bad) else 0

@@ -1,4 +1,4 @@
-"""What a non-finite forward pass may not leave behind, and what it may not be taken for (docs/method.md section 5)."""
+"""Keep non-finite steps from leaving traces or passing for results (docs/method.md section 5)."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,7 @@ def require_finite(values: Tensor, name: str, what: str = "outputs") -> None:
 
 
 def update_average(task: "TrainingTask", step: int, skipped: Tensor) -> None:
-    """One step of the moving average of what a task trains; none where the bool scalar `skipped` is true."""
+    """Update a task's moving average once, unless the bool scalar `skipped` is true."""
     if not skipped.is_cuda:
         if not skipped:
             task.update_ema(step=step)

@@ -84,10 +84,10 @@ class Precision:
 
 
 def update(phase: Phase, loss: Tensor, precision: Precision, kept: Kept | None = None) -> Tensor:
-    """One optimiser update; a non-finite one is skipped. Returns whether it was, as a tensor: nothing synchronises.
+    """Make one optimiser update; a non-finite one is skipped. Return whether it was, as a tensor, without a sync.
 
     Args:
-        kept: what the forward pass has changed beside; as it was before, where the update is skipped.
+        kept: what else the forward pass changed; restored where the update is skipped.
     """
     optimizer = phase.optimizer
     optimizer.zero_grad(set_to_none=True)
@@ -105,20 +105,20 @@ def update(phase: Phase, loss: Tensor, precision: Precision, kept: Kept | None =
     bad = ~torch.isfinite(norm) | ~torch.isfinite(loss.detach())
     if kept is not None:
         bad = bad | kept.broken()
-    if distributed.world().size > 1:  # all skip it, or none
+    if distributed.world().size > 1:  # all processes skip the step, or none
         bad = distributed.total(bad.float()) > 0
-    # fused optimisers leave the weights alone where found_inf is 1, as they do for GradScaler
+    # fused optimisers skip the step where found_inf is 1, as they do for GradScaler
     optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
     optimizer.step()
     if precision.scaler is not None:
         precision.scaler.update()
-    if kept is not None and (bad.is_cuda or bad):  # on a GPU nobody waits for the answer
+    if kept is not None and (bad.is_cuda or bad):  # on a GPU, do not wait for the answer
         kept.put_back(bad)
     return bad
 
 
 def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load a state; its moments take their parameters' memory format, which a checkpoint does not keep.
+    """Load an optimiser's state, its moments in their parameters' memory format, which checkpoints do not keep.
 
     Fused kernels walk parameters and moments side by side in memory: in another order they would be paired wrongly.
     """

@@ -54,13 +54,13 @@ class Task(Protocol):
     costs: Costs
 
     def begin_phase(self, epoch: Epoch) -> None:
-        """Before the first batch of a phase; what it decides is part of the state."""
+        """Called before the first batch of a phase; what it decides is part of the state."""
 
     def begin_epoch(self, epoch: Epoch) -> None:
-        """Before every epoch, also when it is continued: sets what follows from the counters and the state."""
+        """Called before every epoch, also a continued one: set what follows from counters and state."""
 
     def end_epoch(self, epoch: Epoch) -> dict[str, float]:
-        """After the last batch of an epoch: evaluates, and returns metrics."""
+        """Called after an epoch's last batch: evaluate, and return metrics."""
 
     def epoch_batches(self, epoch: Epoch, start: int) -> Iterator[Batch]:
         """The batches of an epoch from batch `start` on."""

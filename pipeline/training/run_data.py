@@ -97,7 +97,7 @@ class Selection:
 def prepare(phases: dict[str, Phase], device: torch.device, unused: set[str]) -> None:
     """Wrap what the phases train for several processes; in `unused` phases some parameters get no gradient.
 
-    Batch statistics cover the global batch on GPUs; on CPUs they are per process, and a warning says so.
+    Batch statistics cover the global batch on GPUs; on CPUs they are per process, with a warning.
     """
     if distributed.world().size == 1:
         return

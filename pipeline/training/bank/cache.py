@@ -20,9 +20,9 @@ logger = logging.getLogger("asib")
 FORMAT = "asib-bank-1"
 HEADER = "header.json"
 RESERVE = 10**9
-"""Bytes of the disk that are left to checkpoints and others."""
+"""Free bytes of the disk that are left for checkpoints and others."""
 STRIDE = 64 * 2**20
-"""So many bytes are granted at a time, at most: how far several processes together may go over the limit, each."""
+"""Bytes granted at a time: how far each of several processes may exceed the limit."""
 
 
 class BankCache:
@@ -32,9 +32,9 @@ class BankCache:
         self.folder, self.limit = folder.absolute(), limit
 
     def open(self, key: Mapping[str, Any], cells: int, width: int) -> Bank:
-        """The bank of a key, made where there is none.
+        """Open the bank of a key; create it where it is missing.
 
-        A folder whose header or index is not what it should be is refused and made anew.
+        A folder with a wrong header or index is discarded and created anew.
 
         Args:
             key: JSON values that determine every record.
@@ -62,7 +62,7 @@ class BankCache:
         return [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.exists() else []
 
     def _grant(self, needed: int) -> int:
-        """How many bytes may be written, `needed` or more; 0 where there is no room for them."""
+        """Bytes that may be written: at least `needed`, or 0 where there is no room."""
         with self._locked():
             room = self._room()
             if room < needed:
@@ -78,7 +78,7 @@ class BankCache:
         return min(self.limit - self.used(), shutil.disk_usage(self.folder).free - RESERVE)
 
     def _remove(self, path: Path) -> bool:
-        """Remove a bank that nobody uses; False where somebody does."""
+        """Remove a bank unless it is in use; return whether it is gone."""
         try:
             fd = acquire(path / IN_USE, patience=0)
         except OSError:
@@ -99,7 +99,7 @@ class BankCache:
 
 
 def _make(path: Path, header: str, cells: int) -> None:
-    """A bank without records; the header last: what is half made has none, and is made anew."""
+    """Create an empty bank. The header comes last: without one, a bank is incomplete and created anew."""
     path.mkdir()
     with (path / INDEX).open("wb") as file:
         file.truncate(4 * cells)  # a hole: it takes room as it is filled
@@ -115,7 +115,7 @@ def _is_whole(path: Path, header: str, cells: int) -> bool:
 
 
 def _bytes(path: Path) -> int:
-    """What a bank takes on disk; holes do not count."""
+    """Bytes that a bank takes on disk; holes do not count."""
     return sum(file.stat().st_blocks * 512 for file in path.iterdir())
 
 

@@ -1,7 +1,7 @@
-"""The teacher bank in training: what frozen teachers say of a run's batches, looked up instead of run again.
+"""The teacher bank in training: frozen teachers' outputs for a run's batches, looked up instead of computed again.
 
-Batches are looked up some hundreds of images at a time, when the first of them asks; what no run has asked for yet goes
-through the teachers in one large batch. Within such a window nothing waits for the device.
+Several batches are looked up together when the first of them asks; what no run has asked for yet goes through the
+teachers in one large batch. Within such a window nothing waits for the device.
 """
 
 import logging
@@ -47,7 +47,7 @@ class BankedTeachers:
 
     Args:
         cache: where the banks are.
-        data: of which `train` is made.
+        data: what `train` is made of.
         train: the run's training images.
         teachers: in eval mode, frozen.
         hashes: of their weights.
@@ -61,7 +61,7 @@ class BankedTeachers:
     hashes: Sequence[str]
     costs: Costs = field(default_factory=lambda: Costs({}))
     epoch: Counts = field(default_factory=Counts)
-    """Since `metrics` was asked last."""
+    """Since the last call of `metrics`."""
     total: Counts = field(default_factory=Counts)
     _banks: dict[str, Sequence[Bank | NoBank]] = field(default_factory=dict)
 
@@ -75,7 +75,7 @@ class BankedTeachers:
         self._banks[computed] = self._open(computed)
 
     def close(self) -> None:
-        """Let the banks go."""
+        """Close the banks."""
         for banks in self._banks.values():
             for bank in banks:
                 bank.close()
@@ -130,7 +130,7 @@ class BankedTeachers:
                 computed = self._run(teacher, cells[missing])
                 in_half = computed.half()
                 held[k][missing] = bank.add(cells[missing], in_half.cpu().numpy())
-                # what half precision cannot hold is used as it is
+                # what half precision cannot hold is used in full
                 lost = np.flatnonzero(~np.isfinite(held[k][missing]).all(axis=1))
                 exact.append((torch.from_numpy(missing[lost]), computed[torch.from_numpy(lost).to(computed.device)]))
             else:
@@ -179,7 +179,7 @@ class BankedTeachers:
         return [self.cache.open(self._key(k, computed), cells, _width(net)) for k, net in enumerate(self.teachers)]
 
     def _key(self, index: int, computed: str) -> Mapping[str, Any]:
-        """All that decides what a teacher says of an image and a view."""
+        """Everything that determines a teacher's outputs for an image and a view."""
         net, train = self.teachers[index], self.train
         return {
             "weights": self.hashes[index],
@@ -197,7 +197,7 @@ class BankedTeachers:
     # ahead -----------------------------------------------------------------------------------------------------------
 
     def build(self, epochs: Iterable[EpochDraws], stop: Callable[[], int] = lambda: 0) -> None:
-        """Compute now what these epochs will ask for. Processes share the work.
+        """Compute what these epochs will ask for; processes share the work.
 
         Raises:
             Interrupted: `stop` gave a signal; what is done is kept.
@@ -219,7 +219,7 @@ def _width(net: FeatureNet) -> int:
 
 
 class _Window:
-    """Some batches' cells, looked up when the first of them asks."""
+    """Cells of several batches, looked up when the first of them asks."""
 
     def __init__(self, bank: BankedTeachers, cells: Cells) -> None:
         self._bank, self._cells = bank, cells
@@ -238,7 +238,7 @@ class _Window:
 
 
 def precision(device: torch.device) -> str:
-    """How networks compute at this moment: `float32 on cpu`, or autocast's type."""
+    """How networks compute right now: `float32 on cpu`, or autocast's type."""
     on = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if on else torch.float32
     return f"{str(dtype).removeprefix('torch.')} on {device.type}"

@@ -17,7 +17,7 @@ PAYS = 0.25
 
 @dataclass(frozen=True)
 class BankUse:
-    """What is done, and, where that is nothing, why."""
+    """How the bank is used, and why where it is off."""
 
     mode: Literal["ahead", "lazy", "off"]
     reason: str = ""
@@ -28,7 +28,7 @@ class BankUse:
 
 
 def bank_use(config: Config) -> BankUse:
-    """What `bank` comes to here."""
+    """Resolve `bank` for a configuration."""
     if config.bank == "off":
         return BankUse("off", "bank=off")
     obstacle = not_enumerable(config)
@@ -89,5 +89,5 @@ def saved_alone(config: Config) -> float:
 
 
 def different(views: int, draws: int) -> float:
-    """How many different ones of V equally likely views E draws show on average: V (1 − (1 − 1/V)^E)."""
+    """The expected number of distinct views among E draws of V equally likely ones: V (1 − (1 − 1/V)^E)."""
     return views * (1 - (1 - 1 / views) ** draws)

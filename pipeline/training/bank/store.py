@@ -1,4 +1,4 @@
-"""The teacher bank on disk: what one frozen teacher says of each clean view of each image, as fp16 records.
+"""The teacher bank on disk: one frozen teacher's outputs for each clean view of each image, as fp16 records.
 
 A cell is (image, view); `records.bin` holds the records one after the other in the order in which they were asked for
 (the order in which the next run with the same seed asks again), `index.bin` where each cell's record lies. Both are
@@ -39,7 +39,7 @@ class Bank:
     def __init__(self, folder: Path, cells: int, width: int, grant: Callable[[int], int]) -> None:
         self.folder, self.cells, self.width = folder, cells, width
         self.full = False
-        """Nothing more is written: the limit is reached, or the disk is full."""
+        """Whether writing has stopped: the limit is reached, or the disk is full."""
         self.refused = 0
         """Records whose check failed."""
         self._words = HEADER_WORDS + -(-width // 4)
@@ -58,7 +58,7 @@ class Bank:
         return 8 * self._words
 
     def close(self) -> None:
-        """Let the folder go; what was read stays valid."""
+        """Close the bank; what was read stays valid."""
         for fd in self._open:
             os.close(fd)
         self._open = []
@@ -69,7 +69,7 @@ class Bank:
     # reading ---------------------------------------------------------------------------------------------------------
 
     def read(self, cells: Cells) -> tuple[Values, NDArray[np.bool_]]:
-        """What is known of `cells` (n,): values (n, width), and (n,) whether it is known; else the values are 0."""
+        """Read `cells` (n,): values (n, width), and (n,) whether each is held; values are 0 where it is not."""
         rows = self._index[cells].astype(np.int64) - 1
         mapped = self._records_up_to(int(rows.max(initial=-1)) + 1)
         there = (rows >= 0) & (rows < len(mapped))
@@ -98,10 +98,10 @@ class Bank:
     # writing ---------------------------------------------------------------------------------------------------------
 
     def add(self, cells: Cells, values: Values) -> Values:
-        """Keep the values (n, width) of distinct `cells` (n,); what the bank says of them from now on.
+        """Store the values (n, width) of distinct `cells` (n,); return what the bank holds for them from now on.
 
-        Whoever was first is right: a value that another process has written meanwhile is returned in the place of the
-        given one, so that all runs see the same bits. Values that are not finite in fp16 are not kept.
+        The first writer wins: a value that another process has written meanwhile replaces the given one, so that all
+        runs see the same bits. Values that are not finite in fp16 are not kept.
         """
         if self.full:
             return values
@@ -144,7 +144,7 @@ class Bank:
 
 
 class NoBank:
-    """In the place of a bank that cannot be opened: knows nothing and keeps nothing."""
+    """Stands in for a bank that cannot be opened: holds nothing and stores nothing."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -160,7 +160,7 @@ class NoBank:
 
 
 def _write_all(fd: int, content: bytes, at: int) -> None:
-    """Write everything; a disk that takes a part raises on the rest."""
+    """Write all of it; a full disk raises OSError."""
     view = memoryview(content)
     while view:
         done = os.pwrite(fd, view, at)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.distill import train
+from pipeline.journal import read_entries
 from pipeline.runs.records import Record, from_folder
 from pipeline.runs.step import execute
 from pipeline.training.methods.asib.b_step import BStep
@@ -99,10 +100,10 @@ def test_a_restart_waits_for_the_checkpoint_that_is_being_written(
 
 def test_nan_without_amp_too_ends_the_run_with_step_terms_and_images(keys: dict[str, Any], poison: Any) -> None:
     poison(only_under_amp=False)
-    code, found, _ = run(keys)
+    code, found, folder = run(keys)
     assert (code, found.status) == (1, "FAILED")
     assert "asib.safe_retry" in found.tags
-    error = found.tags["asib.error"]
+    error = str(read_entries(folder / "journal.jsonl")[0][-1].data)
     for part in (f"{PATIENCE} non-finite steps in a row", "b-epoch 2", "batch 5", "loss=nan", "ce=", "images ["):
         assert part in error, error
 

@@ -130,7 +130,7 @@ class AStep(Objective):
         self._fixed: tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]] | None = None
 
     def begin_epoch(self, weights: ALoss) -> None:
-        """Weigh the terms so from now on."""
+        """Use these weights from now on."""
         self.weights = weights
 
     @torch.no_grad()

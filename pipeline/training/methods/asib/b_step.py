@@ -1,4 +1,4 @@
-"""ASIB's B-step: it teaches the student what teachers and fusion make of a batch (docs/method.md section 3)."""
+"""ASIB's B-step: it distils teachers and fusion into the student (docs/method.md section 3)."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from pipeline.training.rng import Streams
 
 TINY = torch.finfo(torch.float32).tiny
 Lesson = dict[str, Tensor]
-"""What teachers and fusion say of n images, each (n, .): `p` the target, and, where used, `average` (p_avg), `sure`
+"""What is taught about n images, each (n, .): `p` the target, and, where used, `average` (p_avg), `sure`
 (the target at temperature 1), `mu`, `cw`, `weight` (disagreement), `guard` (0 where the label guard closes)."""
 
 
@@ -65,13 +65,13 @@ class BStep(Objective):
         self._held: tuple[Lesson, Tensor] | None = None
 
     def begin_epoch(self, weights: BLoss) -> None:
-        """Weigh the terms so from now on."""
+        """Use these weights from now on."""
         self.weights = weights
 
-    # what the teachers say -------------------------------------------------------------------------------------------
+    # targets --------------------------------------------------------------------------------------------------------
 
     def _fuses(self) -> bool:
-        """Whether anything uses the fusion in this epoch."""
+        """Whether this epoch uses the fusion."""
         m = self.method
         fused = m.kd_alpha > 0 and m.kd_target not in ("avg", "weighted_conf")
         return self.weights.synergy and (fused or m.feat_kd_alpha > 0)
@@ -85,7 +85,7 @@ class BStep(Objective):
     def lesson(
         self, x: Tensor, y: Tensor, query: Tensor | None, eps: Tensor | None, known: Known | None = None
     ) -> Lesson:
-        """What teachers and fusion say of images x (n,C,H,W) with labels y (n,); each network runs once.
+        """Make the lesson for images x (n,C,H,W) with labels y (n,); each network runs once.
 
         Args:
             known: the teachers' outputs for x, from the bank.

@@ -1,5 +1,5 @@
-"""What a distillation knows of its teachers and its synergy: accuracies on the evaluation split, the gate, and the best
-fusion of an A-step (docs/method.md section 3).
+"""Monitors teachers and synergy: accuracies on the evaluation split, the gate, and the best fusion of an A-step
+(docs/method.md section 3).
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def synergy_logits(
 
 @dataclass
 class SynergyAccuracy:
-    """What is known of the synergy's accuracy, in percent.
+    """The synergy's accuracy in percent, as far as it is known.
 
     `current` belongs to the weights in use; `ema` is smoothed, ema <- alpha ema + (1 - alpha) acc, and starts at the
     first value; epochs without evaluation leave it alone.
@@ -84,7 +84,7 @@ def is_open(accuracy: float | None, threshold: float) -> bool:
 
 
 class Monitor:
-    """Evaluates teachers and fusion; decides the gate. Frozen teachers are run once per split."""
+    """Evaluates teachers and fusion, and decides the gate. Frozen teachers run once per split."""
 
     def __init__(self, method: MethodConfig, data: RunData, teachers: list[FeatureNet], fusion: Fusion | None) -> None:
         self.method, self.data, self.teachers, self.fusion = method, data, teachers, fusion
@@ -105,7 +105,7 @@ class Monitor:
         return self._outputs[split]
 
     def forget_teachers(self) -> None:
-        """After the teachers have changed."""
+        """Drop their outputs; to be called after the teachers have changed."""
         self._outputs.clear()
 
     def average(self, split: str) -> Tensor:
@@ -140,7 +140,7 @@ class Monitor:
     # A-steps ---------------------------------------------------------------------------------------------------------
 
     def begin_a_step(self) -> None:
-        """The best snapshot is that of one A-step."""
+        """Start over: the best snapshot is that of one A-step."""
         self.snapshot = {}
 
     def end_a_epoch(self, student: Outputs, last: bool) -> dict[str, float]:
@@ -172,7 +172,7 @@ class Monitor:
     # the gate --------------------------------------------------------------------------------------------------------
 
     def decide(self, student: FeatureNet, trained: bool) -> None:
-        """Before a B-step: whether synergy targets are taught, and `auto`'s share of the averaged teachers.
+        """Decide, before a B-step, whether synergy targets are taught, and `auto`'s share of the averaged teachers.
 
         Args:
             trained: whether the fusion has been trained at all.

@@ -32,7 +32,7 @@ from pipeline.training.run_data import RunData, Selection, prepare
 
 
 def check_student(config: Config, student: FeatureNet, num_classes: int) -> None:
-    """What only the networks and the data can tell of a configuration. Raises UserError."""
+    """Check a configuration against its networks and data. Raises UserError."""
     m = config.method
     if not needs_distillation(config):
         return
@@ -51,7 +51,7 @@ def check_student(config: Config, student: FeatureNet, num_classes: int) -> None
 
 
 def _freeze(net: FeatureNet, policy: freeze.FreezePolicy, key: str) -> freeze.Frozen:
-    """Apply a policy. UserError names `key` where the network cannot be frozen so."""
+    """Apply a policy. Raises a UserError that names `key` where the network cannot be frozen like that."""
     try:
         return freeze.apply(net, policy)
     except ValueError as error:
@@ -125,7 +125,7 @@ class Distillation:
         self.bank = open_bank(self.batches, self.teachers, self.costs)
 
     def asked_of_teachers(self) -> Iterator[EpochDraws]:
-        """The draws of the epochs in which teachers look at images: what a bank built ahead has to know."""
+        """The draws of all epochs that run teachers: what a bank is built ahead for."""
         for epoch in self.plan:
             if epoch.phase == "a" or schedules.kd_weight(self.method, epoch.in_phase, self._b_epochs()) > 0:
                 two_views = epoch.phase == "b" and schedules.two_views(self.method, epoch.in_phase)
@@ -161,7 +161,7 @@ class Distillation:
         return freeze.FreezePolicy(level, m.student_freeze_bn)
 
     def _try_student_levels(self) -> None:
-        """Whatever a later stage could not do is said before training; the student is whole again afterwards."""
+        """Refuse before training what a later stage could not freeze; the student is unfrozen again afterwards."""
         if self.method.use_partial_freeze:
             for stage in range(self.method.num_stages):
                 policy = self._student_policy(stage)
@@ -226,7 +226,7 @@ class Distillation:
             self.monitor.decide(self.student, trained=epoch.overall > 0)
 
     def _check_average(self) -> None:
-        """UserError where the moving average would stay what the student was before training, and be exported."""
+        """Raise UserError where the moving average would never be updated and yet exported."""
         o, updates = self.optim, self._b_epochs() * len(self.batches) * self.method.cccp_ns
         if o.select_weights == "ema" and o.ema_update_every > updates:
             raise UserError(
@@ -282,7 +282,7 @@ class Distillation:
         return self.method.kd_ens_alpha if b < self.method.teacher_adapt_kd_warmup else 0.0
 
     def _freeze_student(self, stage: int) -> None:
-        """The stage's freezing; what is wrapped for several processes is wrapped anew when it changes."""
+        """Freeze the student as its stage says, and wrap it again for several processes."""
         m = self.method
         if not m.use_partial_freeze or stage == self._stage:
             return
@@ -324,13 +324,13 @@ class Distillation:
         return found | self._synergy_found(epoch, out)
 
     def _student_outputs(self) -> Outputs:
-        """The student on the evaluation split; A-epochs leave it as the B-epoch before them has left it."""
+        """The student's outputs on the evaluation split, kept through A-epochs, which do not change it."""
         if self._student_seen is None:
             self._student_seen = outputs(self.student, self.data.eval, "student")
         return self._student_seen
 
     def _synergy_found(self, epoch: Epoch, student: Outputs) -> dict[str, float]:
-        """Gate and synergy in a B-epoch: monitored, without effect; in the cooldown teachers and fusion rest."""
+        """Gate and synergy in a B-epoch: monitored only; teachers and fusion do not run in the cooldown."""
         if self.fusion is None:
             return {}
         found = {"gate/open": float(self.monitor.gate_open)}
@@ -400,7 +400,7 @@ class Distillation:
         return found | self.costs.metrics()
 
     def _on_test(self, last: Outputs) -> dict[str, float]:
-        """`last`: the last epoch's student on the test split, beside which the selected one is evaluated."""
+        """Test metrics; `last`: the outputs of the last epoch's student, to report beside the selected one's."""
         test = self.data.test
         selected = outputs(self.student, test, "student")
         found = {
