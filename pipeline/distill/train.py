@@ -18,7 +18,6 @@ from pipeline.data import sources
 from pipeline.data.sources import ImageData
 from pipeline.distill import networks
 from pipeline.errors import NonFinite, UserError
-from pipeline.journal import Journal
 from pipeline.paths import REPOSITORY, user_path
 from pipeline.runs.run import Run
 from pipeline.runs.step import stop
@@ -181,10 +180,10 @@ def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
     good = run.slots.read_good() if run.slots.manifest.exists() else None
     state = unpack(start) if good is None else good[0]
     distributed.barrier()  # everybody has read what the first process is about to write over
-    if isinstance(run.journal, Journal):
-        lock = run.journal.hand_over()
-        at = None if good is None else (good[1].path, good[1].sha256, good[1].slot)
-        run.journal = Journal.restore(run.folder, record if good is None else state["journal"], at, lock)
+    if good is None:
+        run.rewind(record, None)
+    else:
+        run.rewind(state["journal"], good[1])
     run.journal.tags({"asib.safe_retry": reason})
     _state_identity(run, header, part)
     precision = _precision(run.config, loop.device, amp=False)

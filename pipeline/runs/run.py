@@ -419,6 +419,11 @@ class Run:
         if not self.delivery.finish(self.config.tracking.finish_seconds) and exit_code != 2:
             logger.warning("the tracking server did not take everything: %s %s", DELIVER, self.folder)
 
+    def rewind(self, text: str, at: tuple[Path, str, int] | None) -> None:
+        """Take the record back to `text`, as the checkpoint `at` has it; None: as the run began."""
+        if isinstance(self.journal, Journal):
+            self.journal = Journal.restore(self.folder, text, at, self.journal.hand_over())
+
     def _end_record(
         self, status: str, outcome: str, exit_code: int, message: str | None, tags: Mapping[str, str] | None
     ) -> None:
