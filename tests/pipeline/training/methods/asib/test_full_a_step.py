@@ -46,7 +46,7 @@ def reference(task: Distillation, batch: Any, w: Any) -> tuple[Tensor, list[Tens
     norm, act, _, linear = fusion.head.net
     syn = m.synergy_logit_scale * linear(act(norm(z)) * keep / (1 - m.synergy_head_dropout))
     floor = 2 * torch.tensor(m.ib_mbm_min_std, dtype=torch.float64).log()
-    loss, n, precisions = torch.zeros((), dtype=torch.float64), len(x), []
+    loss, n, precisions, certainty = torch.zeros((), dtype=torch.float64), len(x), [], []
 
     def cross_entropy(row: Tensor, label: int) -> Tensor:
         log_q, eps, k = row.log_softmax(0), m.label_smoothing, len(row)
@@ -54,7 +54,8 @@ def reference(task: Distillation, batch: Any, w: Any) -> tuple[Tensor, list[Tens
 
     for i in range(n):
         precisions.append(float(torch.exp(-logvar[i].detach()).mean()))
-        cw = min(max(precisions[-1], m.min_cw), m.max_cw) if m.use_ib else 1.0
+        cw = min(max(precisions[-1], m.min_cw), m.max_cw) if w.certainty else 1.0
+        certainty.append(cw)
         p, log_q = (s.logits[i] / w.tau).softmax(0), (syn[i] / w.tau).log_softmax(0)
         divergence = w.tau**2 * sum(p[c] * (p[c].log() - log_q[c]) for c in range(len(p)))
         feature = getattr(s, m.feat_kd_key)
@@ -66,9 +67,9 @@ def reference(task: Distillation, batch: Any, w: Any) -> tuple[Tensor, list[Tens
             distance = ((f - g) ** 2).sum()
         floored = [torch.maximum(v, floor) for v in logvar[i]]
         kl = sum(0.5 * (a * a + v.exp() - 1 - v) for a, v in zip(mu[i], floored, strict=True))
-        loss = loss + cw * m.synergy_ce_alpha * cross_entropy(syn[i], int(batch.y[i])) / n
+        loss = loss + cw * w.ce * cross_entropy(syn[i], int(batch.y[i])) / n
         loss = loss + (m.cccp_alpha * divergence if m.use_cccp else cw * w.kd * divergence) / n
-        loss = loss + (w.beta * kl + cw * m.feat_kd_alpha * distance) / n
+        loss = loss + (w.beta * kl + cw * w.feat * distance) / n
         if m.use_teacher_finetuning:
             for t in seen:
                 loss = loss + m.teacher_ce_alpha * cross_entropy(t.logits[i], int(batch.y[i])) / n
@@ -76,7 +77,7 @@ def reference(task: Distillation, batch: Any, w: Any) -> tuple[Tensor, list[Tens
     def penalty(parameters: list[Tensor]) -> Tensor:
         return sum((v * v).sum() / v.numel() for v in parameters) / len(parameters)
 
-    if m.ib_mbm_reg_lambda:
+    if m.ib_mbm_reg_lambda and w.penalties:
         loss = loss + m.ib_mbm_reg_lambda * penalty(list(fusion.parameters()))
     trained = [p for t in teachers for p in t.parameters() if p.requires_grad]
     if m.reg_lambda:
@@ -85,7 +86,9 @@ def reference(task: Distillation, batch: Any, w: Any) -> tuple[Tensor, list[Tens
     readings = {
         "sigma": sigma.mean().item(),
         "raw_kl": (0.5 * (mu**2 + sigma**2 - 1 - 2 * sigma.log())).mean().item(),
-        "cw_at_bounds": sum(not m.min_cw < v < m.max_cw for v in precisions) / n if m.use_ib else 0.0,
+        "cw_at_bounds": sum(not m.min_cw < v < m.max_cw for v in precisions) / n if w.certainty else 0.0,
+        "cw_mean": sum(certainty) / n,
+        "cw_square": sum(v * v for v in certainty) / n,
     }
     return loss, list(fusion.parameters()), trained, readings
 
@@ -107,6 +110,15 @@ CASES: dict[str, dict[str, Any]] = {
     "teachers, heads alone": {**TUNED, "reg_lambda": 0.3, "use_partial_freeze": True},
     "floor of sigma": {"ib_mbm_min_std": 1.0},
     "deterministic": {"use_ib": False, "feat_kd_alpha": 0.3},
+    "other weights and bounds": {
+        "teacher_adapt_alpha_kd": 0.9,
+        "tau": 2.0,
+        "synergy_logit_scale": 0.8,
+        "ib_mbm_reg_lambda": 0.3,
+        "max_cw": 1.01,
+    },
+    "cross-entropy alone": {"synergy_only_epochs": 1, "feat_kd_alpha": 0.2, "ib_mbm_reg_lambda": 0.3},
+    "no distillation": {"teacher_adapt_alpha_kd": 0.0},
 }
 
 
@@ -122,6 +134,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_method(case: str) -> None:
     assert out["loss"].item() == pytest.approx(expected.item(), rel=2e-5)
     for name, value in readings.items():
         assert out[name].item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    logged = objective.summarise({name: out[name].item() for name in ("cw_mean", "cw_square")})
+    spread = max(readings["cw_square"] - readings["cw_mean"] ** 2, 0.0)
+    assert logged["cw_std"] == pytest.approx(math.sqrt(spread), abs=1e-3)
     out["loss"].backward()
     expected.backward()
     assert task.fusion is not None
