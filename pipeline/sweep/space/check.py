@@ -26,11 +26,13 @@ COMBINATIONS = 64
 RANDOM_STATE = 0
 
 METRICS = re.compile(
-    r"final/val_acc|student/(acc|acc_ema|loss)|synergy/(acc|acc_ema)|teacher/disagreement|gate/(open|averaged_share)"
+    r"final/val_acc|student/(acc|acc_ema|loss)|synergy/(acc|acc_ema)|gate/(open|averaged_share)"
+    r"|teacher/(disagreement|both_wrong|(\d+/|avg_)acc)"
     r"|train/(images_per_second|nonfinite_steps)|schedule/(tau|ib_beta|lr|kd_weight)"
-    r"|a_step/(loss|ce|kd|ib|feat|cccp|cw_mean|cw_std)|b_step/(loss|ce|kd|feat)"
+    r"|a_step/(loss|ce|kd|ib|feat|cccp|teacher_ce|cw_mean|cw_std|cw_at_bounds|raw_kl|sigma)"
+    r"|b_step/(loss|ce|kd|feat|hybrid|kd_clamped|target_entropy|sample_gate|label_guard)"
     r"|parameters/(student|fusion)_(total|trainable)"
-    r"|cost/(gmacs|seconds|updates/[ab]|(macs_per_image|forward_images)/(student|fusion|teacher_\d+))"
+    r"|cost/(gmacs|seconds|compile_seconds|updates/[ab]|(macs_per_image|forward_images)/(student|fusion|teacher_\d+))"
 )
 """Metrics of a trial's run."""
 USUAL = (

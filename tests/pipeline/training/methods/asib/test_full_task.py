@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.sweep.space.check import METRICS, TEST_SPLIT
 from pipeline.training.evaluation import outputs
 from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.optim import Precision
@@ -268,6 +269,9 @@ def test_everything_at_once_trains_and_stays_finite(classes: int, teachers: int,
     results = task.results()
     assert results["final/synergy_acc"] >= 0
     assert f"final/teacher_{teachers - 1}_acc" in results
+    logged = {name for _, row in record.rows for name in row}
+    logged |= {name for name in results if not TEST_SPLIT.fullmatch(name)}
+    assert [name for name in sorted(logged) if not METRICS.fullmatch(name)] == [], "a sweep may name them all"
     numbers = [v for _, row in record.rows for v in row.values()]
     assert all(abs(v) < 1e6 for v in numbers)
     assert sum(record.series("train/nonfinite_steps")) == 0
