@@ -1,4 +1,4 @@
-"""The ablation: a nested run for each rung and seed, none of which is made twice, and their comparison at the end."""
+"""The ablation: a nested run for each rung and seed, finished ones reused, and their comparison."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ logger = logging.getLogger("asib")
 
 @dataclass
 class Child:
-    """One rung with one seed. `folder` and `run_id`: where its results are, when they are."""
+    """One rung with one seed. `folder` and `run_id`: where its results are, once there are any."""
 
     config: Config
     identity: str
@@ -48,12 +48,12 @@ class Child:
 
     @property
     def key(self) -> str:
-        """Of its folder; another identity is another folder, so that nothing stale is gone on with."""
+        """The name of its folder: another identity has another folder, so that stale results are never continued."""
         return f"{self.config.rung}-seed{self.config.seed}-{self.identity[:8]}"
 
 
 def ablate(run: Run, plan: Plan) -> float | None:
-    """Run the plan's rungs and seeds, reuse what has finished, compare; the best rung's student gets the model."""
+    """Run the plan's rungs and seeds, reuse finished runs, compare, and log the best rung's student as the model."""
     prepare(run.config, threads_of(run))
     check_device(run.config, networks.device_of(run.config))
     data = load_data(run)
@@ -86,7 +86,7 @@ def ablate(run: Run, plan: Plan) -> float | None:
 
 
 def _identified(run: Run, plan: Plan, data: ImageData) -> list[Child]:
-    """Every child with the identity that its result will have; teachers that are not there are fine-tuned first."""
+    """Every child with the identity of its result; missing teachers are fine-tuned first."""
     config, hashes = run.config, tuple[str, ...]()
     device = networks.device_of(config)
     for child in plan.configs:
@@ -113,7 +113,7 @@ def _identified(run: Run, plan: Plan, data: ImageData) -> list[Child]:
 
 
 def _find_finished(run: Run, children: Sequence[Child], force: bool) -> None:
-    """Results that are there: in this run's folder, elsewhere on this machine, on the tracking server."""
+    """Find finished results: in this run's folder, elsewhere on this machine, on the tracking server."""
     for child in children:
         own = run.folder / child.key
         if run.finished_child(child.key) is not None:
@@ -129,7 +129,7 @@ def _find_finished(run: Run, children: Sequence[Child], force: bool) -> None:
         try:
             there = run.delivery.ask("find_finished", identities=[c.identity for c in missing])
         except UserError as error:
-            logger.warning("not asked for finished runs: %s", error)
+            logger.warning("the server was not asked for finished runs: %s", error)
             there = {}
         for child in missing:
             child.run_id = there.get(child.identity)
@@ -165,7 +165,7 @@ def _train(run: Run, child: Child) -> None:
 
 
 def _state_reuse(run: Run, children: Sequence[Child]) -> None:
-    """The parent names what it did not make itself; runs that its server does not have yet are brought there."""
+    """Record which runs were reused, and deliver those that the server lacks."""
     here = run.folder
     for child in children:
         if child.folder is None or child.folder.parent == here:
@@ -180,7 +180,7 @@ def _state_reuse(run: Run, children: Sequence[Child]) -> None:
 
 
 def _id(run: Run, child: Child) -> str:
-    """The child's MLflow run id, waiting until it is known; off line its journal's."""
+    """The child's MLflow run id, waiting until it is known; offline that of its journal."""
     if child.run_id is None:
         assert child.folder is not None
         if run.delivery is None:
@@ -203,7 +203,7 @@ def _records(run: Run, children: Sequence[Child]) -> list[records.Record]:
     return [records.from_folder(c.folder) if c.folder else fetched[str(c.run_id)] for c in children]
 
 
-# what is left at the end ---------------------------------------------------------------------------------------------
+# the end ---------------------------------------------------------------------------------------------
 
 
 def _report(run: Run, plan: Plan, children: Sequence[Child], results: list[records.Record]) -> compare.Comparison:
@@ -223,7 +223,7 @@ def _report(run: Run, plan: Plan, children: Sequence[Child], results: list[recor
 
 
 def _keep_best(run: Run, data: ImageData, children: Sequence[Child], found: compare.Comparison) -> float | None:
-    """The student of the rung that validation prefers, as a model of the parent run, once."""
+    """Log the student of the rung with the best validation accuracy as the parent's model, once."""
     best = found.best()
     if best is None:
         logger.info("no validation split: no rung is preferred, and no model is logged")

@@ -1,4 +1,4 @@
-"""What an ablation is asked for, checked before torch is imported, and the interrupted one that it goes on with."""
+"""The request of `-e ablate`, checked before torch is imported, and the interrupted ablation that it continues."""
 
 import hashlib
 import logging
@@ -18,15 +18,15 @@ from pipeline.training.bank.policy import shared
 logger = logging.getLogger("asib")
 OWN = {
     "rungs": "names of rungs, or ladder (the default) or all",
-    "seeds": "such as 0,1,2; default: seed",
-    "force": "true: run again what has finished before",
+    "seeds": "such as 0,1,2; by default the value of seed",
+    "force": "true: rerun what has finished",
 }
 PLAN_TAG = "asib.plan"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`configs`: one for each rung and seed, rung by rung. `digest`: the same for the same command and sources."""
+    """`configs`: one for each rung and seed, rung by rung. `digest`: equal for equal commands and sources."""
 
     names: tuple[str, ...]
     seeds: tuple[int, ...]

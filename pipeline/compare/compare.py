@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from pipeline.compare import pools as sorting
+from pipeline.compare import pools
 from pipeline.compare.pools import CODE, NONE, SPLIT, TEACHERS, VALIDATION, Group, group
 from pipeline.compose import rungs
 from pipeline.errors import UserError
@@ -95,7 +95,7 @@ def compare(runs: Sequence[Record], anyway: bool = False) -> Comparison:
         notes.append("intervals of groups with one common seed cover the images only, not other seeds")
     names = {g.name for g in groups}
     if "l2_cccp" in names and "l2_control" not in names:
-        notes.append("l2_cccp is to be read beside l2_control, which is not among these runs")
+        notes.append("l2_cccp is to be read with l2_control, which is not among these runs")
     if any(r.correct is None for r in runs):
         notes.append("runs without predictions.npz have no intervals")
     if any(g.contaminated for g in groups):
@@ -104,7 +104,7 @@ def compare(runs: Sequence[Record], anyway: bool = False) -> Comparison:
 
 
 def _code(groups: Sequence[Group]) -> list[str]:
-    """One line where runs are of different sources."""
+    """A note if the runs were made by different sources."""
     by: dict[str, list[str]] = {}
     for one in groups:
         by.setdefault(one.facts[CODE] or "unknown", []).append(one.name)
@@ -115,7 +115,7 @@ def _code(groups: Sequence[Group]) -> list[str]:
 
 def _refuse(runs: Sequence[Record], anyway: bool) -> None:
     if not runs:
-        raise UserError("there is nothing to compare: no finished distillation among these runs")
+        raise UserError("nothing to compare: no finished distillation among these runs")
     for run in runs:
         if run.status != "FINISHED":
             raise UserError(f"run {run.name} ({run.id}) is {run.status}: only finished runs are compared")
@@ -171,12 +171,12 @@ def _columns(column: str, one: Group, other: Group | None, found: Difference | N
 
 
 def _cost(one: Group, name: str) -> float:
-    """Per run; 0 for what a run that counts its costs did not do."""
+    """The cost per run; 0 for work that runs with cost counters did not do."""
     return one.mean(name) if one.values(name) or not one.values("cost/seconds") else 0.0
 
 
 def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[str]]:
-    """A row for each group, and what differs beside what each comparison is about."""
+    """A row for each group, and notes on differences that no comparison is about."""
     forwards = sorted({k for g in groups for r in g.records for k in r.metrics if k.startswith("cost/forward_images/")})
     names = {g.rung.name for g in groups if g.rung is not None}
     first = groups[0]
@@ -189,7 +189,7 @@ def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[st
     for one in groups:
         # a rung's parent is the next rung below it that was run in its pair
         below = [rung.name for rung in reversed(rungs.lineage(one.rung.name)[:-1])] if one.rung else []
-        parent = sorting.reference(groups, one, below, anyway)
+        parent = pools.reference(groups, one, below, anyway)
         row: dict[str, object] = {"group": one.name, "pair": one.pair} if several else {"group": one.name}
         row |= {
             "parent": parent.name if parent else "",
@@ -200,7 +200,7 @@ def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[st
             "val_contaminated": one.contaminated,
             "synergy": one.mean("final/synergy_acc"),
         }
-        for column, other in (("vs parent", parent), (f"vs {baseline}", sorting.lowest(groups, one, baseline, anyway))):
+        for column, other in (("vs parent", parent), (f"vs {baseline}", pools.lowest(groups, one, baseline, anyway))):
             found = None if other is None else paired(one, other)
             row |= _columns(column, one, other, found)
             if other is None:
@@ -208,12 +208,12 @@ def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[st
             row[f"{column} of"] = other.name
             if found is not None:
                 compared_with[one.name, other.name] = found
-            unlike = [*sorting.unfair(one, other)] if anyway else []
-            rest = {k: v for k, v in sorting.beside(one, other).items() if k not in (CODE, TEACHERS)}
+            unlike = [*pools.unfair(one, other)] if anyway else []
+            rest = {k: v for k, v in pools.beside(one, other).items() if k not in (CODE, TEACHERS)}
             if unlike:
                 notes[f"unfair: {one.name} and {other.name} have {', '.join(unlike)}"] = None
             if rest:
-                notes[f"{one.name} and {other.name} also differ in {sorting.named(rest)}"] = None
+                notes[f"{one.name} and {other.name} also differ in {pools.named(rest)}"] = None
         row |= {column: _cost(one, name) for column, name in UPDATES.items()}
         row |= {f"images {name.rsplit('/', 1)[1]}": _cost(one, name) for name in forwards}
         row |= {"GMACs": one.mean("cost/gmacs"), "seconds": one.mean("cost/seconds")}

@@ -1,4 +1,4 @@
-"""The step that compares runs: it reads them from the tracking server, off line from folders, and logs the report."""
+"""The step that compares runs, read from the tracking server or, offline, from folders, and logs the report."""
 
 import logging
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def compare_runs(run: Run, parent: str, names: Sequence[str], anyway: bool = Fal
     """Compare the nested runs of `parent`, or the named runs; the report goes to this run and to the parent.
 
     Args:
-        anyway: also where a comparison is unfair.
+        anyway: even if a comparison is unfair.
     """
     found = compare.compare(_nested(run, parent) if parent else _read(run, names), anyway)
     run.ready()

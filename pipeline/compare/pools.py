@@ -16,7 +16,7 @@ from pipeline.runs.records import Record
 
 VALIDATION = "final/val_acc"
 ROUNDING = ("optim.use_amp", "optim.compile", "bank")
-"""Keys that the configuration's hash leaves out, and in which two results may still differ."""
+"""Keys outside of the configuration's hash that can still change a result."""
 NOT_COMPARED = ("seed", *(key for key in NOT_COMPUTATION if key not in ROUNDING))
 TEACHERS, CODE, DATA = "teachers", "code", "data"
 """What of a run's identity is no key of its configuration."""
@@ -34,7 +34,7 @@ def compared(config: Mapping[str, str]) -> dict[str, str]:
 
 
 def facts(run: Record) -> dict[str, str]:
-    """All that a run's result follows from, but the seed; teachers count by their weights, wherever they lie."""
+    """All that decides a run's result, except the seed; teachers are identified by their weights, not their paths."""
     teachers = run.tags.get("asib.teachers")
     known = compared(run.config)
     if teachers is not None:
@@ -95,9 +95,9 @@ class Group:
 
 
 def group(runs: Sequence[Record]) -> list[Group]:
-    """By rung and everything but the seed; rungs in the ladder's order, others as they come.
+    """Group runs by rung and by everything except the seed: rungs in the ladder's order, then the others.
 
-    Of runs that agree in all of it the last one counts.
+    Of equal runs with the same seed the last one is taken.
     """
     found: dict[tuple[str, str], dict[int, Record]] = {}
     for run in runs:
@@ -121,7 +121,7 @@ Differences = dict[str, tuple[str, str]]
 
 
 def differences(one: Group, other: Group) -> Differences:
-    """Facts in which two groups differ. Where one has no teachers, what the other's are made of is no difference."""
+    """Facts in which two groups differ; those about teachers are left out if one group has none."""
     a, b = one.facts, other.facts
     alone = NONE in (a[TEACHERS], b[TEACHERS])
     return {
@@ -132,7 +132,7 @@ def differences(one: Group, other: Group) -> Differences:
 
 
 def about(one: Group, other: Group) -> set[str] | None:
-    """The keys that a comparison of a rung with one below it is about; None: whatever differs."""
+    """The keys that a comparison of a rung with a lower one is about; None: any."""
     if one.rung is None or other.rung is None:
         return None
     above = [rung.name for rung in rungs.lineage(one.rung.name)]
@@ -145,7 +145,7 @@ def about(one: Group, other: Group) -> set[str] | None:
 
 
 def beside(one: Group, other: Group) -> Differences:
-    """What differs between two groups and is not what their comparison is about."""
+    """Differences between two groups that their comparison is not about."""
     keys, found = about(one, other), differences(one, other)
     return {k: v for k, v in found.items() if (k == CODE if keys is None else k not in keys)}
 

@@ -1,4 +1,4 @@
-"""A comparison as people read it: terminal, CSV, Markdown, a picture, one HTML page, and the note of a parent run."""
+"""A comparison for people: terminal, CSV, Markdown, a picture, one HTML page, and the note of a parent run."""
 
 import html
 import json
@@ -95,7 +95,7 @@ def _title(found: Comparison) -> str:
 
 
 def _below(found: Comparison) -> list[str]:
-    """What is said below the table: what the teachers reach, and what intervals depend on."""
+    """The lines below the table: the teachers' accuracies, and what the intervals depend on."""
     references = ", ".join(f"{name} {value:.2f}" for name, value in found.references().items())
     said = [f"test top-1 in %: {references}"] if references else []
     return [*said, f"intervals and p: {found.conditions}"]
@@ -120,7 +120,7 @@ def _bold(lines: Sequence[str]) -> list[str]:
 
 
 def markdown(found: Comparison) -> str:
-    """The tables and what is to be said with them."""
+    """The tables with their notes."""
     parts = [f"## {escape.markdown(_title(found))}", *_bold(found.notes), _markdown(shown(found), "rung")]
     parts += map(escape.markdown, _below(found))
     if len(found.differing):

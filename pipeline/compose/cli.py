@@ -27,7 +27,7 @@ _BRACKETS = {"]": "[", "}": "{", ")": "("}
 
 @dataclass(frozen=True)
 class Command:
-    """What a command line asks for; `overrides` in the order given, to be read by `compose`."""
+    """A parsed command line; `overrides` in the given order, for `compose`."""
 
     cfg: str | None = None
     overrides: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> Command:
             key = argument.removeprefix("--").partition("=")[0]
             raise UserError(
                 f"{printable(argument)}: this value of {printable(key)} holds control characters, or is not valid "
-                "UTF-8; give a plain text (a file of such a name: rename it)"
+                "UTF-8; give a plain text (rename a file with such a name)"
             )
     for key, value in _pairs(list(argv)):
         if key == "help":
@@ -121,7 +121,7 @@ def _known_form(key: str, argument: str) -> str:
 
 
 def _debug(overrides: Sequence[str]) -> bool:
-    """Whether tracebacks are wanted: known before the configuration is, whose errors they would show."""
+    """Whether debug is set: needed before composing, for tracebacks of its errors."""
     said = [o.lstrip("+").partition("=")[2].strip().lower() for o in overrides if o.lstrip("+").startswith("debug=")]
     return bool(said) and said[-1] in TRUE
 

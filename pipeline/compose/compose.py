@@ -59,15 +59,15 @@ def compose(
 
     Args:
         cfg: name of a file in conf/experiment, or path of a YAML file anywhere: changes, or a whole dumped
-            configuration, with or without a Hydra defaults list. None: the defaults. Of a file that is fetched
-            (`runs:/…`) only what changes the computation counts.
+            configuration, with or without a Hydra defaults list. None: the defaults. Of a fetched file
+            (`runs:/…`) only what changes the computation is used.
         overrides: `method.tau=2`, `model.teachers.0.checkpoint=x`, group choices such as `dataset=cifar100`;
-            Hydra's `~key`, `+key` and `++key` are taken too. The last one wins; what is given here wins over `cfg`.
-        fetch: brings `runs:/<id>/best.yaml` to this machine and says where it lies.
+            Hydra's `~key`, `+key` and `++key` work too. The last one wins; what is given here wins over `cfg`.
+        fetch: downloads `runs:/<id>/best.yaml` and returns its path.
         presets: values that follow from what groups and `cfg` make; they win over these, and `overrides` over them.
 
     Raises:
-        UserError: one line that names the key and says what would do.
+        UserError: one line with the key, its value and what to give instead.
 
     Example:
         >>> compose("quickstart", ["method.kd_alpha=0.4"]).method.kd_alpha
@@ -110,7 +110,7 @@ def params(config: Config) -> dict[str, str]:
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:
-    """The groups and the dotted keys that overrides set. Raises UserError: one that does not do.
+    """The groups and the dotted keys that overrides set. Raises UserError: an invalid override.
 
     Example:
         >>> sorted(keys_of(["optim=sgd", "model={student: {name: resnet18}}"]))
@@ -210,7 +210,7 @@ def _parse(key: str, text: str) -> Override | None:
             raise UserError(f"{key}={text}: the brackets or quotes of this value do not match") from None
         return None
     except ValueError:  # Python reads no numbers of thousands of digits
-        raise UserError(f"{key}={printable(text, 60)}: a number of so many digits cannot be meant; give less") from None
+        raise UserError(f"{key}={printable(text, 60)}: a number with too many digits; give a smaller one") from None
     return parsed
 
 
@@ -260,10 +260,10 @@ _URI = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
 
 
 def _foreign(file: Path, folder: Path, source: str, given: Sequence[str]) -> Path:
-    """What may be composed of a file that someone else has made, as a file in `folder`."""
+    """The part of somebody else's file that may be composed, as a file in `folder`."""
     text, left_out = foreign(file, source, given)
     if left_out:
-        logger.info("%s: left out, for it says where or what to run: %s", source, ", ".join(left_out))
+        logger.info("%s: left out, since they say where, or what to run: %s", source, ", ".join(left_out))
     made = folder / "foreign.yaml"
     made.write_text(text)
     return made
@@ -317,7 +317,7 @@ def _search_path(file: Path | None, source: str) -> Iterator[tuple[list[str], st
 
 
 def _check_yaml(file: Path, source: str) -> None:
-    """A readable mapping, or one line of why not."""
+    """Raise UserError unless a file is a readable mapping."""
     if not isinstance(read_yaml(file, source), DictConfig):
         raise UserError(f"{source}: holds a list, not groups of keys")
 

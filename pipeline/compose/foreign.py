@@ -1,5 +1,5 @@
-"""Settings that somebody else wrote, on a tracking server: data in which no `${…}` counts, and of which only the keys
-that change the computation are kept.
+"""Settings that somebody else wrote, from a tracking server: no `${…}` is resolved, and only keys that change the
+computation are kept.
 """
 
 import re
@@ -17,12 +17,12 @@ from pipeline.errors import UserError
 
 FOREIGN_GROUPS = ("dataset", "model/student", "model/teacher", "method", "optim", "schedule", "augment")
 NUMERICS = ("threads", "bank", "optim.use_amp", "optim.compile", "dataset.eval_batch_size")
-"""Not in the configuration's hash, but they decide a result's last bits, and say nothing of where or what."""
+"""Not in the configuration's hash, yet they decide a result's last bits; they name no place and no program."""
 _RUN = re.compile(r"runs:/[0-9a-f]{32}(/(?!\.+(/|$))[\w.-]+)*")
 
 
 def foreign(path: Path, source: str, given: Collection[str] = ()) -> tuple[str, list[str]]:
-    """Someone else's configuration as YAML that may be composed, and the keys that were left out of it.
+    """Somebody else's configuration as YAML that may be composed, and the keys left out of it.
 
     Kept are group choices and keys that change the computation, and teachers' checkpoints of the form `runs:/<id>`,
     which are fetched from the same server. Left out is whatever says where to read, write or send, or what to run.
@@ -31,7 +31,7 @@ def foreign(path: Path, source: str, given: Collection[str] = ()) -> tuple[str, 
         given: the keys that the command line sets.
 
     Raises:
-        UserError: a kept value refers to something (`${…}`); a defaults list leads elsewhere; a teacher's checkpoint
+        UserError: a kept value contains a reference (`${…}`); a defaults list leads elsewhere; a teacher's checkpoint
             is a file of another machine, and the command line names none.
     """
     content = read_data(path, source)
@@ -79,17 +79,13 @@ def _on_server(checkpoint: Any) -> bool:
 
 
 def check_refers_to_nothing(text: str, source: str) -> None:
-    """Refuse a dumped configuration, in which every `${` is escaped, when somebody has put a live one into it.
-
-    Raises:
-        UserError.
-    """
+    """Raise UserError for a live `${` in a dumped configuration, in which all are escaped."""
 
     def walk(value: Any) -> None:
         for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
             walk(item)
         if isinstance(value, str) and re.search(r"(?<!\\)(\\\\)*\$\{", value):
-            raise UserError(f"{source}: refers to something (${{…}}): only a file of one's own may")
+            raise UserError(f"{source}: contains a reference (${{…}}), which only your own file may")
 
     walk(parse_data(text, source))
 
@@ -98,12 +94,12 @@ def _literal(value: Any, key: str, source: str) -> Any:
     if isinstance(value, list):
         return [_literal(item, key, source) for item in value]
     if "${" in f"{value} {key}":
-        raise UserError(f"{source}: {key} refers to something (${{…}}): only a file of one's own may")
+        raise UserError(f"{source}: {key} contains a reference (${{…}}), which only your own file may")
     return value
 
 
 def _check_checkpoints(left_out: Mapping[str, Any], source: str, given: Collection[str]) -> None:
-    """Teachers' files are on the machine of whoever ran it: without them another computation would begin."""
+    """Raise UserError for teachers' files of another machine: without them the computation would differ."""
     for key, value in left_out.items():
         if key.endswith(".checkpoint") and not {key, "model.teachers", "model/teacher"}.intersection(given):
             raise UserError(

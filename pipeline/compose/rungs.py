@@ -49,7 +49,7 @@ class Rung:
 
 
 def known() -> dict[str, Rung]:
-    """Every rung: those that no other one is needed for first, and within a level by name."""
+    """Every rung by name, parents first; children of the same depth in alphabetical order."""
     return _known(CONF / "experiment")
 
 
@@ -64,10 +64,10 @@ def _known(folder: Path) -> dict[str, Rung]:
 
 
 def _read(file: Path) -> Rung | str | None:
-    """The rung in a file; the name that the file is another one of; None: neither."""
+    """The rung in a file; the name for which the file is an alias; None: neither."""
     try:
         content = read_data(file, str(file))
-    except UserError:  # somebody's own, which is refused where it is asked for
+    except UserError:  # a user's own file, which is refused when it is used
         return None
     if not isinstance(content, dict):
         return None
@@ -100,7 +100,7 @@ def read_names(text: str) -> list[str]:
 
 
 def _named(word: str) -> str:
-    """The name of a rung, given by itself or by another one. Raises UserError."""
+    """The name of a rung, given directly or by an alias. Raises UserError."""
     if word in known():
         return word
     file = CONF / "experiment" / f"{word}.yaml"
@@ -125,7 +125,7 @@ def read_seeds(text: str) -> list[int]:
 
 
 def lineage(name: str) -> list[Rung]:
-    """The rung and those below it, the lowest first. Raises UserError: there is none of that name."""
+    """The rung and those below it, the lowest first. Raises UserError: no such rung."""
     found = [known()[_named(name)]]
     while (parent := found[0].parent) is not None:
         found.insert(0, known()[parent])
@@ -209,7 +209,7 @@ def check(rung: Rung, parent: Config, child: Config) -> None:
 
 
 def refuse_overrides(names: Iterable[str], overrides: Sequence[str]) -> None:
-    """An override of what a rung sets would be lost: refused. Raises UserError."""
+    """Raise UserError for an override of a key that a rung sets: it would be lost."""
     given = {text.lstrip("+~ ").partition("=")[0].strip() for text in overrides}
     for name in names:
         for rung in lineage(name):

@@ -1,7 +1,7 @@
 """Settings files: YAML read with bounds, and a section of the schema made of a file and the command line.
 
-One's own file may refer to others of its values and to the environment (`${…}`), but for variables whose names look
-like secrets. Somebody else's file may not: `foreign.py`.
+A user's own file may refer to its other values and to the environment (`${…}`), except for variables whose names look
+like secrets. Somebody else's file may not: see `foreign.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 
 
 def read_yaml(path: Path, source: str) -> DictConfig | ListConfig:
-    """A file of one's own as OmegaConf reads it: 1e-3 is a number, no key may be there twice, `${…}` waits.
+    """A user's own file as OmegaConf reads it: 1e-3 is a number, duplicate keys are refused, `${…}` is resolved later.
 
     Args:
         source: what named the file, for errors: `cfg=my.yaml`.
@@ -49,7 +49,7 @@ def parse_yaml(text: str, source: str) -> DictConfig | ListConfig:
 
 
 def read_data(path: Path, source: str) -> Any:
-    """Someone else's file as plain data, `${…}` as text. Raises UserError."""
+    """Somebody else's file as plain data, `${…}` as text. Raises UserError."""
     return parse_data(yaml_data.text_of(path, source), source)
 
 
@@ -263,7 +263,7 @@ class Place(NamedTuple):
 
 
 def keys(section: type[BaseModel], but: Collection[str] = ()) -> list[str]:
-    """The keys of a section, those of sections inside it with dots, but for those named."""
+    """The keys of a section, with dots for those of inner sections, except `but`."""
     found: list[str] = []
     for name, field in section.model_fields.items():
         inner = Place.of(field.annotation, field.discriminator).section({}) if not field.discriminator else None
@@ -340,7 +340,7 @@ def _unknown(section: type[BaseModel], union: Place, walked: str, part: str) -> 
 
 
 def _variable(name: str, *default: str | None) -> str | None:
-    """`${oc.env:NAME}`: as OmegaConf's own, but for secrets: every value of a configuration is shown in MLflow."""
+    """`${oc.env:NAME}` as OmegaConf has it, but never a secret: MLflow shows every value of a configuration."""
     if secrets.looks_secret(name):
         raise UserError(f"${{oc.env:{name}}} looks like a secret, and a run's parameters are shown to everybody")
     if name in os.environ:

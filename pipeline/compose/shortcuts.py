@@ -50,9 +50,9 @@ class Shortcuts:
     def _pair(self, composed: DictConfig) -> list[Setting]:
         """The pair in the place of the composed teachers.
 
-        A network that is among these already stays as it is, with its checkpoint. Another one takes over what is said
-        of the teacher in its place, but for the checkpoint, which is of that network; it is pretrained where it has
-        weights, unless the teacher in its place has some too and was not to use them.
+        A network that is already among these stays as it is, with its checkpoint. Another one takes over the settings
+        of the teacher in its place, except its checkpoint; it is pretrained if it has weights, unless the teacher in
+        its place has some too and was not to use them.
         """
         if not self.teachers:
             return []
@@ -74,7 +74,7 @@ def read(environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Short
     """The shortcuts that are set, each with one line in the log; `overrides` are those of the command line.
 
     Raises:
-        UserError: a value that does not do, named with its variable; an override that does not do.
+        UserError: an invalid value, named with its variable; an invalid override.
 
     Example:
         >>> read({"SEED": "3"}).overrides
@@ -88,7 +88,7 @@ def read(environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Short
         keys, resolve = _SHORTCUTS[name]
         explicit = next((key for key in keys if key in given), None)
         if explicit is not None:
-            logger.info("%s=%s in the environment does not count: %s is given", name, text, explicit)
+            logger.info("%s=%s in the environment is ignored: %s is given", name, text, explicit)
             continue
         meant, but = resolve(text), ""
         if name == "TEACHER_PAIR":

@@ -1,4 +1,4 @@
-"""`correctness.parquet`: what a model said of a split, image by image, for paired comparisons."""
+"""`correctness.parquet`: a model's predictions for a split, image by image, for paired comparisons."""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ METADATA = b"asib"
 
 @dataclass(frozen=True, eq=False)
 class Correctness:
-    """Image by image what a model said of a split.
+    """A model's predictions for a split, image by image.
 
     Attributes:
         table: one row for each image; `COLUMNS`: its position among the data set's test (or training) images, label and

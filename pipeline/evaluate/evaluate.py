@@ -32,7 +32,7 @@ def evaluate(run: Run, request: Request | None = None, source: Source | None = N
         Top-1 in percent on the split, on the test split of both.
 
     Raises:
-        UserError: what is asked for is not there, or does not fit the data.
+        UserError: the model or fusion does not exist, or does not fit the data.
     """
     request = request or Request()
     config = run.config
@@ -62,7 +62,7 @@ def evaluate(run: Run, request: Request | None = None, source: Source | None = N
 
 
 def write(run: Run, data: ImageData, evaluation: Evaluation, part: Part) -> list[str]:
-    """An evaluation's tables and pictures as artifacts: of the test split at the top, else in a folder of its name.
+    """Log an evaluation's tables and pictures; those of a split other than test in a folder of its name.
 
     Returns:
         The artifacts that are tables.
@@ -98,7 +98,7 @@ def write(run: Run, data: ImageData, evaluation: Evaluation, part: Part) -> list
 
 
 def _describe(run: Run, request: Request, subject: Subject) -> None:
-    """What is evaluated: tags, and the models as the run's inputs. (Parameters are the configuration's keys alone.)"""
+    """Record what is evaluated: tags, and the models as the run's inputs. (Parameters are the configuration.)"""
     stated = {"asib.eval_split": request.split, "asib.mode": request.mode, "asib.weights": subject.hash()}
     source = subject.source
     if source is not None and source.made_by is not None:
@@ -119,7 +119,7 @@ def _describe(run: Run, request: Request, subject: Subject) -> None:
 
 
 def _saw_validation(subject: Subject) -> bool:
-    """Whether something that is evaluated is not known to have been trained without these validation images."""
+    """Whether anything evaluated may have been trained on these validation images."""
     here = subject.config.dataset
     ours = {"data_digest": subject.data.digest, "val_fraction": here.val_fraction, "split_seed": here.split_seed}
     model = subject.source is not None and any(subject.record.get(key) != value for key, value in ours.items())

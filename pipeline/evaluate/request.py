@@ -1,4 +1,4 @@
-"""What `-e evaluate` is asked for: the step's own keys, read and checked before torch is imported."""
+"""The request of `-e evaluate`: the step's own keys, read and checked before torch is imported."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

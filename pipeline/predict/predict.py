@@ -33,12 +33,12 @@ logger = logging.getLogger("asib")
 TABLES = (".csv", ".parquet")
 TOP = 5
 SHOWN = 10
-"""So many skipped files are named in the log; skipped.csv has all."""
+"""Skipped files named in the log; skipped.csv lists all."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The command line; `files` lie under `images`, sorted, and so do those `ignored`; `to` None: the table stays in
+    """The step's own keys; `files` lie under `images`, sorted, and so do those `ignored`; `to` None: the table stays in
     the run's folder.
     """
 
@@ -54,7 +54,7 @@ class Request:
 
 
 def parse(own: Mapping[str, str]) -> Request:
-    """The step's own keys. Raises UserError: one is missing, or names what cannot be."""
+    """Read the step's own keys. Raises UserError: one is missing or invalid."""
     model, images, to = own.get("model", ""), own.get("images", ""), own.get("to", "")
     if not model:
         raise UserError("model is not set: give model=models:/<name>@<alias>, runs:/<id>, or a logged model's folder")

@@ -1,4 +1,4 @@
-"""A version as it is judged: its weights fetched from the registry, run over the test images, and timed."""
+"""Fetch a version from the registry, evaluate it on the test images, and time it."""
 
 import logging
 import shutil
@@ -28,19 +28,19 @@ from pipeline.training.evaluation import outputs
 
 logger = logging.getLogger("asib")
 TOLERANCE = 1e-4
-"""How far a probability that is served may be from that of the weights."""
+"""Largest difference allowed between a served probability and that of the weights."""
 LATENCY = "speed/latency_ms_1"
 ROUNDS = 2
-"""How often each network is timed, in turns: what slows this machine down for a while slows all of them."""
+"""Rounds of timing, in which the networks take turns, so that a busy machine slows all of them alike."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A version with what is served of it, and the network of its weights.
+    """A version: what is served of it, and the network with its weights.
 
     Attributes:
         meta: `meta.json` of the logged model.
-        manifest: of its files, where there was none to compare them with; else "".
+        manifest: of its files, if it was registered without one; else empty.
     """
 
     version: Version
@@ -52,20 +52,20 @@ class Contender:
 
 @dataclass(frozen=True)
 class Judged:
-    """`metrics`: everything that was measured, by the names of evaluations (`test/acc`, `speed/latency_ms_1`, …)."""
+    """`metrics`: all measurements, named as in evaluations (`test/acc`, `speed/latency_ms_1`, …)."""
 
     measured: Measured
     metrics: dict[str, float]
 
 
 def same_images(name: str, version: Version, data: ImageData, config: Config) -> None:
-    """Refuse a version that was trained on other data than what it would be judged on. UserError says where to look."""
+    """Raise UserError for a version that was trained on data other than `data`."""
     found = version.tags.get(DIGEST)
     if found == data.digest:
         return
     if found is None:
         raise UserError(
-            f"version {version.number} of {name} has no tag {DIGEST}: it cannot be known which images it has seen; "
+            f"version {version.number} of {name} has no tag {DIGEST}: the images it was trained on are unknown; "
             f"set the tag to the data's digest ({data.digest[:12]}… for dataset.name={config.dataset.name})"
         )
     cfg = f"cfg=runs:/{version.run_id}/config.yaml" if version.run_id else "the cfg that it was trained with"
@@ -76,11 +76,11 @@ def same_images(name: str, version: Version, data: ImageData, config: Config) ->
 
 
 def fetch(registry: Registry, version: Version, data: ImageData, config: Config, to: Path) -> Contender:
-    """Bring a version here, check it, load what is served, and build its network; the downloaded files are not kept.
+    """Download a version, check it, load what is served, and build its network; then delete the download.
 
     Raises:
-        UserError: files that were not registered, code that is not this project's, files that are not those of a
-            student, other classes or images than `data` has.
+        UserError: files that were not registered, foreign code, files that are no student's, or classes or images
+            other than those of `data`.
     """
     where = f"version {version.number} of {registry.name}"
     folder = registry.fetch(version.number, to)
@@ -124,7 +124,7 @@ def _network(where: str, weights: Path, meta: dict[str, Any], data: ImageData, c
 
 
 def judge(contenders: list[Contender], data: ImageData, config: Config) -> list[Judged]:
-    """Run every contender over the test split, and time them in turns."""
+    """Evaluate every contender on the test split, and time them in turns."""
     batches = [_batches(one, data, config) for one in contenders]
     times: list[list[float]] = [[] for _ in contenders]
     metrics: list[dict[str, float]] = [{} for _ in contenders]
@@ -165,10 +165,10 @@ def _sent(images: EvalBatches, which: slice) -> torch.Tensor:
 
 
 def served(one: Contender, images: EvalBatches) -> torch.Tensor:
-    """What a server answers to images: log-probabilities (n, N), on the CPU.
+    """Log-probabilities (n, N), on the CPU, that a server would answer.
 
     Raises:
-        UserError: the weights say otherwise, by more than `TOLERANCE`.
+        UserError: they differ from those of the weights by more than `TOLERANCE`.
     """
     network = Served(one.served)
     try:
@@ -190,11 +190,11 @@ def served(one: Contender, images: EvalBatches) -> torch.Tensor:
 
 
 def bind(registry: Registry, contenders: list[Contender]) -> None:
-    """Versions that were registered before there were manifests get theirs, now that they have been judged."""
+    """Write the manifests of judged versions that were registered without one."""
     for one in contenders:
         if one.manifest:
             registry.ask("tag_manifest", number=one.version.number, manifest=one.manifest)
-            logger.info("version %s has the manifest of its files now (tag %s)", one.version.number, bundle.TAG)
+            logger.info("wrote the manifest of version %s (tag %s)", one.version.number, bundle.TAG)
 
 
 def _batches(one: Contender, data: ImageData, config: Config) -> EvalBatches:

@@ -1,6 +1,6 @@
-"""What a challenger must be: conf/promotion/<name>.yaml or a YAML file anywhere, and `-P gate.<key>=<value>`.
+"""The gate of a promotion as settings: conf/promotion/<name>.yaml or any YAML file, and `-P gate.<key>=<value>`.
 
-Needs pydantic and OmegaConf only, so that a promotion that cannot be is refused before torch is imported.
+Needs pydantic and OmegaConf only, so that a bad request is refused before torch is imported.
 """
 
 import hashlib
@@ -19,17 +19,17 @@ Inner = Annotated[float, Field(gt=0, lt=1)]
 
 
 class FirstGate(Section):
-    """What the first version must reach, which has no champion to beat."""
+    """Thresholds for a first version, which has no champion to beat."""
 
-    min_acc: Percent = key(0.0, "test top-1 in percent")
-    min_class_acc: Percent | None = key(None, "the same for every class alone")
+    min_acc: Percent = key(0.0, "lowest test top-1, in percent")
+    min_class_acc: Percent | None = key(None, "lowest test top-1 of any class, in percent")
 
 
 class Gate(Section):
-    """The criteria of a promotion, all of which must hold; those that are null are not asked for.
+    """The criteria of a promotion: all that are not null must hold.
 
-    Percentages and points are of test top-1. `name` is the file's, without its folder and suffix; of a file outside
-    conf/promotion also the beginning of its SHA-256. `changes`: what the command line changed, such as
+    Percentages and points are of test top-1. `name` is the file's, without folder and suffix; outside of
+    conf/promotion it includes the beginning of the file's SHA-256. `changes`: what the command line changed, such as
     `alpha=0.01 (0.05)`, the file's value in parentheses.
     """
 
@@ -37,27 +37,27 @@ class Gate(Section):
     changes: tuple[str, ...] = Field(default=(), exclude=True)
     min_improvement: NonNegative = key(0.0, "points above the champion; an equally good challenger never passes")
     alpha: Inner | None = key(0.05, "the two-sided exact McNemar test must give at most this p")
-    alpha_spending: bool = key(True, "alpha is for all looks at one test set together; false: for each of them")
+    alpha_spending: bool = key(True, "spend alpha over all looks at one test set; false: each look gets all of it")
     interval: Inner | None = key(0.95, "level of the paired bootstrap interval of the improvement")
-    min_interval_low: Points = key(0.0, "points below which that interval must not reach")
-    replicates: AtLeastOne = key(10_000, "draws of that bootstrap")
-    max_class_drop: NonNegative | None = key(20.0, "points that no class may lose")
-    max_ece: Fraction | None = key(None, "expected calibration error at most")
-    max_ece_increase: Fraction | None = key(0.05, "the same above the champion's at most")
-    max_latency_ms: Positive | None = key(None, "for one image, on the machine that promotes")
-    max_latency_ratio: Positive | None = key(1.5, "the same relative to the champion's")
-    max_parameters: Parameters | None = key(None, "numbers in the network at most")
-    max_parameters_ratio: Positive | None = key(1.5, "the same relative to the champion's")
-    first: FirstGate = key(FirstGate(), "a first version")
+    min_interval_low: Points = key(0.0, "lowest lower bound of that interval, in points")
+    replicates: AtLeastOne = key(10_000, "replicates of that bootstrap")
+    max_class_drop: NonNegative | None = key(20.0, "largest drop of any class, in points")
+    max_ece: Fraction | None = key(None, "upper bound of the expected calibration error")
+    max_ece_increase: Fraction | None = key(0.05, "upper bound of its increase over the champion's")
+    max_latency_ms: Positive | None = key(None, "upper bound for one image, timed on the promoting machine")
+    max_latency_ratio: Positive | None = key(1.5, "upper bound relative to the champion's latency")
+    max_parameters: Parameters | None = key(None, "upper bound of the number of parameters")
+    max_parameters_ratio: Positive | None = key(1.5, "upper bound relative to the champion's number")
+    first: FirstGate = key(FirstGate(), "thresholds for a first version")
 
     @property
     def words(self) -> str:
-        """Its name and every change of it: `default with alpha=0.01 (0.05)`."""
+        """The name and every change made to it: `default with alpha=0.01 (0.05)`."""
         return " with ".join(filter(None, [self.name, ", ".join(self.changes)]))
 
 
 def load(name_or_path: str, settings: Mapping[str, str]) -> Gate:
-    """A gate's file with what was set on the command line.
+    """Read a gate's file and apply the settings of the command line.
 
     Args:
         name_or_path: a name in conf/promotion, or the path of a YAML file.

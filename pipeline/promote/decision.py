@@ -1,7 +1,7 @@
-"""What follows from a verdict: the tags that keep a decision with its versions, and the moves of the aliases. Pure.
+"""What follows from a verdict: the tags that record it with its versions, and the moves of the aliases. Pure functions.
 
-Past champions form a stack. A promotion puts the champion that goes on it, a rollback takes the top one off: so two
-rollbacks in a row go two champions back, and the second never brings back what the first has just taken away.
+Past champions form a stack: a promotion pushes the outgoing champion, a rollback pops the top one. So two rollbacks in
+a row go back two champions, and the second never restores what the first has just removed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,14 +14,14 @@ from pipeline.promote.registered_model import RETIRED, ROLLED_BACK, Overview, Ve
 from pipeline.tracking.model_tags import CHAMPION, MOST_PAST, PREVIOUS
 
 HISTORY = "asib.history"
-"""Tag of a version: what has happened to it, a line each, the latest last. What it had no room for any more is in
-`asib.history.1`, the oldest lines, `asib.history.2`, …"""
+"""Tag of a version: its history, one line per event, the latest last. Overflow goes to `asib.history.1` (the oldest
+lines), `asib.history.2`, …"""
 HISTORY_LENGTH = 4500
 
 
 @dataclass(frozen=True)
 class Occasion:
-    """Who decides what, when and why. `at`: UTC, such as 2025-11-20T08:41:00Z."""
+    """Who decides, in which run, when and why. `at`: UTC, such as 2025-11-20T08:41:00Z."""
 
     run_id: str
     user: str
@@ -33,9 +33,9 @@ class Occasion:
 
 
 def champions(overview: Overview) -> list[str]:
-    """Versions that were champion before the present one, the latest last."""
+    """Former champions, the latest last."""
     kept, previous = overview.past, overview.aliases.get(PREVIOUS)
-    stands_for_none = previous == overview.aliases.get(CHAMPION)  # who may not delete an alias leaves it there
+    stands_for_none = previous == overview.aliases.get(CHAMPION)  # a user who may not delete aliases leaves it there
     if previous is not None and not stands_for_none and kept[-1:] != [previous]:  # moved by hand: it counts
         kept.append(previous)
     return kept
@@ -47,12 +47,12 @@ def champions(overview: Overview) -> list[str]:
 def verdict_tags(
     verdict: Verdict, champion: Version | None, gate: str, why: Occasion, reason: str, looks: str = ""
 ) -> dict[str, str]:
-    """What a version is tagged with when it was judged.
+    """The tags of a judged version.
 
     Args:
-        gate: its name, and what was changed of it.
+        gate: its name and what was changed in it.
         reason: of the verdict, in words.
-        looks: how often the test images were looked at, in words.
+        looks: how often the test images were used, in words.
     """
     tags = {
         "asib.verdict": "promoted" if verdict.passed else "refused",
@@ -71,24 +71,24 @@ def verdict_tags(
 
 
 def history(version: Version, why: Occasion, line: str) -> dict[str, str]:
-    """The tags that add a line to a version's history; all lines that came before stay in them."""
+    """The tags that append a line to a version's history and keep all earlier ones."""
     last, new = version.tags.get(HISTORY, ""), f"{why.at} {line} {why.words()}"[:HISTORY_LENGTH]
     text = f"{last}\n{new}" if last else new
     if len(text) <= HISTORY_LENGTH:
         return {HISTORY: text}
     full = _pages(version)
-    if full and version.tags[full[-1]] == last:  # a decision that broke off here has turned the page
+    if full and version.tags[full[-1]] == last:  # an interrupted decision has already moved the overflow
         return {HISTORY: new}
     return {f"{HISTORY}.{len(full) + 1}": last, HISTORY: new}
 
 
 def history_lines(version: Version) -> list[str]:
-    """Everything that has happened to a version, the latest last."""
+    """A version's whole history, the latest line last."""
     return [line for tag in (*_pages(version), HISTORY) for line in version.tags.get(tag, "").splitlines()]
 
 
 def _pages(version: Version) -> list[str]:
-    """Names of the tags with what the history had no room for any more, the oldest first."""
+    """Names of the tags with the history's overflow, the oldest first."""
     tags, count = [], 1
     while f"{HISTORY}.{count}" in version.tags:
         tags.append(f"{HISTORY}.{count}")
@@ -99,7 +99,7 @@ def _pages(version: Version) -> list[str]:
 def promotion(
     now: Overview, challenger: Version, champion: Version | None, tags: Mapping[str, str], why: Occasion
 ) -> dict[str, Any]:
-    """The move that makes the challenger champion and the champion previous."""
+    """The move that makes the challenger the champion, and the champion the previous one."""
     past = champions(now)
     older = [] if champion is None else [champion.number]
     after = {CHAMPION: challenger.number, PREVIOUS: champion.number if champion else now.aliases.get(PREVIOUS)}
@@ -107,7 +107,7 @@ def promotion(
     line = f"promoted {over}, {_gate(tags)}"
     marks = {challenger.number: {**tags, **history(challenger, why, line)}}
     if challenger.tags.get(ROLLED_BACK):
-        marks[challenger.number][ROLLED_BACK] = ""  # it is no longer
+        marks[challenger.number][ROLLED_BACK] = ""  # not any more
     if champion is not None:
         marks[champion.number] = history(champion, why, f"replaced as champion by version {challenger.number}")
     what = f"version {challenger.number} promoted"
@@ -115,7 +115,7 @@ def promotion(
 
 
 def refusal(now: Overview, challenger: Version, tags: Mapping[str, str], why: Occasion) -> dict[str, Any]:
-    """The move that keeps a refusal with the challenger; no alias moves."""
+    """The move that records a refusal; no alias changes."""
     line = f"refused against {tags['asib.against']}, {_gate(tags)} ({tags['asib.verdict_reason']})"
     marks = {challenger.number: {**tags, **history(challenger, why, line)}}
     return _stay(now, marks, challenger.number, f"version {challenger.number} refused", why)
@@ -126,13 +126,13 @@ def _gate(tags: Mapping[str, str]) -> str:
 
 
 def rollback(now: Overview, versions: Mapping[str, Version], why: Occasion) -> dict[str, Any]:
-    """The move that makes the previous champion champion again.
+    """The move that restores the previous champion.
 
     Args:
-        versions: of the champion and of all past ones.
+        versions: the champion and all past ones, by number.
 
     Raises:
-        UserError: there is no champion, or none before it that is not retired.
+        UserError: there is no champion, or no earlier one that is not retired.
     """
     bad = now.aliases.get(CHAMPION)
     if bad is None and not champions(now):
@@ -166,7 +166,7 @@ def _move(
     what: str,
     why: Occasion,
 ) -> dict[str, Any]:
-    """As tracking/moves.py takes it."""
+    """A move as tracking/moves.py takes it."""
     return {
         "before": _ours(now),
         "after": dict(after),
@@ -179,7 +179,7 @@ def _move(
 
 
 def _stay(now: Overview, tags: Mapping[str, Mapping[str, str]], about: str, what: str, why: Occasion) -> dict[str, Any]:
-    """A move that sets tags alone: so that these, too, are set all or none."""
+    """A move that only sets tags, so that they too are set all or none."""
     return _move(now, _ours(now), now.past, tags, about, what, why)
 
 
@@ -188,7 +188,7 @@ def _ours(now: Overview) -> dict[str, str | None]:
 
 
 def retirement(version: Version, now: Overview, why: Occasion) -> dict[str, Any]:
-    """The move that retires a version; no alias moves. Raises UserError: it is the champion."""
+    """The move that retires a version; no alias changes. Raises UserError: it is the champion."""
     if now.aliases.get(CHAMPION) == version.number:
         raise UserError(
             f"retire={version.number}: it is the champion; promote another or roll back first, then retire it"

@@ -1,6 +1,6 @@
-"""The gate of a promotion: what is measured of two students on the same images, criterion by criterion. Pure functions.
+"""The gate of a promotion: criteria on measurements of two students on the same images.
 
-Everything here is arithmetic on what was measured; nothing is loaded, logged or moved.
+Pure functions: nothing is loaded, logged or moved.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from pipeline.reporting.statistics import Bools, Pairs, mcnemar, pairs, percenti
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 ROUNDING = 1e-9
-"""Percentages of counts are compared with limits written in decimals."""
+"""Tolerance: percentages of counts are compared with limits written in decimals."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Measured:
         correct: (n,) whether each image was classified correctly.
         ece: expected calibration error, from 0 to 1.
         latency_ms: of one image.
-        parameters: numbers in the network.
+        parameters: how many the network has.
     """
 
     correct: Bools
@@ -43,8 +43,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Criterion:
-    """One line of the verdict. `value` and `limit` are in `unit`; `at_least`: the value must not lie below the limit,
-    else not above it. `note` says what the numbers alone do not.
+    """One line of the verdict. `value` and `limit` are in `unit`. `at_least`: the value must reach the limit; else it
+    must not exceed it. `note`: what the numbers alone do not say.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All criteria that were asked for, and the numbers behind them (metric name -> value)."""
+    """All criteria that apply, and the numbers behind them (metric name -> value)."""
 
     criteria: tuple[Criterion, ...]
     numbers: dict[str, float]
@@ -91,11 +91,11 @@ def judge(
     champion: Measured | None,
     look: int = 1,
 ) -> Verdict:
-    """Whether the gate lets the challenger pass: against the champion, or alone where there is none.
+    """Judge the challenger against the champion, or alone if there is none.
 
     Args:
         labels: (n,) of the images on which both were measured.
-        look: how many pairs were compared on these images, with this one.
+        look: how many pairs have been compared on these images, this one included.
 
     Raises:
         ValueError: the two were not measured on these images.
@@ -137,7 +137,7 @@ def _numbers(gate: Gate, found: Pairs) -> dict[str, float]:
 
 
 def _level(gate: Gate, look: int) -> float | None:
-    """What McNemar's p must not exceed."""
+    """The level for McNemar's p; None: the test does not apply."""
     if gate.alpha is None or not gate.alpha_spending:
         return gate.alpha
     return spending.level(gate.alpha, look)

@@ -1,7 +1,7 @@
-"""The promotion job: judge a challenger against the champion, and move the aliases only then; or roll back, or retire.
+"""The promotion job: judge a challenger and move the aliases if it passes the gate; or roll back; or retire.
 
-A decision is kept three times: as the run, as tags of the version, and (what happened to a version, line by line) as
-the version's history; moving aliases later takes none of it away.
+A decision is recorded three times: as the run, as tags of the version, and as a line of the version's history. Moving
+aliases later removes none of these.
 """
 
 import getpass
@@ -22,9 +22,8 @@ from pipeline.distill import networks
 from pipeline.distill.train import images, load_data, prepare
 from pipeline.errors import NotThere, UserError
 from pipeline.promote import contender, decision, queue, report
-from pipeline.promote import gate as gates
 from pipeline.promote.decision import Occasion
-from pipeline.promote.gate import Verdict
+from pipeline.promote.gate import Verdict, judge
 from pipeline.promote.registered_model import Overview, Registry, Version
 from pipeline.promote.request import Plan, sides
 from pipeline.reporting import tables
@@ -39,13 +38,13 @@ FOLDER = "promotion"
 
 
 def promote(run: Run, plan: Plan) -> float | None:
-    """Do what the plan asks for; the run's conclusion says how it went.
+    """Carry out the plan; the outcome is the run's conclusion.
 
     Returns:
-        The improvement in points, where two versions were compared.
+        The improvement in points, if two versions were compared.
 
     Raises:
-        UserError: bad input, another promotion under way, no permission; then no alias was moved.
+        UserError: bad input, another promotion under way, no permission; no alias has been moved.
     """
     run.ready()
     assert run.delivery is not None
@@ -63,7 +62,7 @@ def promote(run: Run, plan: Plan) -> float | None:
 
 
 def same_data(config: Config, name: str, versions: Sequence[Version]) -> None:
-    """Check the device, and the data of the versions to be judged, before there is a run. Raises UserError."""
+    """Check the device and the data of the versions to judge, before a run exists. Raises UserError."""
     networks.device_of(config)
     prepare(config)
     for version in versions:
@@ -77,7 +76,7 @@ def _act(run: Run, plan: Plan, registry: Registry, why: Occasion, mended: dict[s
         logger.info("an interrupted move was finished: %s (decided in run %s)", mended["why"], mended["run"])
         run.journal.tags({"asib.mended": str(mended["run"])})
     elif now.move is not None:
-        logger.info("an interrupted move waits to be finished: %s", now.move["why"])
+        logger.info("an interrupted move is still pending: %s", now.move["why"])
         now = _as_if_finished(now, now.move)
     match plan.action:
         case "rollback":
@@ -90,7 +89,7 @@ def _act(run: Run, plan: Plan, registry: Registry, why: Occasion, mended: dict[s
 
 
 def _as_if_finished(now: Overview, move: dict[str, Any]) -> Overview:
-    """What a dry run would find after the repair that it does not do."""
+    """What a dry run would find after the repair, which it does not make."""
     aliases = {k: v for k, v in {**now.aliases, **move["after"]}.items() if v is not None}
     return Overview(aliases, {**now.tags, PAST: json.dumps(move["past"])})
 
@@ -104,7 +103,7 @@ def _promote(
     challenger, champion = sides(plan, registry, now, mended is not None)
     if challenger is None:
         run.conclusion = ("promoted", 0)
-        _say(run, f"{plan.name}: version {now.aliases[CHAMPION]} is the champion: its promotion is finished now")
+        _conclude(run, f"{plan.name}: version {now.aliases[CHAMPION]} is the champion: its promotion is finished now")
         return None
     prepare(run.config)
     data = load_data(run)
@@ -120,7 +119,7 @@ def _promote(
         contender.bind(registry, found)
     measured = {side: one.measured for side, one in judged.items()}
     labels = data.test_y.numpy()
-    verdict = gates.judge(plan.gate, labels, data.classes, measured["challenger"], measured.get("champion"), look)
+    verdict = judge(plan.gate, labels, data.classes, measured["challenger"], measured.get("champion"), look)
     run.journal.hold()
     for side, one in judged.items():
         run.journal.metrics({f"{side}/{name}": value for name, value in one.metrics.items()}, 0)
@@ -136,7 +135,7 @@ def _promote(
 def _fetched(
     run: Run, registry: Registry, now: Overview, side: str, version: Version, data: ImageData
 ) -> contender.Contender:
-    """A version's network. Raises UserError: its files are gone, or are no student's; what to do about it."""
+    """Fetch a version. Raises UserError: its files are gone, and what to do about it; or they are no student's."""
     try:
         return contender.fetch(registry, version, data, run.config, run.folder / "fetched" / version.number)
     except NotThere as error:
@@ -151,7 +150,7 @@ def _fetched(
 def _look(
     run: Run, plan: Plan, registry: Registry, data: ImageData, challenger: Version, champion: Version | None
 ) -> int:
-    """Which look at these test images this is; a dry run sees the same numbers, and counts."""
+    """The number of this look at these test images. A dry run shows the same numbers, so it counts too."""
     if champion is None:
         return 1
     pair = f"{challenger.number}-{champion.number}"
@@ -162,7 +161,7 @@ def _look(
 
 
 def _test_digest(data: ImageData) -> str:
-    """SHA-256 (hex) of the test split alone: other training images make no fresh test set."""
+    """SHA-256 (hex) of the test split alone: other training images do not make a fresh test set."""
     hashed = hashlib.sha256(data.test_y.numpy().tobytes())
     if isinstance(data.test_x, ImageFiles):
         for path in data.test_x.paths:
@@ -182,7 +181,7 @@ def _decide(
     champion: Version | None,
     verdict: Verdict,
 ) -> None:
-    """Say the verdict, keep it, and move the aliases where it is a good one."""
+    """Print and record the verdict, and move the aliases if the challenger passed."""
     reason = report.sentence(verdict)
     against = f"version {champion.number}, the champion" if champion else "the thresholds of a first version"
     title = f"{plan.name}: version {challenger.number} against {against} (gate {plan.gate.words})"
@@ -228,14 +227,14 @@ def _rollback(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occa
     versions = dict(_known(registry, numbers))
     gone = [number for number in decision.champions(now) if number not in versions]
     if gone:
-        logger.warning("past champions that are no longer there: %s", ", ".join(gone))
+        logger.warning("past champions that no longer exist: %s", ", ".join(gone))
     move = decision.rollback(_without(now, gone), versions, why)
     while not _has_files(run, registry, move["after"][CHAMPION]):
         gone.append(move["after"][CHAMPION])
         try:
             move = decision.rollback(_without(now, gone), versions, why)
         except UserError as error:
-            left = f"rollback=true: no earlier champion of {plan.name} has its files any more"
+            left = f"rollback=true: no earlier champion of {plan.name} still has its files"
             raise UserError(f"{left}; to replace the present one, {_as_a_first_one(registry)}") from error
     if not plan.dry_run:
         queue.still_ours(registry, why.run_id)
@@ -244,33 +243,33 @@ def _rollback(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occa
     after = move["after"][PREVIOUS]
     then = f"version {after}" if after else "none: a further rollback would be refused"
     would = "would be: " if plan.dry_run else ""
-    _say(run, f"{plan.name}: {would}{move['why']}; previous is now {then}")
+    _conclude(run, f"{plan.name}: {would}{move['why']}; previous is now {then}")
 
 
 def _as_a_first_one(registry: Registry) -> str:
-    """What to do when there is no champion to be judged against."""
+    """How to promote without a champion to be judged against."""
     call = f"MlflowClient().delete_registered_model_alias({registry.name!r}, {CHAMPION!r})"
     return f"take its alias away ({call}), and promote again as a first version"
 
 
 def _has_files(run: Run, registry: Registry, number: str) -> bool:
-    """Whether a version can be served; `mlflow gc` takes the files away, and leaves the version."""
+    """Whether a version can still be served: `mlflow gc` deletes files and keeps the version."""
     folder = run.folder / "fetched" / number
     try:
         if bundle.read(registry.fetch(number, folder), f"version {number}").weights.is_file():
             return True
-        logger.warning("version %s is passed over: it holds no weights any more", number)
+        logger.warning("version %s is skipped: it no longer holds weights", number)
     except NotThere as error:
-        logger.warning("version %s is passed over, its files are gone: %s", number, error)
+        logger.warning("version %s is skipped, its files are gone: %s", number, error)
     except UserError as error:
-        logger.warning("%s; it is passed over", error)
+        logger.warning("%s; skipped", error)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return False
 
 
 def _known(registry: Registry, numbers: set[str]) -> Iterator[tuple[str, Version]]:
-    """Versions that somebody has deleted in MLflow are left out."""
+    """Versions by number, without those that were deleted in MLflow."""
     for number in sorted(numbers):
         try:
             yield number, registry.version(number)
@@ -293,13 +292,13 @@ def _retire(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasi
         registry.ask("move", plan=move)
     run.journal.tags({"asib.version": version.number, "asib.reason": plan.reason or "none given"})
     would = "would be retired" if plan.dry_run else "is retired: it stays where it is, and is never promoted"
-    _say(run, f"{plan.name}: version {version.number} {would}")
+    _conclude(run, f"{plan.name}: version {version.number} {would}")
 
 
 # words ---------------------------------------------------------------------------------------------------------------
 
 
-def _say(run: Run, conclusion: str) -> None:
+def _conclude(run: Run, conclusion: str) -> None:
     run.journal.tags({"mlflow.note.content": f"**{escape.markdown(conclusion)}**"})
     print(conclusion, flush=True)
 
@@ -322,6 +321,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return ""
-
-
-__all__ = ["REFUSED", "promote", "same_data"]

@@ -1,9 +1,9 @@
-"""One promotion of a registered model at a time: they form a queue, in tags of the model.
+"""One promotion of a registered model at a time: a queue in the model's tags.
 
-A promotion joins with a tag of its own (tracking/turns.py), then looks at the others. It gives way to a living one that
-is older, and waits for younger ones, of which one may have looked before this one had joined: two promotions that look
-at the same time see each other, so that never both go on. Older never waits for older, and so nobody waits for ever.
-Which of two is older, the times in their tags decide, so that both see it alike, however their clocks differ.
+A promotion joins with a tag of its own (tracking/turns.py), then reads the others. It gives up if an older one is
+alive, and waits for younger ones, which may have read the queue before it joined. Two promotions that read at the same
+time see each other, so never do both proceed; an older one never waits for a still older one, so nobody waits forever.
+The times in the tags decide which is older, so that both agree, however their clocks differ.
 """
 
 import logging
@@ -19,12 +19,12 @@ logger = logging.getLogger("asib")
 
 BEAT_S = 10.0
 SILENT_S = 60.0
-"""A promotion that has not said for so long that it lives, or whose clock differs by so much, is watched."""
+"""A promotion that has been silent for longer, or whose clock is further off, is watched."""
 WATCH_S = 2.5 * BEAT_S
-"""If it says nothing in this time either, it is dead."""
+"""If it stays silent for this long, too, it is dead."""
 POLL_S = 0.5
 WAIT_S = 600.0
-"""How long a younger promotion, which has looked too early, is waited for."""
+"""The longest wait for a younger promotion that read the queue too early."""
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def turn(registry: Registry, run_id: str, user: str = "") -> Iterator[None]:
     """Hold the model's queue.
 
     Raises:
-        UserError: another promotion, which is named, was there before; or this user may not promote.
+        UserError: another promotion, which is named, came first; or this user may not promote.
     """
     registry.ask("join", run_id=run_id, user=user)
     ended = threading.Event()
@@ -44,13 +44,13 @@ def turn(registry: Registry, run_id: str, user: str = "") -> Iterator[None]:
     finally:
         ended.set()
         beat.join(2 * BEAT_S)
-        with suppress(UserError):  # then it is found without a sign of life
+        with suppress(UserError):  # others then find it silent
             registry.ask("leave", run_id=run_id)
 
 
 def _beat(registry: Registry, run_id: str, ended: threading.Event) -> None:
     while not ended.wait(BEAT_S):
-        with suppress(UserError):  # a server that is away, and having been taken for dead, are said where it matters
+        with suppress(UserError):  # reported where it matters: an outage, or having been taken for dead
             registry.ask("beat", run_id=run_id)
 
 
@@ -61,7 +61,7 @@ def _wait(registry: Registry, run_id: str) -> None:
         others = living(registry, run_id)
         mine = next((k for k, other in enumerate(others) if other.run_id == run_id), None)
         if mine is None:
-            raise UserError(f"this promotion of {registry.name} was taken for dead and ended: start it again")
+            raise _taken_for_dead(registry)
         if mine > 0:
             raise UserError(f"{words(registry.name, others[0])}: wait for it and start again")
         if len(others) == 1:
@@ -75,17 +75,17 @@ def _wait(registry: Registry, run_id: str) -> None:
 
 
 def still_ours(registry: Registry, run_id: str) -> None:
-    """Before aliases are moved: a machine that was asleep may have been taken for dead.
-
-    Raises:
-        UserError: it was.
-    """
+    """Raise UserError, before aliases are moved, if this promotion was taken for dead: its machine may have slept."""
     if run_id not in [other.run_id for other in registry.queue()]:  # an older one that joined later waits
-        raise UserError(f"this promotion of {registry.name} was taken for dead and ended: start it again")
+        raise _taken_for_dead(registry)
+
+
+def _taken_for_dead(registry: Registry) -> UserError:
+    return UserError(f"this promotion of {registry.name} was taken for dead and ended: start it again")
 
 
 def refuse_if_busy(registry: Registry) -> None:
-    """Before there is a run: somebody else's promotion is plainly alive. Raises UserError, which names it."""
+    """Raise UserError, before a run exists, if another promotion is clearly alive; it is named."""
     for other in registry.queue():
         if other.silent_s < SILENT_S:
             raise UserError(f"{words(registry.name, other)}: wait for it and start again")
@@ -97,10 +97,10 @@ def words(name: str, other: Waiting) -> str:
 
 
 def living(registry: Registry, run_id: str, sleep: Callable[[float], None] = time.sleep) -> Sequence[Waiting]:
-    """The queue without promotions whose machine is gone; one in doubt is watched for a while.
+    """The queue without dead promotions; a silent one is watched for a while.
 
     Args:
-        run_id: this promotion's own, which lives.
+        run_id: this promotion's own, which is alive.
     """
     before = registry.queue()
     doubtful = {other.run_id: other.seen for other in before if other.run_id != run_id and other.silent_s > SILENT_S}
@@ -111,6 +111,6 @@ def living(registry: Registry, run_id: str, sleep: Callable[[float], None] = tim
     after = registry.queue()
     dead = {other.run_id for other in after if doubtful.get(other.run_id) == other.seen}
     for silent in sorted(dead):
-        logger.warning("the promotion of run %s has given no sign of life: it is out of the queue", silent)
+        logger.warning("the promotion of run %s gives no sign of life: removed from the queue", silent)
         registry.ask("mark_dead", run_id=silent)
     return [other for other in after if other.run_id not in dead]

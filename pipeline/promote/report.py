@@ -1,4 +1,4 @@
-"""A verdict as people read it: terminal, note of the run, MLflow table, picture of the paired differences."""
+"""A verdict for people: terminal, note of the run, MLflow table, picture of the paired differences."""
 
 from pathlib import Path
 
@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline import escape
-from pipeline.promote import gate as gates
 from pipeline.promote import spending
 from pipeline.promote.criteria import Gate
-from pipeline.promote.gate import Criterion, Ints, Verdict
+from pipeline.promote.gate import Criterion, Ints, Verdict, class_accuracies
 from pipeline.reporting import figures, statistics, tables
 from pipeline.reporting.statistics import Bools
 
@@ -28,7 +27,7 @@ def rows(verdict: Verdict) -> list[tuple[str, ...]]:
 def _limit(criterion: Criterion) -> str:
     words = "at least" if criterion.at_least else "at most"
     if criterion.name == "improvement" and criterion.limit == 0:
-        words = "above"  # no improvement is none
+        words = "above"  # equally good is no improvement
     return f"{words} {_number(criterion.limit, criterion.unit)}"
 
 
@@ -61,7 +60,7 @@ def sentence(verdict: Verdict) -> str:
 
 
 def looks(verdict: Verdict, gate: Gate) -> str:
-    """How often these test images were looked at, and what that asks of this challenger; empty without a champion."""
+    """How often these test images were used, and what that demands of this challenger; empty without a champion."""
     if "promotion/look" not in verdict.numbers:
         return ""
     k, images = int(verdict.numbers["promotion/look"]), int(verdict.numbers["promotion/images"])
@@ -76,7 +75,7 @@ def looks(verdict: Verdict, gate: Gate) -> str:
 
 
 def warning(verdict: Verdict, gate: Gate) -> str:
-    """What is to be said of a test set that is used up; empty for others."""
+    """A warning about a test set that is used up; else empty."""
     k = int(verdict.numbers.get("promotion/look", 0))
     if gate.alpha is None or not spending.used_up(k):
         return ""
@@ -96,7 +95,7 @@ def note(title: str, verdict: Verdict, conclusion: str, *remarks: str) -> str:
 def write(
     folder: Path, verdict: Verdict, gate: Gate, labels: Ints, classes: tuple[str, ...], sides: dict[str, Bools]
 ) -> list[Path]:
-    """`verdict.json` (as `mlflow.log_table` writes one), `paired.parquet` and, where there are two, the picture.
+    """Write `verdict.json` (a table of MLflow's), `paired.parquet` and, for two versions, the picture.
 
     Args:
         sides: `challenger` and, where there is one, `champion`: (n,) which images each classified correctly.
@@ -132,8 +131,8 @@ def _draw(path: Path, gate: Gate, labels: Ints, classes: tuple[str, ...], challe
         title=f"{alone}; p = {statistics.mcnemar(found):.3g}",
     )
     left.legend(fontsize=8)
-    gains = gates.class_accuracies(challenger, labels, len(classes))
-    gains -= gates.class_accuracies(champion, labels, len(classes))
+    gains = class_accuracies(challenger, labels, len(classes))
+    gains -= class_accuracies(champion, labels, len(classes))
     order = np.argsort(np.nan_to_num(gains))
     colors = ["tab:red" if gains[k] < 0 else "tab:green" for k in order]
     right.barh(range(len(classes)), np.nan_to_num(gains[order]), color=colors)

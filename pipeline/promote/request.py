@@ -1,4 +1,4 @@
-"""What `-e promote` is asked for: the step's own keys, checked before torch is imported, then against the registry."""
+"""The request of `-e promote`: the step's own keys, checked before torch is imported, then against the registry."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +8,7 @@ from pipeline.compose import cli
 from pipeline.config import Config, registered
 from pipeline.config.numbers import VERSIONS, whole
 from pipeline.errors import NotThere, UserError
-from pipeline.promote import criteria as gates
-from pipeline.promote import queue
+from pipeline.promote import criteria, queue
 from pipeline.promote.criteria import Gate
 from pipeline.promote.registered_model import RETIRED, ROLLED_BACK, Overview, Registry, Version
 from pipeline.tracking.model_tags import CHALLENGER, CHAMPION
@@ -17,11 +16,11 @@ from pipeline.tracking.model_tags import CHALLENGER, CHAMPION
 OWN = {
     "name": "the registered model",
     "version": "the challenger; by default the version with the alias challenger",
-    "gate": "what it must be: a name in conf/promotion (default by default), or a YAML file",
-    "dry_run": "true: say what would happen, and move nothing",
-    "rollback": "true: the version with the alias previous becomes champion again",
-    "retire": "a version that is never to be promoted (again); it stays where it is",
-    "reason": "why, in words; kept with the decision",
+    "gate": "its criteria: a name in conf/promotion (by default `default`), or a YAML file",
+    "dry_run": "true: show what would happen, and move nothing",
+    "rollback": "true: make the version with the alias previous champion again",
+    "retire": "a version never to promote (again); nothing else changes",
+    "reason": "why, in words; recorded with the decision",
     "gate.": "any key of the gate's file: gate.alpha=0.01, gate.first.min_acc=60",
 }
 LONGEST_REASON = 500
@@ -30,7 +29,7 @@ Action = Literal["promote", "rollback", "retire"]
 
 @dataclass(frozen=True)
 class Plan:
-    """`version`: of what is promoted (None: the alias says) or retired."""
+    """`version`: the one to promote (None: the one with the alias challenger) or to retire."""
 
     action: Action
     name: str
@@ -54,7 +53,7 @@ def make(config: Config, own: Mapping[str, str]) -> Plan:
     """Read the step's own keys.
 
     Raises:
-        UserError: no name, keys that exclude each other, a gate that is none, tracking off line.
+        UserError: no name, keys that exclude each other, a bad gate, tracking=offline.
     """
     name = own.get("name", "")
     if not name:
@@ -72,7 +71,7 @@ def make(config: Config, own: Mapping[str, str]) -> Plan:
             whole(key, number, high=VERSIONS, why=f"it is the number of a version, such as {key}=3")
     _check(config)
     settings = cli.settings(own, "gate")
-    gate = gates.load(own.get("gate") or "default", settings)
+    gate = criteria.load(own.get("gate") or "default", settings)
     action: Action = "rollback" if rollback else "retire" if retire else "promote"
     reason = " ".join(own.get("reason", "").split())
     if len(reason) > LONGEST_REASON:
@@ -90,18 +89,18 @@ def prepared(config: Config, plan: Plan) -> Config:
 def _check(config: Config) -> None:
     cli.one_process("promote", "start it without torchrun")
     if config.tracking.mode == "offline":
-        raise UserError("tracking=offline: the registry is on the tracking server; leave tracking on line")
+        raise UserError("tracking=offline: the registry is on the tracking server; leave tracking online")
     if config.resume is not None:
         raise UserError(
-            f"resume={config.resume}: a promotion is not continued; start it again, it finishes what was half done"
+            f"resume={config.resume}: a promotion is never resumed; start it again, it finishes what was half done"
         )
 
 
 def check(plan: Plan, registry: Registry) -> list[Version]:
-    """Ask the registry before there is a run.
+    """Check the request against the registry, before a run exists.
 
     Returns:
-        The versions that are going to be judged, as far as that is known: what was left half done is finished first.
+        The versions to judge, as far as known: an interrupted move is finished first.
 
     Raises:
         UserError: no such model or version, a challenger that must not be promoted, no permission, or somebody else's
@@ -119,7 +118,7 @@ def check(plan: Plan, registry: Registry) -> list[Version]:
 
 
 def sides(plan: Plan, registry: Registry, now: Overview, mended: bool = False) -> tuple[Version | None, Version | None]:
-    """Challenger and champion. No challenger: its promotion was begun before, and finished by the repair just now.
+    """Challenger and champion. No challenger: the repair has just finished its interrupted promotion.
 
     Raises:
         UserError: there is no challenger, or one that must not be promoted, or the champion is gone.
@@ -144,13 +143,13 @@ def sides(plan: Plan, registry: Registry, now: Overview, mended: bool = False) -
     if challenger.tags.get(ROLLED_BACK) and plan.version is None:
         raise UserError(
             f"version {number} of {plan.name} was rolled back ({challenger.tags[ROLLED_BACK]}): version={number} "
-            "promotes it all the same"
+            "promotes it anyway"
         )
     return challenger, None if champion is None else registry.version(champion)
 
 
 def _refuse_without(registry: Registry, now: Overview) -> None:
-    """Without its deleted champion a model has the one before it to be judged against. Raises UserError."""
+    """Raise UserError if a deleted champion has a predecessor to be judged against."""
     for number in reversed(now.past):
         try:
             usable = RETIRED not in registry.version(number).tags
@@ -159,5 +158,5 @@ def _refuse_without(registry: Registry, now: Overview) -> None:
         if usable:
             raise UserError(
                 f"the champion of {registry.name} is gone (its version or its alias was deleted): rollback=true makes "
-                f"version {number}, the one before it, champion again; then promote. Or retire={number} to start anew"
+                f"version {number}, the one before it, champion again; then promote. Or retire={number} to start afresh"
             )

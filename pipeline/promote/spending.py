@@ -1,4 +1,4 @@
-"""Alpha spending: the error that a gate allows, shared out over all looks at one test set. Pure functions.
+"""Alpha spending: a gate's error probability, divided among all looks at one test set. Pure functions.
 
 The k-th look gets alpha / (k (k + 1)). These sum to alpha k / (k + 1) after k looks, so that whatever is compared, and
 however often, a challenger that is no better than its champion is promoted in the whole of a test set's use with a
@@ -19,7 +19,7 @@ def level(alpha: float, look: int) -> float:
 
 
 def spent(look: int) -> float:
-    """The share of alpha that is spent after so many looks."""
+    """The share of alpha spent after `look` looks."""
     return look / (look + 1)
 
 

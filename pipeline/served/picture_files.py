@@ -1,4 +1,4 @@
-"""Picture files below a folder, for training and for predict: what is hidden is not looked at, no link leads round."""
+"""Picture files below a folder, for training and for predict: hidden ones are skipped, and links that form a loop."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ LEFT_BEHIND = ("__MACOSX", "@eaDir")
 
 
 class Found(NamedTuple):
-    """Picture files, sorted by folder and name, and the paths that were passed over."""
+    """Picture files, sorted by folder and name, and the paths that were skipped."""
 
     files: list[str]
     ignored: list[str]
@@ -23,7 +23,7 @@ def hidden(name: str) -> bool:
 
 
 def folders(root: Path) -> Found:
-    """The names of the folders in `root`, sorted, and the paths of those that are hidden or lead round."""
+    """The names of the folders in `root`, sorted, and the paths of those that are hidden or form a loop."""
     above = _above(root)
     entries = sorted((entry for entry in os.scandir(root) if _holds(entry.is_dir)), key=lambda entry: entry.name)
     passed = [entry.path for entry in entries if hidden(entry.name) or _identity(entry.path) in above]
@@ -75,7 +75,7 @@ def _identity(path: str | Path) -> tuple[int, int]:
 
 
 def told(ignored: Sequence[str], root: Path) -> str:
-    """The one line about what was passed over."""
+    """One line about what was skipped."""
     shown = ", ".join(os.path.relpath(path, root) for path in ignored[:3])
     more = ", …" if len(ignored) > 3 else ""
     return f"{len(ignored)} ignored: hidden files and folders, or links that lead round ({shown}{more})"

@@ -51,8 +51,8 @@ def test_a_tracking_store_that_cannot_be_named_by_the_environment(
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("seed=" + "9" * 5000, "so many digits"),
-        ("method.student_epochs_per_stage=[1," + "9" * 5000 + "]", "so many digits"),
+        ("seed=" + "9" * 5000, "too many digits"),
+        ("method.student_epochs_per_stage=[1," + "9" * 5000 + "]", "too many digits"),
         ("run_name=a\0b", "control characters"),
         ("run_name=caf\udce9", "not valid UTF-8"),
         ("tracking.experiment=", "is empty"),

@@ -449,11 +449,11 @@ def test_a_champion_that_is_gone_is_no_dead_end(desk: Desk) -> None:
     assert "the files of version 2, the champion, are gone: rollback=true makes" in done.lines[-1]
     back = desk.promote("rollback=true")
     assert back.code == 2
-    assert any("version 1 is passed over, its files are gone" in line for line in back.lines)
+    assert any("version 1 is skipped, its files are gone" in line for line in back.lines)
     assert "delete_registered_model_alias('stripes', 'champion')" in back.lines[-1]
     store.delete_registered_model_alias(NAME, "champion")
     done = desk.promote("version=4", *LAX)
-    assert (done.code, "retire=1 to start anew" in done.err) == (2, True), done.err
+    assert (done.code, "retire=1 to start afresh" in done.err) == (2, True), done.err
     assert desk.promote("retire=1").code == 0
     assert desk.promote("version=4", *LAX).code == 0
     assert desk.aliases["champion"] == "4"

@@ -141,7 +141,7 @@ def test_shortcuts_win_over_the_file_and_overrides_over_shortcuts(tmp_path: Path
 )
 def test_an_override_of_the_same_key_is_all_that_counts(said, name, value, override, key):
     assert shortcuts.read({name: value}, [override]) == shortcuts.Shortcuts()
-    assert said == [f"{name}={value} in the environment does not count: {key} is given"]
+    assert said == [f"{name}={value} in the environment is ignored: {key} is given"]
 
 
 def test_overrides_of_other_keys_stand_beside_a_shortcut():
