@@ -94,6 +94,24 @@ def test_known_outputs_are_those_of_the_teachers_within_half_precision(
                     torch.testing.assert_close(getattr(seen, name), wanted, rtol=1.01 * HALF + 1e-6, atol=1e-6)
 
 
+def test_a_logit_beyond_half_precision_is_seen_in_full_by_this_run_and_the_next(tmp_path: Path) -> None:
+    """fp16 ends at 65504. Rows with such a logit are computed each time; the others come from the bank."""
+    for served in (False, True):
+        task = banked(tmp_path)
+        teacher = task.teachers[0]
+        with torch.no_grad():
+            next(p for name, p in reversed([*teacher.named_parameters()]) if name.endswith("bias"))[0] = 1e5
+        batch, _ = first(task, "b")
+        assert batch.known is not None
+        with torch.no_grad():
+            seen = batch.known()
+            expected = [net(batch.x).logits for net in task.teachers]
+        assert (expected[0][:, 0] > 65504).all()
+        torch.testing.assert_close(seen[0].logits, expected[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(seen[1].logits, expected[1], rtol=1.01 * HALF + 1e-6, atol=1e-6)
+        assert (task.bank.epoch.served > 0) == served
+
+
 @pytest.mark.parametrize(("case", "phase"), [(c, p) for c in CASES for p in "ab" if (c, p) != ("average", "a")])
 def test_one_step_has_the_loss_that_it_has_without_a_bank(tmp_path: Path, case: str, phase: str) -> None:
     """Without, with an empty bank, with a full one."""
