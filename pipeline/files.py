@@ -23,19 +23,19 @@ from pipeline.errors import UserError
 
 logger = logging.getLogger("asib")
 PART = ".part"
-"""How the name of a file ends that is still being written; a leading dot and a process id make it unmistakable."""
+"""Suffix of a file that is still being written; a leading dot and a process id make its name unmistakable."""
 POLL_S = 0.05
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-"""What a disk says that takes no more."""
+"""Errors of a disk that takes no more data."""
 
 
 def write_atomically(path: Path, content: bytes | str, key: str = "output_dir") -> None:
     """Write, sync and rename: after a crash there is the old file or the new one, whole.
 
     Args:
-        path: its folder must exist: one that was removed meanwhile is not to come back half filled.
+        path: its folder must exist: one that was removed meanwhile must not come back half filled.
         content: text is stored as UTF-8.
-        key: the configuration key that says where it lies.
+        key: the configuration key that sets its place.
 
     Raises:
         UserError: the disk is full, or the file may not be written; the temporary file is gone.
@@ -47,11 +47,11 @@ def write_atomically(path: Path, content: bytes | str, key: str = "output_dir") 
 
 @contextmanager
 def replacing(path: Path, key: str = "output_dir", size: int | None = None) -> Iterator[Path]:
-    """Give an empty file beside `path` to be filled; it takes the name of `path` when the block ends well.
+    """Yield an empty file beside `path` to fill; it is renamed to `path` when the block succeeds.
 
     Args:
         path, key: as for `write_atomically`.
-        size: bytes that it takes, for the message.
+        size: its bytes, for the message.
 
     Raises:
         UserError: as for `write_atomically`.
@@ -79,7 +79,7 @@ def replacing(path: Path, key: str = "output_dir", size: int | None = None) -> I
 def explained(path: Path, key: str = "output_dir", size: int | None = None) -> Iterator[None]:
     """Turn an OSError of writing `path` into a one-line UserError with its size, the free space and the key to change.
 
-    Libraries that are not written in Python say «(os error 28)» in an exception of their own: that too.
+    This includes exceptions of libraries not written in Python, which say «(os error 28)».
     """
     try:
         yield
@@ -93,7 +93,7 @@ def explained(path: Path, key: str = "output_dir", size: int | None = None) -> I
 
 
 def disk_trouble(error: Exception, folder: Path, key: str = "output_dir") -> UserError | None:
-    """What to say of an error from anywhere below `folder`, where a full disk or the folder's removal is behind it."""
+    """The UserError for an error caused by a full disk or by the removal of `folder`; None for any other error."""
     cause: BaseException | None = error
     while isinstance(cause, Exception):
         number = _number(cause)
@@ -129,7 +129,7 @@ def _sentence(path: Path, key: str, size: int | None, number: int) -> str:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, onto the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -138,7 +138,7 @@ def sync(path: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what killed writers have left; nobody may be writing in `folder`."""
+    """Remove what killed writers left; nobody may be writing in `folder`."""
     for part in folder.glob(f".*{PART}"):
         part.unlink(missing_ok=True)
 
@@ -147,15 +147,15 @@ def remove_parts(folder: Path) -> None:
 
 
 def acquire(path: Path, *, shared: bool = False, patience: float | None = None) -> int | None:
-    """Lock a file that is made when missing and never replaced; the lock ends with `release`, or with the process.
+    """Lock a file, created if missing and never replaced; the lock ends with `release` or with the process.
 
     Args:
-        path: of a file that serves as nothing but a lock, in an existing folder.
+        path: a file that serves only as a lock, in an existing folder.
         shared: several holders may share it.
-        patience: seconds to wait for it; None waits for ever.
+        patience: seconds to wait; None waits forever.
 
     Returns:
-        A descriptor for `release`; None when the patience is at its end.
+        A descriptor for `release`; None if the wait was too long.
 
     Raises:
         OSError: the file cannot be made.
@@ -180,7 +180,7 @@ def acquire(path: Path, *, shared: bool = False, patience: float | None = None) 
             raise
         if _is(fd, path):
             return fd
-        os.close(fd)  # whoever held it has removed it, or its folder: a lock on it excludes nobody
+        os.close(fd)  # removed meanwhile, perhaps with its folder: a lock on it excludes nobody
 
 
 def release(fd: int) -> None:
@@ -191,7 +191,7 @@ def release(fd: int) -> None:
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False, patience: float | None = None) -> Iterator[bool]:
-    """Hold a lock (see `acquire`) for a block; gives False when it was not to be had in time."""
+    """Hold a lock (see `acquire`) for a block; yields False if it was not available in time."""
     fd = acquire(path, shared=shared, patience=patience)
     try:
         yield fd is not None
@@ -201,7 +201,7 @@ def locked(path: Path, *, shared: bool = False, patience: float | None = None) -
 
 
 def is_locked(path: Path) -> bool:
-    """Whether some process on this machine holds the lock exclusively; a missing file is locked by nobody."""
+    """Whether a process on this machine holds the lock exclusively; nobody holds that of a missing file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -226,21 +226,21 @@ def _is(fd: int, path: Path) -> bool:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """The JSON object that a process keeps in a file; None where there is none, or (with one line) it is damaged."""
+    """The JSON object that a process keeps in a file; None if it is missing or, with a warning, damaged."""
     try:
         values = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
-        warn_once(f"{path} cannot be read ({type(error).__name__}): passed over")
+        warn_once(f"{path} cannot be read ({type(error).__name__}): skipped")
         return None
     if not isinstance(values, dict):
-        warn_once(f"{path} holds no JSON object: passed over")
+        warn_once(f"{path} holds no JSON object: skipped")
         return None
     return values
 
 
 @lru_cache(maxsize=1000)
 def warn_once(line: str) -> None:
-    """Say what is wrong with a file of another run; whoever looks at all of them often says it once."""
+    """Warn once about a file of another run, however often all of them are read."""
     logger.warning("%s", line)

@@ -1,4 +1,4 @@
-"""What looks like a secret, by its name or its shape, and texts without it. Needs the standard library only.
+"""Recognise secrets by their name or shape, and mask them in texts. Needs the standard library only.
 
 A masked value reads `***`. False alarms are cheap (a masked line still says which key it was), a miss is not.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 MASK = "***"
 SHORTEST = 6
-"""Values of environment variables below this length are no secrets worth the name, and would be found everywhere."""
+"""Shorter values of environment variables are not real secrets, and would match everywhere."""
 
 _WORDS = {
     *("password", "passwd", "passphrase", "passcode", "pwd", "pass", "token", "secret", "credential", "pat", "jwt"),
@@ -29,7 +29,7 @@ _HARMLESS = re.compile(
 )
 
 
-@lru_cache(maxsize=4096)  # every line of a record asks it of the whole environment
+@lru_cache(maxsize=4096)  # asked of the whole environment for every line of a record
 def looks_secret(name: str) -> bool:
     """Whether a value of this name (an environment variable, a key of a file) is likely to be a secret.
 
@@ -51,7 +51,7 @@ def looks_secret(name: str) -> bool:
 
 
 def values(environ: Mapping[str, str] | None = None) -> list[str]:
-    """What the secret-looking variables of the environment hold, the longest first."""
+    """Values of the environment's secret-looking variables, the longest first."""
     variables = os.environ if environ is None else environ
     found = {value for name, value in variables.items() if len(value) >= SHORTEST and looks_secret(name)}
     return sorted(found, key=lambda value: (-len(value), value))
@@ -70,7 +70,7 @@ def _without(text: str, found: Iterable[str]) -> str:
 
 
 def mask_all(tree: Any, but: Collection[str] = ()) -> Any:
-    """The same for every text in lists and mappings; their keys stay, and what stands under the keys of `but`."""
+    """`mask` every text in nested lists and mappings, except keys and the values of the keys in `but`."""
     found = values()
 
     def walk(value: Any) -> Any:
@@ -113,11 +113,11 @@ _BEGIN, _END = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"), re.compile(r"-----E
 
 
 def mask_lines(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """A text of many lines, such as a diff, without what looks like a secret in it.
+    """Mask everything that looks like a secret in a text of many lines, such as a diff.
 
     Masked: values assigned to secret-looking names (to the end of the line where they are not in quotation marks),
     well-known shapes of tokens, private keys, passwords in URLs, and values of secret-looking environment variables.
-    The number of lines stays.
+    The number of lines is unchanged.
     """
     lines, private = [], False
     for line in mask(text, environ).split("\n"):

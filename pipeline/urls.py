@@ -15,7 +15,7 @@ DATABASES = ("postgresql", "mysql", "mssql")
 FORMS = "sqlite:///<file>, http(s)://<server>, or tracking=offline"
 MLFLOWS = {"experiments", "runs", "metrics", "params"}
 PROBE_S = 2.0
-"""How long the look into a SQLite file waits for a writer; whoever then uses it waits longer, and says so."""
+"""How long a look into a SQLite file waits for a writer; later use waits longer, and says so."""
 
 
 def tracking(uri: str, key: str = "tracking.uri") -> str:
@@ -23,10 +23,10 @@ def tracking(uri: str, key: str = "tracking.uri") -> str:
 
     Args:
         uri: `sqlite:///<file>` (relative to the working directory; made absolute), `http(s)://…`, or a database's URL.
-        key: what has named it, for the error.
+        key: the setting that gave it, for the error.
 
     Raises:
-        UserError: an address of another kind, with faults, or a SQLite file that cannot be MLflow's.
+        UserError: another kind of address, a malformed one, or a SQLite file that cannot be MLflow's.
 
     Example:
         >>> tracking("https://mlflow.lab:5000")
@@ -68,10 +68,10 @@ def tracking(uri: str, key: str = "tracking.uri") -> str:
 
 
 def sqlite(url: str, key: str) -> str:
-    """A `sqlite:///<file>` URL with the path made absolute; the file need not exist, its folder neither.
+    """A `sqlite:///<file>` URL with an absolute path; neither the file nor its folder need exist.
 
     Raises:
-        UserError: no file is named, a folder, a file that is no SQLite database or cannot be written.
+        UserError: no file, a folder, a file that is not a SQLite database or cannot be written.
     """
     path, mark, query = url.removeprefix(SQLITE).partition("?")
     if not path or path == ":memory:":
@@ -118,9 +118,9 @@ def _allowed(path: Path, mode: int) -> bool:
 
 
 def tables(file: Path) -> set[str] | None:
-    """The tables of a SQLite file; empty where there is none yet or another process holds it, None: no database.
+    """The tables of a SQLite file; empty if it has none yet or another process holds it, None if it is no database.
 
-    Only SQLite may open it: to close a file in any other way frees the locks that this process holds on it.
+    Only SQLite may open it: closing the file in any other way frees the locks that this process holds on it.
     """
     try:
         with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=PROBE_S)) as opened:

@@ -24,7 +24,7 @@ FILE = "journal.jsonl"
 VERSION = 1
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 DAMAGED = "damaged"
-"""The kind of an entry that stands for a line that is not what was written."""
+"""The kind of an entry that stands for a corrupted line."""
 CHECK = b', "crc": "'
 """Ends every line, with the CRC-32 (8 hexadecimal digits) of the object before it, and `"}`."""
 OUTCOMES = ("completed", "killed", "failed", "pruned", "refused", "promoted")
@@ -42,13 +42,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Carrier:
-    """The run that a carrier journal stands for, which has a journal and a delivery of its own elsewhere.
+    """The run that a carrier journal stands for; the run's own journal and delivery are elsewhere.
 
     Attributes:
-        run: its MLflow run id; "" when it has none yet.
+        run: its MLflow run id; "" if it has none yet.
         journal: its journal's id.
         experiment: the MLflow experiment's name.
-        folder: its folder, for the message that it is to be delivered first; it need not be on this machine.
+        folder: its folder, named in the message that it must be delivered first; may be on another machine.
     """
 
     run: str
@@ -57,17 +57,17 @@ class Carrier:
     folder: Path | None = None
 
     def link(self, folder: Path) -> dict[str, str]:
-        """What leads from `folder` to it."""
+        """The link from `folder` to the run."""
         where = os.path.relpath(self.folder.absolute(), folder) if self.folder else ""
         return {"journal": self.journal, "folder": where, "run": self.run}
 
 
 _latest = 0
-"""The latest time that was given: a clock that is set back does not make what comes later seem earlier."""
+"""The latest time returned: setting the clock back must not make later entries seem earlier."""
 
 
 def now_ms(after: int = 0) -> int:
-    """The time, ms since 1970; never before one that was given already, nor before `after`."""
+    """The time, ms since 1970; never earlier than one returned before, nor than `after`."""
     global _latest
     _latest = max(_latest, after, time.time_ns() // 1_000_000)
     return _latest
@@ -92,8 +92,8 @@ def check_end(status: str, outcome: str) -> None:
 def read_entries(path: Path, offset: int = 0) -> tuple[list[Entry], int]:
     """The entries from byte `offset` on, and the offset behind the last of them.
 
-    A journal ends at its last line break: a writer killed in the middle of a line leaves a tail without one, and the
-    next writer cuts it off. A line that is not what was written is an entry of the kind `DAMAGED`; `damage` says which.
+    A journal ends at its last line break: a writer killed mid-line leaves a tail without one, and the next writer cuts
+    it off. A line whose checksum does not match is an entry of the kind `DAMAGED`; `damage` names it.
     A missing file is an empty journal.
     """
     try:
@@ -123,11 +123,11 @@ def _entry(line: bytes, end: int) -> Entry:
 
 
 _STRUCTURE = ("journal", "generation", "path", "folder", "to", "sha256", "parent", "carrier", "entry", "python_model")
-"""What a journal's entries say of themselves: names that we have made, which must stay as they are."""
+"""Values that are never masked: names of our own, which must stay as they are."""
 
 
 def line_of(kind: str, **values: Any) -> str:
-    """An entry with its checksum; no secret of this process's environment gets into a record, however it came here."""
+    """An entry with its checksum; secrets of this process's environment are masked wherever they occur."""
     values = secrets.mask_all(values, but=_STRUCTURE)
     text = json.dumps({"kind": kind, "time": now_ms(), **values}, allow_nan=False, ensure_ascii=False)
     return f'{text[:-1]}{CHECK.decode()}{zlib.crc32(text.encode()):08x}"}}'
@@ -137,17 +137,17 @@ def damage(path: Path) -> list[str]:
     """One line for each damaged line of a journal: file and number."""
     entries, _ = read_entries(path)
     return [
-        f"{path}: line {number} is damaged, and what it recorded is lost; the rest is whole"
+        f"{path}: line {number} is damaged, and what it recorded is lost; the rest is intact"
         for number, entry in enumerate(entries, start=1)
         if entry.kind == DAMAGED
     ]
 
 
 def read_header(folder: Path) -> Entry | None:
-    """The first entry of the journal in `folder`, None when there is none yet.
+    """The first entry of the journal in `folder`; None if there is no journal yet.
 
     Raises:
-        UserError: the file is not a journal that this version can read.
+        UserError: this version cannot read the file as a journal.
     """
     path = folder / FILE
     try:
@@ -181,7 +181,7 @@ def open_line(
         usual_name=usual_name,
         experiment=experiment,
         tags=dict(tags),
-        # Whoever begins a known run again is another writer than the one that began it.
+        # Starting a known run again makes another writer than the one that began it.
         generation=uuid.uuid4().hex if journal else None,
         parent=None if parent is None else _parent_link(parent, folder),
         carrier=carrier and carrier.link(folder),
@@ -191,9 +191,9 @@ def open_line(
 
 
 def _parent_link(parent: Path, folder: Path) -> dict[str, str]:
-    """What leads from a nested run's `folder` to its parent's.
+    """The link from a nested run's `folder` to its parent's.
 
-    It leads past a carrier to the run itself: carriers come and go with the processes that have them.
+    It skips a carrier and leads to the run itself: carriers come and go with their processes.
     """
     header = read_header(parent)
     if header is None:
@@ -258,13 +258,13 @@ def model_values(root: Path, folder: Path, name: str, details: ModelDetails) -> 
 
 
 def generations(entries: Sequence[Entry]) -> list[str]:
-    """The marks of those who have written a journal's text, in their order; the last is its present writer's."""
+    """The marks of a journal's writers, in order; the last is the present writer's."""
     begun = entries[0].data
     return [begun.get("generation") or begun["journal"], *(e.data["generation"] for e in entries if e.kind == "resume")]
 
 
 def writer_alive(folder: Path) -> bool:
-    """Whether some process on this machine writes the run in `folder`."""
+    """Whether a process on this machine is writing the run in `folder`."""
     return is_locked(folder / LOCK)
 
 

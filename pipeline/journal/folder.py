@@ -1,4 +1,4 @@
-"""The journal's place on disk: the lock of a run's folder, paths inside it."""
+"""The journal on disk: the lock of a run's folder, paths inside it, whole lines at a file's end."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pipeline.errors import UserError
 from pipeline.files import acquire, explained
 
 LOCK = "run.lock"
-"""Held by whoever writes the run; never replaced, as the journal is."""
+"""Held by the process that writes the run; unlike the journal, this file is never replaced."""
 PATIENCE_S = 10.0
-"""How long a writer waits for the one before: a killed trainer's worker processes hold its lock for some seconds."""
+"""How long to wait for the previous writer: a killed trainer's worker processes hold its lock for some seconds."""
 
 
 def relative(path: Path, folder: Path) -> str:
-    """`path` as seen from the run's folder; a relative one lies in the working directory, else in that folder.
+    """`path` relative to the run's folder; a relative one lies in the working directory, else in that folder.
 
     Raises:
         ValueError: it lies outside.
@@ -31,13 +31,13 @@ def relative(path: Path, folder: Path) -> str:
 
 
 def take(folder: Path, patience: float | None = None) -> int:
-    """Become the writer of the run in `folder`; whatever is read of it to be written on is to be read afterwards.
+    """Become the writer of the run in `folder`; read what is to be continued only afterwards.
 
     Returns:
-        What `Journal` takes as its lock, and `files.release` frees.
+        The lock, for `Journal` or `files.release`.
 
     Raises:
-        UserError: another process writes it, or the file system does not let us.
+        UserError: another process is writing it, or the file system refuses.
     """
     with explained(folder / LOCK):
         lock = acquire(folder / LOCK, patience=PATIENCE_S if patience is None else patience)
@@ -50,7 +50,7 @@ def append(fd: int, path: Path, data: bytes) -> None:
     """Write whole lines at the end of the journal `path`, which `fd` has open.
 
     Raises:
-        UserError: the disk is full; what it took of a line is cut off again.
+        UserError: the disk is full; a partly written line is cut off again.
     """
     done = 0
     with explained(path):

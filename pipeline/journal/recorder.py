@@ -1,4 +1,4 @@
-"""What training sees of a run's record, and the record of a process that keeps none."""
+"""What training sees of a run's record, and a stand-in for processes that keep none."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +16,9 @@ class Recorder(Protocol):
 
 
 class CheckpointRecorder(Recorder, Protocol):
-    """What the code that writes checkpoints sees: the order is hold, entries, snapshot, (the file), checkpoint.
+    """What the code that writes checkpoints sees; the order is hold, entries, snapshot, (the file), checkpoint.
 
-    Entries may come while the file is written: the next checkpoint covers them.
+    Entries may arrive while the file is being written: the next checkpoint covers them.
     """
 
     def hold(self) -> None: ...
@@ -28,7 +28,7 @@ class CheckpointRecorder(Recorder, Protocol):
 
 
 class NullJournal:
-    """The record of a process that keeps none: all but the first of several training together. Takes any call."""
+    """The record of all but the first of several processes that train together: accepts any call, writes nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *values, **named: ""

@@ -57,12 +57,12 @@ class Journal:
         self._fd = -1
         self._folder_lock: int | None = lock
         self._pending: list[str] | None = None
-        """What waits for the beginning of the file; None once that is there."""
+        """Lines that wait for the file to be made; None once it exists."""
         self._lock = threading.RLock()
         self._holding = False
         self._held: list[str] = []
         self._covered = 0
-        """So many of them, the first, are in the last snapshot."""
+        """How many of them, from the first, the last snapshot contains."""
 
     @classmethod
     def create(
@@ -81,19 +81,19 @@ class Journal:
         """Start the journal of a new run.
 
         Args:
-            folder: the run's folder, made when missing; everything recorded later lies in it.
+            folder: the run's folder, created if missing; everything recorded later lies in it.
             experiment: the MLflow experiment's name.
-            name: the run's name; None leaves a run that `mlflow run` made its own.
-            usual_name: that of a new run for which `name` gives none; None leaves it to MLflow.
-            tags: tags that the run has from its start.
+            name: the run's name; None keeps the name of a run that `mlflow run` created.
+            usual_name: the name of a new run if `name` is None; None leaves it to MLflow.
+            tags: set when the run is created.
             parent: the folder of the run that this one is nested in, or of a carrier of that run.
-            journal: the journal's id, when another machine has begun this run; None makes a new one.
-            carrier: the journal is no run of its own: it stands for this one, and only its children count. So a
-                process that has no access to a run's journal adds nested runs to it.
-            pending: there is no file until `begin`: for a run that may be refused yet.
+            journal: the journal's id, if another machine has begun this run; None makes a new one.
+            carrier: the journal is not a run of its own: it stands for this one, and only its children count. Thus a
+                process without access to a run's journal can add nested runs to it.
+            pending: write no file until `begin`: the run may still be refused.
 
         Raises:
-            UserError: the folder already holds a journal, the parent's has none, the file system does not let us.
+            UserError: the folder already holds a journal, the parent's has none, or the file system refuses.
         """
         folder = folder.absolute()
         with explained(folder):
@@ -113,7 +113,7 @@ class Journal:
         return made
 
     def begin(self) -> None:
-        """Make the file of a pending journal, with all that it has been told. Raises UserError: it cannot be made."""
+        """Make the file of a pending journal, with everything recorded so far. Raises UserError: it cannot be made."""
         with self._lock:
             if self._pending is None:
                 return
@@ -133,17 +133,17 @@ class Journal:
 
     @classmethod
     def reopen(cls, folder: Path, lock: int | None = None) -> Journal:
-        """Go on writing at the end of a journal; a torn last line is cut off, an `end` is followed by a `resume`.
+        """Continue a journal at its end: cut off a torn last line, follow an `end` with a `resume`.
 
         Args:
-            lock: of the folder, where the caller has it; it is the journal's now, and free where that fails.
+            lock: of the folder, if the caller holds it; the journal takes it over, and it is freed on failure.
 
         Raises:
-            UserError: there is no journal, or another process is writing it.
+            UserError: no journal, or another process is writing it.
         """
         folder = folder.absolute()
         path = folder / FILE
-        nothing = UserError(f"no journal in {folder}: nothing to go on with")
+        nothing = UserError(f"no journal in {folder}: nothing to resume")
         if lock is None and not path.exists():
             raise nothing
         lock = take(folder) if lock is None else lock
@@ -175,12 +175,12 @@ class Journal:
         checkpoint: tuple[Path, str, int] | None = None,
         lock: int | None = None,
     ) -> Journal:
-        """Make `text` (a `snapshot`) the journal of `folder`, whatever was there, and go on writing behind it.
+        """Make `text` (a `snapshot`) the journal of `folder`, replacing any other, and continue it.
 
         Args:
-            folder: the run's folder, on this machine or another than the snapshot's.
+            folder: the run's folder; may be on another machine than the snapshot's.
             text: what `snapshot` returned.
-            checkpoint: (path, sha256, slot) of the checkpoint that held the text: it takes the place that
+            checkpoint: (path, sha256, slot) of the checkpoint that held the text. It takes the place that
                 `snapshot` left for it, so that delivery uploads it before the entries that it covers.
             lock: as for `reopen`.
 
@@ -220,13 +220,13 @@ class Journal:
         self._add("tags", values={str(key): str(value) for key, value in values.items()})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Values of one step, stamped with the present time, which they keep wherever they are sent."""
+        """Record values of one step, stamped with the present time, which they keep wherever they are sent."""
         self._add("metrics", step=int(step), values={key: encode_number(value) for key, value in values.items()})
 
     def artifact(self, path: Path, to: str = "") -> None:
-        """A file or folder inside the run's folder; `to` is the directory among the run's artifacts.
+        """Record a file or folder inside the run's folder; `to` is the directory among the run's artifacts.
 
-        Delivery reads it when it comes to it: a file that changes later is sent as it is then.
+        Delivery reads it when it gets there: a file that changes before then is sent as changed.
 
         Raises:
             ValueError: the path lies outside the run's folder.
@@ -234,7 +234,7 @@ class Journal:
         self._add("artifact", path=relative(path, self.folder), to=to)
 
     def sync(self) -> None:
-        """Bring what is written onto the disk. Held entries stay held."""
+        """Flush what is written to the disk. Held entries stay held."""
         with self._lock:
             self.begin()
             with explained(self.folder / FILE):
@@ -253,15 +253,15 @@ class Journal:
         schema: Mapping[str, Any] | None = None,
         profile: Mapping[str, Any] | None = None,
     ) -> None:
-        """A data set that the run reads; `context` is training, validation or test, `source` a path or a URL."""
+        """Record a data set that the run reads; `context` is training, validation or test, `source` a path or a URL."""
         self._add("dataset", name=name, digest=digest, context=context, source=source, schema=schema, profile=profile)
 
     def model_input(self, run_id: str) -> None:
-        """A teacher: the model that the run (an MLflow run id, or a journal id for work off line) has logged."""
+        """Record a teacher: the model logged by a run (an MLflow run id, or a journal id of an offline run)."""
         self._add("model_input", run_id=run_id)
 
     def model(self, folder: Path, name: str, **details: Unpack[ModelDetails]) -> None:
-        """A prepared folder to become a LoggedModel of that name; every path lies inside the run's folder.
+        """Record a prepared folder that becomes a LoggedModel; every path lies inside the run's folder.
 
         Raises:
             ValueError: a path lies outside, or kind and python_model do not fit.
@@ -272,10 +272,10 @@ class Journal:
     def register(
         self, registered: str, *, model: str, alias: str, tags: Mapping[str, str] | None = None, step: int = 0
     ) -> None:
-        """A model that was logged before becomes a new version of a registered model, once, and gets an alias.
+        """Make a model that was logged before a new version of a registered model, once, with an alias.
 
         Args:
-            registered: the registered model's name; it is made when there is none.
+            registered: the registered model's name; created if missing.
             model, step: the LoggedModel's, as given to `model`.
             alias: moved to the new version, unless a newer one has it.
             tags: of the version.
@@ -284,23 +284,23 @@ class Journal:
         self._add("register", entry=entry, registered=registered, alias=alias, tags=dict(tags or {}))
 
     def _model_entry(self, name: str, step: int) -> str:
-        """What a model is known by: the same when it is logged again."""
+        """A model's key: the same when it is logged again."""
         return hashlib.sha256(f"{self.id}/{name}/{step}".encode()).hexdigest()[:32]
 
     # Checkpoints
 
     def hold(self) -> None:
-        """From now on entries wait for a `checkpoint` that contains them (or for `release` or `end`)."""
+        """Let entries wait for a `checkpoint` that contains them, or for `release` or `end`."""
         self._holding = True
 
     def release(self) -> None:
-        """Write what is held, and hold no longer."""
+        """Write what is held, and stop holding."""
         with self._lock:
             self._holding = False
             self._flush()
 
     def snapshot(self) -> str:
-        """The whole text including held entries, with a place kept for the entry of the checkpoint it goes into."""
+        """The whole text including held entries, with a place for the entry of the checkpoint that it goes into."""
         with self._lock:
             self.begin()
             self._covered = len(self._held)
@@ -309,7 +309,7 @@ class Journal:
             return written + line_of("checkpoint_here") + "\n" + "".join(line + "\n" for line in self._held)
 
     def checkpoint(self, path: Path, sha256: str, slot: int, manifest: Mapping[str, Any] | None = None) -> None:
-        """Record a checkpoint that is complete on disk, then the held entries that its snapshot contains, and sync.
+        """Record a checkpoint that is complete on disk, then the held entries in its snapshot, and sync.
 
         The file must have been renamed into place (never written in place): delivery reads it through a hard link.
         `manifest`: further fields for the `manifest.json` that delivery puts beside it on the server.
@@ -326,7 +326,7 @@ class Journal:
     # The end, and what runs beside
 
     def child(self, folder: Path) -> None:
-        """A nested run's folder, whose journal the same delivery follows. Written at once, also while holding."""
+        """Record a nested run's folder, whose journal the same delivery follows; never held."""
         folder = folder.absolute()
         inside = folder.is_relative_to(self.folder)
         with self._lock:
@@ -334,7 +334,7 @@ class Journal:
             self._write([line_of("child", folder=str(folder.relative_to(self.folder) if inside else folder))])
 
     def end(self, status: str, outcome: str, exit_code: int, message: str | None = None) -> None:
-        """The last entry: held entries and the end in one write, synced; then the journal is closed.
+        """Write held entries and the end in one write, sync, and close the journal.
 
         Raises:
             ValueError: an unknown status (FINISHED, FAILED, KILLED) or outcome.
@@ -352,14 +352,14 @@ class Journal:
         return self._pending is None
 
     def close(self) -> None:
-        """Give the run back without an end: a reader takes it for killed. Held entries are lost."""
+        """Close without an end: readers will take the run for killed. Held entries are lost."""
         with self._lock:
             lock = self.hand_over()
             if lock is not None:
                 release(lock)
 
     def hand_over(self) -> int | None:
-        """Close the journal, and give away the lock for `reopen` or `restore`, so that nobody slips in between."""
+        """Close the journal and return its lock for `reopen` or `restore`, so that nobody slips in between."""
         with self._lock:
             if self._fd >= 0:
                 os.close(self._fd)

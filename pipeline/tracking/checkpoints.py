@@ -1,4 +1,4 @@
-"""Brings checkpoints to a run: always whole, never overwriting the one that the server's manifest names.
+"""Upload checkpoints to a run: always whole, never overwriting the one that the server's manifest names.
 
 A resume from the server alone reads `checkpoints/manifest.json` and then the file that it names.
 """
@@ -34,7 +34,7 @@ class CheckpointUpload:
         self._client, self._run_id, self._folder, self._journal = client, run_id, folder, journal_id
 
     def on_server(self) -> dict[str, Any]:
-        """The server's manifest, empty when there is none."""
+        """The server's manifest; empty if missing."""
         listed = [file.path for file in self._client.list_artifacts(self._run_id, FOLDER)]
         if f"{FOLDER}/{MANIFEST}" not in listed:
             return {}
@@ -57,8 +57,7 @@ class CheckpointUpload:
             generation: the journal's, noted in the manifest.
 
         Returns:
-            The offset behind the entry that is now on the server, and the server's manifest; None when no file is
-            intact.
+            The offset behind the entry that is now on the server, and the server's manifest; None if no file is intact.
         """
         for entry in reversed(entries):
             if server.get("sha256") == entry.data["sha256"] or server.get("time", -1) >= entry.time:
@@ -91,7 +90,7 @@ class CheckpointUpload:
         return f"slot{1 - entry.data['slot']}{path.suffix}" if server.get("file") == path.name else path.name
 
     def _take(self, entry: Entry, to: Path) -> bool:
-        """Whether the file that the entry means is still there; a hard link keeps it while it is sent."""
+        """Whether the entry's file still exists; a hard link keeps it while it is sent."""
         try:
             source = inside(self._folder, entry.data["path"])
             if entry.data["slot"] not in (0, 1):

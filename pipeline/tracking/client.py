@@ -1,7 +1,7 @@
-"""The trainer's end of the pipes: a delivery process of its own, asked and answered in JSON lines.
+"""The trainer's end of the pipes to its delivery process: requests and events as JSON lines.
 
-Whoever kills that process, the kernel for want of memory above all, does not end delivery: it is started again, and
-asked again what was not answered. Imports no MLflow: the delivery process does.
+Delivery survives a kill of that process, usually by a kernel that is out of memory: it is restarted, and sent every
+unanswered request again. Imports no MLflow; the delivery process does.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ LOG = "delivery.log"
 ANSWER_S, TRANSFER_S = 120.0, 600.0
 """How long an answer, or an answer with files, is waited for."""
 STARTS = 50
-"""How often the process is started at most."""
-IN_VAIN, IN_VAIN_S = 3, 25.0
-"""It is given up when so many starts in a row, over so long, have not come as far as their server."""
+"""Maximum number of starts."""
+FRUITLESS, FRUITLESS_S = 3, 25.0
+"""Give up after this many starts in a row, over at least these seconds, that never reached the server."""
 PAUSE_S = 0.5
 
 
@@ -59,12 +59,12 @@ class Delivery:
         self._ready: Future[Ready] = Future()
         self._finished: Future[dict[str, Any]] = Future()
         self._answers: dict[int, Future[Any]] = {}
-        self._requests: dict[int, Mapping[str, Any]] = {}  # not answered yet; the last of them may be to finish
-        self._forgotten: dict[str, int] = {}  # folder -> how long the journal was then
+        self._requests: dict[int, Mapping[str, Any]] = {}  # unanswered; the last may be `finish`
+        self._forgotten: dict[str, int] = {}  # folder -> the journal's length at that time
         self._lock = threading.RLock()
         self._closed: UserError | None = None
         self._arguments, self._uri, self._owner = list(arguments), uri, os.getpid()
-        self._starts = self._in_vain = 0
+        self._starts = self._fruitless = 0
         self._alive = time.monotonic()
         try:
             self._process = self._start()
@@ -74,14 +74,14 @@ class Delivery:
 
     def _start(self) -> subprocess.Popen[str]:
         arguments = self._arguments
-        if self._connected.done():  # it was here before, and has fetched what was asked for
+        if self._connected.done():  # a restart: the artifacts have been fetched
             arguments = arguments[: arguments.index("--fetch")] if "--fetch" in arguments else arguments
             arguments = [*arguments, *(["--again"] if self._ready.done() else [])]
             for folder, upto in self._forgotten.items():
                 arguments += ["--forgotten", folder, str(upto)]
         where = [str(self.folder)] if self.folder else []
         self._starts += 1
-        self._in_vain += 1
+        self._fruitless += 1
         with (self.folder / LOG).open("ab") if self.folder else open(os.devnull, "wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-P", "-m", "pipeline.tracking.process", "--trainer", str(self._owner),
@@ -95,26 +95,29 @@ class Delivery:
             )  # fmt: skip
 
     def wait_fetched(self, timeout: float = 300.0) -> dict[str, Path]:
-        """The server answered and the artifacts asked for at the start are here: URI → local path.
+        """Wait until the server has answered and the artifacts named at the start are here.
+
+        Returns:
+            Artifact URI -> local path.
 
         Raises:
-            UserError: refused, unreachable, or one of the artifacts is not there.
+            UserError: refused, unreachable, or an artifact does not exist.
         """
         return {uri: Path(path) for uri, path in self._wait(self._connected, timeout).items()}
 
     def wait_ready(self, timeout: float = 120.0) -> Ready:
-        """The run exists; needs the journal in the folder.
+        """Wait until the run exists on the server; needs the journal in the folder.
 
         Raises:
-            UserError: one line: the server's address, its reason, and what would do.
+            UserError: one line with the server's address, its reason, and what to do.
         """
         return self._wait(self._ready, timeout)
 
     def child_ready(self, folder: Path, timeout: float = 120.0) -> str:
-        """The run id of a nested run whose folder the journal has named with `child`.
+        """Wait for the run id of a nested run whose folder the journal has named with `child`.
 
         Raises:
-            UserError: it does not come.
+            UserError: it does not appear in time.
         """
         deadline = time.monotonic() + timeout
         header = None
@@ -145,7 +148,7 @@ class Delivery:
         try:
             return self._wait(answer, timeout)
         finally:
-            self._requests.pop(number, None)  # nobody waits for it any more
+            self._requests.pop(number, None)  # nobody is waiting any more
 
     def fetch(self, uri: str, dest: Path) -> Path:
         """Download `runs:/<id>/<path>` or `models:/…` into the folder `dest`; the local path.
@@ -175,9 +178,9 @@ class Delivery:
         return [Path(path) for path in found]
 
     def forget(self, folder: Path) -> None:
-        """Give up a nested run that is another worker's now: from here on nothing of it is sent, nor does it end.
+        """Leave a nested run to another worker: send nothing more of it, and do not end it.
 
-        Call it when the run's journal is closed. A later `Journal.child` of the same folder takes it up again.
+        Call it after closing the run's journal. A later `Journal.child` for the same folder resumes its delivery.
 
         Raises:
             UserError: the delivery process is gone, or still waits for its server.
@@ -185,7 +188,7 @@ class Delivery:
         """
         if folder.absolute() == self.folder:
             raise ValueError(f"{folder} is the delivery's own: only nested runs can be forgotten")
-        with contextlib.suppress(OSError):  # without a folder or a journal nothing is followed
+        with contextlib.suppress(OSError):  # without a folder or a journal there is nothing to forget
             if self.folder is not None:
                 self._forgotten[str(folder.absolute())] = (self.folder / journal.FILE).stat().st_size
         self.ask("forget", folder=str(folder.absolute()))
@@ -194,8 +197,8 @@ class Delivery:
         """After `Journal.end`: wait until everything is on the server.
 
         Returns:
-            False when it is not: the server was away for the grace time, or `timeout` is over (then the process still
-            tries for a while after this one's end). `f"{DELIVER} {folder}"` brings the rest later.
+            False if something is missing: the server stayed away for the grace time, or `timeout` expired (the process
+            then keeps trying for a while after this one has ended). `DELIVER` and the folder deliver the rest later.
         """
         with contextlib.suppress(UserError):
             self._send(next(self._numbers), "finish", {})
@@ -210,7 +213,7 @@ class Delivery:
         return bool(told["delivered"])
 
     def _send(self, number: int, name: str, values: Mapping[str, Any]) -> None:
-        """Write a request; one that finds no process any more is written to the next."""
+        """Write a request; if the process is gone, the next one gets it."""
         request = {"id": number, "ask": name, "values": values}
         with self._lock:
             if self._closed is not None:
@@ -232,18 +235,18 @@ class Delivery:
     def _listen(self) -> None:
         while True:
             for line in self._process.stdout or ():
-                with contextlib.suppress(ValueError):  # it was killed in the middle of the line
+                with contextlib.suppress(ValueError):  # killed mid-line
                     self._take(json.loads(line))
             code = self._process.wait()
             with self._lock:
                 for pipe in (self._process.stdin, self._process.stdout):
-                    with contextlib.suppress(OSError):  # what was not read any more is lost with the process
+                    with contextlib.suppress(OSError):  # unread data is lost with the process
                         assert pipe is not None
                         pipe.close()
-            # One that leaves by itself has said why, here or in its log, and would say it again.
+            # A process that exits by itself has said why, here or in its log; the next would say the same.
             if code >= 0 or self._finished.done() or not self._start_again():
                 break
-        # The process is gone: nobody may wait for it in vain.
+        # The process is gone: release everyone who waits for it.
         with self._lock:
             reason = (
                 f"the delivery process was killed by signal {-code}" if code < 0 else "the delivery process has ended"
@@ -255,12 +258,12 @@ class Delivery:
                 future.set_exception(self._closed)
 
     def _start_again(self) -> bool:
-        """After its violent end; False when that was once too often."""
-        vain = self._in_vain >= IN_VAIN and time.monotonic() - self._alive > IN_VAIN_S
-        if self._starts >= STARTS or vain:
+        """Restart a process that was killed; False if that has happened too often."""
+        fruitless = self._fruitless >= FRUITLESS and time.monotonic() - self._alive > FRUITLESS_S
+        if self._starts >= STARTS or fruitless:
             return False
-        time.sleep(PAUSE_S * max(1, self._in_vain))
-        if self.folder is not None and not self.folder.is_dir():  # nothing is left to deliver
+        time.sleep(PAUSE_S * max(1, self._fruitless))
+        if self.folder is not None and not self.folder.is_dir():  # nothing left to deliver
             return False
         with self._lock, contextlib.suppress(OSError):
             self._process = self._start()
@@ -275,7 +278,7 @@ class Delivery:
     def _take(self, event: dict[str, Any]) -> None:
         match event.pop("event"):
             case "connected":
-                self._in_vain, self._alive = 0, time.monotonic()
+                self._fruitless, self._alive = 0, time.monotonic()
                 if not self._connected.done():
                     self._connected.set_result(event["fetched"])
             case "ready":
@@ -285,7 +288,7 @@ class Delivery:
                 self._requests.pop(event["id"], None)
                 answer = self._answers.pop(event["id"], None)
                 if answer is None:
-                    pass  # it was answered before
+                    pass  # answered before the restart
                 elif "error" in event:
                     answer.set_exception((NotThere if event.get("not_there") else UserError)(event["error"]))
                 else:

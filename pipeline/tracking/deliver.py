@@ -39,12 +39,12 @@ class Delivered:
 
 
 def deliver(folders: Sequence[Path], uri: str | None = None) -> list[Delivered]:
-    """Bring the journals in these folders, and those of their nested runs, to the server; imports MLflow here.
+    """Deliver the journals in these folders and of their nested runs; imports MLflow into this process.
 
     A folder whose trainer still writes keeps its run RUNNING; one that has no end and no writer ends KILLED.
 
     Raises:
-        UserError: no journal, the server refuses or does not answer: then the same call later goes on.
+        UserError: no journal, or the server refuses or does not answer: repeat the call later to continue.
     """
     ours = prepare_environment()
     uri = urls.tracking(uri) if uri else default_uri()

@@ -1,6 +1,6 @@
 """What an error of MLflow's client means: the one place that judges the tracking server's answers.
 
-An answer of 400 or 404 that MLflow has not signed is some proxy's page, and says nothing of what was asked.
+A 400 or 404 that is not in MLflow's own format is some proxy's page, and says nothing about the request.
 Importing this module is cheap; MLflow is imported by the functions that need it.
 """
 
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 class Fault(Enum):
-    """What became of a call."""
+    """How a call failed."""
 
     NOT_THERE = "not there"
     NOT_ALLOWED = "not allowed"
-    """The server knows who asks. For a thing that may not exist this is what others than the administrator are told."""
+    """The server knows who is asking. Users other than the administrator are told so of missing objects too."""
     REFUSED = "refused"
     """The same call never succeeds."""
     AWAY = "gone for now"
@@ -31,15 +31,15 @@ class Fault(Enum):
 
 
 class Refusal(Exception):
-    """An answer that MLflow has not signed, given again while its server was there."""
+    """An answer not in MLflow's format, repeated while its server was up."""
 
 
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 WRONG = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "ENDPOINT_NOT_FOUND")
 LOCAL = (UserError, FileNotFoundError, PermissionError, ValueError, TypeError, LookupError, AttributeError, Refusal)
-"""Mistakes of this side; anything else that is unknown (an object store's own exceptions) is worth another try."""
+"""Errors on this side; anything else unknown (an object store's own exceptions) is worth a retry."""
 PASSING = (401, 403, 408, 425, 429)
-"""Of the 4xx, those that may pass."""
+"""The 4xx that may be temporary."""
 FORBIDDEN = "Permission denied"
 """The whole body of MLflow's 403: under basic authentication it is no JSON."""
 _PAGE = re.compile(

@@ -1,4 +1,4 @@
-"""Follows a run's journal and those of its nested runs, and brings all of them to one tracking server."""
+"""Follow a run's journal and those of its nested runs, and deliver all of them to one tracking server."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mlflow.tracking import MlflowClient
 
@@ -22,7 +22,7 @@ log = logging.getLogger("asib.delivery")
 
 LOCK, TAKEOVER = "delivery.lock", "delivery.takeover"
 WRITER = "by the writer's"
-"""A request to take a folder over that comes from the delivery of the process that writes there now."""
+"""Content of a takeover request made by the delivery of the process that now writes the folder."""
 
 
 class DeliveryLoop:
@@ -32,8 +32,8 @@ class DeliveryLoop:
         folder: the run's folder; its journal may come later.
         uri: the tracking URI.
         client: a connected client; made by default.
-        adopt: the run that `mlflow run` made.
-        resume: the run that the journal goes on with.
+        adopt: the run that `mlflow run` created.
+        resume: the run that the journal continues.
         live: whether a trainer is writing.
         patience: seconds to wait while another delivery has the folder.
         on_attached: called with each run when it exists on the server.
@@ -60,14 +60,14 @@ class DeliveryLoop:
         self._on_attached = on_attached
         self._locks: dict[Path, int] = {}
         self._elsewhere: set[Path] = set()
-        self._asked: set[Path] = set()  # for what another delivery still has
-        self._past = [0, 0]  # refused and progress of the runs that are no longer followed
+        self._asked: set[Path] = set()  # folders that another delivery still holds
+        self._past = [0, 0]  # refused and progress of runs no longer followed
         self._parents: dict[Path, RunDelivery] = {}
         if not self.folder.is_dir():
-            raise UserError(f"{self.folder} is not there: the run was refused, or removed")
+            raise UserError(f"{self.folder} does not exist: the run was refused, or its folder removed")
         self._lock_top(patience)
         self.client = client or connect(self.uri)
-        self.top = RunDelivery(self.folder, self.uri, self.client, adopt=adopt, resume=resume, live=live)
+        self.top = self._run_delivery(self.folder, adopt=adopt, resume=resume)
         self.runs: dict[Path, RunDelivery] = {self.folder: self.top}
 
     def __enter__(self) -> DeliveryLoop:
@@ -77,22 +77,22 @@ class DeliveryLoop:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folders."""
+        """Release the folders."""
         for folder in [*self._locks, *self._asked]:
             self._release(folder)
 
     @property
     def refused(self) -> int:
-        """How many things the server will never take; delivery.log names them."""
+        """Number of items that the server permanently refused; delivery.log names them."""
         return self._past[0] + sum(run.refused for run in self.runs.values())
 
     def damage(self) -> list[str]:
-        """A line for each damaged line of the journals that are followed."""
+        """One sentence for each damaged line of the followed journals."""
         return [line for folder in self.runs for line in journal.damage(folder / journal.FILE)]
 
     @property
     def progress(self) -> int:
-        """Grows whenever something was sent."""
+        """A number that grows whenever something was sent."""
         return self._past[1] + sum(run.state.offset for run in self.runs.values())
 
     def asked_to_leave(self) -> bool:
@@ -100,7 +100,7 @@ class DeliveryLoop:
         return (self.folder / TAKEOVER).exists()
 
     def give_way(self, trainer_dead: bool) -> None:
-        """Let go of the nested runs that a newer delivery asks for: its trainer writes them, or ours is dead."""
+        """Release the nested runs that a newer delivery asks for: its trainer writes them, or ours is dead."""
         for folder in [folder for folder in self.runs if folder != self.folder]:
             with contextlib.suppress(OSError):
                 request = (folder / TAKEOVER).read_text()
@@ -109,7 +109,7 @@ class DeliveryLoop:
                     self.forget(folder)
 
     def forget(self, folder: Path) -> None:
-        """Follow that nested run, and those below it, no more, unless its parent's journal names it once more."""
+        """Stop following a nested run and those below it, until its parent's journal names it again."""
         folder = Path(os.path.normpath(folder.absolute()))
         for run in self.runs.values():
             run.forget(folder)
@@ -119,16 +119,16 @@ class DeliveryLoop:
         """Send everything that the journals hold now.
 
         Args:
-            final: nobody writes any more (see `RunDelivery.deliver`).
+            final: nobody is writing any more (see `RunDelivery.deliver`).
 
         Returns:
             True when the run and its nested runs have ended and everything is on the server.
 
         Raises:
-            Exception: the client's, where another attempt may succeed.
-            UserError: where none will: an unknown or deleted run.
+            Exception: the client's, where a retry may succeed.
+            UserError: where none will: the run is unknown or deleted.
         """
-        # A run's own entries may name further children, and a child's its own.
+        # Entries of a run, and of its children, may name further children.
         queue = [self.folder]
         for folder in queue:
             if folder != self.folder and folder not in self._parents:
@@ -136,7 +136,6 @@ class DeliveryLoop:
             run = self._follow(folder)
             if run is None:
                 continue
-            run.before_model_input = partial(self._deliver_children, run)
             run.deliver(final)
             for child in run.children:
                 if child not in queue:
@@ -146,7 +145,7 @@ class DeliveryLoop:
         return self.top.state.ended and all(self._finished(folder) for folder in queue)
 
     def _deliver_children(self, parent: RunDelivery) -> None:
-        """What the parent's nested runs hold now, so that an entry behind theirs finds it on the server."""
+        """Deliver what the parent's nested runs hold now: the parent's next entry may refer to it."""
         for folder in parent.children:
             self._parents.setdefault(folder, parent)
             run = self._follow(folder)
@@ -154,14 +153,19 @@ class DeliveryLoop:
                 run.deliver()
 
     def close_unfinished(self) -> None:
-        """Every followed run that has no end becomes KILLED: its trainer died without a word."""
+        """Mark every followed run without an end as KILLED: its trainer died without writing one."""
         for run in self.runs.values():
             if run.attached and not run.state.ended:
                 run.kill()
 
     def writer_alive(self) -> bool:
-        """Whether some process still writes one of the journals."""
+        """Whether a process is still writing one of the journals."""
         return any(journal.writer_alive(folder) for folder in self.runs)
+
+    def _run_delivery(self, folder: Path, **more: Any) -> RunDelivery:
+        return RunDelivery(
+            folder, self.uri, self.client, live=self._live, deliver_children=self._deliver_children, **more
+        )
 
     def _follow(self, folder: Path) -> RunDelivery | None:
         run = self.runs.get(folder)
@@ -170,13 +174,13 @@ class DeliveryLoop:
                 return None
             parent = self._parents.get(folder)
             if parent is not None and not belongs(folder, parent.folder, self._live):
-                log.error("%s names %s, which is no run of its own; refused", parent.folder, folder)
+                log.error("%s names %s, which is not a run of its own; refused", parent.folder, folder)
                 self._past[0] += 1
                 self._elsewhere.add(folder)
                 return None
             if not self._lock(folder, 0.0):
                 if self._live and parent is not None and parent.carrier:
-                    # Our trainer goes on with what another worker had begun.
+                    # Our trainer continues what another worker had begun.
                     self._asked.add(folder)
                     with contextlib.suppress(OSError):
                         (folder / TAKEOVER).write_text(WRITER)
@@ -184,8 +188,8 @@ class DeliveryLoop:
                     log.info("%s is delivered by another process", folder)
                     self._elsewhere.add(folder)
                 return None
-            self._withdraw(folder)  # or what somebody asked who was killed meanwhile
-            run = RunDelivery(folder, self.uri, self.client, live=self._live, parent=parent)
+            self._withdraw(folder)  # also a request by a process that was killed meanwhile
+            run = self._run_delivery(folder, parent=parent)
             self.runs[folder] = run
         if not run.attached:
             if not run.attach():
@@ -201,9 +205,9 @@ class DeliveryLoop:
         return run is None or run.state.ended or not journal.writer_alive(folder)
 
     def _retire(self, folder: Path) -> None:
-        """Let go of a carrier's child that has ended: a worker has hundreds of them, and a file is open for each.
+        """Release a carrier's child that has ended: a worker has hundreds, each with an open file.
 
-        The newest stays: whoever goes on with an ended run names it first, and its journal says so only then.
+        The newest stays: to resume an ended run, a trainer names it first, and only then writes to its journal.
         """
         parent = self._parents.get(folder)
         if parent is not None and parent.carrier and folder not in parent.children[-1:] and self._over(folder):
@@ -245,7 +249,7 @@ class DeliveryLoop:
         check_own_files(self.folder)
         request = self.folder / TAKEOVER
         if not self._lock(self.folder, 0.0):
-            # A delivery whose trainer is dead leaves when it sees this; one with a living trainer does not.
+            # A delivery whose trainer is dead leaves when it sees this; with a living trainer it stays.
             request.touch()
             if not self._lock(self.folder, patience):
                 request.unlink(missing_ok=True)

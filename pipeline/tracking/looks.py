@@ -1,8 +1,8 @@
-"""How often a test set was looked at: pairs of challenger and champion that were compared on it, in their order.
+"""Count how often a test set was looked at: the pairs of challenger and champion compared on it, in order.
 
 Two tags of the registered model for each test set: `asib.looks.<digest>` lists the pairs; a dry run, which has no turn,
-adds a tag of its own, `asib.look.<digest>.<pair>`, which the next promotion takes into the list. A pair that is
-compared again gives the same numbers and counts once.
+adds its own tag, `asib.look.<digest>.<pair>`, which the next promotion moves into the list. A pair that is compared
+again gives the same numbers and counts once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DIGEST_LENGTH = 16
 
 
 def count_look(client: MlflowClient, name: str, digest: str, data: str, pair: str, turn: bool) -> dict[str, Any]:
-    """Count a look at the test set, before it is taken.
+    """Count a look at the test set before it happens.
 
     Args:
         digest: of the test images; `data`: of the whole data set, which versions are tagged with.
@@ -28,8 +28,8 @@ def count_look(client: MlflowClient, name: str, digest: str, data: str, pair: st
         turn: whether this promotion has the model's turn.
 
     Returns:
-        `number`: which look it is, from 1. `counted`: whether later ones will know; not by who may read only.
-        `said`: a line for each tag that was none.
+        `number`: which look this is, from 1. `counted`: whether later looks will know; False without write permission.
+        `said`: one sentence for each invalid tag.
     """
     short = digest[:DIGEST_LENGTH]
     known, single, said = _known(client, name, short, data)
@@ -47,16 +47,16 @@ def count_look(client: MlflowClient, name: str, digest: str, data: str, pair: st
             if classify(error) is not Fault.NOT_ALLOWED:
                 raise
             counted = False
-        known, single, _ = _known(client, name, short, data)  # whoever looks at the same time sees this one, or is seen
+        known, single, _ = _known(client, name, short, data)  # of two simultaneous looks, at least one sees the other
         pairs = unique([*known, *single, pair])
     number = pairs.index(pair) + 1 if pair in known or turn else len(pairs)
     return {"number": number, "counted": counted, "said": said}
 
 
 def _known(client: MlflowClient, name: str, short: str, data: str) -> tuple[list[str], list[str], list[str]]:
-    """The pairs in the list, those with a tag of their own, and what is to be said of broken tags.
+    """The pairs in the list, those with their own tag, and a sentence for each broken tag.
 
-    A list that is missing or broken is made up from what the versions say that were judged on this data.
+    A missing or broken list is rebuilt from the tags of the versions that were judged on this data.
     """
     tags = client.get_registered_model(name).tags
     text = tags.get(LOOKS + short, "")
@@ -69,7 +69,7 @@ def _known(client: MlflowClient, name: str, short: str, data: str) -> tuple[list
 
 
 def _judged(client: MlflowClient, name: str, data: str) -> list[str]:
-    """Pairs that versions' tags tell of, the oldest decision first."""
+    """Pairs named by versions' tags, the oldest decision first."""
     found = []
     for version in server.all_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token)):
         tags = version.tags
@@ -80,7 +80,7 @@ def _judged(client: MlflowClient, name: str, data: str) -> list[str]:
 
 
 def _fitting(pairs: list[str]) -> str:
-    """The list as a tag; one that is too long keeps its length in looks, and stands for all that came before."""
+    """The list as a tag, shortened from its old end to what a tag holds."""
     text = " ".join(pairs)
     while len(text) > TAG_LENGTH:
         text = text.partition(" ")[2]

@@ -1,4 +1,4 @@
-"""Data sets, teachers and students of a journal as MLflow's datasets, model inputs and LoggedModels."""
+"""Log a journal's data sets, teachers and students as MLflow's datasets, model inputs and LoggedModels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DIGEST_LENGTH = 32  # MLflow takes 36; the caller puts the whole digest into a t
 
 
 def log_dataset(client: MlflowClient, run_id: str, entry: Entry) -> None:
-    """A data set by name, digest and source, without its data."""
+    """Log a data set by name, digest and source, without its data."""
     data = entry.data
     web = data["source"].startswith(("http://", "https://"))
     dataset = Dataset(
@@ -50,9 +50,9 @@ def log_dataset(client: MlflowClient, run_id: str, entry: Entry) -> None:
 
 
 def log_model_input(client: MlflowClient, run_id: str, entry: Entry) -> None:
-    """The newest model of the run that the entry names (by run id or journal id) as an input of this one."""
+    """Log the newest model of the run that the entry names (by run or journal id) as an input of this one."""
     wanted = entry.data["run_id"]
-    # Most are journals of this machine: asked for as a run's, such an id is forbidden to all but the administrator.
+    # Most ids are journals' of this machine: asking for a run of such an id is forbidden to all but administrators.
     teacher = find_by_journal(client, wanted, None) or look(lambda: client.get_run(wanted))
     models = _models(client, teacher.info.experiment_id, teacher.info.run_id) if teacher else []
     if not models:
@@ -71,7 +71,7 @@ def log_model_input(client: MlflowClient, run_id: str, entry: Entry) -> None:
 
 
 def log_model(client: MlflowClient, state: State, folder: Path, entry: Entry) -> str:
-    """The entry's LoggedModel: made once, completed when an earlier attempt broke off.
+    """Make the entry's LoggedModel, once, or complete what an earlier attempt left.
 
     Returns:
         Its model id.
@@ -114,7 +114,7 @@ def log_model(client: MlflowClient, state: State, folder: Path, entry: Entry) ->
 
 
 def _saved(model: LoggedModel, run_id: str, folder: Path, data: Any, stage: Path) -> Path:
-    """The folder of a servable model. Its code and what that needs are this project's own, and not the journal's."""
+    """The folder of a servable model. Code and requirements are this project's own, never the journal's."""
     import mlflow.pyfunc
     from mlflow.models import Model
 
@@ -137,7 +137,7 @@ def _saved(model: LoggedModel, run_id: str, folder: Path, data: Any, stage: Path
             pip_requirements=served.requirements(),
         )
     except Exception as error:
-        # Whatever its files made our code raise, they would make it raise again.
+        # The same files would raise the same error again.
         raise ValueError(f"model {data['name']} cannot be saved: {type(error).__name__}: {error}") from error
     return to
 

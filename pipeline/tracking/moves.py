@@ -1,8 +1,8 @@
-"""Moving a registered model's aliases: all of a move happens or, after a crash, is finished by whoever comes next.
+"""Move a registered model's aliases: a move happens whole or, after a crash, is finished by the next promotion.
 
-An alias is never moved without saying so first. `PENDING`, a tag of the version that the move is about, holds the tags
-that it sets; then `MOVE`, a tag of the registered model, holds the rest. Every step may be repeated, and `MOVE` goes
-last. What a move names may be gone when it is finished: then it is undone, as far as there is something to go back to.
+A move is announced before any alias changes. `PENDING`, a tag of the version concerned, holds the tags that the move
+sets; then `MOVE`, a tag of the registered model, holds the rest. Every step can be repeated, and `MOVE` is removed
+last. If a version that a move names is gone by then, the move is undone as far as there is a version to go back to.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger("asib.delivery")
 
 
 def move(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
-    """Move aliases as planned, all or, after a crash, by the next `repair`: never without a champion in between.
+    """Move aliases as planned, at once or, after a crash, by the next `repair`; there is always a champion.
 
     Args:
         plan: `before` and `after`: version (or None) of champion and previous, the same for a decision that moves none;
@@ -45,7 +45,7 @@ def move(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
             `run`: the run that decided it; `why`: in words.
 
     Raises:
-        UserError: the champion is another than the plan's `before`: somebody has moved it meanwhile.
+        UserError: the champion is not the plan's `before`: somebody has moved it meanwhile.
     """
     _refuse_moved(client, name, plan)
     number = plan["version"]
@@ -70,12 +70,12 @@ def _refuse_moved(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> N
 
 
 def repair(client: MlflowClient, name: str) -> dict[str, Any]:
-    """Finish the move that somebody has begun and not ended, and mend what else of a promotion's tags is broken.
+    """Finish an interrupted move, and repair other broken tags of promotions.
 
-    A champion that is neither the one before nor the one after was set by hand since: then nothing is moved.
+    A champion that is neither the one before nor the one after was set by hand: then nothing is moved.
 
     Returns:
-        `plan`: the move, None where there was none to finish. `said`: a line for everything that was not as it should.
+        `plan`: the move, None if there was none to finish. `said`: one sentence for each thing that was wrong.
     """
     said: list[str] = []
     plan = _interrupted(client, name, said)
@@ -101,7 +101,7 @@ def already_made(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> bo
 
 
 def _pending(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Version -> tags that an interrupted move was about to set; those of older promotions are in the plan itself."""
+    """Version -> tags that an interrupted move was about to set; older promotions keep them in the plan itself."""
     found = _version(client, name, plan.get("version"))
     text = found.tags.get(PENDING, "") if found is not None else ""
     return read_pending(text, plan["run"]) or plan["tags"]
@@ -132,12 +132,12 @@ def _interrupted(client: MlflowClient, name: str, said: list[str]) -> dict[str, 
 
 
 def _finish(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> list[str]:
-    """Every step may be repeated; the tag that says what is to be done goes last. What did not go as planned."""
+    """Do a move's steps, each of which can be repeated, and remove `MOVE` last; return what did not go as planned."""
     champion, previous = plan["after"][CHAMPION], plan["after"][PREVIOUS]
     past, marks, said = list(plan["past"]), dict(plan["tags"]), []
     moves = plan["after"] != plan["before"]
     if moves and champion is not None and not there(client, name, champion):
-        gone, marks = champion, {}  # they say that it has happened
+        gone, marks = champion, {}  # they say that the move has happened
         stack = [number for number in [*past, plan["before"][CHAMPION]] if number is not None]
         living = [number for number in dict.fromkeys(stack) if number != gone and there(client, name, number)]
         champion, past = (living[-1], living[:-1]) if living else (None, [])
@@ -169,7 +169,7 @@ def tag(client: MlflowClient, name: str, number: str, tags: Mapping[str, str]) -
 
 
 def _point(client: MlflowClient, name: str, alias: str, version: str | None, champion: str | None) -> None:
-    """Set an alias, or take it away: who may edit a model may not delete its aliases, and sets it to the champion."""
+    """Set an alias or remove it; without the right to delete, which EDIT lacks, point it at the champion."""
     if version is not None:
         client.set_registered_model_alias(name, alias, version)
     elif alias in client.get_registered_model(name).aliases:
@@ -182,7 +182,7 @@ def _point(client: MlflowClient, name: str, alias: str, version: str | None, cha
 
 
 def _loose_aliases(client: MlflowClient, name: str) -> list[str]:
-    """Remove aliases of ours that name no version, as far as one may; MLflow itself does when a version is deleted."""
+    """Remove aliases of ours that name no version, if permitted; MLflow does so itself on deleting a version."""
     said = []
     for alias, number in client.get_registered_model(name).aliases.items():
         if alias in (CHAMPION, PREVIOUS) and not there(client, name, str(number)):
@@ -196,13 +196,13 @@ def _loose_aliases(client: MlflowClient, name: str) -> list[str]:
 
 
 def _protect(client: MlflowClient, name: str, champion: str) -> None:
-    """Mark the run that a champion comes from, where one may and there is such a run."""
+    """Mark the run that a champion comes from, if it exists and permission allows."""
     found = _version(client, name, champion)
     if found is None or not found.run_id:
         return
     try:
         client.set_tag(found.run_id, KEEP, f"champion of {name}: version {champion}")
-    except Exception as error:  # another's experiment, or a run that is gone: the promotion does not hang on it
+    except Exception as error:  # another's experiment, or a deleted run: the promotion does not depend on it
         log.warning("run %s is not protected: %s", found.run_id, error)
 
 

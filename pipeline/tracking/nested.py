@@ -1,4 +1,4 @@
-"""Which folders a delivery may touch: a journal, and what lies beside it, may be someone else's."""
+"""Which folders a delivery may touch: a journal and the files beside it may be someone else's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from pipeline import journal
 from pipeline.errors import UserError
-from pipeline.tracking.state import FILE as STATE
+from pipeline.tracking.state import STATE_FILE
 
-OURS = (journal.FILE, STATE, "delivery.lock", "delivery.takeover", "delivery.log", "delivery")
+OURS = (journal.FILE, STATE_FILE, "delivery.lock", "delivery.takeover", "delivery.log", "delivery")
 """What a delivery reads and writes in a run's folder."""
 
 
 def check_own_files(folder: Path) -> None:
-    """Refuse a folder in which one of them is a link: what is written there would be written elsewhere.
+    """Refuse a folder in which one of these is a link: writing to it would write elsewhere.
 
     Raises:
         UserError.
@@ -31,7 +31,7 @@ def belongs(folder: Path, parent: Path, live: bool) -> bool:
     carries) as its parent, as a sweep's trials do, and is of the same user. So a journal cannot name a stranger's run.
 
     Args:
-        live: a trainer of ours writes the parent's journal. It may go on with a trial of another user's worker, and a
+        live: a trainer of ours writes the parent's journal. It may continue a trial of another user's worker, and a
             ladder may reuse a run that this user has made in the same output folder.
     """
     try:

@@ -1,4 +1,4 @@
-"""What is about to be sent to a run, in one batch; what the server will never take is written down and passed over."""
+"""The batch about to be sent to a run; items that the server permanently refuses are logged and skipped."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PARAM_LENGTH = 6000
 
 
 class Outbox:
-    """Of the run whose journal lies in `folder`. `refused`: how many things the server will never take.
+    """The batch for the run whose journal lies in `folder`. `refused`: number of items permanently refused.
 
     Args:
-        adopted: `mlflow run` has made the run, and has logged each -P as it stood in the shell.
+        adopted: `mlflow run` created the run, and logged each -P as typed in the shell.
     """
 
     def __init__(self, client: MlflowClient, uri: str, run: Run, folder: Path, adopted: bool = False) -> None:
@@ -45,9 +45,9 @@ class Outbox:
         return len(self._batch)
 
     def params(self, values: Mapping[str, str]) -> None:
-        """What is there stays, since no server lets a parameter change; in a database of one's own it is corrected.
+        """Add parameters. MLflow lets none change; in a database of one's own, a wrong one is corrected.
 
-        There `mlflow run` has logged «4» for 4.0, and «'[1]'», in quotation marks, for [1].
+        `mlflow run` logs «4» for 4.0, and «'[1]'», in quotation marks, for [1].
         """
         for key, value in values.items():
             short = value[:PARAM_LENGTH]
@@ -70,14 +70,14 @@ class Outbox:
         self._artifacts[path, to] = None
 
     def clear(self) -> None:
-        """Drop what was not sent."""
+        """Drop what has not been sent."""
         self._batch.clear()
         self._new.clear()
         self._changed.clear()
         self._artifacts.clear()
 
     def flush(self) -> None:
-        """Send it. Raises what the client raised and may succeed later; UserError: the run was deleted meanwhile."""
+        """Send the batch. Raises the client's error if a retry may succeed, UserError for a deleted run."""
         if self._batch:
             self._send(self._batch)
             self._there |= self._new
@@ -93,7 +93,7 @@ class Outbox:
 
     def _send_file(self, path: str, to: str) -> None:
         try:
-            file = tree_inside(self._folder, path)  # a journal may be someone else's
+            file = tree_inside(self._folder, path)  # the journal may be someone else's
         except UserError as error:
             self.refused += 1
             log.error("%s", error)
@@ -104,7 +104,7 @@ class Outbox:
             log.warning("%s: artifact %s is not there", self._folder, path)
 
     def attempt(self, call: Any, *arguments: Any) -> Any:
-        """Call; what may succeed later is raised, what never will is written down, and gives None."""
+        """Make a call; raise an error that a retry may fix, log any other and return None."""
         try:
             return ask(partial(call, *arguments), self._uri)
         except Exception as error:
@@ -132,6 +132,6 @@ class Outbox:
                 log.error("%s: %s refused: %s", self._folder, items[0], str(error).split("\n", 1)[0])
                 return
             get_run(self._client, self._uri, self._run_id)  # a deleted run refuses everything: say that instead
-            # One bad name must not keep the others away.
+            # One bad name must not block the others.
             self._send(items[: len(items) // 2])
             self._send(items[len(items) // 2 :])

@@ -1,7 +1,7 @@
 """The delivery process: `MLFLOW_TRACKING_URI=… python -m pipeline.tracking.process --trainer <pid> [<folder>]`.
 
-Started by `client.Delivery`, in a session of its own. It alone imports MLflow, answers its trainer over pipes
-(JSON lines: requests on stdin, events on stdout), and outlives it until the journal is on the server.
+Started by `client.Delivery` in a session of its own. It imports MLflow so that the trainer need not, serves the
+trainer over pipes (JSON lines: requests on stdin, events on stdout), and outlives it until the journal is delivered.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger("asib.delivery")
 POLL_S = 0.2
 BACKOFF_S = (0.5, 30.0)
 START_ATTEMPTS = 3
-QUIET_S = 30.0  # a journal that some process holds open but nobody has written for this long is given up
+QUIET_S = 30.0  # give up a journal that a process holds open but nobody has written to for this long
 
 
 class Trainer:
@@ -80,7 +80,7 @@ class Process:
     def run(self) -> int:
         try:
             self.options.uri = urls.tracking(self.options.uri)
-            # one that has been here before does not give up its run for an outage
+            # a restarted process does not give up its run over an outage
             self._client = server.connect(self.options.uri, answers=not self.options.again)
             paths = {uri: fetch(self._client, uri, dest) for uri, dest in self.options.fetch}
             self.trainer.tell("connected", fetched=paths)
@@ -138,7 +138,7 @@ class Process:
                 failures += 1
                 self._failed(error, failures)
                 if time.monotonic() > self._leave_by:
-                    log.error("given up; `%s %s` brings the rest", DELIVER, self.options.folder)
+                    log.error("gave up; `%s %s` delivers the rest later", DELIVER, self.options.folder)
                     self.trainer.tell("finished", delivered=False, reason=server.explain(error, self.options.uri))
                     return 1
                 self._answer(pause, leave_early=not self._urgent())
@@ -152,7 +152,7 @@ class Process:
             self._answer(POLL_S)
 
     def _failed(self, error: Exception, failures: int) -> None:
-        """Before the run exists an error is the trainer's to show; later only what no attempt can mend ends us."""
+        """Before the run exists, leave errors to the trainer; afterwards end only on what no retry can fix."""
         message = server.explain(error, self.options.uri)
         log.warning("attempt %d: %s", failures, message)
         refusal = lasting(error)
@@ -177,7 +177,7 @@ class Process:
             self.trainer.tell("ready", run_id=state.run_id, experiment_id=state.experiment_id, url=state.url)
 
     def _answer(self, seconds: float, leave_early: bool = True) -> None:
-        """Serve requests for so long; `leave_early`: but no longer than the trainer lives."""
+        """Serve requests for some seconds; with `leave_early`, stop when the trainer dies."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -211,8 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI", ""))
     parser.add_argument("--trainer", type=int, required=True, help="the process id of the trainer")
     parser.add_argument("--adopt", help="the run that `mlflow run` made")
-    parser.add_argument("--resume", help="the run that this one goes on with")
-    parser.add_argument("--grace", type=float, default=120.0, help="seconds of further attempts after the trainer")
+    parser.add_argument("--resume", help="the run to continue")
+    parser.add_argument("--grace", type=float, default=120.0, help="seconds to keep trying after the trainer has ended")
     parser.add_argument("--fetch", nargs=2, action="append", default=[], metavar=("URI", "FOLDER"))
     parser.add_argument("--again", action="store_true", help="the run was on the server before this start")
     parser.add_argument("--forgotten", nargs=2, action="append", default=[], metavar=("FOLDER", "OFFSET"))

@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 log = logging.getLogger("asib.delivery")
 
 ANNOUNCED = "asib.announced"
-"""Tag of a version: it has had its alias."""
+"""Tag of a version that has received its alias."""
 
 
 # versions ------------------------------------------------------------------------------------------------------------
 
 
 def register(client: MlflowClient, state: State, entry: Entry) -> str:
-    """A version of the entry's registered model from the entry's LoggedModel: made once, its alias set once.
+    """Make a version of the entry's registered model from its LoggedModel, once, and set the alias, once.
 
     Returns:
         Its number.
 
     Raises:
-        ValueError: the model itself was refused, or this user may not make versions of it.
+        ValueError: the model was refused, or this user may not make versions of it.
     """
     data = entry.data
     if data["alias"] != CHALLENGER:
@@ -70,12 +70,12 @@ def _make_version(client: MlflowClient, data: Any, run_id: str, model_id: str) -
     except Exception as error:
         if classify(error) is not Fault.NOT_ALLOWED:
             raise
-        # What comes behind it, the run's end above all, does not wait for somebody's permission.
+        # What follows, above all the run's end, must not wait for someone's permission.
         raise ValueError(f"permission denied (403): ask for EDIT permission on the model {name}") from error
 
 
 def _made_of(client: MlflowClient, name: str, run_id: str, model_id: str) -> ModelVersion | None:
-    """The version that an earlier attempt has made of a model."""
+    """The version that an earlier attempt made of a model."""
     query = f"name = '{name}' and run_id = '{run_id}'"
     for found in server.all_pages(lambda token: client.search_model_versions(query, page_token=token)):
         if _model_of(found) == model_id:
@@ -84,7 +84,7 @@ def _made_of(client: MlflowClient, name: str, run_id: str, model_id: str) -> Mod
 
 
 def _model_of(version: ModelVersion) -> str:
-    """The id of the LoggedModel that a version was made of, which MLflow's database keeps in the source only."""
+    """The id of the LoggedModel behind a version; MLflow's database keeps it in the source only."""
     return str(version.model_id or str(version.source).partition("models:/")[2])
 
 
@@ -99,7 +99,7 @@ def _make_registered_model(client: MlflowClient, name: str) -> None:
 
 
 def _link(client: MlflowClient, model_id: str, version: ModelVersion) -> None:
-    """On the LoggedModel's page: which versions were made of it, as MLflow's own `register_model` notes it."""
+    """List the version on the LoggedModel's page, as MLflow's own `register_model` does."""
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     text = client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS) or "[]"
@@ -115,7 +115,7 @@ def _link(client: MlflowClient, model_id: str, version: ModelVersion) -> None:
 
 
 def _announce(client: MlflowClient, version: ModelVersion, alias: str) -> None:
-    """The alias goes to the newest: a run that is delivered late does not take it from one that came after it."""
+    """Give the alias to the newest version: a run delivered late does not take it from a later one."""
     holder = client.get_registered_model(version.name).aliases.get(alias)
     if not is_version(str(holder)) or int(holder) < int(version.version):
         client.set_registered_model_alias(version.name, alias, str(version.version))
@@ -126,10 +126,10 @@ def _announce(client: MlflowClient, version: ModelVersion, alias: str) -> None:
 
 
 def overview(client: MlflowClient, name: str) -> dict[str, Any]:
-    """Aliases (name -> version) and tags of a registered model; `said`: a line for each alias that names no version.
+    """Aliases (name -> version) and tags of a registered model; `said`: one sentence for each alias without a version.
 
     Raises:
-        UserError: there is no such model; the nearest names are given.
+        UserError: no such model; names the nearest ones.
     """
     try:
         model = client.get_registered_model(name)
@@ -158,7 +158,7 @@ def _no_such_model(client: MlflowClient, name: str) -> str:
 
 
 def version(client: MlflowClient, name: str, number: str) -> dict[str, Any]:
-    """A version: number, run_id, model_id, status and tags. Raises NotThere: there is none of that number."""
+    """A version: number, run_id, model_id, status and tags. Raises NotThere: no such version."""
     try:
         found = client.get_model_version(name, number)
     except Exception as error:

@@ -1,6 +1,6 @@
-"""One journal brought to one MLflow run: finds, adopts or makes the run, sends entries in order, sets the status.
+"""Deliver one journal to one MLflow run: find, adopt or create the run, send entries in order, set the status.
 
-Everything here may be repeated after a crash at any point: nothing is lost and nothing is doubled.
+Everything here can be repeated after a crash at any point: nothing is lost or duplicated.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from pipeline.tracking.models import log_dataset, log_model, log_model_input
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.registry import register
 from pipeline.tracking.server import run_url
-from pipeline.tracking.state import FILE as STATE
-from pipeline.tracking.state import JOURNAL_TAG, State, find_by_journal
+from pipeline.tracking.state import JOURNAL_TAG, STATE_FILE, State, find_by_journal
 from pipeline.tracking.target import (
     GENERATION_TAG,
     TAG_LENGTH,
@@ -45,16 +44,17 @@ BATCH = 5000  # entities between two commits of the offset; the client cuts them
 
 
 class RunDelivery:
-    """Follows the journal in `folder`. `attach` first, then `deliver` as often as wished.
+    """The delivery of the journal in `folder`: `attach` once, then `deliver` any number of times.
 
     A carrier's journal stands for another run, which has a delivery of its own: nothing of that run is changed here,
     it only becomes the parent of the children.
 
     Args:
-        adopt: the run that `mlflow run` made for this journal; left alone when it has ended, or is another journal's.
-        resume: the run that this journal goes on with; then an adopted one stays empty.
-        live: whether a trainer is writing: its run is set RUNNING.
+        adopt: the run that `mlflow run` created for this journal; ignored if it has ended or is another journal's.
+        resume: the run that this journal continues; an adopted one then stays empty.
+        live: whether a trainer is writing; the run is then set to RUNNING.
         parent: the delivery of the run that this one is nested in.
+        deliver_children: brings what the nested runs hold now, before an entry that may name one of them.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class RunDelivery:
         resume: str | None = None,
         live: bool = False,
         parent: RunDelivery | None = None,
+        deliver_children: Callable[[RunDelivery], None] = lambda run: None,
     ) -> None:
         self.folder = folder
         self.uri = uri
@@ -75,9 +76,9 @@ class RunDelivery:
         self.attached = False
         self.carrier = False
         self.children: list[Path] = []  # the one named last comes last
-        self.before_model_input: Callable[[], None] = lambda: None
         self._path = folder / journal.FILE
         self._adopt, self._resume, self._live, self._parent = adopt, resume, live, parent
+        self._deliver_children = deliver_children
         self._inode = -1
         self._generations: list[str] = []
         self._forgotten: dict[Path, int] = {}  # up to which offset the journal named it in vain
@@ -87,17 +88,16 @@ class RunDelivery:
 
     @property
     def refused(self) -> int:
-        """How many things the server will never take."""
+        """Number of items that the server permanently refused."""
         return self._outbox.refused if self._outbox is not None else 0
 
     # The run
 
     def attach(self) -> bool:
-        """Find, adopt or make the run. False while there is no journal yet.
+        """Find, adopt or create the run. False while there is no journal yet.
 
         Raises:
-            UserError: a run id that the server does not know, a deleted run or experiment, a carrier's run that is
-                not on the server.
+            UserError: the run id is unknown, the run or experiment is deleted, or a carrier's run is not on the server.
         """
         header = journal.read_header(self.folder)
         if header is None:
@@ -127,7 +127,7 @@ class RunDelivery:
         return True
 
     def _own(self, header: Entry) -> Run:
-        """The journal's own run, ready to take its entries."""
+        """The journal's own run, ready for its entries."""
         run = self._existing(header)
         made = run is None
         self._survey()
@@ -153,17 +153,17 @@ class RunDelivery:
         if self.state.run_id:
             run = self._remembered()
             if run is not None and run.data.tags.get(JOURNAL_TAG) != header.data["journal"]:
-                raise UserError(
-                    f"{self.folder / STATE} names run {run.info.run_id}, which is not this journal's: delete that file"
-                )
+                where = self.folder / STATE_FILE
+                raise UserError(f"{where} names run {run.info.run_id}, which is not this journal's: delete that file")
             if run is not None:
                 return run
         if self._resume:
-            return self._get(self._resume)
-        return self._by_tag(header) or self._adopted(header)
+            return get_run(self.client, self.uri, self._resume)
+        data = header.data
+        return find_by_journal(self.client, data["journal"], data["experiment"]) or self._adopted(header)
 
     def _adopted(self, header: Entry) -> Run | None:
-        """The run that `mlflow run` made, where it still waits for a journal."""
+        """The run that `mlflow run` created, if it still waits for a journal."""
         run = self._free(header)
         if run is None and not header.data["experiment"]:
             raise UserError(f"run {self._adopt} has ended or is another's: nothing is noted there")
@@ -172,7 +172,7 @@ class RunDelivery:
     def _free(self, header: Entry) -> Run | None:
         if not self._adopt:
             return None
-        run = self._get(self._adopt)
+        run = get_run(self.client, self.uri, self._adopt)
         writers = {run.data.tags.get(JOURNAL_TAG), run.data.tags.get(RESUMES_TAG) and "a resume"} - {None}
         if run.info.status == "RUNNING" and writers <= {header.data["journal"]}:
             return run
@@ -182,18 +182,12 @@ class RunDelivery:
 
     def _remembered(self) -> Run | None:
         try:
-            return self._get(self.state.run_id)
+            return get_run(self.client, self.uri, self.state.run_id)
         except UserError:
-            # The server was made anew: what was sent went with the old one.
+            # The server is new: what was sent is lost with the old one.
             log.warning("run %s of %s is no longer there", self.state.run_id, self.folder)
             self.state = State(uri=self.state.uri, journal=self.state.journal)
             return None
-
-    def _get(self, run_id: str) -> Run:
-        return get_run(self.client, self.uri, run_id)
-
-    def _by_tag(self, header: Entry) -> Run | None:
-        return find_by_journal(self.client, header.data["journal"], header.data["experiment"])
 
     def _create(self, header: Entry, tags: dict[str, str], place: Place | None) -> Run:
         source = {MLFLOW_USER: header.data.get("user", ""), MLFLOW_SOURCE_NAME: header.data.get("source", "")}
@@ -229,17 +223,17 @@ class RunDelivery:
     # The entries
 
     def deliver(self, final: bool = False) -> bool:
-        """Send what the journal holds beyond the offset; True when there was something.
+        """Send what the journal holds beyond the offset; True if there was anything.
 
         Args:
-            final: nobody writes any more: a checkpoint whose file is gone no longer holds back its entries.
+            final: nobody is writing any more: a checkpoint whose file is gone no longer holds back its entries.
 
         Raises:
-            Exception: what the client raised and may succeed later; then `deliver` again.
+            Exception: the client's, if a retry may succeed.
             UserError: the run was deleted meanwhile.
         """
         if final and self._live and not self.state.ended and self._taken_over():
-            return False  # who goes on with the run has begun at its checkpoint: what lies beyond is void
+            return False  # the run continues elsewhere from its checkpoint: what lies beyond it is void
         entries = self._read()
         checkpoints = [entry for entry in entries if entry.kind == "checkpoint"]
         final = final or any(entry.kind == "end" for entry in entries)
@@ -283,12 +277,12 @@ class RunDelivery:
         return entries
 
     def _survey(self) -> None:
-        """Learn a text that is new to us: who has written it, and what was done with it before."""
+        """Read a new text from its start: who has written it, and what was already delivered."""
         self._inode = self._path.stat().st_ino
         everything, _ = journal.read_entries(self._path)
         self._generations = journal.generations(everything)
         if self._generations[-1] != self.state.generation:
-            # Another text than the one the offset belongs to: all of it again, which doubles nothing.
+            # The offset belongs to another text: send all of this one, which duplicates nothing.
             self.state.generation, self.state.offset, self.state.ended = self._generations[-1], 0, False
         self.children = []
         for entry in everything:
@@ -297,7 +291,7 @@ class RunDelivery:
                 self._child(entry)
 
     def _apply(self, entry: Entry) -> bool:
-        """Take an entry in; True when everything before it had to be, and was, sent."""
+        """Process an entry; True if everything before it had to be sent, and was."""
         data, run_id, outbox = entry.data, self.state.run_id, self._outbox
         assert outbox is not None
         if self.carrier and entry.kind not in ("child", "resume", "end"):
@@ -316,7 +310,7 @@ class RunDelivery:
             case "dataset":
                 outbox.attempt(log_dataset, self.client, run_id, entry)
             case "model_input":
-                self.before_model_input()  # a teacher of this run may be one of its children
+                self._deliver_children(self)  # a teacher of this run may be one of its children
                 outbox.attempt(log_model_input, self.client, run_id, entry)
             case "model":
                 outbox.flush()  # the model is linked to the run's metrics
@@ -335,7 +329,7 @@ class RunDelivery:
                 if data["generation"] not in self._generations:
                     self._generations.append(data["generation"])
                 self.state.ended = False
-                self._go_on()
+                self._mark_running()
                 return True
             case "end":
                 outbox.flush()
@@ -351,7 +345,7 @@ class RunDelivery:
             self.children.append(folder)
 
     def forget(self, folder: Path, upto: int | None = None) -> None:
-        """Have that child no more, until the journal names it again beyond the offset `upto` (by default: its end)."""
+        """Drop a child until the journal names it again beyond the offset `upto` (default: the present end)."""
         with contextlib.suppress(FileNotFoundError):
             self._forgotten[folder] = self._path.stat().st_size if upto is None else upto
         if folder in self.children:
@@ -359,8 +353,8 @@ class RunDelivery:
 
     # The status
 
-    def _go_on(self) -> None:
-        """Tell the server that this text's last writer has the run now."""
+    def _mark_running(self) -> None:
+        """Tell the server that this text's last writer now has the run."""
         if self.carrier:
             return
         if self._live:
@@ -371,7 +365,7 @@ class RunDelivery:
         self.client.update_run(self.state.run_id, status="RUNNING")
 
     def _taken_over(self) -> bool:
-        """Whether a writer that this text does not know has gone on with the run, from a copy of its checkpoint."""
+        """Whether a writer unknown to this text has continued the run, from a copy of its checkpoint."""
         if self.carrier:
             return False
         mark = self.client.get_run(self.state.run_id).data.tags.get(GENERATION_TAG)
@@ -387,7 +381,7 @@ class RunDelivery:
         log.warning("%s has no end: its trainer died; the run is KILLED", self.folder)
         self._end("KILLED", "killed", 137, None, self._last_time)
         turns.left_behind(self.client, self.state.run_id)
-        self.state.ended = False  # the journal has no end: a trainer that comes back goes on with it
+        self.state.ended = False  # the journal has no end: a trainer that comes back continues it
         self.state.save(self.folder)
         if self._taken_over():  # between the question and the end
             self.client.update_run(self.state.run_id, status="RUNNING")

@@ -1,4 +1,4 @@
-"""A tracking server as delivery sees it: its address, its environment, a SQLite file that is ready, errors in one line.
+"""A tracking server as delivery sees it: address, environment, a ready SQLite file, errors in one line.
 
 Importing this module is cheap; MLflow is imported by the functions that need it, after `prepare_environment`.
 """
@@ -43,7 +43,7 @@ QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 BUSY_S = 10.0
-"""How long a start waits for who else has the SQLite file locked; a write takes milliseconds."""
+"""How long to wait for another process's lock on the SQLite file; a write takes milliseconds."""
 CONNECT_S = 10
 """The same for a database server; MLflow itself would try for two minutes."""
 # What `mlflow run` sets for its step: the client API is told explicitly, and MLflow's fluent code must not act on it.
@@ -51,10 +51,10 @@ ADOPTION = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
 
 
 def prepare_environment() -> set[str]:
-    """Set MLflow's environment for this process; what the user has set stays.
+    """Set MLflow's environment variables for this process, except those that the user has set.
 
     Returns:
-        The names of the patience settings that are ours to change (see `patience`).
+        Names of the patience settings that we may change (see `patience`).
     """
     ours = {name for name in FIRST_PATIENCE if name not in os.environ}
     for name, value in {**QUIET, **FIRST_PATIENCE}.items():
@@ -80,13 +80,13 @@ def run_url(uri: str, experiment_id: str, run_id: str) -> str:
 
 
 def connect(uri: str, answers: bool = True) -> MlflowClient:
-    """A client whose server answers, with the SQLite file made or migrated first.
+    """A client whose server answers; creates or migrates a SQLite file first.
 
     Args:
-        answers: False where it is no error that the server does not answer now.
+        answers: False if the server need not answer now.
 
     Raises:
-        UserError: the server refuses or does not answer; one line with the reason and what would do.
+        UserError: the server refuses or does not answer; one line with the reason and what to do.
     """
     import mlflow
     from mlflow.tracking import MlflowClient
@@ -107,12 +107,12 @@ def connect(uri: str, answers: bool = True) -> MlflowClient:
 
 
 def prepare_sqlite(uri: str) -> None:
-    """Make or migrate the schema of a SQLite file under a lock: simultaneous first use crashes MLflow.
+    """Create or migrate the schema of a SQLite file under a lock: simultaneous first use crashes MLflow.
 
     A file that is ready costs one query. Before a migration the file is copied beside itself.
 
     Raises:
-        UserError: it cannot be made, or another program keeps it locked; MLflow itself would try for minutes.
+        UserError: it cannot be created, or another program keeps it locked; MLflow itself would try for minutes.
     """
     path = sqlite_file(uri)
     if path is None or _schema_is_current(path):
@@ -127,7 +127,7 @@ def prepare_sqlite(uri: str) -> None:
         _check_answers(uri)
         with explained(path, "tracking.uri"):
             if not path.exists():
-                path.touch()  # with the permissions of the umask; SQLite's own never let a group write
+                path.touch()  # with the umask's permissions; SQLite's own never let a group write
         revision, _ = _revision(path)
         if revision is not None:
             log.info("migrating %s from schema %s", path, revision)
@@ -139,7 +139,7 @@ def prepare_sqlite(uri: str) -> None:
         if path.exists() and path.stat().st_size:
             make_store(uri, artifacts)
             return
-        # A process that is killed in the middle leaves no half of a schema, which MLflow could not complete.
+        # Built aside: MLflow cannot complete half of a schema, which a killed process would leave.
         for part in path.parent.glob(f".{path.name}.*"):
             part.unlink()
         with replacing(path, "tracking.uri") as temporary:
@@ -149,7 +149,7 @@ def prepare_sqlite(uri: str) -> None:
 
 
 def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
-    """Everything that a search finds, which takes a page's token and gives a thousand at most."""
+    """All results of a search that takes a page's token and returns at most a thousand."""
     token = None
     while True:
         page = search(token)
@@ -160,7 +160,7 @@ def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
 
 
 def all_experiments(client: MlflowClient) -> list[str]:
-    """Ids of the experiments that are not deleted."""
+    """Ids of all experiments that are not deleted."""
     return [found.experiment_id for found in all_pages(lambda token: client.search_experiments(page_token=token))]
 
 
@@ -176,7 +176,7 @@ def artifact_location(uri: str, experiment: str) -> str | None:
 
 
 def explain(error: BaseException, uri: str) -> str:
-    """One line: the server, what it said, what would do."""
+    """One line: the server, what it said, what to do."""
     password = urlsplit(uri).password
     text = str(error).replace(password, "***") if password else str(error)
     code = getattr(error, "error_code", "")
@@ -221,7 +221,7 @@ def _revision(path: Path) -> tuple[str | None, bool]:
 
 
 def _check_answers(uri: str) -> None:
-    """One attempt to reach a database, before MLflow begins its many: raises what the driver says."""
+    """Try once to reach a database before MLflow begins its many attempts; raises the driver's error."""
     path = sqlite_file(uri)
     if path is not None:
         try:

@@ -30,18 +30,18 @@ def start_delivery(
     resume: str | None = None,
     grace: float = 120.0,
 ) -> Delivery:
-    """Start the delivery process of the run in `folder` and return at once; its imports take seconds of its own.
+    """Start the delivery process of the run in `folder` and return at once: its imports take seconds.
 
     Args:
-        folder: the run's folder. Its journal may be made later: `Delivery.wait_ready` needs it, fetching does not.
+        folder: the run's folder. Its journal may come later: `Delivery.wait_ready` needs it, fetching does not.
         uri: the tracking URI; `default_uri()` by default.
         fetch: artifact URI (`runs:/…`, `models:/…`) → local folder, downloaded first (`Delivery.wait_fetched`).
         adopt: the run that `mlflow run` has made; MLFLOW_RUN_ID by default, "" for none.
-        resume: the run that the journal goes on with. An adopted run then gets `asib.resumes` and ends empty.
-        grace: seconds of further attempts when the server is away and the trainer has ended.
+        resume: the run that the journal continues. An adopted run then gets the tag `asib.resumes` and stays empty.
+        grace: seconds to keep trying when the server is away after the trainer has ended.
 
     Raises:
-        UserError: the URI is not one this project can use.
+        UserError: this project cannot use the URI.
     """
     arguments = ["--grace", str(grace)]
     adopt = os.environ.get("MLFLOW_RUN_ID", "") if adopt is None else adopt
@@ -56,10 +56,10 @@ def start_delivery(
 
 
 def fetch_now(uri: str, run_uri: str, dest: Path) -> Path:
-    """Download one artifact with no run of one's own; takes the seconds of MLflow's import, in a process of its own.
+    """Download one artifact without a run, in a process of its own: MLflow's import takes seconds.
 
     Raises:
-        UserError: it is not there, or the server does not answer.
+        UserError: it does not exist, or the server does not answer.
     """
     delivery = Delivery(urls.tracking(uri), ["--fetch", run_uri, str(dest.absolute())], None)
     path = delivery.wait_fetched(TRANSFER_S)[run_uri]

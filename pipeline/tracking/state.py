@@ -1,4 +1,4 @@
-"""What is known of a journal's run: remembered in its folder, or found on the server by the journal's tag."""
+"""The MLflow run of a journal: remembered in its folder, or found on the server by the journal's tag."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pipeline.files import read_state, write_atomically
 from pipeline.tracking.faults import look
 from pipeline.tracking.server import all_experiments
 
-FILE = "delivery.json"
+STATE_FILE = "delivery.json"
 JOURNAL_TAG = "asib.journal"
 
 
 @dataclass
 class State:
-    """`delivery.json`: what a later delivery need not find out again. Losing it costs time, never data."""
+    """`delivery.json`: what a later delivery need not look up again. Losing it costs time, never data."""
 
     uri: str = ""
     journal: str = ""
     run_id: str = ""
     experiment_id: str = ""
     url: str = ""
-    shell: str = ""  # the run that `mlflow run` made for a resume of another run; it ends empty
+    shell: str = ""  # the run that `mlflow run` created for a resume of another run; stays empty
     generation: str = ""
     offset: int = 0
     ended: bool = False
@@ -37,9 +37,9 @@ class State:
 
     @classmethod
     def load(cls, folder: Path, uri: str, journal_id: str) -> State:
-        """The folder's state, empty when there is none, or it belongs to another server or journal."""
+        """The folder's state; empty if missing, or if it belongs to another server or journal."""
         try:
-            values = read_state(folder / FILE) or {}
+            values = read_state(folder / STATE_FILE) or {}
             state = cls(**{key: value for key, value in values.items() if key in cls.__dataclass_fields__})
         except (OSError, ValueError, TypeError, AttributeError):
             state = cls()
@@ -48,15 +48,15 @@ class State:
         return state
 
     def save(self, folder: Path) -> None:
-        write_atomically(folder / FILE, json.dumps(asdict(self), indent=1))
+        write_atomically(folder / STATE_FILE, json.dumps(asdict(self), indent=1))
 
 
 def find_by_journal(client: MlflowClient, journal_id: str, experiment: str | None) -> Run | None:
-    """The run that carries this journal's tag, looked for in the named experiment first, then everywhere."""
+    """The run with this journal's tag, searched in the named experiment first, then everywhere."""
     query = f"tags.`{JOURNAL_TAG}` = '{journal_id}'"
     named = look(lambda: client.get_experiment_by_name(experiment)) if experiment else None
     runs = client.search_runs([named.experiment_id], query, max_results=1) if named else []
     if not runs:
-        # A run that `mlflow run` made lies in that command's experiment.
+        # A run that `mlflow run` created lies in that command's experiment.
         runs = client.search_runs(all_experiments(client), query, max_results=1)
     return runs[0] if runs else None

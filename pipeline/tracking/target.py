@@ -1,4 +1,4 @@
-"""The MLflow runs that journals lead to: looked up, placed below a parent or in an experiment, ended."""
+"""The MLflow runs behind journals: look them up, place them below a parent or in an experiment, end them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 def find_run(client: MlflowClient, run_id: str) -> Run | None:
-    """The run, None where the server does not know it, or does not show it to this user.
+    """The run; None if the server does not know it, or does not show it to this user.
 
     Raises:
         UserError: it is deleted.
@@ -55,17 +55,17 @@ def get_run(client: MlflowClient, uri: str, run_id: str) -> Run:
 
 
 def no_run(uri: str, run_id: str) -> str:
-    """In one line; under basic authentication one that may not be read looks the same."""
+    """The error for an unknown run; under basic authentication, a run without READ permission looks the same."""
     return f"tracking server {urls.hidden(uri)} knows no run {run_id}: check the id, or ask for READ permission on it"
 
 
 def carried_run(client: MlflowClient, uri: str, folder: Path, link: dict[str, Any], experiment: str) -> Run:
-    """The run that a carrier stands for, or a carrier's nested run belongs to.
+    """The run that a carrier stands for, or that a carrier's nested run belongs to.
 
     Args:
         folder: where the journal with the link lies.
         link: journal, folder and run of it, from the journal's header.
-        experiment: where it is looked for first, when its id does not lead to it.
+        experiment: where to look first if its id does not lead to it.
 
     Raises:
         UserError: it is deleted, or not on this server (yet): names the folder to deliver first.
@@ -79,7 +79,7 @@ def carried_run(client: MlflowClient, uri: str, folder: Path, link: dict[str, An
 
 
 def parent_place(client: MlflowClient, uri: str, folder: Path, header: Entry) -> Place | None:
-    """Where the run of a journal is nested when it is delivered alone; None for no parent, or one unknown yet.
+    """The parent of a run whose journal is delivered alone; None without a parent, or if it is still unknown.
 
     Raises:
         UserError: the parent of a carrier's nested run is not there.
@@ -98,7 +98,7 @@ def parent_place(client: MlflowClient, uri: str, folder: Path, header: Entry) ->
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """The experiment of that name, made when there is none.
+    """The id of the experiment of that name, created if missing.
 
     Raises:
         UserError: it is deleted.
@@ -108,7 +108,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
         try:
             return str(client.create_experiment(name, artifact_location(uri, name)))
         except MlflowException as error:
-            # Another run was faster.
+            # Another process was faster.
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
                 raise error
@@ -129,10 +129,10 @@ def end_run(
     if message:
         tags.append(RunTag("asib.error", message[:TAG_LENGTH]))
     client.log_batch(run_id, tags=tags)
-    begun = client.get_run(run_id).info.start_time or 0  # by the clock of another machine, or before ours was set back
+    begun = client.get_run(run_id).info.start_time or 0  # by another machine's clock, or before ours was set back
     client.set_terminated(run_id, status=status, end_time=max(at, begun))
 
 
 def can_rewrite(uri: str) -> bool:
-    """Whether parameters can be corrected there: MLflow's API changes none, its database can be written to."""
+    """Whether parameters can be corrected there: in MLflow's database, since its API cannot change them."""
     return uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql")

@@ -1,7 +1,7 @@
 """The queue of promotions, as tags of the registered model: only who may promote can write them.
 
-`asib.turn.<run id>` is one promotion's: a tag for each, because MLflow knows no compare-and-swap, and two promotions
-that wrote one tag would overwrite each other. The tag of a run would not do: whoever may log a run anywhere could join.
+`asib.turn.<run id>` belongs to one promotion: MLflow has no compare-and-swap, and two promotions that wrote the same
+tag would overwrite each other. A tag of a run would not do: anyone who may log a run anywhere could join.
 `pipeline.promote.queue` says how a promotion waits for its turn.
 """
 
@@ -23,18 +23,18 @@ log = logging.getLogger("asib.delivery")
 
 
 def may_edit(client: MlflowClient, name: str) -> None:
-    """Raise what the server says to whoever may not promote: taking away a tag that is not there changes nothing."""
+    """Raise the server's refusal if this user may not promote: removing a tag that does not exist changes nothing."""
     client.delete_registered_model_tag(name, f"{TURN}nobody")
 
 
 def join(client: MlflowClient, name: str, run_id: str, user: str = "") -> None:
-    """A promotion's run joins the queue of a model."""
+    """Put a promotion's run into the queue of a model."""
     at = now_ms()
     _write(client, name, run_id, Turn(at, at, user))
 
 
 def beat(client: MlflowClient, name: str, run_id: str) -> None:
-    """Say that a promotion is still alive.
+    """Renew a promotion's sign of life.
 
     Raises:
         UserError: it was taken for dead.
@@ -46,7 +46,7 @@ def beat(client: MlflowClient, name: str, run_id: str) -> None:
 
 
 def leave(client: MlflowClient, name: str, run_id: str) -> None:
-    """The promotion is over."""
+    """Take a promotion's run out of the queue."""
     client.delete_registered_model_tag(name, TURN + run_id)
 
 
@@ -54,8 +54,8 @@ def queue(client: MlflowClient, name: str) -> dict[str, Any]:
     """The promotions of a model.
 
     Returns:
-        `waiting`: run_id, joined, seen, user and now (ms by this machine's clock) of each, the first to come first.
-        `said`: a line for each entry that is none, and was removed.
+        `waiting`: run_id, joined, seen, user and now (ms by this machine's clock) of each, in order of arrival.
+        `said`: one sentence for each invalid entry that was removed.
     """
     waiting, said = [], []
     for tag, value in client.get_registered_model(name).tags.items():
@@ -64,7 +64,7 @@ def queue(client: MlflowClient, name: str) -> dict[str, Any]:
         found = read_turn(tag, value)
         if found is None:
             said.append(garbled(tag, value, "removed"))
-            with contextlib.suppress(Exception):  # who may read only ignores it
+            with contextlib.suppress(Exception):  # a user who may only read ignores it
                 client.delete_registered_model_tag(name, tag)
             continue
         run_id = tag.removeprefix(TURN)
@@ -74,9 +74,9 @@ def queue(client: MlflowClient, name: str) -> dict[str, Any]:
 
 
 def mark_dead(client: MlflowClient, name: str, run_id: str) -> None:
-    """Take a promotion whose machine is gone out of the queue, and end its run.
+    """Remove a promotion whose machine is gone from the queue, and end its run.
 
-    Only a run that says itself to be a promotion of this model is ended: the queue's tags may name any run.
+    Only a run tagged as a promotion of this model is ended: the queue's tags may name any run.
     """
     from pipeline.tracking.target import end_run
 
@@ -90,12 +90,12 @@ def mark_dead(client: MlflowClient, name: str, run_id: str) -> None:
 
 
 def left_behind(client: MlflowClient, run_id: str) -> None:
-    """The trainer of a run is dead: if that was a promotion, it is out of the queue at once."""
+    """Take the run of a dead trainer out of the queue at once, if it was a promotion."""
     try:
         name = client.get_run(run_id).data.tags.get(QUEUE)
         if name:
             leave(client, name, run_id)
-    except Exception as error:  # the next promotion finds it without a sign of life
+    except Exception as error:  # the next promotion will find no sign of life
         log.warning("run %s may still be in the queue of its model: %s", run_id, error)
 
 

@@ -29,7 +29,6 @@ from pipeline.journal import (
     read_header,
     writer_alive,
 )
-from pipeline.journal import entries as journal_entries
 from pipeline.journal import folder as journal_files
 
 
@@ -162,7 +161,7 @@ def test_time_in_a_journal_never_goes_back(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(time, "time_ns", lambda: ahead)
     journal.metrics({"acc": 2.0}, 1)
     monkeypatch.setattr(time, "time_ns", lambda: ahead - 7200 * 10**9)
-    monkeypatch.setattr(journal_entries, "_latest", 0)  # as in another process
+    monkeypatch.setattr("pipeline.journal.entries._latest", 0)  # as in another process
     journal.close()
     Journal.reopen(tmp_path).end("FINISHED", "completed", 0)
     times = [entry.time for entry in read_entries(tmp_path / FILE)[0]]

@@ -24,8 +24,8 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import HelperFailed
 from pipeline.journal import FILE, Journal
 from pipeline.runs.ending import ending_of
-from pipeline.tracking import client as delivery_client
 from pipeline.tracking import start
+from pipeline.tracking.client import STARTS, Delivery
 from pipeline.tracking.faults import lasting
 from pipeline.tracking.follow import DeliveryLoop
 from pipeline.tracking.process import Process
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[3]
 ROUNDS = int(os.environ.get("ASIB_ROUNDS", "2"))
 
 
-def kill(delivery: delivery_client.Delivery) -> None:
+def kill(delivery: Delivery) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.kill(delivery._process.pid, signal.SIGKILL)
 
@@ -55,7 +55,7 @@ def test_a_delivery_that_is_killed_at_any_moment_goes_on(sqlite_uri: str, tmp_pa
         if number % 2:  # while it starts, or begins to work
             time.sleep(rng.uniform(0, start_s))
         else:
-            while delivery._in_vain:
+            while delivery._fruitless:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 1.0))
         for _ in range(5):
@@ -88,8 +88,8 @@ def test_a_delivery_that_is_killed_at_any_moment_goes_on(sqlite_uri: str, tmp_pa
 def test_one_that_always_dies_is_given_up_and_is_not_bad_input(
     sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery_client, "PAUSE_S", 0.05)
-    monkeypatch.setattr(delivery_client, "IN_VAIN_S", 0.5)
+    monkeypatch.setattr("pipeline.tracking.client.PAUSE_S", 0.05)
+    monkeypatch.setattr("pipeline.tracking.client.FRUITLESS_S", 0.5)
     delivery = start.start_delivery(tmp_path / "run", uri=sqlite_uri)
     Journal.create(tmp_path / "run", experiment="e").close()
     killed, given_up = set(), threading.Event()
@@ -109,7 +109,7 @@ def test_one_that_always_dies_is_given_up_and_is_not_bad_input(
         given_up.set()
     assert "\n" not in str(caught.value)
     assert ending_of(caught.value)[1:3] == ("failed", 1)
-    assert 3 <= len(killed) <= delivery_client.STARTS
+    assert 3 <= len(killed) <= STARTS
     assert not delivery.finish(1.0)
 
 

@@ -22,7 +22,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
 from pipeline.journal import FILE, Journal, decode_number, read_entries
-from pipeline.tracking import server as delivery_server
+from pipeline.tracking import server
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.follow import DeliveryLoop
 
@@ -36,9 +36,9 @@ MANY = [f"m{i}" for i in range(1200)]  # more than a request may hold
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*delivery_server.FIRST_PATIENCE, *delivery_server.QUIET, *delivery_server.ADOPTION):
+    for name in (*server.FIRST_PATIENCE, *server.QUIET, *server.ADOPTION):
         monkeypatch.delenv(name, raising=False)
-    delivery_server.prepare_environment()
+    server.prepare_environment()
 
 
 @pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
@@ -209,8 +209,7 @@ def test_a_broken_off_delivery_goes_on_without_loss_or_doubling(sqlite_uri: str,
     (tmp_path / "run" / "delivery.json").unlink()
     cut = 0
     for lost in range(1, 100):
-        with DeliveryLoop(tmp_path / "run", sqlite_uri) as loop:
-            loop.client = loop.top.client = LosesAnAnswer(loop.client, lost)
+        with DeliveryLoop(tmp_path / "run", sqlite_uri, client=LosesAnAnswer(client, lost)) as loop:  # type: ignore
             try:
                 assert loop.run_once()
                 run_id = loop.top.state.run_id
@@ -446,7 +445,7 @@ def test_an_older_sqlite_file_is_copied_and_migrated(tmp_path: Path) -> None:
         config.attributes["connection"] = connection
         command.upgrade(config, older)
     engine.dispose()
-    delivery_server.prepare_sqlite(uri)
+    server.prepare_sqlite(uri)
     assert MlflowClient(uri).get_experiment("0").artifact_location.endswith("old/mlartifacts/0")
     for file, revision in ((path, head), (tmp_path / "old" / f"mlflow.db.before-{older}", older)):
         with contextlib.closing(sqlite3.connect(file)) as db:
@@ -457,7 +456,7 @@ def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
     text = tmp_path / "text.db"
     text.write_text("this is no database, though it is long enough to be taken for one" * 20)
     with pytest.raises(UserError, match="not a SQLite database"):
-        delivery_server.prepare_sqlite(f"sqlite:///{text}")
+        server.prepare_sqlite(f"sqlite:///{text}")
 
 
 @pytest.mark.parametrize(
@@ -482,7 +481,7 @@ def test_refusals_of_a_server_name_what_would_do() -> None:
 
     uri = "http://user:secret@server"
     for status, words in ((401, "password"), (403, "permission"), (404, "no MLflow at this address")):
-        text = delivery_server.explain(MlflowException("no", error_code=get_error_code(status)), uri)
+        text = server.explain(MlflowException("no", error_code=get_error_code(status)), uri)
         assert words in text
         assert "secret" not in text
 

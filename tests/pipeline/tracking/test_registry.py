@@ -68,15 +68,14 @@ def test_a_student_becomes_a_version_once(store: str, tmp_path: Path) -> None:
     assert aliases(client) == {"challenger": str(newest.version)}
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_registering_survives_a_crash_at_every_step(sqlite_uri: str, tmp_path: Path, after: bool) -> None:
     steps = 0
     for step in range(1, 100):
         folder = tmp_path / f"run {step}"
         record(folder, NAME, {"student.safetensors": b"weights"}, TAGS)
         fragile = Fragile(MlflowClient(sqlite_uri), step, after)
-        with DeliveryLoop(folder, sqlite_uri) as loop:
-            loop.client = loop.top.client = fragile
+        with DeliveryLoop(folder, sqlite_uri, client=fragile) as loop:  # type: ignore[arg-type]
             try:
                 loop.run_once(final=True)
                 break
@@ -145,7 +144,7 @@ def state(client: MlflowClient) -> Any:
     return aliases(client), dict(model.tags), tags
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("plan", "undo"), [(PLAN, BACK), (BACK, PLAN)], ids=["promotion", "rollback"])
 def test_a_move_that_breaks_off_anywhere_is_finished_by_the_next_call(
     client: MlflowClient, plan: dict[str, Any], undo: dict[str, Any], after: bool
