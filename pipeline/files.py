@@ -149,6 +149,9 @@ def remove_parts(folder: Path) -> None:
 def acquire(path: Path, *, shared: bool = False, patience: float | None = None) -> int | None:
     """Lock a file, created if missing and never replaced; the lock ends with `release` or with the process.
 
+    The package `filelock` would not do: here forked workers keep the lock of a killed trainer, readers share it, its
+    descriptor passes from one journal to the next, and a file that was removed while we waited does not count.
+
     Args:
         path: a file that serves only as a lock, in an existing folder.
         shared: several holders may share it.

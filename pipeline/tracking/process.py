@@ -71,6 +71,7 @@ class Process:
         self.options = options
         self.trainer = trainer
         self._ours = ours
+        self._uri: str = options.uri
         self._finishing = False
         self._leave_by = float("inf")
         self._client: MlflowClient | None = None
@@ -79,9 +80,9 @@ class Process:
 
     def run(self) -> int:
         try:
-            self.options.uri = urls.tracking(self.options.uri)
+            self._uri = urls.tracking(self._uri)
             # a restarted process does not give up its run over an outage
-            self._client = server.connect(self.options.uri, answers=not self.options.again)
+            self._client = server.connect(self._uri, answers=not self.options.again)
             paths = {uri: fetch(self._client, uri, dest) for uri, dest in self.options.fetch}
             self.trainer.tell("connected", fetched=paths)
             server.patience(server.LATER_PATIENCE, self._ours)
@@ -91,7 +92,7 @@ class Process:
 
             with DeliveryLoop(
                 self.options.folder,
-                self.options.uri,
+                self._uri,
                 client=self._client,
                 adopt=self.options.adopt,
                 resume=self.options.resume,
@@ -139,7 +140,7 @@ class Process:
                 self._failed(error, failures)
                 if time.monotonic() > self._leave_by:
                     log.error("gave up; `%s %s` delivers the rest later", DELIVER, self.options.folder)
-                    self.trainer.tell("finished", delivered=False, reason=server.explain(error, self.options.uri))
+                    self.trainer.tell("finished", delivered=False, reason=server.explain(error, self._uri))
                     return 1
                 self._answer(pause, leave_early=not self._urgent())
                 pause = min(2 * pause, BACKOFF_S[1] if not self._urgent() else 5.0)
@@ -153,7 +154,7 @@ class Process:
 
     def _failed(self, error: Exception, failures: int) -> None:
         """Before the run exists, leave errors to the trainer; afterwards end only on what no retry can fix."""
-        message = server.explain(error, self.options.uri)
+        message = server.explain(error, self._uri)
         log.warning("attempt %d: %s", failures, message)
         refusal = lasting(error)
         denied = getattr(error, "error_code", "") in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
@@ -190,18 +191,22 @@ class Process:
             if ask == "finish":
                 self._finishing = True
                 return
-            self.trainer.tell("answer", id=number, **self._answer_to(ask, values, request.get("again", False)))
+            assert self._client is not None
+            answer = answer_to(self._client, self._loop, ask, values, request.get("again", False))
+            self.trainer.tell("answer", id=number, **answer)
 
-    def _answer_to(self, ask: str, values: dict[str, Any], again: bool = False) -> dict[str, Any]:
-        """`again`: the process that was asked before was killed before it had answered."""
-        assert self._client is not None
-        if ask == "forget":  # it asks nothing of the server
-            if self._loop is not None:  # else nothing is followed
-                self._loop.forget(Path(values["folder"]))
-            return {"value": None}
-        if again and ask == "move" and moves.already_made(self._client, **values):
-            return {"value": None}
-        return requests.answer(self._client, ask, values)
+
+def answer_to(
+    client: MlflowClient, loop: DeliveryLoop | None, ask: str, values: dict[str, Any], again: bool = False
+) -> dict[str, Any]:
+    """Answer a request; `again`: the process asked before was killed before it had answered."""
+    if ask == "forget":  # it asks nothing of the server
+        if loop is not None:  # else nothing is followed
+            loop.forget(Path(values["folder"]))
+        return {"value": None}
+    if again and ask == "move" and moves.already_made(client, **values):
+        return {"value": None}
+    return requests.answer(client, ask, values)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
@@ -28,7 +27,7 @@ from pipeline.tracking import start
 from pipeline.tracking.client import STARTS, Delivery
 from pipeline.tracking.faults import lasting
 from pipeline.tracking.follow import DeliveryLoop
-from pipeline.tracking.process import Process
+from pipeline.tracking.process import answer_to
 from pipeline.tracking.server import prepare_sqlite
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -139,15 +138,13 @@ def test_a_move_of_aliases_that_is_asked_for_again_is_made_once(sqlite_uri: str,
     before, after = {"champion": "1", "previous": None}, {"champion": "2", "previous": "1"}
     plan = {"before": before, "after": after, "past": ["1"], "tags": {"2": {"a": "b"}}, "version": "2", "run": "r",
             "why": "w"}  # fmt: skip
-    process = Process(argparse.Namespace(uri=sqlite_uri, again=False), None, set())  # type: ignore[arg-type]
-    process._client = client
     for again in (True, True, False):  # nothing was done before; all was; and somebody else asks for the same
-        answer = process._answer_to("move", {"name": "m", "plan": plan}, again)
+        answer = answer_to(client, None, "move", {"name": "m", "plan": plan}, again)
         assert ("error" in answer) is not again, answer
         assert {k: str(v) for k, v in client.get_registered_model("m").aliases.items()} == after
         assert client.get_model_version("m", "2").tags["a"] == "b"
     stays = plan | {"before": after, "after": after, "tags": {"1": {"verdict": "refused"}}, "version": "1"}
-    assert "error" not in process._answer_to("move", {"name": "m", "plan": stays}, again=True)
+    assert "error" not in answer_to(client, None, "move", {"name": "m", "plan": stays}, again=True)
     assert client.get_model_version("m", "1").tags["verdict"] == "refused"
 
 
