@@ -1,4 +1,4 @@
-"""Whether a run would work here: what is installed, devices, where runs go, data; one screen."""
+"""Check whether a run would work here: packages, devices, where runs go, data; one screen."""
 
 import importlib.metadata
 import importlib.util
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.compose import cli
 from pipeline.config import Config
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
@@ -22,7 +23,7 @@ MARKS = {True: "ok  ", False: "FAIL", None: "note"}
 
 
 class Finding(NamedTuple):
-    """One line: `good` is None for what is worth knowing but stops nothing."""
+    """One line; `good` is None for what is worth knowing but stops no run."""
 
     good: bool | None
     topic: str
@@ -30,7 +31,7 @@ class Finding(NamedTuple):
 
 
 def examine(config: Config) -> Iterator[Finding]:
-    """Findings, the cheap ones first."""
+    """Check everything, cheap checks first."""
     for check in (_python, _packages, _devices, _environment_managers, _output, _tracking, _data):
         yield from _guarded(check, config)
 
@@ -103,7 +104,7 @@ def _output(config: Config) -> Iterator[Finding]:
 
 def _tracking(config: Config) -> Iterator[Finding]:
     if config.tracking.mode == "offline":
-        yield Finding(None, "tracking", "off line: journals are delivered later")
+        yield Finding(None, "tracking", "off line: journals can be delivered later")
         return
     uri = tracking_uri(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,11 +123,11 @@ def _data(config: Config) -> Iterator[Finding]:
     yield Finding(True, "data", f"{data.name}: {images}, digest {data.digest[:12]}")
 
 
-def report(config: Config) -> int:
+def report(config: Config, command: cli.Command) -> int:
     """Print the findings; 1 if a run would fail, else 0."""
     failed = False
     for finding in examine(config):
         failed |= finding.good is False
         print(f"{MARKS[finding.good]}  {finding.topic:<13} {finding.detail}", flush=True)
-    print("a run would fail: mend the lines marked FAIL" if failed else "a run would work")
+    print("a run would fail: fix the lines marked FAIL" if failed else "a run would work")
     return int(failed)

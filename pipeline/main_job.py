@@ -11,6 +11,7 @@ from pipeline.distill.train import images, prepare
 from pipeline.errors import UserError
 from pipeline.evaluate import source
 from pipeline.journal import read_header
+from pipeline.runs import opening
 from pipeline.runs.folders import STUDENT
 from pipeline.runs.run import Run
 from pipeline.training import distributed
@@ -59,7 +60,7 @@ def _nested(parent: Run, step: str, key: str, config: Config, job: Callable[[Run
     """Run a job as a nested run, unless an earlier, interrupted start has finished it; its results."""
     done = parent.finished_child(key)
     if done is None:
-        run = parent.child(step, key, config)
+        run = opening.child(parent, step, key, config)
         with run.nested():
             job(run)
         distributed.barrier()

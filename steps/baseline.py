@@ -1,9 +1,21 @@
-"""Train the student alone, with cross-entropy only: `python -m steps.baseline cfg=quickstart`."""
+"""Train the student alone, with cross-entropy only: what distillation is compared with.
+
+python -m steps.baseline cfg=quickstart
+python -m steps.baseline cfg=quickstart model.student.name=cifar_resnet8x4 seed=1
+"""
 
 import sys
 
 from pipeline.config.variants import student_alone
-from pipeline.runs.step import execute
+from pipeline.runs.step import Step
+
+STEP = Step(
+    "baseline",
+    __doc__,
+    request=lambda config, command: (student_alone(config), None),
+    job="pipeline.distill.distill:distill",
+)
+main = STEP.main
 
 if __name__ == "__main__":
-    sys.exit(execute("baseline", "pipeline.distill.distill:distill", variant=student_alone))
+    sys.exit(main())

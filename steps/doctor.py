@@ -1,27 +1,18 @@
-"""Say whether a run would work here: `python -m steps.doctor [cfg=quickstart]`."""
+"""Check whether a run would work here: packages, devices, folders, the tracking server, data.
+
+    python -m steps.doctor cfg=quickstart
+
+Exit codes: 0 a run would work, 1 it would fail, 2 the configuration itself is wrong.
+"""
 
 import sys
 
-from pipeline.compose import cli
-from pipeline.errors import UserError
-from pipeline.runs.step import configuration
+from pipeline.compose.help import ELSEWHERE
+from pipeline.runs.step import Step
 
-
-def main(argv: list[str]) -> int:
-    """Exit code 0 if a run would work, 1 if it would fail, 2 for a configuration that is itself wrong."""
-    try:
-        command = cli.parse(argv)
-        if command.help:
-            print(cli.help_text("doctor", command.cfg))
-            return 0
-        config = configuration(command)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    from pipeline.doctor import report
-
-    return report(config)
-
+KEYS = ("dataset.name", "dataset.root", "dataset.path", "model.student.name", *ELSEWHERE)
+STEP = Step("doctor", __doc__, act="pipeline.doctor:report", keys=KEYS)
+main = STEP.main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

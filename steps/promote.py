@@ -1,55 +1,44 @@
-"""Promote a registered student, or not: `python -m steps.promote cfg=quickstart name=<model>`.
+"""Promote a registered student if the gate passes; or roll back, or retire a version.
+
+    python -m steps.promote cfg=quickstart name=<model> dry_run=true
+    python -m steps.promote cfg=quickstart name=<model> version=3 gate.alpha=0.01
+    python -m steps.promote name=<model> rollback=true reason='wrong labels'
 
 Exit codes: 0 promoted (or rolled back, or retired), 3 refused by the gate, 2 bad input.
 """
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from pipeline.compose import cli
+from pipeline.compose.help import ELSEWHERE
 from pipeline.config import Config
-from pipeline.errors import UserError
-from pipeline.promote import request as plans
+from pipeline.promote import request
 from pipeline.promote.registered_model import Registry
-from pipeline.promote.request import OWN
-from pipeline.runs.step import execute
-
-if TYPE_CHECKING:
-    from pipeline.runs.run import Run
-    from pipeline.tracking.client import Delivery
+from pipeline.promote.request import Plan
+from pipeline.runs.step import Step
+from pipeline.tracking.client import Delivery
 
 
-def main(argv: Sequence[str]) -> int:
-    """The keys of `OWN` are the step's own."""
-    try:
-        own, rest = cli.take(argv, OWN)
-    except UserError:
-        return execute("promote", "", list(argv))  # which says what is wrong with them
-    if "--help" in rest:
-        print("\n".join(f"  {key}: {words}" for key, words in OWN.items()) + "\n")
-    made: list[plans.Plan] = []
-    configs: list[Config] = []
+def ask(plan: Plan, config: Config, delivery: Delivery) -> None:
+    """Refuse what the registry cannot do, before there is a run."""
+    versions = request.check(plan, Registry(delivery, plan.name))
+    if versions:
+        from pipeline.promote.promote import same_data  # late: it imports torch
 
-    def planned(config: Config) -> Config:
-        made.append(plans.make(config, own))
-        configs.append(config)
-        return plans.prepared(config, made[0])
+        same_data(config, plan.name, versions)
 
-    def ask(delivery: "Delivery") -> None:
-        versions = plans.check(made[0], Registry(delivery, made[0].name))
-        if versions:
-            from pipeline.promote.promote import same_data  # late: it imports torch
 
-            same_data(configs[0], made[0].name, versions)
-
-    def job(run: "Run") -> float | None:
-        from pipeline.promote.promote import promote
-
-        return promote(run, made[0])
-
-    return execute("promote", job, rest, planned, dry_run=lambda config: made[0].words(), own=OWN, ask=ask)
-
+KEYS = ("dataset.name", "dataset.root", "dataset.path", "dataset.eval_batch_size", *ELSEWHERE)
+STEP = Step(
+    "promote",
+    __doc__,
+    request.OWN,
+    request.read,
+    "pipeline.promote.promote:promote",
+    words=Plan.words,
+    ask=ask,
+    keys=KEYS,
+)
+main = STEP.main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -19,6 +19,7 @@ from pipeline.config import Config
 from pipeline.data.sources import ImageData
 from pipeline.distill import networks, teachers, train
 from pipeline.errors import Pruned
+from pipeline.runs.opening import open_run
 from pipeline.runs.run import Run
 from pipeline.training.checkpoint import Copy, Saved, Slots
 from pipeline.training.loop import Loop, Verdict
@@ -109,7 +110,7 @@ class Ours:
             make_teachers(case, data, folder, device)
         self.config = case.config(folder, rounds, str(device), more)
         train.prepare(self.config)
-        self.run = Run.open("distill", self.config)
+        self.run = open_run("distill", self.config)
         self.slots = ClockedSlots(self.run.slots.folder)
         self.loop, self.task = make_loop(self.run, self.config, data, device, self.slots)
         self.run.ready()
@@ -135,7 +136,7 @@ class Ours:
 
     def close(self) -> None:
         """End the run and its delivery."""
-        self.run.close("FINISHED", "completed", 0)
+        self.run.close()
 
 
 def make_loop(

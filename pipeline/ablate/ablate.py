@@ -22,7 +22,7 @@ from pipeline.errors import NonFinite, UserError
 from pipeline.files import read_state, warn_once, write_atomically
 from pipeline.journal import read_entries
 from pipeline.paths import REPOSITORY
-from pipeline.runs import records
+from pipeline.runs import opening, records
 from pipeline.runs.folders import STUDENT, ended, folders_with, header_of
 from pipeline.runs.run import Run, tracking_uri
 from pipeline.training.bank.policy import bank_use
@@ -156,7 +156,7 @@ def _finished_here(root: Path, wanted: set[str]) -> dict[str, Path]:
 
 
 def _train(run: Run, child: Child) -> None:
-    nested = run.child("distill", child.key, child.config, child.name)
+    nested = opening.child(run, "distill", child.key, child.config, child.name)
     parent = rungs.known()[str(child.config.rung)].parent
     nested.journal.tags({"asib.parent_rung": parent or "none"})
     with nested.nested():

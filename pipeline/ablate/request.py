@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.compose import cli, rungs
+from pipeline.compose.compose import compose
 from pipeline.config import Config, config_hash, source_digest
 from pipeline.config.describe import written
 from pipeline.config.identity import canonical
@@ -17,7 +18,7 @@ from pipeline.training.bank.policy import shared
 
 logger = logging.getLogger("asib")
 OWN = {
-    "rungs": "names of rungs, or ladder (the default) or all",
+    "rungs": "names of rungs, ladder (the default), or all; table prints what each rung changes",
     "seeds": "such as 0,1,2; by default the value of seed",
     "force": "true: rerun what has finished",
 }
@@ -35,8 +36,25 @@ class Plan:
     digest: str
 
 
-def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Plan:
-    """Read the step's own keys. Raises UserError: unknown rungs, rungs that do not fit the configuration."""
+def print_table(config: Config, command: cli.Command) -> int | None:
+    """Print what the rungs change, for `rungs=table`, and return 0; None for other rungs."""
+    if command.own.get("rungs") != "table":
+        return None
+    print(table(compose(command.cfg or rungs.ROOT, command.overrides)))
+    return 0
+
+
+def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
+    """Read the step's own keys; the configuration is the parent run's, which may continue an interrupted ablation.
+
+    Raises:
+        UserError: unknown rungs, or rungs that do not fit the configuration.
+    """
+    plan = _plan(config, command.own, command.overrides)
+    return _parent(config, plan), plan
+
+
+def _plan(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Plan:
     cli.one_process("ablate", "start single rungs with torchrun -m steps.distill cfg=<rung>")
     names = rungs.read_names(own.get("rungs") or "ladder")
     seeds = rungs.read_seeds(own.get("seeds") or str(config.seed))
@@ -65,7 +83,7 @@ def table(cfg: Config) -> str:
     return tables.markdown(["rung", "over", "changes"], rows, left=3)
 
 
-def prepared(config: Config, plan: Plan) -> Config:
+def _parent(config: Config, plan: Plan) -> Config:
     """The parent's configuration: its name, and the interrupted ablation that it continues."""
     if config.resume is None:
         before = interrupted(output_dir(config), "ablate", PLAN_TAG, plan.digest)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.compare import compare, report
+from pipeline.compare.request import Request
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
 from pipeline.journal import read_entries
@@ -16,13 +17,10 @@ from pipeline.runs.run import Run
 logger = logging.getLogger("asib")
 
 
-def compare_runs(run: Run, parent: str, names: Sequence[str], anyway: bool = False) -> float | None:
-    """Compare the nested runs of `parent`, or the named runs; the report goes to this run and to the parent.
-
-    Args:
-        anyway: even if a comparison is unfair.
-    """
-    found = compare.compare(_nested(run, parent) if parent else _read(run, names), anyway)
+def compare_runs(run: Run, request: Request) -> float | None:
+    """Compare the nested runs of a parent, or the named runs; log the report to this run and to the parent."""
+    parent = request.parent
+    found = compare.compare(_nested(run, parent) if parent else _read(run, request.runs), request.anyway)
     run.ready()
     paths = report.write(found, run.folder / "comparison")
     for path in paths:

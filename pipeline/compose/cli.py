@@ -1,25 +1,15 @@
-"""The command line of the steps, as people type it and as `mlflow run` passes it, and the text of `--help`.
-
-Imports neither torch nor MLflow: `--help` answers at once.
-"""
+"""The command line of a step, as people type it and as `mlflow run` passes it."""
 
 import os
-import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-from pydantic import BaseModel
-
-from pipeline.compose.groups import groups
 from pipeline.config import Config
-from pipeline.config.describe import expects, is_list_of_sections, is_text, section_of, written
 from pipeline.config.names import suggestion
 from pipeline.config.numbers import processes
 from pipeline.errors import UserError
 from pipeline.paths import is_plain, printable
 
-WIDTH = 100
 TRUE = ("true", "1", "yes", "on")
 FALSE = ("false", "0", "no", "off")
 _BRACKETS = {"]": "[", "}": "{", ")": "("}
@@ -27,25 +17,40 @@ _BRACKETS = {"]": "[", "}": "{", ")": "("}
 
 @dataclass(frozen=True)
 class Command:
-    """A parsed command line; `overrides` in the given order, for `compose`."""
+    """A parsed command line.
+
+    Attributes:
+        overrides: in the order given, for `compose`.
+        help: what `--help` was given to explain: "" for the step, "all", or a group of keys; None without `--help`.
+        own: the step's own keys, which the schema does not know.
+    """
 
     cfg: str | None = None
     overrides: tuple[str, ...] = ()
-    help: bool = False
+    help: str | None = None
     debug: bool = False
+    own: Mapping[str, str] = field(default_factory=dict)
 
 
-def parse(argv: Sequence[str]) -> Command:
-    """Read `cfg=x a.b=1`, `--cfg x --a.b 1`, `--a.b=1`, `overrides="a=1 b=[1,2]"`, `--debug`, `--help`.
+def parse(argv: Sequence[str], own: Collection[str] = ()) -> Command:
+    """Parse `cfg=x a.b=1`, `--cfg x --a.b 1`, `--a.b=1`, `overrides="a=1 b=[1,2]"`, `--debug`, `--help [topic]`.
 
     Empty values of `cfg`, `overrides` and keys without a dot are parameters that `mlflow run` passes unset: ignored.
 
+    Args:
+        own: the step's own keys, and prefixes of keys that end with a dot.
+
+    Example:
+        >>> command = parse(["--rungs", "ladder", "cfg=quickstart", "method.tau=2"], ["rungs"])
+        >>> command.cfg, command.overrides, command.own
+        ('quickstart', ('method.tau=2',), {'rungs': 'ladder'})
+
     Raises:
-        UserError: an argument that is neither a flag nor key=value.
+        UserError: an argument is neither a flag nor key=value.
     """
     cfg: str | None = None
-    overrides: list[str] = []
-    wants_help = False
+    texts: list[str] = []
+    topic: str | None = None
     for argument in argv:
         if not is_plain(argument):
             key = argument.removeprefix("--").partition("=")[0]
@@ -55,39 +60,32 @@ def parse(argv: Sequence[str]) -> Command:
             )
     for key, value in _pairs(list(argv)):
         if key == "help":
-            wants_help = True
+            topic = value.strip()
         elif key == "cfg":
             cfg = value.strip() or cfg
         elif key == "overrides":
-            overrides += split_overrides(value)
+            texts += split_overrides(value)
         elif key.startswith("~") and not value:
-            overrides.append(key)
+            texts.append(key)
         elif value.strip() or "." in key:
-            overrides.append(f"{key}={value}")
-    return Command(cfg, tuple(overrides), wants_help, _debug(overrides))
+            texts.append(f"{key}={value}")
+    taken, overrides = _take(texts, own)
+    return Command(cfg, tuple(overrides), topic, _debug(overrides), taken)
 
 
-def take(argv: Sequence[str], own: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """A step's own keys, which the schema does not know, and the other arguments.
-
-    Args:
-        own: keys, and prefixes of keys that end with a dot.
-
-    Example:
-        >>> take(["--rungs", "ladder", "cfg=quickstart", "method.tau=2"], ["rungs"])
-        ({'rungs': 'ladder'}, ['cfg=quickstart', 'method.tau=2'])
-
-    Raises:
-        UserError: as `parse`.
-    """
-    command = parse(argv)
+def _take(texts: Sequence[str], own: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """Separate the step's own keys from the overrides of the configuration."""
+    taken: dict[str, str] = {}
+    rest: list[str] = []
     prefixes = tuple(key for key in own if key.endswith("."))
-    pairs = [(text, *text.partition("=")[::2]) for text in command.overrides]
-    mine = [key in own or key.startswith(prefixes) for _, key, _ in pairs]
-    rest = [text for (text, _, _), taken in zip(pairs, mine, strict=True) if not taken]
-    taken = {k: v.strip().strip("'\"") for (_, k, v), taken in zip(pairs, mine, strict=True) if taken}
-    first = [f"cfg={command.cfg}"] if command.cfg else []
-    return taken, [*first, *rest, *["--help"] * command.help]
+    for text in texts:
+        key, _, value = text.partition("=")
+        is_section = key in Config.model_fields and value.startswith("{")  # model={…} is never a model's name
+        if (key in own or key.startswith(prefixes)) and not is_section:
+            taken[key] = value.strip().strip("'\"")
+        else:
+            rest.append(text)
+    return taken, rest
 
 
 def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
@@ -95,7 +93,8 @@ def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
     while argv:
         argument = argv.pop(0)
         if argument in ("--help", "-h"):
-            yield "help", ""
+            is_topic = bool(argv) and "=" not in argv[0] and not argv[0].startswith(("-", "~"))
+            yield "help", argv.pop(0) if is_topic else ""
         elif argument == "--debug" and (not argv or argv[0].lower() not in TRUE + FALSE):
             yield "debug", "true"
         elif argument.startswith("--"):
@@ -111,7 +110,7 @@ def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
             key, _, value = argument.partition("=")
             yield _known_form(key, argument), value
         elif argument.strip():
-            raise UserError(f"{argument!r} is not key=value; did you mean cfg={argument}? --help lists all keys")
+            raise UserError(f"{argument!r} is not key=value; did you mean cfg={argument}? --help all lists all keys")
 
 
 def _known_form(key: str, argument: str) -> str:
@@ -197,73 +196,3 @@ def split_overrides(text: str) -> list[str]:
 def _unquoted(word: str) -> str:
     """`'a=x y'`, quoted as a whole, without its quotes."""
     return word[1:-1] if len(word) > 1 and word[0] in "'\"" and word[-1] == word[0] else word
-
-
-# ---------------------------------------------------------------------------------------------- help
-
-
-def help_text(step: str, cfg: str | None = None, overrides: Sequence[str] = ()) -> str:
-    """Usage and all keys by group, in 100 columns: default (or, with `cfg`, the composed value), what, type."""
-    config = None
-    if cfg or overrides:
-        from pipeline.compose.compose import compose
-
-        config = compose(cfg, overrides)
-    lines = [
-        f"usage: python -m steps.{step} [cfg=<name or file>] [key=value …] [--debug] [--help]",
-        f"       mlflow run . -e {step} [-P cfg=<name or file>] [-P key=value …] [-P overrides='a=1 b=[1,2]']",
-        "",
-        "cfg names a file of conf/experiment, or any YAML file. A key may also be written --key value.",
-        "Single items of lists: model.teachers.0.checkpoint=<file>.",
-        "Variables: TEACHER_PAIR=t1,t2 STUDENT METHOD SEED are overrides; DRY_RUN=1 shows what would be done.",
-        "",
-        *_groups_help(),
-    ]
-    if config is not None:
-        lines += [
-            "",
-            f"Values with {f'cfg={cfg}' if cfg else 'these overrides'}; * differs from the default, which follows it.",
-        ]
-    lines += ["", *_section_help(Config, config, "")]
-    for name, field in Config.model_fields.items():
-        section = section_of(field)
-        if section is not None:
-            doc = " ".join((section.__doc__ or "").split())
-            lines += ["", *textwrap.wrap(f"{name}: {doc}", WIDTH)]
-            lines += _section_help(section, getattr(config, name) if config is not None else None, f"{name}.")
-    return "\n".join(lines) + "\n"
-
-
-def _groups_help() -> list[str]:
-    lines = ["Groups (group=option):"]
-    for group, options in groups().items():
-        name = "cfg" if group == "experiment" else group
-        lines += textwrap.wrap(" ".join(options), WIDTH, initial_indent=f"  {name:<16}", subsequent_indent=" " * 18)
-    return lines
-
-
-def _section_help(section: type[BaseModel], values: BaseModel | None, prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        inner = section_of(field)
-        value = getattr(values, name) if values is not None else None
-        if inner is None:
-            yield from _key_help(prefix + name, field, field.default if values is None else value)
-        elif is_list_of_sections(field):
-            yield from textwrap.wrap(f"{prefix}{name}: {field.description}", WIDTH, initial_indent="  ")
-            given = list(value) if value else [None]
-            for i, item in enumerate(given):
-                yield from _section_help(inner, item, f"{prefix}{name}.{i}.")
-        elif prefix:  # sections of the top level have a heading of their own
-            yield from _section_help(inner, value if values is not None else field.default, f"{prefix}{name}.")
-
-
-def _key_help(name: str, field: Any, value: Any) -> list[str]:
-    """Key and value in the left columns, words in the right one."""
-    differs = value != field.default
-    left = f"{'*' if differs else ' '} {name} = {written(value)}" + (f"  [{written(field.default)}]" if differs else "")
-    words = field.description + ("" if is_text(field) else f" ({expects(field)})")
-    column = 48
-    if len(left) < column - 1:
-        return textwrap.wrap(words, WIDTH, initial_indent=f"{left:<{column}}", subsequent_indent=" " * column)
-    head = textwrap.wrap(left, WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False)
-    return head + textwrap.wrap(words, WIDTH, initial_indent=" " * column, subsequent_indent=" " * column)

@@ -99,7 +99,7 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
         lasts = {k.rsplit(".", 1)[-1]: k for k in known}
         best = near_miss(last, lasts)
         near = lasts[best] if best else near_miss(name, known)
-    hint = f"did you mean {near}?" if near else "--help lists all keys"
+    hint = f"did you mean {near}?" if near else "--help all lists all keys"
     return f"{name}: unknown key; {hint}"
 
 

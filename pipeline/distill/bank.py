@@ -11,7 +11,7 @@ from pipeline.config.places import output_dir
 from pipeline.data.batches import TrainBatches
 from pipeline.data.sources import ImageData
 from pipeline.paths import user_path
-from pipeline.runs.step import stop
+from pipeline.runs.signals import Stop
 from pipeline.training import distributed
 from pipeline.training.bank.cache import BankCache
 from pipeline.training.bank.lookup import BankedTeachers
@@ -68,7 +68,7 @@ def _open(
     return bank
 
 
-def build_ahead(task: Distillation) -> None:
+def build_ahead(task: Distillation, stop: Stop) -> None:
     """Fill a task's bank with everything that training will ask for, if its configuration says so.
 
     Raises:

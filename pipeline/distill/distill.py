@@ -72,7 +72,7 @@ def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Lo
             run.journal.model_input(teacher.made_by)
     run.journal.tags({"asib.bank": "off" if task.bank is None else bank_use(config).mode})
     try:
-        bank.build_ahead(task)
+        bank.build_ahead(task, run.stop)
         return data, task, train(run, task, data, hashes, watch=watch, bank=task.bank is not None)
     finally:
         bank.conclude(task)

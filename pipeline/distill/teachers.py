@@ -22,6 +22,7 @@ from pipeline.distill.results import write_results
 from pipeline.distill.train import load_data, prepare, threads_of, train
 from pipeline.files import read_state, write_atomically
 from pipeline.paths import REPOSITORY
+from pipeline.runs import opening
 from pipeline.runs.run import Run
 from pipeline.training import distributed
 from pipeline.training.methods.asib.fusion import Fusion, query_width
@@ -77,21 +78,24 @@ def keep(net: FeatureNet, run: Run, config: Config, data: ImageData, index: int)
     write_atomically(path.with_suffix(".json"), json.dumps({"journal": run.journal.id, "folder": str(run.folder)}))
 
 
-def obtain(run: Run, data: ImageData, student: FeatureNet, test: bool = True) -> list[Teacher]:
+def obtain(
+    run: Run, data: ImageData, student: FeatureNet, test: bool = True, config: Config | None = None
+) -> list[Teacher]:
     """All teachers of a run's configuration, in order; unsuitable ones are refused before anything is fine-tuned.
 
     Args:
         test: False where the test split must not be seen: those fine-tuned here are not evaluated on it.
+        config: instead of the run's.
 
     Raises:
         UserError: a checkpoint is missing or does not fit, or the teachers cannot be fused.
     """
-    config = run.config
+    config = config or run.config
     nets = _build(config, data, student)
     found: dict[int, Teacher] = {}
     order = sorted(range(len(nets)), key=lambda k: config.model.teachers[k].checkpoint is None)  # what is given first
     for index in order:
-        found[index] = _obtain(run, data, index, nets[index], test)
+        found[index] = _obtain(run, config, data, index, nets[index], test)
     return [found[index] for index in range(len(nets))]
 
 
@@ -120,8 +124,7 @@ def _key(config: Config, index: int) -> str:
     return f"model.teachers.{index}.checkpoint={config.model.teachers[index].checkpoint}"
 
 
-def _obtain(run: Run, data: ImageData, index: int, net: FeatureNet, test: bool) -> Teacher:
-    config = run.config
+def _obtain(run: Run, config: Config, data: ImageData, index: int, net: FeatureNet, test: bool) -> Teacher:
     spec = config.model.teachers[index]
     key, kept = _key(config, index), store(config, data, index)
     made_by: str | None = None
@@ -133,7 +136,7 @@ def _obtain(run: Run, data: ImageData, index: int, net: FeatureNet, test: bool) 
         if kept.exists():
             logger.info("teacher %d: %s, fine-tuned before", index, spec.name)
         else:
-            finetune(run, index, test)
+            finetune(run, index, test, config)
         path = kept if kept.exists() else run.folder / f"teacher_{index}" / WEIGHTS
         key = f"{path} (delete it to fine-tune anew)"
         made_by = (read_state(kept.with_suffix(".json")) or {}).get("journal")
@@ -158,17 +161,18 @@ def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | 
     return check_file(source, key), None
 
 
-def finetune(parent: Run, index: int, test: bool = True) -> dict[str, float]:
+def finetune(parent: Run, index: int, test: bool = True, config: Config | None = None) -> dict[str, float]:
     """A nested run that fine-tunes one teacher, and keeps it for other runs on this machine.
 
     Args:
         test: whether it is evaluated on the test split at its end.
+        config: instead of the parent's.
     """
     key = f"teacher_{index}"
     done = parent.finished_child(key)
     if done is not None:
         return done
-    run = parent.child("finetune", key, parent.config)
+    run = opening.child(parent, "finetune", key, config or parent.config)
     with run.nested():
         prepare(run.config, threads_of(run))
         data = load_data(run)

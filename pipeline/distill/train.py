@@ -20,7 +20,6 @@ from pipeline.distill import networks
 from pipeline.errors import NonFinite, UserError
 from pipeline.paths import REPOSITORY, user_path
 from pipeline.runs.run import Run
-from pipeline.runs.step import stop
 from pipeline.training import distributed
 from pipeline.training.checkpoint import pack, require_space, unpack
 from pipeline.training.compiling import compiles
@@ -116,7 +115,7 @@ def train(
         header,
         precision,
         device,
-        stop=stop,
+        stop=run.stop,
         every_seconds=config.checkpoint.every_seconds,
         watch=watch,
     )
@@ -126,7 +125,7 @@ def train(
         if config.extend:
             run.restate()
     run.ready()
-    with stop.between_batches(), logging_redirect_tqdm([logger]):
+    with run.stop.between_batches(), logging_redirect_tqdm([logger]):
         if precision.dtype is None:
             loop.run()
         else:

@@ -1,6 +1,5 @@
 """The request of `-e evaluate`: the step's own keys, read and checked before torch is imported."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.compose import cli
@@ -28,10 +27,14 @@ OWN = {
 
 @dataclass(frozen=True)
 class Request:
-    """The step's own keys but `model`, which becomes the configuration's `student`.
+    """The step's own keys except `model`, which becomes the configuration's `student`.
 
     Attributes:
         named: the key that the model was given by, for errors.
+
+    Example:
+        >>> Request(split="both").splits
+        ('train', 'test')
     """
 
     mode: str = "single"
@@ -47,14 +50,14 @@ class Request:
         return SPLITS[self.split]
 
 
-def read(own: Mapping[str, str]) -> Request:
-    """The keys that a command line gives. Raises UserError: a value that a key does not take.
+def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
+    """Read the step's own keys; `model` becomes the configuration's student.
 
-    Example:
-        >>> read({"split": "both"}).splits
-        ('train', 'test')
+    Raises:
+        UserError: a value that a key does not take, or keys that do not go together.
     """
-    return Request(
+    own = command.own
+    request = Request(
         mode=cli.choice(own, "mode", MODES),
         split=cli.choice(own, "split", tuple(SPLITS)),
         fusion=own.get("fusion") or None,
@@ -62,15 +65,12 @@ def read(own: Mapping[str, str]) -> Request:
         speed=cli.flag(own, "speed", default=True),
         named="model" if own.get("model") else "student",
     )
-
-
-def with_model(config: Config, model: str | None) -> Config:
-    """The configuration with `model=` as its student. Raises UserError: both are given, and differ."""
-    if not model:
-        return config
-    if config.student not in (None, model):
-        raise UserError(f"model={model} and student={config.student} name the same thing: give one of them")
-    return config.model_copy(update={"student": model})
+    if model := own.get("model"):
+        if config.student not in (None, model):
+            raise UserError(f"model={model} and student={config.student} name the same thing: give one of them")
+        config = config.model_copy(update={"student": model})
+    check(request, config)
+    return config, request
 
 
 def check(request: Request, config: Config) -> None:

@@ -2,25 +2,21 @@
 
 import hashlib
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.compose.groups import STUDENTS
-from pipeline.config.places import is_uri
 from pipeline.errors import UserError
-from pipeline.paths import user_path
+from pipeline.predict.request import Request, model_folder
 from pipeline.reporting import tables
 from pipeline.served import bundle
-from pipeline.served.picture_files import SUFFIXES, find, told
+from pipeline.served.picture_files import told
 from pipeline.served.pictures import Refused
 from pipeline.served.student_pyfunc import BATCH, Classifier
 
@@ -30,64 +26,9 @@ if TYPE_CHECKING:
     from pipeline.runs.run import Run
 
 logger = logging.getLogger("asib")
-TABLES = (".csv", ".parquet")
 TOP = 5
 SHOWN = 10
-"""Skipped files named in the log; skipped.csv lists all."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """The step's own keys; `files` lie under `images`, sorted, and so do those `ignored`; `to` None: the table stays in
-    the run's folder.
-    """
-
-    model: str
-    images: Path
-    files: tuple[Path, ...]
-    to: Path | None
-    ignored: tuple[str, ...] = ()
-
-    def words(self) -> str:
-        """What DRY_RUN=1 shows."""
-        return f"classify {len(self.files)} pictures in {self.images} with {self.model}"
-
-
-def parse(own: Mapping[str, str]) -> Request:
-    """Read the step's own keys. Raises UserError: one is missing or invalid."""
-    model, images, to = own.get("model", ""), own.get("images", ""), own.get("to", "")
-    if not model:
-        raise UserError("model is not set: give model=models:/<name>@<alias>, runs:/<id>, or a logged model's folder")
-    if not images:
-        raise UserError("images is not set: give images=<folder> with picture files")
-    folder = user_path(images, "images")
-    if not folder.is_dir():
-        raise UserError(f"images={images}: no such folder; give a folder with picture files")
-    try:
-        found, ignored = find(folder)
-    except OSError as error:
-        raise UserError(f"images={images}: {error.filename}: {error.strerror}; give another folder") from error
-    if not found:
-        raise UserError(f"images={images}: no {', '.join(SUFFIXES)} file in it, at any depth; give another folder")
-    if not is_uri(model):
-        _model_folder(model)
-    return Request(model, folder, tuple(sorted(map(Path, found))), _target(to) if to else None, tuple(ignored))
-
-
-def _model_folder(given: str) -> Path:
-    folder = user_path(given, "model")
-    if not folder.is_dir():
-        raise UserError(f"model={given}: no such folder; give {STUDENTS}")
-    return folder
-
-
-def _target(to: str) -> Path:
-    path = user_path(to, "to")
-    if path.suffix.lower() not in TABLES or path.is_dir():
-        raise UserError(f"to={to}: give a file that ends with {' or '.join(TABLES)}")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"to={to}: cannot write in {path.parent}; give a file in a folder that is there")
-    return path
+"""Skipped files named in the log; skipped.csv lists all of them."""
 
 
 # the job -------------------------------------------------------------------------------------------------------------
@@ -237,4 +178,4 @@ def locate(source: str, fetch: Callable[[str, Path], Path], to: Path) -> Path:
             return fetch(uri, to)
         except UserError as error:
             raise UserError(f"model={source}: {str(error).removeprefix(uri).lstrip(': ')}") from error
-    return _model_folder(source)
+    return model_folder(source)

@@ -8,8 +8,10 @@ import asyncio
 import functools
 import importlib.metadata
 import json
+import logging
 import os
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,14 +27,22 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from pipeline.compose import cli
+from pipeline.compose.groups import STUDENTS
+from pipeline.config import Config
+from pipeline.config.numbers import whole
 from pipeline.errors import UserError
 from pipeline.served.pictures import Refused
 from pipeline.served.student_pyfunc import Classifier, answers
+from pipeline.tracking import start
 
+MOST = 1 << 31
 CONNECTIONS = 256
 """At once; further ones are answered with 503."""
 LINGER_S, LINGER_BYTES = 1.0, 64 << 20
 """How long a refused body is still taken, so that its sender reads the refusal and not a broken connection."""
+
+logger = logging.getLogger("asib")
 
 
 @dataclass(frozen=True)
@@ -209,3 +219,30 @@ def load(source: str, fetch: Callable[[str, Path], Path], to: Path) -> tuple[Cla
 
     student = bundle.read(locate(source, fetch, to), f"model={source}")
     return bundle.load(student, f"model={source}"), student.version or source
+
+
+# the step ------------------------------------------------------------------------------------------------------------
+
+
+def serve(config: Config, command: cli.Command) -> int:
+    """Serve the student that the step's own keys name, until a signal arrives; the exit code. Raises UserError."""
+    own = command.own
+    source = own.get("model", "")
+    if not source:
+        raise UserError(f"model is not set: give model={STUDENTS}")
+    port = whole("port", own.get("port") or "5001", 0, 65535)
+    timeout = whole("timeout", own.get("timeout") or "60", high=MOST)
+    size = whole("max_bytes", own.get("max_bytes") or str(32 << 20), high=MOST)
+    limits = Limits(body=size, request=timeout)
+    uri = config.tracking.uri or start.default_uri()
+    with listen(own.get("host") or "127.0.0.1", port) as listening:
+        with tempfile.TemporaryDirectory(prefix="asib-served-") as folder:
+            classifier, version = load(source, lambda what, to: start.fetch_now(uri, what, to), Path(folder))
+        host, port = listening.getsockname()[:2]
+        address = f"[{host}]" if ":" in host else host
+        logger.info("serving %s on http://%s:%d", version, address, port)
+        try:
+            server(application(classifier, limits), limits).run(sockets=[listening])
+        except KeyboardInterrupt:
+            return 130
+    return 0

@@ -27,21 +27,21 @@ from pipeline.promote.gate import Verdict, judge
 from pipeline.promote.registered_model import Overview, Registry, Version
 from pipeline.promote.request import Plan, sides
 from pipeline.reporting import tables
+from pipeline.runs.ending import COMPLETED, Ending
 from pipeline.runs.run import Run
 from pipeline.served import bundle
 from pipeline.tracking.model_tags import CHAMPION, PAST, PREVIOUS
 
 logger = logging.getLogger("asib")
-REFUSED = 3
-"""Exit code of a promotion that the gate refuses."""
+PROMOTED, REFUSED = Ending("FINISHED", "promoted", 0), Ending("FINISHED", "refused", 3)
 FOLDER = "promotion"
 
 
-def promote(run: Run, plan: Plan) -> float | None:
-    """Carry out the plan; the outcome is the run's conclusion.
+def promote(run: Run, plan: Plan) -> Ending:
+    """Do what the plan asks for.
 
     Returns:
-        The improvement in points, if two versions were compared.
+        How the run ends: completed, promoted, or refused by the gate.
 
     Raises:
         UserError: bad input, another promotion under way, no permission; no alias has been moved.
@@ -69,7 +69,7 @@ def same_data(config: Config, name: str, versions: Sequence[Version]) -> None:
         contender.same_images(name, version, images(config), config)
 
 
-def _act(run: Run, plan: Plan, registry: Registry, why: Occasion, mended: dict[str, object] | None) -> float | None:
+def _act(run: Run, plan: Plan, registry: Registry, why: Occasion, mended: dict[str, object] | None) -> Ending:
     now = registry.overview()
     registry.warn(now.said)
     if mended is not None:
@@ -85,7 +85,7 @@ def _act(run: Run, plan: Plan, registry: Registry, why: Occasion, mended: dict[s
             _retire(run, plan, registry, now, why)
         case "promote":
             return _promote(run, plan, registry, now, why, mended)
-    return None
+    return COMPLETED
 
 
 def _as_if_finished(now: Overview, move: dict[str, Any]) -> Overview:
@@ -99,12 +99,11 @@ def _as_if_finished(now: Overview, move: dict[str, Any]) -> Overview:
 
 def _promote(
     run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasion, mended: dict[str, object] | None
-) -> float | None:
+) -> Ending:
     challenger, champion = sides(plan, registry, now, mended is not None)
     if challenger is None:
-        run.conclusion = ("promoted", 0)
         _conclude(run, f"{plan.name}: version {now.aliases[CHAMPION]} is the champion: its promotion is finished now")
-        return None
+        return PROMOTED
     prepare(run.config)
     data = load_data(run)
     both = {"challenger": challenger} | ({"champion": champion} if champion else {})
@@ -129,7 +128,9 @@ def _promote(
     for path in report.write(run.folder / FOLDER, verdict, plan.gate, labels, data.classes, correct):
         run.journal.artifact(path, FOLDER)
     _decide(run, plan, registry, now, why, challenger, champion, verdict)
-    return verdict.numbers.get("promotion/improvement")
+    if not verdict.passed:
+        return REFUSED
+    return COMPLETED if plan.dry_run else PROMOTED
 
 
 def _fetched(
@@ -200,10 +201,6 @@ def _decide(
             registry.ask("move", plan=decision.promotion(now, challenger, champion, tags, why))
         else:
             registry.ask("move", plan=decision.refusal(now, challenger, tags, why))
-    if verdict.passed:
-        run.conclusion = ("completed" if plan.dry_run else "promoted", 0)
-    else:
-        run.conclusion = ("refused", REFUSED)
     run.journal.tags(
         {
             "asib.verdict": tags["asib.verdict"],

@@ -49,12 +49,18 @@ class Plan:
         return does[self.action] + (", and move nothing" if self.dry_run else "")
 
 
-def make(config: Config, own: Mapping[str, str]) -> Plan:
-    """Read the step's own keys.
+def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
+    """Read the step's own keys; the configuration gets the run's name.
 
     Raises:
         UserError: no name, keys that exclude each other, a bad gate, tracking=offline.
     """
+    plan = make(config, command.own)
+    return cli.named(config, f"{plan.action} {plan.name}"), plan
+
+
+def make(config: Config, own: Mapping[str, str]) -> Plan:
+    """Read the step's own keys. Raises UserError as `read` does."""
     name = own.get("name", "")
     if not name:
         raise UserError("name is not set: give name=<registered model>")
@@ -79,11 +85,6 @@ def make(config: Config, own: Mapping[str, str]) -> Plan:
     if action != "promote" and (own.get("gate") or settings):
         raise UserError(f"{action} asks no gate: leave gate and gate.* out")
     return Plan(action, name, version or retire, gate, cli.flag(own, "dry_run"), reason)
-
-
-def prepared(config: Config, plan: Plan) -> Config:
-    """The run's configuration: its name."""
-    return cli.named(config, f"{plan.action} {plan.name}")
 
 
 def _check(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""How a run ends: what MLflow shows of it, its outcome and exit code, for each way out of a job."""
+"""How a run ends: status in MLflow, outcome and exit code, for each way out of a job."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from pipeline.files import disk_trouble
 
 
 class Ending(NamedTuple):
-    """Status, outcome, exit code and message as for `Journal.end`, and tags; in the order that `Run.close` takes."""
+    """Status, outcome, exit code and message as `Journal.end` takes them, and tags."""
 
     status: str
     outcome: str
@@ -22,7 +22,7 @@ COMPLETED = Ending("FINISHED", "completed", 0)
 
 
 def ending_of(error: BaseException) -> Ending:
-    """The end of a run whose job has raised `error`."""
+    """How a run ends whose job raised `error`."""
     match error:
         case Interrupted():
             return Ending("KILLED", "killed", 128 + error.signum)
@@ -40,7 +40,7 @@ def ending_of(error: BaseException) -> Ending:
 
 
 def understood(error: BaseException, folder: Path) -> BaseException:
-    """The error; where a full disk, or the removal of the run's folder, is behind it, the UserError that says so."""
+    """The error, or the UserError that explains it if the disk is full or the run's folder was removed."""
     if isinstance(error, UserError) or not isinstance(error, Exception):
         return error
     return disk_trouble(error, folder) or error

@@ -1,4 +1,4 @@
-"""Folders of runs on this machine: new ones, those of a name or with a file, those that did not come to their end."""
+"""Folders of runs on this machine: new ones, by name, by a file they hold, and interrupted ones."""
 
 import glob
 import secrets
@@ -20,13 +20,13 @@ FUSION = "checkpoints/fusion.safetensors"
 
 
 def fresh_folder(config: Config, step: str, mark: str | None = None) -> Path:
-    """Where a new run is to be; nothing is made yet."""
+    """The folder of a new run, which is not created yet."""
     return output_dir(config) / f"{time.strftime('%Y%m%d-%H%M%S')}-{step}-{mark or secrets.token_hex(3)}"
 
 
 @contextmanager
 def writable(config: Config) -> Iterator[None]:
-    """What the file system says of a new run folder, as one line."""
+    """Turn an OSError on a new run folder into a one-line UserError."""
     try:
         yield
     except OSError as error:
@@ -36,7 +36,7 @@ def writable(config: Config) -> Iterator[None]:
 
 
 def folders_with(root: Path, file: str) -> list[Path]:
-    """Folders anywhere below `root` that hold such a file, by path; deliveries may remove folders meanwhile."""
+    """Folders anywhere below `root` that hold `file`, sorted; deliveries may remove folders meanwhile."""
     return sorted((root / name).parent for name in glob.iglob(f"**/{file}", root_dir=root, recursive=True))
 
 
@@ -47,7 +47,7 @@ def find_folder(root: Path, name: str, key: str = "resume") -> Path | None:
         key: what names it, for errors.
 
     Raises:
-        UserError: a path that cannot be one.
+        UserError: the path is invalid.
     """
     given = user_path(name, key)
     if (given / "journal.jsonl").exists():
@@ -62,27 +62,27 @@ def find_folder(root: Path, name: str, key: str = "resume") -> Path | None:
 
 
 def header_of(folder: Path) -> Entry | None:
-    """The header of some run's journal; None where there is none, or (with one line) it is damaged."""
+    """The header of a run's journal; None without a journal, or (with a warning) if it is damaged."""
     try:
         return read_header(folder)
     except UserError as error:
-        warn_once(f"{error}: passed over")
+        warn_once(f"{error}: skipped")
         return None
 
 
 def ended(folder: Path) -> bool:
-    """Whether the journal in `folder` ends with a completed run."""
+    """Whether the run in `folder` has finished."""
     entries, _ = read_entries(folder / "journal.jsonl")
     return bool(entries) and entries[-1].kind == "end" and entries[-1].data["status"] == "FINISHED"
 
 
 def interrupted(root: Path, step: str, tag: str, value: str) -> Path | None:
-    """The newest run of `step` in `root` that has not finished, carries the tag, and that no process works on."""
+    """The newest unfinished run of `step` in `root` that has the tag and no live process."""
     return next((folder for folder in tagged(root, step, tag, value) if not ended(folder)), None)
 
 
 def tagged(root: Path, step: str, tag: str, value: str, alive: bool = False) -> Iterator[Path]:
-    """Runs of `step` in `root` that carry the tag, finished or not, the newest first; `alive`: those being written."""
+    """Runs of `step` in `root` with the tag, finished or not, newest first; `alive`: those a process is writing."""
     for folder in sorted((p.parent for p in root.glob("*/journal.jsonl")), reverse=True):
         header = header_of(folder)
         if header is None or header.data["tags"].get("asib.step") != step or writer_alive(folder) != alive:

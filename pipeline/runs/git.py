@@ -1,4 +1,4 @@
-"""What git says of the sources that run: their commit, and what they differ in from it."""
+"""The commit of the running sources, and how they differ from it."""
 
 import subprocess
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pipeline.paths import REPOSITORY
 
 
 def difference() -> str:
-    """From the commit; empty where there is none, and outside a repository."""
+    """The sources' diff from their commit; empty without changes, and outside a repository."""
     return _git("diff", "HEAD")
 
 

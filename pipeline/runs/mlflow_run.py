@@ -1,4 +1,4 @@
-"""The `mlflow run` command that has started this step, if one did."""
+"""The `mlflow run` command that started this step, if any."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def kill_mlflow_run_parent() -> int | None:
-    """SIGTERM the `mlflow run` that started this step, if one did, also through shells; its process id.
+    """Send SIGTERM to the `mlflow run` that started this step, directly or through shells; return its process id.
 
-    It would overwrite the run's status with FAILED when its child ends with a code other than 0. To be called when the
-    status is on the server, just before leaving.
+    It would overwrite the run's status with FAILED when its child ends with a code other than 0. Call this just before
+    leaving, when the status is on the server.
     """
     pid = os.getppid()
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Finished runs as comparisons read them: from their folders on this machine, or from the tracking server."""
+"""Runs as comparisons read them, from their folders on this machine or from the tracking server."""
 
 import json
 from collections import defaultdict
@@ -17,7 +17,7 @@ from pipeline.files import read_state, warn_once
 from pipeline.journal import damage, decode_number, read_entries, read_header
 
 HISTORIES = ("student/acc", "synergy/acc")
-"""Metrics of which a comparison shows curves."""
+"""Metrics that a comparison draws as curves."""
 PREDICTIONS = "predictions.npz"
 
 
@@ -27,9 +27,9 @@ class Record:
 
     Attributes:
         id: MLflow run id; off line the journal's.
-        config: dotted key -> value as it is written in an override.
+        config: dotted key -> value, as written in an override.
         metrics: the last value of each.
-        histories: of `HISTORIES`: (epoch, value).
+        histories: (epoch, value) of each metric in `HISTORIES`.
         correct: (n,) whether each test image was classified correctly; None for runs that stored no predictions.
     """
 
@@ -57,13 +57,13 @@ class Record:
 
 
 def from_folder(folder: Path) -> Record:
-    """The run in `folder`, as its journal has it; what is damaged there is said, and missing here.
+    """Read the run in `folder` from its journal; damaged entries are warned about and left out.
 
     Raises:
-        UserError: there is no journal, or its beginning is damaged.
+        UserError: there is no journal, or its header is damaged.
     """
     if read_header(folder) is None:
-        raise UserError(f"{folder}: there is no run in it")
+        raise UserError(f"{folder}: no run in this folder")
     tags: dict[str, str] = {}
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     header: Mapping[str, Any] = {}
@@ -101,7 +101,7 @@ def from_folder(folder: Path) -> Record:
 
 
 def from_server(folder: Path) -> Record:
-    """A run that `Delivery.read` has brought to `folder`."""
+    """Read a run that `Delivery.read` has downloaded to `folder`."""
     values = json.loads((folder / "record.json").read_text())
     return Record(
         id=values["id"],
@@ -117,19 +117,19 @@ def from_server(folder: Path) -> Record:
 
 
 def delivered_as(folder: Path, uri: str | None = None) -> str | None:
-    """The MLflow run id under which a folder was delivered (to `uri`, where that is given)."""
+    """The MLflow run id that a folder was delivered as (to `uri`, if given)."""
     values = read_state(folder / "delivery.json") or {}
     return values.get("run_id") or None if uri in (None, values.get("uri")) else None
 
 
 def delivered_whole(folder: Path) -> bool:
-    """Whether a server has everything that a folder's journal holds, and its end."""
+    """Whether a server has the whole journal of a folder, including its end."""
     values = read_state(folder / "delivery.json") or {}
     return bool(values.get("ended")) and values.get("offset", 0) >= (folder / "journal.jsonl").stat().st_size
 
 
 def _config(path: Path) -> dict[str, str]:
-    """A dumped configuration, flattened as MLflow's parameters are."""
+    """Flatten a dumped configuration as MLflow's parameters are."""
     if not path.exists():
         return {}
     flat: dict[str, str] = {}

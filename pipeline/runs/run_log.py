@@ -1,6 +1,7 @@
-"""The log of a run in its folder."""
+"""Where log lines go: the terminal, and the folder of a run."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,6 +10,16 @@ from pipeline import secrets
 from pipeline.files import explained
 
 logger = logging.getLogger("asib")
+
+
+def log_to_terminal() -> None:
+    """Show log lines on standard error, without secrets; only errors in processes other than torchrun's first."""
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(secrets.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+        logger.propagate = False
 
 
 @contextmanager

@@ -4,136 +4,134 @@ Torch is imported only after the configuration is known to be good (or when a va
 network, which the zoo alone knows).
 """
 
-import importlib
 import logging
 import os
+import pkgutil
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from pipeline import secrets
 from pipeline.compose import cli, shortcuts
 from pipeline.compose.compose import compose, dump
+from pipeline.compose.help import USUAL, step_help
 from pipeline.config import Config
 from pipeline.config.names import UnknownKey
 from pipeline.config.numbers import processes
 from pipeline.config.places import check_there
 from pipeline.errors import HelperFailed, Interrupted, NonFinite, UserError
-from pipeline.runs.ending import ending_of, understood
+from pipeline.runs.ending import COMPLETED, Ending, ending_of, understood
 from pipeline.runs.mlflow_run import kill_mlflow_run_parent
+from pipeline.runs.run_log import log_to, log_to_terminal
+from pipeline.runs.signals import Stop
 
 if TYPE_CHECKING:
     from pipeline.runs.run import Run
     from pipeline.tracking.client import Delivery
 
 logger = logging.getLogger("asib")
-Job = Callable[["Run"], float | None]
+Target = TypeVar("Target")
+Late: TypeAlias = str | Target
 
 
-class Stop:
-    """SIGTERM and SIGINT: the training loop asks between batches; anywhere else the first one ends the step at once."""
+@dataclass(frozen=True)
+class Step:
+    """A step, as its file in steps/ declares it. References are "module:name" and imported late, or functions.
 
-    def __init__(self) -> None:
-        self.signum = 0
-        self._in_loop = False
-
-    def __call__(self) -> int:
-        return self.signum
-
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.arrived)
-
-    @contextmanager
-    def between_batches(self) -> Iterator[None]:
-        """Inside, a signal is remembered for the loop, which leaves with a checkpoint; further ones change nothing."""
-        self._in_loop = True
-        try:
-            yield
-        finally:
-            self._in_loop = False
-
-    def arrived(self, number: int, frame: FrameType | None) -> None:
-        if self.signum:
-            return
-        self.signum = number
-        if not self._in_loop:
-            raise Interrupted(number)
-        logger.warning("signal %d: writing a checkpoint, then leaving", number)
-
-
-stop = Stop()
-
-
-def execute(
-    step: str,
-    job: str | Job,
-    argv: list[str] | None = None,
-    variant: Callable[[Config], Config] = lambda config: config,
-    dry_run: Callable[[Config], str] | None = None,
-    own: Collection[str] = (),
-    ask: "Callable[[Delivery], None] | None" = None,
-) -> int:
-    """Run a step from its command line.
-
-    Args:
-        step: its name, for `--help`, folders and tags.
-        job: "module:function" that takes the Run and returns the metric the step optimises, imported late; or itself.
-        argv: arguments without the program's name; None: sys.argv.
-        variant: what the step makes of the composed configuration.
-        dry_run: what DRY_RUN=1 prints below the configuration.
-        own: the step's own keys, which `argv` no longer has, for what is said of a misspelt one.
-        ask: asks the tracking server what it alone can tell of bad input, before there is a run; raises UserError.
-
-    Returns:
-        The exit code: 0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT, or what the
-        job concludes with (`Run.conclusion`).
+    Attributes:
+        name: for folders, tags and `--help`.
+        about: what `--help` begins with: the docstring of the step's file.
+        own: the step's own keys, with words; one that ends with a dot stands for every key that begins so.
+        request: makes of the configuration and the command line the run's configuration, and what the job is asked for
+            besides it (None: nothing); raises UserError.
+        job: takes the run, and the request where there is one; an `Ending` that it returns is the run's.
+        words: of a request, printed by DRY_RUN=1 below the configuration.
+        ask: asks the tracking server, given request, configuration and delivery, what it alone knows of bad input,
+            before there is a run; raises UserError.
+        act: does what makes no run, given the configuration and the command line, and returns the exit code; None:
+            there is a run to make.
+        keys: of the configuration, for `--help`.
     """
-    log_to_terminal()
-    arguments = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in arguments or "debug=true" in arguments  # until the arguments are understood
-    try:
-        command = cli.parse(arguments)
-        debug = command.debug
-        if command.help:
-            print(cli.help_text(step, command.cfg, command.overrides))
-            return 0
-        config = variant(configuration(command, own))
-        if shortcuts.wants_dry_run(os.environ):
-            _show(config, dry_run)
-            return 0
-        check_there(config, step)
-        rank, _ = processes(os.environ)
-        _check_device(step, config)
-    except UserError as error:
-        return _refuse(step, error, debug)
-    stop.install()
-    try:
-        if rank != 0:
-            return _follow(step, config, job)
-        run = _open(step, config, ask)
-        from pipeline.runs.run import log_to
 
+    name: str
+    about: str | None = None
+    own: Mapping[str, str] = field(default_factory=dict)
+    request: "Late[Callable[[Config, cli.Command], tuple[Config, Any]]] | None" = None
+    job: "Late[Callable[..., Ending | float | None]]" = ""
+    words: Callable[[Any], str] | None = None
+    ask: "Callable[[Any, Config, Delivery], None] | None" = None
+    act: "Late[Callable[[Config, cli.Command], int | None]] | None" = None
+    keys: tuple[str, ...] = USUAL
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Run the step from its command line.
+
+        Args:
+            argv: arguments without the program's name; None: sys.argv.
+
+        Returns:
+            The exit code: 0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT, or that
+            of the job's `Ending`.
+        """
+        log_to_terminal()
+        arguments = [*(sys.argv[1:] if argv is None else argv)]
+        debug = "--debug" in arguments or "debug=true" in arguments  # until the arguments are parsed
+        try:
+            command = cli.parse(arguments, self.own)
+            debug = command.debug
+            if command.help is not None:
+                print(step_help(self.name, self.about or "", self.own, self.keys, command), end="")
+                return 0
+            config = configuration(command, self.own)
+            debug = config.debug
+            code = None if self.act is None else _late(self.act)(config, command)
+            return self._run(config, command) if code is None else code
+        except Interrupted as error:
+            return 128 + error.signum  # before the run, or after its end: nothing is lost
+        except Exception as error:
+            said = understood(error, Path.cwd())
+            if isinstance(said, UserError):
+                return _refuse(self.name, said, debug)
+            raise
+
+    def _run(self, config: Config, command: cli.Command) -> int:
+        request = None
+        if self.request is not None:
+            config, request = _late(self.request)(config, command)
+        if shortcuts.wants_dry_run(os.environ):
+            _show(config, self.words(request) if self.words is not None else "")
+            return 0
+        check_there(config, self.name)
+        rank, _ = processes(os.environ)
+        _check_device(self.name, config)
+        stop = Stop()
+        stop.install()
+        given = () if request is None else (request,)
+        if rank != 0:
+            return _follow(self.name, config, stop, lambda run: _late(self.job)(run, *given))
+        delivery = None if self.ask is None else _asked(self.name, config, partial(self.ask, request, config))
+        from pipeline.runs.opening import open_run  # late, like the job: it imports torch
+
+        run = open_run(self.name, config, delivery, stop)
         try:
             with log_to(run.folder):
-                return _supervise(run, job)
+                return _supervise(run, lambda run: _late(self.job)(run, *given))
         except UserError:
             if run.pending:
                 run.discard()
             raise
-    except UserError as error:
-        return _refuse(step, error, config.debug)
-    except Interrupted as error:
-        return 128 + error.signum  # before the run, or after its end: nothing is lost
+
+
+def _late(target: "Late[Target]") -> "Target":
+    """The function that "module:name" names."""
+    return pkgutil.resolve_name(target) if isinstance(target, str) else target
 
 
 def _check_device(step: str, config: Config) -> None:
@@ -144,27 +142,6 @@ def _check_device(step: str, config: Config) -> None:
 
     if step not in DEVICELESS:
         device_of(config)
-
-
-def outside(step: str, argv: Sequence[str], act: Callable[[cli.Command], int]) -> int:
-    """A command of a step that makes no run of its own; refusals are said as `execute` says them.
-
-    Args:
-        act: what it does; returns the exit code.
-    """
-    log_to_terminal()
-    debug = "--debug" in argv
-    try:
-        command = cli.parse(argv)
-        debug = command.debug
-        return act(command)
-    except Interrupted as error:
-        return 128 + error.signum
-    except Exception as error:
-        said = understood(error, Path.cwd())
-        if isinstance(said, UserError):
-            return _refuse(step, said, debug)
-        raise
 
 
 def configuration(command: cli.Command, own: Collection[str] = ()) -> Config:
@@ -207,23 +184,16 @@ def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
     return path
 
 
-def _show(config: Config, dry_run: Callable[[Config], str] | None) -> None:
-    """DRY_RUN=1: the configuration as YAML, what would be done as a comment. Of several processes the first speaks."""
+def _show(config: Config, plan: str) -> None:
+    """DRY_RUN=1: print the configuration as YAML, and the plan as a comment; only the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
         print(dump(config), end="")
-        if dry_run is not None:
-            print("\n" + textwrap.indent(dry_run(config).rstrip(), "# "))
-
-
-def _open(step: str, config: Config, ask: "Callable[[Delivery], None] | None") -> "Run":
-    """The run; where its delivery is asked first and refuses, nothing is left of it. Raises UserError."""
-    delivery = _asked(step, config, ask) if ask is not None else None
-    from pipeline.runs.run import Run
-
-    return Run.open(step, config, delivery)
+        if plan:
+            print("\n" + textwrap.indent(plan.rstrip(), "# "))
 
 
 def _asked(step: str, config: Config, ask: "Callable[[Delivery], None]") -> "Delivery":
+    """Start a new run's delivery, and ask it; where the answer is a refusal, nothing is left. Raises UserError."""
     from pipeline.runs.folders import fresh_folder, writable
     from pipeline.tracking import start
 
@@ -239,21 +209,14 @@ def _asked(step: str, config: Config, ask: "Callable[[Delivery], None]") -> "Del
     return delivery
 
 
-def _call(job: str | Job, run: "Run") -> None:
-    if isinstance(job, str):
-        module, function = job.split(":")
-        getattr(importlib.import_module(module), function)(run)
-    else:
-        job(run)
-
-
-def _supervise(run: "Run", job: str | Job) -> int:
+def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> int:
+    """Run the job, end the run as the job has ended, and return the exit code."""
     from pipeline.training import distributed
 
     try:
         distributed.join()
         distributed.first_process_says(str(run.folder))
-        _call(job, run)
+        found = job(run)
     except (Interrupted, Exception) as raised:
         error = understood(raised, run.folder)
         if isinstance(error, UserError) and run.pending:
@@ -265,27 +228,27 @@ def _supervise(run: "Run", job: str | Job) -> int:
         elif not isinstance(error, Interrupted):
             logger.error("the run failed", exc_info=error)
         ending = ending_of(error)
-        run.close(*ending)
+        run.close(ending)
         if isinstance(error, Interrupted):
-            _leave_mlflow_run()
+            kill_mlflow_run_parent()  # it would overwrite KILLED with FAILED (docs/tracking.md)
         return ending.exit_code
-    outcome, code = run.conclusion
-    run.close("FINISHED", outcome, code)
-    if code:
-        _leave_mlflow_run()
-    return code
+    ending = found if isinstance(found, Ending) else COMPLETED
+    run.close(ending)
+    if ending.exit_code:
+        kill_mlflow_run_parent()  # likewise a refusal's FINISHED
+    return ending.exit_code
 
 
-def _follow(step: str, config: Config, job: str | Job) -> int:
-    """Another process than torchrun's first: trains along, and leaves record and messages to the first."""
-    from pipeline.runs.run import Run
+def _follow(step: str, config: Config, stop: Stop, job: "Callable[[Run], Ending | float | None]") -> int:
+    """Train along in another process than torchrun's first, which alone keeps the record and speaks."""
+    from pipeline.runs.opening import follow
     from pipeline.training import distributed
 
     logger.setLevel(logging.ERROR)
     distributed.join()
-    run = Run.follow(step, config, Path(distributed.first_process_says("")))
+    run = follow(step, config, Path(distributed.first_process_says("")), stop=stop)
     try:
-        _call(job, run)
+        job(run)
     except Interrupted as error:
         return 128 + error.signum
     except UserError:
@@ -296,7 +259,7 @@ def _follow(step: str, config: Config, job: str | Job) -> int:
 
 
 def _refuse(step: str, error: UserError, debug: bool) -> int:
-    """Bad input before there was a run: one line; the run that `mlflow run` has made ends FAILED with it."""
+    """Report bad input in one line, before there is a run; a run that `mlflow run` has made ends FAILED with it."""
     if debug:
         traceback.print_exception(error)
     logger.error("%s", error)
@@ -320,18 +283,3 @@ def _fail_adopted_run(step: str, message: str) -> None:
         delivery = start.start_delivery(folder)
         journal.end("FAILED", "refused", 2, message)
         delivery.finish(60.0)
-
-
-def _leave_mlflow_run() -> None:
-    """`mlflow run` would overwrite KILLED, and a refusal's FINISHED, with FAILED: end it first (docs/tracking.md)."""
-    kill_mlflow_run_parent()
-
-
-def log_to_terminal() -> None:
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(secrets.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        # torchrun's other processes would say the same
-        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-        logger.propagate = False

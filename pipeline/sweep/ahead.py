@@ -6,6 +6,7 @@ from pipeline.config import Config
 from pipeline.data.sources import ImageData
 from pipeline.distill import bank, networks
 from pipeline.distill.teachers import Teacher
+from pipeline.runs.signals import Stop
 from pipeline.sweep.request import Plan
 from pipeline.training.bank.policy import bank_use, shared
 from pipeline.training.methods.asib.task import Distillation
@@ -25,7 +26,7 @@ def pays(config: Config, plan: Plan, left: int) -> bool:
     return config.bank == "ahead" or (config.bank == "auto" and plan.workers > 1)
 
 
-def build(config: Config, data: ImageData, found: Sequence[Teacher]) -> None:
+def build(config: Config, data: ImageData, found: Sequence[Teacher], stop: Stop) -> None:
     """Compute what trials with the epochs of `config` will ask the teachers.
 
     Raises:
@@ -36,7 +37,7 @@ def build(config: Config, data: ImageData, found: Sequence[Teacher]) -> None:
     opener = bank.opener(config, data, [t.hash for t in found])
     task = Distillation(config, data, student, [t.net for t in found], networks.device_of(config), opener)
     try:
-        bank.build_ahead(task)
+        bank.build_ahead(task, stop)
     finally:
         if task.bank is not None:
             task.bank.close()

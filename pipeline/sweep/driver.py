@@ -27,7 +27,6 @@ from pipeline.files import read_state
 from pipeline.runs import records
 from pipeline.runs.folders import STUDENT
 from pipeline.runs.run import Run, tracking_uri
-from pipeline.runs.step import stop
 from pipeline.sweep import ahead, reap, request, worker
 from pipeline.sweep.launch.launcher import Launcher
 from pipeline.sweep.request import STUDY_TAG, Plan
@@ -64,13 +63,13 @@ def sweep(run: Run, plan: Plan) -> float | None:
     run.journal.params(request.params(plan))
     run.journal.tags({STUDY_TAG: plan.name})
     run.ready()
-    base = run.config = _base(run.config)
+    base = _base(run.config)
     study, found = _study(run, plan, base, data)
     reap.reap(plan.storage, run.delivery, except_run=run.run_id)
     left = study.total - study.requeue_stale().ended
     study.note(driver_seen=time.time())
     if found and ahead.pays(base, plan, left):
-        ahead.build(base, data, found)
+        ahead.build(base, data, found, run.stop)
     del found
     worker.free_memory()  # the workers' GPUs are this process's
     _Driver(run, plan, study).drive()
@@ -92,7 +91,7 @@ def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, 
     except UserError as error:
         logger.warning("%s: fine-tuning the teachers again", error)
     if needs_distillation(base):
-        found = teachers.obtain(run, data, networks.build_student(base, data), test=False)
+        found = teachers.obtain(run, data, networks.build_student(base, data), test=False, config=base)
     run.journal.tags({"asib.teachers": ",".join(t.hash for t in found) or "none"})
     facts: dict[str, Any] = {
         "digest": plan.digest,
@@ -193,14 +192,14 @@ class _Driver:
     def drive(self) -> None:
         """Raise Interrupted after a signal, once the workers have written their checkpoints."""
         with (
-            stop.between_batches(),
+            self.run.stop.between_batches(),
             logging_redirect_tqdm([logger]),
             tqdm(total=self.study.total, unit="trial", disable=None, leave=False) as bar,
         ):
             counts, progress = self.study.requeue_stale(), self.study.progress()
             next_tend = 0.0
             while counts.ended < self.study.total:
-                if stop():
+                if self.run.stop():
                     self._stop()
                 self._start_missing(counts)
                 time.sleep(TICK_S)
@@ -236,15 +235,15 @@ class _Driver:
         logger.warning("waiting for the workers to write their checkpoints; the same command continues the study")
         self.launcher.stop()
         self._state(self.study.requeue_stale())
-        raise Interrupted(stop())
+        raise Interrupted(self.run.stop())
 
     def _wait_for_workers(self) -> None:
         """Wait, within limits, until they have delivered what they have."""
         until = time.monotonic() + self.run.config.tracking.finish_seconds + 5
-        while self.launcher.alive() and time.monotonic() < until and not stop():
+        while self.launcher.alive() and time.monotonic() < until and not self.run.stop():
             time.sleep(0.2)
-        if stop():
-            raise Interrupted(stop())
+        if self.run.stop():
+            raise Interrupted(self.run.stop())
 
     def _show(self, counts: Counts, bar: Any) -> None:
         bar.refresh()

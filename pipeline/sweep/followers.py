@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken
+from pipeline.runs.signals import Stop
 from pipeline.sweep.launch.entry import PREEMPTED
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ def tell(trial: dict[str, Any] | None) -> None:
     distributed.first_process_says(json.dumps(trial))
 
 
-def follow() -> int:
+def follow(stop: Stop) -> int:
     """Train what the first process has claimed until nothing is left."""
     from pipeline.distill import distill
-    from pipeline.runs.run import Run
+    from pipeline.runs import opening
     from pipeline.training import distributed
 
     logger.setLevel(logging.ERROR)
@@ -34,7 +35,7 @@ def follow() -> int:
     while (trial := json.loads(distributed.first_process_says(""))) is not None:
         config = Config.model_validate(trial["config"])
         try:
-            distill.trial(Run.follow("distill", config, Path(trial["folder"])), _Silent())
+            distill.trial(opening.follow("distill", config, Path(trial["folder"]), stop=stop), _Silent())
         except Interrupted:
             return PREEMPTED
         except (NonFinite, Pruned, Taken):

@@ -48,6 +48,16 @@ class Plan:
         return f"{head}\n{Launcher(self.cluster, Path(), self.workers).plan()}"
 
 
+def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
+    """Read the step's own keys; the configuration is the parent run's, which may continue an earlier sweep.
+
+    Raises:
+        UserError: as `make` and `prepared`.
+    """
+    plan = make(config, command.own, command.overrides)
+    return prepared(config, plan), plan
+
+
 def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Plan:
     """Parse the step's own keys.
 

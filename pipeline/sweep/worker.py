@@ -22,7 +22,8 @@ from pipeline.files import replacing
 from pipeline.journal import Carrier, writer_alive
 from pipeline.paths import inside
 from pipeline.runs.folders import header_of
-from pipeline.runs.step import log_to_terminal, stop
+from pipeline.runs.run_log import log_to_terminal
+from pipeline.runs.signals import Stop
 from pipeline.sweep import followers
 from pipeline.sweep.launch.entry import PREEMPTED, requeue_on_signal
 from pipeline.sweep.space.space import SweepConfig, apply
@@ -60,15 +61,16 @@ def work(
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):  # the sweep's, not the worker's
         os.environ.pop(name, None)
     log_to_terminal()
+    stop = Stop()
     stop.install()
     requeue_on_signal(stop.arrived)
     if os.environ.get("RANK", "0") != "0":
-        return followers.follow()
+        return followers.follow(stop)
     opened = Study.open(storage or os.environ[STORAGE], study)
     base = configuration(opened, overrides)
     if joined:
         refuse_strange_server(study, base.tracking.uri, overrides)
-    worker = Worker(opened, base, index)
+    worker = Worker(opened, base, index, stop)
     try:
         return worker.run()
     except Interrupted:
@@ -99,17 +101,17 @@ def refuse_strange_server(study: str, uri: str | None, overrides: Sequence[str])
 class Worker:
     """What one worker keeps from trial to trial: the study and the carrier of its runs."""
 
-    def __init__(self, study: Study, base: Config, index: int) -> None:
-        from pipeline.runs.run import Run
+    def __init__(self, study: Study, base: Config, index: int, stop: Stop) -> None:
+        from pipeline.runs import opening
 
-        self.study, self.base, self.index = study, base, index
+        self.study, self.base, self.index, self.stop = study, base, index, stop
         facts = study.facts
         here = Path(facts["folder"])
         reachable = (here / "journal.jsonl").exists() and facts["parent_journal"] == _journal_id(here)
         self.home = here if reachable else output_dir(base) / f"{study.name}-{facts['parent_journal'][:6]}"
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         stands_for = Carrier(facts["parent_run"], facts["parent_journal"], base.tracking.experiment, here)
-        self.run_: Run = Run.carrier(base, self.home / "workers" / self.name, stands_for)
+        self.run_ = opening.carrier(base, self.home / "workers" / self.name, stands_for, stop)
         self._failures = 0
         self._together = False
         """Whether torchrun's other processes are in the middle of the trial too."""
@@ -123,9 +125,9 @@ class Worker:
         fetch_teachers(self.study.facts["teachers"], self.run_)
         self.run_.ready()  # a server that refuses us must not cost a trial
         while True:
-            with stop.between_batches():  # a claim must not be cut in the middle
-                claim = None if stop() else self.study.claim(self.name)
-            if stop():
+            with self.stop.between_batches():  # a claim must not be cut in the middle
+                claim = None if self.stop() else self.study.claim(self.name)
+            if self.stop():
                 if claim is not None:
                     claim.release()
                 return PREEMPTED
@@ -140,7 +142,7 @@ class Worker:
 
     def close(self) -> None:
         """Wait until the worker's delivery process has sent the rest."""
-        self.run_.close("FINISHED", "completed", 0)
+        self.run_.close()
 
     def _refuse_other_data(self) -> None:
         from pipeline.distill.train import images
@@ -172,9 +174,9 @@ class Worker:
                 claim.fail(str(error))
             free_memory()
         except Exception as error:  # whatever a configuration does, the others get their turn
-            if stop():  # the signal reached another process of the group first
+            if self.stop():  # the signal reached another process of the group first
                 _release(claim)
-                raise Interrupted(stop()) from error
+                raise Interrupted(self.stop()) from error
             logger.error("trial %d failed: %s", claim.number, error, exc_info=not isinstance(error, UserError))
             with contextlib.suppress(Taken):
                 claim.fail(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
@@ -196,37 +198,39 @@ class Worker:
             logger.info("trial %d has the configuration of trial %d, and is not run again", claim.number, twin.number)
             claim.repeat(twin)
             return
-        folder = self._folder(claim)
+        folder, distant = self._folder(claim)
         results = finished(folder, digest)
         if results is not None:
             self.run_.journal.child(folder)  # what the lost worker did not deliver
             self._link(claim, folder)
         else:
-            results = self._distil(claim, config, folder)
+            results = self._distil(claim, config, folder, distant)
         if results is not None:
             self._complete(claim, results)
 
-    def _folder(self, claim: Claim) -> Path:
-        """The folder of the trial's run; a copy of its checkpoint where a lost worker still holds the folder."""
+    def _folder(self, claim: Claim) -> tuple[Path, bool]:
+        """Where the trial's run is or will be, and whether only the server may have it.
+
+        A folder that a lost worker still holds is left to it: the run continues from a copy of its checkpoint.
+        """
         first = self.home / "trials" / f"{claim.origin:04d}"
         noted = Path(claim.notes.get("folder", first))
         before = noted if claim.notes.get("folder") and (noted / "journal.jsonl").exists() else first
         if not (before / "journal.jsonl").exists() or not writer_alive(before):
-            if claim.attempt and not (before / "journal.jsonl").exists():
-                self.run_.look_on_server()
-            return before
+            return before, bool(claim.attempt) and not (before / "journal.jsonl").exists()
         copy = first.with_name(f"{first.name}-{claim.attempt}-{claim.number}")
         copy.mkdir(parents=True)
         if (before / "checkpoints" / "manifest.json").exists():
             shutil.copytree(before / "checkpoints", copy / "checkpoints", ignore=_links)
-        return copy
+        return copy, False
 
-    def _distil(self, claim: Claim, config: Config, folder: Path) -> dict[str, float] | None:
+    def _distil(self, claim: Claim, config: Config, folder: Path, distant: bool) -> dict[str, float] | None:
         """The trial's metrics; None when it was pruned."""
         from pipeline.distill import distill
+        from pipeline.runs import opening
 
         name = f"trial {claim.origin}"
-        run = self.run_.child("distill", f"trial-{claim.origin}", config, name, folder)
+        run = opening.child(self.run_, "distill", f"trial-{claim.origin}", config, name, folder, distant)
         run.journal.tags({"asib.study": self.study.name, "asib.trial": str(claim.number)})
         me = {"host": socket.gethostname(), "pid": os.getpid(), "threads": config.threads}
         claim.note(folder=str(folder), journal=run.journal.id, **me)

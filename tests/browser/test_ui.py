@@ -6,7 +6,7 @@ import pytest
 from mlflow import MlflowClient
 from playwright.sync_api import expect
 
-from pipeline.runs.step import execute
+from steps import main
 from tests.browser.ui import chromium, open_charts, open_picture, open_runs
 from tests.servers import MlflowServer
 
@@ -25,7 +25,7 @@ BRIEF = [
 
 def test_main_job_is_shown_nested_with_charts_and_pictures(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     where = [f"tracking.uri={mlflow_server.uri}", "tracking.experiment=ui", f"output_dir={tmp_path}", "run_name=demo"]
-    assert execute("main", "pipeline.main_job:main", [*BRIEF, *where]) == 0
+    assert main.main([*BRIEF, *where]) == 0
     client = MlflowClient(mlflow_server.uri)
     experiment = client.get_experiment_by_name("ui")
     assert experiment is not None

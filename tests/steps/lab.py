@@ -147,8 +147,6 @@ def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
     """What a step changes in its process is undone: signal handlers, log handlers, environment, torch's settings."""
     import torch
 
-    from pipeline.runs.step import stop
-
     log = logging.getLogger("asib")
     environment, handlers = dict(os.environ), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     log_handlers, threads = log.handlers[:], torch.get_num_threads()
@@ -158,7 +156,6 @@ def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield out, err
     finally:
-        stop.signum = 0
         for number, handler in handlers.items():
             signal.signal(number, handler)
         log.handlers[:] = log_handlers
@@ -168,24 +165,36 @@ def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
         torch.set_num_threads(threads)
 
 
-class SignalAt:
-    """Stands where the training loop asks for a signal, and sends this process one at the n-th question.
+class At:
+    """Acts at the n-th question of training loops for a signal: one after every batch and one after every epoch.
 
-    The loop asks once after every batch and once after every epoch.
+    `monkeypatch.setattr(train, "Loop", At(3, act).loop)`
     """
 
-    def __init__(self, question: int, number: int = signal.SIGTERM) -> None:
-        from pipeline.runs.step import stop
+    def __init__(self, question: int, act: Callable[[], Any]) -> None:
+        self._question, self._act, self.asked = question, act, 0
 
-        self._stop, self._question, self._number, self.asked = stop, question, number, 0
-        self.between_batches = stop.between_batches
+    def loop(self, *arguments: Any, stop: Callable[[], int], **more: Any) -> Any:
+        """A training loop that asks here first."""
+        from pipeline.training.loop import Loop
 
-    def __call__(self) -> int:
-        self.asked += 1
-        if self.asked == self._question:
-            os.kill(os.getpid(), self._number)
-            time.sleep(0.01)  # the handler runs here
-        return self._stop()
+        def ask() -> int:
+            self.asked += 1
+            if self.asked == self._question:
+                self._act()
+            return stop()
+
+        return Loop(*arguments, stop=ask, **more)
+
+
+def signal_at(question: int, number: int = signal.SIGTERM) -> At:
+    """Sends this process a signal at the n-th question."""
+
+    def send() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)  # the handler runs here
+
+    return At(question, send)
 
 
 # what is left -----------------------------------------------------------------------------------------------------

@@ -16,15 +16,16 @@ import pytest
 from pipeline.distill import train
 from tests.steps.lab import (
     BATCHES,
+    At,
     Done,
     Lab,
-    SignalAt,
     deliver,
     ending,
     points,
     run_id,
     same_tensors,
     see,
+    signal_at,
     write_npz,
 )
 
@@ -220,7 +221,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, bench: Lab, undisturbe
     lab = Lab(tmp_path_factory.mktemp("interrupted"))
     shutil.copytree(bench.runs / "teachers", lab.runs / "teachers")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train, "stop", SignalAt(PER_EPOCH + 2))
+        patched.setattr(train, "Loop", signal_at(PER_EPOCH + 2).loop)
         assert lab.step("distill").code == 143
     return lab
 
@@ -328,27 +329,19 @@ def test_a_disk_that_is_too_small_is_refused_before_training(
     assert not list(disk.rglob("*.safetensors"))
 
 
-class Fill(SignalAt):
-    """Fills the disk at the n-th question of the loop, but for a few kB."""
-
-    def __init__(self, question: int, disk: Path) -> None:
-        super().__init__(question=-1)
-        self._when, self._disk = question, disk
-
-    def __call__(self) -> int:
-        if self.asked + 1 == self._when:
-            free = shutil.disk_usage(self._disk).free
-            (self._disk / "filler").write_bytes(b"x" * (free - 65536))
-        return super().__call__()
-
-
 def test_a_disk_that_fills_up_ends_the_run_and_it_goes_on_when_there_is_room(
     undisturbed: Done, bench: Lab, small_disk: Callable[[int], Path], sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = small_disk(24)
     shutil.copytree(bench.runs / "teachers", disk / "teachers")
+
+    def fill() -> None:
+        """Leave a few kB."""
+        free = shutil.disk_usage(disk).free
+        (disk / "filler").write_bytes(b"x" * (free - 65536))
+
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop", Fill(2 * PER_EPOCH + 1, disk))
+        patched.setattr(train, "Loop", At(2 * PER_EPOCH + 1, fill).loop)
         done = bench.step("distill", f"output_dir={disk}")
     (folder,) = [p for p in disk.iterdir() if (p / "journal.jsonl").exists()]
     assert done.code == 2, done.err

@@ -21,7 +21,7 @@ from pipeline.distill import train
 from tests.steps import desk as desks
 from tests.steps import sweep_kills
 from tests.steps.desk import LAX, Students, make_desk
-from tests.steps.lab import BATCHES, Done, Lab, SignalAt, client, points, run_id, see
+from tests.steps.lab import BATCHES, Done, Lab, client, points, run_id, see, signal_at
 from tests.team_server import ADMIN, PROMOTER, READER, SHARED, TRAINER, TeamServer, administration, log_in
 
 pytestmark = [pytest.mark.postgres, pytest.mark.usefixtures("four_users")]
@@ -77,7 +77,7 @@ def test_a_run_goes_on_from_the_server_alone(
 ) -> None:
     log_in(monkeypatch, *user)
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop", SignalAt(BATCHES + 3))
+        patched.setattr(train, "Loop", signal_at(BATCHES + 3).loop)
         stopped = ready_lab.step("distill", *online(team), "checkpoint.every_seconds=1e-6")
     assert stopped.code == 143, stopped.err
     name = run_id(stopped.folder)

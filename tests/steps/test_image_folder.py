@@ -18,12 +18,12 @@ from tests.steps.lab import (
     TEST,
     TRAIN,
     Lab,
-    SignalAt,
     ending,
     images,
     points,
     same_tensors,
     settings,
+    signal_at,
 )
 
 STUDENT = "checkpoints/student.safetensors"
@@ -58,7 +58,7 @@ def test_a_run_does_not_depend_on_its_workers_and_is_continued(lab: Lab, monkeyp
     assert "pictures cropped at random are no fixed set of views" in whole.err
     train._load.cache_clear()  # the next run has its own workers, forked while its record is open
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop", SignalAt(BATCHES + 3))  # in the first B-step
+        patched.setattr(train, "Loop", signal_at(BATCHES + 3).loop)  # in the first B-step
         killed = lab.step("distill")
     assert killed.code == 143, killed.err
     assert ending(killed.folder) == ("KILLED", "killed", 143)

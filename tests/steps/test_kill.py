@@ -17,9 +17,9 @@ import pytest
 from pipeline.distill import train
 from tests.steps.lab import (
     BATCHES,
+    At,
     Done,
     Lab,
-    SignalAt,
     deliver,
     journal,
     points,
@@ -116,25 +116,12 @@ def test_a_killed_run_continued_equals_an_undisturbed_one(
         assert {len(values) for values in run.metrics.values()} == {1} or not run.metrics
 
 
-class CutAt(SignalAt):
-    """Cuts the way to the tracking server at the n-th question of the loop."""
-
-    def __init__(self, question: int, wire: Wire) -> None:
-        super().__init__(question=-1)
-        self._when, self._wire = question, wire
-
-    def __call__(self) -> int:
-        if self.asked + 1 == self._when:
-            self._wire.cut()
-        return super().__call__()
-
-
 def test_the_main_job_goes_on_when_the_server_vanishes_and_is_delivered_later(
     lab: Lab, undisturbed: Done, mlflow_server: MlflowServer, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["tracking.mode=online", f"tracking.uri={wire.uri}", "tracking.finish_seconds=1"]
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop", CutAt(2, wire))  # before any teacher is there
+        patched.setattr(train, "Loop", At(2, wire.cut).loop)  # before any teacher is there
         done = lab.step("main", *arguments)
     assert done.code == 0, done.err
     assert "python -m steps.deliver" in done.lines[-1]

@@ -15,10 +15,10 @@ import pytest
 from pipeline.distill import train
 from tests.steps.lab import (
     BATCHES,
+    At,
     Done,
     Lab,
     Seen,
-    SignalAt,
     client,
     deliver,
     journal,
@@ -47,19 +47,6 @@ NOTICED = {
     "artifact store": ATTEMPT,
 }
 """What delivery has met before the part comes back."""
-
-
-class At(SignalAt):
-    """Does something at the n-th question of the training loop; it is asked after each batch and each epoch."""
-
-    def __init__(self, question: int, act: Callable[[], None]) -> None:
-        super().__init__(question=-1)
-        self._when, self._act = question, act
-
-    def __call__(self) -> int:
-        if self.asked + 1 == self._when:
-            self._act()
-        return super().__call__()
 
 
 def online(team: TeamServer, experiment: str, **more: object) -> list[str]:
@@ -125,7 +112,7 @@ def test_what_comes_back_while_the_run_lives_is_brought_up_to_date(
         stop(team)
         repairing.start()
 
-    monkeypatch.setattr(train, "stop", At(BATCHES + 3, break_it))  # in the first B-epoch
+    monkeypatch.setattr(train, "Loop", At(BATCHES + 3, break_it).loop)  # in the first B-epoch
     done = ready_lab.step("distill", *online(team, f"outage of the {part}"))
     repairing.join()
     assert (done.code, done.lines) == (0, []), done.err
@@ -151,7 +138,7 @@ def test_what_stays_away_to_the_end_is_delivered_later(
 
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(train, "stop", At(2, break_it))
+            patched.setattr(train, "Loop", At(2, break_it).loop)
             done = lab.step("distill", *online(team, "outage of all", uri=front.uri, finish_seconds=1))
     finally:
         team.postgres.start()
@@ -199,7 +186,7 @@ def test_a_database_that_restarts_again_and_again(
                 return
 
     restarting = threading.Thread(target=restart)
-    monkeypatch.setattr(train, "stop", At(1, restarting.start))
+    monkeypatch.setattr(train, "Loop", At(1, restarting.start).loop)
     try:
         done = ready_lab.step("distill", *online(team, "restarts"))
     finally:

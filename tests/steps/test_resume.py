@@ -17,7 +17,6 @@ from tests.steps.lab import (
     BATCHES,
     Done,
     Lab,
-    SignalAt,
     deliver,
     ending,
     journal,
@@ -25,6 +24,7 @@ from tests.steps.lab import (
     run_id,
     same_tensors,
     see,
+    signal_at,
 )
 
 STUDENT, FUSION = "checkpoints/student.safetensors", "checkpoints/fusion.safetensors"
@@ -54,7 +54,7 @@ def test_a_run_ended_by_sigterm_and_continued_equals_an_undisturbed_one(
     ready_lab: Lab, undisturbed: Done, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, question: int, place: str
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop", SignalAt(question))
+        patched.setattr(train, "Loop", signal_at(question).loop)
         killed = ready_lab.step("distill")
     assert killed.code == 143
     assert ending(killed.folder) == ("KILLED", "killed", 143)
@@ -79,12 +79,12 @@ def test_a_run_interrupted_again_and_again_equals_an_undisturbed_one(
 ) -> None:
     """SIGINT after every third batch, with a checkpoint after every batch besides."""
     arguments = ["checkpoint.every_seconds=1e-6"]
-    monkeypatch.setattr(train, "stop", SignalAt(3, signal.SIGINT))
+    monkeypatch.setattr(train, "Loop", signal_at(3, signal.SIGINT).loop)
     done = ready_lab.step("distill", *arguments)
     folder, starts = done.folder, 1
     while done.code == 130:
         assert ending(folder) == ("KILLED", "killed", 130)
-        monkeypatch.setattr(train, "stop", SignalAt(4, signal.SIGINT))
+        monkeypatch.setattr(train, "Loop", signal_at(4, signal.SIGINT).loop)
         done = ready_lab.step("distill", *arguments, f"resume={folder}")
         starts += 1
         assert starts < 12, done.err
@@ -132,7 +132,7 @@ def test_a_signal_within_a_nested_fine_tuning_ends_both_runs_and_both_go_on(
     lab: Lab, undisturbed: Done, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop", SignalAt(PER_EPOCH + 2))  # the second teacher, batch 2
+        patched.setattr(train, "Loop", signal_at(PER_EPOCH + 2).loop)  # the second teacher, batch 2
         killed = lab.step("distill")
     folder = killed.folder
     assert killed.code == 143
@@ -197,7 +197,7 @@ def test_a_nested_run_that_its_parent_was_killed_before_naming_is_delivered(
     online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "child", lambda journal, folder: None)
-        patched.setattr(train, "stop", SignalAt(2))
+        patched.setattr(train, "Loop", signal_at(2).loop)
         killed = lab.step("distill", *online)
     assert killed.code == 143, killed.err
     assert not see(sqlite_uri, run_id(killed.folder)).children

@@ -37,21 +37,18 @@ def imported_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("step", ["main", "finetune", "distill", "baseline", "evaluate"])
+@pytest.mark.parametrize("step", ["distill", "evaluate", "ablate", "sweep"])
 def test_help_needs_neither_torch_nor_mlflow(step: str) -> None:
     text, ending = loaded(f"steps.{step}", "--help")
     assert ending[:2] == ["exit", "0"]
     assert not {"torch", "timm", "mlflow", "optuna"} & set(ending)
     assert f"usage: python -m steps.{step} " in text
-    assert "method.kd_alpha = 0.0" in text
 
 
-def test_help_with_a_configuration_shows_its_values() -> None:
-    text, ending = loaded("steps.distill", "--help", "cfg=quickstart", "method.tau=3")
+def test_help_with_a_configuration_needs_no_torch() -> None:
+    _, ending = loaded("steps.distill", "--help", "cfg=quickstart", "method.tau=3")
     assert ending[:2] == ["exit", "0"]
     assert "torch" not in ending
-    assert "* method.kd_alpha = 0.5" in text
-    assert "* method.tau = 3.0" in text
 
 
 def test_bad_input_is_refused_before_torch_is_imported() -> None:
@@ -68,4 +65,4 @@ def test_a_steps_own_process_never_imports_mlflow() -> None:
 
 def test_delivery_is_started_before_the_slow_imports() -> None:
     """It imports MLflow meanwhile, and training begins two seconds earlier."""
-    assert not {"timm", "torchvision", "matplotlib"} & imported_by("import pipeline.runs.run")
+    assert not {"timm", "torchvision", "matplotlib"} & imported_by("import pipeline.runs.opening")

@@ -22,7 +22,7 @@ from pipeline.distill import train
 from pipeline.sweep import driver as sweep
 from tests.pipeline.sweep.test_sweep import InProcess
 from tests.steps import sweep_kills
-from tests.steps.lab import Lab, SignalAt, client, points, run_id, see, until
+from tests.steps.lab import Lab, client, points, run_id, see, signal_at, until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,7 +149,7 @@ def test_another_machine_joins_and_continues_from_the_server_alone(
     monkeypatch.setattr(sweep, "Launcher", InProcess)
     monkeypatch.setattr(sweep, "TICK_S", 0.0)
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop", SignalAt(13))  # in the second stage of the first trial
+        patched.setattr(train, "Loop", signal_at(13).loop)  # in the second stage of the first trial
         stopped = lab.raw("sweep", arguments(lab, sqlite_uri, storage))
     assert stopped.code == 143, stopped.err
     folder = parent(lab)

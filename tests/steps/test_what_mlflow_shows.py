@@ -428,12 +428,12 @@ def test_a_resume_under_mlflow_run_leaves_the_new_run_empty(
     ready_lab: Lab, sqlite_uri: str, adopted: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.distill import train
-    from tests.steps.lab import SignalAt
+    from tests.steps.lab import signal_at
 
     uri, shell, _ = adopted
     with monkeypatch.context() as patched:
         patched.delenv("MLFLOW_RUN_ID")
-        patched.setattr(train, "stop", SignalAt(4))
+        patched.setattr(train, "Loop", signal_at(4).loop)
         killed = ready_lab.step("distill")
     deliver(uri, killed.folder)
     target = run_id(killed.folder)

@@ -19,7 +19,7 @@ from pipeline.distill import export, networks, results, train
 from pipeline.files import release
 from pipeline.journal import folder as journal_files
 from pipeline.journal import read_header, take
-from tests.steps.lab import BATCHES, Done, Lab, SignalAt, client, ending, points, same_tensors
+from tests.steps.lab import BATCHES, At, Done, Lab, client, ending, points, same_tensors, signal_at
 
 PER_EPOCH = BATCHES + 1
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def killed(ready_lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that ended in its second epoch."""
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop", SignalAt(PER_EPOCH + 2))
+        patched.setattr(train, "Loop", signal_at(PER_EPOCH + 2).loop)
         done = ready_lab.step("distill")
     assert done.code == 143
     return done.folder
@@ -101,21 +101,6 @@ def test_of_two_resumes_at_once_one_trains(ready_lab: Lab, killed: Path, undistu
 # what is in the way ------------------------------------------------------------------------------------------------
 
 
-class At:
-    """Does something at the n-th question of the training loop."""
-
-    def __init__(self, question: int, act: Callable[[], Any]) -> None:
-        self._stop = SignalAt(question=-1)
-        self._question, self._act, self._asked = question, act, 0
-        self.between_batches = self._stop.between_batches
-
-    def __call__(self) -> int:
-        self._asked += 1
-        if self._asked == self._question:
-            self._act()
-        return self._stop()
-
-
 @pytest.mark.parametrize("question", [2, 4 * PER_EPOCH - 1])
 def test_a_folder_that_is_removed_while_training_is_an_error(
     ready_lab: Lab, monkeypatch: pytest.MonkeyPatch, question: int
@@ -124,7 +109,7 @@ def test_a_folder_that_is_removed_while_training_is_an_error(
         (folder,) = ready_lab.run_folders()
         shutil.rmtree(folder)
 
-    monkeypatch.setattr(train, "stop", At(question, remove))
+    monkeypatch.setattr(train, "Loop", At(question, remove).loop)
     refused(ready_lab.step("distill"), str(ready_lab.runs))
     assert ready_lab.run_folders() == []
 

@@ -16,7 +16,7 @@ import pytest
 from pipeline.ablate import ablate
 from pipeline.distill import train
 from pipeline.runs import records
-from tests.steps.lab import Done, Lab, SignalAt, client, ending, journal, points, run_id, see, until, write_npz
+from tests.steps.lab import Done, Lab, client, ending, journal, points, run_id, see, signal_at, until, write_npz
 
 ROOT = Path(__file__).resolve().parents[3]
 TWO = ("rungs=l0_baseline,l1_ib", "seeds=0,1")
@@ -169,7 +169,7 @@ def test_an_interrupted_ladder_started_again_ends_with_the_same_table(
     lab: Lab, ladder: tuple[Lab, Done], monkeypatch: pytest.MonkeyPatch, trained: list[str], question: int, left: int
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop", SignalAt(question))
+        patched.setattr(train, "Loop", signal_at(question).loop)
         killed = lab.step("ablate", *TWO)
     assert (killed.code, ending(killed.folder)) == (143, ("KILLED", "killed", 143))
     trained.clear()
@@ -185,7 +185,7 @@ def test_an_interrupted_ladder_started_again_ends_with_the_same_table(
 
 def test_another_command_does_not_go_on_with_an_interrupted_ladder(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop", SignalAt(2 * PER_TEACHER + PER_L0 + 2))
+        patched.setattr(train, "Loop", signal_at(2 * PER_TEACHER + PER_L0 + 2).loop)
         killed = lab.step("ablate", *TWO)
     other = lab.step("ablate", "rungs=l0_baseline", "seeds=0")
     assert (other.code, len(other.new)) == (0, 1), other.err

@@ -133,7 +133,7 @@ def test_gate_threshold_that_means_nothing_is_refused(bad):
          "model.teachers.0.nam: unknown key; did you mean model.teachers.0.name?"),
         ({"model": {"teachers": [{}, {"checkpoint": []}]}},
          "model.teachers.1.checkpoint: got []; give a text, or null"),
-        ({"zzzz": 1}, "zzzz: unknown key; --help lists all keys"),
+        ({"zzzz": 1}, "zzzz: unknown key; --help all lists all keys"),
     ],
 )  # fmt: skip
 def test_one_line_says_key_value_and_what_would_do(sections, message):

@@ -34,6 +34,7 @@ from pipeline.evaluate.evaluate import evaluate
 from pipeline.evaluate.request import Request
 from pipeline.journal import read_entries
 from pipeline.runs import git
+from pipeline.runs.opening import open_run
 from pipeline.runs.run import Run
 from pipeline.training.evaluation import outputs
 from pipeline.training.methods.asib import monitor
@@ -257,10 +258,10 @@ class Place:
         return value.replace("{here}", str(self.path)) if isinstance(value, str) else value
 
     def distilled(self, keys: Keys) -> Run:
-        run = Run.open("distill", self.config(keys))
+        run = open_run("distill", self.config(keys))
         with quiet():
             distill.distill(run)
-        run.close("FINISHED", "completed", 0)
+        run.close()
         return run
 
 
@@ -341,18 +342,18 @@ def teacher_weights(keys: Keys) -> Any:
         data = sources.load(c.dataset)
         made = Config.model_validate({**c.model_dump(), "finetune": {"seed": 77}})
         networks.save(networks.build_teacher(made, data, 0), saved, c, data)
-    run = Run.open("distill", place().config(keys))
+    run = open_run("distill", place().config(keys))
     with quiet():
         found = teachers.obtain(run, sources.load(run.config.dataset), networks.build_student(run.config, images()))
-    run.close("FINISHED", "completed", 0)
+    run.close()
     return [t.hash for t in found]
 
 
 @refused
 def record(keys: Keys) -> Any:
     """The first entry of a run's journal, its folder's place and its tags."""
-    run = Run.open("distill", place().config(keys))
-    run.close("FINISHED", "completed", 0)
+    run = open_run("distill", place().config(keys))
+    run.close()
     header, *rest = read_entries(run.folder / "journal.jsonl")[0]
     rung = [v for e in rest if e.kind == "tags" for k, v in e.data["values"].items() if k == "asib.rung"]
     head = {k: header.data[k] for k in ("name", "experiment")}
@@ -363,8 +364,8 @@ def record(keys: Keys) -> Any:
 def difference_logged(keys: Keys) -> Any:
     """Whether a run keeps what its sources differ in from their commit."""
     with mock.patch.object(git, "difference", return_value="- a\n+ b\n"):
-        run = Run.open("distill", place().config(keys))
-        run.close("FINISHED", "completed", 0)
+        run = open_run("distill", place().config(keys))
+        run.close()
     return (run.folder / "git.diff").exists()
 
 
@@ -379,8 +380,8 @@ def delivery(keys: Keys) -> Any:
         return fake
 
     with mock.patch("pipeline.tracking.start.start_delivery", start):
-        run = Run.open("distill", place().config(keys))
-        run.close("FINISHED", "completed", 0)
+        run = open_run("distill", place().config(keys))
+        run.close()
     return asked
 
 
@@ -393,9 +394,9 @@ def finished_run() -> str:
 def continuation(keys: Keys) -> Any:
     """What becomes of `resume`: a new run, or one that stands at a checkpoint."""
     given = {k: finished_run() if v == "{finished}" else v for k, v in keys.items()}
-    run = Run.open("distill", place().config(given))
+    run = open_run("distill", place().config(given))
     found = {"again": str(run.folder) == finished_run(), "state": run.state is not None}
-    run.close("FINISHED", "completed", 0)
+    run.close()
     return found
 
 
@@ -409,20 +410,20 @@ def checkpoints(keys: Keys) -> Any:
 
 @refused
 def models_logged(keys: Keys) -> Any:
-    run = Run.open("distill", place().config(keys))
+    run = open_run("distill", place().config(keys))
     with quiet() as logged:
         distill.distill(run)
-    run.close("FINISHED", "completed", 0)
+    run.close()
     return logged.call_count
 
 
 @refused
 def registered(keys: Keys) -> Any:
     """Of which registered model the record of a run makes its student a version, and with which tags."""
-    run = Run.open("distill", place().config(keys))
+    run = open_run("distill", place().config(keys))
     with quiet():
         distill.distill(run)
-    run.close("FINISHED", "completed", 0)
+    run.close()
     found = [e.data for e in read_entries(run.folder / "journal.jsonl")[0] if e.kind == "register"]
     return [(data["registered"], data["alias"], sorted(data["tags"])) for data in found]
 
@@ -433,12 +434,12 @@ def evaluated(keys: Keys) -> Any:
     given = {
         k: f"{finished_run()}/checkpoints/student.safetensors" if v == "{finished}" else v for k, v in keys.items()
     }
-    run = Run.open("evaluate", place().config(given))
+    run = open_run("evaluate", place().config(given))
     with quiet():
         try:
             return evaluate(run, Request(teachers="false", speed=False))
         finally:
-            run.close("FINISHED", "completed", 0)
+            run.close()
 
 
 @refused
@@ -476,7 +477,7 @@ def device(keys: Keys) -> Any:
 
 def error_style(keys: Keys) -> Any:
     """What is written to standard error of a run that is refused."""
-    from pipeline.runs.step import execute
+    from steps import distill
 
     logger = logging.getLogger("asib")
     before = (list(logger.handlers), logger.level, logger.propagate)
@@ -485,7 +486,7 @@ def error_style(keys: Keys) -> Any:
     try:
         with contextlib.redirect_stderr(written), mock.patch.dict(os.environ):
             os.environ.pop("MLFLOW_RUN_ID", None)
-            assert execute("distill", "nowhere:nothing", argv=arguments) == 2
+            assert distill.main(arguments) == 2
     finally:
         logger.handlers, logger.level, logger.propagate = before
     return "Traceback" in written.getvalue()

@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.distill import distill, export, results, train
 from pipeline.paths import REPOSITORY
 from pipeline.runs import records
-from pipeline.runs.run import Run
+from pipeline.runs.opening import open_run
 from pipeline.training.bank import cache
 
 
@@ -36,9 +36,9 @@ def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def distilled(keys: dict[str, Any], **more: Any) -> records.Record:
     train._load.cache_clear()
-    run = Run.open("distill", Config.model_validate(keys | more))
+    run = open_run("distill", Config.model_validate(keys | more))
     distill.distill(run)
-    run.close("FINISHED", "completed", 0)
+    run.close()
     return records.from_folder(run.folder)
 
 

@@ -11,8 +11,8 @@ import torch
 from pipeline.distill import train
 from pipeline.journal import read_entries
 from pipeline.runs.records import Record, from_folder
-from pipeline.runs.step import execute
 from pipeline.training.methods.asib.b_step import BStep
+from steps import distill
 from tests.pipeline.training.builders import HeldUp
 
 PATIENCE = 3
@@ -57,7 +57,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
 def run(keys: dict[str, Any], *more: str) -> tuple[int, Record, Path]:
     train._load.cache_clear()
     where = [f"dataset.path={keys['dataset']['path']}", f"output_dir={keys['output_dir']}"]
-    code = execute("distill", "pipeline.distill.distill:distill", [*BRIEF, *more, *where])
+    code = distill.main([*BRIEF, *more, *where])
     (folder,) = Path(keys["output_dir"]).glob("*-distill-*")
     return code, from_folder(folder), folder
 

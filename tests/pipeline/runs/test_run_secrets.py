@@ -10,7 +10,9 @@ import pytest
 
 from pipeline.compose.compose import compose
 from pipeline.runs import git as revision
-from pipeline.runs.run import Run, log_to
+from pipeline.runs.ending import Ending
+from pipeline.runs.opening import open_run
+from pipeline.runs.run_log import log_to
 
 SECRET = "sword-fish-77"
 
@@ -31,10 +33,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(tmp_path: Path, *overrides: str) -> Path:
     config = compose("quickstart", [f"output_dir={tmp_path / 'runs'}", "tracking.mode=offline", *overrides])
-    made = Run.open("distill", config)
+    made = open_run("distill", config)
     with log_to(made.folder):
         logging.getLogger("asib").warning("401 for %s at http://me:%s@host", SECRET, SECRET)
-    made.close("FAILED", "failed", 1, f"wrong password {SECRET}")
+    made.close(Ending("FAILED", "failed", 1, f"wrong password {SECRET}"))
     return made.folder
 
 

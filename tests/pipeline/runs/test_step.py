@@ -14,7 +14,7 @@ from pipeline.compose import cli
 from pipeline.compose.compose import compose, dump
 from pipeline.config import config_hash
 from pipeline.errors import UserError
-from pipeline.runs.step import configuration, execute
+from pipeline.runs.step import Step, configuration
 
 pytest_plugins = ["tests.servers"]
 
@@ -44,7 +44,8 @@ def test_a_dry_run_prints_the_configuration_and_ends(monkeypatch, capsys, err, t
     monkeypatch.setenv("DRY_RUN", "1")
     monkeypatch.setenv("SEED", "3")
     argv = ["cfg=quickstart", "method.tau=2", f"output_dir={tmp_path / 'runs'}"]
-    assert execute("distill", never, argv, lambda config: config.model_copy(update={"rung": "x"})) == 0
+    step = Step("distill", request=lambda config, _: (config.model_copy(update={"rung": "x"}), None), job=never)
+    assert step.main(argv) == 0
     printed = capsys.readouterr().out
     again = tmp_path / "again.yaml"
     again.write_text(printed)
@@ -56,11 +57,14 @@ def test_a_dry_run_prints_the_configuration_and_ends(monkeypatch, capsys, err, t
 
 def test_a_dry_run_prints_what_the_step_adds(monkeypatch, capsys):
     monkeypatch.setenv("DRY_RUN", "1")
-    assert execute("sweep", never, ["cfg=quickstart"], dry_run=lambda config: f"2 jobs of seed {config.seed}\n") == 0
-    assert capsys.readouterr().out == dump(compose("quickstart")) + "\n# 2 jobs of seed 0\n"
+    step = Step(
+        "sweep", request=lambda config, _: (config, config.seed), job=never, words=lambda seed: f"2 jobs, {seed}\n"
+    )
+    assert step.main(["cfg=quickstart"]) == 0
+    assert capsys.readouterr().out == dump(compose("quickstart")) + "\n# 2 jobs, 0\n"
 
 
-def refuses(config: object) -> str:
+def refuses(request: object) -> str:
     raise UserError("cluster=slurm: no sbatch here")
 
 
@@ -74,7 +78,7 @@ def refuses(config: object) -> str:
 )
 def test_a_refusal_is_one_line(monkeypatch, err, variable, value, message):
     monkeypatch.setenv(variable, value)
-    assert execute("distill", never, ["cfg=quickstart"], dry_run=refuses) == 2
+    assert Step("distill", job=never, words=refuses).main(["cfg=quickstart"]) == 2
     assert err.getvalue() == message + "\n"
 
 
@@ -109,7 +113,7 @@ def test_a_configuration_of_a_run(monkeypatch, err, run_id: str, sqlite_uri: str
         ("broken.yaml", "no valid YAML"),
     ):
         err.truncate(err.seek(0))
-        assert execute("distill", never, [f"cfg=runs:/{run_id}/{path}"]) == 2
+        assert Step("distill", job=never).main([f"cfg=runs:/{run_id}/{path}"]) == 2
         assert err.getvalue().startswith(f"cfg=runs:/{run_id}/{path}")
         assert words in err.getvalue()
         assert err.getvalue().count("\n") == 1

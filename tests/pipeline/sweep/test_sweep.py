@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,6 +23,7 @@ from pipeline.errors import Interrupted
 from pipeline.runs.run import Run
 from pipeline.sweep import driver as sweep
 from pipeline.sweep import worker
+from pipeline.sweep.launch.entry import PREEMPTED
 from pipeline.sweep.study import report
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.plots import draw
@@ -31,13 +34,13 @@ from tests.steps.lab import (
     Done,
     Lab,
     Seen,
-    SignalAt,
     deliver,
     ending,
     journal,
     points,
     run_id,
     see,
+    signal_at,
     write_npz,
 )
 from tests.steps.sweep_kills import only_study
@@ -65,7 +68,13 @@ class InProcess:
     def stop(self) -> None: ...
 
     def start(self, work: Callable[..., int], count: int, **arguments: Any) -> None:
+        """The worker handles signals meanwhile; one that it left for is also the driver's, as from a terminal."""
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         self.codes += [work(index=0, **arguments)]
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if self.codes[-1] == PREEMPTED:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -260,7 +269,7 @@ def test_an_interrupted_trial_is_continued_from_its_checkpoint(
 ) -> None:
     count = 1 + question // PER_TRIAL
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop", SignalAt(question))
+        patched.setattr(train, "Loop", signal_at(question).loop)
         stopped = lab.step("sweep", space(lab, trials=count))
     assert stopped.code == 143, stopped.err
     assert ending(parent(lab)) == ("KILLED", "killed", 143)

@@ -1,0 +1,178 @@
+"""The text of `--help`: a step on one screen, or all keys, or a group of them.
+
+Imports neither torch nor MLflow: `--help` answers at once.
+"""
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from pipeline.compose.cli import Command
+from pipeline.compose.groups import groups
+from pipeline.config import Config
+from pipeline.config.describe import expects, is_list_of_sections, is_text, section_of, written
+from pipeline.config.names import suggestion
+from pipeline.errors import UserError
+
+WIDTH = 100
+COLUMN = 48
+"""Where the words about a key begin."""
+USUAL = (
+    "model.student.name",
+    "dataset.name",
+    "dataset.root",
+    "method.kd_alpha",
+    "method.tau",
+    "method.student_epochs_per_stage",
+    "optim.student_lr",
+    "seed",
+    "output_dir",
+    "resume",
+)
+"""Keys that matter most to a step that trains."""
+WHERE = ("tracking.uri", "tracking.experiment")
+ELSEWHERE = ("device", "output_dir", "run_name", *WHERE)
+"""Those of steps that train nothing."""
+ALL = "all"
+
+
+class Key(NamedTuple):
+    """A key of the configuration with its value, or a section's heading (no field)."""
+
+    name: str
+    field: Any
+    value: Any
+    words: str
+
+
+def step_help(step: str, about: str, own: Mapping[str, str], keys: Sequence[str], command: Command) -> str:
+    """What `--help` prints, in 100 columns.
+
+    Without a topic: what the step does, its own keys and the ones that matter most, on one screen. With `all`, a group
+    or a key (`--help method`, `--help tracking.uri`) or a configuration: the keys with types, defaults and, given a
+    configuration, its values.
+
+    Args:
+        about: the docstring of the step's file.
+        own: the step's own keys, with words.
+        keys: keys of the configuration that matter most here.
+
+    Raises:
+        UserError: the topic is neither a group nor a key, or the configuration is wrong.
+    """
+    config = None
+    if command.cfg or command.overrides:
+        from pipeline.compose.compose import compose
+
+        config = compose(command.cfg, command.overrides)
+    topic = command.help or (ALL if config is not None else "")
+    if not topic:
+        return _screen(step, about, own, keys)
+    found = [key for key in _keys(config) if topic == ALL or f"{key.name}.".startswith(f"{topic}.")]
+    if not found:
+        hint = suggestion(topic, [ALL, *(key.name for key in _keys(config))])
+        sections = ", ".join(name for name, field in Config.model_fields.items() if section_of(field))
+        raise UserError(f"--help {topic}: {hint}give all, a key, or one of {sections}")
+    lines = _introduction(step, own) if topic == ALL else []
+    if config is not None:
+        of = f"cfg={command.cfg}" if command.cfg else "these overrides"
+        lines += [f"Values with {of}; * differs from the default, which follows it in brackets.", ""]
+    for key in found:
+        lines += _described(key)
+    return "\n".join(lines).strip("\n") + "\n"
+
+
+def _screen(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]) -> str:
+    every = {key.name: key for key in _keys(None)}
+    lines = [
+        f"usage: python -m steps.{step} [cfg=<name or file>] [key=value …] [--debug] [--help [<topic>]]",
+        "",
+        *("  " * line.startswith("python ") + line for line in map(str.strip, about.strip().splitlines())),
+        "",
+        *_own_help(own),
+    ]
+    if keys:
+        lines += ["Often given, with their defaults:"]
+        for name in keys:
+            key = every[name]
+            left = f"  {name} = {written(key.value)}"
+            line = f"{left:<{COLUMN}}{key.words}"
+            lines.append(line if len(line) <= WIDTH else line[: WIDTH - 2].rpartition(" ")[0] + " …")
+        lines += [""]
+    lines += [
+        "--help all           every key, and the groups        --help method          the keys of a group",
+        "--help cfg=<name>    every key, with its value there   --help tracking.uri    one key",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _introduction(step: str, own: Mapping[str, str]) -> list[str]:
+    return [
+        f"usage: python -m steps.{step} [cfg=<name or file>] [key=value …] [--debug] [--help [<topic>]]",
+        f"       mlflow run . -e {step} [-P cfg=<name or file>] [-P key=value …] [-P overrides='a=1 b=[1,2]']",
+        "",
+        "cfg names a file of conf/experiment, or any YAML file. A key may also be written --key value.",
+        "Items of lists by number: model.teachers.0.checkpoint=<file>.",
+        "Environment: TEACHER_PAIR=t1,t2 STUDENT METHOD SEED are overrides; DRY_RUN=1 shows the plan.",
+        "",
+        *_own_help(own),
+        *_groups_help(),
+        "",
+    ]
+
+
+def _own_help(own: Mapping[str, str]) -> list[str]:
+    lines = ["Keys of this step:"] if own else []
+    for key, words in own.items():
+        left = f"  {key}{'…' if key.endswith('.') else ''}"
+        lines += textwrap.wrap(words, WIDTH, initial_indent=f"{left:<13} ", subsequent_indent=" " * 14)
+    return [*lines, ""] if own else []
+
+
+def _groups_help() -> list[str]:
+    lines = ["Groups (group=option):"]
+    for group, options in groups().items():
+        name = "cfg" if group == "experiment" else group
+        lines += textwrap.wrap(" ".join(options), WIDTH, initial_indent=f"  {name:<16}", subsequent_indent=" " * 18)
+    return lines
+
+
+def _keys(config: Config | None) -> Iterator[Key]:
+    """Every key, section by section, with the configuration's value or the default."""
+    yield from _keys_of(Config, config, "")
+    for name, field in Config.model_fields.items():
+        section = section_of(field)
+        if section is not None:
+            yield Key(name, None, None, " ".join((section.__doc__ or "").split()))
+            yield from _keys_of(section, getattr(config, name) if config is not None else None, f"{name}.")
+
+
+def _keys_of(section: type[BaseModel], values: BaseModel | None, prefix: str) -> Iterator[Key]:
+    for name, field in section.model_fields.items():
+        inner = section_of(field)
+        value = getattr(values, name) if values is not None else field.default
+        if inner is None:
+            yield Key(prefix + name, field, value, field.description or "")
+        elif is_list_of_sections(field):
+            yield Key(prefix + name, None, None, field.description or "")
+            for i, item in enumerate(value or [None]):
+                yield from _keys_of(inner, item, f"{prefix}{name}.{i}.")
+        elif prefix:  # sections of the top level have a heading of their own
+            yield from _keys_of(inner, value, f"{prefix}{name}.")
+
+
+def _described(key: Key) -> list[str]:
+    """Key and value in the left column, words in the right one."""
+    name, field, value, words = key
+    if field is None:
+        top = "." not in name
+        return [""] * top + textwrap.wrap(f"{name}: {words}", WIDTH, initial_indent="" if top else "  ")
+    differs = value != field.default
+    left = f"{'*' if differs else ' '} {name} = {written(value)}" + (f"  [{written(field.default)}]" if differs else "")
+    words += "" if is_text(field) else f" ({expects(field)})"
+    if len(left) < COLUMN - 1:
+        return textwrap.wrap(words, WIDTH, initial_indent=f"{left:<{COLUMN}}", subsequent_indent=" " * COLUMN)
+    head = textwrap.wrap(left, WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False)
+    return head + textwrap.wrap(words, WIDTH, initial_indent=" " * COLUMN, subsequent_indent=" " * COLUMN)
