@@ -1,12 +1,13 @@
 # make setup   the environment, .venv          make demo   the main job on the bundled images, then a table
-# make test    the fast tests                  make check  what .ci/run runs: lint, types, imports, all tests
+# make test-unit, make test, make test-all   a minute, four, and everything that needs no GPU; make coverage   branches
+# make check   what .ci/run runs: lint, types, imports, all tests
 # make bench   how fast it is: benchmarks/README.md
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all lint house lock ui server bench check clean
+.PHONY: setup demo test-unit test test-all coverage lint house lock ui server bench check clean
 
 setup: .venv/.installed
 
@@ -35,12 +36,21 @@ server: setup
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --artifacts-destination $(CURDIR)/mlartifacts \
 		--host 127.0.0.1 --port 5000 --workers 1
 
+# files are dealt to two workers, long ones first (tests/conftest.py); a worker keeps a file's fixtures
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+FAST := not slow and not gpu and not postgres and not slurm and not browser
+
+test-unit: setup
+	$(PYTEST) -m unit
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-		-m "not slow and not gpu and not postgres and not slurm and not browser"
+	$(PYTEST) -m "$(FAST)"
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not gpu"
+
+coverage: setup
+	$(PYTEST) -m "$(FAST)" --cov=pipeline --cov=models --cov=steps --cov-branch --cov-report=term:skip-covered
 
 # alone on the machine; CIFAR_ROOT=<folder with cifar-100-python>, else data/, else the bundled images
 bench: setup

@@ -1,8 +1,58 @@
-"""Fixtures for all tests: small disks, tracking stores and servers, PostgreSQL, Slurm and the team's server."""
+"""Fixtures for all tests, and the tiers: whether a test is a unit test follows from what its file imports.
 
+A file that imports one of OUTSIDE, itself or through a helper in tests/, holds no unit tests; `-m unit` does not even
+import it. A single slow test elsewhere is taken out of the tier by marking it `step`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import sys
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("steady", derandomize=True)
 settings.load_profile("steady")  # the same examples in every run: CI is to fail for what was changed
 
 pytest_plugins = ["tests.disks", "tests.servers", "tests.postgres", "tests.slurm", "tests.team_server"]
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTSIDE = {"subprocess", "multiprocessing", "mlflow", "optuna", "matplotlib", "tests.servers", "tests.steps.lab"}
+OTHER_TIERS = {"step", "slow", "gpu", "postgres", "slurm", "browser"}
+
+
+@functools.cache
+def leaves_the_process(file: Path) -> bool:
+    """Whether a file of tests, or a helper that it imports, imports one of OUTSIDE anywhere."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    if any(name in OUTSIDE or name.partition(".")[0] in OUTSIDE for name in names):
+        return True
+    helpers = (ROOT / f"{name.replace('.', '/')}.py" for name in names if name.startswith("tests."))
+    return any(leaves_the_process(helper) for helper in helpers if helper.exists())
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.option.markexpr != "unit" or not collection_path.match("test_*.py"):
+        return None  # other conditions apply
+    return leaves_the_process(collection_path) or None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the unit tests, and put them last: two workers end together when the long files start first."""
+    for item in items:
+        if not leaves_the_process(item.path) and not OTHER_TIERS & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("unit")
+    items.sort(key=lambda item: (item.get_closest_marker("unit") is not None, item.get_closest_marker("slow") is None))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.markexpr == "unit" and "mlflow" in sys.modules:
+        print("MLFLOW AT COLLECTION")

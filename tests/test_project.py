@@ -1,10 +1,13 @@
 """The project's own files agree with each other: lock, environments, entry points."""
 
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 
@@ -67,3 +70,24 @@ def test_no_machine_paths_and_no_large_files_are_tracked() -> None:
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in names:
         assert (ROOT / name).stat().st_size <= 6_000_000, name
+
+
+@pytest.mark.slow
+def test_a_users_own_experiments_break_no_test(tmp_path: Path) -> None:
+    """One that composes, a rung, one that is refused and one that is no YAML, where tests look at conf/experiment."""
+    skipped = shutil.ignore_patterns(
+        ".git", ".venv", "runs", "mlruns", "mlartifacts", "*.db", "__pycache__", ".*_cache"
+    )
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=skipped)
+    texts = {
+        "mine": "defaults: [base, _self_]\nseed: 7\n",
+        "my_rung": "defaults: [l1_ib, _self_]\nrung: my_rung\nmethod: {tau: 2}\n",
+        "refused": "defaults: [base, _self_]\nmethod: {tua: 2}\n",
+        "broken": "a: [",
+    }
+    for name, text in texts.items():
+        (tmp_path / "copy/conf/experiment" / f"{name}.yaml").write_text(text)
+    looking = [f"tests/pipeline/{room}" for room in ("compose", "compare", "config", "sweep/space")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *looking]
+    done = subprocess.run(command, cwd=tmp_path / "copy", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

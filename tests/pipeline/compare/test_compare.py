@@ -319,7 +319,11 @@ def test_the_link_opens_all_runs_and_the_note_fits_into_a_tag() -> None:
     query = parse_qs(link.partition("?")[2])
     assert link.startswith("#/compare-runs?")
     assert (json.loads(query["runs"][0]), json.loads(query["experiments"][0])) == (ids, ["7"])
-    runs = [record(name, seed, 20 + seed) for name in rungs.known() for seed in range(5)]
+    runs = [
+        record(name, seed, 20 + seed)
+        for name in [*rungs.ladder(), *map("side_{}".format, range(12))]
+        for seed in range(5)
+    ]
     note = report.note(compare.compare(runs), link)
     assert link in note
     assert len(note) <= 8000

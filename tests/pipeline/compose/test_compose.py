@@ -30,11 +30,6 @@ def test_defaults_are_the_schema():
     assert {k: v for k, v in composed.items() if plain.get(k) != v} == {}
 
 
-@pytest.mark.parametrize("name", groups()["experiment"])
-def test_every_experiment_composes(name):
-    compose(name)
-
-
 @pytest.mark.parametrize("group", [g for g in groups() if g not in ("experiment", "sweep", "cluster")])
 def test_options_of_a_group_set_the_same_keys(group):
     """Otherwise choosing one over a file that has taken another would leave some of it behind."""

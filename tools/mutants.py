@@ -1,0 +1,147 @@
+"""Seeded mutants: how many of thirty small faults do the tests notice?
+
+    python tools/mutants.py [--count 30] [--seed 0] [--seconds 900] [--only losses,gate]
+
+Each mutant is one flipped comparison, exchanged operator, changed constant or negated condition in a file of PLACES,
+tested in a copy of the repository by the tests beside it. A survivor needs a test, or a reason why none can tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ASIB, JOURNAL = "training/methods/asib", "journal/test_journal.py"
+PLACES = {
+    "training/losses.py": ["training/test_losses.py", f"{ASIB}/test_terms.py"],
+    f"{ASIB}/schedules.py": [f"{ASIB}/test_schedules.py"],
+    f"{ASIB}/targets.py": [f"{ASIB}/test_targets.py", f"{ASIB}/test_b_step.py"],
+    f"{ASIB}/b_step.py": [f"{ASIB}/test_b_step.py", f"{ASIB}/test_full_b_step.py"],
+    f"{ASIB}/a_step.py": [f"{ASIB}/test_a_step.py", f"{ASIB}/test_full_a_step.py"],
+    "reporting/statistics.py": ["reporting/test_statistics.py"],
+    "promote/spending.py": ["promote/test_spending.py"],
+    "promote/gate.py": ["promote/test_gate.py"],
+    "promote/decision.py": ["promote/test_decision.py"],
+    "sweep/study/claim.py": ["sweep/study/test_study.py"],
+    "journal/entries.py": [JOURNAL],
+    "journal/writer.py": [JOURNAL],
+}
+"""File of pipeline/ -> its tests in tests/pipeline/."""
+SWAPS: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
+}  # fmt: skip
+
+
+def sites(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(index in `ast.walk`, kind) of everything that can be changed; text, types and messages of errors stay."""
+    spared = {
+        id(part)
+        for node in ast.walk(tree)
+        for root in (
+            [node]
+            if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom)
+            else [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        )
+        if root is not None
+        for part in ast.walk(root)
+    }
+    for index, node in enumerate(ast.walk(tree)):
+        if id(node) in spared:
+            continue
+        match node:
+            case ast.Compare(ops=[op]) | ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in SWAPS:
+                yield index, "operator"
+            case ast.Constant(value=bool() | int() | float()):
+                yield index, "constant"
+            case ast.If() | ast.IfExp() | ast.While():
+                yield index, "condition"
+
+
+def mutate(tree: ast.AST, index: int, kind: str) -> tuple[str, str]:
+    """Change one node in place; the expression before and after."""
+    node = list(ast.walk(tree))[index]
+    assert isinstance(node, ast.expr | ast.stmt)
+    shown = node.test if isinstance(node, ast.If | ast.While) else node
+    before = ast.unparse(shown)
+    match node:
+        case ast.Compare():
+            node.ops = [SWAPS[type(node.ops[0])]()]  # type: ignore[list-item]
+        case ast.BinOp() | ast.BoolOp():
+            node.op = SWAPS[type(node.op)]()  # type: ignore[assignment]
+        case ast.Constant(value=bool(value)):
+            node.value = not value
+        case ast.Constant(value=int() | float() as number):
+            node.value = number + 1
+        case ast.If() | ast.IfExp() | ast.While():
+            node.test = shown = ast.UnaryOp(ast.Not(), copy.deepcopy(node.test))
+    return before, ast.unparse(shown)
+
+
+def verdict(folder: Path, tests: list[str], seconds: float) -> str:
+    """`killed` by a test, by the time limit, or `SURVIVED`."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow and not gpu and not postgres",
+    ]
+    try:
+        done = subprocess.run(
+            [*command, *(f"tests/pipeline/{test}" for test in tests)], cwd=folder, capture_output=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return "killed (too slow)"
+    return "SURVIVED" if done.returncode == 0 else "killed"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further mutant after this time")
+    parser.add_argument("--only", default="", help="parts of paths, separated by commas")
+    given = parser.parse_args()
+    draw, end = random.Random(given.seed), time.monotonic() + given.seconds
+    places = [place for place in PLACES if any(part in place for part in given.only.split(","))]
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        copied = Path(temporary) / "repository"
+        shutil.copytree(
+            ROOT, copied, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "mlruns", "__pycache__", ".*_cache")
+        )
+        for number in range(given.count):
+            if time.monotonic() > end:
+                break
+            place = places[number % len(places)]
+            original = (ROOT / "pipeline" / place).read_text()
+            tree = ast.parse(original)
+            index, kind = draw.choice(list(sites(tree)))
+            line = list(ast.walk(tree))[index].lineno  # type: ignore[attr-defined]
+            before, after = mutate(tree, index, kind)
+            target = copied / "pipeline" / place
+            target.write_text(ast.unparse(tree))
+            found.append(verdict(copied, PLACES[place], 180))
+            target.write_text(original)
+            print(f"{found[-1]:9} pipeline/{place}:{line}: {before}  ->  {after}", flush=True)
+    survived = found.count("SURVIVED")
+    print(f"{len(found) - survived} of {len(found)} mutants killed, {survived} survived")
+
+
+if __name__ == "__main__":
+    main()
