@@ -28,6 +28,7 @@ def test_a_students_file_scores_what_its_run_found(bench: Lab, undisturbed: Done
     assert (done.folder / "confusion.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_runs_student_is_fetched_and_linked(bench: Lab, undisturbed: Done, lab: Lab, sqlite_uri: str) -> None:
     deliver(sqlite_uri, undisturbed.folder)
     source = run_id(undisturbed.folder)

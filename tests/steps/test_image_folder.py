@@ -52,6 +52,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     return lab
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_its_workers_and_is_continued(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = lab.step("distill", "bank=lazy")
     assert whole.code == 0, whole.err

@@ -95,9 +95,12 @@ def test_a_run_interrupted_again_and_again_equals_an_undisturbed_one(
 
 @pytest.mark.parametrize(
     ("moment", "place"),
-    [("before the slot", "epoch 1, batch 1"), ("before the manifest", "epoch 1, batch 1"),
-     ("before the record", "epoch 1, batch 2")],
-)  # fmt: skip
+    [
+        pytest.param("before the slot", "epoch 1, batch 1", marks=pytest.mark.slow),
+        ("before the manifest", "epoch 1, batch 1"),
+        pytest.param("before the record", "epoch 1, batch 2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_while_a_checkpoint_is_written_equals_an_undisturbed_one(
     ready_lab: Lab, undisturbed: Done, monkeypatch: pytest.MonkeyPatch, moment: str, place: str
 ) -> None:
@@ -191,6 +194,7 @@ def test_a_checkpoint_within_an_epoch_is_taken_when_the_time_has_come(ready_lab:
     same_run(done.folder, undisturbed.folder)
 
 
+@pytest.mark.slow
 def test_a_nested_run_that_its_parent_was_killed_before_naming_is_delivered(
     lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

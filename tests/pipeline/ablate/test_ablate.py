@@ -147,6 +147,7 @@ def test_another_configuration_is_not_reused(copy: Lab, trained: list[str]) -> N
     assert (done.code, trained) == (0, ["l0_baseline seed 0"])
 
 
+@pytest.mark.slow
 def test_a_run_delivered_later_is_reused_with_its_record(copy: Lab, sqlite_uri: str, trained: list[str]) -> None:
     """What was run off line comes to the server with the parent that reuses it."""
     done = copy.step("ablate", *TWO, "tracking.mode=online", f"tracking.uri={sqlite_uri}")
@@ -273,6 +274,7 @@ def test_what_is_not_there_is_not_compared(lab: Lab, arguments: list[str], said:
     assert said in done.lines[-1]
 
 
+@pytest.mark.slow
 def test_an_unknown_run_of_a_server_is_refused(lab: Lab, sqlite_uri: str) -> None:
     done = lab.step("compare", f"runs={'0' * 32},{'1' * 32}", "tracking.mode=online", f"tracking.uri={sqlite_uri}")
     assert done.code == 2

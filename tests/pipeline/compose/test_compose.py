@@ -135,7 +135,7 @@ def test_override_that_is_refused(override, message):
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(texts)
 def test_any_text_survives_override_and_dump(tmp_path_factory, text):
     quoted = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -149,7 +149,7 @@ def test_any_text_survives_override_and_dump(tmp_path_factory, text):
     assert compose(str(file)) == config
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(st.floats(1e-9, 1e6), st.lists(st.integers(1, 300), min_size=1, max_size=4), st.booleans())
 def test_any_number_survives_override_and_params(tau, epochs, flag):
     config = compose(None, [f"method.tau={tau}", f"method.student_epochs_per_stage={epochs}",

@@ -327,6 +327,7 @@ def test_registered_models_are_fetched_by_alias_version_and_run(bench: Lab, dist
         assert f"model={name}: " in refused.lines[0]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_server_without_a_fusion_is_no_missing_file(bench: Lab, alone: Path, sqlite_uri: str) -> None:
     """An unknown run, and a file that is given by name, still cannot be fetched."""
     deliver(sqlite_uri, alone)
