@@ -8,17 +8,21 @@ import logging
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+
+from tests.warm import Fork
 
 CLASSES = ("ash", "birch", "cedar", "date")
 SIZE, TRAIN, TEST, BATCH = 16, 160, 40, 32
@@ -144,7 +148,10 @@ class Lab:
 
 @contextlib.contextmanager
 def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    """What a step changes in its process is undone: signal handlers, log handlers, environment, torch's settings."""
+    """What a step changes in its process is undone: signal handlers, log handlers, environment, torch's settings.
+
+    Its delivery process is a fork of one that has imported MLflow already.
+    """
     import torch
 
     log = logging.getLogger("asib")
@@ -153,7 +160,9 @@ def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
     log.handlers.clear()
     out, err = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patched:
+            warm = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
+            patched.setattr(client, "subprocess", warm)
             yield out, err
     finally:
         for number, handler in handlers.items():
