@@ -52,6 +52,9 @@ test-all: setup
 coverage: setup
 	$(PYTEST) -m "$(FAST)" --cov=pipeline --cov=models --cov=steps --cov-branch --cov-report=term:skip-covered
 
+check:
+	.ci/run
+
 # alone on the machine; CIFAR_ROOT=<folder with cifar-100-python>, else data/, else the bundled images
 bench: setup
 	$(BIN)/python -m benchmarks
