@@ -40,9 +40,11 @@ def leaves_the_process(file: Path) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    if config.option.markexpr != "unit" or not collection_path.match("test_*.py"):
-        return None  # other conditions apply
-    return leaves_the_process(collection_path) or None
+    """Leave out, for `-m unit`, the files that hold none, and folders of such files with their conftest.py."""
+    if config.option.markexpr != "unit":
+        return None  # pytest decides
+    files = list(collection_path.rglob("test_*.py")) if collection_path.is_dir() else [collection_path]
+    return all(file.suffix == ".py" and leaves_the_process(file) for file in files) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,4 +57,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.markexpr == "unit" and "mlflow" in sys.modules:
-        print("MLFLOW AT COLLECTION")
+        raise pytest.UsageError("a unit test imports MLflow at collection, 5 s for everyone: import it in the test")

@@ -15,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.promote import criteria as gate
 from pipeline.sweep.launch import cluster
 from pipeline.sweep.space import file as sweep_file
-from pipeline.sweep.worker import refuse_strange_server
 
 URI = "runs:/0123456789abcdef0123456789abcdef/best.yaml"
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -234,6 +233,8 @@ def test_a_dump_refers_to_nothing_whatever_its_names(name: str) -> None:
 
 
 def test_a_server_that_only_a_study_names_gets_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.sweep.worker import refuse_strange_server  # imports Optuna
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ours")
     for uri, told in (
         (None, []),

@@ -30,7 +30,6 @@ from pipeline.data.image_files import ImageFiles, Wanted
 from pipeline.data.sources import ImageData
 from pipeline.distill import bank, distill, export, networks, results, teachers, train
 from pipeline.errors import NonFinite, UserError
-from pipeline.evaluate.evaluate import evaluate
 from pipeline.evaluate.request import Request
 from pipeline.journal import read_entries
 from pipeline.runs import git
@@ -430,6 +429,8 @@ def registered(keys: Keys) -> Any:
 
 @refused
 def evaluated(keys: Keys) -> Any:
+    from pipeline.evaluate.evaluate import evaluate  # imports scikit-learn
+
     """The accuracy of the student that is named, or that none is."""
     given = {
         k: f"{finished_run()}/checkpoints/student.safetensors" if v == "{finished}" else v for k, v in keys.items()
