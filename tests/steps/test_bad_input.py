@@ -389,7 +389,6 @@ def test_a_server_that_does_not_answer_is_named_before_training(lab: Lab) -> Non
     assert not list(lab.runs.rglob("*.safetensors"))
 
 
-@pytest.mark.slow
 def test_resume_of_a_run_that_the_server_does_not_know(lab: Lab, sqlite_uri: str) -> None:
     done = lab.step("distill", "tracking.mode=online", f"tracking.uri={sqlite_uri}", "resume=" + 32 * "0")
     refused(lab, done, "resume=" + 32 * "0", "knows no run")

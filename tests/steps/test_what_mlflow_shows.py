@@ -398,7 +398,6 @@ def adopted(sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str,
     return sqlite_uri, run.info.run_id, experiment
 
 
-@pytest.mark.slow
 def test_the_run_that_mlflow_run_made_is_adopted(ready_lab: Lab, adopted: tuple[str, str, str]) -> None:
     uri, run, experiment = adopted
     done = ready_lab.step("distill", "tracking.mode=online", "method.tau=4")
@@ -414,7 +413,6 @@ def test_the_run_that_mlflow_run_made_is_adopted(ready_lab: Lab, adopted: tuple[
     assert "asib" not in {e.name for e in client(uri).search_experiments()}, "no experiment is set"
 
 
-@pytest.mark.slow
 def test_a_refusal_before_the_run_fails_the_run_that_mlflow_run_made(lab: Lab, adopted: tuple[str, str, str]) -> None:
     uri, run, _ = adopted
     done = lab.step("distill", "tracking.mode=online", "method.kd_alhpa=0.4")

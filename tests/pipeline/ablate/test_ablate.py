@@ -274,7 +274,6 @@ def test_what_is_not_there_is_not_compared(lab: Lab, arguments: list[str], said:
     assert said in done.lines[-1]
 
 
-@pytest.mark.slow
 def test_an_unknown_run_of_a_server_is_refused(lab: Lab, sqlite_uri: str) -> None:
     done = lab.step("compare", f"runs={'0' * 32},{'1' * 32}", "tracking.mode=online", f"tracking.uri={sqlite_uri}")
     assert done.code == 2
