@@ -62,7 +62,7 @@ def fields() -> Iterator[Any]:
 
 def test_the_walk_finds_the_schema() -> None:
     names = {model.__name__ for model in models()}
-    assert {"Config", "MethodConfig", "Gate", "FirstGate", "SlurmCluster", "SweepConfig", "Tpe", "FloatRange"} <= names
+    assert {"Config", "MethodConfig", "Gate", "FirstGate", "SlurmCluster", "SweepConfig", "tpe", "FloatRange"} <= names
     assert sum(1 for _ in fields()) > 120
 
 

@@ -18,6 +18,8 @@ from pipeline.training.objective import Moment
 from pipeline.training.optim import Precision
 from tests.pipeline.training.builders import CPU, config, distillation, image_data
 
+pytestmark = pytest.mark.step  # the compiler takes seconds
+
 ROUNDING = 1e-5
 """Relative tolerance of a float32 loss after sums in another order; measured: below 1e-6."""
 GPU_ROUNDING = 1e-3

@@ -21,6 +21,8 @@ from tests.pipeline.training.builders import (
     run_until,
 )
 
+pytestmark = pytest.mark.step  # trains to the end again and again
+
 MIXED = {"cutmix_alpha_distill": 1.0, "kd_warmup_epochs": 2, "tau_schedule": (4.0, 2.0), "ib_beta": 0.01}
 ASSORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "distil": ("distil", {"method": MIXED}),

@@ -27,6 +27,8 @@ from tests.pipeline.training.builders import (
     run_until,
 )
 
+pytestmark = pytest.mark.step  # trains to the end again and again
+
 HALF = 2.0**-11
 """Relative rounding of fp16 (10 bits behind the leading one, to nearest)."""
 LOSS = 2e-3

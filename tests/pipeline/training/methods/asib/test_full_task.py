@@ -258,6 +258,7 @@ def test_a_learned_query_needs_no_student(tmp_path: Path) -> None:
 # sizes ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.step
 @pytest.mark.parametrize(
     ("target", "teachers", "classes"), [("auto", 2, 4), ("auto", 3, 2), ("auto_min", 3, 4), ("weighted_conf", 2, 2)]
 )
@@ -279,6 +280,7 @@ def test_everything_at_once_trains_and_stays_finite(classes: int, teachers: int,
     assert len(task.fusion.adapters) == teachers
 
 
+@pytest.mark.step
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_everything_at_once_in_half_precision(dtype: str, tmp_path: Path) -> None:
     task, record = distillation(config(method=EVERYTHING, optim={"use_amp": True, "amp_dtype": dtype})), Record()
