@@ -50,6 +50,12 @@ NOTICED = {
 """What delivery has met before the part comes back."""
 
 
+@pytest.fixture(autouse=True)
+def _deliveries_are_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`end_delivery` looks for them, and forks of another process are none."""
+    monkeypatch.setattr("tests.steps.lab.Fork", subprocess.Popen)
+
+
 def online(team: TeamServer, experiment: str, **more: object) -> list[str]:
     settings = {"mode": "online", "uri": team.uri, "experiment": experiment} | more
     return [*(f"tracking.{key}={value}" for key, value in settings.items()), "checkpoint.every_seconds=1e-6"]
