@@ -102,7 +102,7 @@ def test_a_teacher_of_other_images_is_refused_with_the_key_that_would_do(tmp_pat
     one, other = {"name": "cifar_resnet8", "checkpoint": str(path)}, {"name": "cifar_resnet8"}
     given = config(model={"teachers": [one, other]})
     with pytest.raises(UserError, match=r"^model\.teachers\.0\.checkpoint=.*set dataset\.mean=\[0\.5,0\.402,0\.45\]"):
-        teachers.foresee(given, data)
+        teachers.validate_early(given, data)
     bare = networks.build_teacher(c, data, 0)
     networks.load(bare, path, "as rounded statistics are", replace(data, mean=(0.5, 0.4015, 0.45)))
     for mean in ((0.5, 0.402, float("nan")), (0.5,)):
