@@ -126,6 +126,7 @@ def test_the_main_job_goes_on_when_the_server_vanishes_and_is_delivered_later(
 ) -> None:
     arguments = ["tracking.mode=online", f"tracking.uri={wire.uri}", "tracking.finish_seconds=1"]
     with monkeypatch.context() as patched:
+        patched.setattr("tests.steps.lab.Fork", subprocess.Popen)  # a child of this process, to be killed below
         patched.setattr(train, "Loop", At(2, wire.cut).loop)  # before any teacher is there
         done = lab.step("main", *arguments)
     assert done.code == 0, done.err
