@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 
-from pipeline.config import Config
-from pipeline.config.rules import needs_distillation
-from pipeline.config.variants import student_alone
+from pipeline.config import Config, student_alone
 from pipeline.distill import networks, results, teachers
 from pipeline.distill.distill import distill
 from pipeline.distill.train import images, prepare
@@ -21,7 +19,7 @@ from pipeline.training.compiling import check_device
 def main(run: Run) -> float | None:
     """The main job: student alone, teachers, distillation, evaluation, as nested runs; one table at the end."""
     config = run.config
-    if not config.model.teachers or not needs_distillation(config):
+    if not config.model.teachers or not config.method.distils:
         raise UserError("the main job distils: it needs model.teachers and method.kd_alpha > 0, or use -e baseline")
     prepare(config)
     check_device(config, networks.device_of(config))

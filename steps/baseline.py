@@ -6,7 +6,7 @@ python -m steps.baseline cfg=quickstart model.student.name=cifar_resnet8x4 seed=
 
 import sys
 
-from pipeline.config.variants import student_alone
+from pipeline.config import student_alone
 from pipeline.runs.step import Step
 
 STEP = Step(

@@ -14,7 +14,6 @@ from pipeline.compare import compare, report
 from pipeline.compose import rungs
 from pipeline.config import Config, Identity, config_hash, source_digest
 from pipeline.config.places import output_dir
-from pipeline.config.rules import needs_distillation
 from pipeline.data.sources import ImageData
 from pipeline.distill import distill, export, networks, register, teachers
 from pipeline.distill.train import load_data, prepare, threads_of
@@ -91,7 +90,7 @@ def _identified(run: Run, plan: Plan, data: ImageData) -> list[Child]:
     device = networks.device_of(config)
     for child in plan.configs:
         check_device(child, device)
-    if any(needs_distillation(c) for c in plan.configs):
+    if any(c.method.distils for c in plan.configs):
         student = networks.build_student(config, data)
         hashes = tuple(t.hash for t in teachers.obtain(run, data, student))
     sources = source_digest(REPOSITORY)
@@ -101,7 +100,7 @@ def _identified(run: Run, plan: Plan, data: ImageData) -> list[Child]:
             Identity(
                 config_hash(child),
                 Precision(child.optim, device).name,
-                hashes if needs_distillation(child) else (),
+                hashes if child.method.distils else (),
                 data.digest,
                 sources,
                 bank=bank_use(child).on,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pipeline.compose import cli, rungs
 from pipeline.compose.compose import compose
 from pipeline.config import Config, config_hash, source_digest
-from pipeline.config.describe import written
 from pipeline.config.identity import canonical
 from pipeline.config.places import output_dir
+from pipeline.config.words import written
 from pipeline.paths import REPOSITORY
 from pipeline.reporting import tables
 from pipeline.runs.folders import interrupted

@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.config import Config
-from pipeline.config.names import suggestion
 from pipeline.config.numbers import processes
+from pipeline.config.words import suggestion
 from pipeline.errors import UserError
 from pipeline.paths import is_plain, printable
 

@@ -27,9 +27,8 @@ from pydantic import ValidationError
 from pipeline.compose.foreign import foreign
 from pipeline.compose.groups import CONF, NOT_GROUPS, groups, locate
 from pipeline.compose.settings import read_yaml
-from pipeline.config import Config, explain, flatten
-from pipeline.config.describe import field_at, is_text, section_of, written
-from pipeline.config.names import UnknownKey, suggestion
+from pipeline.config import Config, UnknownKey, explain, flatten
+from pipeline.config.words import field_at, is_text, section_of, suggestion, written
 from pipeline.errors import UserError
 from pipeline.paths import printable
 
@@ -177,7 +176,7 @@ def _option(group: str, value: str, options: dict[str, list[str]]) -> str:
 
 def _setting(prefix: str, key: str, value: str | None) -> Setting:
     path = key.split(".")
-    found = field_at(path)
+    found = field_at(path, Config)
     if found is None or (found[1] < len(path) and not _leads_into_list(found[0].annotation, path[found[1] :])):
         raise UnknownKey(key)
     if prefix == "~":
@@ -249,7 +248,7 @@ def _apply(composed: DictConfig, setting: Setting) -> None:
 
 
 def _is_list(path: Sequence[str]) -> bool:
-    found = field_at(path)
+    found = field_at(path, Config)
     return found is not None and "tuple" in str(found[0].annotation)
 
 

@@ -11,8 +11,8 @@ import yaml
 
 from pipeline.compose.groups import groups
 from pipeline.compose.settings import parse_data, read_data
+from pipeline.config import Config, flatten
 from pipeline.config.identity import NOT_COMPUTATION, listed
-from pipeline.config.schema import Config, flatten
 from pipeline.errors import UserError
 
 FOREIGN_GROUPS = ("dataset", "model/student", "model/teacher", "method", "optim", "schedule", "augment")

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from pipeline.config.names import near_miss, suggestion
+from pipeline.config.words import near_miss, suggestion
 from pipeline.errors import UserError
 from pipeline.paths import REPOSITORY, user_path
 

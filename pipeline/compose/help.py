@@ -12,8 +12,7 @@ from pydantic import BaseModel
 from pipeline.compose.cli import Command
 from pipeline.compose.groups import groups
 from pipeline.config import Config
-from pipeline.config.describe import expects, is_list_of_sections, is_text, section_of, written
-from pipeline.config.names import suggestion
+from pipeline.config.words import expects, is_list_of_sections, is_text, section_of, suggestion, written
 from pipeline.errors import UserError
 
 WIDTH = 100

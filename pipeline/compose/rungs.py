@@ -16,10 +16,9 @@ from pipeline.compose.compose import compose
 from pipeline.compose.groups import CONF
 from pipeline.compose.settings import read_data
 from pipeline.config import Config, explain
-from pipeline.config.describe import why, written
 from pipeline.config.identity import computation
-from pipeline.config.names import suggestion
 from pipeline.config.numbers import MOST_SEED, whole
+from pipeline.config.words import suggestion, why, written
 from pipeline.errors import UserError
 
 ROOT, LOWEST, HIGHEST = "base", "l0_baseline", "l4_full"

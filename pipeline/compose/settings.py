@@ -19,8 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from pipeline import secrets, yaml_data
-from pipeline.config.describe import MAX_PROBLEMS, is_text, shown, takes
-from pipeline.config.names import near_miss, suggestion
+from pipeline.config.words import MAX_PROBLEMS, is_text, near_miss, shown, suggestion, takes
 from pipeline.errors import UserError
 
 

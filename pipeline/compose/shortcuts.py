@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.compose import cli
 from pipeline.compose.compose import Setting, keys_of
 from pipeline.compose.groups import groups
-from pipeline.config.names import near_miss, suggestion
 from pipeline.config.numbers import MOST_SEED, whole
+from pipeline.config.words import near_miss, suggestion
 from pipeline.errors import UserError
 
 logger = logging.getLogger("asib")

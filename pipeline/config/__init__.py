@@ -1,18 +1,13 @@
 """The configuration: schema, rules between keys, hash and identity. Needs pydantic only."""
 
-from pipeline.config.describe import explain
+from pipeline.config.base import Section, flatten, key
+from pipeline.config.dataset import AugmentConfig, DatasetConfig
 from pipeline.config.identity import Identity, config_hash, source_digest
-from pipeline.config.schema import (
-    AugmentConfig,
-    Config,
-    DatasetConfig,
-    FinetuneConfig,
-    MethodConfig,
-    OptimConfig,
-    ScheduleConfig,
-    TeacherConfig,
-    flatten,
-)
+from pipeline.config.inactive import inactive
+from pipeline.config.methods.asib import MethodConfig
+from pipeline.config.model import TeacherConfig
+from pipeline.config.schema import Config, UnknownKey, explain, known_names, student_alone
+from pipeline.config.training import FinetuneConfig, OptimConfig, ScheduleConfig
 
 __all__ = [
     "AugmentConfig",
@@ -23,9 +18,15 @@ __all__ = [
     "MethodConfig",
     "OptimConfig",
     "ScheduleConfig",
+    "Section",
     "TeacherConfig",
+    "UnknownKey",
     "config_hash",
     "explain",
     "flatten",
+    "inactive",
+    "key",
+    "known_names",
     "source_digest",
+    "student_alone",
 ]

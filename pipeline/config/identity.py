@@ -8,7 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import Config, flatten
+from pipeline.config.base import flatten
+from pipeline.config.schema import Config
 
 NOT_COMPUTATION = (
     "device",
@@ -35,9 +36,9 @@ NOT_COMPUTATION = (
     "checkpoint.",
     "tracking.",
 )
-"""Keys, and prefixes of keys, that do not change the computation asked for."""
+"""Keys, and prefixes of keys, that do not change what is computed."""
 ONLY_WHERE_SET = ("dataset.mean", "dataset.std")
-"""Keys that came later, and that the hash leaves out where they are null: results from before stay the same."""
+"""Keys added later, which the hash leaves out while they are null so that earlier results keep their hash."""
 
 
 def listed(key: str, names: Iterable[str]) -> bool:
@@ -51,7 +52,7 @@ def listed(key: str, names: Iterable[str]) -> bool:
 
 
 def computation(config: Config) -> dict[str, Any]:
-    """The dotted keys that the hash covers; teachers' checkpoint paths are left out, their weights' hashes count."""
+    """Return the dotted keys that the hash covers: not teachers' checkpoint paths, whose weights are hashed instead."""
     return {
         name: value
         for name, value in flatten(config).items()
@@ -62,12 +63,12 @@ def computation(config: Config) -> dict[str, Any]:
 
 
 def canonical(values: Mapping[str, Any]) -> str:
-    """JSON with sorted keys and no spaces; validated types, so that tau=4 and tau=4.0 agree."""
+    """Write JSON with sorted keys and no spaces; types are validated, so tau=4 and tau=4.0 agree."""
     return json.dumps(_unsigned(values), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def _unsigned(value: Any) -> Any:
-    """-0.0 and 0.0 are the same number, and would be different JSON."""
+    """Turn -0.0 into 0.0: the same number, but different JSON."""
     if isinstance(value, Mapping):
         return {key: _unsigned(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -92,7 +93,7 @@ def source_digest(root: Path) -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes two results the same: reuse of finished runs, study names and resume go by it."""
+    """What makes two results the same: it decides on reuse of finished runs, study names and resuming."""
 
     config_hash: str
     amp_dtype: str
@@ -102,9 +103,9 @@ class Identity:
     part: str = ""
     """Which of several results of one configuration: `teacher_0` of a fine-tuning."""
     bank: bool = False
-    """Whether teachers' outputs came from the bank: fp16 rounding makes other bits of the same computation."""
+    """Whether teachers' outputs came from the bank, whose fp16 rounding changes the bits."""
     compiled: bool = False
-    """Whether the networks went through torch.compile, which rounds otherwise too."""
+    """Whether the networks were compiled with torch.compile, which also rounds differently."""
 
     def digest(self) -> str:
         return hashlib.sha256(canonical(asdict(self)).encode()).hexdigest()

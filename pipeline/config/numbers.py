@@ -1,7 +1,7 @@
-"""The kinds of numbers that keys take: a range for each, and the sentence that says why nobody needs more.
+"""The kinds of numbers that keys take: a range for each, and a sentence that explains its upper bound.
 
-The bounds are generous. They are there because a slip of the finger (workers=100000, an epoch too many zeros) otherwise
-takes a machine down, or ends an hour later in an error of some library.
+The bounds are generous. They catch slips (workers=100000, a zero too many) that would otherwise take a machine down, or
+end an hour later in some library's error.
 """
 
 import re
@@ -18,14 +18,15 @@ YEAR_S = 31_536_000
 MOST_SEED = 2**63 - 1
 MOST_TRIALS = 100_000
 EXACT = 2**53
-"""Studies keep numbers as floats, which skip whole numbers beyond."""
+"""Studies store numbers as floats, which skip whole numbers beyond this."""
 
 # floats
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(gt=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Points = Annotated[float, Field(ge=-100, le=100), "accuracies are in percent"]
-NonNegative = Annotated[float, Field(ge=0, le=MILLION, allow_inf_nan=False), "beyond that nothing else would count"]
-Positive = Annotated[float, Field(gt=0, le=MILLION, allow_inf_nan=False), "beyond that nothing else would count"]
+NonNegative = Annotated[float, Field(ge=0, le=MILLION, allow_inf_nan=False), "it would drown out all else"]
+Positive = Annotated[float, Field(gt=0, le=MILLION, allow_inf_nan=False), "it would drown out all else"]
 Scale = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False), "float32 cannot tell it from infinity in a loss"]
 Exponent = Annotated[float, Field(ge=-20, le=20), "it is the logarithm of a temperature"]
 LogVariance = Annotated[float, Field(gt=0, le=80), "float32 overflows at the exponential of 88"]
@@ -35,24 +36,25 @@ Gigabytes = Annotated[float, Field(gt=0, le=MILLION, allow_inf_nan=False), "a pe
 Real = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False), "floats skip whole numbers there"]
 
 # whole numbers
-Count = Annotated[int, Field(ge=0, le=MILLION), "nothing here is done a million times"]
-AtLeastOne = Annotated[int, Field(ge=1, le=MILLION), "nothing here is done a million times"]
+Count = Annotated[int, Field(ge=0, le=MILLION), "nothing here happens a million times"]
+AtLeastOne = Annotated[int, Field(ge=1, le=MILLION), "nothing here happens a million times"]
 Epochs = Annotated[int, Field(ge=0, le=MILLION), "at a second each these are twelve days"]
 Epoch = Annotated[int, Field(ge=1, le=MILLION), "at a second each these are twelve days"]
+FreezeLevel = Annotated[int, Field(ge=-1, le=2)]
 Stages = Annotated[int, Field(ge=1, le=1000), "each has epochs of its own"]
 BatchSize = Annotated[int, Field(ge=1, le=2**20), "no memory holds a batch of a million images"]
 Pixels = Annotated[int, Field(ge=1, le=8192), "one such image takes 200 MB"]
 Processes = Annotated[int, Field(ge=0, le=1024), "each is a process with memory of its own"]
 Group = Annotated[int, Field(ge=1, le=1024), "each is a process with a device of its own"]
 JobMinutes = Annotated[int, Field(ge=1, le=YEAR_S // 60), "more than a year"]
-Threads = Annotated[int, Field(ge=1, le=4096), "no machine has as many cores"]
-Width = Annotated[int, Field(ge=1, le=65_536), "a layer as wide and as deep has 4 billion weights"]
-InputWidth = Annotated[int, Field(ge=0, le=65_536), "a layer as wide and as deep has 4 billion weights"]
-Index = Annotated[int, Field(ge=0, le=999), "there are not as many"]
+Threads = Annotated[int, Field(ge=1, le=4096), "no machine has that many cores"]
+Width = Annotated[int, Field(ge=1, le=65_536), "a square layer of that width has 4 billion weights"]
+InputWidth = Annotated[int, Field(ge=0, le=65_536), "a square layer of that width has 4 billion weights"]
+Index = Annotated[int, Field(ge=0, le=999), "no run has that many"]
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED), "random streams take 63 bits"]
 ShortSeed = Annotated[int, Field(ge=0, le=2**32 - 1), "samplers take 32 bits"]
-Trials = Annotated[int, Field(ge=1, le=MOST_TRIALS), "a study of more no longer answers in time"]
-Parameters = Annotated[int, Field(ge=1, le=10**12), "no network has as many"]
+Trials = Annotated[int, Field(ge=1, le=MOST_TRIALS), "a larger study answers too slowly"]
+Parameters = Annotated[int, Field(ge=1, le=10**12), "no network has that many"]
 Whole = Annotated[int, Field(ge=-EXACT, le=EXACT), "floats, in which studies keep numbers, skip some beyond"]
 
 WORKERS = 10_000
@@ -60,14 +62,14 @@ VERSIONS = 10**9
 
 
 def whole(key: str, text: str, low: int = 1, high: int = MILLION, why: str = "", where: str = "") -> int:
-    """A whole number of a step's own key, or of a variable of the environment, that no schema checks.
+    """Parse the whole number of a step's own key or an environment variable, which no schema checks.
 
     Args:
-        why: there may not be more.
-        where: behind the value in the error.
+        why: the reason for the upper bound.
+        where: what follows the value in the error.
 
     Raises:
-        UserError: no whole number, or out of range.
+        UserError: not a whole number, or out of range.
 
     Example:
         >>> whole("trials", "30", high=100_000)
@@ -81,10 +83,10 @@ def whole(key: str, text: str, low: int = 1, high: int = MILLION, why: str = "",
 
 
 def processes(environment: Mapping[str, str]) -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says it in RANK and WORLD_SIZE: 0 and 1 without it.
+    """Read this process's rank and the number of processes from torchrun's variables; 0 and 1 without them.
 
     Raises:
-        UserError: a variable is no number, does not fit the others, or is missing beside them.
+        UserError: a variable is not a number, contradicts the others, or is missing.
     """
     most = 100_000
 

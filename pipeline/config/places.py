@@ -1,4 +1,4 @@
-"""Files that a configuration names: whether they are there can be said before torch is imported."""
+"""The files and folders that a configuration names: checked before torch is imported."""
 
 import os
 import re
@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import urls
+from pipeline.config.dataset import DatasetConfig
 from pipeline.config.datasets import DATASETS
-from pipeline.config.rules import needs_distillation
-from pipeline.config.schema import Config, DatasetConfig, TrackingConfig
+from pipeline.config.schema import Config
+from pipeline.config.training import TrackingConfig
 from pipeline.errors import UserError
 from pipeline.paths import user_path
 
 DISTILLING = ("main", "distill", "ablate", "sweep")
-"""Steps that cannot do without their teachers."""
+"""Steps that need their teachers."""
 
 
 def check_there(config: Config, step: str) -> None:
@@ -25,7 +26,7 @@ def check_there(config: Config, step: str) -> None:
     if output_dir(config).is_file():
         raise UserError(f"output_dir={config.output_dir}: cannot write there (it is a file); choose another folder")
     check_data(config.dataset)
-    needed = config.model.teachers if step in DISTILLING and needs_distillation(config) else ()
+    needed = config.model.teachers if step in DISTILLING and config.method.distils else ()
     for index, teacher in enumerate(needed):
         given = teacher.checkpoint
         if given is not None and not given.startswith("runs:/"):
@@ -33,7 +34,7 @@ def check_there(config: Config, step: str) -> None:
 
 
 def check_tracking(tracking: TrackingConfig) -> None:
-    """The same for the tracking store, of which more is known only when it has answered."""
+    """Raise UserError for the address of a tracking store that cannot be one; whether it answers shows later."""
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if tracking.uri:
         urls.tracking(tracking.uri)
@@ -42,7 +43,7 @@ def check_tracking(tracking: TrackingConfig) -> None:
 
 
 def output_dir(config: Config) -> Path:
-    """The folder of run folders. Raises UserError: it cannot be one."""
+    """Return the folder of run folders. Raises UserError if it cannot be one."""
     return user_path(config.output_dir, "output_dir")
 
 
@@ -52,7 +53,7 @@ def is_uri(text: str) -> bool:
 
 
 def _named(config: Config) -> Iterator[tuple[str, str]]:
-    """The keys whose value is a file or folder of this machine, with it."""
+    """Yield keys and values that name files or folders on this machine."""
     given = {
         "output_dir": config.output_dir,
         "bank_folder": config.bank_folder,
@@ -66,7 +67,7 @@ def _named(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def check_data(dataset: DatasetConfig) -> None:
-    """The same for the data set alone; what `dataset.download` fetches need not be there."""
+    """Raise UserError if the data set is not there and `dataset.download` will not fetch it."""
     if dataset.name == "image_folder":
         _check_image_folder(dataset.root)
     place = DATASETS[dataset.name]
@@ -88,7 +89,7 @@ def _check_image_folder(root: str) -> None:
 
 
 def check_file(given: str, key: str) -> Path:
-    """A weights file on this machine. Raises UserError, which names `key`."""
+    """Return the path of a weights file on this machine. Raises UserError, naming `key`, if it is not there."""
     path = user_path(given, key)
     if not path.is_file():
         raise UserError(f"{key}: no such file; give a weights file or runs:/<id>")

@@ -1,58 +1,33 @@
-"""What the schema's types cannot say: values that follow from others, and the rules between keys (docs/method.md).
-
-`later.py` refuses what is not implemented yet, `inactive.py` names keys that cannot act, `names.py` knows old names.
-"""
-
-from __future__ import annotations
+"""What the schema's types cannot say: defaults that follow from other keys, and the rules between keys."""
 
 import math
+import posixpath
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.config import registered
-from pipeline.config.describe import written
-from pipeline.config.inactive import inactive
-from pipeline.config.later import DEPENDENTS, ONLY_FOR_NOW, check_later
-from pipeline.config.names import OLD_NAMES, known_names, near_miss, unknown_key
-
-if TYPE_CHECKING:
-    from pipeline.config.schema import Config, ScheduleConfig, StudentConfig, TeacherConfig
-
-__all__ = [
-    "DEPENDENTS",
-    "OLD_NAMES",
-    "ONLY_FOR_NOW",
-    "check",
-    "derive",
-    "gate_offset",
-    "inactive",
-    "known_names",
-    "near_miss",
-    "needs_distillation",
-    "parse_gate",
-    "unknown_key",
-    "uses_fusion",
-]
+from pipeline.config.methods.asib import FUSED_TARGETS
+from pipeline.config.model import StudentConfig, TeacherConfig
+from pipeline.config.sections import Sections
+from pipeline.config.training import ScheduleConfig
+from pipeline.config.words import written
 
 SMALL_STUDENTS = ("mobilenet_v2", "mobilenetv2", "efficientnet_b0", "shufflenet_v2", "shufflenetv2", "shufflev2")
 """Students whose distillation width defaults to 256 (docs/method.md section 1)."""
 
-FUSED_TARGETS = ("synergy", "auto", "auto_min")
-"""Targets that come from the fusion."""
-
 MIN_TEMPERATURE = 1e-4
 """Floor of the synergy head's learned temperature (models/ib_mbm.py)."""
 
-GATE = re.compile(r"avg([+-](?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)?", re.IGNORECASE)
+MAX_REGISTERED_NAME = 256
+"""Length of the registry's column."""
 
 
 def derive(data: Any) -> Any:
     """Fill in defaults that follow from other keys: distillation width 256 for small students, fusion aligned."""
     if not isinstance(data, dict):
         return data
-    if data.get("bank") is False:  # what YAML makes of off
+    if data.get("bank") is False:  # YAML reads off as false
         data = {**data, "bank": "off"}
     method, model = _as_dict(data.get("method")), _as_dict(data.get("model"))
     student = _as_dict((model or {}).get("student"))
@@ -66,61 +41,14 @@ def derive(data: Any) -> Any:
 
 
 def _as_dict(section: Any) -> dict[str, Any] | None:
-    """A section as it was given (nothing, YAML or an object); None for what validation will refuse."""
+    """Return a section given as nothing, YAML or an object; None for what validation will refuse."""
     if isinstance(section, BaseModel):
         return section.model_dump(exclude_unset=True)
     return {} if section is None else section if isinstance(section, dict) else None
 
 
-def parse_gate(value: Any) -> Any:
-    """One spelling for each threshold, so that hashes agree: `"0.8"` -> 0.8, `"avg - .020"` -> `"avg-0.02"`."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value <= 1:
-        raise ValueError(
-            f"method.enable_kd_after_syn_acc={written(value)[:80]} is a fraction: give a number in [0, 1] or avg-0.02"
-        )
-    if not isinstance(value, str):
-        return value
-    text = value.replace(" ", "").lower()
-    try:
-        number = float(text)
-    except ValueError:
-        match = GATE.fullmatch(text)
-    else:
-        return parse_gate(number)
-    if match is None or abs(float(match[1] or 0.0)) > 1:
-        raise ValueError(
-            f"method.enable_kd_after_syn_acc={value!r} is neither a fraction in [0, 1] nor like avg-0.02 "
-            "(relative to the averaged teachers)"
-        )
-    offset = float(match[1] or 0.0)
-    return f"avg{'-' if offset < 0 else '+'}{abs(offset)!r}" if offset else "avg"
-
-
-def gate_offset(value: float | str) -> float | None:
-    """`avg-0.02` -> -0.02 (relative to the averaged teachers); None for an absolute threshold."""
-    value = parse_gate(value)
-    return float(value[3:] or 0.0) if isinstance(value, str) else None
-
-
-def is_gated(config: Config) -> bool:
-    """Whether synergy targets wait for a synergy accuracy."""
-    return config.method.enable_kd_after_syn_acc != 0
-
-
-def needs_distillation(config: Config) -> bool:
-    """Whether any B-step term uses teachers."""
-    return config.method.kd_alpha > 0 or config.method.hybrid_beta > 0 or config.method.feat_kd_alpha > 0
-
-
-def uses_fusion(config: Config) -> bool:
-    """Whether any B-step term uses the fusion; without one there is nothing that an A-step would be for."""
-    m = config.method
-    return (m.kd_alpha > 0 and m.kd_target in FUSED_TARGETS) or m.feat_kd_alpha > 0
-
-
-def check(config: Config) -> None:
-    """Raise ValueError for the first rule that is broken; the message names the key and what would do."""
-    check_later(config)
+def check(config: Sections) -> None:
+    """Raise ValueError for the first broken rule; the message names the key and what to do."""
     _check_epochs(config)
     _check_models(config)
     _check_student_learns(config)
@@ -137,7 +65,7 @@ def _refuse(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_epochs(config: Config) -> None:
+def _check_epochs(config: Sections) -> None:
     m = config.method
     total = sum(m.student_epochs_per_stage)
     _refuse(
@@ -146,7 +74,7 @@ def _check_epochs(config: Config) -> None:
         f"method.num_stages={m.num_stages}: give one number of B-epochs for each stage",
     )
     _refuse(
-        m.kd_cooldown_epochs > 0 and m.kd_cooldown_epochs >= total and needs_distillation(config),
+        m.kd_cooldown_epochs > 0 and m.kd_cooldown_epochs >= total and m.distils,
         f"method.kd_cooldown_epochs={m.kd_cooldown_epochs} leaves none of the {total} B-epochs for distillation",
     )
     start, stop = m.kd_two_view_start_epoch, m.kd_two_view_stop_epoch
@@ -154,7 +82,7 @@ def _check_epochs(config: Config) -> None:
         return
     if start is None or stop is None or start >= stop:
         raise ValueError(
-            f"method.kd_two_view_start_epoch={_null(start)}, kd_two_view_stop_epoch={_null(stop)}: "
+            f"method.kd_two_view_start_epoch={written(start)}, kd_two_view_stop_epoch={written(stop)}: "
             "give both, the first below the second"
         )
     _refuse(
@@ -167,11 +95,7 @@ def _check_epochs(config: Config) -> None:
     )
 
 
-def _null(value: object) -> object:
-    return "null" if value is None else value
-
-
-def _check_models(config: Config) -> None:
+def _check_models(config: Sections) -> None:
     teachers = config.model.teachers
     networks: dict[str, StudentConfig | TeacherConfig] = {"model.student": config.model.student}
     networks |= {f"model.teachers.{i}": teacher for i, teacher in enumerate(teachers)}
@@ -195,10 +119,10 @@ def _check_models(config: Config) -> None:
         )
 
 
-def _check_student_learns(config: Config) -> None:
+def _check_student_learns(config: Sections) -> None:
     m, teachers = config.method, config.model.teachers
     _refuse(
-        m.ce_alpha == 0 and not needs_distillation(config),
+        m.ce_alpha == 0 and not m.distils,
         "method.ce_alpha=0 and no distillation weight: the student would learn nothing; "
         "raise method.ce_alpha or method.kd_alpha",
     )
@@ -227,13 +151,13 @@ def _check_student_learns(config: Config) -> None:
     )
     weight = next((k for k in ("kd_alpha", "hybrid_beta", "feat_kd_alpha") if getattr(m, k) > 0), "kd_alpha")
     _refuse(
-        needs_distillation(config) and not teachers,
+        m.distils and not teachers,
         f"method.{weight}={getattr(m, weight)} needs teachers, and model.teachers is empty: "
         f"choose model/teacher=… or set method.{weight}=0",
     )
 
 
-def _check_targets(config: Config) -> None:
+def _check_targets(config: Sections) -> None:
     m, teachers = config.method, config.model.teachers
     if m.teacher_weights != "equal" and teachers:
         _refuse(
@@ -263,14 +187,14 @@ def _check_targets(config: Config) -> None:
     gate = m.enable_kd_after_syn_acc
     reads_accuracy = "method.kd_target=auto" if m.kd_target == "auto" else f"method.enable_kd_after_syn_acc={gate}"
     _refuse(
-        (is_gated(config) or m.kd_target == "auto") and config.dataset.val_fraction == 0,
+        (gate != 0 or m.kd_target == "auto") and config.dataset.val_fraction == 0,
         f"{reads_accuracy} reads validation accuracy: it needs dataset.val_fraction > 0",
     )
 
 
-def _check_fusion(config: Config) -> None:
+def _check_fusion(config: Sections) -> None:
     m, teachers = config.method, config.model.teachers
-    fusion = uses_fusion(config)
+    fusion = m.uses_fusion
     user = (
         f"method.kd_target={m.kd_target}"
         if m.kd_alpha > 0 and m.kd_target in FUSED_TARGETS
@@ -341,7 +265,7 @@ def _check_fusion(config: Config) -> None:
         )
 
 
-def _check_freezing(config: Config) -> None:
+def _check_freezing(config: Sections) -> None:
     m = config.method
     levels = m.student_freeze_schedule
     _refuse(
@@ -371,7 +295,7 @@ def _check_freezing(config: Config) -> None:
         "method.use_teacher_finetuning needs method.teacher_ce_alpha > 0, the teachers' own cross-entropy",
     )
     _refuse(
-        m.use_teacher_finetuning and not uses_fusion(config),
+        m.use_teacher_finetuning and not m.uses_fusion,
         "method.use_teacher_finetuning trains teachers in A-steps, and here there are none: "
         "use method.kd_target=synergy or auto with method.kd_alpha > 0",
     )
@@ -401,7 +325,7 @@ def _check_schedule(where: str, schedule: ScheduleConfig, epochs: int, peak: flo
     )
 
 
-def _check_surroundings(config: Config) -> None:
+def _check_surroundings(config: Sections) -> None:
     _refuse(not config.tracking.experiment.strip(), "tracking.experiment is empty: name an experiment, such as asib")
     _refuse(
         config.dataset.name == "npz" and not config.dataset.path,
@@ -418,9 +342,30 @@ def _check_surroundings(config: Config) -> None:
         "MLFLOW_TRACKING_PASSWORD (a database's into PGPASSWORD), or the whole URI into MLFLOW_TRACKING_URI",
     )
     if config.register is not None:
-        fault = registered.fault(config.register)
+        fault = registered_name_fault(config.register)
         _refuse(fault is not None, f"register={config.register}: {fault}")
         _refuse(
             not config.log_model,
             f"register={config.register} needs log_model=true: a version is made of the model that is logged",
         )
+
+
+def registered_name_fault(name: str) -> str | None:
+    """What is wrong with a registered model's name, by MLflow's rules, and what to do; None for a good one.
+
+    Example:
+        >>> registered_name_fault("cifar/student")
+        'the registry takes no / and no : in a name; give such as cifar-student'
+    """
+    if not name.strip():
+        return "the name is empty; give such as cifar100-student"
+    if "/" in name or ":" in name:
+        return f"the registry takes no / and no : in a name; give such as {name.replace('/', '-').replace(':', '-')}"
+    if name != name.strip() or posixpath.normpath(name) != name or name == "." or name.startswith(".."):
+        return "the registry takes no name that begins or ends with a space, is . or begins with .."
+    if len(name) > MAX_REGISTERED_NAME:
+        return f"a name has at most {MAX_REGISTERED_NAME} characters, this one {len(name)}"
+    if not name.isprintable() or any(character in name for character in "'\"`%?#@"):
+        # it becomes part of queries and of models:/<name>@<alias>
+        return "quotes, %, ?, #, @ and control characters make models:/<name> ambiguous; use letters, digits, - and _"
+    return None

@@ -3,7 +3,7 @@
 import logging
 
 from models.weights import weights_hash
-from pipeline.config.rules import inactive, needs_distillation
+from pipeline.config import inactive
 from pipeline.data.sources import ImageData
 from pipeline.distill import bank, export, networks, register, results, teachers
 from pipeline.distill.costs import macs_found
@@ -61,7 +61,7 @@ def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Lo
     data = load_data(run)
     student = networks.build_student(config, data)
     test = watch is None  # a sweep never looks at the test split
-    taught = teachers.obtain(run, data, student, test) if needs_distillation(config) else []
+    taught = teachers.obtain(run, data, student, test) if config.method.distils else []
     hashes = [t.hash for t in taught]
     task = Distillation(config, data, student, [t.net for t in taught], device, bank.opener(config, data, hashes))
     run.journal.tags({"asib.eval_split": task.data.eval_split})

@@ -14,7 +14,6 @@ from models.weights import weights_hash
 from pipeline.config import Config
 from pipeline.config.identity import canonical, computation, source_digest
 from pipeline.config.places import check_file, output_dir
-from pipeline.config.rules import uses_fusion
 from pipeline.data.sources import ImageData
 from pipeline.data.splits import split
 from pipeline.distill import networks
@@ -113,7 +112,7 @@ def _build(config: Config, data: ImageData, student: FeatureNet) -> list[Feature
     split(data.train_y, dataset.val_fraction, data.digest, dataset.split_seed)
     nets = [networks.build_teacher(config, data, index) for index in range(len(config.model.teachers))]
     check_student(config, student, data.num_classes)
-    if uses_fusion(config):
+    if config.method.uses_fusion:
         with torch.random.fork_rng(devices=[]):
             widths = [net.feature_dim for net in nets]
             Fusion(config.method, widths, query_width(config.method, student), data.num_classes)

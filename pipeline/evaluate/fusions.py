@@ -13,7 +13,7 @@ from models.ib_mbm import IBMBM
 from models.weights import ADAPTER, fill, read_metadata, read_state
 from pipeline.compose.settings import read_data
 from pipeline.config import Config
-from pipeline.config.describe import written
+from pipeline.config.words import written
 from pipeline.data.sources import ImageData
 from pipeline.distill import networks, teachers
 from pipeline.errors import UserError

@@ -11,9 +11,9 @@ from pydantic import Field
 
 from pipeline.compose.groups import CONF, locate
 from pipeline.compose.settings import OURS, keys, read_section
-from pipeline.config.describe import written
+from pipeline.config import Section, flatten, key
 from pipeline.config.numbers import AtLeastOne, Fraction, NonNegative, Parameters, Percent, Points, Positive
-from pipeline.config.schema import Section, flatten, key
+from pipeline.config.words import written
 
 Inner = Annotated[float, Field(gt=0, lt=1)]
 

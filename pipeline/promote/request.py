@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.compose import cli
-from pipeline.config import Config, registered
+from pipeline.config import Config
 from pipeline.config.numbers import VERSIONS, whole
+from pipeline.config.rules import registered_name_fault
 from pipeline.errors import NotThere, UserError
 from pipeline.promote import criteria, queue
 from pipeline.promote.criteria import Gate
@@ -64,7 +65,7 @@ def make(config: Config, own: Mapping[str, str]) -> Plan:
     name = own.get("name", "")
     if not name:
         raise UserError("name is not set: give name=<registered model>")
-    fault = registered.fault(name)
+    fault = registered_name_fault(name)
     if fault is not None:
         raise UserError(f"name={name}: {fault}")
     rollback, retire = cli.flag(own, "rollback"), own.get("retire") or None

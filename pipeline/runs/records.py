@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.compose.settings import read_data
-from pipeline.config.describe import written
+from pipeline.config.words import written
 from pipeline.errors import UserError
 from pipeline.files import read_state, warn_once
 from pipeline.journal import damage, decode_number, read_entries, read_header

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from pipeline.compose import cli, shortcuts
 from pipeline.compose.compose import compose, dump
 from pipeline.compose.help import USUAL, step_help
-from pipeline.config import Config
-from pipeline.config.names import UnknownKey
+from pipeline.config import Config, UnknownKey
 from pipeline.config.numbers import processes
 from pipeline.config.places import check_there
 from pipeline.errors import HelperFailed, Interrupted, NonFinite, UserError

@@ -18,7 +18,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from pipeline import urls
 from pipeline.compose import compose
 from pipeline.config import Config, config_hash
-from pipeline.config.rules import needs_distillation
 from pipeline.data.sources import ImageData
 from pipeline.distill import export, networks, register, teachers
 from pipeline.distill.train import load_data, prepare, threads_of
@@ -90,7 +89,7 @@ def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, 
         worker.fetch_teachers(before.get("teachers", ()), run)
     except UserError as error:
         logger.warning("%s: fine-tuning the teachers again", error)
-    if needs_distillation(base):
+    if base.method.distils:
         found = teachers.obtain(run, data, networks.build_student(base, data), test=False, config=base)
     run.journal.tags({"asib.teachers": ",".join(t.hash for t in found) or "none"})
     facts: dict[str, Any] = {

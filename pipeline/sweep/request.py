@@ -12,9 +12,9 @@ from pipeline.compose import cli
 from pipeline.compose.compose import keys_of
 from pipeline.compose.shortcuts import wants_dry_run
 from pipeline.config import Config
-from pipeline.config.describe import why
 from pipeline.config.numbers import MOST_TRIALS, WORKERS, whole
 from pipeline.config.places import output_dir
+from pipeline.config.words import why
 from pipeline.errors import UserError
 from pipeline.journal import writer_alive
 from pipeline.runs.folders import header_of, tagged

@@ -63,7 +63,7 @@ def test_the_main_job_is_a_run_with_nested_runs_that_all_finished(seen: Seen) ->
 
 def test_the_parameters_are_the_whole_flattened_configuration(tracked: tuple[Lab, Done, str, Seen]) -> None:
     from pipeline.config import Config, config_hash, flatten
-    from pipeline.config.describe import written
+    from pipeline.config.words import written
 
     _, done, _, seen = tracked
     for name, run in everyone(seen).items():

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from pipeline.compose.groups import locate
 from pipeline.compose.settings import read_section
+from pipeline.config import Section, key
 from pipeline.config.numbers import (
     AtLeastOne,
     Gigabytes,
@@ -21,7 +22,6 @@ from pipeline.config.numbers import (
     Threads,
     Whole,
 )
-from pipeline.config.schema import Section, key
 
 
 class ClusterConfig(Section):

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.names import near_miss
+from pipeline.config.words import near_miss
 from pipeline.errors import UserError
 from pipeline.paths import REPOSITORY
 from pipeline.sweep.launch.cluster import SlurmCluster

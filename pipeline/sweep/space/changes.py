@@ -5,10 +5,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config import Config, explain
-from pipeline.config.describe import field_at
-from pipeline.config.names import known_names, unknown_key
+from pipeline.config import Config, explain, known_names
 from pipeline.config.rules import derive
+from pipeline.config.words import field_at, unknown_key
 from pipeline.errors import UserError
 
 _WIDTHS = ("ib_mbm_out_dim", "distill_out_dim")
@@ -49,7 +48,7 @@ def takes(key: str) -> tuple[Any, list[str]]:
         UserError: there is no such key; the nearest one is named.
     """
     path = key.split(".")
-    found = field_at(path)
+    found = field_at(path, Config)
     rest = [] if found is None else path[found[1] :]
     if found is None or (rest and not (len(rest) == 1 and rest[0].isdecimal() and "tuple" in str(found[0].annotation))):
         raise UserError(unknown_key(key, known_names()))

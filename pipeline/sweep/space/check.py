@@ -10,11 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from pipeline.compose.groups import groups
-from pipeline.config import Config, config_hash, explain, flatten
-from pipeline.config.describe import expects, written
+from pipeline.config import Config, config_hash, explain, flatten, inactive
 from pipeline.config.identity import NOT_COMPUTATION
-from pipeline.config.inactive import inactive
-from pipeline.config.names import near_miss
+from pipeline.config.words import expects, near_miss, written
 from pipeline.errors import UserError
 from pipeline.sweep.space.changes import takes, validated
 from pipeline.sweep.space.config import VALIDATION, SweepConfig

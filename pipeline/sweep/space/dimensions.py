@@ -9,8 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from pipeline.config import numbers
-from pipeline.config.describe import written
 from pipeline.config.identity import canonical
+from pipeline.config.words import written
 
 
 class Part(BaseModel):

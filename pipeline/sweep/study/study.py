@@ -19,7 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
-from pipeline.config.names import near_miss
+from pipeline.config.words import near_miss
 from pipeline.errors import UserError
 from pipeline.sweep.space.space import SweepConfig, grid, suggest
 from pipeline.sweep.study import retry, samplers

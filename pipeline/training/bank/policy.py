@@ -6,8 +6,7 @@ So a run that is continued, repeated or looked for decides as it did before; whe
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.rules import needs_distillation, uses_fusion
-from pipeline.config.schema import Config
+from pipeline.config import Config
 
 VIEWS = 162
 """Crops and flips of an image (pipeline/data/views.py)."""
@@ -53,7 +52,7 @@ def shared(config: Config) -> Config:
 def not_enumerable(config: Config) -> str | None:
     """Why the teachers' outputs cannot be kept; None where they can."""
     m = config.method
-    if not needs_distillation(config):
+    if not config.method.distils:
         return "nothing is distilled"
     if m.use_teacher_finetuning:
         return "method.use_teacher_finetuning=true: the teachers change"
@@ -77,7 +76,7 @@ def saved_alone(config: Config) -> float:
     second = 0
     if m.kd_two_view_start_epoch is not None and m.kd_two_view_stop_epoch is not None:
         second = max(0, min(m.kd_two_view_stop_epoch, distilled) - m.kd_two_view_start_epoch)
-    adapted = m.num_stages * m.teacher_adapt_epochs if uses_fusion(config) else 0
+    adapted = m.num_stages * m.teacher_adapt_epochs if config.method.uses_fusion else 0
     needed = 1.0
     if m.kd_sample_gate:
         most = m.kd_sample_max_ratio

@@ -12,7 +12,7 @@ import yaml
 import steps
 from pipeline.compose.cli import parse
 from pipeline.compose.help import USUAL, step_help
-from pipeline.config.names import known_names
+from pipeline.config import known_names
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]

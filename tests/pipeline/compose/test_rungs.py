@@ -14,7 +14,6 @@ from pipeline.compose import rungs
 from pipeline.compose.compose import compose
 from pipeline.config import Config, config_hash
 from pipeline.config.identity import computation
-from pipeline.config.rules import needs_distillation, uses_fusion
 from pipeline.errors import UserError
 from pipeline.paths import REPOSITORY
 
@@ -86,10 +85,10 @@ def test_asib_stage_differs_from_the_base_as_the_method_says() -> None:
 
 def test_the_lowest_rungs_run_neither_teachers_nor_fusion(over: tuple[Config, dict[str, Config]]) -> None:
     found = over[1]
-    assert not needs_distillation(found["l0_baseline"])
-    assert needs_distillation(found["l0k_aver"])
-    assert not uses_fusion(found["l0k_aver"])
-    assert all(uses_fusion(found[name]) for name in rungs.ladder()[2:])
+    assert not found["l0_baseline"].method.distils
+    assert found["l0k_aver"].method.distils
+    assert not found["l0k_aver"].method.uses_fusion
+    assert all(found[name].method.uses_fusion for name in rungs.ladder()[2:])
 
 
 def test_values_that_follow_from_the_configuration_follow_it() -> None:

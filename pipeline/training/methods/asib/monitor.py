@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.features import FeatureNet, undisturbed
 from pipeline.config import MethodConfig
-from pipeline.config.rules import gate_offset
+from pipeline.config.methods.asib import gate_offset
 from pipeline.training import distributed
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.evaluation import Outputs, accuracy, outputs

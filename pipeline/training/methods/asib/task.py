@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from models import freeze
 from models.features import FeatureNet
 from models.fold import folded
-from pipeline.config import Config
-from pipeline.config.rules import needs_distillation, uses_fusion
-from pipeline.config.schema import ScheduleConfig
+from pipeline.config import Config, ScheduleConfig
 from pipeline.data.batches import Batch, EpochDraws, TrainBatches
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
@@ -34,7 +32,7 @@ from pipeline.training.run_data import RunData, Selection, prepare
 def check_student(config: Config, student: FeatureNet, num_classes: int) -> None:
     """Check a configuration against its networks and data. Raises UserError."""
     m = config.method
-    if not needs_distillation(config):
+    if not config.method.distils:
         return
     if m.kd_loss == "dkd" and m.kd_alpha > 0 and num_classes < 3:
         raise UserError(
@@ -86,7 +84,7 @@ class Distillation:
         check_device(config, device)
         self.config, self.method, self.optim, self.device = config, config.method, config.optim, device
         self.student = student
-        self.teachers = teachers if needs_distillation(config) else []
+        self.teachers = teachers if config.method.distils else []
         if not self.method.use_teacher_finetuning:
             shape = (data.in_chans, data.image_size, data.image_size)
             self.teachers = [folded(teacher, shape) for teacher in self.teachers]
@@ -94,7 +92,7 @@ class Distillation:
         self.batches = self.data.train
         self.streams = Streams(config.seed)
         check_student(config, student, data.num_classes)
-        self.fusion = self._make_fusion(data.num_classes, device) if uses_fusion(config) else None
+        self.fusion = self._make_fusion(data.num_classes, device) if config.method.uses_fusion else None
         held = self._freeze_teachers()
         self._try_student_levels()
         self.compiled = compiles(config, device)

@@ -1,7 +1,6 @@
-"""The schema in words: what a key expects, and a validation error as one line that says what would do."""
+"""Keys in words: what they are called, what they take, and a validation error as one line that says what to do."""
 
-from __future__ import annotations
-
+import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -9,21 +8,104 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipeline.config.names import known_names, near_miss, unknown_key
 from pipeline.paths import printable
 
+OLD_NAMES = {
+    "student_iters": "method.student_epochs_per_stage",
+    "student_epochs_schedule": "method.student_epochs_per_stage",
+    "teacher_iters": "method.teacher_adapt_epochs",
+    "teacher1_type": "model.teachers.0.name",
+    "teacher2_type": "model.teachers.1.name",
+    "student_type": "model.student.name",
+    "teacher1_ckpt": "model.teachers.0.checkpoint",
+    "teacher2_ckpt": "model.teachers.1.checkpoint",
+    "finetune_ckpt1": "model.teachers.0.checkpoint",
+    "finetune_ckpt2": "model.teachers.1.checkpoint",
+    "teacher1_freeze_level": "method.teacher_freeze_level",
+    "teacher2_freeze_level": "method.teacher_freeze_level",
+    "teacher1_freeze_bn": "method.teacher_freeze_bn",
+    "teacher2_freeze_bn": "method.teacher_freeze_bn",
+    "teacher1_bn_head_only": "method.teacher_bn_head_only",
+    "teacher2_bn_head_only": "method.teacher_bn_head_only",
+    "teacher1_freeze_scope": "method.teacher_freeze_scope",
+    "teacher2_freeze_scope": "method.teacher_freeze_scope",
+    "teacher_lr": "optim.a_step_lr",
+    "teacher_weight_decay": "optim.a_step_weight_decay",
+    "train_distill_adapter_only": "method.use_teacher_finetuning (adapters always train with the fusion)",
+    "ib_mbm_dropout": "method.synergy_head_dropout",
+    "mbm_dropout": "method.synergy_head_dropout",
+    "mbm_out_dim": "method.ib_mbm_out_dim",
+    "mbm_query_dim": "method.ib_mbm_query_dim",
+    "mbm_n_head": "method.ib_mbm_n_head",
+    "mbm_learnable_q": "method.learnable_q",
+    "mbm_type": "nothing: the fusion is always the IB-MBM",
+    "mbm_r": "nothing: the fusion is always the IB-MBM",
+    "synergy_eval_use_all_teachers": "method.synergy_eval_teacher_indices (null: all that the fusion was trained with)",
+    "data_aug": "augment.crop_flip",
+    "small_input": "dataset.small_input",
+    "finetune_epochs": "finetune.epochs",
+    "finetune_lr": "finetune.lr",
+    "finetune_use_cutmix": "finetune.cutmix_alpha",
+    "cl_mode": "the entry point «continual»",
+    "exp_id": "run_name",
+    "results_dir": "output_dir",
+}
+"""Names of the research code, and what they are called here."""
+
 MAX_PROBLEMS = 3
-"""More than these would no longer be read."""
+"""Nobody reads more than these."""
 
 
-def field_at(path: Sequence[str | int], root: type[BaseModel] | None = None) -> tuple[FieldInfo, int] | None:
-    """The schema's field that a path leads to or into, and how many parts of the path name it; None if unknown.
+def near_miss(given: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known word nearest to `given`, or None if none is near."""
+    return next(iter(difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)), None)
+
+
+def suggestion(given: str, known: Iterable[str]) -> str:
+    """Return `did you mean <the nearest known word>? ` for an error, or nothing if none is near."""
+    near = near_miss(given, known)
+    return f"did you mean {near}? " if near else ""
+
+
+def key_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a schema; keys of list items appear as `model.teachers.0.name` and `.1.name`."""
+    for name, field in section.model_fields.items():
+        inner = section_of(field)
+        if inner is None:
+            yield prefix + name
+        else:
+            for item in ("0.", "1.") if is_list_of_sections(field) else ("",):
+                yield from key_names(inner, f"{prefix}{name}.{item}")
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """Return the one-line message for a key that the schema does not have."""
+    known = list(known)
+    last = name.rsplit(".", 1)[-1]
+    same_last = [k for k in known if k.rsplit(".", 1)[-1] == last]
+    if not same_last:  # `finetune.small_input` is a misplaced key, not an old one
+        for old in (name, last):
+            if old in OLD_NAMES:
+                return f"{name}: this key is now {OLD_NAMES[old]}"
+    elif "." not in name and name in OLD_NAMES:
+        return f"{name}: this key is now {OLD_NAMES[name]}"
+    if last.startswith("mbm_"):
+        return f"{name}: keys of the fusion begin with method.ib_mbm_"
+    near = next(iter(same_last), None) or near_miss(name, known, 0.75)
+    if near is None:
+        lasts = {k.rsplit(".", 1)[-1]: k for k in known}
+        best = near_miss(last, lasts)
+        near = lasts[best] if best else near_miss(name, known)
+    hint = f"did you mean {near}?" if near else "--help all lists all keys"
+    return f"{name}: unknown key; {hint}"
+
+
+def field_at(path: Sequence[str | int], root: type[BaseModel]) -> tuple[FieldInfo, int] | None:
+    """Find the field of a schema that a path leads to or into, and how many parts of the path name it; None if unknown.
 
     `("method", "tau_schedule", 1)` leads into `method.tau_schedule`, named by its first 2 parts.
     """
-    from pipeline.config.schema import Config
-
-    section: type[BaseModel] | None = root or Config
+    section: type[BaseModel] | None = root
     found: tuple[FieldInfo, int] | None = None
     for depth, part in enumerate(path, start=1):
         if section is None:
@@ -38,7 +120,7 @@ def field_at(path: Sequence[str | int], root: type[BaseModel] | None = None) -> 
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds, or of which it holds a list; None for a plain value."""
+    """Return the section that a field holds, or holds a list of; None for a plain value."""
     candidates = (field.annotation, *get_args(field.annotation))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
@@ -49,15 +131,15 @@ def is_list_of_sections(field: FieldInfo) -> bool:
 
 
 def is_text(field: FieldInfo) -> bool:
-    """Whether a field is free text (or null): whatever is written for it is meant literally."""
+    """Whether a field is free text (or null), whose value is taken literally."""
     return {a for a in (get_args(field.annotation) or (field.annotation,)) if a is not NoneType} == {str}
 
 
 def expects(field: FieldInfo, full: bool = False) -> str:
-    """`a number above 0, or null`: what a key takes, in words.
+    """Say what a key takes: `a number above 0, or null`.
 
     Args:
-        full: also the highest number where that is only a bound of reason, which has a sentence.
+        full: also give an upper bound that is there only to catch slips, and has a sentence to explain it.
     """
     if is_list_of_sections(field):
         return "a list of {name: …, pretrained: …, checkpoint: …}"
@@ -65,7 +147,7 @@ def expects(field: FieldInfo, full: bool = False) -> str:
 
 
 def takes(problem: Any, field: FieldInfo) -> str:
-    """What a key takes, for an error of pydantic's; where a number was too large, why there is no more."""
+    """Say what a key takes, for one of pydantic's errors; if a number was too large, also why it is bounded."""
     too_large = problem["type"] in ("less_than_equal", "less_than", "finite_number", "int_parsing_size")
     too_large = too_large and problem["input"] == problem["input"]  # not of nan
     reason = why(field) if too_large else ""
@@ -73,7 +155,7 @@ def takes(problem: Any, field: FieldInfo) -> str:
 
 
 def why(field: FieldInfo) -> str:
-    """Why a number's range ends where it does: the sentence beside it; empty where there is none."""
+    """Return the sentence beside a number's type that explains its upper bound; empty without one."""
     return next(_sentences(field.annotation, field.metadata), "")
 
 
@@ -109,7 +191,7 @@ def _words(annotation: Any, metadata: Iterable[Any] = (), full: bool = False) ->
 
 
 def _flat(metadata: Iterable[Any]) -> list[Any]:
-    """Constraints, also of a `Field` inside `Annotated`."""
+    """Collect constraints, including those of a `Field` inside `Annotated`."""
     return [inner for item in metadata for inner in (item.metadata if isinstance(item, FieldInfo) else [item])]
 
 
@@ -127,7 +209,7 @@ def _range(metadata: Sequence[Any], full: bool) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as it is written in YAML and in an override: `null`, `true`, `[6,6]`."""
+    """Write a value as in YAML and in an override: `null`, `true`, `[6,6]`."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
@@ -137,12 +219,12 @@ def written(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def explain(error: ValidationError) -> str:
-    """One line for a refused configuration: key, value, what would do; at most three problems."""
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """Explain a refused configuration in one line: key, value, what to do; at most three problems."""
     lines: list[str] = []
     seen: set[str] = set()
     for problem in error.errors(include_url=False):
-        key, line = _explain(problem, list(problem["loc"]))
+        key, line = _explain(problem, list(problem["loc"]), root)
         if key not in seen:  # a union gives one problem for each of its members
             seen.add(key)
             lines.append(line)
@@ -150,14 +232,14 @@ def explain(error: ValidationError) -> str:
     return "; ".join(lines[:MAX_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _explain(problem: Any, path: list[str | int]) -> tuple[str, str]:
+def _explain(problem: Any, path: list[str | int], root: type[BaseModel]) -> tuple[str, str]:
     if problem["type"] == "value_error":  # raised by a rule, which says all
         message = str(problem["ctx"]["error"])
         return message, message
     if problem["type"] == "extra_forbidden":
         name = ".".join(map(str, path))
-        return name, unknown_key(name, known_names())
-    found = field_at(path)
+        return name, unknown_key(name, key_names(root))
+    found = field_at(path, root)
     if found is None:  # the whole configuration is not a mapping
         return "", f"the configuration is {shown(problem['input'])}, not groups of keys"
     field, depth = found

@@ -1,0 +1,56 @@
+"""The networks: student and teachers."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Section, key
+
+
+class StudentConfig(Section):
+    """The network that is kept."""
+
+    name: str = key("cifar_resnet8x4", "any timm classifier, cifar_* network or alias")
+    pretrained: bool = key(False, "start from timm's pretrained weights")
+
+
+def _not_an_efficientnet(teacher: Any, prefix: str) -> str | None:
+    return None if "efficientnet" in teacher.name else f"{teacher.name} is not an EfficientNet"
+
+
+class TeacherConfig(Section):
+    """One teacher; without a checkpoint it is fine-tuned, or an earlier fine-tuning is reused."""
+
+    name: str = key("cifar_resnet32x4", "any timm classifier, cifar_* network or alias")
+    pretrained: bool = key(True, "start fine-tuning from timm's pretrained weights")
+    checkpoint: str | None = key(None, "weights to use as they are: a file or runs:/<id>")
+    efficientnet_dropout: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.3, "dropout before an EfficientNet's classifier", when=_not_an_efficientnet
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_weights_of_cifar_networks(cls, data: Any) -> Any:
+        """Default to no pretrained weights for cifar_* networks, which have none; asking for them is refused later."""
+        if isinstance(data, dict) and str(data.get("name", cls.model_fields["name"].default)).startswith("cifar_"):
+            return {"pretrained": False, **data}
+        return data
+
+
+def _number(index: Any) -> int:
+    return int(index) if str(index).isdecimal() else -1
+
+
+class ModelConfig(Section):
+    """Student and teachers."""
+
+    student: StudentConfig = key(StudentConfig(), "the student")
+    teachers: tuple[TeacherConfig, ...] = key((), "the teachers, in order; empty: train the student alone")
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _teachers_by_index(cls, value: Any) -> Any:
+        """Read `{0: {...}, 1: {...}}`, which overrides of single items leave, as a list."""
+        if isinstance(value, dict) and sorted(map(str, value), key=_number) == [str(i) for i in range(len(value))]:
+            return [value[k] for k in sorted(value, key=_number)]
+        return value
