@@ -65,6 +65,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/python tools/prose.py
 
 # lines per room, circles, arrows upward
 house: setup

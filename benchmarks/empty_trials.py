@@ -30,7 +30,7 @@ SPACE = {
 }
 """The default sweep's."""
 EDGE = 100
-"""So many trials at the beginning and at the end show whether the cost grows with the study."""
+"""Trials at the beginning, and as many at the end, that show whether the cost grows with the study."""
 
 
 def worker(url: str, name: str, start: Any) -> None:

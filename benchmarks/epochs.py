@@ -62,7 +62,7 @@ class MeanColour(nn.Module):
 
 
 def random_images(count: int) -> ImageData:
-    """So many random training images of 100 classes, and few for testing."""
+    """`count` random training images of 100 classes, and few for testing."""
     x = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
     y, few = torch.arange(count) % CLASSES, 64
     classes = tuple(map(str, range(CLASSES)))

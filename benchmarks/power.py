@@ -1,4 +1,4 @@
-"""Power of a promotion's gate: how often a student that is better by so many points passes McNemar's test.
+"""Power of a promotion's gate: how often a student that is better by a given number of points passes McNemar's test.
 
     python -m benchmarks.power
 

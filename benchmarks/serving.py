@@ -99,7 +99,7 @@ def answered(server: ModelServer, bodies: list[bytes]) -> list[list[str]]:
 def load(
     port: int, bodies: list[bytes], expected: list[list[str]], clients: int, seconds: float
 ) -> tuple[list[Client], float]:
-    """Let so many clients ask for so long; the seconds until the last had its answer."""
+    """Let `clients` clients ask for `seconds` s; returns them and the seconds until the last had its answer."""
     made = [Client() for _ in range(clients)]
     began = time.perf_counter()
     until = began + seconds

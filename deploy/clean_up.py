@@ -136,7 +136,7 @@ def _finished_above(client: Any, run: Any, known: dict[str, bool]) -> bool:
 
 
 def _parent(client: Any, run_id: str) -> Any:
-    """The run; True for one that is gone for good, which nobody goes on with, False for one that may not be read."""
+    """The run; True for one that is gone for good, which nobody will continue, False for one that may not be read."""
     from mlflow.exceptions import MlflowException
 
     try:

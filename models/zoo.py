@@ -71,7 +71,7 @@ def _check_tag(full: str) -> None:
     known = [name.partition(".")[2] for name in get_arch_pretrained_cfgs(base) if "." in name]
     if tag and tag not in known:
         near = difflib.get_close_matches(tag, known, n=3) or known
-        hint = f"timm has {', '.join(near)}" if near else "there are none"
+        hint = f"timm has {', '.join(near)}" if near else "it has none"
         raise ValueError(f"unknown weights {tag!r} of {base}: {hint}; or give {base} alone")
 
 

@@ -104,7 +104,7 @@ def _output(config: Config) -> Iterator[Finding]:
 
 def _tracking(config: Config) -> Iterator[Finding]:
     if config.tracking.mode == "offline":
-        yield Finding(None, "tracking", "off line: journals can be delivered later")
+        yield Finding(None, "tracking", "offline: journals can be delivered later")
         return
     uri = tracking_uri(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Errors that are for people: one line that says what is wrong, which key, and what would do."""
+"""Errors for people: one line that says what is wrong, which key, and what to do about it."""
 
 
 class UserError(Exception):

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[float], Path]]:
-    """Mounts a disk of so many MB."""
+    """Mount a disk of the given size in MB."""
     place = tmp_path / "disk"
     place.mkdir()
 

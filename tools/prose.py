@@ -15,7 +15,7 @@ PHRASES = {
     r"\bso (many|long)\b(?! (that|as)\b)": "the number, or `that many`",
     r"\bgo(es)? on with\b": "continues, resumes",
     r"\bwhat would do\b": "what to do",
-    r"\bthere (is|are) none\b": "missing, does not exist, no …",
+    r"(?<!here )\bthere (is|are) none\b": "missing, does not exist, no …",
     r"\bas of (which|what)\b": "say it directly",
     r"\bnothing but\b": "only",
     r"\bbegins? with the (letter|word)\b": "starts with",
@@ -27,7 +27,7 @@ RETIRED = {
     r"def understand\b|\.understand\(|\bunderstood\(": "parse, as_user_error",
     r"def bury\b|\.bury\(": "mark_dead",
     r"\bforesee\(": "validate_early",
-    r"pipeline[./]experiment\b(?!\.tracking|/tracking|/__init__)": "the room's own name (docs/architecture.md)",
+    r"pipeline[./]experiment\b(?!\.tracking|/(tracking|__init__|student_pyfunc))": "its name in docs/architecture.md",
     r"\.\./shared|\b(design|house|recipes)\.md": "docs/",
 }
 """Names that the house no longer has."""

@@ -15,7 +15,7 @@ from pipeline.training.allocator import MMAP_MAX, TRIM_THRESHOLD, keep_freed_mem
 MMAP_THRESHOLD = -3
 """Of mallopt(3)."""
 QUIET_SECONDS, QUIET_USE = 0.2, 0.02
-"""Processes that were started here are at rest when they have used no more processor time than that in so long."""
+"""Processes started here are at rest when, for QUIET_SECONDS, they use at most QUIET_USE seconds of processor time."""
 LONGEST_WAIT = 8.0
 
 

@@ -144,7 +144,7 @@ class Limit:
     # measuring -------------------------------------------------------------------------------------------------------
 
     def seconds(self, which: str, steps: int) -> float:
-        """Of so many steps."""
+        """Seconds that `steps` steps take."""
         with algorithms(deterministic=False):
             window = Window(self.device)
             window.open()

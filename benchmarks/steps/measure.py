@@ -146,7 +146,7 @@ def _contestants(
 
 
 def plain_seconds(plain: PlainLoop, which: str, batches: int) -> float:
-    """Of so many steps of the plain loop; its workers begin with their queues full and make a batch for each taken."""
+    """Seconds that `batches` steps of the plain loop take; workers start with full queues and refill them."""
     with algorithms(deterministic=False), untouched_memory(plain.device):
         iterator = plain.epoch()
         next(iterator)

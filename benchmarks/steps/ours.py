@@ -121,7 +121,7 @@ class Ours:
         """Of the training in the run's next epoch, which must be of the phase `which`."""
         epoch = self.task.plan[self.loop.epoch]
         if epoch.phase != which:
-            raise ValueError(f"the plan goes on with an {epoch.phase}-epoch, not with {which}")
+            raise ValueError(f"the plan continues with an {epoch.phase}-epoch, not with {which}")
         train.prepare(self.config)  # others in this process train without
         self.slots.waiting_seconds = 0.0
         begun = time.perf_counter()

@@ -41,7 +41,7 @@ def _is_folder(name: str) -> bool:
 
 
 def _read(run: Run, names: Sequence[str]) -> list[records.Record]:
-    """Folders are read as they are; ids from the server, off line from what lies in output_dir."""
+    """Folders are read as they are; ids from the server, offline from what lies in output_dir."""
     folders = {name: user_path(name, "runs") for name in names if _is_folder(name)}
     found: dict[str, records.Record] = {name: records.from_folder(folder) for name, folder in folders.items()}
     ids = [name for name in names if name not in found]
@@ -52,7 +52,7 @@ def _read(run: Run, names: Sequence[str]) -> list[records.Record]:
         for name in ids:
             folder = find_folder(output_dir(run.config), name, "runs")
             if folder is None:
-                raise UserError(f"runs={name}: no such run in output_dir={run.config.output_dir}; tracking is off line")
+                raise UserError(f"runs={name}: no such run in output_dir={run.config.output_dir}; tracking is offline")
             found[name] = records.from_folder(folder)
     return [found[name] for name in names]
 

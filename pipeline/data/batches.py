@@ -97,7 +97,7 @@ class EpochDraws:
 
     permutation: int64 (n,), positions in the training subset. crop_flip: one draw per *position of the epoch* (n,), or
     None. mixes: one per batch, or None. batch_size: that of the global batch. second: crops and flips of a second view;
-    None where there is none. seeds: int64 (2, n), of RandAugment, or of files' whole augmentation, for both views; None
+    None without one. seeds: int64 (2, n), of RandAugment, or of files' whole augmentation, for both views; None
     without them.
     """
 

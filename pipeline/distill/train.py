@@ -161,7 +161,7 @@ def _check_lock(run: Run, before: str) -> None:
 
 
 def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
-    """SAFE-RETRY: once, from the last good checkpoint (the start where there is none), with AMP off.
+    """SAFE-RETRY: once, from the last good checkpoint (or from the start), with AMP off.
 
     Returns:
         The loop that came to the end.

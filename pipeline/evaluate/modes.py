@@ -93,7 +93,7 @@ class Subject:
 
     Attributes:
         student: the model; in mode average, and under a learned query, a fresh network that nothing runs.
-        source: where the model comes from; None where there is none.
+        source: where the model comes from, or None.
         record: what travelled with the model's weights.
         teachers: in mode single only for comparison.
     """

@@ -68,7 +68,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
 
 
 def model_folder(given: str) -> Path:
-    """The folder of a logged model that `model=` names. Raises UserError: there is none."""
+    """The folder of a logged model that `model=` names. Raises UserError if it does not exist."""
     folder = user_path(given, "model")
     if not folder.is_dir():
         raise UserError(f"model={given}: no such folder; give {STUDENTS}")

@@ -91,7 +91,7 @@ def judge(
     champion: Measured | None,
     look: int = 1,
 ) -> Verdict:
-    """Judge the challenger against the champion, or alone if there is none.
+    """Judge the challenger against the champion, or alone without one.
 
     Args:
         labels: (n,) of the images on which both were measured.

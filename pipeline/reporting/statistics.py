@@ -169,7 +169,7 @@ def paired_t(differences: Array, level: float = LEVEL) -> tuple[Interval, float]
 def bootstrap_p(values: Array, count: int = REPLICATES, seed: int = 0) -> float:
     """Two-sided p of a mean of 0: twice the smaller share of replicates on one side of it (Efron & Tibshirani 1993).
 
-    Never below 2 / (count + 1): what was not seen among so many replicates is not impossible.
+    Never below 2 / (count + 1): what `count` replicates did not show is not impossible.
     """
     found = replicates(values, count, seed)
     side = min(int((found <= 0).sum()), int((found >= 0).sum()))

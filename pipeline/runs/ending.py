@@ -39,7 +39,7 @@ def ending_of(error: BaseException) -> Ending:
             return Ending("FAILED", "failed", 1, f"{type(error).__name__}: {error}")
 
 
-def understood(error: BaseException, folder: Path) -> BaseException:
+def as_user_error(error: BaseException, folder: Path) -> BaseException:
     """The error, or the UserError that explains it if the disk is full or the run's folder was removed."""
     if isinstance(error, UserError) or not isinstance(error, Exception):
         return error

@@ -165,7 +165,7 @@ def _resume(step: str, config: Config, name: str, stop: Stop) -> Run:
     folder = find_folder(root, name)
     if folder is None:  # unknown to this machine: only the tracking server may have it
         if config.tracking.mode == "offline":
-            raise UserError(f"resume={name}: no such run in output_dir={config.output_dir}, and tracking is off line")
+            raise UserError(f"resume={name}: no such run in output_dir={config.output_dir}, and tracking is offline")
         if "/" in name:
             raise UserError(f"resume={name}: no run in that folder; give the folder of a run, or a run id")
         with writable(config):
@@ -204,7 +204,7 @@ def _continue(
     stop: Stop | None = None,
     distant: bool = False,
 ) -> Run:
-    """Continue the run in `folder` from its last checkpoint, or from the start where there is none.
+    """Continue the run in `folder` from its last checkpoint, or from the start without one.
 
     Args:
         delivery: what has brought it here from the server, where something has.

@@ -26,7 +26,7 @@ class Record:
     """One run.
 
     Attributes:
-        id: MLflow run id; off line the journal's.
+        id: MLflow run id; offline the journal's.
         config: dotted key -> value, as written in an override.
         metrics: the last value of each.
         histories: (epoch, value) of each metric in `HISTORIES`.

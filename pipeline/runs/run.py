@@ -17,7 +17,7 @@ from pipeline.errors import HelperFailed, Interrupted, Taken, UserError
 from pipeline.files import read_state, write_atomically
 from pipeline.journal import Journal, NullJournal
 from pipeline.runs import git, records
-from pipeline.runs.ending import COMPLETED, Ending, ending_of, understood
+from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
 from pipeline.runs.folders import ended
 from pipeline.runs.run_log import log_to
 from pipeline.runs.signals import Stop
@@ -144,7 +144,7 @@ class Run:
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run id, None off line; waits until it is known."""
+        """The MLflow run id, None offline; waits until it is known."""
         if self._run_id is None and self.delivery is not None:
             if self.parent is None:
                 self.ready()
@@ -197,7 +197,7 @@ class Run:
                 self.abandon()
                 raise
             except (Interrupted, Exception) as error:
-                said = understood(error, self.folder)
+                said = as_user_error(error, self.folder)
                 self.close(ending_of(said))
                 if said is error:
                     raise
@@ -238,7 +238,7 @@ class Run:
         if self.parent is not None or self.follower:
             return
         if self.delivery is None:
-            logger.info("tracking was off line; to deliver: %s %s", DELIVER, self.folder)
+            logger.info("tracking was offline; to deliver: %s %s", DELIVER, self.folder)
             return
         if not self.delivery.finish(self.config.tracking.finish_seconds) and ending.exit_code != 2:
             logger.warning("the tracking server did not take everything: %s %s", DELIVER, self.folder)

@@ -26,7 +26,7 @@ from pipeline.config import Config, UnknownKey
 from pipeline.config.numbers import processes
 from pipeline.config.places import check_there
 from pipeline.errors import HelperFailed, Interrupted, NonFinite, UserError
-from pipeline.runs.ending import COMPLETED, Ending, ending_of, understood
+from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
 from pipeline.runs.mlflow_run import kill_mlflow_run_parent
 from pipeline.runs.run_log import log_to, log_to_terminal
 from pipeline.runs.signals import Stop
@@ -95,7 +95,7 @@ class Step:
         except Interrupted as error:
             return 128 + error.signum  # before the run, or after its end: nothing is lost
         except Exception as error:
-            said = understood(error, Path.cwd())
+            said = as_user_error(error, Path.cwd())
             if isinstance(said, UserError):
                 return _refuse(self.name, said, debug)
             raise
@@ -173,7 +173,7 @@ def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
         raise UserError(f"cfg={uri}: give runs:/<run id>/<file>, such as runs:/<run id>/config.yaml")
     where = compose(None, [text for text in overrides if text.lstrip(" +~").startswith("tracking")]).tracking
     if where.mode == "offline":
-        raise UserError(f"cfg={uri} lies on a tracking server, and tracking is off line: download it, give its path")
+        raise UserError(f"cfg={uri} lies on a tracking server, and tracking is offline: download it, give its path")
     try:
         path = start.fetch_now(where.uri or start.default_uri(), uri, folder)
     except UserError as error:
@@ -217,7 +217,7 @@ def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> int
         distributed.first_process_says(str(run.folder))
         found = job(run)
     except (Interrupted, Exception) as raised:
-        error = understood(raised, run.folder)
+        error = as_user_error(raised, run.folder)
         if isinstance(error, UserError) and run.pending:
             raise error from raised
         if isinstance(error, UserError) and run.config.debug:

@@ -269,7 +269,7 @@ def _tensors(message: Any) -> Iterator[Any]:
 
 
 def _yaml(path: Path, where: str) -> dict[str, Any]:
-    """A YAML file with keys; {} where there is none. Raises UserError."""
+    """A YAML file with keys; {} if it does not exist. Raises UserError."""
     source = f"{where}: {path}"
     content = yaml_data.parse(yaml_data.text_of(path, source), source) if path.exists() else {}
     return content if isinstance(content, dict) else {}

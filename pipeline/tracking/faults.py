@@ -120,7 +120,7 @@ def identifies_itself(uri: str) -> bool:
 def _answer(error: BaseException) -> tuple[int | None, bool, str]:
     """Status of an HTTP answer, whether MLflow has signed it, and MLflow's error code.
 
-    The status is None where there is none to judge: MLflow's own JSON, its client's or its database's own errors.
+    The status is None for errors that carry no status: MLflow's own JSON, its client's or its database's own errors.
     """
     from mlflow.exceptions import MlflowException, RestException
 

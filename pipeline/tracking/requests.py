@@ -67,7 +67,7 @@ def read_runs(client: MlflowClient, runs: Sequence[str], dest: str, histories: S
 def _read(client: MlflowClient, run_id: str, dest: Path, histories: Sequence[str]) -> str:
     from pipeline.tracking.state import find_by_journal
 
-    # an id that an off-line parent has stated is its journal's
+    # an id that an offline parent has stated is its journal's
     run = look(lambda: client.get_run(run_id)) or find_by_journal(client, run_id, None)
     if run is None:
         raise UserError(f"no run {run_id} on the tracking server, or none that you may read: check the id")

@@ -123,7 +123,7 @@ def test_networks_tied_to_a_size_are_built_for_the_images():
             "unknown weights 'nope' of resnet18: timm has a1_in1k, .*; or give resnet18 alone",
         ),
         ("resnet50.a1_in2k", {}, "unknown weights 'a1_in2k' of resnet50: timm has a1_in1k"),
-        ("cifar_resnet8.c100", {}, "unknown weights 'c100' of cifar_resnet8: there are none; or give cifar_resnet8"),
+        ("cifar_resnet8.c100", {}, "unknown weights 'c100' of cifar_resnet8: it has none; or give cifar_resnet8"),
         ("deit_tiny_distilled_patch16_224", {}, "several classifiers .* choose another model"),
         ("swiftformer_xs", {"image_size": 64}, "several classifiers .* choose another model"),
     ],

@@ -1,4 +1,4 @@
-"""Bad input ends a step with one line that names the key and says what would do, code 2, and nothing half-written."""
+"""Bad input ends a step with one line that names the key and says what to do, code 2, and nothing half-written."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def has_results(folder: Path) -> bool:
 
 
 MOMENTS: dict[str, tuple[str, Callable[[Path], bool]]] = {
-    # nothing but the journal is there
+    # only the journal is there
     "before the first checkpoint": ("distill", lambda run: (run / "teacher_0/journal.jsonl").exists()),
     "in a nested fine-tuning": ("distill", lambda run: checkpoints(run / "teacher_1") >= 2),
     "in an A-step": ("distill", lambda run: checkpoints(run) >= 2),

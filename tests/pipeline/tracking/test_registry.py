@@ -169,7 +169,7 @@ def test_a_move_that_breaks_off_anywhere_is_finished_by_the_next_call(
             broken += 1
         assert aliases(client)["champion"] in ("1", "2"), "never without a champion"
         repaired = moves.repair(client, NAME)["plan"]
-        if repaired is None:  # it had not begun, or lacked nothing but the last answer
+        if repaired is None:  # it had not begun, or lacked only the last answer
             assert aliases(client) in (start, goal)
             assert broken <= 2 or aliases(client) == goal
         else:

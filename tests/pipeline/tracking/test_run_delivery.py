@@ -206,7 +206,7 @@ def test_a_living_workers_delivery_gives_a_trial_to_the_one_that_goes_on_with_it
 
 
 def two_writers(tmp_path: Path, uri: str, begun_again: bool) -> tuple[DeliveryLoop, Journal, Journal]:
-    """The first writer's delivery, its journal, and the one in another folder that goes on with the same run."""
+    """The first writer's delivery, its journal, and the one in another folder that continues the same run."""
     first = Journal.create(tmp_path / "first", experiment="e", journal=TRIAL)
     text, (path, *of) = epoch(first, 0)
     old = DeliveryLoop(first.folder, uri, live=True)

@@ -1,4 +1,4 @@
-"""Random streams: their values are fixed, and nothing but their names decides them."""
+"""Random streams: their values are fixed, and only their names decide them."""
 
 import pytest
 import torch
