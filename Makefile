@@ -1,5 +1,5 @@
 # make setup   the environment, .venv          make demo   the main job on the bundled images, then a table
-# make test-unit, make test, make test-all   a minute, four, and everything that needs no GPU; make coverage   branches
+# make test-unit, make test   a minute, four; make test-marked   what else needs no GPU; make coverage   branches
 # make check   what .ci/run runs: lint, types, imports, all tests
 # make bench   how fast it is: benchmarks/README.md
 SHELL := /bin/bash
@@ -7,7 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test-unit test test-all coverage lint house lock ui server bench check clean
+.PHONY: setup demo test-unit test test-marked coverage lint house lock ui server bench check clean
 
 setup: .venv/.installed
 
@@ -46,8 +46,9 @@ test-unit: setup
 test: setup
 	$(PYTEST) -m "$(FAST)"
 
-test-all: setup
-	$(PYTEST) -m "not gpu"
+# slow, browser, postgres and slurm: what .ci/run runs beside `make test`
+test-marked: setup
+	$(PYTEST) -m "not gpu and not ($(FAST))"
 
 coverage: setup
 	$(PYTEST) -m "$(FAST)" --cov=pipeline --cov=models --cov=steps --cov-branch --cov-report=term:skip-covered
