@@ -4,7 +4,7 @@
 
 Says what it would remove; removes it with `--apply`. Only `checkpoints/slot*` and `checkpoints/manifest.json` of runs
 that are FINISHED, and whose parents are, are ever touched: weights, models, pictures, numbers and the runs stay. A run
-without its checkpoint cannot be extended any more; it gets the tag `asib.checkpoint_removed`. The bank is computed anew
+without its checkpoint cannot be extended any more; it gets the tag `asib.checkpoint_removed`. The bank is recomputed
 where it is missed. Needs MLflow alone; asks the server in MLFLOW_TRACKING_URI, as an administrator.
 
 Runs that have made a champion are kept whole: those with the tag `asib.keep`, and those whose versions have an alias.
@@ -77,7 +77,7 @@ def old_checkpoints(client: Any, days: float, kept: set[str]) -> Iterator[Found]
     """Runs that ended more than `days` ago, FINISHED together with all above them, and still have checkpoints.
 
     Args:
-        kept: ids of runs that are passed over, as are those with the tag `KEEP`.
+        kept: ids of runs that are skipped, as are those with the tag `KEEP`.
     """
     before = int((time.time() - days * DAY_S) * 1000)
     query = f"attributes.status = 'FINISHED' and attributes.end_time < {before}"
@@ -122,7 +122,7 @@ def old_bank(folder: Path, days: float) -> list[tuple[Path, int]]:
 
 
 def _finished_above(client: Any, run: Any, known: dict[str, bool]) -> bool:
-    """A main job that goes on from the server alone still reads what its finished nested runs have left."""
+    """A main job resumed from the server alone still reads what its finished nested runs left."""
     above = run.data.tags.get(PARENT)
     if above is None:
         return True

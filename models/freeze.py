@@ -45,8 +45,8 @@ class FreezePolicy:
         level: -1 everything · 0 the head · 1 the head and the last block · 2 the head and the last two blocks.
             The head is the classifier, what lies between it and the pooling, and the distillation adapter.
         freeze_bn: at levels ≥ 0, all normalisation layers of the network stop, in trained blocks and in the head
-            too: their statistics (eval mode) and their affine parameters. Without it all of them go on, in frozen
-            blocks too. No effect at level -1, nor on a network without normalisation layers.
+            too: their statistics (eval mode) and their affine parameters. Without it all of them stay active, in
+            frozen blocks too. No effect at level -1, nor on a network without normalisation layers.
         bn_head_only: normalisation layers and head train, nothing else; takes the place of `level` and `freeze_bn`.
         scope: "features_classifier": the whole network trains, its adapter does not. Takes the place of the parts
             that `level` names; `freeze_bn` acts as without it.

@@ -1,4 +1,4 @@
-"""Train the student alone, with cross-entropy only: what distillation is compared with.
+"""Train the student alone, with cross-entropy only: the baseline for distillation.
 
 python -m steps.baseline cfg=quickstart
 python -m steps.baseline cfg=quickstart model.student.name=cifar_resnet8x4 seed=1

@@ -1,4 +1,4 @@
-"""Bring the journals of runs to a tracking server: `python -m steps.deliver <run folder>…`."""
+"""Deliver the journals of runs to a tracking server: `python -m steps.deliver <run folder>…`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Distil a student from its teachers, which are fine-tuned first where they have no checkpoint.
+"""Distil a student from its teachers, fine-tuning first those without a checkpoint.
 
 python -m steps.distill cfg=quickstart
 python -m steps.distill cfg=quickstart model.student.name=cifar_resnet8x4 method.tau=2 seed=1

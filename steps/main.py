@@ -1,4 +1,4 @@
-"""Train the student alone, fine-tune the teachers, distil and evaluate, as nested runs of one.
+"""Train the student alone, fine-tune the teachers, distil and evaluate, as nested runs of one job.
 
 python -m steps.main cfg=quickstart
 python -m steps.main cfg=quickstart register=quickstart tracking.uri=http://127.0.0.1:5000

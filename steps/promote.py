@@ -1,4 +1,4 @@
-"""Promote a registered student if the gate passes; or roll back, or retire a version.
+"""Promote a registered student if the gate passes; or roll back or retire a version.
 
     python -m steps.promote cfg=quickstart name=<model> dry_run=true
     python -m steps.promote cfg=quickstart name=<model> version=3 gate.alpha=0.01
@@ -19,7 +19,7 @@ from pipeline.tracking.client import Delivery
 
 
 def ask(plan: Plan, config: Config, delivery: Delivery) -> None:
-    """Refuse what the registry cannot do, before there is a run."""
+    """Refuse what the registry cannot do, before a run is created."""
     versions = request.check(plan, Registry(delivery, plan.name))
     if versions:
         from pipeline.promote.promote import same_data  # late: it imports torch

@@ -2,7 +2,7 @@
 
     python -m steps.serve model=models:/<name>@champion port=5001
 
-Makes no run, and ends with SIGTERM or Ctrl-C.
+Creates no run; stops on SIGTERM or Ctrl-C.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Search hyperparameters with Optuna: parallel workers, on this machine or on a cluster.
+"""Search hyperparameters with Optuna, with parallel workers on this machine or a cluster.
 
 python -m steps.sweep cfg=quickstart sweep=kd_ib_tau trials=30 workers=2
 python -m steps.sweep join=<study> storage=postgresql://…
@@ -25,7 +25,7 @@ OWN = {
 
 
 def act(config: Config, command: cli.Command) -> int | None:
-    """Join a study, or end runs without a process; neither makes a run."""
+    """Join a study, or end runs without a process; neither creates a run."""
     own = command.own
     wants_reap = cli.flag(own, "reap")
     if not own.get("join") and not wants_reap:
@@ -35,7 +35,7 @@ def act(config: Config, command: cli.Command) -> int | None:
     storage = request.storage_url(own.get("storage"), config)
     if own.get("join"):
         return worker.work(0, own["join"], storage, command.overrides, joined=True)
-    print(f"{len(reap.reap_all(storage, config))} runs were left without a process, and are ended now")
+    print(f"{len(reap.reap_all(storage, config))} runs had lost their process and are now ended")
     return 0
 
 

@@ -75,10 +75,12 @@ def test_no_machine_paths_and_no_large_files_are_tracked() -> None:
 @pytest.mark.slow
 def test_a_users_own_experiments_break_no_test(tmp_path: Path) -> None:
     """One that composes, a rung, one that is refused and one that is no YAML, where tests look at conf/experiment."""
-    skipped = shutil.ignore_patterns(
-        ".git", ".venv", "runs", "mlruns", "mlartifacts", "*.db", "__pycache__", ".*_cache"
+    skipped = shutil.ignore_patterns(".git", ".venv", "mlruns", "mlartifacts", "*.db", "__pycache__", ".*_cache")
+    shutil.copytree(
+        ROOT,
+        tmp_path / "copy",
+        ignore=lambda folder, names: skipped(folder, names) | ({"runs"} if Path(folder) == ROOT else set()),
     )
-    shutil.copytree(ROOT, tmp_path / "copy", ignore=skipped)
     texts = {
         "mine": "defaults: [base, _self_]\nseed: 7\n",
         "my_rung": "defaults: [l1_ib, _self_]\nrung: my_rung\nmethod: {tau: 2}\n",

@@ -40,7 +40,7 @@ AT_ONCE = 64
 MOST_WORKERS = 8
 MORE_ROOM = "give fewer workers, or more memory (in containers: shared memory, docker run --shm-size=8g)"
 GRACE_S = 30
-"""How long a worker goes on after SIGTERM."""
+"""How long a worker continues after SIGTERM."""
 HASHED_AT_A_TIME = 8
 
 
@@ -173,7 +173,7 @@ Images = Tensor | ImageFiles
 
 
 class _Asked(Sampler[Wanted]):
-    """What the loader is to make next; set anew for each epoch, while the workers stay."""
+    """What the loader is to make next; set for each epoch, while the workers stay."""
 
     now: Iterable[Wanted] = ()
 
@@ -322,7 +322,7 @@ def scan(root: Path, key: str) -> Folder:
 
 
 class _Split(NamedTuple):
-    """One of the two folders: paths, the name of each one's class, the classes by name, what was passed over."""
+    """One of the two folders: paths, the name of each one's class, the classes by name, what was skipped."""
 
     paths: list[str]
     labels: list[str]
@@ -366,7 +366,7 @@ def _digest(root: Path, paths: Sequence[str]) -> str:
     listing = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, seen, strict=True)]
     known = hashlib.sha256(json.dumps([str(root.resolve()), listing]).encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "asib", "digests", known)
-    with suppress(OSError, ValueError):  # what cannot be read is made anew
+    with suppress(OSError, ValueError):  # an unreadable one is rebuilt
         if len(text := cache.read_text()) == 64:
             return text
     logger.info("%s: hashing %d files, once", root, len(paths))

@@ -137,7 +137,7 @@ def _obtain(run: Run, config: Config, data: ImageData, index: int, net: FeatureN
         else:
             finetune(run, index, test, config)
         path = kept if kept.exists() else run.folder / f"teacher_{index}" / WEIGHTS
-        key = f"{path} (delete it to fine-tune anew)"
+        key = f"{path} (delete it to fine-tune again)"
         made_by = (read_state(kept.with_suffix(".json")) or {}).get("journal")
     metadata = networks.load(net, path, key, data)
     same_split = all(

@@ -140,7 +140,7 @@ def _fetched(
     try:
         return contender.fetch(registry, version, data, run.config, run.folder / "fetched" / version.number)
     except NotThere as error:
-        way = "promote another with version=<n>, or register it anew"
+        way = "promote another with version=<n>, or register it again"
         if side == "champion" and now.past:
             way = "rollback=true makes an earlier champion champion again; then promote"
         elif side == "champion":

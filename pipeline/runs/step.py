@@ -147,7 +147,7 @@ def configuration(command: cli.Command, own: Collection[str] = ()) -> Config:
     """What a command line asks for, and the environment's shortcuts beneath it.
 
     Args:
-        own: the step's own keys, for what is said of a misspelt one.
+        own: the step's own keys, for suggestions when one is misspelt.
 
     Raises:
         UserError: it does not do.

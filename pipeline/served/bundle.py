@@ -119,8 +119,8 @@ def check(folder: Path, where: str) -> tuple[str, bool]:
     """Compare a fetched version's files with the manifest in its tag; nothing has been read of them before.
 
     Returns:
-        `models:/<name>/<version>`, "" for what is no version; and whether there was a manifest. Without one, a warning
-        says how to go on.
+        `models:/<name>/<version>`, "" for anything else; and whether there was a manifest. Without one, a warning
+        says how to continue.
 
     Raises:
         UserError: a file is another than was registered, is missing, or was not registered.

@@ -76,7 +76,7 @@ def deliver(folders: Sequence[Path], uri: str | None = None) -> list[Delivered]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 everything is on the server; 2 with one line on stderr for each thing that is not."""
-    parser = argparse.ArgumentParser(prog=DELIVER, description="Bring the journals of runs to a tracking server.")
+    parser = argparse.ArgumentParser(prog=DELIVER, description="Deliver the journals of runs to a tracking server.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="folder", help="a run's folder")
     parser.add_argument("--uri", help="the tracking URI (default: MLFLOW_TRACKING_URI, else ./mlflow.db)")
     options = parser.parse_args(arguments)

@@ -85,7 +85,7 @@ def read_pending(text: str, run: str) -> dict[str, dict[str, str]] | None:
 
 
 def read_champions(text: str) -> tuple[list[str], bool]:
-    """The versions in `PAST`, and whether it is whole: what is no version is left out."""
+    """The versions in `PAST`, and whether it is whole: anything else is left out."""
     if not text:
         return [], True
     found = _json(text)

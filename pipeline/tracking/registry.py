@@ -107,7 +107,7 @@ def _link(client: MlflowClient, model_id: str, version: ModelVersion) -> None:
         known = json.loads(text)
         names = [(str(item["name"]), str(item["version"])) for item in known]
     except (ValueError, TypeError, KeyError, RecursionError):
-        log.warning("%s: %s", model_id, garbled(MLFLOW_MODEL_VERSIONS, text, "written anew"))
+        log.warning("%s: %s", model_id, garbled(MLFLOW_MODEL_VERSIONS, text, "rewritten"))
         known, names = [], []
     if (version.name, str(version.version)) not in names:
         known.append({"name": version.name, "version": version.version})

@@ -132,7 +132,7 @@ def reap(client: MlflowClient, runs: Mapping[str, Sequence[Any]]) -> list[str]:
         runs: run id -> status, outcome, exit code and message, as for `Journal.end`.
 
     Returns:
-        Ids of those ended: a run that was deleted meanwhile, or that this user may not change, is passed over.
+        Ids of those ended: a run that was deleted meanwhile, or that this user may not change, is skipped.
     """
     from pipeline.tracking.target import end_run, find_run
 

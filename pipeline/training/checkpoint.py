@@ -1,7 +1,7 @@
 """Checkpoints: a tree of state in one safetensors file, two alternating slots, a manifest written last.
 
 No pickle: tensors are stored as such, everything else as JSON in the file's header. Files are written atomically, so
-that a slot is either whole or the one before. Training goes on meanwhile.
+that a slot is either whole or the one before. Training continues meanwhile.
 """
 
 import hashlib
@@ -125,7 +125,7 @@ class Slots:
         try:
             found = list(json.loads(self.manifest.read_text())["checkpoints"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.manifest} is damaged: start the run anew") from error
+            raise UserError(f"{self.manifest} is damaged: start a new run") from error
         return [
             r for r in found if isinstance(r, dict) and r.get("slot") in (0, 1) and isinstance(r.get("sha256"), str)
         ]
@@ -189,7 +189,7 @@ class Slots:
         """The newest intact checkpoint. Raises UserError if both are missing or damaged."""
         for state, saved in self._whole_ones():
             return state, saved
-        raise UserError(f"{self.folder}: no whole checkpoint there; start the run anew")
+        raise UserError(f"{self.folder}: no whole checkpoint there; start a new run")
 
     def read_good(self) -> tuple[Any, Saved] | None:
         """The newest whole checkpoint that is finite throughout and was not written amid non-finite steps, or None.

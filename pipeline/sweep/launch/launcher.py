@@ -118,7 +118,7 @@ class Launcher:
             try:
                 found.append(Worker(**json.loads(line)))
             except (ValueError, TypeError):  # a driver was killed in the middle of it
-                warn_once(f"{self._ledger}: a line is damaged: passed over")
+                warn_once(f"{self._ledger}: a line is damaged: skipped")
         return found
 
     def alive(self) -> int:

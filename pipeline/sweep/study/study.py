@@ -184,7 +184,7 @@ class Study:
         return self._database.patiently(locked)
 
     def close(self) -> None:
-        """Give the connections back. Claims that have not ended go on without."""
+        """Give the connections back; claims that have not ended continue without them."""
         self._database.close()
 
     def _claim(self, worker: str) -> Claim | None:

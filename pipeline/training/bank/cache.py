@@ -34,7 +34,7 @@ class BankCache:
     def open(self, key: Mapping[str, Any], cells: int, width: int) -> Bank:
         """Open the bank of a key; create it where it is missing.
 
-        A folder with a wrong header or index is discarded and created anew.
+        A folder with a wrong header or index is discarded and recreated.
 
         Args:
             key: JSON values that determine every record.
@@ -47,7 +47,7 @@ class BankCache:
         with self._locked():
             path = self.folder / hashlib.sha256(header.encode()).hexdigest()[:32]
             if path.exists() and not _is_whole(path, header, cells):
-                logger.warning("teacher bank %s is damaged: made anew", path)
+                logger.warning("teacher bank %s is damaged: rebuilding it", path)
                 if not self._remove(path):
                     raise OSError(None, "it is damaged, and another process uses it", str(path))
             if not path.exists():
@@ -99,7 +99,7 @@ class BankCache:
 
 
 def _make(path: Path, header: str, cells: int) -> None:
-    """Create an empty bank. The header comes last: without one, a bank is incomplete and created anew."""
+    """Create an empty bank. The header comes last: without one, a bank is incomplete and is recreated."""
     path.mkdir()
     with (path / INDEX).open("wb") as file:
         file.truncate(4 * cells)  # a hole: it takes room as it is filled

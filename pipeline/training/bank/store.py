@@ -3,7 +3,7 @@
 A cell is (image, view); `records.bin` holds the records one after the other in the order in which they were asked for
 (the order in which the next run with the same seed asks again), `index.bin` where each cell's record lies. Both are
 memory-mapped for reading. A record carries its cell and a checksum, which are verified whenever it is read: one that
-is torn, damaged or misplaced counts as absent, and is computed and written anew. So writers need no order and no sync,
+is torn, damaged or misplaced counts as absent, and is computed and written again. So writers need no order and no sync,
 only a lock while they append. They never write through a mapping, where a full disk would be a crash.
 """
 
