@@ -71,7 +71,9 @@ def test_a_group_is_its_section_alone() -> None:
     text = printed("optim")
     assert text.startswith("optim: ")
     assert {line.split()[0].partition(".")[0] for line in text.splitlines() if " = " in line[:48]} == {"optim"}
-    assert printed("method.tau").splitlines() == [f"{'  method.tau = 4.0':<48}temperature (a number above 0)"]
+    assert printed("method.tau").splitlines() == [
+        f"{'  method.tau = 4.0':<48}temperature of distillation (a number above 0)"
+    ]
 
 
 def test_a_configuration_is_shown_with_its_values() -> None:
