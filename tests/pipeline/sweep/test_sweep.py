@@ -21,9 +21,9 @@ from pipeline.data.batches import EvalBatches
 from pipeline.distill import distill, train
 from pipeline.errors import Interrupted
 from pipeline.runs.run import Run
+from pipeline.runs.signals import Stop
 from pipeline.sweep import driver as sweep
 from pipeline.sweep import worker
-from pipeline.sweep.launch.entry import PREEMPTED
 from pipeline.sweep.study import report
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.plots import draw
@@ -54,6 +54,16 @@ SPACE = {
 }
 
 
+class WorkerStop(Stop):
+    """The signal that the worker has got: `last`. One that only raises Interrupted has got none."""
+
+    last: Stop
+
+    def __init__(self) -> None:
+        super().__init__()
+        WorkerStop.last = self
+
+
 class InProcess:
     """Stands where workers are launched: the worker's life goes on in this process, to its end."""
 
@@ -73,7 +83,7 @@ class InProcess:
         self.codes += [work(index=0, **arguments)]
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if self.codes[-1] == PREEMPTED:
+        if WorkerStop.last.signum:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -84,6 +94,7 @@ def _workers() -> Iterator[None]:
         for name in (*tracking, "RANK", "WORLD_SIZE", "ASIB_STORAGE"):
             patched.delenv(name, raising=False)
         patched.setattr(sweep, "Launcher", InProcess)
+        patched.setattr(worker, "Stop", WorkerStop)
         patched.setattr(sweep, "TICK_S", 0.0)
         yield
 
@@ -500,7 +511,7 @@ def test_an_error_that_follows_from_a_signal_is_no_failure_of_the_trial(
     def trial(run: Any, watch: Any) -> Any:
         if not left:
             left.append(run)
-            monkeypatch.setattr(worker.stop, "signum", 15)
+            WorkerStop.last.signum = 15
             raise RuntimeError("Connection closed by peer")  # as when a process that trains along has left
         return original(run, watch)
 
@@ -508,7 +519,6 @@ def test_an_error_that_follows_from_a_signal_is_no_failure_of_the_trial(
     stopped = lab.step("sweep", space(lab))
     assert stopped.code == 143, stopped.err
     assert states(lab) == ["FAIL", "WAITING"]
-    monkeypatch.setattr(worker.stop, "signum", 0)
     swept(lab)
     assert states(lab) == ["FAIL", *["COMPLETE"] * 3]
 
