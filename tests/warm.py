@@ -1,7 +1,7 @@
 """Delivery processes without the seconds of MLflow's import: forks of one process that has imported it, and no more.
 
 For tests that run steps in this process. A fork runs `pipeline.tracking.process.main` with pipes, an environment, a
-session and a log of its own, as the process does that a step starts.
+session, a umask and a log of its own, as the process does that a step starts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ class Fork:
         asked, tells, ended = os.pipe(), os.pipe(), os.pipe()
         theirs = [asked[0], tells[1], stderr.fileno(), ended[1]]
         arguments = list(command[command.index("pipeline.tracking.process") + 1 :])
-        said = json.dumps({"arguments": arguments, "environment": dict(env), "folder": os.getcwd()}).encode()
+        umask = os.umask(0)
+        os.umask(umask)
+        here = {"environment": dict(env), "folder": os.getcwd(), "umask": umask}
+        said = json.dumps({"arguments": arguments, **here}).encode()
         line = forks()
         with LOCK:
             socket.send_fds(line, [len(said).to_bytes(4, "big")], theirs)
@@ -105,6 +108,7 @@ def run(start: Any, said: dict[str, Any], theirs: list[int]) -> None:
         os.environ.clear()
         os.environ.update(said["environment"])
         os.chdir(said["folder"])
+        os.umask(said["umask"])
         arguments = said["arguments"]
         arguments[arguments.index("--trainer") + 1] = str(os.getppid())
         sys.argv[1:] = arguments

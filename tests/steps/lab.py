@@ -101,7 +101,7 @@ class Done:
         """Standard error without what every run says."""
         usual = (
             "tracked as ",
-            "tracking was off line; to deliver: ",
+            "tracking was offline; to deliver: ",
             "fine-tuning teacher ",
             "teacher ",
             "no teacher ",

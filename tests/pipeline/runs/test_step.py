@@ -122,7 +122,7 @@ def test_a_configuration_of_a_run(monkeypatch, err, run_id: str, sqlite_uri: str
 
 @pytest.mark.parametrize("override", ["tracking.mode=offline", "tracking=offline", "tracking={mode: offline}"])
 def test_off_line_there_is_nothing_to_fetch_from(override):
-    with pytest.raises(UserError, match="tracking is off line"):
+    with pytest.raises(UserError, match="tracking is offline"):
         configuration(cli.parse(["cfg=runs:/ab/best.yaml", override]))
 
 
