@@ -1,5 +1,5 @@
 # make setup   the environment, .venv          make demo   the main job on the bundled images, then a table
-# make test-unit, make test   a minute, four; make test-marked   what else needs no GPU; make coverage   branches
+# make test-unit, make test   the fast tests; make test-marked   what else needs no GPU; make coverage   branches
 # make check   what .ci/run runs: lint, types, imports, all tests
 # make bench   how fast it is: benchmarks/README.md
 SHELL := /bin/bash
