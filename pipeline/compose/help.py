@@ -83,10 +83,14 @@ def step_help(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]
     return "\n".join(lines).strip("\n") + "\n"
 
 
+def _usage(step: str) -> str:
+    return f"usage: python -m steps.{step} [cfg=<name or file>] [key=value …] [--debug] [--help [<topic>]]"
+
+
 def _screen(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]) -> str:
     every = {key.name: key for key in _keys(None)}
     lines = [
-        f"usage: python -m steps.{step} [cfg=<name or file>] [key=value …] [--debug] [--help [<topic>]]",
+        _usage(step),
         "",
         *("  " * line.startswith("python ") + line for line in map(str.strip, about.strip().splitlines())),
         "",
@@ -109,7 +113,7 @@ def _screen(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]) 
 
 def _introduction(step: str, own: Mapping[str, str]) -> list[str]:
     return [
-        f"usage: python -m steps.{step} [cfg=<name or file>] [key=value …] [--debug] [--help [<topic>]]",
+        _usage(step),
         f"       mlflow run . -e {step} [-P cfg=<name or file>] [-P key=value …] [-P overrides='a=1 b=[1,2]']",
         "",
         "cfg names a file of conf/experiment, or any YAML file. A key may also be written --key value.",

@@ -74,14 +74,10 @@ def child(
         # begun by another worker, a copy of what that has left, or by this parent, killed before it had named it
         parent.journal.child(folder)
         return _continue(step, config, folder, parent)
-    distant = (distant or parent.distant) and parent.delivery is not None
-    run = _begin_nested(step, config, folder, parent, name, key, distant)
+    delivery = parent.delivery if distant or parent.distant else None
+    run = _begin_nested(step, config, folder, parent, name, key, distant=delivery is not None)
     # by its journal's id delivery has found what there is of it on the server
-    if (
-        distant
-        and parent.delivery is not None
-        and fetch_checkpoint(parent.delivery, parent.delivery.child_ready(folder), folder)
-    ):
+    if delivery is not None and fetch_checkpoint(delivery, delivery.child_ready(folder), folder):
         run.journal.close()
         return _continue(step, config, folder, parent, distant=True)
     return run
