@@ -63,13 +63,13 @@ class Carrier:
 
 
 _latest = 0
-"""The latest time returned: setting the clock back must not make later entries seem earlier."""
+"""The latest time returned: setting the clock back must make later entries seem neither earlier nor simultaneous."""
 
 
 def now_ms(after: int = 0) -> int:
-    """The time, ms since 1970; never earlier than one returned before, nor than `after`."""
+    """The time, ms since 1970; later than any returned before, never earlier than `after`."""
     global _latest
-    _latest = max(_latest, after, time.time_ns() // 1_000_000)
+    _latest = max(_latest + 1, after, time.time_ns() // 1_000_000)
     return _latest
 
 

@@ -23,7 +23,7 @@ def optimizer(name: str, groups: list[tuple[nn.Module, float]], weight_decay: fl
     """A fused torch optimiser over all trainable parameters of each module at its learning rate, all of them decayed.
 
     timm would spare biases and norms from decay; the KD tables do not. Fused optimisers skip an update whose
-    `found_inf` is set without asking the device (see loop.py).
+    `found_inf` is set without asking the device (see `update`).
     """
     made_of = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in groups]
     parameters = [p for group in made_of for p in group["params"]]  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config import DatasetConfig
 from pipeline.data import sources
 from pipeline.data.sources import ImageData
-from tests.steps.desk import Students, make_students
+from tests.steps.desk import Desk, Students, make_desk, make_students
 from tests.steps.lab import Done, Lab
 
 
@@ -58,3 +58,9 @@ def task(bench: Lab) -> ImageData:
 def students(task: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Students:
     """Students to be registered, whose accuracies are known."""
     return make_students(task, tmp_path_factory.mktemp("students"))
+
+
+@pytest.fixture
+def desk(lab: Lab, task: ImageData, students: Students, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """A workplace with a registry of its own."""
+    return make_desk(lab, sqlite_uri, task, students, monkeypatch)

@@ -128,3 +128,9 @@ def make_desk(lab: Lab, uri: str, data: ImageData, students: Students, monkeypat
     monkeypatch.setattr(speed, "BATCHES", (1,))
     monkeypatch.setattr(speed, "BUDGET_S", {1: 0.05})
     return made
+
+
+def runs_of(desk: Desk) -> set[str]:
+    """Ids of all runs in the store."""
+    store = client(desk.uri)
+    return {run.info.run_id for run in store.search_runs([e.experiment_id for e in store.search_experiments()])}

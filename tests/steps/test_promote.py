@@ -5,18 +5,10 @@ The students' accuracies, and the p-values between them, are known exactly (test
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import json
-import multiprocessing
-import os
-import random
 import shutil
-import subprocess
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,29 +17,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pandas as pd
-import psutil
 import pytest
-import sqlalchemy
 from PIL import Image
 
-from pipeline.data.sources import ImageData
 from pipeline.predict.serve import answer
-from pipeline.promote import decision, queue
-from pipeline.promote.registered_model import Version
 from pipeline.served.pictures import Refused
 from pipeline.served.student_pyfunc import Classifier
 from tests.pipeline.promote.local import Fragile, LocalDelivery
-from tests.steps.desk import LAX, NAME, Desk, Students, make_desk
-from tests.steps.lab import CLASSES, TEST, Lab, client, deliver, ending, points, run_id, see
+from tests.steps.desk import LAX, NAME, Desk, runs_of
+from tests.steps.lab import CLASSES, TEST, Lab, client, ending, points, run_id, see
 
 pytest_plugins = ["tests.servers"]
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def desk(lab: Lab, task: ImageData, students: Students, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return make_desk(lab, sqlite_uri, task, students, monkeypatch)
 
 
 def test_only_a_better_student_becomes_champion(desk: Desk) -> None:
@@ -353,12 +333,6 @@ def test_an_unknown_model_is_said_by_a_real_delivery_and_leaves_nothing(lab: Lab
     assert store.search_runs([e.experiment_id for e in store.search_experiments()]) == []
 
 
-def runs_of(desk: Desk) -> set[str]:
-    """Ids of all runs in the store."""
-    store = client(desk.uri)
-    return {run.info.run_id for run in store.search_runs([e.experiment_id for e in store.search_experiments()])}
-
-
 @pytest.mark.slow
 def test_the_gate_that_was_asked_for_stays_with_the_decision(desk: Desk) -> None:
     """`gate.alpha=0.999` left no trace on the version: «default, all 4 criteria hold»."""
@@ -457,126 +431,6 @@ def test_a_champion_that_is_gone_is_no_dead_end(desk: Desk) -> None:
     assert desk.promote("retire=1").code == 0
     assert desk.promote("version=4", *LAX).code == 0
     assert desk.aliases["champion"] == "4"
-
-
-@pytest.mark.slow
-def test_of_two_promotions_at_once_one_promotes(desk: Desk) -> None:
-    """Two processes, each with a delivery of its own: whoever loses is told in one line, and no move is half done."""
-    desk.register("half")
-    own = [f"name={NAME}", "tracking.mode=online", f"tracking.uri={desk.uri}"]
-    command = [sys.executable, "-m", "steps.promote", *desk.lab.arguments(*own)]
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    said = [process.communicate()[1].decode() for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], said
-    loser = next(err for process, err in zip(both, said, strict=True) if process.returncode == 2)
-    assert "another promotion of stripes is under way" in loser or "champion already" in loser
-    assert desk.aliases == {"challenger": "1", "champion": "1"}
-    assert desk.tags(1)["asib.history"].count("\n") == 0
-
-
-class Forked:
-    """A promotion in a fork of this process, which has imported everything; its delivery is in it."""
-
-    def __init__(self, desk: Desk) -> None:
-        self._process = multiprocessing.get_context("fork").Process(target=promote_alone, args=(desk,))
-        self._process.start()
-
-    def ended(self, seconds: float) -> int | None:
-        self._process.join(seconds)
-        return self._process.exitcode
-
-    def kill(self, draw: random.Random) -> str:
-        self._process.kill()
-        self._process.join()
-        return "both"
-
-
-class Real:
-    """A step in a process of its own, with a delivery in another one: either is killed, or both."""
-
-    def __init__(self, desk: Desk) -> None:
-        own = [f"name={NAME}", "version=2", *LAX, "tracking.mode=online", f"tracking.uri={desk.uri}"]
-        command = [sys.executable, "-m", "steps.promote", *desk.lab.arguments(*own)]
-        self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self._all = psutil.Process(self._process.pid)
-
-    def ended(self, seconds: float) -> int | None:
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def kill(self, draw: random.Random) -> str:
-        try:
-            helpers = self._all.children(recursive=True)
-        except psutil.NoSuchProcess:
-            helpers = []
-        which = draw.choice(["both", "step", "delivery"])
-        if which != "delivery":
-            self._process.kill()
-        if which != "step":
-            for helper in helpers:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    helper.kill()
-        self._process.wait(300)  # of a delivery that was killed the step makes another
-        psutil.wait_procs(helpers, 300)  # a delivery outlives its step until everything is on the server
-        return which
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("start", [Forked, Real])
-def test_promotions_killed_at_any_moment_are_finished_once(
-    desk: Desk, start: type[Forked] | type[Real], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """kill -9 of a step and its delivery, then once more: promoted, said once in each history, nothing left over.
-
-    ASIB_ROUNDS=20 kills twenty. Moments are drawn from what an undisturbed promotion takes.
-    """
-    rounds, draw = int(os.environ.get("ASIB_ROUNDS", "3" if start is Forked else "1")), random.Random(0)
-    monkeypatch.setattr(queue, "SILENT_S", 0.0)  # of the step that comes after, which finds the dead one in the queue
-    monkeypatch.setattr(queue, "WATCH_S", 0.2)
-    desk.register("half", "good")
-    assert desk.promote("version=1").code == 0
-    took, reached = 0.0, Counter[str]()
-    undisturbed = 2 if start is Forked else 1  # the second fork is as fast as those that follow
-    for k in range(rounds + undisturbed):
-        began, before = time.monotonic(), set(desk.lab.run_folders())
-        process = start(desk)
-        if k < undisturbed:
-            assert process.ended(300) == 0
-            took = time.monotonic() - began
-        else:
-            process.ended(took * draw.uniform(0.05, 1.0))
-            killed = process.kill(draw)
-            new = [p for p in set(desk.lab.run_folders()) - before if (p / "journal.jsonl").exists()]
-            tags = client(desk.uri).get_registered_model(NAME).tags
-            queued = any(tag.startswith("asib.turn") for tag in tags)
-            moving = "asib.move" in tags or desk.aliases["champion"] == "2"
-            stages = {"ended": process.ended(0) == 0, "moving": moving, "in its turn": queued, "with a run": bool(new)}
-            reached[f"{killed} {next((name for name, there in stages.items() if there), 'without a run')}"] += 1
-            done = desk.promote("version=2", *LAX)
-            assert done.code == 0 or "champion already" in done.err, done.err
-            if new:
-                deliver(desk.uri, *new)
-        assert desk.aliases == {"challenger": "2", "champion": "2", "previous": "1"}
-        store = client(desk.uri)
-        left = store.get_registered_model(NAME).tags.keys()
-        assert not [tag for tag in left if tag.startswith(("asib.move", "asib.turn", "asib.look."))], left
-        assert not desk.tags(2).get("asib.pending")
-        lines = [decision.history_lines(Version(str(n), tags=desk.tags(n))) for n in (1, 2)]
-        assert sum("replaced as champion by version 2" in line for line in lines[0]) == k + 1
-        assert sum("promoted over version 1" in line for line in lines[1]) == k + 1
-        assert "RUNNING" not in {store.get_run(run).info.status for run in runs_of(desk)}
-        assert desk.promote("rollback=true").code == 0
-        store.set_model_version_tag(NAME, "2", "asib.rolled_back", "")
-    print(f"{rounds} kills: {dict(reached)}")
-
-
-def promote_alone(desk: Desk) -> None:
-    """In a fork: with connections to the database of its own."""
-    for engine in [found for found in gc.get_objects() if isinstance(found, sqlalchemy.Engine)]:
-        engine.dispose(close=False)
-    os._exit(desk.promote("version=2", *LAX).code)
 
 
 def test_the_latency_judged_is_that_of_what_is_served(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

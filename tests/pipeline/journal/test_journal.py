@@ -154,7 +154,8 @@ def test_a_journal_without_checksums_is_read_and_goes_on_with_them(tmp_path: Pat
     assert Journal.restore(tmp_path / "b", journal.snapshot()).id == "j"
 
 
-def test_time_in_a_journal_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_in_a_journal_goes_on_when_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.journal.entries._latest", 0)
     journal = Journal.create(tmp_path, experiment="e")
     journal.metrics({"acc": 1.0}, 0)
     ahead = time.time_ns() + 3600 * 10**9
@@ -165,7 +166,7 @@ def test_time_in_a_journal_never_goes_back(tmp_path: Path, monkeypatch: pytest.M
     journal.close()
     Journal.reopen(tmp_path).end("FINISHED", "completed", 0)
     times = [entry.time for entry in read_entries(tmp_path / FILE)[0]]
-    assert times == sorted(times)
+    assert times == sorted(set(times))  # delivery takes a checkpoint of the same moment for one that it has
 
 
 def test_a_pending_journal_leaves_no_file(tmp_path: Path) -> None:
