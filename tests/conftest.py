@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.markexpr == "unit" and "mlflow" in sys.modules:
         raise pytest.UsageError("a unit test imports MLflow at collection, 5 s for everyone: import it in the test")
+
+
+@pytest.fixture(autouse=True)
+def fresh_log() -> Iterator[None]:
+    """A step in this process shows its log on a standard error that is gone with its test."""
+    yield
+    log = logging.getLogger("asib")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)

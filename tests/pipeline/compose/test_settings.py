@@ -144,7 +144,6 @@ dataset: {root: /etc, path: /etc/passwd, download: true, workers: 64, batch_size
 checkpoint: {every_seconds: 0.001}
 method: {tau: 3}
 """
-    logging.getLogger("asib").propagate = True
     with caplog.at_level(logging.INFO, "asib"):
         config = fetched(tmp_path, text)
     assert config == compose(None, ["dataset.batch_size=64", "method.tau=3"])

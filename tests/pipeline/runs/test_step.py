@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import io
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,20 +19,16 @@ pytest_plugins = ["tests.servers"]
 
 
 @pytest.fixture(autouse=True)
-def err(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+def err(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What the step says on standard error; nothing of this machine's environment gets in."""
     names = ("TEACHER_PAIR", "STUDENT", "METHOD", "SEED", "DRY_RUN", "RANK", "MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI")
     for name in names:
         monkeypatch.delenv(name, raising=False)
     log = logging.getLogger("asib")
-    before, level, propagates = log.handlers[:], log.level, log.propagate
     stream = io.StringIO()
     log.handlers[:] = [logging.StreamHandler(stream)]
     log.setLevel(logging.INFO)
-    yield stream
-    log.handlers[:] = before
-    log.setLevel(level)
-    log.propagate = propagates
+    return stream
 
 
 def never(run: object) -> float | None:
