@@ -6,23 +6,20 @@ On SQLite, and on PostgreSQL: a private server of the tests' kind where no URL i
 benchmarks/results/empty_trials.json.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import described
+from benchmarks import harness
 from pipeline.sweep.space.space import SweepConfig
 from pipeline.sweep.study.study import Study
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "empty_trials.json"
 SPACE = {
     "method.kd_alpha": {"type": "float", "low": 0.1, "high": 0.9},
     "method.ib_beta": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True},
@@ -59,9 +56,6 @@ def measure(url: str, sampler: str, trials: int, workers: int) -> dict[str, Any]
     seconds = time.perf_counter() - begin
     study = Study.open(url, sampler)
     found = study.trials()
-    by_worker: dict[str, int] = {}
-    for trial in found:
-        by_worker[trial.user_attrs["asib.worker"]] = by_worker.get(trial.user_attrs["asib.worker"], 0) + 1
     if study.counts().complete != trials or len(found) != trials:
         raise SystemExit(f"{url}: {study.counts()} instead of {trials} complete trials")
     starts = [trial.datetime_start for trial in found if trial.datetime_start is not None]
@@ -72,7 +66,7 @@ def measure(url: str, sampler: str, trials: int, workers: int) -> dict[str, Any]
         "trials": len(found),
         "complete": study.counts().complete,
         "workers": workers,
-        "trials_by_worker": sorted(by_worker.values()),
+        "trials_by_worker": sorted(Counter(trial.user_attrs["asib.worker"] for trial in found).values()),
         "seconds": round(seconds, 3),
         "ms_per_trial": round(1000 * seconds / trials, 2),
         f"ms_per_trial_first_{edge}": round(1000 * (starts[edge] - starts[0]).total_seconds() / edge, 2),
@@ -102,26 +96,18 @@ def storages(postgres: str | None) -> Iterator[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "output")
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--samplers", nargs="+", default=["random", "tpe"], choices=["random", "tpe", "gp", "cmaes"])
     parser.add_argument("--postgres", metavar="URL", help="an empty database")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    result: dict[str, Any] = {
-        **described("sqlalchemy", "psycopg"),
-        "results": [],
-    }
+    result: dict[str, Any] = harness.described("sqlalchemy", "psycopg") | {"results": []}
     with storages(options.postgres) as urls:
         for url in urls:
-            for sampler in options.samplers:
-                measured = measure(url, sampler, options.trials, options.workers)
-                result["results"].append(measured)
-                print(json.dumps(measured), flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(options.output)
+            for sampler in ("random", "tpe"):
+                result["results"].append(measure(url, sampler, options.trials, options.workers))
+                print(json.dumps(result["results"][-1]), flush=True)
+    harness.write("empty_trials", result, options.output)
 
 
 if __name__ == "__main__":

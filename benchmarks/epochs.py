@@ -7,29 +7,26 @@ images' way to the network, and the loop itself. Random images, 32×32; the size
 first, whose peak of memory is compared with its images. Writes benchmarks/results/epochs_<kind>.json.
 """
 
-import argparse
 import resource
 import statistics
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import kinds
-from benchmarks.machine import described
+from benchmarks import harness
 from benchmarks.steps.cases import PAIRS, TWO_TEACHERS, Case
-from benchmarks.steps.clock import Window, spread
-from benchmarks.steps.ours import ClockedDistillation, OneEpoch
+from benchmarks.steps.clock import Window, interleaved, spread
+from benchmarks.steps.ours import ClockedDistillation, OneEpoch, next_epoch
+from models.cifar import CifarNet
 from models.features import FeatureNet
 from pipeline.config.datasets import CIFAR100
 from pipeline.data.sources import ImageData
 from pipeline.distill import train
-from pipeline.errors import Pruned
 from pipeline.journal import NullJournal
 from pipeline.training.loop import Loop
 from pipeline.training.optim import Precision
@@ -39,26 +36,16 @@ REFERENCE = 50_000
 CLASSES = 100
 
 
-class MeanColour(nn.Module):
-    """A timm-like classifier that costs nothing: one linear layer on the mean of each channel."""
+class MeanColour(CifarNet):
+    """A classifier that costs nothing: one linear layer on the mean of each channel."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_classes, self.num_features = CLASSES, 3
-        self.fc = nn.Linear(3, CLASSES)
+        self.finish(3, [])
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def stem(self, x: Tensor) -> Tensor:
         """(B, 3, H, W), as it comes."""
         return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, 3), or logits (B, N)."""
-        feature = x.mean(dim=(2, 3))
-        logits: Tensor = self.fc(feature)
-        return feature if pre_logits else logits
-
-    def get_classifier(self) -> nn.Module:
-        return self.fc
 
 
 def random_images(count: int) -> ImageData:
@@ -77,18 +64,16 @@ class NullRun:
     def __init__(self, data: ImageData, count: int, rounds: int, batch: int, device: torch.device) -> None:
         with tempfile.TemporaryDirectory() as folder:
             more = ("method.kd_alpha=0", "method.num_stages=1", f"method.student_epochs_per_stage=[{rounds}]")
-            config = Case(PAIRS[TWO_TEACHERS], "fp32", batch).config(Path(folder), 1, str(device), more)
+            config = Case(PAIRS[TWO_TEACHERS], "fp32", batch).config(Path(folder), 1, more)
         train.prepare(config)
         mine = replace(data, train_x=data.train_x[:count], train_y=data.train_y[:count], digest=f"random-{count}")
         student = FeatureNet(MeanColour()).to(device)
-        self.task = ClockedDistillation(config, mine, student, [], device)
-        self.task.window = Window(device)
+        self.task = ClockedDistillation(Window(device), config, mine, student, [], device)
         self.loop = Loop(self.task, NullJournal(), None, {}, Precision(config.optim, device), device, watch=OneEpoch())
 
     def seconds(self) -> float:
         """Of the next epoch."""
-        with suppress(Pruned):  # by `OneEpoch`
-            self.loop.run()
+        next_epoch(self.loop)
         return self.task.window.seconds
 
 
@@ -97,44 +82,38 @@ def memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(sizes: Sequence[int], rounds: int, batch: int, device: torch.device) -> dict[str, Any]:
+def measure(sizes: Sequence[int], rounds: int, batch: int) -> dict[str, Any]:
     """Seconds of each size's epochs, per image relative to 50,000 (or the second size), and memory."""
+    device = harness.device()
     NullRun(random_images(2 * batch), 2 * batch, 1, batch, device).seconds()  # what torch takes the first time
     before = memory_mb()
-    largest = max(sizes)
-    data = random_images(largest)
+    data = random_images(max(sizes))
     runs = {count: NullRun(data, count, rounds + 1, batch, device) for count in sorted(sizes, reverse=True)}
-    found: dict[int, list[float]] = {count: [] for count in runs}
-    first = runs[largest].seconds()
+    first = {count: run.seconds() for count, run in runs.items()}  # not counted
     peak = memory_mb() - before
     on_card = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    for count, run in runs.items():
-        if count != largest:
-            run.seconds()  # not counted
-    for _ in range(rounds):
-        for count, run in runs.items():
-            found[count].append(run.seconds())
+    found = interleaved({count: run.seconds for count, run in runs.items()}, rounds)
     reference = REFERENCE if REFERENCE in runs else sorted(runs)[1]
-    per_image = {count: statistics.median(values) / count for count, values in found.items()}
+    per_image = {count: statistics.median(found[count]) / count for count in sorted(runs)}
     held = sum(t.nbytes for t in (data.train_x, data.train_y) if isinstance(t, torch.Tensor)) / 2**20
     return {
         "batch": batch,
-        "first_epoch_of_largest_seconds": round(first, 3),
+        "first_epoch_of_largest_seconds": round(first[max(sizes)], 3),
         "epochs": [
             {
                 "images": count,
                 "seconds": spread(found[count], 4),
-                "images_per_second": round(1 / per_image[count]),
-                "per_image_to_reference": round(per_image[count] / per_image[reference], 4),
+                "images_per_second": round(1 / each),
+                "per_image_to_reference": round(each / per_image[reference], 4),
             }
-            for count in sorted(runs)
+            for count, each in per_image.items()
         ],
         "reference": reference,
         "memory": {
             "images_mb": round(held, 1),
             "peak_above_start_mb": round(peak, 1),
             "ratio": round(peak / held, 4),
-            "of": "the largest size's first epoch; resident memory of the process",
+            "of": "the sizes' first epochs; resident memory of the process",
             # every size has its images there, the processor's memory holds them once
             "card_peak_mb": None if on_card is None else round(on_card, 1),
         },
@@ -142,21 +121,16 @@ def measure(sizes: Sequence[int], rounds: int, batch: int, device: torch.device)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser = harness.parser(__doc__, "quick", "rounds", "output")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.quick:
         options.sizes, options.rounds = [1_000, 2_000], 1
-    on = kinds.device()
-    result = described("timm") | {"device": str(on), "threads": torch.get_num_threads(), "rounds": options.rounds}
-    result |= measure(options.sizes, options.rounds, options.batch, on)
+    result = harness.described("timm") | {"rounds": options.rounds}
+    result |= measure(options.sizes, options.rounds, batch=128)
     for epoch in result["epochs"]:
-        print(f"{epoch['images']:>9,} images  {epoch['images_per_second']:>9,} images/s", flush=True)
-    print(kinds.write("epochs", kinds.kind(on, options.quick), result, options.output))
+        print(f"{epoch['images']:>9,} images  {epoch['images_per_second']:>9,} images/s")
+    harness.write(f"epochs_{harness.kind(options.quick)}", result, options.output)
 
 
 if __name__ == "__main__":

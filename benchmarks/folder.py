@@ -8,11 +8,12 @@ with `train_jpeg` (all files' bytes) and `train_offsets`; without it smooth nois
 files of ImageNet's usual 500 × 375 pixels. Writes benchmarks/results/folder_<kind>.json.
 """
 
-import argparse
 import io
 import json
 import tempfile
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import kinds
-from benchmarks.machine import described
-from benchmarks.steps.clock import Window, interleaved, spread
+from benchmarks import harness
+from benchmarks.steps.clock import interleaved, spread, timed
 from models import zoo
 from pipeline.config import AugmentConfig, DatasetConfig
 from pipeline.data.batches import Batch, TrainBatches
@@ -93,57 +93,45 @@ class Race:
         F.cross_entropy(self.net(x).logits, y).backward()
         self.optimizer.step()
 
-    def loader(self) -> float:
-        """Seconds of an epoch of images."""
-        window = Window(self.device)
-        window.open()
-        for _ in self._epoch():
-            pass
-        return window.shut()
+    def loader(self) -> None:
+        """An epoch of images."""
+        deque(self._epoch(), maxlen=0)
 
-    def network(self) -> float:
-        """Seconds of as many updates."""
-        window = Window(self.device)
-        window.open()
+    def network(self) -> None:
+        """As many updates."""
         for _ in range(len(self.batches)):
             self._update(self.x, self.y)
-        return window.shut()
 
-    def both(self) -> float:
-        """Seconds of an epoch of training."""
-        window = Window(self.device)
-        window.open()
+    def both(self) -> None:
+        """An epoch of training."""
         for batch in self._epoch():
             self._update(batch.x, batch.y)
-        return window.shut()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "rounds", "output")
     parser.add_argument("--jpegs", type=Path)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    device = kinds.device()
+    device = harness.device()
     keep_freed_memory()
     images = options.batch * options.batches
     found = []
     with tempfile.TemporaryDirectory(prefix="asib-folder-") as folder:
         write_pictures(Path(folder), options.jpegs, images)
-        for workers in options.workers:
+        for workers in (0, 1, 2):
             race = Race(Path(folder), options.size, workers, options.batch, device)
             race.both()  # starts the workers; not counted
-            seconds = interleaved({"loader": race.loader, "network": race.network, "both": race.both}, options.rounds)
+            measures = {"loader": race.loader, "network": race.network, "both": race.both}
+            seconds = interleaved({n: partial(timed, device, act) for n, act in measures.items()}, options.rounds)
             speeds = {name: spread([images / s for s in values], 1) for name, values in seconds.items()}
             found.append({"workers": workers, "images_per_second": speeds})
             print(json.dumps(found[-1]), flush=True)
     asked = {name: str(value) for name, value in vars(options).items()}
-    kinds.write(
-        "folder", kinds.kind(device, False), {**described("torchvision", "pillow"), "asked": asked, "runs": found}
-    )
+    result = harness.described("torchvision", "pillow") | {"asked": asked, "runs": found}
+    harness.write(f"folder_{harness.kind()}", result, options.output)
 
 
 if __name__ == "__main__":

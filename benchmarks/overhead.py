@@ -10,64 +10,56 @@ teachers' outputs on the validation images are made once per run and stated apar
 checkpoint is on disk. Writes benchmarks/results/overhead_<kind>.json.
 """
 
-import argparse
 import logging
 import os
 import statistics
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks import kinds
-from benchmarks.machine import described
+from benchmarks import harness
 from benchmarks.steps.cases import PAIRS, TWO_TEACHERS, Case, by_class, first_images, real_images
-from benchmarks.steps.clock import descendants, processor_seconds, wait_until_quiet
+from benchmarks.steps.clock import children_seconds, wait_until_quiet
 from benchmarks.steps.ours import Ours
 from pipeline.data.sources import ImageData
 
 TRAINED, VALIDATED = 45_000, 5_000
 
 
-def measure(case: Case, data: ImageData, device: torch.device, rounds: int, batches: int, val: int) -> dict[str, Any]:
+def measure(case: Case, data: ImageData, rounds: int, batches: int, val: int) -> dict[str, Any]:
     """Seconds per epoch of each part, for A- and B-epochs, and their share."""
     fraction = val / (val + batches * case.batch)
     more = (f"dataset.val_fraction={fraction!r}", "method.teacher_eval_every=2")
+    seen: dict[str, list[dict[str, float]]] = {which: [] for which in case.pair.steps}
     with tempfile.TemporaryDirectory(prefix="asib-overhead-", ignore_cleanup_errors=True) as name:
         images = first_images(by_class(data), val + batches * case.batch)
-        ours = Ours(case, images, rounds + 1, Path(name), device, more, fused=False)
-        seen: dict[str, list[dict[str, float]]] = {which: [] for which in case.pair.steps}
-        try:
-            for number in range(rounds + 1):
-                for which in case.pair.steps:
+        with closing(Ours(case, images, rounds + 1, Path(name), more, fused=False)) as ours:
+            for _ in range(rounds + 1):
+                for which, found in seen.items():
                     wait_until_quiet()
-                    before = processor_seconds(descendants())
+                    before = children_seconds()
                     training = ours.seconds(which)
                     wait_until_quiet()
-                    delivery = processor_seconds(descendants()) - before
-                    parts = {
-                        "training_per_image": training / ours.images,
-                        "evaluation": ours.evaluation_seconds,
-                        "saving": ours.saving_seconds,
-                        "writing": ours.slots.writing_seconds,
-                        "writer": ours.slots.writer_processor_seconds,
-                        "delivery": delivery,
-                    }
-                    if number == 0 and which == case.pair.steps[0]:
-                        once = ours.evaluation_seconds
-                    elif number > 0:
-                        seen[which].append(parts)
-        finally:
-            ours.close()
-    scale = VALIDATED / len(ours.task.data.eval.indices)
-    found = {which: _summary(values, scale) for which, values in seen.items()}
-    ordinary = statistics.median(v["evaluation"] for v in seen[case.pair.steps[0]])
+                    found.append(
+                        {
+                            "training_per_image": training / ours.images,
+                            "evaluation": ours.evaluation_seconds,
+                            "saving": ours.saving_seconds,
+                            "writing": ours.slots.writing_seconds,
+                            "writer": ours.slots.writer_processor_seconds,
+                            "delivery": children_seconds() - before,
+                        }
+                    )
+    first = seen[case.pair.steps[0]]
+    once = first[0]["evaluation"] - statistics.median(v["evaluation"] for v in first[1:])
+    validated = len(ours.task.data.eval.indices)
+    scale = VALIDATED / validated
     return {
         "case": case.name,
-        "validation_images": len(ours.task.data.eval.indices),
-        "teachers_on_validation_once_seconds": round((once - ordinary) * scale, 2),
-        "epochs": found,
+        "validation_images": validated,
+        "teachers_on_validation_once_seconds": round(once * scale, 2),
+        "epochs": {which: _summary(found[1:], scale) for which, found in seen.items()},
     }
 
 
@@ -92,27 +84,19 @@ def _summary(values: list[dict[str, float]], scale: float) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, help="of an epoch; default: 4, on a GPU 200")
+    parser = harness.parser(__doc__, "quick", "rounds", "root", "output")
     parser.add_argument("--validation", type=int, help="images; default: 1000, on a GPU 5000")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--root", type=Path, default=Path(os.environ.get("CIFAR_ROOT", "data")))
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     logging.getLogger("asib").setLevel(logging.WARNING)
-    on = kinds.device()
-    gpu = on.type == "cuda"
+    gpu = harness.device().type == "cuda"
     rounds = 1 if options.quick else options.rounds
-    batches = 4 if options.quick else options.batches or (200 if gpu else 4)
+    batches = 200 if gpu and not options.quick else 4
     val = 100 if options.quick else options.validation or (VALIDATED if gpu else 1000)
-    result = described("timm") | {"device": str(on), "threads": torch.get_num_threads(), "rounds": rounds}
-    case = Case(PAIRS[TWO_TEACHERS], options.precision, 64)
-    result |= measure(case, real_images(options.root), on, rounds, batches, val)
+    result = harness.described("timm") | {"rounds": rounds}
+    result |= measure(Case(PAIRS[TWO_TEACHERS], "fp32"), real_images(options.root), rounds, batches, val)
     for which, parts in result["epochs"].items():
-        print(f"{which}-epoch: {100 * parts['share_of_epoch']:.2f} % beside training", flush=True)
-    print(kinds.write("overhead", kinds.kind(on, options.quick), result, options.output))
+        print(f"{which}-epoch: {100 * parts['share_of_epoch']:.2f} % beside training")
+    harness.write(f"overhead_{harness.kind(options.quick)}", result, options.output)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ Own code after their description: what was wrong there for the result (docs/meth
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from models.adapter import DistillationAdapter
 from models.features import FeatureNet
-from models.ib_mbm import IBMBM, SynergyHead
 from pipeline.config import Config
 from pipeline.data.sources import ImageData
+from pipeline.training.methods.asib.fusion import Fusion
 
 WORKERS = 2
 
@@ -78,13 +74,13 @@ class PlainLoop:
         self.teachers = [copy.deepcopy(t).to(memory_format=torch.contiguous_format) for t in teachers]
         for teacher in self.teachers:
             teacher.requires_grad_(False).eval()
-        o = config.optim
-        self.b_optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=o.student_lr, weight_decay=o.student_weight_decay
-        )
+        o, adamw = config.optim, torch.optim.AdamW
+        self.optimizers = {"b": adamw(self.student.parameters(), o.student_lr, weight_decay=o.student_weight_decay)}
         self.fused = len(teachers) > 1
         if self.fused:
-            self._make_fusion(student, teachers)
+            widths = [t.feature_dim for t in teachers]
+            self.fusion = Fusion(config.method, widths, student.feature_dim, student.num_classes).to(device)
+            self.optimizers["a"] = adamw(self.fusion.parameters(), o.a_step_lr, weight_decay=o.a_step_weight_decay)
         self.loader = DataLoader(
             Pictures(data, batches * config.dataset.batch_size),
             batch_size=config.dataset.batch_size,
@@ -95,92 +91,64 @@ class PlainLoop:
         )
         self.loss_sum, self.count = 0.0, 0
 
-    def _make_fusion(self, student: FeatureNet, teachers: list[FeatureNet]) -> None:
-        m, o = self.method, self.config.optim
-        self.adapters = nn.ModuleList(DistillationAdapter(t.feature_dim, m.distill_out_dim) for t in teachers)
-        self.ib_mbm = IBMBM(
-            student.feature_dim,
-            m.distill_out_dim,
-            m.ib_mbm_out_dim,
-            m.ib_mbm_n_head,
-            m.ib_mbm_logvar_clip,
-            m.ib_mbm_min_std,
-        )
-        self.head = SynergyHead(m.ib_mbm_out_dim, student.num_classes, p=m.synergy_head_dropout)
-        self.fusion = nn.ModuleList([self.adapters, self.ib_mbm, self.head]).to(self.device)
-        self.a_optimizer = torch.optim.AdamW(
-            self.fusion.parameters(), lr=o.a_step_lr, weight_decay=o.a_step_weight_decay
-        )
-
-    def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over the loader."""
-        yield from self.loader
-
     def step(self, which: str, batch: tuple[Tensor, Tensor]) -> None:
         """One update of the A- or the B-step."""
         x, y = (part.to(self.device, non_blocking=True) for part in batch)
         x = x.to(memory_format=torch.channels_last)
-        if which == "a":
-            self._a_step(x, y)
-        else:
-            self._b_step(x, y)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            loss = self._a_loss(x, y) if which == "a" else self._b_loss(x, y)
+            loss = torch.clamp(loss, 0.0, self.method.loss_clamp_max) if self.method.use_loss_clamp else loss
+        optimizer, clip = self.optimizers[which], self.config.optim.grad_clip_norm
+        optimizer.zero_grad()
+        loss.backward()
+        if which == "b" and clip > 0:
+            nn.utils.clip_grad_norm_(self.student.parameters(), clip)
+        optimizer.step()
+        self.loss_sum += loss.item() * len(x)
+        self.count += len(x)
 
     def close(self) -> None:
         """Stop the workers."""
         del self.loader
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
-
-    def _synergy(self, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def _synergy(self, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         seen = [teacher(x) for teacher in self.teachers]
-        tokens = [adapter(s.feat_2d) for adapter, s in zip(self.adapters, seen, strict=True)]
-        z, mu, logvar = self.ib_mbm(query, torch.stack(tokens, dim=1))
-        return self.head(z), mu.float(), logvar.float(), [s.logits for s in seen]
+        tokens = [adapter(s.feat_2d) for adapter, s in zip(self.fusion.adapters, seen, strict=True)]
+        z, mu, logvar = self.fusion.ib_mbm(query, torch.stack(tokens, dim=1))
+        return self.fusion.head(z), mu.float(), logvar.float()
 
-    def _a_step(self, x: Tensor, y: Tensor) -> None:
+    def _a_loss(self, x: Tensor, y: Tensor) -> Tensor:
         m, tau = self.method, self.method.tau
         self.student.eval()
         self.fusion.train()
-        with self._autocast():
-            with torch.no_grad():
-                seen = self.student(x)
-            z_syn, mu, logvar, _ = self._synergy(seen.feat_2d, x)
-            cw = torch.exp(-logvar).mean(dim=1).clamp(m.min_cw, m.max_cw).detach()
-            ce = (cw * F.cross_entropy(z_syn, y, label_smoothing=m.label_smoothing, reduction="none")).mean()
-            kd = (cw * self._divergence(z_syn, seen.logits, tau).sum(dim=1)).mean()
-            ib = m.ib_beta * -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(dim=1).mean()
-            with torch.no_grad():  # as it stands there: is the output a tuple? then run it again for it
-                again = self.student(x).logits if isinstance(self.student(x), tuple) else self.student(x)
-            cccp = m.kd_alpha * self._divergence(z_syn, again.detach(), tau).sum(dim=1).mean()
-            penalty = torch.stack([p.pow(2).mean() for p in self.fusion.parameters()]).mean()
-            loss = m.kd_alpha * kd + m.synergy_ce_alpha * ce + ib + m.ib_mbm_reg_lambda * penalty + cccp
-            loss = torch.clamp(loss, 0.0, m.loss_clamp_max) if m.use_loss_clamp else loss
-        self._update(self.a_optimizer, list(self.fusion.parameters()), loss)
-        self.loss_sum += float(loss.detach())
-        self.count += len(x)
+        with torch.no_grad():
+            seen = self.student(x)
+        z_syn, mu, logvar = self._synergy(seen.feat_2d, x)
+        cw = torch.exp(-logvar).mean(dim=1).clamp(m.min_cw, m.max_cw).detach()
+        ce = (cw * F.cross_entropy(z_syn, y, label_smoothing=m.label_smoothing, reduction="none")).mean()
+        kd = (cw * self._divergence(z_syn, seen.logits, tau).sum(dim=1)).mean()
+        ib = m.ib_beta * -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(dim=1).mean()
+        with torch.no_grad():  # as it stands there: is the output a tuple? then run it again for it
+            again = self.student(x).logits if isinstance(self.student(x), tuple) else self.student(x)
+        cccp = m.kd_alpha * self._divergence(z_syn, again.detach(), tau).sum(dim=1).mean()
+        penalty = torch.stack([p.pow(2).mean() for p in self.fusion.parameters()]).mean()
+        return m.kd_alpha * kd + m.synergy_ce_alpha * ce + ib + m.ib_mbm_reg_lambda * penalty + cccp
 
-    def _b_step(self, x: Tensor, y: Tensor) -> None:
+    def _b_loss(self, x: Tensor, y: Tensor) -> Tensor:
         m, tau = self.method, self.method.tau
         self.student.train()
         x, y_b, lam = self._cutmix(x, y)
-        with self._autocast():
-            seen = self.student(x)
-            with torch.no_grad():
-                if self.fused:
-                    self.fusion.eval()
-                    target = self._synergy(seen.feat_2d.detach(), x)[0]
-                else:
-                    target = self.teachers[0](x).logits
-            smooth = m.ce_label_smoothing
-            ce = lam * F.cross_entropy(seen.logits, y, label_smoothing=smooth)
-            ce = ce + (1 - lam) * F.cross_entropy(seen.logits, y_b, label_smoothing=smooth)
-            kd = self._divergence(seen.logits, target, tau).sum(dim=1).mean()
-            loss = m.ce_alpha * ce + m.kd_alpha * kd
-            loss = torch.clamp(loss, 0.0, m.loss_clamp_max) if m.use_loss_clamp else loss
-        self._update(self.b_optimizer, list(self.student.parameters()), loss, self.config.optim.grad_clip_norm)
-        self.loss_sum += loss.item() * len(x)
-        self.count += len(x)
+        seen = self.student(x)
+        with torch.no_grad():
+            if self.fused:
+                self.fusion.eval()
+                target = self._synergy(seen.feat_2d.detach(), x)[0]
+            else:
+                target = self.teachers[0](x).logits
+        smooth = m.ce_label_smoothing
+        ce = lam * F.cross_entropy(seen.logits, y, label_smoothing=smooth)
+        ce = ce + (1 - lam) * F.cross_entropy(seen.logits, y_b, label_smoothing=smooth)
+        return m.ce_alpha * ce + m.kd_alpha * self._divergence(seen.logits, target, tau).sum(dim=1).mean()
 
     @staticmethod
     def _divergence(logits: Tensor, target: Tensor, tau: float) -> Tensor:
@@ -197,13 +165,3 @@ class PlainLoop:
         left, right = (int(v) for v in np.clip((column - side // 2, column + side // 2), 0, size))
         x[:, :, top:bottom, left:right] = x[partner, :, top:bottom, left:right]
         return x, y[partner], 1 - (bottom - top) * (right - left) / size**2
-
-    @staticmethod
-    def _update(
-        optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss: Tensor, clip: float = 0.0
-    ) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        if clip > 0:
-            nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()

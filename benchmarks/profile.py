@@ -6,10 +6,9 @@ Writes benchmarks/profiles/<kind>_<pair>_<precision>_<step>_<label>.txt: the net
 operators by self time, the three largest named at the top.
 """
 
-import argparse
 import logging
-import os
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import kinds
-from benchmarks.machine import described
+from benchmarks import harness
 from benchmarks.steps.cases import PAIRS, TWO_TEACHERS, Case, first_images, real_images
 from benchmarks.steps.clock import Window
 from benchmarks.steps.ours import Ours
@@ -30,17 +28,15 @@ ROWS = 30
 class ProfiledWindow(Window):
     """A window with the profiler running inside."""
 
-    profiler: Any = None
-
     def open(self) -> None:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        self.profiler = profile(activities=activities)
-        self.profiler.__enter__()
+        self.profiler: Any = profile(activities=activities)
+        self.profiler.start()
         super().open()
 
     def shut(self) -> float:
         seconds = super().shut()
-        self.profiler.__exit__(None, None, None)
+        self.profiler.stop()
         return seconds
 
 
@@ -48,11 +44,11 @@ def mark(name: str, net: nn.Module) -> None:
     """Make every forward pass of the network a range of the profile."""
     entered: list[Any] = []
 
-    def before(module: nn.Module, args: Any) -> None:
+    def before(*_: Any) -> None:
         entered.append(record_function(f"part: {name} forward"))
         entered[-1].__enter__()
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
+    def after(*_: Any) -> None:
         entered.pop().__exit__(None, None, None)
 
     net.register_forward_pre_hook(before)
@@ -61,14 +57,13 @@ def mark(name: str, net: nn.Module) -> None:
 
 def summary(case: Case, which: str, window: ProfiledWindow, steps: int) -> str:
     """The text of a profile."""
-    gpu = window.device.type == "cuda"
+    device = "device" if window.device.type == "cuda" else "cpu"
+    field, whole = f"self_{device}_time_total", f"{device}_time_total"
     events = window.profiler.key_averages()
-    field = "self_device_time_total" if gpu else "self_cpu_time_total"
     total = sum(getattr(e, field) for e in events) or 1.0
     largest = sorted(events, key=lambda e: getattr(e, field), reverse=True)
-    ranges = [e for e in events if e.key.startswith("part: ") or e.key.startswith("Optimizer.step")]
-    whole = "device_time_total" if gpu else "cpu_time_total"
-    about = described("timm")
+    ranges = [e for e in events if e.key.startswith(("part: ", "Optimizer.step"))]
+    about = harness.described("timm")
     lines = [
         f"{case.name}, {which.upper()}-step, {steps} steps in {window.seconds:.3f} s (profiled), {window.device}",
         f"{about['date']}  commit {about['commit'][:10]}{' (changed)' * about['dirty']}  {about['machine']['cpu']}  "
@@ -87,41 +82,37 @@ def summary(case: Case, which: str, window: ProfiledWindow, steps: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "ours", "root")
     parser.add_argument("--pair", choices=PAIRS, default=TWO_TEACHERS)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, help="default: 3, on a GPU 20")
     parser.add_argument("--label", default="now", help="before, after, …")
-    parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the configuration")
-    parser.add_argument("--root", type=Path, default=Path(os.environ.get("CIFAR_ROOT", "data")))
     parser.add_argument("--folder", type=Path, default=PROFILES)
     options = parser.parse_args()
     logging.getLogger("asib").setLevel(logging.WARNING)
-    on = kinds.device()
-    case = Case(PAIRS[options.pair], options.precision, options.batch)
-    steps = options.steps or (20 if on.type == "cuda" else 3)
+    on = harness.device()
+    case = Case(PAIRS[options.pair], options.precision)
+    steps = 20 if on.type == "cuda" else 3
     images = first_images(real_images(options.root), steps * case.batch)
     options.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="asib-profile-", ignore_cleanup_errors=True) as name:
-        ours = Ours(case, images, 2, Path(name), on, tuple(options.ours))
-        try:
-            for which in case.pair.steps:
-                ours.seconds(which)  # not profiled
-            task = ours.task
-            nets: dict[str, nn.Module] = {"student": task.student}
-            nets |= {f"teacher_{k}": t for k, t in enumerate(task.teachers)}
-            for network, net in (nets | ({"fusion": task.fusion} if task.fusion is not None else {})).items():
+    window = ProfiledWindow(on)
+    with (
+        tempfile.TemporaryDirectory(prefix="asib-profile-", ignore_cleanup_errors=True) as name,
+        closing(Ours(case, images, 2, Path(name), options.ours, window=window)) as ours,
+    ):
+        for which in case.pair.steps:
+            ours.seconds(which)  # what torch takes the first time
+        task = ours.task
+        nets: dict[str, nn.Module | None] = {"student": task.student, "fusion": task.fusion}
+        nets |= {f"teacher_{k}": t for k, t in enumerate(task.teachers)}
+        for network, net in nets.items():
+            if net is not None:
                 mark(network, net)
-            for which in case.pair.steps:
-                window = task.window = ProfiledWindow(on)
-                ours.seconds(which)
-                label = f"{kinds.kind(on, False)}_{case.pair.name}_{case.precision}_{which}_{options.label}"
-                path = options.folder / f"{label}.txt"
-                path.write_text(summary(case, which, window, steps))
-                print(path, flush=True)
-        finally:
-            ours.close()
+        for which in case.pair.steps:
+            ours.seconds(which)
+            label = f"{harness.kind()}_{case.pair.name}_{case.precision}_{which}_{options.label}"
+            path = options.folder / f"{label}.txt"
+            path.write_text(summary(case, which, window, steps))
+            print(path, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,26 +5,30 @@
 What is written by hand outside the markers stays.
 """
 
-import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kinds
+from benchmarks import harness
+from pipeline.reporting import figures, tables
 
-HERE = Path(__file__).resolve().parent
+PAGE = Path(__file__).resolve().parent / "README.md"
 BEGIN, END = "<!-- results: written by python -m benchmarks.render -->", "<!-- end of results -->"
 PICTURE = "speed.png"
 TARGET = 0.9
-"""Of ours against the limit (issue 6)."""
+"""Of ours against the limit."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, empty without rows."""
-    if not rows:
-        return ""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    """A Markdown table, its columns flush left."""
+    return tables.markdown(head, rows, left=len(head)) + "\n"
+
+
+def read(name: str, kind: str, folder: Path) -> dict[str, Any] | None:
+    """A benchmark's result on a kind of machine; None where there is none."""
+    path = folder / f"{name}_{kind}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def spread_text(found: dict[str, Any], digits: int) -> str:
@@ -46,54 +50,32 @@ def about(result: dict[str, Any]) -> str:
 
 
 def steps(result: dict[str, Any]) -> str:
-    """Images per second and ratios of all cases."""
-    rows = []
+    """Images per second and ratios of all cases, and ours in bf16 against plain in fp32."""
+    rows, across = [], []
+    plain = {(case["pair"], case["batch"]): case["steps"] for case in result["cases"] if case["precision"] == "fp32"}
     for case in result["cases"]:
+        name = f"{case['pair']}, {case['batch']}"
         for which, step in case["steps"].items():
-            speed = {name: spread_text(found, 0) for name, found in step["images_per_second"].items()}
-            row = [f"{case['pair']}, {case['batch']}", case["precision"], which.upper()]
-            row += [f"{speed['limit']} {step['limit_kind']}", speed["ours"], speed.get("plain", "–")]
-            row += [spread_text(step["ours_to_limit"], 2)]
-            row += [spread_text(step["ours_to_plain"], 2) if "ours_to_plain" in step else "–"]
-            row += [" / ".join(f"{100 * share:.0f} %" for share in step["ours_uses"].values())]
-            rows.append(row)
+            speed = {who: spread_text(found, 0) for who, found in step["images_per_second"].items()}
+            row = [name, case["precision"], which.upper(), f"{speed['limit']} {step['limit_kind']}"]
+            row += [speed["ours"], speed["plain"], spread_text(step["ours_to_limit"], 2)]
+            row += [spread_text(step["ours_to_plain"], 2)]
+            rows.append([*row, " / ".join(f"{100 * share:.0f} %" for share in step["ours_uses"].values())])
+            other = plain.get((case["pair"], case["batch"]))
+            if case["precision"] == "bf16" and other is not None:
+                slow = other[which]["images_per_second"]["plain"]["median"]
+                ratio = step["images_per_second"]["ours"]["median"] / slow
+                across.append(f"{name}, {which.upper()}-step {ratio:.2f} ×")
     rates = result["rates"]
-    text = table(
-        [
-            "pair, batch",
-            "precision",
-            "step",
-            "limit, images/s",
-            "ours",
-            "plain",
-            "ours / limit",
-            "ours / plain",
-            "uses",
-        ],
-        rows,
-    )
-    return (
-        f"{text}\nMedian and range of {result['rounds']} rounds. «uses»: shares of what was measured here, "
+    head = ["pair, batch", "precision", "step", "limit, images/s", "ours", "plain"]
+    text = (
+        f"{table([*head, 'ours / limit', 'ours / plain', 'uses'], rows)}\n"
+        f"Median and range of {result['rounds']} rounds. «uses»: shares of what was measured here, "
         f"{rates['dense_fp32_tflops']:g} (fp32) and {rates['dense_bf16_tflops']:g} (bf16) TFLOP/s in dense operations "
         f"and {rates['copy_gb_per_second']:g} GB/s in copies, the latter as if every layer were a pass over memory of "
-        "its own.\n" + across(result["cases"])
+        "its own.\n"
     )
-
-
-def across(cases: Sequence[dict[str, Any]]) -> str:
-    """Ours in bf16 against plain in fp32, where both were measured."""
-    by = {(case["pair"], case["batch"], case["precision"]): case["steps"] for case in cases}
-    lines = []
-    for (pair, batch, precision), mine in by.items():
-        plain = by.get((pair, batch, "fp32"))
-        if precision != "bf16" or plain is None:
-            continue
-        for which in mine:
-            speeds = mine[which]["images_per_second"], plain[which]["images_per_second"]
-            if "plain" in speeds[1]:
-                ratio = speeds[0]["ours"]["median"] / speeds[1]["plain"]["median"]
-                lines.append(f"{pair}, {batch}, {which.upper()}-step {ratio:.2f} ×")
-    return f"\nOurs in bf16 against plain in fp32: {'; '.join(lines)}.\n" if lines else ""
+    return text + (f"\nOurs in bf16 against plain in fp32: {'; '.join(across)}.\n" if across else "")
 
 
 def epochs(result: dict[str, Any]) -> str:
@@ -112,18 +94,24 @@ def epochs(result: dict[str, Any]) -> str:
 
 def overhead(result: dict[str, Any]) -> str:
     """What goes on beside training."""
-    parts = ("training", "evaluation", "checkpoint_and_journal", "checkpoint_writer", "tracking")
-    rows, after = [], []
+    parts = {
+        "training": "training",
+        "evaluation": "evaluation",
+        "checkpoint_and_journal": "checkpoint, journal",
+        "checkpoint_writer": "checkpoint's writer",
+        "tracking": "tracking",
+    }
+    rows = []
     for which, epoch in result["epochs"].items():
-        taken = [epoch.get(f"{part}_seconds") for part in parts]  # before it had a thread the writer was not apart
-        row = [f"{which.upper()}-epoch", *("–" if seconds is None else f"{seconds:.2f}" for seconds in taken)]
-        rows.append([*row, f"{100 * epoch['share_of_epoch']:.2f} %"])
-        after.append(epoch.get("checkpoint_written_after_seconds", 0.0))
-    once = result["teachers_on_validation_once_seconds"]
-    columns = ("training", "evaluation", "checkpoint, journal", "checkpoint's writer", "tracking")
-    head = ["50,000 images", *(f"{column}, s" for column in columns), "beside training"]
-    written = f" A checkpoint is on disk {max(after):g} s after it was begun." if any(after) else ""
-    return f"{table(head, rows)}\nOnce per run: the teachers on the validation images, {once:g} s.{written}\n"
+        seconds = [f"{epoch[f'{part}_seconds']:.2f}" for part in parts]
+        rows.append([f"{which.upper()}-epoch", *seconds, f"{100 * epoch['share_of_epoch']:.2f} %"])
+    head = ["50,000 images", *(f"{words}, s" for words in parts.values()), "beside training"]
+    after = max(epoch["checkpoint_written_after_seconds"] for epoch in result["epochs"].values())
+    return (
+        f"{table(head, rows)}\nOnce per run: the teachers on the validation images, "
+        f"{result['teachers_on_validation_once_seconds']:g} s. "
+        f"A checkpoint is on disk {after:g} s after it was begun.\n"
+    )
 
 
 def startup(result: dict[str, Any]) -> str:
@@ -142,52 +130,42 @@ PARTS = (
 HEADINGS = {"cpu": "Processor", "gpu": "GPU", "quick": "Quick run (no numbers)"}
 
 
-def text(wanted: Sequence[str], folder: Path = kinds.RESULTS) -> str:
+def text(wanted: Sequence[str], folder: Path = harness.RESULTS) -> str:
     """All tables of the wanted kinds of machine."""
     found = []
     for kind in wanted:
         for name, heading, make in PARTS:
-            result = kinds.read(name, kind, folder)
+            result = read(name, kind, folder)
             if result is not None:
                 found.append(f"### {HEADINGS[kind]}: {heading}\n\n{about(result)}\n\n{make(result)}")
     return "\n".join(found)
 
 
-def picture(wanted: Sequence[str], path: Path, folder: Path = kinds.RESULTS) -> bool:
+def picture(wanted: Sequence[str], path: Path, folder: Path) -> bool:
     """Bars of ours against the limit for all steps; False where nothing was measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     bars = []
     for kind in wanted:
-        result = kinds.read("steps", kind, folder) or {"cases": []}
-        for case in result["cases"]:
+        for case in (read("steps", kind, folder) or {"cases": []})["cases"]:
             for which, step in case["steps"].items():
                 name = f"{case['pair']}\n{case['precision']}, batch {case['batch']}, {which.upper()}-step, {kind}"
-                plain = step["images_per_second"].get("plain", {}).get("median")
-                limit = step["images_per_second"]["limit"]["median"]
-                bars.append((name, step["ours_to_limit"], None if plain is None else plain / limit, case["precision"]))
+                speed = {who: found["median"] for who, found in step["images_per_second"].items()}
+                bars.append((name, step["ours_to_limit"], speed["plain"] / speed["limit"], case["precision"]))
     if not bars:
         return False
     bars.reverse()
-    figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.42 * len(bars)), layout="constrained")
+    figure, axes = figures.figure(1, 1, 9, 0.9 + 0.42 * len(bars))
     colours = {"fp32": "#4477aa", "bf16": "#228833"}
     for at, (_, found, plain, precision) in enumerate(bars):
         error = [[found["median"] - found["min"]], [found["max"] - found["median"]]]
         axes.barh(at, found["median"], xerr=error, color=colours[precision], height=0.62, ecolor="#222222", capsize=2)
-        if plain is not None:
-            axes.plot([plain], [at], marker="D", color="#cc6677", linestyle="none", markersize=6, zorder=3)
+        axes.plot([plain], [at], marker="D", color="#cc6677", linestyle="none", markersize=6, zorder=3)
     axes.axvline(TARGET, color="#222222", linestyle="--", linewidth=1)
     axes.axvline(1.0, color="#222222", linewidth=1)
     axes.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=7)
     axes.set_xlabel("images/s relative to the limit: bars ours (median, range), diamonds plain; dashed: the target")
     axes.set_xlim(left=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    axes.spines[["top", "right"]].set_visible(False)
+    figures.save(figure, path)
     return True
 
 
@@ -201,10 +179,10 @@ def placed(readme: str, results: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--kinds", nargs="+", choices=HEADINGS, default=["cpu", "gpu"])
-    parser.add_argument("--results", type=Path, default=kinds.RESULTS)
-    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS)
+    parser.add_argument("--readme", type=Path, default=PAGE)
     options = parser.parse_args()
     results = text(options.kinds, options.results)
     if picture(options.kinds, options.readme.parent / PICTURE, options.results):

@@ -1,17 +1,14 @@
 """What the machine itself can do, measured: dense operations and memory bandwidth; and what share of it a step uses."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
-from benchmarks.steps.clock import Window
 from models.features import undisturbed
 from pipeline.training import costs
-
-SECONDS = 0.5
-"""Of each measurement, on the CPU as on a GPU."""
 
 
 def rates(device: torch.device) -> dict[str, Any]:
@@ -21,22 +18,20 @@ def rates(device: torch.device) -> dict[str, Any]:
     on an AMD processor as its convolutions (oneDNN), so a share of the product's rate alone would exceed 1.
     """
     gpu = device.type == "cuda"
-    size = 8192 if gpu else 2048
     found: dict[str, Any] = {"name": torch.cuda.get_device_name(device) if gpu else "processor"}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        found[f"matmul_{name}_tflops"] = round(_matmul(size, dtype, device), 3)
-        found[f"conv_{name}_tflops"] = round(_conv(256 if gpu else 64, dtype, device), 3)
-        found[f"dense_{name}_tflops"] = max(found[f"matmul_{name}_tflops"], found[f"conv_{name}_tflops"])
+        matmul, conv = _matmul(8192 if gpu else 2048, dtype, device), _conv(256 if gpu else 64, dtype, device)
+        found[f"matmul_{name}_tflops"], found[f"conv_{name}_tflops"] = round(matmul, 3), round(conv, 3)
+        found[f"dense_{name}_tflops"] = round(max(matmul, conv), 3)
     source = torch.ones((1 << 30 if gpu else 1 << 28) // 4, device=device)
     target = torch.empty_like(source)
-    found["copy_gb_per_second"] = round(2 * source.nbytes / _seconds(lambda: target.copy_(source), device) / 1e9, 1)
+    found["copy_gb_per_second"] = round(2 * source.nbytes / _seconds(lambda: target.copy_(source)) / 1e9, 1)
     return found
 
 
 def _matmul(size: int, dtype: torch.dtype, device: torch.device) -> float:
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), device) / 1e12
+    a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out)) / 1e12
 
 
 @torch.no_grad()
@@ -46,21 +41,13 @@ def _conv(channels: int, dtype: torch.dtype, device: torch.device) -> float:
     conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=dtype)
     conv.to(memory_format=torch.channels_last)
     x = torch.randn(images, channels, 32, 32, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    return 2 * 9 * channels**2 * 32**2 * images / _seconds(lambda: conv(x), device) / 1e12
+    return 2 * 9 * channels**2 * 32**2 * images / _seconds(lambda: conv(x)) / 1e12
 
 
-def _seconds(act: Any, device: torch.device) -> float:
-    """Of one call, the mean over about half a second."""
-    act()
-    window = Window(device)
-    window.open()
-    act()
-    once = max(window.shut(), 1e-6)
-    count = max(1, round(SECONDS / once))
-    window.open()
-    for _ in range(count):
-        act()
-    return window.shut() / count
+def _seconds(act: Callable[[], object]) -> float:
+    """Of one call: the median over half a second."""
+    timer = Timer("act()", globals={"act": act}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=0.5).median)
 
 
 def work(networks: Mapping[str, nn.Module], which: str, x: Tensor, query: bool = True) -> dict[str, float]:
@@ -102,14 +89,12 @@ def traffic(net: nn.Module, x: Tensor) -> float:
     return total
 
 
-def used(
-    images_per_second: float, work_: dict[str, float], machine: dict[str, Any], precision: str
-) -> dict[str, float]:
-    """Shares of the measured dense rate and bandwidth that a step uses."""
-    bytes_ = work_["mb_per_image"] * (0.5 if precision == "bf16" else 1.0)
+def used(speed: float, work_: Mapping[str, float], machine: Mapping[str, Any], precision: str) -> dict[str, float]:
+    """Shares of the measured dense rate and bandwidth that a step uses at `speed` images/s."""
+    flops, moved = work_["gflops_per_image"] / 1e3, work_["mb_per_image"] / 1e3
     return {
-        "of_dense_rate": round(
-            images_per_second * work_["gflops_per_image"] / machine[f"dense_{precision}_tflops"] / 1e3, 4
+        "of_dense_rate": round(speed * flops / machine[f"dense_{precision}_tflops"], 4),
+        "of_bandwidth_unfused": round(
+            speed * moved * (0.5 if precision == "bf16" else 1.0) / machine["copy_gb_per_second"], 4
         ),
-        "of_bandwidth_unfused": round(images_per_second * bytes_ / 1e3 / machine["copy_gb_per_second"], 4),
     }

@@ -1,11 +1,13 @@
 """What is measured: pairs of teachers and student, precision and batch size, as configurations of the real pipeline."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import torch
-from torch import nn
 
 from pipeline.compose.compose import compose
 from pipeline.config import Config
@@ -48,7 +50,7 @@ class Case:
     pair: Pair
     precision: str
     """fp32 or bf16."""
-    batch: int
+    batch: int = 64
 
     @property
     def name(self) -> str:
@@ -59,7 +61,7 @@ class Case:
         """Of autocast; None: off."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
-    def config(self, folder: Path, rounds: int, device: str, more: tuple[str, ...] = ()) -> Config:
+    def config(self, folder: Path, rounds: int, more: Sequence[str] = ()) -> Config:
         """The ladder's common base with its weights at full strength, `rounds` stages of one A- and one B-epoch.
 
         Teachers come from checkpoints of untrained networks: what they have learned does not change how fast they are.
@@ -72,11 +74,7 @@ class Case:
         composed = compose(
             "base",
             [
-                *(
-                    f"device={device}",
-                    f"output_dir={folder / 'runs'}",
-                    f"tracking.uri=sqlite:///{folder / 'mlflow.db'}",
-                ),
+                *(f"output_dir={folder / 'runs'}", f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"),
                 *(f"dataset.batch_size={self.batch}", "dataset.val_fraction=0", "log_model=false"),
                 *(f"method.num_stages={rounds}", f"method.student_epochs_per_stage={[1] * rounds}"),
                 *("method.teacher_adapt_epochs=1", "method.teacher_eval_every=1", "method.synergy_only_epochs=0"),
@@ -88,16 +86,12 @@ class Case:
         )
         # without what was not set: derived values, such as widths for small students, follow from this pair
         sections: dict[str, Any] = composed.model_dump(exclude_unset=True)
-        sections["model"] = {
-            "student": {"name": self.pair.student, "pretrained": False},
-            "teachers": [self._teacher(k, folder) for k in range(len(self.pair.teachers))],
-        }
+        teachers: list[dict[str, Any]] = [{"name": name, "pretrained": False} for name in self.pair.teachers]
+        for k, teacher in enumerate(teachers):
+            if (path := weights(folder, k)).exists():
+                teacher["checkpoint"] = str(path)
+        sections["model"] = {"student": {"name": self.pair.student, "pretrained": False}, "teachers": teachers}
         return Config.model_validate(sections)
-
-    def _teacher(self, index: int, folder: Path) -> dict[str, Any]:
-        found: dict[str, Any] = {"name": self.pair.teachers[index], "pretrained": False}
-        path = weights(folder, index)
-        return found | ({"checkpoint": str(path)} if path.exists() else {})
 
 
 def weights(folder: Path, index: int) -> Path:
@@ -105,9 +99,9 @@ def weights(folder: Path, index: int) -> Path:
     return folder / f"teacher_{index}.safetensors"
 
 
-def cases(pairs: list[str], precisions: list[str], batch: int, large: list[str]) -> list[Case]:
+def cases(pairs: list[str], precisions: list[str], large: list[str]) -> list[Case]:
     """Every pair in every precision; the two-teacher pair with the large batch as well, in the precisions `large`."""
-    found = [Case(PAIRS[pair], precision, batch) for pair in pairs for precision in precisions]
+    found = [Case(PAIRS[pair], precision) for pair in pairs for precision in precisions]
     if TWO_TEACHERS in pairs:
         found += [Case(PAIRS[TWO_TEACHERS], precision, LARGE_BATCH) for precision in large]
     return found
@@ -122,11 +116,8 @@ def real_images(root: Path) -> ImageData:
 
 def by_class(data: ImageData) -> ImageData:
     """The training images in rounds of one of each class: whatever part is taken has all classes alike."""
-    order = torch.argsort(data.train_y, stable=True)
-    rank = torch.empty_like(order)
-    first = torch.searchsorted(data.train_y[order], data.train_y)
-    rank[order] = torch.arange(len(order))
-    order = torch.argsort((rank - first) * data.num_classes + data.train_y)
+    rank = pandas.Series(range(len(data.train_y))).groupby(data.train_y.numpy()).cumcount()
+    order = torch.from_numpy(np.lexsort((data.train_y, rank)))
     return replace(data, train_x=data.train_x[order], train_y=data.train_y[order])
 
 
@@ -142,16 +133,3 @@ def first_images(data: ImageData, count: int) -> ImageData:
         test_y=data.test_y[test],
         digest=f"{data.digest[:48]}-{count:015d}",
     )
-
-
-@torch.no_grad()
-def settle(net: nn.Module, x: torch.Tensor) -> None:
-    """Give an untrained network batch statistics of real images: its activations neither vanish nor overflow."""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta, training = [m.momentum for m in norms], net.training
-    for norm in norms:
-        norm.momentum = 1.0
-    net.train()(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    net.train(training)

@@ -1,17 +1,20 @@
 """Measuring fairly: windows that wait for the device, quiet between contestants, interleaved rounds, spread."""
 
 import ctypes
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from pipeline.training.allocator import MMAP_MAX, TRIM_THRESHOLD, keep_freed_memory
 
+K = TypeVar("K")
+T = TypeVar("T")
 MMAP_THRESHOLD = -3
 """Of mallopt(3)."""
 QUIET_SECONDS, QUIET_USE = 0.2, 0.02
@@ -20,31 +23,32 @@ LONGEST_WAIT = 8.0
 
 
 class Window:
-    """Seconds between `open` and `shut`: by CUDA events on a GPU, by the clock elsewhere."""
+    """Seconds between `open` and `shut`, at both of which the device has done what it was given."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, 0.0
-        self._begun = 0.0
-        self._events: tuple[Any, Any] | None = None
 
     def open(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            event: Any = torch.cuda.Event
-            self._events = (event(enable_timing=True), event(enable_timing=True))
-            self._events[0].record()
-        self._begun = time.perf_counter()
+        self._begun = self._now()
 
     def shut(self) -> float:
-        """The seconds; on a GPU from event to event, once the second one has come to pass."""
-        if self._events is None:
-            self.seconds = time.perf_counter() - self._begun
-            return self.seconds
-        self._events[1].record()
-        torch.cuda.synchronize(self.device)
-        self.seconds = max(self._events[0].elapsed_time(self._events[1]) / 1000, 1e-9)
-        self._events = None
+        """The seconds."""
+        self.seconds = self._now() - self._begun
         return self.seconds
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def timed(device: torch.device, act: Callable[[], object], times: int = 1) -> float:
+    """The seconds that `times` calls take."""
+    window = Window(device)
+    window.open()
+    for _ in range(times):
+        act()
+    return window.shut()
 
 
 @contextmanager
@@ -80,20 +84,18 @@ def untouched_memory(device: torch.device) -> Iterator[None]:
         keep_freed_memory()
 
 
-def interleaved(
-    contestants: Mapping[str, Callable[[], float]], rounds: int, before: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
-    """What each contestant returns in each round; every round begins with another one, so that drift hits all alike.
+def in_turn(names: Iterable[K], number: int) -> list[K]:
+    """The order of a round: each begins with another contestant, so that drift hits all alike."""
+    order = deque(names)
+    order.rotate(-number)
+    return list(order)
 
-    Args:
-        before: called before each contestant's turn.
-    """
-    names = list(contestants)
-    found: dict[str, list[float]] = {name: [] for name in names}
+
+def interleaved(contestants: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
+    """What each contestant returns in each round."""
+    found: dict[K, list[T]] = {name: [] for name in contestants}
     for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            before()
+        for name in in_turn(contestants, number):
             found[name].append(contestants[name]())
     return found
 
@@ -116,42 +118,20 @@ def ratios(values: Sequence[float], to: Sequence[float]) -> dict[str, Any]:
 def wait_until_quiet() -> None:
     """Wait for the processes that this one has started (delivery, loader workers) to come to rest."""
     end = time.monotonic() + LONGEST_WAIT
-    used = processor_seconds(descendants())
+    used = children_seconds()
     while time.monotonic() < end:
         time.sleep(QUIET_SECONDS)
-        now = processor_seconds(descendants())
+        now = children_seconds()
         if now - used <= QUIET_USE:
             return
         used = now
 
 
-def descendants() -> list[int]:
-    """Processes started by this one, and by those."""
-    parents: dict[int, int] = {}
-    for name in os.listdir("/proc"):
-        fields = _stat(int(name)) if name.isdecimal() else None
-        if fields is not None:
-            parents[int(name)] = int(fields[1])
-    found, ask = [], [os.getpid()]
-    while ask:
-        children = [pid for pid, parent in parents.items() if parent == ask[-1]]
-        ask.pop()
-        found += children
-        ask += children
-    return found
-
-
-def processor_seconds(pids: Sequence[int]) -> float:
-    """User and system time that processes have used; those that have ended count nothing."""
-    tick = os.sysconf("SC_CLK_TCK")
-    fields = [_stat(pid) for pid in pids]
-    return sum((int(f[11]) + int(f[12])) / tick for f in fields if f is not None)
-
-
-def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/<pid>/stat from the state on: the third of the manual is the first here."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
+def children_seconds() -> float:
+    """Processor time that the processes started by this one, and by those, have used; only those that still run."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total

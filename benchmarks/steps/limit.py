@@ -6,24 +6,57 @@ optimiser; teachers, and with a fusion the student once more as the query, forwa
 plainest of their kind: cross-entropy and KL divergence. No augmentation, mixing, norm of gradients, metric or record.
 """
 
+import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from math import inf
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.steps.bare import bare, fastest
 from benchmarks.steps.cases import Case
-from benchmarks.steps.clock import Window, algorithms
-from models.features import FeatureNet
+from benchmarks.steps.clock import algorithms, timed
+from models.features import FeatureNet, decompose
+from models.fold import folded
 from pipeline.config import Config
 from pipeline.training import optim
 from pipeline.training.methods.asib.fusion import Fusion
 
 KINDS = ("eager", "folded", "compiled")
 IMAGE = (3, 32, 32)
+
+
+class Bare(nn.Module):
+    """A network without its wrapper and feature maps: (B, C, H, W) → (logits (B, N), feat_2d (B, C)).
+
+    Args:
+        net: it is copied.
+    """
+
+    def __init__(self, net: FeatureNet) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(net.net)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, feature, logits = decompose(self.net, x)
+        return logits, feature
+
+
+def fastest(net: FeatureNet, dtype: torch.dtype | None, input_size: tuple[int, int, int]) -> Bare:
+    """A frozen copy in eval mode, its batch norms folded as the pipeline folds them, its weights cast once.
+
+    Args:
+        dtype: what autocast computes in; the pipeline's weights are cast in every pass, since autocast keeps casts of
+            weights that need a gradient only. None: float32.
+        input_size: (in_chans, H, W).
+    """
+    made = Bare(folded(net, input_size)).eval().to(memory_format=torch.channels_last)
+    if dtype is not None:
+        for module in made.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.to(dtype)
+    return made
 
 
 class Limit:
@@ -48,23 +81,22 @@ class Limit:
         device: torch.device,
         kind: str = "eager",
     ) -> None:
-        self.case, self.device, self.kind = case, device, kind
+        self.dtype, self.device, self.kind = case.dtype, device, kind
         self.tau, self.beta = config.method.tau, config.method.ib_beta
         self.clean = config.method.kd_view == "clean"
         classes = student.num_classes
         if kind == "eager":
-            frozen = [bare(t).requires_grad_(False).eval() for t in teachers]
+            frozen = [Bare(t).requires_grad_(False).eval() for t in teachers]
         else:
             frozen = [fastest(t, case.dtype, IMAGE) for t in teachers]
-        student_net: nn.Module = bare(student).to(memory_format=torch.channels_last)
+        student_net = Bare(student).to(memory_format=torch.channels_last)
         self.networks: dict[str, nn.Module] = {"student": student_net}
         self.networks |= {f"teacher_{k}": net for k, net in enumerate(frozen)}
         o = config.optim
         self.optimizers = {
             "b": optim.optimizer(o.optimizer, [(student_net, o.student_lr)], o.student_weight_decay, o.momentum)
         }
-        fused = len(teachers) > 1
-        if fused:
+        if len(teachers) > 1:
             fusion = Fusion(config.method, [t.feature_dim for t in teachers], student.feature_dim, classes).to(device)
             self.networks["fusion"] = fusion
             self.optimizers["a"] = optim.optimizer(
@@ -77,24 +109,15 @@ class Limit:
             torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2)
         )
         self.y = torch.randint(classes, (case.batch,), device=device)
-        self.work: dict[str, dict[str, float]] = {}
-        """What an image of each step takes of the machine, where it was asked for."""
 
-    def _compiled(self, net: nn.Module) -> nn.Module:
-        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-        made: Any = torch.compile(net, mode=mode)
-        return cast(nn.Module, made)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.case.dtype is None else torch.autocast(self.device.type, dtype=self.case.dtype)
-
-    # the steps -------------------------------------------------------------------------------------------------------
+    def _compiled(self, net: nn.Module) -> Any:
+        return torch.compile(net, mode="reduce-overhead" if self.device.type == "cuda" else "default")
 
     def step(self, which: str) -> None:
         """One update."""
         if self.kind == "compiled":
             torch.compiler.cudagraph_mark_step_begin()
-        with self._autocast():
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             loss = self._a_loss() if which == "a" else self._b_loss()
         optimizer = self.optimizers[which]
         optimizer.zero_grad(set_to_none=True)
@@ -141,16 +164,10 @@ class Limit:
     def _divergence(self, logits: Tensor, target: Tensor) -> Tensor:
         return self.tau**2 * F.kl_div(F.log_softmax(logits / self.tau, dim=1), target, reduction="batchmean")
 
-    # measuring -------------------------------------------------------------------------------------------------------
-
     def seconds(self, which: str, steps: int) -> float:
         """Seconds that `steps` steps take."""
         with algorithms(deterministic=False):
-            window = Window(self.device)
-            window.open()
-            for _ in range(steps):
-                self.step(which)
-            found = window.shut()
+            found = timed(self.device, lambda: self.step(which), steps)
         if self.kind == "compiled":
             _unmark()
         return found
@@ -163,35 +180,27 @@ def _unmark() -> None:
     MarkStepBox.mark_step_counter = 0
 
 
-def kinds(device: torch.device, compile_: bool) -> tuple[str, ...]:
-    """What is tried: compiled always on a GPU, elsewhere where wanted (it takes minutes)."""
-    return KINDS if compile_ or device.type == "cuda" else KINDS[:2]
-
-
 def best(
-    case: Case,
-    make: Callable[[str], Limit],
-    kinds_: tuple[str, ...],
-    steps: int,
-) -> tuple[dict[str, Limit], dict[str, dict[str, float | str]]]:
-    """The fastest kind for each step, and what each kind took per step in a short trial (seconds, or why it failed)."""
-    tried: dict[str, dict[str, float | str]] = {}
-    fastest: dict[str, tuple[float, Limit]] = {}
-    for kind in kinds_:
+    case: Case, make: Callable[[str], Limit], compile_: bool, steps: int
+) -> tuple[dict[str, Limit], dict[str, dict[str, Any]]]:
+    """The fastest kind for each step, and what each kind took per step in a short trial (seconds, or why it failed).
+
+    Args:
+        compile_: try the compiled kind too.
+    """
+    tried: dict[str, dict[str, Any]] = {}
+    limits: dict[str, Limit] = {}
+    for kind in KINDS if compile_ else KINDS[:2]:
         try:
-            limit = make(kind)
+            limits[kind] = make(kind)
             for which in case.pair.steps:
-                limit.seconds(which, 1 if kind != "compiled" else 3)  # not counted: first times, recordings of graphs
-            taken = {which: limit.seconds(which, steps) / steps for which in case.pair.steps}
-        except Exception as error:  # a network that cannot be compiled: the other kinds stand
-            tried[kind] = {
-                "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            }
-            continue
-        tried[kind] = {which: round(seconds, 5) for which, seconds in taken.items()}
-        for which, seconds in taken.items():
-            if which not in fastest or seconds < fastest[which][0]:
-                fastest[which] = (seconds, limit)
-    if len(fastest) < len(case.pair.steps):
-        raise SystemExit(f"{case.name}: no kind of limit could be run: {tried}")
-    return {which: limit for which, (_, limit) in fastest.items()}, tried
+                limits[kind].seconds(
+                    which, 3 if kind == "compiled" else 1
+                )  # not counted: first times, recordings of graphs
+            tried[kind] = {which: round(limits[kind].seconds(which, steps) / steps, 5) for which in case.pair.steps}
+        except Exception as error:
+            if kind != "compiled":
+                raise
+            tried[kind] = {"failed": f"{type(error).__name__}: {error}"[:200]}  # the other kinds stand
+    fastest_kind = {which: min(tried, key=lambda k: tried[k].get(which, inf)) for which in case.pair.steps}
+    return {which: limits[kind] for which, kind in fastest_kind.items()}, tried

@@ -3,8 +3,8 @@
 import gc
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,69 +13,70 @@ import torch
 from benchmarks.plain_loop import WORKERS, PlainLoop
 from benchmarks.steps import card
 from benchmarks.steps.cases import Case, first_images
-from benchmarks.steps.clock import Window, algorithms, interleaved, ratios, spread, untouched_memory, wait_until_quiet
-from benchmarks.steps.limit import Limit, best, kinds
+from benchmarks.steps.clock import algorithms, in_turn, ratios, spread, timed, untouched_memory, wait_until_quiet
+from benchmarks.steps.limit import Limit, best
 from benchmarks.steps.ours import Ours, make_teachers
 from pipeline.data.sources import ImageData
 from pipeline.distill import networks
 
 AHEAD = 2 * WORKERS
 """Batches that a loader's workers make in advance (torch's prefetch factor is 2)."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long a case may take.
-
-    Attributes:
-        seconds: for its rounds, all contestants together.
-        fewest, most: batches in a round of one step.
-    """
-
-    rounds: int
-    seconds: float
-    fewest: int = 1
-    most: int = 200
-    compile: bool = False
-    plain: bool = True
-    ours: tuple[str, ...] = ()
-    """Overrides of ours' configuration."""
+MOST = 200
+"""Batches in a round of one step."""
 
 
 def measure(
-    case: Case, data: ImageData, device: torch.device, effort: Effort, machine: dict[str, Any]
+    case: Case,
+    data: ImageData,
+    machine: Mapping[str, Any],
+    rounds: int,
+    seconds: float,
+    compile_: bool,
+    more: tuple[str, ...],
 ) -> dict[str, Any]:
-    """The case's line of the results; `machine` as `card.rates` gives it."""
+    """The case's line of the results.
+
+    Args:
+        machine: as `card.rates` gives it.
+        seconds: for the rounds, all contestants together.
+        compile_: whether the limit is tried through torch.compile too.
+        more: overrides of ours' configuration.
+    """
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="asib-bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        config = case.config(folder, 1, str(device), effort.ours)
+        config = case.config(folder, 1, more)
+        device = networks.device_of(config)
         few = first_images(data, 2 * case.batch)
         student = networks.build_student(config, few)
-        teachers = make_teachers(case, few, folder, device)
+        teachers = make_teachers(case, few, folder)
         limits, tried = best(
             case,
             lambda kind: Limit(case, config, student, teachers, device, kind),
-            kinds(device, effort.compile),
+            compile_,
             steps=1 if device.type == "cpu" else 10,
         )
         nets = {"student": student} | {f"teacher_{k}": t for k, t in enumerate(teachers)}
-        for which, limit in limits.items():
-            limit.work[which] = card.work(nets, which, limit.x[:2], limit.clean)
-        batches = batches_of(case, tried, effort)
+        batches = batches_of(case, tried, rounds, seconds)
         images = first_images(data, batches * case.batch)
-        plain = (
-            PlainLoop(config, data, student, teachers, 1 + batches + AHEAD, case.dtype, device)
-            if effort.plain
-            else None
-        )
-        ours = Ours(case, images, effort.rounds + 1, folder, device, effort.ours)
-        try:
-            found = _steps(case, limits, ours, plain, batches, effort, machine)
-        finally:
-            if plain is not None:
-                plain.close()
-            ours.close()
+        plain = PlainLoop(config, data, student, teachers, 1 + batches + AHEAD, case.dtype, device)
+        with closing(plain), closing(Ours(case, images, rounds + 1, folder, more)) as ours:
+            turns: dict[str, Callable[[str], float]] = {
+                "limit": lambda which: limits[which].seconds(which, batches),
+                "ours": ours.seconds,
+                "plain": lambda which: plain_seconds(plain, which, batches),
+            }
+            for which in case.pair.steps:  # not counted: the first of each phase
+                ours.seconds(which)
+                plain_seconds(plain, which, 1)
+            taken = _rounds(case, turns, ours, rounds)
+        steps = {}
+        for which, limit in limits.items():
+            work = card.work(nets, which, limit.x[:2], limit.clean)
+            found = _summary(taken[which], batches * case.batch)
+            speed = found["images_per_second"]["ours"]["median"]
+            uses = card.used(speed, work, machine, case.precision)
+            steps[which] = {"limit_kind": limit.kind, **found, "work": work, "ours_uses": uses}
     gc.collect()
     memory = {}
     if device.type == "cuda":
@@ -89,96 +90,59 @@ def measure(
         "batch": case.batch,
         "batches_per_round": batches,
         "limit_tried_seconds_per_step": tried,
-        "steps": found,
+        "steps": steps,
         **memory,
         "seconds": round(time.perf_counter() - begun, 1),
     }
 
 
-def batches_of(case: Case, tried: dict[str, dict[str, float | str]], effort: Effort) -> int:
-    """As many in every round as the effort's seconds allow, the same for all."""
-    fastest = {which: min(float(t[which]) for t in tried.values() if which in t) for which in case.pair.steps}
-    contestants = 3 if effort.plain else 2
-    # and ours' first epochs, which are not counted
-    per_batch = sum(fastest.values()) * (contestants * effort.rounds + 1)
-    return max(effort.fewest, min(effort.most, round(effort.seconds / per_batch)))
+def batches_of(case: Case, tried: Mapping[str, Mapping[str, Any]], rounds: int, seconds: float) -> int:
+    """As many in every round as the seconds allow, the same for all."""
+    fastest = {which: min(t[which] for t in tried.values() if which in t) for which in case.pair.steps}
+    # three contestants, and ours' first epochs, which are not counted
+    return max(1, min(MOST, round(seconds / (sum(fastest.values()) * (3 * rounds + 1)))))
 
 
-def _steps(
-    case: Case,
-    limits: dict[str, Limit],
-    ours: Ours,
-    plain: PlainLoop | None,
-    batches: int,
-    effort: Effort,
-    machine: dict[str, Any],
-) -> dict[str, Any]:
-    """Rounds of one A-step's and one B-step's contestants in turn: ours goes through its plan, A and B alternating."""
-    for which in case.pair.steps:  # not counted: the first of each phase
-        ours.seconds(which)
-        if plain is not None:
-            plain_seconds(plain, which, 1)
-    seconds: dict[str, dict[str, list[float]]] = {which: {} for which in case.pair.steps}
-    around: dict[str, list[dict[str, float]]] = {which: [] for which in case.pair.steps}
-    for number in range(effort.rounds):
-        for which in case.pair.steps:
-            turns = _contestants(which, limits[which], ours, plain, batches)
-            names = list(turns)
-            shift = number % len(names)
-            order = {name: turns[name] for name in names[shift:] + names[:shift]}
-            for name, values in interleaved(order, 1, wait_until_quiet).items():
-                seconds[which].setdefault(name, []).extend(values)
-            around[which].append({"evaluation": ours.evaluation_seconds, "saving": ours.saving_seconds})
-    images = batches * case.batch
-    return {
-        which: _summary(case, which, limits[which], seconds[which], around[which], images, machine)
-        for which in case.pair.steps
+def _rounds(
+    case: Case, turns: Mapping[str, Callable[[str], float]], ours: Ours, rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds in rounds of one A-step's and one B-step's contestants: ours goes through its plan, A and B alternating.
+
+    Returns:
+        By step and contestant; and ours' `evaluation` and `saving` outside its turn.
+    """
+    found: dict[str, dict[str, list[float]]] = {
+        which: {name: [] for name in (*turns, "evaluation", "saving")} for which in case.pair.steps
     }
-
-
-def _contestants(
-    which: str, limit: Limit, ours: Ours, plain: PlainLoop | None, batches: int
-) -> dict[str, Callable[[], float]]:
-    found = {"limit": lambda: limit.seconds(which, batches), "ours": lambda: ours.seconds(which)}
-    if plain is not None:
-        found["plain"] = lambda: plain_seconds(plain, which, batches)
+    for number in range(rounds):
+        for which, seconds in found.items():
+            for name in in_turn(turns, number):
+                wait_until_quiet()
+                seconds[name].append(turns[name](which))
+            seconds["evaluation"].append(ours.evaluation_seconds)
+            seconds["saving"].append(ours.saving_seconds)
     return found
 
 
 def plain_seconds(plain: PlainLoop, which: str, batches: int) -> float:
     """Seconds that `batches` steps of the plain loop take; workers start with full queues and refill them."""
     with algorithms(deterministic=False), untouched_memory(plain.device):
-        iterator = plain.epoch()
+        iterator = iter(plain.loader)
         next(iterator)
         wait_until_quiet()
-        window = Window(plain.device)
-        window.open()
-        for _ in range(batches):
-            plain.step(which, next(iterator))
-        seconds = window.shut()
+        seconds = timed(plain.device, lambda: plain.step(which, next(iterator)), batches)
         for _ in iterator:
             pass  # made in advance: nobody works for plain in another's turn
     return seconds
 
 
-def _summary(
-    case: Case,
-    which: str,
-    limit: Limit,
-    seconds: dict[str, list[float]],
-    around: list[dict[str, float]],
-    images: int,
-    machine: dict[str, Any],
-) -> dict[str, Any]:
-    """Images per second of each contestant, their ratios round by round, what the step takes of the machine."""
-    speed = {name: [images / value for value in values] for name, values in seconds.items()}
-    found: dict[str, Any] = {"limit_kind": limit.kind, "images_per_second": {n: spread(v) for n, v in speed.items()}}
-    work = limit.work[which]
-    found["work"] = {name: round(value, 4) for name, value in work.items()}
-    found["ours_uses"] = card.used(found["images_per_second"]["ours"]["median"], work, machine, case.precision)
-    found["ours_to_limit"] = ratios(speed["ours"], speed["limit"])
-    if "plain" in speed:
-        found["ours_to_plain"] = ratios(speed["ours"], speed["plain"])
-    found["ours_evaluation_seconds"] = spread([a["evaluation"] for a in around], 3)
-    found["ours_saving_seconds"] = spread([a["saving"] for a in around], 3)
-    return found
+def _summary(seconds: Mapping[str, list[float]], images: int) -> dict[str, Any]:
+    """Images per second of each contestant, their ratios round by round, what ours does beside."""
+    speed = {name: [images / value for value in seconds[name]] for name in ("limit", "ours", "plain")}
+    return {
+        "images_per_second": {name: spread(values) for name, values in speed.items()},
+        "ours_to_limit": ratios(speed["ours"], speed["limit"]),
+        "ours_to_plain": ratios(speed["ours"], speed["plain"]),
+        "ours_evaluation_seconds": spread(seconds["evaluation"], 3),
+        "ours_saving_seconds": spread(seconds["saving"], 3),
+    }

@@ -6,21 +6,21 @@ and delivery to MLflow follow as in any run, outside of that window; `benchmarks
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.optim.swa_utils import update_bn
 
-from benchmarks.steps.cases import Case, settle, weights
+from benchmarks.steps.cases import Case, weights
 from benchmarks.steps.clock import Window
 from models.features import FeatureNet
-from pipeline.config import Config
 from pipeline.data.sources import ImageData
 from pipeline.distill import networks, teachers, train
 from pipeline.errors import Pruned
 from pipeline.runs.opening import open_run
-from pipeline.runs.run import Run
 from pipeline.training.checkpoint import Copy, Saved, Slots
 from pipeline.training.loop import Loop, Verdict
 from pipeline.training.methods.asib.task import Distillation
@@ -31,8 +31,9 @@ from pipeline.training.phases import Epoch
 class ClockedDistillation(Distillation):
     """The task of a distillation, with a clock around what is training and one around what is evaluation."""
 
-    window: Window
-    evaluation_seconds: float = 0.0
+    def __init__(self, window: Window, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.window, self.evaluation_seconds = window, 0.0
 
     def begin_epoch(self, epoch: Epoch) -> None:
         super().begin_epoch(epoch)
@@ -80,6 +81,12 @@ class OneEpoch:
         return True
 
 
+def next_epoch(loop: Loop) -> None:
+    """Run the next epoch of a loop that `OneEpoch` watches."""
+    with suppress(Pruned):
+        loop.run()
+
+
 class Ours:
     """A tracked run of the case, advanced epoch by epoch.
 
@@ -88,6 +95,7 @@ class Ours:
         rounds: stages of one A-epoch (with a fusion) and one B-epoch.
         more: overrides of the configuration.
         fused: refuse to measure a B-epoch whose gate is closed, which would leave the fusion out.
+        window: the clock around training.
 
     Attributes:
         evaluation_seconds, saving_seconds: of the last epoch: its evaluation; what its checkpoint and journal take of
@@ -101,18 +109,25 @@ class Ours:
         data: ImageData,
         rounds: int,
         folder: Path,
-        device: torch.device,
-        more: tuple[str, ...] = (),
+        more: Sequence[str] = (),
         fused: bool = True,
+        window: Window | None = None,
     ) -> None:
         self.fused = fused
         if not weights(folder, 0).exists():
-            make_teachers(case, data, folder, device)
-        self.config = case.config(folder, rounds, str(device), more)
-        train.prepare(self.config)
-        self.run = open_run("distill", self.config)
+            make_teachers(case, data, folder)
+        config = case.config(folder, rounds, more)
+        train.prepare(config)
+        device = networks.device_of(config)
+        self.run = open_run("distill", config)
         self.slots = ClockedSlots(self.run.slots.folder)
-        self.loop, self.task = make_loop(self.run, self.config, data, device, self.slots)
+        student = networks.build_student(config, data)
+        taught = teachers.obtain(self.run, data, student)
+        nets = [t.net for t in taught]
+        self.task = ClockedDistillation(window or Window(device), config, data, student, nets, device)
+        header = {"threads": torch.get_num_threads(), "data_digest": data.digest, "teachers": [t.hash for t in taught]}
+        precision = Precision(config.optim, device)
+        self.loop = Loop(self.task, self.run.journal, self.slots, header, precision, device, watch=OneEpoch())
         self.run.ready()
         self.evaluation_seconds = self.saving_seconds = 0.0
         self.images = len(self.task.data.train.indices)
@@ -122,12 +137,9 @@ class Ours:
         epoch = self.task.plan[self.loop.epoch]
         if epoch.phase != which:
             raise ValueError(f"the plan continues with an {epoch.phase}-epoch, not with {which}")
-        train.prepare(self.config)  # others in this process train without
-        self.slots.waiting_seconds = 0.0
-        begun = time.perf_counter()
-        with suppress(Pruned):  # by `OneEpoch`
-            self.loop.run()
-        whole = time.perf_counter() - begun - self.slots.waiting_seconds
+        begun, waited = time.perf_counter(), self.slots.waiting_seconds
+        next_epoch(self.loop)
+        whole = time.perf_counter() - begun - (self.slots.waiting_seconds - waited)
         self.evaluation_seconds = self.task.evaluation_seconds
         self.saving_seconds = whole - self.task.window.seconds - self.evaluation_seconds
         if self.fused and which == "b" and self.task.fusion is not None and not self.task.monitor.gate_open:
@@ -139,26 +151,13 @@ class Ours:
         self.run.close()
 
 
-def make_loop(
-    run: Run, config: Config, data: ImageData, device: torch.device, slots: Slots
-) -> tuple[Loop, ClockedDistillation]:
-    """Build a run's loop as `distill` and `train` do, with a watch that stops it after every epoch."""
-    student = networks.build_student(config, data)
-    found = teachers.obtain(run, data, student)
-    task = ClockedDistillation(config, data, student, [t.net for t in found], device)
-    task.window = Window(device)
-    header = {"threads": torch.get_num_threads(), "data_digest": data.digest, "teachers": [t.hash for t in found]}
-    precision = Precision(config.optim, device)
-    every = config.checkpoint.every_seconds
-    return Loop(task, run.journal, slots, header, precision, device, every_seconds=every, watch=OneEpoch()), task
-
-
-def make_teachers(case: Case, data: ImageData, folder: Path, device: torch.device) -> list[FeatureNet]:
+def make_teachers(case: Case, data: ImageData, folder: Path) -> list[FeatureNet]:
     """The case's teachers, untrained, with batch statistics of the data's images; their weights go to `folder`."""
-    config = case.config(folder, 1, str(device))
-    x = data.train_x[: case.batch].to(device).float().div(128).sub(1).contiguous(memory_format=torch.channels_last)
+    config = case.config(folder, 1)
+    x = data.train_x[: case.batch].to(networks.device_of(config)).float().div(128).sub(1)
+    x = x.contiguous(memory_format=torch.channels_last)
     made = [networks.build_teacher(config, data, index) for index in range(len(case.pair.teachers))]
     for index, net in enumerate(made):
-        settle(net, x)
+        update_bn([x], net)  # its activations neither vanish nor overflow
         networks.save(net, weights(folder, index), config, data)
     return made
