@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from pipeline.data.sources import ImageData
+from pipeline.distill import networks
 from pipeline.training import costs
 from pipeline.training.methods.asib.fusion import query_width
 from pipeline.training.methods.asib.task import Distillation
@@ -16,8 +17,7 @@ def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]
     A forward pass counts once, a training pass three times (forward, and backward for inputs and for weights); early
     ends of the backward pass under partial freezing are not taken off. Evaluation does not count, as for the images.
     """
-    x = torch.zeros(1, data.in_chans, data.image_size, data.image_size, device=task.device)
-    x = x.to(memory_format=torch.channels_last if task.optim.use_channels_last else torch.contiguous_format)
+    x = networks.blank(task.config, data)
     nets = {"student": task.student} | {f"teacher_{k}": t for k, t in enumerate(task.teachers)}
     found = {name: costs.macs(net, x) for name, net in nets.items()}
     if task.fusion is not None:

@@ -1,16 +1,19 @@
 """Networks of a run: built from the configuration, filled from checkpoints, saved with what identifies them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models import weights, zoo
 from models.features import FeatureNet
 from pipeline.config import Config, TeacherConfig
+from pipeline.data.batches import EvalBatches
+from pipeline.data.image_files import Images
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.training.devices import device_of as device_of
@@ -65,8 +68,30 @@ def build(
             drop_rate=drop_rate,
             adapter_dim=adapter_dim,
         )
-    memory = torch.channels_last if config.optim.use_channels_last else torch.contiguous_format
-    return net.to(device_of(config)).to(memory_format=memory)
+    return placed(net, config)
+
+
+def placed(net: FeatureNet, config: Config) -> FeatureNet:
+    """A network on its configuration's device, in its memory format."""
+    return net.to(device_of(config)).to(memory_format=_memory_format(config))
+
+
+def blank(config: Config, data: ImageData) -> Tensor:
+    """A black image (1, C, H, W), where and as `placed` puts networks."""
+    image = torch.zeros(1, data.in_chans, data.image_size, data.image_size, device=device_of(config))
+    return image.contiguous(memory_format=_memory_format(config))
+
+
+def _memory_format(config: Config) -> torch.memory_format:
+    return torch.channels_last if config.optim.use_channels_last else torch.contiguous_format
+
+
+def eval_batches(
+    config: Config, images: Images, labels: Tensor, indices: Tensor | None, mean: Sequence[float], std: Sequence[float]
+) -> EvalBatches:
+    """Batches of images prepared with this mean and deviation, on the configuration's device."""
+    size, channels_last = config.dataset.eval_batch_size, config.optim.use_channels_last
+    return EvalBatches(images, labels, indices, size, mean, std, device_of(config), channels_last)
 
 
 def build_student(config: Config, data: ImageData) -> FeatureNet:

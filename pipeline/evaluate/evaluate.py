@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from pipeline.data.sources import ImageData
 from pipeline.distill import networks, results
@@ -127,11 +126,7 @@ def _saw_validation(subject: Subject) -> bool:
 
 
 def _costs(subject: Subject, latency: bool) -> dict[str, float]:
-    data, config = subject.data, subject.config
-    memory = torch.channels_last if config.optim.use_channels_last else torch.contiguous_format
-    image = torch.zeros((1, data.in_chans, data.image_size, data.image_size), device=networks.device_of(config))
-    image = image.contiguous(memory_format=memory)
-    module = subject.module
+    module, image = subject.module, networks.blank(subject.config, subject.data)
     return speed.size(module, image) | (speed.latency(module, image) if latency else {})
 
 

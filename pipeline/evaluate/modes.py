@@ -154,16 +154,7 @@ class Subject:
         return Answers(synergy_logits(self.fusion, query, seen).cpu(), members)
 
     def _batches(self, part: Part, mean: Sequence[float], std: Sequence[float]) -> EvalBatches:
-        return EvalBatches(
-            part.images,
-            part.labels,
-            part.indices,
-            self.config.dataset.eval_batch_size,
-            mean=mean,
-            std=std,
-            device=networks.device_of(self.config),
-            channels_last=self.config.optim.use_channels_last,
-        )
+        return networks.eval_batches(self.config, part.images, part.labels, part.indices, mean, std)
 
 
 def subject(run: Run, data: ImageData, request: Request, source: Source | None = None) -> Subject:

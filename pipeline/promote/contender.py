@@ -50,14 +50,6 @@ class Contender:
     manifest: str
 
 
-@dataclass(frozen=True)
-class Judged:
-    """`metrics`: all measurements, named as in evaluations (`test/acc`, `speed/latency_ms_1`, …)."""
-
-    measured: Measured
-    metrics: dict[str, float]
-
-
 def same_images(name: str, version: Version, data: ImageData, config: Config) -> None:
     """Raise UserError for a version that was trained on data other than `data`."""
     found = version.tags.get(DIGEST)
@@ -119,31 +111,31 @@ def _network(where: str, weights: Path, meta: dict[str, Any], data: ImageData, c
             in_chans=data.in_chans,
         )
     networks.load(net, weights, where, networks.prepared_as(data, meta))
-    memory = torch.channels_last if config.optim.use_channels_last else torch.contiguous_format
-    return net.to(networks.device_of(config)).to(memory_format=memory)
+    return networks.placed(net, config)
 
 
-def judge(contenders: list[Contender], data: ImageData, config: Config) -> list[Judged]:
+def judge(contenders: list[Contender], data: ImageData, config: Config) -> list[Measured]:
     """Evaluate every contender on the test split, and time them in turns."""
-    batches = [_batches(one, data, config) for one in contenders]
-    times: list[list[float]] = [[] for _ in contenders]
-    metrics: list[dict[str, float]] = [{} for _ in contenders]
+    metrics: list[dict[str, float]] = []
     correct = []
-    for k, (one, images) in enumerate(zip(contenders, batches, strict=True)):
+    for one in contenders:
         logger.info("evaluating version %s (%s)", one.version.number, one.net.architecture)
-        answers = served(one, images)
-        found = evaluate_model(data, answers, images.labels, "test")
-        metrics[k] |= found.metrics | speed.size(one.net, _image(images))
+        mean, std = one.meta["mean"], one.meta["std"]
+        images = networks.eval_batches(config, data.test_x, data.test_y, None, mean, std)
+        found = evaluate_model(data, served(one, images), images.labels, "test")
+        metrics.append(found.metrics | speed.size(one.net, networks.blank(config, data)))
         correct.append(found.correct)
+    times: list[list[float]] = [[] for _ in contenders]
+    image = _sent(data.test_x[:1])
     for _ in range(ROUNDS):
-        for k, (one, images) in enumerate(zip(contenders, batches, strict=True)):
-            timed = speed.latency(Served(one.served), _sent(images, slice(1)))
-            times[k].append(timed.get(LATENCY, np.nan))
-            metrics[k] |= timed
-    for k, latencies in enumerate(times):
-        metrics[k][LATENCY] = min(latencies)
+        for one, measured, latencies in zip(contenders, metrics, times, strict=True):
+            timed = speed.latency(Served(one.served), image)
+            latencies.append(timed.get(LATENCY, np.nan))
+            measured |= timed
+    for measured, latencies in zip(metrics, times, strict=True):
+        measured[LATENCY] = min(latencies)
     return [
-        Judged(Measured(c, m["test/ece"], m[LATENCY], int(m["parameters/total"])), m)
+        Measured(c, m["test/ece"], m[LATENCY], int(m["parameters/total"]), m)
         for c, m in zip(correct, metrics, strict=True)
     ]
 
@@ -159,9 +151,9 @@ class Served(torch.nn.Module):
         return torch.from_numpy(self._classifier.probabilities(images.numpy()))
 
 
-def _sent(images: EvalBatches, which: slice) -> torch.Tensor:
-    """Images as they are sent to a server, uint8 (n, H, W, C), on the CPU."""
-    return images.images[which].permute(0, 2, 3, 1).contiguous().cpu()
+def _sent(images: torch.Tensor) -> torch.Tensor:
+    """Images (n, C, H, W) as they are sent to a server, uint8 (n, H, W, C), on the CPU."""
+    return images.permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def served(one: Contender, images: EvalBatches) -> torch.Tensor:
@@ -172,7 +164,8 @@ def served(one: Contender, images: EvalBatches) -> torch.Tensor:
     """
     network = Served(one.served)
     try:
-        answers = torch.cat([network(_sent(images, slice(i, i + BATCH))) for i in range(0, len(images.labels), BATCH)])
+        starts = range(0, len(images.labels), BATCH)
+        answers = torch.cat([network(_sent(images.images[i : i + BATCH])) for i in starts])
     except Refused as error:
         raise UserError(f"version {one.version.number}: test images {error}; not promoted") from error
     # TF32, which cuDNN takes by default, has three digits
@@ -195,21 +188,3 @@ def bind(registry: Registry, contenders: list[Contender]) -> None:
         if one.manifest:
             registry.ask("tag_manifest", number=one.version.number, manifest=one.manifest)
             logger.info("wrote the manifest of version %s (tag %s)", one.version.number, bundle.TAG)
-
-
-def _batches(one: Contender, data: ImageData, config: Config) -> EvalBatches:
-    return EvalBatches(
-        data.test_x,
-        data.test_y,
-        None,
-        config.dataset.eval_batch_size,
-        mean=one.meta["mean"],
-        std=one.meta["std"],
-        device=networks.device_of(config),
-        channels_last=config.optim.use_channels_last,
-    )
-
-
-def _image(images: EvalBatches) -> torch.Tensor:
-    """One normalised image (1, C, H, W)."""
-    return images.normalize(images.images[:1].to(images.device))

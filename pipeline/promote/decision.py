@@ -4,7 +4,7 @@ Past champions form a stack: a promotion pushes the outgoing champion, a rollbac
 a row go back two champions, and the second never restores what the first has just removed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +82,6 @@ def history(version: Version, why: Occasion, line: str) -> dict[str, str]:
     return {f"{HISTORY}.{len(full) + 1}": last, HISTORY: new}
 
 
-def history_lines(version: Version) -> list[str]:
-    """A version's whole history, the latest line last."""
-    return [line for tag in (*_pages(version), HISTORY) for line in version.tags.get(tag, "").splitlines()]
-
-
 def _pages(version: Version) -> list[str]:
     """Names of the tags with the history's overflow, the oldest first."""
     tags, count = [], 1
@@ -101,28 +96,23 @@ def promotion(
 ) -> dict[str, Any]:
     """The move that makes the challenger the champion, and the champion the previous one."""
     past = champions(now)
-    older = [] if champion is None else [champion.number]
     after = {CHAMPION: challenger.number, PREVIOUS: champion.number if champion else now.aliases.get(PREVIOUS)}
     over = f"over version {champion.number}" if champion else "as the first champion"
-    line = f"promoted {over}, {_gate(tags)}"
+    line = f"promoted {over}, gate {tags['asib.gate']}"
     marks = {challenger.number: {**tags, **history(challenger, why, line)}}
     if challenger.tags.get(ROLLED_BACK):
         marks[challenger.number][ROLLED_BACK] = ""  # not any more
     if champion is not None:
+        past.append(champion.number)
         marks[champion.number] = history(champion, why, f"replaced as champion by version {challenger.number}")
-    what = f"version {challenger.number} promoted"
-    return _move(now, after, [*past, *older], marks, challenger.number, what, why)
+    return _move(now, marks, challenger.number, f"version {challenger.number} promoted", why, after, past)
 
 
 def refusal(now: Overview, challenger: Version, tags: Mapping[str, str], why: Occasion) -> dict[str, Any]:
     """The move that records a refusal; no alias changes."""
-    line = f"refused against {tags['asib.against']}, {_gate(tags)} ({tags['asib.verdict_reason']})"
+    line = f"refused against {tags['asib.against']}, gate {tags['asib.gate']} ({tags['asib.verdict_reason']})"
     marks = {challenger.number: {**tags, **history(challenger, why, line)}}
-    return _stay(now, marks, challenger.number, f"version {challenger.number} refused", why)
-
-
-def _gate(tags: Mapping[str, str]) -> str:
-    return f"gate {tags['asib.gate']}"
+    return _move(now, marks, challenger.number, f"version {challenger.number} refused", why)
 
 
 def rollback(now: Overview, versions: Mapping[str, Version], why: Occasion) -> dict[str, Any]:
@@ -146,7 +136,7 @@ def rollback(now: Overview, versions: Mapping[str, Version], why: Occasion) -> d
     if bad is None:  # its version was deleted, and the alias with it
         what = f"version {good} is champion again: the champion was gone"
         marks = {good: history(versions[good], why, "champion again: the one after it was gone")}
-        return _move(now, after, past, marks, good, what, why)
+        return _move(now, marks, good, what, why, after, past)
     marks = {
         good: history(versions[good], why, f"champion again in place of version {bad}"),
         bad: {
@@ -154,37 +144,7 @@ def rollback(now: Overview, versions: Mapping[str, Version], why: Occasion) -> d
             ROLLED_BACK: f"{why.at} {why.words()}",
         },
     }
-    return _move(now, after, past, marks, bad, f"version {bad} rolled back to version {good}", why)
-
-
-def _move(
-    now: Overview,
-    after: Mapping[str, str | None],
-    past: Iterable[str],
-    tags: Mapping[str, Mapping[str, str]],
-    about: str,
-    what: str,
-    why: Occasion,
-) -> dict[str, Any]:
-    """A move as tracking/moves.py takes it."""
-    return {
-        "before": _ours(now),
-        "after": dict(after),
-        "past": list(past)[-MOST_PAST:],
-        "tags": {number: dict(values) for number, values in tags.items()},
-        "version": about,
-        "run": why.run_id,
-        "why": what,
-    }
-
-
-def _stay(now: Overview, tags: Mapping[str, Mapping[str, str]], about: str, what: str, why: Occasion) -> dict[str, Any]:
-    """A move that only sets tags, so that they too are set all or none."""
-    return _move(now, _ours(now), now.past, tags, about, what, why)
-
-
-def _ours(now: Overview) -> dict[str, str | None]:
-    return {alias: now.aliases.get(alias) for alias in (CHAMPION, PREVIOUS)}
+    return _move(now, marks, bad, f"version {bad} rolled back to version {good}", why, after, past)
 
 
 def retirement(version: Version, now: Overview, why: Occasion) -> dict[str, Any]:
@@ -193,5 +153,27 @@ def retirement(version: Version, now: Overview, why: Occasion) -> dict[str, Any]
         raise UserError(
             f"retire={version.number}: it is the champion; promote another or roll back first, then retire it"
         )
-    tags = {RETIRED: f"{why.at} {why.words()}", **history(version, why, "retired")}
-    return _stay(now, {version.number: tags}, version.number, f"version {version.number} retired", why)
+    marks = {version.number: {RETIRED: f"{why.at} {why.words()}", **history(version, why, "retired")}}
+    return _move(now, marks, version.number, f"version {version.number} retired", why)
+
+
+def _move(
+    now: Overview,
+    tags: dict[str, dict[str, str]],
+    about: str,
+    what: str,
+    why: Occasion,
+    after: dict[str, str | None] | None = None,
+    past: list[str] | None = None,
+) -> dict[str, Any]:
+    """A move as tracking/moves.py takes it; without `after` no alias moves, and the tags are set all or none."""
+    before = {alias: now.aliases.get(alias) for alias in (CHAMPION, PREVIOUS)}
+    return {
+        "before": before,
+        "after": before if after is None else after,
+        "past": (now.past if past is None else past)[-MOST_PAST:],
+        "tags": tags,
+        "version": about,
+        "run": why.run_id,
+        "why": what,
+    }

@@ -4,7 +4,7 @@ Pure functions: nothing is loaded, logged or moved.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +28,14 @@ class Measured:
         ece: expected calibration error, from 0 to 1.
         latency_ms: of one image.
         parameters: how many the network has.
+        metrics: all measurements, named as in evaluations (`test/acc`, `speed/latency_ms_1`, …).
     """
 
     correct: Bools
     ece: float
     latency_ms: float
     parameters: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def acc(self) -> float:
@@ -96,27 +98,21 @@ def judge(
     Args:
         labels: (n,) of the images on which both were measured.
         look: how many pairs have been compared on these images, this one included.
-
-    Raises:
-        ValueError: the two were not measured on these images.
     """
-    if len(labels) != len(challenger.correct):
-        raise ValueError(f"{len(labels)} labels for {len(challenger.correct)} images")
     numbers = {"promotion/images": float(len(labels))}
     if champion is None:
         criteria = [*_first(gate, labels, classes, challenger), *_absolute(gate, challenger)]
     else:
         found = pairs(challenger.correct, champion.correct)
         numbers |= _numbers(gate, found) | {"promotion/look": float(look)}
-        level = _level(gate, look)
-        if level is not None:
-            numbers["promotion/alpha"] = level
+        if gate.alpha is not None:
+            numbers["promotion/alpha"] = spending.level(gate.alpha, look) if gate.alpha_spending else gate.alpha
         drops = class_accuracies(champion.correct, labels, len(classes))
         drops -= class_accuracies(challenger.correct, labels, len(classes))
         numbers["promotion/worst_class_drop"] = float(np.nanmax(drops))
         criteria = [
-            *_better(gate, found, level, numbers),
-            *_classes(gate, drops, classes),
+            *_better(gate, found, numbers),
+            *_drop(gate, drops, classes),
             *_absolute(gate, challenger),
             *_relative(gate, challenger, champion),
         ]
@@ -136,68 +132,56 @@ def _numbers(gate: Gate, found: Pairs) -> dict[str, float]:
     return numbers
 
 
-def _level(gate: Gate, look: int) -> float | None:
-    """The level for McNemar's p; None: the test does not apply."""
-    if gate.alpha is None or not gate.alpha_spending:
-        return gate.alpha
-    return spending.level(gate.alpha, look)
-
-
-def _better(gate: Gate, found: Pairs, level: float | None, numbers: dict[str, float]) -> Iterator[Criterion]:
+def _better(gate: Gate, found: Pairs, numbers: dict[str, float]) -> Iterator[Criterion]:
     gain = found.gain
     ahead = found.one_alone > found.other_alone
     note = "" if ahead else "equally good" if gain == 0 else "worse"
     enough = ahead and gain >= gate.min_improvement - ROUNDING
     yield Criterion("improvement", gain, gate.min_improvement, enough, True, "points", note)
-    if level is not None:
-        p = numbers["promotion/p_value"]
+    if gate.alpha is not None:
+        p, level = numbers["promotion/p_value"], numbers["promotion/alpha"]
         note = f"alone right: challenger {found.one_alone}, champion {found.other_alone}"
         yield Criterion("McNemar test", p, level, p <= level, False, "p", note)
     if gate.interval is not None:
         low, high = numbers["promotion/interval_low"], numbers["promotion/interval_high"]
-        passed = low >= gate.min_interval_low - ROUNDING
         note = f"{100 * gate.interval:g} % interval {low:+.2f} to {high:+.2f}"
-        yield Criterion("bootstrap interval", low, gate.min_interval_low, passed, True, "points", note)
+        yield from _at_least("bootstrap interval", low, gate.min_interval_low, "points", note)
 
 
-def _classes(gate: Gate, drops: Floats, classes: tuple[str, ...]) -> Iterator[Criterion]:
-    if gate.max_class_drop is not None:
-        worst = int(np.nanargmax(drops))
-        yield _at_most("drop of a class", float(drops[worst]), gate.max_class_drop, "points", classes[worst])
+def _drop(gate: Gate, drops: Floats, classes: tuple[str, ...]) -> Iterator[Criterion]:
+    worst = int(np.nanargmax(drops))
+    return _at_most("drop of a class", drops[worst], gate.max_class_drop, "points", classes[worst])
 
 
 def _first(gate: Gate, labels: Ints, classes: tuple[str, ...], one: Measured) -> Iterator[Criterion]:
-    acc, least = one.acc, gate.first.min_acc
-    yield Criterion("accuracy", acc, least, acc >= least - ROUNDING, True, "%", "there is no champion yet")
-    if gate.first.min_class_acc is not None:
-        found = class_accuracies(one.correct, labels, len(classes))
-        worst, least = int(np.nanargmin(found)), gate.first.min_class_acc
-        value = float(found[worst])
-        yield Criterion("accuracy of a class", value, least, value >= least - ROUNDING, True, "%", classes[worst])
+    yield from _at_least("accuracy", one.acc, gate.first.min_acc, "%", "there is no champion yet")
+    found = class_accuracies(one.correct, labels, len(classes))
+    worst = int(np.nanargmin(found))
+    yield from _at_least("accuracy of a class", found[worst], gate.first.min_class_acc, "%", classes[worst])
 
 
 def _absolute(gate: Gate, one: Measured) -> Iterator[Criterion]:
-    if gate.max_ece is not None:
-        yield _at_most("calibration error", one.ece, gate.max_ece, "")
-    if gate.max_latency_ms is not None:
-        yield _at_most("latency", one.latency_ms, gate.max_latency_ms, "ms")
-    if gate.max_parameters is not None:
-        yield _at_most("parameters", one.parameters, gate.max_parameters, "")
+    yield from _at_most("calibration error", one.ece, gate.max_ece, "")
+    yield from _at_most("latency", one.latency_ms, gate.max_latency_ms, "ms")
+    yield from _at_most("parameters", one.parameters, gate.max_parameters, "")
 
 
 def _relative(gate: Gate, one: Measured, other: Measured) -> Iterator[Criterion]:
-    if gate.max_ece_increase is not None:
-        note = f"{one.ece:.4f} against {other.ece:.4f}"
-        yield _at_most("calibration error, increase", one.ece - other.ece, gate.max_ece_increase, "", note)
-    if gate.max_latency_ratio is not None:
-        note = f"{one.latency_ms:.2f} ms against {other.latency_ms:.2f} ms"
-        ratio = one.latency_ms / other.latency_ms
-        yield _at_most("latency, relative", ratio, gate.max_latency_ratio, "x", note)
-    if gate.max_parameters_ratio is not None:
-        note = f"{one.parameters:,} against {other.parameters:,}"
-        ratio = one.parameters / other.parameters
-        yield _at_most("parameters, relative", ratio, gate.max_parameters_ratio, "x", note)
+    note = f"{one.ece:.4f} against {other.ece:.4f}"
+    yield from _at_most("calibration error, increase", one.ece - other.ece, gate.max_ece_increase, "", note)
+    note = f"{one.latency_ms:.2f} ms against {other.latency_ms:.2f} ms"
+    yield from _at_most("latency, relative", one.latency_ms / other.latency_ms, gate.max_latency_ratio, "x", note)
+    note = f"{one.parameters:,} against {other.parameters:,}"
+    yield from _at_most("parameters, relative", one.parameters / other.parameters, gate.max_parameters_ratio, "x", note)
 
 
-def _at_most(name: str, value: float, limit: float, unit: str, note: str = "") -> Criterion:
-    return Criterion(name, float(value), float(limit), bool(value <= limit + ROUNDING), False, unit, note)
+def _at_least(name: str, value: float, limit: float | None, unit: str, note: str) -> Iterator[Criterion]:
+    """The criterion, unless the gate leaves it out."""
+    if limit is not None:
+        yield Criterion(name, float(value), limit, bool(value >= limit - ROUNDING), True, unit, note)
+
+
+def _at_most(name: str, value: float, limit: float | None, unit: str, note: str = "") -> Iterator[Criterion]:
+    """The criterion, unless the gate leaves it out."""
+    if limit is not None:
+        yield Criterion(name, float(value), float(limit), bool(value <= limit + ROUNDING), False, unit, note)

@@ -4,12 +4,12 @@ A decision is recorded three times: as the run, as tags of the version, and as a
 aliases later removes none of these.
 """
 
-import getpass
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ def promote(run: Run, plan: Plan) -> Ending:
     registry = Registry(run.delivery, plan.name)
     run.journal.params({f"promote.{key}": value for key, value in _params(plan).items()})
     run.journal.tags({"asib.action": plan.action})
-    user = str(run.delivery.run_info(run.run_id)["tags"].get("mlflow.user") or _user())
-    why = Occasion(run.run_id, user, _now(), plan.reason)
+    user = run.delivery.run_info(run.run_id)["tags"].get("mlflow.user", "")
+    why = Occasion(run.run_id, user, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), plan.reason)
     if plan.dry_run:
         return _act(run, plan, registry, why, None)
     run.journal.tags({"asib.promote": plan.name})
@@ -112,15 +112,17 @@ def _promote(
         if version.run_id:
             run.journal.model_input(version.run_id)
     found = [_fetched(run, registry, now, side, version, data) for side, version in both.items()]
-    look = _look(run, plan, registry, data, challenger, champion)
-    judged = dict(zip(both, contender.judge(found, data, run.config), strict=True))
+    look = 1
+    if champion is not None:  # a dry run shows the same numbers, so it counts too
+        pair = f"{challenger.number}-{champion.number}"
+        look = registry.look(_test_digest(data), data.digest, pair, turn=not plan.dry_run)
+    measured = dict(zip(both, contender.judge(found, data, run.config), strict=True))
     if not plan.dry_run:
         contender.bind(registry, found)
-    measured = {side: one.measured for side, one in judged.items()}
     labels = data.test_y.numpy()
     verdict = judge(plan.gate, labels, data.classes, measured["challenger"], measured.get("champion"), look)
     run.journal.hold()
-    for side, one in judged.items():
+    for side, one in measured.items():
         run.journal.metrics({f"{side}/{name}": value for name, value in one.metrics.items()}, 0)
     run.journal.metrics(verdict.numbers | {"promotion/passed": float(verdict.passed)}, 0)
     run.journal.release()
@@ -146,19 +148,6 @@ def _fetched(
         elif side == "champion":
             way = _as_a_first_one(registry)
         raise UserError(f"the files of version {version.number}, the {side}, are gone: {way} ({error})") from error
-
-
-def _look(
-    run: Run, plan: Plan, registry: Registry, data: ImageData, challenger: Version, champion: Version | None
-) -> int:
-    """The number of this look at these test images. A dry run shows the same numbers, so it counts too."""
-    if champion is None:
-        return 1
-    pair = f"{challenger.number}-{champion.number}"
-    found = registry.look(_test_digest(data), data.digest, pair, turn=not plan.dry_run)
-    if not found.counted:
-        logger.warning("this look at the test set is not counted: you have no EDIT permission on %s", plan.name)
-    return found.number
 
 
 def _test_digest(data: ImageData) -> str:
@@ -195,19 +184,14 @@ def _decide(
     words = f"would be {did}" if plan.dry_run else did
     conclusion = f"{plan.name}: version {challenger.number} {words}: {reason}"
     tags = decision.verdict_tags(verdict, champion, plan.gate.words, why, reason, looks)
-    if not plan.dry_run:
-        queue.still_ours(registry, why.run_id)
-        if verdict.passed:
-            registry.ask("move", plan=decision.promotion(now, challenger, champion, tags, why))
-        else:
-            registry.ask("move", plan=decision.refusal(now, challenger, tags, why))
+    if verdict.passed:
+        _move(plan, registry, decision.promotion(now, challenger, champion, tags, why))
+    else:
+        _move(plan, registry, decision.refusal(now, challenger, tags, why))
     run.journal.tags(
-        {
-            "asib.verdict": tags["asib.verdict"],
-            "asib.verdict_reason": reason,
+        {name: tags[name] for name in ("asib.verdict", "asib.verdict_reason", "asib.against", "asib.gate")}
+        | {
             "asib.version": challenger.number,
-            "asib.against": tags["asib.against"],
-            "asib.gate": tags["asib.gate"],
             "asib.look": looks or "none: there is no champion",
             "mlflow.note.content": report.note(title, verdict, conclusion, *filter(None, [looks, warning])),
             **tables.logged([f"{FOLDER}/{report.TABLE}"]),
@@ -216,12 +200,21 @@ def _decide(
     print(conclusion, flush=True)
 
 
+def _move(plan: Plan, registry: Registry, move: dict[str, Any]) -> None:
+    """Move the aliases and set the tags, except in a dry run. Raises UserError: it is no longer our turn."""
+    if not plan.dry_run:
+        queue.still_ours(registry, move["run"])
+        registry.ask("move", plan=move)
+
+
 # rollback and retirement ---------------------------------------------------------------------------------------------
 
 
 def _rollback(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasion) -> None:
-    numbers = {*decision.champions(now), *filter(None, [now.aliases.get(CHAMPION)])}
-    versions = dict(_known(registry, numbers))
+    versions: dict[str, Version] = {}
+    for number in sorted({*decision.champions(now), *filter(None, [now.aliases.get(CHAMPION)])}):
+        with suppress(NotThere):  # deleted in MLflow
+            versions[number] = registry.version(number)
     gone = [number for number in decision.champions(now) if number not in versions]
     if gone:
         logger.warning("past champions that no longer exist: %s", ", ".join(gone))
@@ -233,9 +226,7 @@ def _rollback(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occa
         except UserError as error:
             left = f"rollback=true: no earlier champion of {plan.name} still has its files"
             raise UserError(f"{left}; to replace the present one, {_as_a_first_one(registry)}") from error
-    if not plan.dry_run:
-        queue.still_ours(registry, why.run_id)
-        registry.ask("move", plan=move)
+    _move(plan, registry, move)
     run.journal.tags({"asib.version": move["after"][CHAMPION], "asib.reason": plan.reason or "none given"})
     after = move["after"][PREVIOUS]
     then = f"version {after}" if after else "none: a further rollback would be refused"
@@ -265,15 +256,6 @@ def _has_files(run: Run, registry: Registry, number: str) -> bool:
     return False
 
 
-def _known(registry: Registry, numbers: set[str]) -> Iterator[tuple[str, Version]]:
-    """Versions by number, without those that were deleted in MLflow."""
-    for number in sorted(numbers):
-        try:
-            yield number, registry.version(number)
-        except NotThere:
-            continue
-
-
 def _without(now: Overview, gone: list[str]) -> Overview:
     kept = [number for number in decision.champions(now) if number not in gone]
     aliases = {alias: n for alias, n in now.aliases.items() if alias == CHAMPION or n not in gone}
@@ -282,14 +264,10 @@ def _without(now: Overview, gone: list[str]) -> Overview:
 
 def _retire(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasion) -> None:
     assert plan.version is not None
-    version = registry.version(plan.version)
-    move = decision.retirement(version, now, why)
-    if not plan.dry_run:
-        queue.still_ours(registry, why.run_id)
-        registry.ask("move", plan=move)
-    run.journal.tags({"asib.version": version.number, "asib.reason": plan.reason or "none given"})
+    _move(plan, registry, decision.retirement(registry.version(plan.version), now, why))
+    run.journal.tags({"asib.version": plan.version, "asib.reason": plan.reason or "none given"})
     would = "would be retired" if plan.dry_run else "is retired: it stays where it is, and is never promoted"
-    _conclude(run, f"{plan.name}: version {version.number} {would}")
+    _conclude(run, f"{plan.name}: version {plan.version} {would}")
 
 
 # words ---------------------------------------------------------------------------------------------------------------
@@ -307,14 +285,3 @@ def _params(plan: Plan) -> dict[str, str]:
     criteria |= {f"first.{key}": value for key, value in criteria.pop("first", {}).items()}
     own |= {f"gate.{key}": str(value) for key, value in criteria.items()}
     return {key: value for key, value in own.items() if value}
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return ""

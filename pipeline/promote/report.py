@@ -53,10 +53,9 @@ def sentence(verdict: Verdict) -> str:
     """Why it was promoted or refused, in one line."""
     if verdict.passed:
         return f"all {len(verdict.criteria)} criteria hold"
-    failed = [
-        f"{c.name} {_number(c.value, c.unit)} ({_limit(c)}{'; ' + c.note if c.note else ''})" for c in verdict.failed
-    ]
-    return "; ".join(failed)
+    return "; ".join(
+        f"{c.name} {_number(c.value, c.unit)} ({'; '.join(filter(None, [_limit(c), c.note]))})" for c in verdict.failed
+    )
 
 
 def looks(verdict: Verdict, gate: Gate) -> str:

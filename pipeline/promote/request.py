@@ -1,6 +1,5 @@
 """The request of `-e promote`: the step's own keys, checked before torch is imported, then against the registry."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,12 +55,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     Raises:
         UserError: no name, keys that exclude each other, a bad gate, tracking=offline.
     """
-    plan = make(config, command.own)
-    return cli.named(config, f"{plan.action} {plan.name}"), plan
-
-
-def make(config: Config, own: Mapping[str, str]) -> Plan:
-    """Read the step's own keys. Raises UserError as `read` does."""
+    own = command.own
     name = own.get("name", "")
     if not name:
         raise UserError("name is not set: give name=<registered model>")
@@ -85,7 +79,8 @@ def make(config: Config, own: Mapping[str, str]) -> Plan:
         raise UserError(f"reason has {len(reason)} characters: give at most {LONGEST_REASON}")
     if action != "promote" and (own.get("gate") or settings):
         raise UserError(f"{action} asks no gate: leave gate and gate.* out")
-    return Plan(action, name, version or retire, gate, cli.flag(own, "dry_run"), reason)
+    plan = Plan(action, name, version or retire, gate, cli.flag(own, "dry_run"), reason)
+    return cli.named(config, f"{action} {name}"), plan
 
 
 def _check(config: Config) -> None:

@@ -18,14 +18,9 @@ def level(alpha: float, look: int) -> float:
     return alpha / (look * (look + 1))
 
 
-def spent(look: int) -> float:
-    """The share of alpha spent after `look` looks."""
-    return look / (look + 1)
-
-
 def used_up(look: int) -> bool:
     """Whether this look, the 19th or a later one, leaves less than a twentieth of alpha for all that come after it."""
-    return spent(look) >= USED_UP
+    return look / (look + 1) >= USED_UP
 
 
 def needed(differing: int, at_most: float) -> int | None:
