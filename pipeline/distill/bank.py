@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from models.features import FeatureNet
@@ -35,37 +34,30 @@ def opener(config: Config, data: ImageData, hashes: Sequence[str]) -> OpenBank:
         data: the images that the task is made with.
         hashes: of the weights of its teachers, in order.
     """
-    return partial(_open, config, data, hashes)
-
-
-def _open(
-    config: Config,
-    data: ImageData,
-    hashes: Sequence[str],
-    batches: TrainBatches,
-    teachers: Sequence[FeatureNet],
-    costs: Costs,
-) -> BankedTeachers | None:
     use = bank_use(config)
-    if not use.on:
-        if teachers:
-            logger.info("no teacher bank: %s", use.reason)
-        return None
-    cache = BankCache(folder(config), int(config.bank_gb * 1e9))
-    bank = BankedTeachers(cache, data, batches, teachers, hashes, costs)
-    fault: OSError | None = None
-    try:
-        with Precision(config.optim, batches.device).autocast():
-            bank.begin()
-    except OSError as error:
-        fault = error
-        logger.warning("no teacher bank: %s cannot be used (%s); bank_folder=… names another", cache.folder, error)
-    if distributed.anyone(fault is not None):  # all processes have one, or none has
-        bank.close()
-        return None
-    used, limit = cache.used() / 1e9, config.bank_gb
-    logger.info("teacher bank: %s, in %s (%.2f of %g GB used)", use.mode, cache.folder, used, limit)
-    return bank
+
+    def opened(batches: TrainBatches, teachers: Sequence[FeatureNet], costs: Costs) -> BankedTeachers | None:
+        if not use.on:
+            if teachers:
+                logger.info("no teacher bank: %s", use.reason)
+            return None
+        cache = BankCache(folder(config), int(config.bank_gb * 1e9))
+        bank = BankedTeachers(cache, data, batches, teachers, hashes, costs)
+        failed = False
+        try:
+            with Precision(config.optim, batches.device).autocast():
+                bank.begin()
+        except OSError as error:
+            failed = True
+            logger.warning("no teacher bank: %s cannot be used (%s); bank_folder=… names another", cache.folder, error)
+        if distributed.anyone(failed):  # all processes have one, or none has
+            bank.close()
+            return None
+        used, limit = cache.used() / 1e9, config.bank_gb
+        logger.info("teacher bank: %s, in %s (%.2f of %g GB used)", use.mode, cache.folder, used, limit)
+        return bank
+
+    return opened
 
 
 def build_ahead(task: Distillation, stop: Stop) -> None:

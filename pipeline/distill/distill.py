@@ -24,7 +24,11 @@ def distill(run: Run) -> float | None:
     found = _conclude(data, task, loop)
     if not run.follower:
         _keep_weights(run, data, task)
-        _keep_pictures(run, data, task)
+        assert task.predicted is not None
+        labels = task.data.test.labels
+        results.curves(run)
+        results.predictions(run, task.predicted, labels)
+        results.confusion(run, task.predicted, labels, data.classes)
         if run.config.log_model:
             export.log_student(run, task.student, data, found)
             register.student(run, run.config, data, found)
@@ -97,10 +101,3 @@ def _keep_weights(run: Run, data: ImageData, task: Distillation) -> None:
         export.save_fusion(task.fusion, fusion, data)
         run.journal.artifact(fusion, "checkpoints")
     run.journal.tags({"asib.weights": weights_hash(task.student.net)})
-
-
-def _keep_pictures(run: Run, data: ImageData, task: Distillation) -> None:
-    assert task.predicted is not None
-    results.curves(run)
-    results.predictions(run, task.predicted, task.data.test.labels)
-    results.confusion(run, task.predicted, task.data.test.labels, data.classes)

@@ -140,6 +140,13 @@ def check_prepared(record: Mapping[str, Any], data: ImageData) -> None:
             )
 
 
+def saw_validation(record: Mapping[str, Any], config: Config, data: ImageData) -> bool:
+    """Whether a network may have been trained on this run's validation images: its record is of another split."""
+    d = config.dataset
+    ours = {"data_digest": data.digest, "val_fraction": d.val_fraction, "split_seed": d.split_seed}
+    return any(record.get(key) != value for key, value in ours.items())
+
+
 def prepared_as(data: ImageData, record: Mapping[str, Any]) -> ImageData:
     """The data, prepared with the mean and deviation that a network's record names."""
     mean, std = (tuple(record.get(name) or getattr(data, name)) for name in ("mean", "std"))
@@ -148,7 +155,7 @@ def prepared_as(data: ImageData, record: Mapping[str, Any]) -> ImageData:
 
 def save(net: FeatureNet, path: Path, config: Config, data: ImageData) -> None:
     """Write a network with what identifies and prepares its inputs."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     weights.save_weights(
         net,
         path,

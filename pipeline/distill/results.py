@@ -24,19 +24,15 @@ SMOKE = "smoke test: cannot rank methods"
 
 def print_results(config: Config, results: dict[str, float]) -> None:
     """Student alone, each teacher, their average, the synergy, the distilled student: test top-1 in percent."""
-    rows: list[tuple[str, str]] = []
-
-    def row(name: str, key: str) -> None:
-        if key in results:
-            rows.append((name, f"{results[key]:.2f}"))
-
-    distilled = config.method.kd_alpha > 0
-    row(f"student alone ({config.model.student.name})", "final/student_alone_acc")
-    for k, teacher in enumerate(config.model.teachers):
-        row(f"teacher {k} ({teacher.name})", f"final/teacher_{k}_acc")
-    row("teachers averaged", "final/teacher_avg_acc")
-    row("synergy", "final/synergy_acc")
-    row(f"{'distilled' if distilled else 'trained'} student ({config.model.student.name})", "final/acc_val_selected")
+    student, trained = config.model.student.name, "distilled" if config.method.kd_alpha > 0 else "trained"
+    known = [
+        (f"student alone ({student})", "final/student_alone_acc"),
+        *((f"teacher {k} ({t.name})", f"final/teacher_{k}_acc") for k, t in enumerate(config.model.teachers)),
+        ("teachers averaged", "final/teacher_avg_acc"),
+        ("synergy", "final/synergy_acc"),
+        (f"{trained} student ({student})", "final/acc_val_selected"),
+    ]
+    rows = [(name, f"{results[key]:.2f}") for name, key in known if key in results]
     title = f"{config.dataset.name}: test top-1 in %, seed {config.seed}"
     print(tables.text(f"{title} ({SMOKE})" if config.dataset.name == "cifar100_sample" else title, rows), flush=True)
 

@@ -69,14 +69,6 @@ def store(config: Config, data: ImageData, index: int) -> Path:
     return output_dir(config) / "teachers" / f"{identity(config, data, index)[:24]}.safetensors"
 
 
-def keep(net: FeatureNet, run: Run, config: Config, data: ImageData, index: int) -> None:
-    """Put a fine-tuned teacher where other runs find it; whoever comes first, both files are whole."""
-    path = store(config, data, index)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    networks.save(net, path, config, data)
-    write_atomically(path.with_suffix(".json"), json.dumps({"journal": run.journal.id, "folder": str(run.folder)}))
-
-
 def obtain(
     run: Run, data: ImageData, student: FeatureNet, test: bool = True, config: Config | None = None
 ) -> list[Teacher]:
@@ -140,15 +132,7 @@ def _obtain(run: Run, config: Config, data: ImageData, index: int, net: FeatureN
         key = f"{path} (delete it to fine-tune again)"
         made_by = (read_state(kept.with_suffix(".json")) or {}).get("journal")
     metadata = networks.load(net, path, key, data)
-    same_split = all(
-        metadata.get(name) == value
-        for name, value in (
-            ("data_digest", data.digest),
-            ("val_fraction", config.dataset.val_fraction),
-            ("split_seed", config.dataset.split_seed),
-        )
-    )
-    return Teacher(net, weights_hash(net.net), made_by, saw_validation=not same_split)
+    return Teacher(net, weights_hash(net.net), made_by, networks.saw_validation(metadata, config, data))
 
 
 def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | None]:
@@ -185,21 +169,18 @@ def finetune(parent: Run, index: int, test: bool = True, config: Config | None =
         results = task.results(test)
         loop.finish(results)
         if not run.follower:
-            path = run.folder / WEIGHTS
+            path, kept = run.folder / WEIGHTS, store(run.config, data, index)
             networks.save(net, path, run.config, data)
-            keep(net, run, run.config, data, index)
+            networks.save(net, kept, run.config, data)
+            made_by = {"journal": run.journal.id, "folder": str(run.folder)}
+            write_atomically(kept.with_suffix(".json"), json.dumps(made_by))
             run.journal.artifact(path, "checkpoints")
             run.journal.tags({"asib.weights": weights_hash(net.net)})
-            run.journal.model(_weights_folder(run, path), name="teacher", kind="weights", metrics=results)
+            model = run.folder / "model"
+            model.mkdir(exist_ok=True)
+            (model / path.name).unlink(missing_ok=True)
+            os.link(path, model / path.name)
+            run.journal.model(model, name="teacher", kind="weights", metrics=results)
         write_results(run, results)
     distributed.barrier()
     return results
-
-
-def _weights_folder(run: Run, path: Path) -> Path:
-    folder = run.folder / "model"
-    folder.mkdir(exist_ok=True)
-    target = folder / path.name
-    target.unlink(missing_ok=True)
-    os.link(path, target)
-    return folder

@@ -93,7 +93,7 @@ def train(
     """
     config, device = run.config, networks.device_of(run.config)
     retried = run.state is not None and run.state["header"].get("safe_retry", False)
-    precision = _precision(config, device, amp=config.optim.use_amp and not retried)
+    precision = Precision(config.optim.model_copy(update={"use_amp": config.optim.use_amp and not retried}), device)
     header: dict[str, Any] = {
         "config_hash": config_hash(config),
         "computation": computation(config),
@@ -134,24 +134,12 @@ def train(
     return loop
 
 
-def _precision(config: Config, device: torch.device, amp: bool) -> Precision:
-    return Precision(config.optim.model_copy(update={"use_amp": amp}), device)
-
-
 def _state_identity(run: Run, header: dict[str, Any], part: str) -> None:
     sources, teachers = source_digest(REPOSITORY), tuple(header["teachers"])
-    identity = Identity(
-        header["config_hash"],
-        header["amp_dtype"],
-        teachers,
-        header["data_digest"],
-        sources,
-        part,
-        header["bank"],
-        header["compiled"],
-    )
-    made_of = {"asib.teachers": ",".join(teachers) or "none", "asib.sources": sources}
-    run.journal.tags({"asib.identity": identity.digest(), **made_of})
+    made_of = (header["config_hash"], header["amp_dtype"], teachers, header["data_digest"], sources)
+    identity = Identity(*made_of, part, header["bank"], header["compiled"]).digest()
+    tags = {"asib.identity": identity, "asib.teachers": ",".join(teachers) or "none", "asib.sources": sources}
+    run.journal.tags(tags)
 
 
 def _check_lock(run: Run, before: str) -> None:
@@ -185,7 +173,7 @@ def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
         run.rewind(state["journal"], good[1])
     run.journal.tags({"asib.safe_retry": reason})
     _state_identity(run, header, part)
-    precision = _precision(run.config, loop.device, amp=False)
+    precision = Precision(run.config.optim.model_copy(update={"use_amp": False}), loop.device)
     again = replace(loop, recorder=run.journal, header=header, precision=precision)
     again.load_state_dict(state)
     again.run()
@@ -195,18 +183,15 @@ def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
 def check_continuation(run: Run, header: dict[str, Any]) -> None:
     """A run continues with the same configuration, data and teachers. UserError names both hashes otherwise."""
     before, name = run.state["header"], run.config.resume or run.folder.name
-    extended = {"method.student_epochs_per_stage", "method.num_stages", "finetune.epochs"}
+    old, new = before["computation"], header["computation"]
+    changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
     if run.config.extend:
-        _check_extension(name, before["computation"], header["computation"])
-    changed = sorted(
-        k
-        for k in before["computation"].keys() | header["computation"].keys()
-        if before["computation"].get(k) != header["computation"].get(k) and not (run.config.extend and k in extended)
-    )
+        _check_extension(name, old, new)
+        changed -= {"method.student_epochs_per_stage", "method.num_stages", "finetune.epochs"}
     if changed:
         raise UserError(
             f"resume={name}: configuration {before['config_hash'][:12]} cannot be continued with "
-            f"{header['config_hash'][:12]}; they differ in {', '.join(changed[:5])}"
+            f"{header['config_hash'][:12]}; they differ in {', '.join(sorted(changed)[:5])}"
         )
     for key, words in (("data_digest", "data"), ("teachers", "teachers")):
         if before[key] != header[key]:
@@ -214,10 +199,7 @@ def check_continuation(run: Run, header: dict[str, Any]) -> None:
     if (before["threads"], before["cpu"]) != (header["threads"], header["cpu"]):
         logger.warning(
             "continued with %d threads on %s after %d on %s: results agree within rounding only",
-            header["threads"],
-            header["cpu"],
-            before["threads"],
-            before["cpu"],
+            *(header["threads"], header["cpu"], before["threads"], before["cpu"]),
         )
     for key, words in (("bank", "the teacher bank"), ("compiled", "torch.compile")):
         if before.get(key, False) != header[key]:

@@ -42,7 +42,8 @@ def evaluate(run: Run, request: Request | None = None, source: Source | None = N
     subject = modes.subject(run, data, request, source)
     _describe(run, request, subject)
     run.ready()
-    found = _costs(subject, request.speed)
+    module, image = subject.module, networks.blank(config, data)
+    found = speed.size(module, image) | (speed.latency(module, image) if request.speed else {})
     shown: list[str] = []
     for name in request.splits:
         part = modes.part(config, data, name)
@@ -56,7 +57,8 @@ def evaluate(run: Run, request: Request | None = None, source: Source | None = N
     run.journal.metrics(found, 0)
     results.write_results(run, found)
     if not run.follower:
-        _print(subject, request, found)
+        title = f"{subject.title} on {data.name} ({request.split})"
+        print(tables.text(title, [(name, _number(value)) for name, value in found.items()]), flush=True)
     return found[f"{request.splits[-1]}/acc"]
 
 
@@ -77,17 +79,10 @@ def write(run: Run, data: ImageData, evaluation: Evaluation, part: Part) -> list
         tables.write_json(table, folder / f"{name}.json")
     confusion = pd.DataFrame(counts, index=pd.Index(data.classes, name="label"), columns=list(data.classes))
     tables.write_csv(confusion, folder / "confusion.csv")
-    index = part.indices.numpy()
-    correctness.write(evaluation, index, data.digest, data.classes, folder / correctness.FILE)
+    correctness.write(evaluation, part.indices.numpy(), data.digest, data.classes, folder / correctness.FILE)
     plots.reliability(evaluation, folder / "reliability.png")
     results.draw_confusion(counts, data.classes, folder / "confusion.png")
-    names = [
-        "confusion.csv",
-        correctness.FILE,
-        "reliability.png",
-        "confusion.png",
-        *(f"{name}.json" for name in found),
-    ]
+    names = ["confusion.csv", correctness.FILE, "reliability.png", "confusion.png", *(f"{name}.json" for name in found)]
     sheet = folder / "confused_pairs.png"
     if plots.confused_sheet(pairs.head(SHOWN), evaluation, part.images, part.indices, data.classes, sheet):
         names.append(sheet.name)
@@ -119,20 +114,8 @@ def _describe(run: Run, request: Request, subject: Subject) -> None:
 
 def _saw_validation(subject: Subject) -> bool:
     """Whether anything evaluated may have been trained on these validation images."""
-    here = subject.config.dataset
-    ours = {"data_digest": subject.data.digest, "val_fraction": here.val_fraction, "split_seed": here.split_seed}
-    model = subject.source is not None and any(subject.record.get(key) != value for key, value in ours.items())
+    model = subject.source is not None and networks.saw_validation(subject.record, subject.config, subject.data)
     return model or (subject.mode != "single" and any(teacher.saw_validation for teacher in subject.teachers))
-
-
-def _costs(subject: Subject, latency: bool) -> dict[str, float]:
-    module, image = subject.module, networks.blank(subject.config, subject.data)
-    return speed.size(module, image) | (speed.latency(module, image) if latency else {})
-
-
-def _print(subject: Subject, request: Request, found: dict[str, float]) -> None:
-    title = f"{subject.title} on {subject.data.name} ({request.split})"
-    print(tables.text(title, [(name, _number(value)) for name, value in found.items()]), flush=True)
 
 
 def _number(value: float) -> str:

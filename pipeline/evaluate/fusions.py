@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +38,11 @@ DECIDING = (
 """Keys of `method` that change what a fusion computes, without changing its weights' shapes (all of them)."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a fusion is.
+def find(run: Run, given: str | None, student: Source | None) -> Source:
+    """What `fusion=` names (our file, or the folder of the research code's two); by default what is beside the student.
 
-    Attributes:
-        path: our file, or the folder of the research code's two.
-        run_id, folder: the run that trained it, where that is known, on the server or on this machine.
+    Raises UserError.
     """
-
-    path: Path
-    run_id: str | None = None
-    folder: Path | None = None
-
-
-def find(run: Run, given: str | None, student: Source | None) -> Place:
-    """What `fusion=` names; not given, what was saved beside the student. Raises UserError."""
     key = f"fusion={given}"
     if given is None:
         if student is not None and student.folder is not None:
@@ -68,7 +56,7 @@ def find(run: Run, given: str | None, student: Source | None) -> Place:
     if given.startswith("runs:/"):
         run_id, _, path = given.removeprefix("runs:/").strip("/").partition("/")
         try:
-            return Place(fetch(run, f"runs:/{run_id}/{path or FUSION}", key), run_id)
+            return Source(fetch(run, f"runs:/{run_id}/{path or FUSION}", key), run_id)
         except UserError as error:
             if not path and not _had_fusion(run, run_id):
                 raise _without(key) from error
@@ -91,22 +79,22 @@ def _without(key: str) -> UserError:
     )
 
 
-def _local(path: Path, key: str) -> Place:
+def _local(path: Path, key: str) -> Source:
     if path.is_file():
         path = path.parent if path.name in (MBM, HEAD) else path
     for file in (path, path / FUSION, path / OURS):
         if file.is_file():
             own = [folder for folder in list(file.absolute().parents)[:2] if (folder / "journal.jsonl").exists()]
-            return Place(file, None, own[0] if own else None)
+            return Source(file, None, own[0] if own else None)
     missing = [name for name in (MBM, HEAD) if not (path / name).is_file()]
     if missing and (path / "journal.jsonl").exists() and GATE not in records.from_folder(path).metrics:
         raise _without(key)
     if missing:
         raise UserError(f"{key}: no {' and no '.join(missing)} there; give runs:/<id>, {OURS} or a folder with both")
-    return Place(path)
+    return Source(path)
 
 
-def load(run: Run, place: Place, fusion: Fusion, hashes: Sequence[str], data: ImageData) -> None:
+def load(run: Run, place: Source, fusion: Fusion, hashes: Sequence[str], data: ImageData) -> None:
     """Fill the fusion.
 
     Args:
@@ -175,7 +163,7 @@ def _adapter(run: Run, index: int) -> dict[str, Tensor]:
     return found
 
 
-def _check_origin(run: Run, place: Place, hashes: Sequence[str]) -> None:
+def _check_origin(run: Run, place: Source, hashes: Sequence[str]) -> None:
     """The run that trained the fusion computed with it what is computed here, and from these teachers."""
     method, trained_with = _origin(run, place)
     ours = run.config.method
@@ -194,13 +182,13 @@ def _check_origin(run: Run, place: Place, hashes: Sequence[str]) -> None:
         )
 
 
-def _origin(run: Run, place: Place) -> tuple[dict[str, Any], str]:
+def _origin(run: Run, place: Source) -> tuple[dict[str, Any], str]:
     """The `method` section and the teachers' hashes of the run that trained a fusion; empty where not known."""
     if place.folder is not None:
         config, tags = place.folder / "config.yaml", records.from_folder(place.folder).tags
-    elif place.run_id is not None and run.delivery is not None:
-        tags = run.delivery.run_info(place.run_id)["tags"]
-        config = fetch(run, f"runs:/{place.run_id}/config.yaml", f"fusion=runs:/{place.run_id}")
+    elif place.made_by is not None and run.delivery is not None:
+        tags = run.delivery.run_info(place.made_by)["tags"]
+        config = fetch(run, f"runs:/{place.made_by}/config.yaml", f"fusion=runs:/{place.made_by}")
     else:
         return {}, ""
     content = read_data(config, str(config)) if config.is_file() else {}

@@ -68,7 +68,7 @@ class Averaged(nn.Module):
         self.members, self.weights = nn.ModuleList(members), weights
 
     def forward(self, x: Tensor) -> Tensor:
-        return _log(targets.averaged([member(x).logits for member in self.members], self.weights, tau=1.0))
+        return _averaged([member(x).logits for member in self.members], self.weights)
 
 
 class Fused(nn.Module):
@@ -135,14 +135,11 @@ class Subject:
     def answers(self, part: Part) -> Answers:
         """Every network runs once over the split, float32, eval mode."""
         method, data = self.config.method, self.data
-        seen = [
-            outputs(net, self._batches(part, data.mean, data.std), f"teacher {k}") for k, net in enumerate(self.nets)
-        ]
+        batches = self._batches(part, data.mean, data.std)
+        seen = [outputs(net, batches, f"teacher {k}") for k, net in enumerate(self.nets)]
         members = [out.logits.cpu() for out in seen]
         if self.mode == "average":
-            return Answers(
-                _log(targets.averaged([s.logits for s in seen], method.averaging_weights, tau=1.0)).cpu(), members
-            )
+            return Answers(_averaged([out.logits for out in seen], method.averaging_weights).cpu(), members)
         if self.fusion is not None and method.learnable_q:
             return Answers(synergy_logits(self.fusion, None, seen).cpu(), members)
         # the model's own preprocessing, whatever statistics this data has
@@ -183,20 +180,16 @@ def subject(run: Run, data: ImageData, request: Request, source: Source | None =
         _check_query(config, source, key)
         place = fusions.find(run, request.fusion, source)
         found.teachers = teachers.obtain(run, data, student)
-        found.fusion = _fusion(config, data, found)
+        widths, query = [net.feature_dim for net in found.nets], query_width(config.method, student)
+        with networks.user_error("fusion"):
+            made = Fusion(config.method, widths, query, data.num_classes)
+        found.fusion = made.to(networks.device_of(config)).eval()
         fusions.load(run, place, found.fusion, [t.hash for t in found.teachers], data)
     elif mode == "average" or request.teachers == "true":
         found.teachers = teachers.obtain(run, data, student)
     elif request.teachers == "auto":
         found.teachers = _at_hand(run, data, student)
     return found
-
-
-def _fusion(config: Config, data: ImageData, found: Subject) -> Fusion:
-    widths, query = [net.feature_dim for net in found.nets], query_width(config.method, found.student)
-    with networks.user_error("fusion"):
-        made = Fusion(config.method, widths, query, data.num_classes)
-    return made.to(networks.device_of(config)).eval()
 
 
 def _check_query(config: Config, source: Source | None, key: str) -> None:
@@ -223,6 +216,7 @@ def _at_hand(run: Run, data: ImageData, student: FeatureNet) -> list[Teacher]:
         return []
 
 
-def _log(p: Tensor) -> Tensor:
-    """Logits whose softmax is p; what has underflowed stays finite."""
+def _averaged(logits: Sequence[Tensor], weights: list[float] | None) -> Tensor:
+    """Log of the mean probabilities (B, N) of logits (B, N); what has underflowed stays finite."""
+    p = targets.averaged(list(logits), weights, tau=1.0)
     return p.clamp_min(torch.finfo(p.dtype).tiny).log()

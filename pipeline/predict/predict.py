@@ -42,8 +42,7 @@ def predict(run: "Run", request: Request) -> float | None:
     """
     if run.follower:
         return None  # one process is enough
-    model = bundle.read(locate(request.model, run.fetch, run.folder / "fetched"), f"model={request.model}")
-    classifier = bundle.load(model, f"model={request.model}")
+    model, classifier = load(request.model, run.fetch, run.folder / "fetched")
     run.ready()
     if request.ignored:
         logger.info("images=%s: %s", request.images, told(request.ignored, request.images))
@@ -164,12 +163,17 @@ def _tell(run: "Run", request: Request, skipped: Mapping[str, str]) -> Path:
 # the model -----------------------------------------------------------------------------------------------------------
 
 
-def locate(source: str, fetch: Callable[[str, Path], Path], to: Path) -> Path:
-    """The folder of the logged student that `model=` names; `fetch` brings what lies on a server into the folder `to`.
+def load(source: str, fetch: Callable[[str, Path], Path], to: Path) -> tuple[bundle.Student, Classifier]:
+    """The student that `model=` names, and its network; `fetch` brings what lies on a server into the folder `to`.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, or no student as it was registered.
     """
+    student = bundle.read(_folder(source, fetch, to), f"model={source}")
+    return student, bundle.load(student, f"model={source}")
+
+
+def _folder(source: str, fetch: Callable[[str, Path], Path], to: Path) -> Path:
     if source.startswith(("models:/", "runs:/")):
         uri = source.rstrip("/")
         if source.startswith("runs:/") and "/" not in uri.removeprefix("runs:/"):

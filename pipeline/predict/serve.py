@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from pipeline.compose.groups import STUDENTS
 from pipeline.config import Config
 from pipeline.config.numbers import whole
 from pipeline.errors import UserError
+from pipeline.predict.predict import load
 from pipeline.served.pictures import Refused
 from pipeline.served.student_pyfunc import Classifier, answers
 from pipeline.tracking import start
@@ -146,7 +147,7 @@ async def _body(request: Request, limits: Limits) -> bytes | Response:
     while True:
         try:
             async with asyncio.timeout(limits.idle):
-                part = await _next(stream)
+                part = await anext(stream, None)
         except TimeoutError:
             return Refusal(f"nothing was sent for {limits.idle:g} s", 408, "BAD_REQUEST", last=True)
         if part is None:
@@ -155,10 +156,6 @@ async def _body(request: Request, limits: Limits) -> bytes | Response:
         size += len(part)
         if size > limits.body:
             return Refusal(large, 413, "BAD_REQUEST", last=True)
-
-
-async def _next(stream: AsyncIterator[bytes]) -> bytes | None:
-    return await anext(stream, None)
 
 
 def answer(classifier: Classifier, body: bytes) -> str:
@@ -201,24 +198,8 @@ def listen(host: str, port: int) -> socket.socket:
 def server(app: Starlette, limits: Limits) -> uvicorn.Server:
     """To be run with `run(sockets=[…])`."""
     protocol: Any = functools.partial(Patient, limits.idle)
-    config = uvicorn.Config(
-        app,
-        http=protocol,
-        ws="none",
-        lifespan="off",
-        limit_concurrency=CONNECTIONS,
-        log_level="warning",
-    )
-    return uvicorn.Server(config)
-
-
-def load(source: str, fetch: Callable[[str, Path], Path], to: Path) -> tuple[Classifier, str]:
-    """The network that `model=` names, checked as `bundle` says, and the version it is of. Raises UserError."""
-    from pipeline.predict.predict import locate
-    from pipeline.served import bundle
-
-    student = bundle.read(locate(source, fetch, to), f"model={source}")
-    return bundle.load(student, f"model={source}"), student.version or source
+    usual: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_level": "warning"}
+    return uvicorn.Server(uvicorn.Config(app, http=protocol, limit_concurrency=CONNECTIONS, **usual))
 
 
 # the step ------------------------------------------------------------------------------------------------------------
@@ -237,10 +218,10 @@ def serve(config: Config, command: cli.Command) -> int:
     uri = config.tracking.uri or start.default_uri()
     with listen(own.get("host") or "127.0.0.1", port) as listening:
         with tempfile.TemporaryDirectory(prefix="asib-served-") as folder:
-            classifier, version = load(source, lambda what, to: start.fetch_now(uri, what, to), Path(folder))
+            student, classifier = load(source, lambda what, to: start.fetch_now(uri, what, to), Path(folder))
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
-        logger.info("serving %s on http://%s:%d", version, address, port)
+        logger.info("serving %s on http://%s:%d", student.version or source, address, port)
         try:
             server(application(classifier, limits), limits).run(sockets=[listening])
         except KeyboardInterrupt:

@@ -17,8 +17,8 @@ import psutil
 import pytest
 import sqlalchemy
 
-from pipeline.promote import decision, queue
-from pipeline.promote.registered_model import Version
+from pipeline.promote import queue
+from tests.pipeline.promote.history import history
 from tests.steps.desk import LAX, NAME, Desk, runs_of
 from tests.steps.lab import client, deliver
 
@@ -129,7 +129,7 @@ def test_promotions_killed_at_any_moment_are_finished_once(
         left = store.get_registered_model(NAME).tags.keys()
         assert not [tag for tag in left if tag.startswith(("asib.move", "asib.turn", "asib.look."))], left
         assert not desk.tags(2).get("asib.pending")
-        lines = [decision.history_lines(Version(str(n), tags=desk.tags(n))) for n in (1, 2)]
+        lines = [history(desk.tags(n)) for n in (1, 2)]
         assert sum("replaced as champion by version 2" in line for line in lines[0]) == k + 1
         assert sum("promoted over version 1" in line for line in lines[1]) == k + 1
         assert "RUNNING" not in {store.get_run(run).info.status for run in runs_of(desk)}

@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.distill import export, networks, teachers
 from pipeline.errors import UserError
 from pipeline.evaluate import fusions
+from pipeline.evaluate.source import Source
 from tests.pipeline.training.builders import config, differences, distillation, fine_tuning, image_data, loop_for
 
 STUDENTS_OWN: dict[str, dict[str, Any]] = {
@@ -121,7 +122,7 @@ def test_a_fusion_of_other_classes_or_images_is_refused(tmp_path: Path) -> None:
     assert other is not None
     export.save_fusion(made, tmp_path / "fusion.safetensors", data)
     run: Any = SimpleNamespace(config=c)  # the run that made it is not known
-    place = fusions.Place(tmp_path / "fusion.safetensors")
+    place = Source(tmp_path / "fusion.safetensors")
     for strange, says in (
         (replace(data, classes=data.classes[::-1]), "other classes, or on these in another order"),
         (replace(data, std=(0.25, 0.25, 0.3)), r"set dataset\.std=\[0\.25,0\.2,0\.3\]"),

@@ -23,6 +23,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.predict import serve
+from pipeline.predict.predict import load
 from pipeline.served.student_pyfunc import Classifier
 from tests.pipeline.served.test_bundle import CLASSES, network
 
@@ -165,11 +166,11 @@ def test_a_folder_of_a_student_is_served_and_a_wrong_one_refused(tmp_path: Path)
 
     onnx.save(network(), tmp_path / "student.onnx")
     (tmp_path / "meta.json").write_text(json.dumps({"classes": CLASSES, "image_size": 4, "in_chans": 3}))
-    classifier, version = serve.load(str(tmp_path), none, tmp_path)
-    assert (classifier.classes, version) == (CLASSES, str(tmp_path))
+    student, classifier = load(str(tmp_path), none, tmp_path)
+    assert (classifier.classes, student.folder, student.version) == (CLASSES, tmp_path, "")
     (tmp_path / "student.onnx").unlink()
     with pytest.raises(UserError, match=r"no student is in it"):
-        serve.load(str(tmp_path), none, tmp_path)
+        load(str(tmp_path), none, tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("caddy") is None, reason="no caddy here")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.compose.cli import Command
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.promote import decision, request
@@ -14,6 +15,7 @@ from pipeline.promote.decision import Occasion
 from pipeline.promote.gate import Criterion, Verdict
 from pipeline.promote.registered_model import Overview, Version
 from pipeline.tracking.model_tags import PAST
+from tests.pipeline.promote.history import history
 
 JUDGED = {"asib.verdict": "promoted", "asib.gate": "default with alpha=0.999 (0.05)"}
 WHY = Occasion("r" * 32, "ada", "2025-11-20T08:41:00Z", "looks good")
@@ -118,11 +120,9 @@ def test_a_history_of_120_lines_is_kept_whole_wherever_a_decision_breaks_off() -
             model.tags["1"] |= {name: text for name, text in tags.items() if name != "asib.history"}
             tags = decision.history(model.version("1"), WHY, line)
         model.tags["1"] |= tags
-    kept = decision.history_lines(model.version("1"))
+    kept = history(model.tags["1"])
     assert [line.split(" ", 1)[1].removesuffix(f" {WHY.words()}") for line in kept] == lines
-    assert [
-        line.split(" ", 1)[1].removesuffix(f" {WHY.words()}") for line in model.tags["1"]["asib.history"].splitlines()
-    ][-1] == lines[-1]
+    assert model.tags["1"]["asib.history"].endswith(f"{lines[-1]} {WHY.words()}")
 
 
 def test_a_deleted_champion_is_no_dead_end() -> None:
@@ -165,7 +165,7 @@ def test_previous_that_stands_at_the_champion_is_none() -> None:
 )
 def test_what_cannot_be_asked_is_refused_before_anything_starts(own: dict[str, str], needle: str) -> None:
     with pytest.raises(UserError) as refused:
-        request.make(Config(), own)
+        request.read(Config(), Command(own=own))
     assert needle in str(refused.value)
     with pytest.raises(UserError, match="tracking=offline"):
-        request.make(Config.model_validate({"tracking": {"mode": "offline"}}), {"name": "m"})
+        request.read(Config.model_validate({"tracking": {"mode": "offline"}}), Command(own={"name": "m"}))
