@@ -23,6 +23,6 @@ def files(**more: str) -> dict[str, str]:
     """Name -> text; `more` goes into the MLmodel."""
     return {
         "MLmodel": json.dumps({"flavors": {"python_function": FLAVOR}, **more}),
-        "student_pyfunc.py": code.code(),
+        "student_pyfunc.py": code.CODE,
         "requirements.txt": "mlflow==3.17.2\nnumpy==2.4.6\nonnxruntime==1.31.1\npillow==13.0.0",
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline import urls
 from pipeline.ablate.request import PLAN_TAG, Plan
-from pipeline.compare import compare, report
+from pipeline.compare import compare, job, report
 from pipeline.compose import rungs
 from pipeline.config import Config, Identity, config_hash, source_digest
 from pipeline.config.places import output_dir
@@ -72,10 +72,9 @@ def ablate(run: Run, plan: Plan) -> float | None:
             failed.append(f"{child.name}: {error}")
     _state_reuse(run, children)
     accuracy: float | None = None
-    results = _records(run, [c for c in children if c.folder or c.run_id])
+    results = job.read(run, [str(c.folder or c.run_id) for c in children if c.folder or c.run_id])
     if results:
-        found = _report(run, plan, children, results)
-        accuracy = _keep_best(run, data, children, found)
+        accuracy = _keep_best(run, data, children, _report(run, children, results))
     if failed:
         raise NonFinite("; ".join(failed))
     return accuracy
@@ -114,9 +113,8 @@ def _identified(run: Run, plan: Plan, data: ImageData) -> list[Child]:
 def _find_finished(run: Run, children: Sequence[Child], force: bool) -> None:
     """Find finished results: in this run's folder, elsewhere on this machine, on the tracking server."""
     for child in children:
-        own = run.folder / child.key
         if run.finished_child(child.key) is not None:
-            child.folder, child.reused = own, True
+            child.folder, child.reused = run.folder / child.key, True
     if force:
         return
     here = _finished_here(output_dir(run.config), {c.identity for c in children if c.folder is None})
@@ -165,14 +163,11 @@ def _train(run: Run, child: Child) -> None:
 
 def _state_reuse(run: Run, children: Sequence[Child]) -> None:
     """Record which runs were reused, and deliver those that the server lacks."""
-    here = run.folder
-    for child in children:
-        if child.folder is None or child.folder.parent == here:
-            continue
-        if records.delivered_as(child.folder, _shown_uri(run)) is None:
+    elsewhere = [c for c in children if c.reused and (c.folder is None or c.folder.parent != run.folder)]
+    for child in elsewhere:
+        if child.folder is not None and records.delivered_as(child.folder, _shown_uri(run)) is None:
             run.journal.child(child.folder)
-    reused = [_id(run, c) for c in children if c.reused and (c.folder is None or c.folder.parent != here)]
-    run.journal.tags({"asib.reused": ",".join(reused) or "none"})
+    run.journal.tags({"asib.reused": ",".join(_id(run, child) for child in elsewhere) or "none"})
     again = sum(c.reused for c in children)
     if again:
         logger.info("%d of %d runs had finished before: reused (force=true runs them again)", again, len(children))
@@ -192,23 +187,11 @@ def _shown_uri(run: Run) -> str:
     return urls.hidden(tracking_uri(run.config))
 
 
-def _records(run: Run, children: Sequence[Child]) -> list[records.Record]:
-    distant = [c.run_id for c in children if c.folder is None and c.run_id]
-    fetched: dict[str, records.Record] = {}
-    if distant and run.delivery is not None:
-        for folder in run.delivery.read_runs(distant, run.folder / "fetched", records.HISTORIES):
-            record = records.from_server(folder)
-            fetched[record.id] = record
-    return [records.from_folder(c.folder) if c.folder else fetched[str(c.run_id)] for c in children]
-
-
 # the end ---------------------------------------------------------------------------------------------
 
 
-def _report(run: Run, plan: Plan, children: Sequence[Child], results: list[records.Record]) -> compare.Comparison:
+def _report(run: Run, children: Sequence[Child], results: list[records.Record]) -> compare.Comparison:
     found = compare.compare(results)
-    for path in report.write(found, run.folder / "comparison"):
-        run.journal.artifact(path, "comparison")
     link = ""
     if run.delivery is not None:
         try:
@@ -216,8 +199,7 @@ def _report(run: Run, plan: Plan, children: Sequence[Child], results: list[recor
             link = report.link(ids, run.delivery.wait_ready().experiment_id)
         except UserError as error:
             logger.warning("no link for the comparison: %s", error)
-    run.journal.tags({"mlflow.note.content": report.note(found, link)})
-    print(report.text(found), flush=True)
+    report.log(run, found, link)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.compose import cli, rungs
@@ -47,19 +47,14 @@ def print_table(config: Config, command: cli.Command) -> int | None:
 def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     """Read the step's own keys; the configuration is the parent run's, which may continue an interrupted ablation.
 
-    Raises:
-        UserError: unknown rungs, or rungs that do not fit the configuration.
+    Raises UserError: unknown rungs, or rungs that do not fit the configuration.
     """
-    plan = _plan(config, command.own, command.overrides)
-    return _parent(config, plan), plan
-
-
-def _plan(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Plan:
+    own = command.own
     cli.one_process("ablate", "start single rungs with torchrun -m steps.distill cfg=<rung>")
     names = rungs.read_names(own.get("rungs") or "ladder")
     seeds = rungs.read_seeds(own.get("seeds") or str(config.seed))
     force = cli.flag(own, "force")
-    rungs.refuse_overrides(names, overrides)
+    rungs.refuse_overrides(names, command.overrides)
     unlogged = {"log_model": False, "register": None}  # the parent's model is the best one's
     configs = [shared(c.model_copy(update=unlogged)) for c in rungs.configurations(config, names, seeds)]
     what = {
@@ -71,7 +66,13 @@ def _plan(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> P
         "amp": config.optim.use_amp,  # no part of the hash, and another identity
     }
     digest = hashlib.sha256(canonical(what).encode()).hexdigest()
-    return Plan(tuple(names), tuple(seeds), force, tuple(configs), digest)
+    if config.resume is None:
+        before = interrupted(output_dir(config), "ablate", PLAN_TAG, digest)
+        if before is not None:
+            logger.info("continuing %s, which was interrupted", before)
+            config = config.model_copy(update={"resume": str(before)})
+    config = cli.named(config, f"ablate {_count(names, 'rung')}, {_count(seeds, 'seed')}")
+    return config, Plan(tuple(names), tuple(seeds), force, tuple(configs), digest)
 
 
 def table(cfg: Config) -> str:
@@ -81,16 +82,6 @@ def table(cfg: Config) -> str:
         changes = (f"`{key.removeprefix('method.')}={written(value)}`" for key, value in rungs.delta(rung, cfg).items())
         rows.append([f"`{rung.name}`", f"`{rung.parent or 'cfg'}`", ", ".join(changes)])
     return tables.markdown(["rung", "over", "changes"], rows, left=3)
-
-
-def _parent(config: Config, plan: Plan) -> Config:
-    """The parent's configuration: its name, and the interrupted ablation that it continues."""
-    if config.resume is None:
-        before = interrupted(output_dir(config), "ablate", PLAN_TAG, plan.digest)
-        if before is not None:
-            logger.info("continuing %s, which was interrupted", before)
-            config = config.model_copy(update={"resume": str(before)})
-    return cli.named(config, f"ablate {_count(plan.names, 'rung')}, {_count(plan.seeds, 'seed')}")
 
 
 def _count(items: Sequence[object], word: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -29,14 +29,14 @@ class Comparison:
     table: pd.DataFrame
     differing: pd.DataFrame
     dataset: str
-    notes: tuple[str, ...] = field(default_factory=tuple)
+    notes: tuple[str, ...] = ()
 
     def best(self) -> tuple[Group, Record] | None:
         """The group with the highest mean validation accuracy and its best run; None without a validation split."""
-        known = [(g.validation, g) for g in self.groups if g.validation is not None]
+        known = [g for g in self.groups if g.validation is not None]
         if not known:
             return None
-        group = max(known, key=lambda pair: pair[0])[1]
+        group = max(known, key=lambda g: g.mean(VALIDATION))
         return group, max(group.records, key=lambda r: r.metrics[VALIDATION])
 
     def references(self) -> dict[str, float]:
@@ -75,13 +75,10 @@ class Comparison:
 
 
 def compare(runs: Sequence[Record], anyway: bool = False) -> Comparison:
-    """Group the runs and compare the groups.
+    """Group the runs and compare the groups; `anyway`: also where teachers, student, epochs, data or split differ.
 
-    Args:
-        anyway: also where teachers, student, epochs, data or split differ.
-
-    Raises:
-        UserError: runs that are not finished or have no student's accuracy, of different classes; an unfair comparison.
+    Raises UserError: runs that are not finished or have no student's accuracy, of different classes; an unfair
+    comparison.
     """
     _refuse(runs, anyway)
     groups = group(runs)

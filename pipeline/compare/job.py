@@ -1,7 +1,7 @@
 """The step that compares runs, read from the tracking server or, offline, from folders, and logs the report."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.compare import compare, report
@@ -20,18 +20,14 @@ logger = logging.getLogger("asib")
 def compare_runs(run: Run, request: Request) -> float | None:
     """Compare the nested runs of a parent, or the named runs; log the report to this run and to the parent."""
     parent = request.parent
-    found = compare.compare(_nested(run, parent) if parent else _read(run, request.runs), request.anyway)
+    found = compare.compare(_nested(run, parent) if parent else read(run, request.runs), request.anyway)
     run.ready()
-    paths = report.write(found, run.folder / "comparison")
-    for path in paths:
-        run.journal.artifact(path, "comparison")
     everything = [r.id for g in found.groups for r in g.records]
     run.journal.tags({"asib.compared": ",".join(everything)})
     link = report.link(everything, run.delivery.wait_ready().experiment_id) if run.delivery else ""
-    run.journal.tags({"mlflow.note.content": report.note(found, link)})
+    paths = report.log(run, found, link)
     if parent and run.delivery is not None and not _is_folder(parent):
         run.delivery.ask("log_files", run_id=parent, files=[str(p.absolute()) for p in paths], to="comparison")
-    print(report.text(found), flush=True)
     best = found.best()
     return None if best is None else best[0].validation
 
@@ -40,7 +36,7 @@ def _is_folder(name: str) -> bool:
     return (user_path(name, "runs") / "journal.jsonl").exists()
 
 
-def _read(run: Run, names: Sequence[str]) -> list[records.Record]:
+def read(run: Run, names: Sequence[str]) -> list[records.Record]:
     """Folders are read as they are; ids from the server, offline from what lies in output_dir."""
     folders = {name: user_path(name, "runs") for name in names if _is_folder(name)}
     found: dict[str, records.Record] = {name: records.from_folder(folder) for name, folder in folders.items()}
@@ -60,28 +56,27 @@ def _read(run: Run, names: Sequence[str]) -> list[records.Record]:
 def _nested(run: Run, parent: str) -> list[records.Record]:
     """The parent's own distillations and those that it reused; what has not finished is named and left out."""
     if run.delivery is not None and not _is_folder(parent):
-        tags = run.delivery.run_info(parent)["tags"]
-        seen = _read(run, [*run.delivery.ask("nested_runs", run_id=parent), *_reused(tags.get("asib.reused"))])
+        reused = _reused(run.delivery.run_info(parent)["tags"])
+        seen = read(run, [*run.delivery.ask("nested_runs", run_id=parent), *reused])
     else:
         folder = find_folder(output_dir(run.config), parent, "parent")
         if folder is None:
             raise UserError(f"parent={parent}: no such run in output_dir={run.config.output_dir}")
         seen = [records.from_folder(f) for f in _children(folder)]
         known = {r.id for r in seen}
-        tags = records.from_folder(folder).tags
-        seen += _read(run, [name for name in _reused(tags.get("asib.reused")) if name not in known])
+        seen += read(run, [name for name in _reused(records.from_folder(folder).tags) if name not in known])
     students = [r for r in seen if compare.ACCURACY in r.metrics and r.tags.get("asib.step") != "finetune"]
-    unfinished = [r for r in seen if r.status != "FINISHED"]
-    for record in unfinished:
-        logger.warning("%s (%s) is %s: left out", record.name, record.id, record.status)
+    for record in seen:
+        if record.status != "FINISHED":
+            logger.warning("%s (%s) is %s: left out", record.name, record.id, record.status)
     chosen = [r for r in students if r.status == "FINISHED"]
     if not chosen:
         raise UserError(f"parent={parent}: none of its {len(seen)} nested runs is a finished distillation")
     return chosen
 
 
-def _reused(tag: str | None) -> list[str]:
-    return [] if tag in (None, "", "none") else str(tag).split(",")
+def _reused(tags: Mapping[str, str]) -> list[str]:
+    return [name for name in tags.get("asib.reused", "").split(",") if name not in ("", "none")]
 
 
 def _children(folder: Path) -> list[Path]:

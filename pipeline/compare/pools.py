@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,15 +28,10 @@ SHOWN = 4
 """Differences that a line names."""
 
 
-def compared(config: Mapping[str, str]) -> dict[str, str]:
-    """The keys of a configuration that may change a result, without the seed."""
-    return {k: v for k, v in config.items() if not listed(k, NOT_COMPARED)}
-
-
 def facts(run: Record) -> dict[str, str]:
     """All that decides a run's result, except the seed; teachers are identified by their weights, not their paths."""
     teachers = run.tags.get("asib.teachers")
-    known = compared(run.config)
+    known = {k: v for k, v in run.config.items() if not listed(k, NOT_COMPARED)}
     if teachers is not None:
         known = {k: v for k, v in known.items() if not k.endswith(".checkpoint")}
     git = f"{run.tags.get('asib.git_sha', '')[:12]}{'+' if run.tags.get('asib.git_dirty') == 'true' else ''}"
@@ -181,8 +176,7 @@ def named(found: Differences) -> str:
 def reference(groups: Sequence[Group], one: Group, names: Sequence[str], anyway: bool) -> Group | None:
     """The group of the first of these rungs that may be compared with `one`, the one that differs least beside.
 
-    Raises:
-        UserError: there are some, but each comparison would be unfair; `anyway` takes the first of them.
+    Raises UserError: there are some, but each comparison would be unfair; `anyway` takes the first of them.
     """
     refused: list[Group] = []
     for name in names:

@@ -18,6 +18,7 @@ from pipeline.compare.pools import Group
 from pipeline.reporting import figures, pages, tables
 from pipeline.reporting.pages import first_that_fits
 from pipeline.reporting.statistics import ENOUGH
+from pipeline.runs.run import Run
 
 EXPLAINED = (
     "acc: test top-1 in % of the epoch that validation chose, mean over seeds, ± its standard deviation (n - 1). vs: "
@@ -40,16 +41,25 @@ def write(found: Comparison, folder: Path) -> list[Path]:
     return paths
 
 
+def log(run: Run, found: Comparison, to: str) -> list[Path]:
+    """Log a report to a run, whose note has the link `to` (or none), and print it; its files."""
+    paths = write(found, run.folder / "comparison")
+    for path in paths:
+        run.journal.artifact(path, "comparison")
+    run.journal.tags({"mlflow.note.content": note(found, to)})
+    print(text(found), flush=True)
+    return paths
+
+
 # tables --------------------------------------------------------------------------------------------------------------
 
 
 def shown(found: Comparison) -> pd.DataFrame:
     """The table with one text for each number: `61.25 ± 0.40`, `+0.80 [-0.10, 1.65]`, counts with thousands."""
     table, columns = found.table, dict[str, list[str]]()
-    if "pair" in table:
-        columns["pair"] = list(table["pair"])
-    if table["parent"].any():
-        columns["parent"] = list(table["parent"])
+    for name in ("pair", "parent"):
+        if name in table and table[name].any():
+            columns[name] = list(table[name])
     columns["seeds"] = [f"{n:.0f}" for n in table["seeds"]]
     columns["acc"] = [
         f"{mean:.2f}" + ("" if math.isnan(std) else f" ± {std:.2f}")
@@ -63,8 +73,7 @@ def shown(found: Comparison) -> pd.DataFrame:
         columns["synergy"] = [_number(value, 2) for value in table["synergy"]]
     for name in (c for c in table.columns if c.startswith("vs ") and f"{c} low" in table.columns):
         columns[name] = [_with_interval(row, name) for _, row in table.iterrows()]
-    costs = list(table.columns)[list(table.columns).index("student updates") :]
-    for name in costs:
+    for name in table.loc[:, "student updates":]:
         columns[name] = [_number(value, 1 if name == "seconds" else 0) for value in table[name]]
     return pd.DataFrame(columns, index=table.index)
 

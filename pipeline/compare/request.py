@@ -26,8 +26,7 @@ class Request:
 def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
     """Read the step's own keys; the configuration gets the run's name.
 
-    Raises:
-        UserError: both `parent` and `runs` are given, or neither, or one run alone.
+    Raises UserError: both `parent` and `runs` are given, or neither, or one run alone.
     """
     own = command.own
     parent = own.get("parent", "")

@@ -30,9 +30,7 @@ def folder(config: Config) -> Path:
 def opener(config: Config, data: ImageData, hashes: Sequence[str]) -> OpenBank:
     """Return a function that opens a task's bank where its configuration has one, and logs a line about it.
 
-    Args:
-        data: the images that the task is made with.
-        hashes: of the weights of its teachers, in order.
+    `data`: the images that the task is made with; `hashes`: of its teachers' weights, in order.
     """
     use = bank_use(config)
 
@@ -63,8 +61,7 @@ def opener(config: Config, data: ImageData, hashes: Sequence[str]) -> OpenBank:
 def build_ahead(task: Distillation, stop: Stop) -> None:
     """Fill a task's bank with everything that training will ask for, if its configuration says so.
 
-    Raises:
-        Interrupted: a signal arrived; what is done is kept.
+    Raises Interrupted: a signal arrived; what is done is kept.
     """
     if task.bank is None or bank_use(task.config).mode != "ahead":
         return

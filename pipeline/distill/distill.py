@@ -41,11 +41,7 @@ def distill(run: Run) -> float | None:
 def trial(run: Run, watch: Watch) -> dict[str, float]:
     """Distil as `distill` does, for a sweep: the test split stays unseen, and of the student only weights are kept.
 
-    Returns:
-        Every metric's last value.
-
-    Raises:
-        Pruned, Taken: as `watch` decided.
+    Returns every metric's last value. Raises Pruned, Taken: as `watch` decided.
     """
     data, task, loop = _trained(run, watch)
     found = _conclude(data, task, loop, test=False)

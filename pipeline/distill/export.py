@@ -90,11 +90,9 @@ def to_onnx(net: nn.Module, data: ImageData, path: Path) -> None:
 def check_onnx(path: Path, net: nn.Module, data: ImageData) -> dict[str, float]:
     """Compare an ONNX file, run by onnxruntime, with the `plain` network it was made from, on images of the test split.
 
-    Returns:
-        The largest difference of `OUTPUTS`, absolute.
+    Returns the largest difference of `OUTPUTS`, absolute.
 
-    Raises:
-        RuntimeError: they disagree by more than `TOLERANCE`, on a batch or on a single image.
+    Raises RuntimeError: they disagree by more than `TOLERANCE`, on a batch or on a single image.
     """
     import onnxruntime
 
@@ -127,9 +125,7 @@ def to_timm(net: nn.Module, model: FeatureNet, data: ImageData, folder: Path) ->
     """Write `model.safetensors` and `config.json`, as `timm.create_model("local-dir:<folder>", pretrained=True)` reads.
 
     Our own architectures load once `models.cifar`, and timm's with a changed stem once `models.stem_timm`, is imported.
-
-    Args:
-        net: the `plain` network of `model`.
+    `net`: the `plain` network of `model`.
     """
     from timm.models import model_entrypoint, save_for_hf
 
@@ -153,11 +149,9 @@ def log_student(
 ) -> None:
     """The student as a servable model: ONNX, class names, preprocessing, an example; weights and timm's folder with it.
 
-    Args:
-        config_hash: of what made it; None: of the run's configuration.
+    `config_hash`: of what made it; None: of the run's configuration.
 
-    Raises:
-        RuntimeError: its ONNX file disagrees with the network.
+    Raises RuntimeError: its ONNX file disagrees with the network.
     """
     folder = run.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)
@@ -166,7 +160,7 @@ def log_student(
     to_onnx(network, data, folder / "student.onnx")
     difference = check_onnx(folder / "student.onnx", network, data)
     to_timm(network, net, data, folder / "timm")
-    (folder / served.PYFUNC.name).write_text(served.code(), encoding="utf-8")
+    (folder / served.PYFUNC.name).write_text(served.CODE, encoding="utf-8")
     shutil.copy(run.folder / "checkpoints/student.safetensors", folder)
     meta: dict[str, Any] = {
         "classes": list(data.classes),

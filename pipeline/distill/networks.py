@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,11 +52,7 @@ def build(
     drop_rate: float = 0.0,
     adapter_dim: int | None = None,
 ) -> FeatureNet:
-    """A network for this data on its device; its fresh weights depend on `seed` and the name only.
-
-    Args:
-        key: the configuration key that names the network, for errors.
-    """
+    """A network for this data on its device; fresh weights depend on `seed` and the name only. Errors name `key`."""
     small = config.dataset.small_input
     with user_error(f"{key}={name}"), Streams(seed).initialising(name):
         net = zoo.create_model(
@@ -115,10 +112,7 @@ def load(net: FeatureNet, path: Path, key: str, data: ImageData) -> dict[str, An
     """Fill a network from a checkpoint file; return the file's metadata.
 
     Classes that the file records must be the data's, in its order; a recorded mean and deviation must be those that
-    the data is prepared with.
-
-    Raises:
-        UserError: it names `key`.
+    the data is prepared with. Raises UserError, which names `key`.
     """
     with user_error(key):
         check_prepared(weights.read_metadata(path), data)
@@ -128,10 +122,8 @@ def load(net: FeatureNet, path: Path, key: str, data: ImageData) -> dict[str, An
 def check_prepared(record: Mapping[str, Any], data: ImageData) -> None:
     """Raise ValueError for a recorded mean or deviation that is not the data's."""
     for name in ("mean", "std"):
-        theirs, ours = record.get(name, []), list(getattr(data, name))
-        alike = len(theirs) == data.in_chans and all(
-            abs(a - b) <= PREPARED_ALIKE for a, b in zip(theirs, ours, strict=True)
-        )
+        theirs, ours = record.get(name, []), getattr(data, name)
+        alike = len(theirs) == len(ours) and np.allclose(theirs, ours, rtol=0, atol=PREPARED_ALIKE)
         if theirs and not alike:  # nor where one is NaN
             told = ", ".join(f"{value:.6g}" for value in theirs)
             raise ValueError(

@@ -77,12 +77,13 @@ def write_results(run: Run, results: dict[str, float]) -> None:
 def _experiment_logger(run: Run, results: dict[str, float], seconds: float) -> dict[str, Any]:
     config, history = run.config, metrics_of(run)
     m, o = config.method, config.optim
+    data = [entry.data for entry in read_entries(run.folder / "journal.jsonl")[0] if entry.kind == "dataset"]
     row: dict[str, Any] = {
         "exp_id": run.folder.name,
         "csv_filename": "summary.csv",
         "total_time_sec": seconds,
         "final_student_acc": results.get("final/acc_val_selected", results.get("test/acc", "")),
-        "num_classes": _num_classes(run),
+        "num_classes": data[0]["profile"]["classes"] if data else "",
         "batch_size": config.dataset.batch_size,
         "ce_alpha": m.ce_alpha,
         "kd_alpha": m.kd_alpha,
@@ -97,13 +98,6 @@ def _experiment_logger(run: Run, results: dict[str, float], seconds: float) -> d
     row |= {f"student_ep{i + 1}_acc": v for i, (_, v) in enumerate(history.get("student/acc", []))}
     row |= {f"teacher_ep{step + 1}_syn_acc": v for step, v in history.get("synergy/acc", [])}
     return row
-
-
-def _num_classes(run: Run) -> Any:
-    for entry in read_entries(run.folder / "journal.jsonl")[0]:
-        if entry.kind == "dataset":
-            return entry.data["profile"]["classes"]
-    return ""
 
 
 # pictures ------------------------------------------------------------------------------------------------------------

@@ -72,14 +72,11 @@ def store(config: Config, data: ImageData, index: int) -> Path:
 def obtain(
     run: Run, data: ImageData, student: FeatureNet, test: bool = True, config: Config | None = None
 ) -> list[Teacher]:
-    """All teachers of a run's configuration, in order; unsuitable ones are refused before anything is fine-tuned.
+    """All teachers of a run's configuration, or of `config`, in order; unsuitable ones are refused before fine-tuning.
 
-    Args:
-        test: False where the test split must not be seen: those fine-tuned here are not evaluated on it.
-        config: instead of the run's.
+    `test`: False where the test split must not be seen: those fine-tuned here are not evaluated on it.
 
-    Raises:
-        UserError: a checkpoint is missing or does not fit, or the teachers cannot be fused.
+    Raises UserError: a checkpoint is missing or does not fit, or the teachers cannot be fused.
     """
     config = config or run.config
     nets = _build(config, data, student)
@@ -147,9 +144,7 @@ def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | 
 def finetune(parent: Run, index: int, test: bool = True, config: Config | None = None) -> dict[str, float]:
     """A nested run that fine-tunes one teacher, and keeps it for other runs on this machine.
 
-    Args:
-        test: whether it is evaluated on the test split at its end.
-        config: instead of the parent's.
+    `test`: whether it is evaluated on the test split at its end; `config`: instead of the parent's.
     """
     key = f"teacher_{index}"
     done = parent.finished_child(key)

@@ -149,11 +149,7 @@ def _check_lock(run: Run, before: str) -> None:
 
 
 def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
-    """SAFE-RETRY: once, from the last good checkpoint (or from the start), with AMP off.
-
-    Returns:
-        The loop that came to the end.
-    """
+    """SAFE-RETRY: once, from the last good checkpoint (or the start), with AMP off; the loop that came to the end."""
     start, record = pack(loop.state_dict()), run.journal.snapshot()
     try:
         loop.run()

@@ -24,14 +24,11 @@ SHOWN = 8
 def evaluate(run: Run, request: Request | None = None, source: Source | None = None) -> float:
     """Evaluate what `request` asks for (the configuration's `student` on the test split) and log everything.
 
-    Args:
-        source: the model, where it is known; by default what `student` names.
+    `source`: the model, where it is known; by default what `student` names.
 
-    Returns:
-        Top-1 in percent on the split, on the test split of both.
+    Returns top-1 in percent on the split, on the test split of both.
 
-    Raises:
-        UserError: the model or fusion does not exist, or does not fit the data.
+    Raises UserError: the model or fusion does not exist, or does not fit the data.
     """
     request = request or Request()
     config = run.config
@@ -65,8 +62,7 @@ def evaluate(run: Run, request: Request | None = None, source: Source | None = N
 def write(run: Run, data: ImageData, evaluation: Evaluation, part: Part) -> list[str]:
     """Log an evaluation's tables and pictures; those of a split other than test in a folder of its name.
 
-    Returns:
-        The artifacts that are tables.
+    Returns the artifacts that are tables.
     """
     to = "" if part.name == "test" else part.name
     folder = run.folder / to
@@ -93,23 +89,21 @@ def write(run: Run, data: ImageData, evaluation: Evaluation, part: Part) -> list
 
 def _describe(run: Run, request: Request, subject: Subject) -> None:
     """Record what is evaluated: tags, and the models as the run's inputs. (Parameters are the configuration.)"""
-    stated = {"asib.eval_split": request.split, "asib.mode": request.mode, "asib.weights": subject.hash()}
-    source = subject.source
-    if source is not None and source.made_by is not None:
-        run.journal.model_input(source.made_by)
-        stated["asib.student"] = source.made_by
-    if source is not None and source.version is not None:
-        stated["asib.model"] = source.version
-    if request.fusion is not None:
-        stated["asib.fusion"] = request.fusion
-    if subject.teachers:
-        stated["asib.teachers"] = ",".join(teacher.hash for teacher in subject.teachers)
-    if request.mode != "single":
-        for made_by in dict.fromkeys(t.made_by for t in subject.teachers if t.made_by is not None):
+    source, fused = subject.source, subject.teachers if request.mode != "single" else []
+    for made_by in dict.fromkeys([source and source.made_by, *(teacher.made_by for teacher in fused)]):
+        if made_by:
             run.journal.model_input(made_by)
-    if "val" in request.splits and _saw_validation(subject):
-        stated["asib.val_contaminated"] = "true"
-    run.journal.tags(stated)
+    stated = {
+        "asib.eval_split": request.split,
+        "asib.mode": request.mode,
+        "asib.weights": subject.hash(),
+        "asib.student": source and source.made_by,
+        "asib.model": source and source.version,
+        "asib.fusion": request.fusion,
+        "asib.teachers": ",".join(teacher.hash for teacher in subject.teachers),
+        "asib.val_contaminated": "true" if "val" in request.splits and _saw_validation(subject) else "",
+    }
+    run.journal.tags({name: value for name, value in stated.items() if value})
 
 
 def _saw_validation(subject: Subject) -> bool:

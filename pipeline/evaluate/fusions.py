@@ -95,13 +95,9 @@ def _local(path: Path, key: str) -> Source:
 
 
 def load(run: Run, place: Source, fusion: Fusion, hashes: Sequence[str], data: ImageData) -> None:
-    """Fill the fusion.
+    """Fill the fusion, which is going to fuse the teachers with these hashes.
 
-    Args:
-        hashes: of the teachers that it is going to fuse.
-
-    Raises:
-        UserError: it is another configuration's, or was trained with other teachers, or on images of other classes.
+    Raises UserError: it is another configuration's, or was trained with other teachers, or on other classes.
     """
     _check_origin(run, place, hashes)
     key = f"fusion={place.path}"

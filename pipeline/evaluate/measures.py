@@ -55,10 +55,9 @@ class Evaluation:
 
 
 def evaluate_model(data: ImageData, logits: Tensor, labels: Tensor, split: str) -> Evaluation:
-    """All measures of logits (n, N) against labels (n,) on a split of `data`, for metrics named `<split>/…`.
+    """All measures of logits (n, N) against labels (n,), n > 0, on a split of `data`, for metrics named `<split>/…`.
 
-    Raises:
-        ValueError: shapes that do not fit, or no image.
+    Raises ValueError: shapes that do not fit, or no image.
     """
     if logits.shape != (len(labels), data.num_classes) or not len(labels):
         raise ValueError(f"logits {tuple(logits.shape)} for {len(labels)} labels of {data.num_classes} classes")

@@ -157,11 +157,9 @@ class Subject:
 def subject(run: Run, data: ImageData, request: Request, source: Source | None = None) -> Subject:
     """Networks, weights and fusion that a request asks for; what does not fit is refused before teachers are sought.
 
-    Args:
-        source: the model, where it is known; by default what the configuration's `student` names.
+    `source`: the model, where it is known; by default what the configuration's `student` names.
 
-    Raises:
-        UserError: something is not there, or does not belong to this data.
+    Raises UserError: something is not there, or does not belong to this data.
     """
     config, mode = run.config, request.mode
     key = f"{request.named}={config.student if source is None else source.path}"

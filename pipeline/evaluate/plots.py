@@ -60,16 +60,13 @@ def confused_sheet(
     """A row for each pair: its label, what was predicted, and the images that were predicted with most confidence.
 
     Args:
-        pairs: as `measures.confused_pairs` gives them.
-        images: uint8 (m, C, H, W).
-        indices: int64 (n,): which of them was evaluated, in the evaluation's order.
-
-    Returns:
-        False, and no picture, where no image was classified wrongly.
+        pairs: as `measures.confused_pairs` gives them; without any there is no picture, and False is returned.
+        images: uint8 (m, C, H, W), of which `indices` (n,) were evaluated, in the evaluation's order.
     """
     if not len(pairs):
         return False
-    chosen = [_examples(evaluation, classes.index(a), classes.index(b)) for a, b in zip(*_names(pairs), strict=True)]
+    named = zip(pairs["label"], pairs["predicted"], strict=True)
+    chosen = [_examples(evaluation, classes.index(a), classes.index(b)) for a, b in named]
     rows, columns = len(chosen), max(len(row) for row in chosen)
     size = images.shape[-1]
     blank = torch.full((rows, columns, *images.shape[1:]), 255, dtype=torch.uint8)
@@ -86,10 +83,6 @@ def confused_sheet(
     axis.set_title(f"{evaluation.split}: most-confused pairs, label → predicted (of the label's images)", fontsize=9)
     figures.save(made, path)
     return True
-
-
-def _names(pairs: pd.DataFrame) -> tuple[list[str], list[str]]:
-    return pairs["label"].tolist(), pairs["predicted"].tolist()
 
 
 def _examples(evaluation: Evaluation, label: int, predicted: int) -> NDArray[np.int64]:

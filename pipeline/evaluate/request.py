@@ -53,8 +53,7 @@ class Request:
 def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
     """Read the step's own keys; `model` becomes the configuration's student.
 
-    Raises:
-        UserError: a value that a key does not take, or keys that do not go together.
+    Raises UserError: a value that a key does not take, or keys that do not go together.
     """
     own = command.own
     request = Request(

@@ -40,15 +40,9 @@ class Source:
 
 
 def find(run: Run, given: str, key: str) -> Source:
-    """What `model=` names, fetched where it is not on this machine.
+    """What `model=` names (`FORMS`, or a run's folder), fetched where it is not on this machine.
 
-    Args:
-        run: asks its tracking server.
-        given: `FORMS`, or a run's folder.
-        key: for errors.
-
-    Raises:
-        UserError: it is not there, or it is no model.
+    Raises UserError, which names `key`: it is not there, or it is no model.
     """
     if given.startswith("models:/"):
         return _registered(run, given, key)
@@ -75,16 +69,13 @@ def local(path: Path, key: str) -> Source:
 def check_fits(source: Source, data: ImageData, key: str) -> dict[str, Any]:
     """The record that travels with the weights (empty for files of other code bases), if it belongs to this data.
 
-    Raises:
-        UserError: a model of another number of classes, image size or channels.
+    Raises UserError: a model of another number of classes, image size or channels.
     """
     with networks.user_error(key):
         record = weights.read_metadata(source.path)
-    for name, words, here in (
-        ("num_classes", "num_classes", data.num_classes),
-        ("image_size", "image size", data.image_size),
-        ("in_chans", "number of channels", data.in_chans),
-    ):
+    said = {"num_classes": "num_classes", "image_size": "image size", "in_chans": "number of channels"}
+    for name, words in said.items():
+        here = getattr(data, name)
         if record.get(name, here) != here:
             raise UserError(
                 f"{key}: {words} is {record[name]} in the checkpoint, {here} here (dataset.name={data.name}); "

@@ -29,11 +29,9 @@ def size(net: nn.Module, image: Tensor) -> dict[str, float]:
 def latency(net: nn.Module, image: Tensor) -> dict[str, float]:
     """`speed/latency_ms_<b>` at batch b, and `speed/images_per_second_256`, on the image's device, eval mode.
 
-    Medians over repeated calls after warm-up, with torch's present number of threads; images are already on the
-    device and normalised. A batch too slow to be repeated within its budget is measured by its one call.
-
-    Args:
-        image: (1, C, H, W) in the memory format of evaluation.
+    Medians over repeated calls after warm-up, with torch's present number of threads; images (1, C, H, W) are already
+    on the device, normalised, in the memory format of evaluation. A batch too slow to be repeated within its budget is
+    measured by its one call.
     """
     found: dict[str, float] = {}
     with undisturbed(net):

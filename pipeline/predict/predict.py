@@ -37,8 +37,7 @@ SHOWN = 10
 def predict(run: "Run", request: Request) -> float | None:
     """Write the table, log it, and link the model; pictures that cannot be read are listed and left out.
 
-    Raises:
-        UserError: no such model, a model that is no student, no picture that can be read.
+    Raises UserError: no such model, a model that is no student, no picture that can be read.
     """
     if run.follower:
         return None  # one process is enough
@@ -108,11 +107,7 @@ def _read(
 
 
 def table(names: Sequence[str], probabilities: NDArray[np.float32], classes: Sequence[str]) -> "pandas.DataFrame":
-    """file, class, probability, then class_2, probability_2 and so on up to 5, as far as there are classes.
-
-    Args:
-        probabilities: (n, N), for n names and N classes.
-    """
+    """file, class, probability, then class_2, probability_2 and so on up to 5, from probabilities (n, N)."""
     import pandas
 
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
@@ -166,8 +161,7 @@ def _tell(run: "Run", request: Request, skipped: Mapping[str, str]) -> Path:
 def load(source: str, fetch: Callable[[str, Path], Path], to: Path) -> tuple[bundle.Student, Classifier]:
     """The student that `model=` names, and its network; `fetch` brings what lies on a server into the folder `to`.
 
-    Raises:
-        UserError: it is not there, or no student as it was registered.
+    Raises UserError: it is not there, or no student as it was registered.
     """
     student = bundle.read(_folder(source, fetch, to), f"model={source}")
     return student, bundle.load(student, f"model={source}")

@@ -44,8 +44,7 @@ class Request:
 def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
     """Read the step's own keys; the configuration gets the run's name.
 
-    Raises:
-        UserError: a key is missing, or names what cannot be used.
+    Raises UserError: a key is missing, or names what cannot be used.
     """
     model, images, to = (command.own.get(key, "") for key in OWN)
     if not model:

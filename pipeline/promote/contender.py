@@ -70,9 +70,7 @@ def same_images(name: str, version: Version, data: ImageData, config: Config) ->
 def fetch(registry: Registry, version: Version, data: ImageData, config: Config, to: Path) -> Contender:
     """Download a version, check it, load what is served, and build its network; then delete the download.
 
-    Raises:
-        UserError: files that were not registered, foreign code, files that are no student's, or classes or images
-            other than those of `data`.
+    Raises UserError: files not registered, foreign code, no student, or other classes or images than those of `data`.
     """
     where = f"version {version.number} of {registry.name}"
     folder = registry.fetch(version.number, to)
@@ -159,8 +157,7 @@ def _sent(images: torch.Tensor) -> torch.Tensor:
 def served(one: Contender, images: EvalBatches) -> torch.Tensor:
     """Log-probabilities (n, N), on the CPU, that a server would answer.
 
-    Raises:
-        UserError: they differ from those of the weights by more than `TOLERANCE`.
+    Raises UserError: they differ from those of the weights by more than `TOLERANCE`.
     """
     network = Served(one.served)
     try:

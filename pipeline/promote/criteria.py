@@ -57,14 +57,11 @@ class Gate(Section):
 
 
 def load(name_or_path: str, settings: Mapping[str, str]) -> Gate:
-    """Read a gate's file and apply the settings of the command line.
+    """Read a gate's file, or one of conf/promotion by its name, and apply the settings of the command line.
 
-    Args:
-        name_or_path: a name in conf/promotion, or the path of a YAML file.
-        settings: `{"alpha": "0.01", "first.min_acc": "60"}`, as `-P gate.alpha=0.01` gives them.
+    `settings`: `{"alpha": "0.01", "first.min_acc": "60"}`, as `-P gate.alpha=0.01` gives them.
 
-    Raises:
-        UserError: no such file, an unknown key, a value that does not fit.
+    Raises UserError: no such file, an unknown key, a value that does not fit.
     """
     file = locate("promotion", name_or_path, "gate")
     ours = file.parent == CONF / "promotion"

@@ -47,13 +47,7 @@ def champions(overview: Overview) -> list[str]:
 def verdict_tags(
     verdict: Verdict, champion: Version | None, gate: str, why: Occasion, reason: str, looks: str = ""
 ) -> dict[str, str]:
-    """The tags of a judged version.
-
-    Args:
-        gate: its name and what was changed in it.
-        reason: of the verdict, in words.
-        looks: how often the test images were used, in words.
-    """
+    """The tags of a judged version; `gate`, `reason` of the verdict and `looks` at the test images are words."""
     tags = {
         "asib.verdict": "promoted" if verdict.passed else "refused",
         "asib.verdict_reason": reason,
@@ -116,13 +110,9 @@ def refusal(now: Overview, challenger: Version, tags: Mapping[str, str], why: Oc
 
 
 def rollback(now: Overview, versions: Mapping[str, Version], why: Occasion) -> dict[str, Any]:
-    """The move that restores the previous champion.
+    """The move that restores the previous champion; `versions`: the champion and all past ones, by number.
 
-    Args:
-        versions: the champion and all past ones, by number.
-
-    Raises:
-        UserError: there is no champion, or no earlier one that is not retired.
+    Raises UserError: there is no champion, or no earlier one that is not retired.
     """
     bad = now.aliases.get(CHAMPION)
     if bad is None and not champions(now):

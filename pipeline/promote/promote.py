@@ -38,13 +38,9 @@ FOLDER = "promotion"
 
 
 def promote(run: Run, plan: Plan) -> Ending:
-    """Do what the plan asks for.
+    """Do what the plan asks for; the run ends as completed, promoted, or refused by the gate.
 
-    Returns:
-        How the run ends: completed, promoted, or refused by the gate.
-
-    Raises:
-        UserError: bad input, another promotion under way, no permission; no alias has been moved.
+    Raises UserError: bad input, another promotion under way, no permission; no alias has been moved.
     """
     run.ready()
     assert run.delivery is not None

@@ -31,8 +31,7 @@ WAIT_S = 600.0
 def turn(registry: Registry, run_id: str, user: str = "") -> Iterator[None]:
     """Hold the model's queue.
 
-    Raises:
-        UserError: another promotion, which is named, came first; or this user may not promote.
+    Raises UserError: another promotion, which is named, came first; or this user may not promote.
     """
     registry.ask("join", run_id=run_id, user=user)
     ended = threading.Event()
@@ -97,11 +96,7 @@ def words(name: str, other: Waiting) -> str:
 
 
 def living(registry: Registry, run_id: str, sleep: Callable[[float], None] = time.sleep) -> Sequence[Waiting]:
-    """The queue without dead promotions; a silent one is watched for a while.
-
-    Args:
-        run_id: this promotion's own, which is alive.
-    """
+    """The queue without dead promotions, of which `run_id` is none; a silent one is watched for a while."""
     before = registry.queue()
     doubtful = {other.run_id: other.seen for other in before if other.run_id != run_id and other.silent_s > SILENT_S}
     if not doubtful:

@@ -96,8 +96,7 @@ def write(
 ) -> list[Path]:
     """Write `verdict.json` (a table of MLflow's), `paired.parquet` and, for two versions, the picture.
 
-    Args:
-        sides: `challenger` and, where there is one, `champion`: (n,) which images each classified correctly.
+    `sides`: `challenger` and, where there is one, `champion`: (n,) which images each classified correctly.
     """
     paths = [folder / TABLE, folder / PAIRED]
     tables.write_json(pd.DataFrame(rows(verdict), columns=list(COLUMNS)), paths[0])

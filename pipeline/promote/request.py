@@ -52,8 +52,7 @@ class Plan:
 def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     """Read the step's own keys; the configuration gets the run's name.
 
-    Raises:
-        UserError: no name, keys that exclude each other, a bad gate, tracking=offline.
+    Raises UserError: no name, keys that exclude each other, a bad gate, tracking=offline.
     """
     own = command.own
     name = own.get("name", "")
@@ -70,7 +69,13 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     for key, number in (("version", version), ("retire", retire)):
         if number is not None:
             whole(key, number, high=VERSIONS, why=f"it is the number of a version, such as {key}=3")
-    _check(config)
+    cli.one_process("promote", "start it without torchrun")
+    if config.tracking.mode == "offline":
+        raise UserError("tracking=offline: the registry is on the tracking server; leave tracking online")
+    if config.resume is not None:
+        raise UserError(
+            f"resume={config.resume}: a promotion is never resumed; start it again, it finishes what was half done"
+        )
     settings = cli.settings(own, "gate")
     gate = criteria.load(own.get("gate") or "default", settings)
     action: Action = "rollback" if rollback else "retire" if retire else "promote"
@@ -83,25 +88,13 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     return cli.named(config, f"{action} {name}"), plan
 
 
-def _check(config: Config) -> None:
-    cli.one_process("promote", "start it without torchrun")
-    if config.tracking.mode == "offline":
-        raise UserError("tracking=offline: the registry is on the tracking server; leave tracking online")
-    if config.resume is not None:
-        raise UserError(
-            f"resume={config.resume}: a promotion is never resumed; start it again, it finishes what was half done"
-        )
-
-
 def check(plan: Plan, registry: Registry) -> list[Version]:
     """Check the request against the registry, before a run exists.
 
-    Returns:
-        The versions to judge, as far as known: an interrupted move is finished first.
+    Returns the versions to judge, as far as known: an interrupted move is finished first.
 
-    Raises:
-        UserError: no such model or version, a challenger that must not be promoted, no permission, or somebody else's
-            promotion under way.
+    Raises UserError: no such model or version, a challenger that must not be promoted, no permission, or somebody
+    else's promotion under way.
     """
     now = registry.overview()
     if not plan.dry_run:
@@ -117,8 +110,7 @@ def check(plan: Plan, registry: Registry) -> list[Version]:
 def sides(plan: Plan, registry: Registry, now: Overview, mended: bool = False) -> tuple[Version | None, Version | None]:
     """Challenger and champion. No challenger: the repair has just finished its interrupted promotion.
 
-    Raises:
-        UserError: there is no challenger, or one that must not be promoted, or the champion is gone.
+    Raises UserError: there is no challenger, or one that must not be promoted, or the champion is gone.
     """
     number = plan.version or now.aliases.get(CHALLENGER)
     if number is None:

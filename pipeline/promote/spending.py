@@ -26,8 +26,7 @@ def used_up(look: int) -> bool:
 def needed(differing: int, at_most: float) -> int | None:
     """By how many images the challenger must be ahead, of `differing` that one alone has right, to reach that level.
 
-    Returns:
-        The smallest difference of the two counts whose exact two-sided p is at most `at_most`; None: no difference is.
+    That is the smallest difference whose exact two-sided p is at most `at_most`; None: no difference is enough.
     """
     # p = 2 P(X <= champion alone), X ~ binomial(differing, 1/2): the largest count of the champion's that will do
     losses = int(binom.ppf(at_most / 2, differing, 0.5)) if differing else -1

@@ -18,12 +18,7 @@ def pyplot() -> Any:
 
 
 def figure(rows: int, columns: int, width: float, height: float, **layout: Any) -> tuple[Any, Any]:
-    """A figure and its axes.
-
-    Args:
-        width: in inches, as is `height`.
-        layout: further arguments of `pyplot.subplots`.
-    """
+    """A figure of this size in inches, and its axes; `layout`: further arguments of `pyplot.subplots`."""
     made, axes = pyplot().subplots(rows, columns, figsize=(width, height), layout="constrained", **layout)
     return made, axes
 

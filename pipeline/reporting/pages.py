@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,12 +19,7 @@ STYLE = (
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A page with its style.
-
-    Args:
-        title: text; also the heading.
-        parts: HTML.
-    """
+    """A page with its style; `title`: text, also the heading; `parts`: HTML."""
     words = html.escape(title)
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{words}</title><style>{STYLE}</style>'
     return "\n".join([head, f"<h1>{words}</h1>", *parts, "</html>\n"])
@@ -42,10 +37,6 @@ def image(png: bytes, words: str) -> str:
     return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{data}">'
 
 
-def first_that_fits(notes: Iterable[str]) -> str:
+def first_that_fits(notes: Sequence[str]) -> str:
     """The first note that a tag holds whole, or the beginning of the last one."""
-    last = ""
-    for last in notes:
-        if len(last) <= NOTE_LENGTH:
-            break
-    return last[:NOTE_LENGTH]
+    return next((note for note in notes if len(note) <= NOTE_LENGTH), notes[-1][:NOTE_LENGTH])

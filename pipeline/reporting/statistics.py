@@ -58,17 +58,6 @@ def percentiles(found: Array, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def difference(one: Array, other: Array, level: float = LEVEL, count: int = REPLICATES, seed: int = 0) -> Interval:
-    """Interval of the mean of `one` - `other`, both (S, n): paired, row by row of the same seed, image by image.
-
-    Raises:
-        ValueError: the shapes differ, so that nothing is paired.
-    """
-    if one.shape != other.shape:
-        raise ValueError(f"paired values have one shape, got {one.shape} and {other.shape}")
-    return interval(one - other, level, count, seed)
-
-
 # two classifiers on the same images ----------------------------------------------------------------------------------
 
 
@@ -93,8 +82,7 @@ class Pairs(NamedTuple):
 def pairs(one: Bools, other: Bools) -> Pairs:
     """Count the images (n,) by who classified them correctly.
 
-    Raises:
-        ValueError: there are no images, or not the same for both.
+    Raises ValueError: there are no images, or not the same for both.
     """
     if one.shape != other.shape or one.size == 0:
         raise ValueError(f"the same images for both, and at least one: got {one.shape} and {other.shape}")
@@ -147,23 +135,24 @@ def paired(one: Array, other: Array) -> Difference:
     With S >= 5 the p is the bootstrap's, with 2 to 4 seeds that of Student's paired test over the seeds' means, since
     so few rows cannot be resampled to say much about others; with one seed it speaks of other images alone.
     """
-    found = difference(one, other)
     values = one - other
+    found = interval(values)
     if 2 <= len(values) < ENOUGH:
         student, p = paired_t(values.mean(axis=1))
         return Difference(found, p, len(values), student)
     return Difference(found, bootstrap_p(values), len(values), None)
 
 
-def paired_t(differences: Array, level: float = LEVEL) -> tuple[Interval, float]:
+def paired_t(differences: Array) -> tuple[Interval, float]:
     """Student's interval and two-sided p of the mean of paired differences (S,), S >= 2."""
     from scipy import stats  # late: no other command needs it
 
-    count, mean = len(differences), float(differences.mean())
-    error = float(differences.std(ddof=1)) / count**0.5
-    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error > 0 else float(mean == 0)
-    return Interval(mean, mean - half, mean + half), p
+    mean = float(differences.mean())
+    if np.ptp(differences) == 0:
+        return Interval(mean, mean, mean), float(mean == 0)
+    found = stats.ttest_1samp(differences, 0.0)
+    low, high = found.confidence_interval(LEVEL)
+    return Interval(mean, float(low), float(high)), float(found.pvalue)
 
 
 def bootstrap_p(values: Array, count: int = REPLICATES, seed: int = 0) -> float:

@@ -30,11 +30,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
 
 
 def write_csv(table: "pandas.DataFrame", path: Path, **options: Any) -> None:
-    """A table as CSV in which a spreadsheet sees no formula: not in cells, index or header.
-
-    Args:
-        options: of `DataFrame.to_csv`.
-    """
+    """A table as CSV in which a spreadsheet sees no formula: not in cells, index or header."""
     safe = table.copy()
     for place in range(table.shape[1]):
         column = table.iloc[:, place]

@@ -40,7 +40,7 @@ FORMER = frozenset(
         "0248b73a3e0048efaab47b7e2f49815c7f5248f7a71f944dfc8c76b0757195ab",
     }
 )
-"""SHA-256 of what `served.code()` was in earlier versions of this project, the oldest first."""
+"""SHA-256 of what `served.CODE` was in earlier versions of this project, the oldest first."""
 FLAVOR = {"loader_module": "mlflow.pyfunc.loaders.code_model", "code": None, "streamable": False}
 """What MLflow's flavor of a student says, besides its artifacts, its environment and versions."""
 DESCRIBED = {"artifacts", "cloudpickle_version", "env", "model_code_path", "python_version", *FLAVOR}
@@ -92,11 +92,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 def read(folder: Path, where: str) -> Student:
     """What a logged model's folder holds, as MLflow stores it or as its run has prepared it, after `check`.
 
-    Args:
-        where: what errors begin with.
-
-    Raises:
-        UserError: other files than were registered, or no student.
+    Raises UserError, which begins with `where`: other files than were registered, or no student.
     """
     version, bound = check(folder, where)
     net, meta, weights = (folder / name for name in ("student.onnx", "meta.json", "student.safetensors"))
@@ -118,12 +114,10 @@ def read(folder: Path, where: str) -> Student:
 def check(folder: Path, where: str) -> tuple[str, bool]:
     """Compare a fetched version's files with the manifest in its tag; nothing has been read of them before.
 
-    Returns:
-        `models:/<name>/<version>`, "" for anything else; and whether there was a manifest. Without one, a warning
-        says how to continue.
+    Returns `models:/<name>/<version>`, "" for anything else; and whether there was a manifest. Without one, a warning
+    says how to continue.
 
-    Raises:
-        UserError: a file is another than was registered, is missing, or was not registered.
+    Raises UserError: a file is another than was registered, is missing, or was not registered.
     """
     if not (folder / REGISTERED).exists():
         return "", False
@@ -168,11 +162,7 @@ def _compare(folder: Path, tag: str, version: str, where: str) -> None:
 
 
 def check_servable(student: Student, where: str) -> None:
-    """Refuse a version of which `mlflow models serve` would run, install or read anything but this project's own.
-
-    Raises:
-        UserError: one line that says what it is.
-    """
+    """Raise UserError for a version of which a server would run, install or read anything but this project's own."""
     told = _yaml(student.folder / "MLmodel", where).get("flavors") or {}
     flavor = told.get("python_function") or {}
     artifacts = flavor.get("artifacts") or {}
@@ -199,7 +189,7 @@ def check_servable(student: Student, where: str) -> None:
 
 def shipped() -> str:
     """SHA-256 of the Python file that students get now."""
-    return hashlib.sha256(served.code().encode()).hexdigest()
+    return hashlib.sha256(served.CODE.encode()).hexdigest()
 
 
 def _lines(student: Student, name: str) -> list[str]:
@@ -244,11 +234,9 @@ def load(student: Student, where: str) -> Classifier:
 
 
 def check_net(path: Path) -> None:
-    """Refuse an ONNX file with tensors in other files, which it may name wherever they lie.
+    """Raise UserError for an ONNX file with tensors in other files, which it may name wherever they lie.
 
-    Raises:
-        UserError: it has one.
-        Exception: it is no ONNX file.
+    Any other Exception: it is no ONNX file.
     """
     import onnx
 

@@ -10,19 +10,12 @@ PYFUNC = Path(__file__).with_name("student_pyfunc.py")
 SHARED = re.compile(r"^from pipeline\.served\.pictures import .+\n", re.MULTILINE)
 
 
-def code() -> str:
-    """`student_pyfunc.py`, with the text of `pipeline.served.pictures` in the place of its import."""
-    return _CODE
+CODE = SHARED.sub(
+    lambda _: Path(pictures.__file__).read_text(encoding="utf-8"), PYFUNC.read_text(encoding="utf-8"), count=1
+)
+"""`student_pyfunc.py`, with the text of `pipeline.served.pictures` in the place of its import.
 
-
-def _joined() -> str:
-    text, shared = (path.read_text(encoding="utf-8") for path in (PYFUNC, Path(pictures.__file__)))
-    before, after = SHARED.split(text)
-    return before + shared + after
-
-
-_CODE = _joined()
-"""Read at a run's beginning, not at its end: the files may have changed meanwhile (git pull)."""
+Read at a run's beginning, not at its end: the files may have changed meanwhile (git pull)."""
 
 
 def requirements() -> list[str]:

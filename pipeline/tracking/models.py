@@ -121,7 +121,7 @@ def _saved(model: LoggedModel, run_id: str, folder: Path, data: Any, stage: Path
     from pipeline.served import code as served
 
     to, code = stage / "model", stage / served.PYFUNC.name
-    code.write_text(served.code(), encoding="utf-8")
+    code.write_text(served.CODE, encoding="utf-8")
     try:
         mlflow.pyfunc.save_model(
             path=str(to),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -34,9 +36,8 @@ def test_correctness_is_read_back(evaluation: measures.Evaluation, data: ImageDa
     plain = pd.read_parquet(tmp_path / correctness.FILE)  # with no code of ours
     assert list(plain) == ["index", "label", "predicted", "correct", "confidence"]
     assert [str(kind) for kind in plain.dtypes] == ["int64", "int32", "int32", "bool", "float32"]
-    back = correctness.read(tmp_path / correctness.FILE)
-    assert (back.data_digest, back.split, back.classes) == (data.digest, "test", data.classes)
-    assert back.table.equals(plain)
+    record = json.loads(pq.read_schema(tmp_path / correctness.FILE).metadata[b"asib"])
+    assert record == {"data_digest": data.digest, "split": "test", "classes": list(data.classes)}
     np.testing.assert_array_equal(plain["index"], index)
     np.testing.assert_array_equal(plain["correct"], evaluation.correct)
     np.testing.assert_array_equal(plain["label"], data.test_y)

@@ -89,16 +89,15 @@ def test_the_three_splits(bench: Lab, distilled: Done, student: Path) -> None:
         (val.folder / "val", "val", parts.val),
         (done.folder, "test", torch.arange(40)),
     ):
-        back = correctness.read(folder / correctness.FILE)
+        back = pd.read_parquet(folder / correctness.FILE)
         labels = (data.test_y if name == "test" else data.train_y)[index]
-        np.testing.assert_array_equal(back.table["index"], index)
-        np.testing.assert_array_equal(back.table["label"], labels)
-        assert (back.data_digest, back.split) == (data.digest, name)
+        np.testing.assert_array_equal(back["index"], index)
+        np.testing.assert_array_equal(back["label"], labels)
         metrics = found | last(val.folder)
-        assert 100 * back.table["correct"].mean() == pytest.approx(metrics[f"{name}/acc"])
+        assert 100 * back["correct"].mean() == pytest.approx(metrics[f"{name}/acc"])
         per_class = json.loads((folder / "per_class.json").read_text())
         table = pd.DataFrame(per_class["data"], columns=per_class["columns"])
-        means = 100 * back.table.groupby("label")["correct"].mean()
+        means = 100 * back.groupby("label")["correct"].mean()
         np.testing.assert_allclose(table["accuracy"], means)
     assert {"path": "train/per_class.json", "type": "table"} in json.loads(tags(done.folder)["mlflow.loggedArtifacts"])
 

@@ -198,7 +198,7 @@ def other_net(folder: Path) -> None:
         (flavor(model_code_path="/x/other.py"), "other code"),
         (another_flavor, "sklearn"),
         (other_net, r"artifacts/other\.onnx"),
-        (lambda f: (f / "student_pyfunc.py").write_text(served.code() + "\n"), "none that this project has had"),
+        (lambda f: (f / "student_pyfunc.py").write_text(served.CODE + "\n"), "none that this project has had"),
         (lambda f: (f / "numpy.py").write_text(""), "other code"),
         (lambda f: (f / "artifacts/x.so").write_bytes(b""), "other code"),
         (lambda f: (f / "requirements.txt").write_text("mlflow==3.17.2\nevil==1\n"), "asks for 'evil==1'"),

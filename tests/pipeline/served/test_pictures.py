@@ -120,7 +120,7 @@ def test_a_server_takes_png_and_jpeg_only() -> None:
 def test_the_logged_file_stands_alone_and_decodes_alike(tmp_path: Path) -> None:
     """Elsewhere there is no `pipeline`: the file is compiled and run without one."""
     path = tmp_path / "student_pyfunc.py"
-    path.write_text(served.code(), encoding="utf-8")
+    path.write_text(served.CODE, encoding="utf-8")
     (tmp_path / "x.png").write_bytes(CASES[0][1])
     code = (
         "import sys, types, importlib.util as u\n"

@@ -110,7 +110,7 @@ def test_a_student_becomes_one_servable_model(store: str, tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "marker").exists(), "the journal's code has run"
     files = Path(mlflow.artifacts.download_artifacts(f"models:/{model.model_id}", dst_path=str(tmp_path / "files")))
     assert not [path for path in files.rglob("*.py") if path.name != "student_pyfunc.py"]
-    assert (files / "student_pyfunc.py").read_text() == code.code()
+    assert (files / "student_pyfunc.py").read_text() == code.CODE
     assert "evil" not in "".join(path.read_text() for path in files.iterdir() if path.is_file())
     assert loaded.metadata.signature is not None
     assert loaded.metadata.run_id == done.run_id
