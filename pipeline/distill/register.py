@@ -18,11 +18,8 @@ MODEL = "student"
 def student(run: Run, config: Config, data: ImageData, results: Mapping[str, float]) -> None:
     """Note in the run's record that its student is to be registered, where its configuration asks for that.
 
-    Delivery makes the version once the model is on the server, and moves the alias challenger to it.
-
-    Args:
-        config: what the student was trained with; a sweep's differs from its best trial's.
-        results: `final/val_acc` is kept with the version, where there is one.
+    Delivery makes the version once the model is on the server, and moves the alias challenger to it. `config`: what the
+    student was trained with; a sweep's differs from its best trial's.
     """
     if run.config.register is None or not isinstance(run.journal, Journal):
         return

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -222,11 +223,8 @@ def _check_extension(name: str, before: dict[str, Any], after: dict[str, Any]) -
 def cpu_name() -> str:
     """The processor's model name."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:(.*)", info.read_text() if info.exists() else "", re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def threads_of(run: Run) -> int | None:

@@ -89,16 +89,18 @@ def write(run: Run, data: ImageData, evaluation: Evaluation, part: Part) -> list
 
 def _describe(run: Run, request: Request, subject: Subject) -> None:
     """Record what is evaluated: tags, and the models as the run's inputs. (Parameters are the configuration.)"""
-    source, fused = subject.source, subject.teachers if request.mode != "single" else []
-    for made_by in dict.fromkeys([source and source.made_by, *(teacher.made_by for teacher in fused)]):
+    source = subject.source
+    made, version = (source.made_by, source.version) if source is not None else (None, None)
+    taking_part = subject.teachers if request.mode != "single" else []
+    for made_by in dict.fromkeys([made, *(teacher.made_by for teacher in taking_part)]):
         if made_by:
             run.journal.model_input(made_by)
     stated = {
         "asib.eval_split": request.split,
         "asib.mode": request.mode,
         "asib.weights": subject.hash(),
-        "asib.student": source and source.made_by,
-        "asib.model": source and source.version,
+        "asib.student": made,
+        "asib.model": version,
         "asib.fusion": request.fusion,
         "asib.teachers": ",".join(teacher.hash for teacher in subject.teachers),
         "asib.val_contaminated": "true" if "val" in request.splits and _saw_validation(subject) else "",

@@ -173,7 +173,8 @@ def _decide(
     title = f"{plan.name}: version {challenger.number} against {against} (gate {plan.gate.words})"
     looks = report.looks(verdict, plan.gate)
     warning = report.warning(verdict, plan.gate)
-    print("\n".join(filter(None, [report.text(title, verdict), looks])), flush=True)
+    table = tables.text(title, [report.COLUMNS, *report.rows(verdict)], left=len(report.COLUMNS))
+    print("\n".join(filter(None, [table, looks])), flush=True)
     if warning:
         logger.warning("%s", warning)
     did = "promoted" if verdict.passed else "refused"

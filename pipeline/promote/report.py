@@ -44,11 +44,6 @@ def _number(value: float, unit: str) -> str:
     return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4f}"
 
 
-def text(title: str, verdict: Verdict) -> str:
-    """The table for the terminal."""
-    return tables.text(title, [COLUMNS, *rows(verdict)], left=len(COLUMNS))
-
-
 def sentence(verdict: Verdict) -> str:
     """Why it was promoted or refused, in one line."""
     if verdict.passed:
