@@ -108,10 +108,9 @@ def _labels(array: NDArray[Any], name: str, where: str) -> NDArray[np.int64]:
         raise UserError(f"{where}: {name} has shape {tuple(array.shape)}; labels must be (N,): one number per image")
     if array.size == 0:
         raise UserError(f"{where}: {name} is empty; at least one label is needed")
-    if array.min() < 0:
-        raise UserError(f"{where}: {name} holds {array.min()}; labels must be integers 0 to N-1")
-    if array.max() > np.iinfo(np.int64).max:
-        raise UserError(f"{where}: {name} holds {array.max()}; labels must be integers 0 to N-1")
+    for extreme in (array.min(), array.max()):
+        if not 0 <= extreme <= np.iinfo(np.int64).max:
+            raise UserError(f"{where}: {name} holds {extreme}; labels must be integers 0 to N-1")
     return array.astype(np.int64)
 
 

@@ -25,11 +25,9 @@ class CropFlip(NamedTuple):
     flip: Tensor
 
     def to(self, device: torch.device | str) -> "CropFlip":
-        """The same draw on `device`."""
         return CropFlip(*(part.to(device) for part in self))
 
     def take(self, rows: Tensor | slice) -> "CropFlip":
-        """The draws of the images `rows`."""
         return CropFlip(self.top[rows], self.left[rows], self.flip[rows])
 
 
@@ -97,17 +95,12 @@ class Mix(NamedTuple):
     box: tuple[int, int, int, int] | None
 
 
-def draw_mix(n_images: int, size: int, kind: MixKind | None, alpha: float, rng: np.random.Generator) -> Mix | None:
-    """One mixture for a batch of `n_images` of `size`×`size` pixels; None without `kind`.
+def draw_mix(n_images: int, size: int, kind: MixKind, alpha: float, rng: np.random.Generator) -> Mix:
+    """One mixture for a batch of `n_images` of `size`×`size` pixels.
 
     λ ~ Beta(alpha, alpha). CutMix (Yun et al. 2019): a box of side size·√(1−λ) around a uniform centre, cut at the
     borders; its `lam` is then 1 − area/size², exactly what is visible. MixUp: Zhang et al. 2018.
-    Raises ValueError unless alpha > 0.
     """
-    if kind is None:
-        return None
-    if alpha <= 0:
-        raise ValueError(f"{kind} needs alpha > 0, not {alpha}")
     lam = float(rng.beta(alpha, alpha))
     partner = torch.from_numpy(rng.permutation(n_images).astype(np.int64))
     box = None
@@ -123,13 +116,8 @@ def _box(size: int, lam: float, row: int, column: int) -> tuple[int, int, int, i
     return max(row - half, 0), max(column - half, 0), min(row + half, size), min(column + half, size)
 
 
-def mix(x: Tensor, m: Mix) -> Tensor:
-    """The mixed batch; its label loss is lam·ℓ(y) + (1−lam)·ℓ(y[partner]). `x` float (B,C,H,W), unchanged."""
-    return blend(x, x[m.partner], m)
-
-
 def blend(x: Tensor, partners: Tensor, m: Mix) -> Tensor:
-    """Mixes images with their partners, given row by row; `mix` where the partners lie in other processes."""
+    """Mix float images (b,C,H,W) with their partners, row by row; the loss is lam·ℓ(y) + (1−lam)·ℓ(y[partner])."""
     if m.box is None:
         # three roundings, whatever the batch's size: a fused form may round differently at the end of a vector loop
         return x * m.lam + partners * (1 - m.lam)
@@ -140,10 +128,7 @@ def blend(x: Tensor, partners: Tensor, m: Mix) -> Tensor:
 
 
 class Normalize:
-    """uint8 images (B,C,H,W) -> float32 (x/255 − mean)/std, as one affine map per channel.
-
-    Raises ValueError if `mean` and `std` differ in length.
-    """
+    """uint8 images (B,C,H,W) -> float32 (x/255 − mean)/std, as one affine map per channel."""
 
     def __init__(
         self,
@@ -152,8 +137,6 @@ class Normalize:
         device: torch.device | str = "cpu",
         channels_last: bool = True,
     ) -> None:
-        if len(mean) != len(std):
-            raise ValueError(f"mean has {len(mean)} channels and std {len(std)}")
         exact_mean, exact_std = (torch.tensor(list(v), dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
         self.scale = (1 / (255 * exact_std)).float().to(device)
         self.shift = (-exact_mean / exact_std).float().to(device)

@@ -2,14 +2,15 @@
 
 Images live on the device as uint8, without workers; or they are files, which workers decode ahead of time.
 
-All random numbers of an epoch are drawn before it begins (`draw_epoch`), for the global batch. So resuming within an
-epoch is skipping batches, and a process of several computes its rows of exactly the batch that one process would see.
+All random numbers of an epoch are drawn before it begins (`TrainBatches.draw`), for the global batch. So resuming
+within an epoch is skipping batches, and a process of several computes its rows of exactly the batch that one process
+would see.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -96,15 +97,13 @@ class EpochDraws:
     """All random numbers of one epoch, on the CPU.
 
     permutation: int64 (n,), positions in the training subset. crop_flip: one draw per *position of the epoch* (n,), or
-    None. mixes: one per batch, or None. batch_size: that of the global batch. second: crops and flips of a second view;
-    None without one. seeds: int64 (2, n), of RandAugment, or of files' whole augmentation, for both views; None
-    without them.
+    None. mixes: one per batch, or None. second: crops and flips of a second view; None without one. seeds: int64
+    (2, n), of RandAugment, or of files' whole augmentation, for both views; None without them.
     """
 
     permutation: Tensor
     crop_flip: CropFlip | None
     mixes: tuple[Mix | None, ...]
-    batch_size: int
     two_views: bool = False
     second: CropFlip | None = None
     seeds: Tensor | None = None
@@ -119,39 +118,6 @@ def batch_bounds(n_images: int, batch_size: int) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in bounds if stop - start > 1]
 
 
-def draw_epoch(
-    n_images: int,
-    batch_size: int,
-    image_size: int,
-    augment: AugmentConfig,
-    mix_kind: MixKind | None,
-    mix_alpha: float,
-    generators: Callable[[str], torch.Generator],
-    two_views: bool = False,
-    by_seed: bool = False,
-) -> EpochDraws:
-    """Draws an epoch over `n_images` images of `image_size`² pixels in global batches of `batch_size`.
-
-    `generators` gives a CPU generator for each of the names permutation, crop_flip, crop_flip_2, randaugment and mix.
-    The streams are separate: switching mixing on or off changes neither order nor crops. What is switched off is not
-    asked for. `two_views`: every image also has a second, independent augmentation. `by_seed`: crops and flips are
-    those of a seed for each image, as of files, instead of corners in the padded image.
-    """
-    permutation = torch.randperm(n_images, generator=generators("permutation"))
-    corners = augment.crop_flip and not by_seed
-    views = draw_crop_flip(n_images, generators("crop_flip")) if corners else None
-    bounds = batch_bounds(n_images, batch_size)
-    mixes: tuple[Mix | None, ...] = (None,) * len(bounds)
-    if mix_kind is not None:
-        # torch has no Beta draw that takes a generator
-        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generators("mix"))))
-        mixes = tuple(draw_mix(stop - start, image_size, mix_kind, mix_alpha, rng) for start, stop in bounds)
-    second = draw_crop_flip(n_images, generators("crop_flip_2")) if two_views and corners else None
-    stream = "crop_flip" if by_seed and augment.crop_flip else "randaugment" if augment.randaugment else None
-    seeds = None if stream is None else torch.randint(2**62, (2, n_images), generator=generators(stream))
-    return EpochDraws(permutation, views, mixes, batch_size, two_views, second, seeds)
-
-
 class TrainBatches:
     """The training subset of a data set, in augmented batches.
 
@@ -159,7 +125,7 @@ class TrainBatches:
     move to `device` once; tensors already there are shared, not copied: give train_x.to(device) here and to EvalBatches
     to hold it once. `batch_size` is global. Process `rank` of `world_size` gets a contiguous slice of every global
     batch; slices differ by at most one row, and are empty where the batch has fewer images than there are processes.
-    Raises UserError when the subset is too small to make a batch, ValueError for wrong types or ranks.
+    Raises UserError when the subset is too small to make a batch.
     """
 
     def __init__(
@@ -177,9 +143,6 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        _check(images, labels)
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size} processes")
         self.device = torch.device(device)
         self.images = images.to(self.device)
         self.labels = labels.to(self.device)
@@ -199,11 +162,6 @@ class TrainBatches:
     def __len__(self) -> int:
         return len(self.bounds)
 
-    @property
-    def steps(self) -> int:
-        """Batches per epoch; the same for every process."""
-        return len(self.bounds)
-
     def draw(
         self,
         mix_kind: MixKind | None,
@@ -211,10 +169,28 @@ class TrainBatches:
         generators: Callable[[str], torch.Generator],
         two_views: bool = False,
     ) -> EpochDraws:
-        """`draw_epoch` for these images."""
-        n, size = len(self.indices), int(self.images.shape[-1])
+        """Draw an epoch's random numbers, for the global batches.
+
+        `generators` gives a CPU generator for each of the names permutation, crop_flip, crop_flip_2, randaugment and
+        mix. The streams are separate: switching mixing on or off changes neither order nor crops. What is switched off
+        is not asked for. `two_views`: every image also has a second, independent augmentation. Files have a seed for
+        each image instead of corners in the padded image.
+        """
+        n, augment = len(self.indices), self.augment
         by_seed = isinstance(self.images, ImageFiles)
-        return draw_epoch(n, self.batch_size, size, self.augment, mix_kind, mix_alpha, generators, two_views, by_seed)
+        permutation = torch.randperm(n, generator=generators("permutation"))
+        corners = augment.crop_flip and not by_seed
+        views = draw_crop_flip(n, generators("crop_flip")) if corners else None
+        mixes: tuple[Mix | None, ...] = (None,) * len(self.bounds)
+        if mix_kind is not None:
+            # torch has no Beta draw that takes a generator
+            rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generators("mix"))))
+            size = int(self.images.shape[-1])
+            mixes = tuple(draw_mix(stop - start, size, mix_kind, mix_alpha, rng) for start, stop in self.bounds)
+        second = draw_crop_flip(n, generators("crop_flip_2")) if two_views and corners else None
+        stream = "crop_flip" if by_seed and augment.crop_flip else "randaugment" if augment.randaugment else None
+        seeds = None if stream is None else torch.randint(2**62, (2, n), generator=generators(stream))
+        return EpochDraws(permutation, views, mixes, two_views, second, seeds)
 
     def view(self, indices: Tensor, draw: CropFlip | None, seeds: Tensor | None = None) -> Tensor:
         """Images `indices` (b,) of a data set on the device, augmented and normalised: float32 (b,C,H,W).
@@ -229,37 +205,17 @@ class TrainBatches:
             x = rand_augment(x, seeds)
         return self.normalize(x)
 
-    def epoch(self, draws: EpochDraws, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from batch `start` on; those before it cost nothing.
-
-        Raises ValueError if `draws` were made for other images or another batch size, or `start` is out of range.
-        """
-        if len(draws.permutation) != len(self.indices) or draws.batch_size != self.batch_size:
-            raise ValueError(
-                f"draws for {len(draws.permutation)} images in batches of {draws.batch_size}, "
-                f"but there are {len(self.indices)} in batches of {self.batch_size}"
-            )
-        if not 0 <= start <= self.steps:
-            raise ValueError(f"batch {start} of an epoch of {self.steps}")
-        return self._epoch(draws, start)
-
     def slice_of(self, size: int) -> slice:
         """This process's rows of a global batch of `size` images."""
         return slice(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
 
-    def _epoch(self, draws: EpochDraws, start: int) -> Iterator[Batch]:
+    def epoch(self, draws: EpochDraws, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from batch `start` on; those before it cost nothing."""
         one = torch.ones((), device=self.device)
-        waiting: deque[_Plan] = deque()
-
-        def asked() -> Iterator[_Asked]:
-            for plan in self._plans(draws, start):
-                waiting.append(plan)
-                yield from plan.asked
-
-        made = self._views(asked())
-        for _ in self.bounds[start:]:
-            x = next(made)  # workers are ahead: the plan is the oldest that waits
-            yield self._batch(waiting.popleft(), x, made, one)
+        plans, ahead = tee(self._plans(draws, start))  # workers are asked ahead of the batch that is yielded
+        made = self._views(asked for plan in ahead for asked in plan.asked)
+        for plan in plans:
+            yield self._batch(plan, made, one)
 
     def _plans(self, draws: EpochDraws, start: int) -> Iterator["_Plan"]:
         """What the epoch's batches are, from batch `start` on."""
@@ -270,22 +226,18 @@ class TrainBatches:
         resident, place = isinstance(self.images, Tensor), self.images.device
         at_images = order if resident else self.indices.to(place)[draws.permutation]
         crops = [None if view is None else view.to(place) for view in (draws.crop_flip, draws.second)]
-        for number, (first, stop) in enumerate(self.bounds[start:], start):
-            at = slice(first, stop)
-            rows = self.slice_of(stop - first)
-            views = [
-                _View(None if drawn is None else drawn.take(at), None if draws.seeds is None else draws.seeds[k, at])
-                for k, drawn in enumerate(crops)
-            ]
-            index, mixture = at_images[at], mixes[number]
-            asked = [_Asked(index[rows], *views[0].take(rows))]
+        seeds = (None, None) if draws.seeds is None else draws.seeds.unbind()
+        first, second = (_Asked(at_images, *view) for view in zip(crops, seeds, strict=True))
+        for number, bounds in enumerate(self.bounds[start:], start):
+            at = slice(*bounds)
+            rows, mixture = self.slice_of(at.stop - at.start), mixes[number]
+            asked = [first.take(at).take(rows)]
             if draws.two_views:
-                asked.append(_Asked(index[rows], *views[1].take(rows)))
+                asked.append(second.take(at).take(rows))
             if mixture is not None and self.world_size > 1:  # partners may lie in other processes: made here
                 source = mixture if resident else draws.mixes[number]
                 assert source is not None
-                partner = source.partner[rows]
-                asked.append(_Asked(index[partner], *views[0].take(partner)))
+                asked.append(first.take(at).take(source.partner[rows]))
             yield _Plan(order[at], rows, mixture, draws.two_views, asked)
 
     def _views(self, asked: Iterator["_Asked"]) -> Iterator[Tensor]:
@@ -297,11 +249,11 @@ class TrainBatches:
             wanted = (Wanted(a.indices.numpy(), None if a.seeds is None else a.seeds.numpy(), *how) for a in asked)
             yield from map(self.normalize, self.images.views(wanted, self.device))
 
-    def _batch(self, plan: "_Plan", x: Tensor, made: Iterator[Tensor], one: Tensor) -> Batch:
-        """This process's rows of the plan's global batch; `made` yields what was asked for after `x`."""
+    def _batch(self, plan: "_Plan", made: Iterator[Tensor], one: Tensor) -> Batch:
+        """This process's rows of the plan's global batch; `made` yields what the plan asked for."""
         index, rows, mixture = plan.index, plan.rows, plan.mixture
         size, mine, crops = len(index), index[rows], plan.asked[0].crops
-        y = self.labels[mine]
+        y, x = self.labels[mine], next(made)
         other = next(made) if plan.two_views else None
         if mixture is None:
             return Batch(x, x, y, y, one, mine, rows, size, None, crops, other)
@@ -311,25 +263,18 @@ class TrainBatches:
         return Batch(x, mixed, y, y_b, mixture.lam, mine, rows, size, partner, crops, other)
 
 
-class _View(NamedTuple):
-    """The augmentation of a batch's images."""
-
-    crops: CropFlip | None
-    seeds: Tensor | None
-
-    def take(self, rows: Tensor | slice) -> "_View":
-        seeds = self.seeds
-        if seeds is not None:
-            seeds = seeds[rows if isinstance(rows, slice) else rows.cpu()]
-        return _View(None if self.crops is None else self.crops.take(rows), seeds)
-
-
 class _Asked(NamedTuple):
-    """Images in one view each, where the images are."""
+    """Images in one view each, where the images are; seeds on the CPU."""
 
     indices: Tensor
     crops: CropFlip | None
     seeds: Tensor | None
+
+    def take(self, rows: Tensor | slice) -> "_Asked":
+        crops, seeds = self.crops, self.seeds
+        if seeds is not None:
+            seeds = seeds[rows if isinstance(rows, slice) else rows.cpu()]
+        return _Asked(self.indices[rows], None if crops is None else crops.take(rows), seeds)
 
 
 class _Plan(NamedTuple):
@@ -362,7 +307,6 @@ class EvalBatches:
         device: torch.device | str,
         channels_last: bool = True,
     ) -> None:
-        _check(images, labels)
         self.device = torch.device(device)
         self.images = images.to(self.device)
         self.indices = torch.arange(len(images), device=self.device) if indices is None else indices.to(self.device)
@@ -394,10 +338,3 @@ def _to_device(mixes: tuple[Mix | None, ...], device: torch.device) -> list[Mix 
     lams = iter(torch.stack([m.lam for m in present]).to(device).unbind())
     partners = iter(torch.cat([m.partner for m in present]).to(device).split([len(m.partner) for m in present]))
     return [None if m is None else m._replace(lam=next(lams), partner=next(partners)) for m in mixes]
-
-
-def _check(images: Images, labels: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images must be uint8 (N,C,H,W), not {images.dtype} {tuple(images.shape)}")
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(f"labels must be int64 ({len(images)},), not {labels.dtype} {tuple(labels.shape)}")

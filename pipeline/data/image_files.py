@@ -66,15 +66,14 @@ class ImageFiles:
         key: opens messages about an image that cannot be read.
     """
 
-    dtype = torch.uint8
     device = torch.device("cpu")
 
     def __init__(self, paths: Sequence[str], size: int, workers: int | None, key: str) -> None:
         self.shape = torch.Size((len(paths), 3, size, size))
-        self.ndim = len(self.shape)
         self.paths = paths
         self.workers = workers
-        self._decoder = _Decoder(paths, size, key, f"dataset.workers={'null' if workers is None else workers}")
+        self._said = f"dataset.workers={'null' if workers is None else workers}"
+        self._decoder = _Decoder(paths, size, key, self._said)
         self._asked = _Asked()
         self._loader: DataLoader[Tensor | str] | None = None
         self._copying: Any = None
@@ -149,9 +148,7 @@ class ImageFiles:
                 raise
             self.close()
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(" .")
-            raise UserError(
-                f"dataset.workers={'null' if self.workers is None else self.workers}: {reason}; {MORE_ROOM}"
-            ) from error
+            raise UserError(f"{self._said}: {reason}; {MORE_ROOM}") from error
 
 
 _open: "weakref.WeakSet[ImageFiles]" = weakref.WeakSet()
@@ -297,43 +294,32 @@ def scan(root: Path, key: str) -> Folder:
     held_out = root / ("test" if (root / "test").is_dir() else "val")
     if held_out.name == "test" and (root / "val").is_dir():
         logger.info("%s: val/ is not used: validation images are held out of train/ (dataset.val_fraction)", key)
-    train, test = _read_split(root / "train", key), _read_split(held_out, key)
-    ignored = [*train.ignored, *test.ignored]
+    ignored: list[str] = []
+    train, test = (_read_split(folder, key, ignored) for folder in (root / "train", held_out))
     if ignored:
         logger.info("%s: %s", key, told(ignored, root))
-    number = {name: k for k, name in enumerate(train.classes)}
-    unknown = [name for name in test.classes if name not in number]
+    number = {name: k for k, name in enumerate(train)}
+    unknown = [name for name in test if name not in number]
     if unknown:
         raise UserError(f"{key}: {held_out.name}/ has a class {unknown[0]} that train/ lacks; they must have the same")
     if len(number) < 2:
         raise UserError(f"{key}: train/ holds one class only; at least two are needed")
+    train_paths, test_paths = ([path for paths in split.values() for path in paths] for split in (train, test))
+    y_train, y_test = (
+        np.array([number[name] for name, paths in split.items() for _ in paths], dtype=np.int64)
+        for split in (train, test)
+    )
     try:
-        digest = _digest(root, [*train.paths, *test.paths])
+        digest = _digest(root, [*train_paths, *test_paths])
     except OSError as error:  # a link to nothing, a file that is not ours to read
         raise UserError(f"{key}: {error.filename}: {error.strerror}; mend or remove it") from error
-    return Folder(
-        train.paths,
-        np.array([number[name] for name in train.labels], dtype=np.int64),
-        test.paths,
-        np.array([number[name] for name in test.labels], dtype=np.int64),
-        train.classes,
-        digest,
-    )
+    return Folder(train_paths, y_train, test_paths, y_test, tuple(train), digest)
 
 
-class _Split(NamedTuple):
-    """One of the two folders: paths, the name of each one's class, the classes by name, what was skipped."""
-
-    paths: list[str]
-    labels: list[str]
-    classes: tuple[str, ...]
-    ignored: list[str]
-
-
-def _read_split(folder: Path, key: str) -> _Split:
-    """In the order of torchvision's ImageFolder."""
+def _read_split(folder: Path, key: str, ignored: list[str]) -> dict[str, list[str]]:
+    """The images of each class, in the order of torchvision's ImageFolder; what is skipped is added to `ignored`."""
     try:
-        classes, ignored = folders(folder)
+        classes, skipped = folders(folder)
         found = [find(folder / name) for name in classes]
     except OSError as error:
         raise UserError(f"{key}: {error.filename}: {error.strerror}") from error
@@ -347,12 +333,8 @@ def _read_split(folder: Path, key: str) -> _Split:
     empty = [name for name, pictures in zip(classes, found, strict=True) if not pictures.files]
     if empty:
         raise UserError(f"{key}: Found no valid file for the classes {', '.join(empty)}; {needed}")
-    return _Split(
-        [path for pictures in found for path in pictures.files],
-        [name for name, pictures in zip(classes, found, strict=True) for _ in pictures.files],
-        tuple(classes),
-        [*ignored, *(path for pictures in found for path in pictures.ignored)],
-    )
+    ignored += [*skipped, *(path for pictures in found for path in pictures.ignored)]
+    return {name: pictures.files for name, pictures in zip(classes, found, strict=True)}
 
 
 def _digest(root: Path, paths: Sequence[str]) -> str:

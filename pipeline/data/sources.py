@@ -7,7 +7,6 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,17 +51,15 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
-        """N."""
         return len(self.classes)
 
     @property
     def image_size(self) -> int:
-        """Height and width in pixels."""
         return int(self.train_x.shape[-1])
 
     @property
     def in_chans(self) -> int:
-        """Channels: 3, or 1 for grey images, which stay grey."""
+        """3, or 1 for grey images, which stay grey."""
         return int(self.train_x.shape[1])
 
 
@@ -125,38 +122,28 @@ def _image_folder(config: DatasetConfig) -> ImageData:
 
 
 def _torchvision(config: DatasetConfig, row: Torchvision) -> ImageData:
-    check_data(config)
-    place = row.below(config.root)
-    train, test = _read_torchvision(row.class_name, config, place)
-    arrays = {
-        f"{part}_{split}": np.asarray(values)
-        for split, read in (("train", train), ("test", test))
-        for part, values in (("x", read.data), ("y", read.targets))
-    }
-    checked = check(arrays, f"dataset.root={config.root}: {row.class_name} in {place}", tuple(train.classes))
-    return _image_data(config.name, checked, row.statistics, str(place))
-
-
-def _read_torchvision(class_name: str, config: DatasetConfig, place: Path) -> tuple[Any, Any]:
-    """The two splits; each has `data`, `targets` and `classes`."""
     from torchvision import datasets  # late: its import takes a second, and the sample does not need it
 
-    root = str(user_path(config.root, "dataset.root"))
-    read = getattr(datasets, class_name)
+    check_data(config)
+    name, place, root = row.class_name, row.below(config.root), str(user_path(config.root, "dataset.root"))
     try:
-        return read(root, train=True, download=config.download), read(root, train=False, download=config.download)
+        train, test = (getattr(datasets, name)(root, train=part, download=config.download) for part in (True, False))
     # torchvision's own RuntimeError, failed downloads (OSError), and whatever reading a cut file gives
     except (RuntimeError, OSError, ValueError, EOFError, AssertionError, LookupError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if config.download:
             raise UserError(
-                f"dataset.download=true: {class_name} could not be fetched into {place} ({reason}); "
+                f"dataset.download=true: {name} could not be fetched into {place} ({reason}); "
                 "check the network, or put the unpacked files there"
             ) from error
         raise UserError(
-            f"dataset.root={config.root}: the {class_name} files in {place} are incomplete or damaged; "
+            f"dataset.root={config.root}: the {name} files in {place} are incomplete or damaged; "
             "delete that folder and set dataset.download=true, or copy it again"
         ) from error
+    arrays = {"x_train": train.data, "y_train": train.targets, "x_test": test.data, "y_test": test.targets}
+    where = f"dataset.root={config.root}: {name} in {place}"
+    checked = check({key: np.asarray(values) for key, values in arrays.items()}, where, tuple(train.classes))
+    return _image_data(config.name, checked, row.statistics, str(place))
 
 
 def _image_data(name: str, arrays: Arrays, known: Statistics, source: str) -> ImageData:

@@ -13,20 +13,14 @@ CORNERS = 2 * PAD + 1
 
 @dataclass(frozen=True)
 class Views:
-    """Zero-pad-4 crop × flip: 9 · 9 · 2 = 162 views, whatever the image size; one view without augmentation.
-
-    Raises:
-        ValueError: RandAugment, whose views cannot be enumerated.
-    """
+    """Zero-pad-4 crop × flip: 9 · 9 · 2 = 162 views, whatever the image size; one view without augmentation."""
 
     crop_flip: bool
     pad_mode: PadMode = "zero"
 
     @classmethod
     def of(cls, augment: AugmentConfig) -> "Views":
-        """Those of a configuration."""
-        if augment.randaugment:
-            raise ValueError("RandAugment's views cannot be enumerated")
+        """Those of a configuration without RandAugment, whose views cannot be enumerated."""
         return cls(augment.crop_flip, augment.pad_mode if augment.crop_flip else "zero")
 
     @property

@@ -187,9 +187,10 @@ class Slots:
 
     def read(self) -> tuple[Any, Saved]:
         """The newest intact checkpoint. Raises UserError if both are missing or damaged."""
-        for state, saved in self._whole_ones():
-            return state, saved
-        raise UserError(f"{self.folder}: no whole checkpoint there; start a new run")
+        found = next(self._whole_ones(), None)
+        if found is None:
+            raise UserError(f"{self.folder}: no whole checkpoint there; start a new run")
+        return found
 
     def read_good(self) -> tuple[Any, Saved] | None:
         """The newest whole checkpoint that is finite throughout and was not written amid non-finite steps, or None.

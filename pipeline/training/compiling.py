@@ -31,19 +31,11 @@ def compiles(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" and epochs >= LONG
 
 
-class CompileClock:
-    """Measures the time that this process spends compiling from now on."""
+def compile_seconds() -> float:
+    """Seconds that this process has spent compiling: tracing, code generation and compilers, for both passes.
 
-    def __init__(self) -> None:
-        self._before = _spent()
-
-    def seconds(self) -> float:
-        """Wall-clock seconds: tracing, code generation and compilers, for forward and backward passes."""
-        return _spent() - self._before
-
-
-def _spent() -> float:
-    """Seconds since the process began. Torch keeps the sum, but has no public name for it."""
+    Torch keeps the sum, but has no public name for it.
+    """
     from torch._dynamo.utils import calculate_time_spent  # late: takes a second, which eager runs need not pay
 
     return float(calculate_time_spent()["total_wall_time"])

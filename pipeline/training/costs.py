@@ -44,14 +44,7 @@ class Costs:
         self.seconds = 0.0
         self._active = False
         for name, net in networks.items():
-            net.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-
-    def _hook(self, name: str) -> Any:
-        def count(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._active:
-                self.images[name] += images_in(args)
-
-        return count
+            net.register_forward_pre_hook(lambda net, args, name=name: self.asked(name, images_in(args)))
 
     @contextmanager
     def counting(self, active: bool = True) -> Iterator[None]:
@@ -63,7 +56,7 @@ class Costs:
             self._active = before
 
     def asked(self, name: str, images: int) -> None:
-        """Count outputs that the teacher bank supplied instead of a forward call.
+        """Count images in a forward call, or in what the teacher bank supplied instead.
 
         A method's cost does not depend on which run filled the bank; `bank/computed` shows that.
         """

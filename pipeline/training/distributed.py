@@ -1,13 +1,15 @@
 """Agreement among the processes of torchrun. With one process everything here is the identity."""
 
 import os
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config.numbers import processes
+
+T = TypeVar("T")
 
 
 class World(NamedTuple):
@@ -57,15 +59,6 @@ def anyone(flag: bool) -> bool:
     return bool(raised.item())
 
 
-def first_says(values: list[float], device: torch.device) -> list[float]:
-    """The first process's values, in every process: evaluations differ where batch statistics are per process."""
-    if not dist.is_initialized():
-        return values
-    shared = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.broadcast(shared, src=0)
-    return shared.tolist()
-
-
 def gather_rows(rows: Tensor, start: int, size: int) -> Tensor:
     """The global batch's (size, ...) from every process's own rows, which begin at `start`; slices may be uneven."""
     if not dist.is_initialized():
@@ -82,12 +75,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def first_process_says(text: str) -> str:
-    """The first process's text, in every process."""
-    if not dist.is_initialized():
-        return text
-    box = [text]
-    dist.broadcast_object_list(box, src=0)
+def first_process_says(value: T) -> T:
+    """The first process's value, in every process: evaluations differ where batch statistics are per process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 

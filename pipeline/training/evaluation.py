@@ -28,21 +28,12 @@ def outputs(net: FeatureNet, batches: EvalBatches, name: str = "network") -> Out
     Raises:
         NonFinite: its logits are not all finite.
     """
-    found = unchecked(net, batches)
-    require_finite(found.logits, name)
-    return found
-
-
-def unchecked(net: FeatureNet, batches: EvalBatches) -> Outputs:
-    """Like `outputs`, without the check."""
     with undisturbed(net), torch.autocast(batches.device.type, enabled=False):
         seen = [net(x) for x, _ in batches]
+    logits = torch.cat([s.logits.float() for s in seen])
+    require_finite(logits, name)
     adapted = [s.distill_feat.float() for s in seen if s.distill_feat is not None]
-    return Outputs(
-        torch.cat([s.logits.float() for s in seen]),
-        torch.cat([s.feat_2d.float() for s in seen]),
-        torch.cat(adapted) if adapted else None,
-    )
+    return Outputs(logits, torch.cat([s.feat_2d.float() for s in seen]), torch.cat(adapted) if adapted else None)
 
 
 def accuracy(scores: Tensor, y: Tensor) -> float:

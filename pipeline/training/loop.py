@@ -98,15 +98,14 @@ class Loop:
     watch: Watch | None = None
     epoch: int = 0
     batch: int = 0
-    streak: int = 0
     finished: bool = False
     sums: Sums = field(init=False)
     _streak: Tensor = field(init=False)
-    """`streak` on the device."""
+    """Non-finite steps in a row, on the device."""
 
     def __post_init__(self) -> None:
         self.sums = Sums(self.device)
-        self._streak = torch.tensor(float(self.streak), device=self.device)
+        self._streak = torch.zeros((), device=self.device)
 
     # state -----------------------------------------------------------------------------------------------------------
 
@@ -114,7 +113,7 @@ class Loop:
         scaler = self.precision.scaler
         return {
             "header": self.header,
-            "position": {"epoch": self.epoch, "batch": self.batch, "streak": self.streak},
+            "position": {"epoch": self.epoch, "batch": self.batch, "streak": int(self._streak)},
             "finished": self.finished,
             "sums": self.sums.state_dict(),
             "costs": self.task.costs.state_dict(),
@@ -125,8 +124,8 @@ class Loop:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         position = state["position"]
-        self.epoch, self.batch, self.streak = position["epoch"], position["batch"], position["streak"]
-        self._streak = torch.tensor(float(self.streak), device=self.device)
+        self.epoch, self.batch = position["epoch"], position["batch"]
+        self._streak = torch.tensor(float(position["streak"]), device=self.device)
         self.finished = state["finished"]
         self.sums.load_state_dict(state["sums"])
         self.task.costs.load_state_dict(state["costs"])
@@ -204,9 +203,10 @@ class Loop:
             self.sums.add(output)
             bar.update()
             self._settle(wait=False)
-            signum = self.stop() if self._look_up() else 0
-            due = time.monotonic() - saved > self.every_seconds if self._look_up() else False
-            if self._anyone(bool(signum) or due) and self.batch < len(task.batches):
+            # several processes must agree on when to stop, which costs time: they do every 20 batches
+            if self.batch == len(task.batches) or (distributed.world().size > 1 and self.batch % 20):
+                continue
+            if distributed.anyone(bool(self.stop()) or time.monotonic() - saved > self.every_seconds):
                 begun = self._clock(begun)
                 self._leave_if_taken()
                 self._save(None, epoch.overall)
@@ -227,20 +227,19 @@ class Loop:
         if verdict == Verdict.PRUNE:
             assert self.watch is not None
             raise Pruned(epoch.overall, self.watch.reason)
-        if self._anyone(bool(self.stop())):
-            self._leave_if_stopped()
+        self._leave_if_stopped()
 
     def _verdict(self, epoch: int, metrics: Mapping[str, float]) -> Verdict:
         """Ask in the first process, and tell all."""
         if self.watch is None:
             return Verdict.GO_ON
         found = self.watch(epoch, metrics) if distributed.world().rank == 0 else Verdict.GO_ON
-        return Verdict(int(distributed.first_says([float(found)], self.device)[0]))
+        return distributed.first_process_says(found)
 
     def _leave_if_taken(self) -> None:
         if self.watch is not None:
-            ours = self.watch.still_ours() if distributed.world().rank == 0 else True
-            if not distributed.first_says([float(ours)], self.device)[0]:
+            ours = distributed.world().rank > 0 or self.watch.still_ours()
+            if not distributed.first_process_says(ours):
                 raise Taken
 
     def _clock(self, begun: float) -> float:
@@ -248,13 +247,6 @@ class Loop:
         now = time.perf_counter()
         self.task.costs.seconds += now - begun
         return now
-
-    def _look_up(self) -> bool:
-        """Several processes must agree on when to stop, which costs time: they check every 20 batches."""
-        return distributed.world().size == 1 or self.batch % 20 == 0
-
-    def _anyone(self, flag: bool) -> bool:
-        return distributed.anyone(flag) if self._look_up() else False
 
     def _leave_if_stopped(self) -> None:
         if distributed.anyone(bool(self.stop())):
@@ -288,19 +280,15 @@ class Loop:
 
     def _watch(self, bad: Tensor, epoch: Epoch, terms: dict[str, Tensor], index: Tensor) -> None:
         """End the run after `safe_retry_patience` bad steps in a row; GPUs are asked only that often."""
-        patience = self.task.optim.safe_retry_patience
-        if self.device.type == "cpu":
-            self.streak = self.streak + 1 if bool(bad) else 0
-        else:
-            self._streak = (self._streak + 1) * bad
-            if (self.batch + 1) % patience and self.batch + 1 < len(self.task.batches):
-                return
-            self.streak = int(self._streak)
-        if self.streak >= patience:
+        patience, done = self.task.optim.safe_retry_patience, self.batch + 1
+        self._streak = (self._streak + 1) * bad
+        if self.device.type != "cpu" and done % patience and done < len(self.task.batches):
+            return
+        if self._streak >= patience:
             values = ", ".join(f"{k}={v.item():.4g}" for k, v in terms.items())
             raise NonFinite(
-                f"{self.streak} non-finite steps in a row at {epoch.phase}-epoch {epoch.in_phase + 1}, batch "
-                f"{self.batch + 1}: {values}; images {index[:8].tolist()}…: lower the learning rate, or use_amp=false"
+                f"{int(self._streak)} non-finite steps in a row at {epoch.phase}-epoch {epoch.in_phase + 1}, batch "
+                f"{done}: {values}; images {index[:8].tolist()}…: lower the learning rate, or use_amp=false"
             )
 
     def _means(self, phase: Phase) -> dict[str, float]:

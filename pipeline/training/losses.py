@@ -1,6 +1,5 @@
-"""Loss functions: pure, computed in float32 whatever the autocast type (docs/method.md sections 1 to 3).
-
-`reduction` is "none" (one value for each sample) or "mean".
+"""Loss functions: pure, one value for each sample, computed in float32 whatever the autocast type (docs/method.md
+sections 1 to 3).
 """
 
 import math
@@ -10,27 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHAPES = "logits {} and targets {} must have the same shape (B, N)"
 
-
-def _reduce(values: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return values
-    if reduction == "mean":
-        return values.mean()
-    raise ValueError(f"reduction={reduction!r}: give 'none' or 'mean'")
-
-
-def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
+def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy with torch's label smoothing, (1 - eps) on the label plus eps / N on every class.
 
     Args:
         logits: (B, N), any floating type.
         y: (B,) class indices.
         label_smoothing: eps in [0, 1).
-        reduction: "none" gives (B,).
+
+    Returns:
+        (B,).
     """
-    return F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing, reduction=reduction)
+    return F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing, reduction="none")
 
 
 def kl_to(logits: Tensor, target: Tensor, tau: float) -> Tensor:
@@ -39,31 +30,26 @@ def kl_to(logits: Tensor, target: Tensor, tau: float) -> Tensor:
     Args:
         logits: (B, N), the prediction `a` that is trained.
         target: (B, N), the probability vector `p`; rows sum to 1.
-        tau: temperature.
 
     Returns:
         (B,). 0 log 0 counts as 0, so one-hot targets are fine.
     """
-    if logits.shape != target.shape:
-        raise ValueError(SHAPES.format(tuple(logits.shape), tuple(target.shape)))
     log_q = F.log_softmax(logits.float() / tau, dim=1)
     p = target.float()
     return tau**2 * (torch.xlogy(p, p) - p * log_q).sum(dim=1)
 
 
-def kd(student_logits: Tensor, target_logits: Tensor, tau: float, reduction: str = "mean") -> Tensor:
+def kd(student_logits: Tensor, target_logits: Tensor, tau: float) -> Tensor:
     """Distillation from logits: tau^2 KL(softmax(t / tau) || softmax(s / tau)) (Hinton et al. 2015).
 
     Args:
         student_logits: (B, N), trained.
         target_logits: (B, N), held fixed.
-        tau: temperature.
-        reduction: "mean" is over samples (torch's "batchmean").
+
+    Returns:
+        (B,).
     """
-    if student_logits.shape != target_logits.shape:
-        raise ValueError(SHAPES.format(tuple(student_logits.shape), tuple(target_logits.shape)))
-    target = F.softmax(target_logits.detach().float() / tau, dim=1)
-    return _reduce(kl_to(student_logits, target, tau), reduction)
+    return kl_to(student_logits, F.softmax(target_logits.detach().float() / tau, dim=1), tau)
 
 
 def dkd(logits: Tensor, target: Tensor, y: Tensor, tau: float, alpha: float, beta: float) -> Tensor:
@@ -108,18 +94,17 @@ def normalised(feature: Tensor, norm: str) -> Tensor:
     return F.normalize(feature.float(), dim=1) if norm == "l2" else feature.float()
 
 
-def ib_kl(mu: Tensor, logvar: Tensor, reduction: str = "mean", min_std: float = 0.0) -> Tensor:
-    """KL(N(mu, sigma^2) || N(0, I)) = 1/2 sum_d (mu^2 + sigma^2 - 1 - log sigma^2) (Alemi et al. 2017).
+def ib_kl(mu: Tensor, logvar: Tensor, min_std: float = 0.0) -> Tensor:
+    """KL(N(mu, sigma^2) || N(0, I)) = 1/2 sum_d (mu^2 + sigma^2 - 1 - log sigma^2), (B,) (Alemi et al. 2017).
 
     Args:
         mu, logvar: (B, D).
-        reduction: summed over d; "mean" is over samples.
         min_std: floor of sigma = max(exp(logvar / 2), min_std), as in the sample z (docs/method.md section 1).
     """
     mu, logvar = mu.float(), logvar.float()
     if min_std > 0:
         logvar = logvar.clamp_min(2 * math.log(min_std))
-    return _reduce(0.5 * (mu.square() + torch.expm1(logvar) - logvar).sum(dim=-1), reduction)
+    return 0.5 * (mu.square() + torch.expm1(logvar) - logvar).sum(dim=-1)
 
 
 def certainty_weights(logvar: Tensor, min_cw: float, max_cw: float) -> Tensor:

@@ -92,8 +92,8 @@ def batch_mean(values: Tensor, batch: Batch) -> Tensor:
 
 def mixed_cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
     """mean_i[lambda CE(s, y_a) + (1 - lambda) CE(s, y_b)]: both labels of a mixed sample (docs/method.md section 3)."""
-    first = cross_entropy(logits, batch.y, label_smoothing, reduction="none")
+    first = cross_entropy(logits, batch.y, label_smoothing)
     if batch.partner is None:
         return batch_mean(first, batch)
-    second = cross_entropy(logits, batch.y_b, label_smoothing, reduction="none")
+    second = cross_entropy(logits, batch.y_b, label_smoothing)
     return batch_mean(batch.lam * first + (1 - batch.lam) * second, batch)

@@ -96,12 +96,10 @@ def update(phase: Phase, loss: Tensor, precision: Precision, kept: Kept | None =
     else:
         precision.scaler.scale(loss).backward()
         precision.scaler.unscale_(optimizer)
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
     if phase.clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(
-            [p for group in optimizer.param_groups for p in group["params"]], phase.clip, norm
-        )
+        torch.nn.utils.clip_grads_with_norm_(trained, phase.clip, norm)
     bad = ~torch.isfinite(norm) | ~torch.isfinite(loss.detach())
     if kept is not None:
         bad = bad | kept.broken()

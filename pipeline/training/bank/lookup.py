@@ -120,30 +120,22 @@ class BankedTeachers:
     @torch.no_grad()
     def look_up(self, cells: Cells) -> list[Seen]:
         """Every teacher's outputs for the images and views of distinct `cells` (n,)."""
-        banks = self._opened()
-        held, there = zip(*(bank.read(cells) for bank in banks), strict=True)
-        exact: list[tuple[Tensor, Tensor]] = []
-        for k, (bank, teacher) in enumerate(zip(banks, self.teachers, strict=True)):
-            missing = np.flatnonzero(~there[k])
-            self._count(len(cells) - len(missing), len(missing))
-            if len(missing):
-                computed = self._run(teacher, cells[missing])
-                in_half = computed.half()
-                held[k][missing] = bank.add(cells[missing], in_half.cpu().numpy())
-                # what half precision cannot hold is used in full
-                lost = np.flatnonzero(~np.isfinite(held[k][missing]).all(axis=1))
-                exact.append((torch.from_numpy(missing[lost]), computed[torch.from_numpy(lost).to(computed.device)]))
-            else:
-                exact.append((torch.empty(0, dtype=torch.int64), torch.empty(0)))
-        return [
-            self._split(teacher, values, *more)
-            for teacher, values, more in zip(self.teachers, held, exact, strict=True)
-        ]
+        return [self._of(*each, cells) for each in zip(self._opened(), self.teachers, strict=True)]
 
-    def _split(self, teacher: FeatureNet, values: Any, rows: Tensor, exact: Tensor) -> Seen:
-        found = torch.from_numpy(values).to(self.train.device).float()
-        if len(rows):
-            found[rows.to(found.device)] = exact
+    def _of(self, bank: Bank | NoBank, teacher: FeatureNet, cells: Cells) -> Seen:
+        held, there = bank.read(cells)
+        missing = np.flatnonzero(~there)
+        for counts in (self.epoch, self.total):
+            counts.served += len(cells) - len(missing)
+            counts.computed += len(missing)
+        if len(missing):
+            computed = self._run(teacher, cells[missing])
+            held[missing] = bank.add(cells[missing], computed.half().cpu().numpy())
+        found = torch.from_numpy(held).to(self.train.device).float()
+        if len(missing):
+            # what half precision cannot hold is used in full
+            rows = torch.from_numpy(missing).to(found.device)
+            found[rows] = torch.where(found[rows].isfinite().all(dim=1, keepdim=True), found[rows], computed)
         return Seen(found[:, : teacher.num_classes], found[:, teacher.num_classes :])
 
     def _run(self, teacher: FeatureNet, cells: Cells) -> Tensor:
@@ -157,11 +149,6 @@ class BankedTeachers:
                 seen = teacher(self.train.view(image, self.views.draw(number)))
             parts.append(torch.cat([seen.logits.float(), seen.feat_2d.float()], dim=1))
         return torch.cat(parts)
-
-    def _count(self, served: int, computed: int) -> None:
-        for counts in (self.epoch, self.total):
-            counts.served += served
-            counts.computed += computed
 
     def _opened(self) -> Sequence[Bank | NoBank]:
         """The banks of the precision in use: fp16 rounding is the only difference that a bank makes."""

@@ -14,10 +14,26 @@ from pipeline.training import distributed, optim
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.costs import Costs
 from pipeline.training.evaluation import accuracy, nll, outputs
-from pipeline.training.methods.cross_entropy import CrossEntropy
+from pipeline.training.objective import Moment, Objective, mixed_cross_entropy
 from pipeline.training.phases import Epoch, Phase
 from pipeline.training.rng import Streams
 from pipeline.training.run_data import RunData, Selection, prepare
+
+
+class CrossEntropy(Objective):
+    """Trains one network on labels, mixed or not, with cross-entropy alone."""
+
+    def __init__(self, net: FeatureNet, label_smoothing: float, streams: Streams, device: torch.device) -> None:
+        super().__init__(net, [], device)
+        self.label_smoothing = label_smoothing
+        self.streams = streams
+
+    def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
+        # networks draw their dropout locally; a slice's first row tells the processes apart
+        self.streams.seed_global("network", *moment, batch.first_row)
+        logits = self.trainable_module(batch.x_mixed).logits
+        loss = mixed_cross_entropy(logits, batch, self.label_smoothing)
+        return {"loss": loss, "output": logits}
 
 
 class FineTuning:
@@ -61,9 +77,7 @@ class FineTuning:
 
     def end_epoch(self, epoch: Epoch) -> dict[str, float]:
         out, y = outputs(self.net, self.data.eval, "teacher"), self.data.eval.labels
-        acc, loss = distributed.first_says(
-            [accuracy(out.logits, y), nll(out.logits, y, "teacher")], self.batches.device
-        )
+        acc, loss = distributed.first_process_says((accuracy(out.logits, y), nll(out.logits, y, "teacher")))
         self.selection.offer(acc, epoch.in_phase)
         return {"teacher/acc": acc, "teacher/loss": loss}
 

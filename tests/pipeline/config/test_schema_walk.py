@@ -150,7 +150,7 @@ def tuned(keys: Keys) -> Any:
 def gate(keys: Keys) -> Any:
     """Gate and share of the averaged teachers, where the snapshot has 70 %, the moving average 30, the teachers 80."""
     task = distillation(tiny(keys), images())
-    task.monitor.known.current, task.monitor.known.ema = 70.0, 30.0
+    task.monitor.accuracy, task.monitor.smoothed = 70.0, 30.0
     task.monitor.average_accuracy = lambda: 80.0  # type: ignore[method-assign]
     epoch = next(e for e in task.plan if e.phase == "b")
     task.begin_phase(epoch)

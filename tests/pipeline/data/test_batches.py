@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.config import AugmentConfig
-from pipeline.data.augmentations import CropFlip, Normalize, crop_flip, mix
-from pipeline.data.batches import Batch, EpochDraws, EvalBatches, TrainBatches, batch_bounds, draw_epoch
+from pipeline.data.augmentations import Normalize, blend, crop_flip
+from pipeline.data.batches import EvalBatches, TrainBatches, batch_bounds
 from pipeline.errors import UserError
+from tests.pipeline.training.builders import differences
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 SIZE = 8
@@ -34,19 +35,6 @@ def make(n: int, batch_size: int, indices: Tensor | None = None, **options) -> T
     return TrainBatches(x, y, torch.arange(n) if indices is None else indices, batch_size=batch_size, **options)
 
 
-def equal(a: Batch, b: Batch) -> bool:
-    for left, right in zip(a, b, strict=True):
-        if isinstance(left, Tensor):
-            if not torch.equal(left, right):
-                return False
-        elif isinstance(left, CropFlip):
-            if not all(torch.equal(p, q) for p, q in zip(left, right, strict=True)):
-                return False
-        elif left != right:
-            return False
-    return True
-
-
 @given(n=st.integers(2, 300), batch_size=st.integers(2, 64))
 @settings(deadline=None)
 def test_bounds_cover_all_but_a_single_remainder(n, batch_size):
@@ -64,7 +52,7 @@ def test_each_image_once_per_epoch(n, dropped):
     assert len(seen) == n - dropped
     assert len(seen.unique()) == len(seen)
     assert set(seen.tolist()) <= set(subset.tolist())
-    assert len(batches) == batches.steps == -(-(n - dropped) // 16)
+    assert len(batches) == -(-(n - dropped) // 16)
 
 
 def test_rows_are_the_augmented_images_of_their_index():
@@ -80,7 +68,7 @@ def test_rows_are_the_augmented_images_of_their_index():
         assert torch.equal(batch.views.top, draws.crop_flip.top[at])
         assert torch.equal(batch.y, y[batch.index])
         mixture = draws.mixes[number]
-        assert torch.equal(batch.x_mixed, mix(expected, mixture))
+        assert torch.equal(batch.x_mixed, blend(expected, expected[mixture.partner], mixture))
         assert torch.equal(batch.y_b, batch.y[mixture.partner])
         assert torch.equal(batch.partner, mixture.partner)
         assert batch.lam == mixture.lam
@@ -106,10 +94,9 @@ def test_without_augmentation_and_mixing_the_images_come_as_they_are():
 def test_resuming_at_any_batch_gives_the_identical_rest(kind):
     batches = make(70, 16)
     whole = list(batches.epoch(batches.draw(kind, 1.0, generators(2))))
-    for start in range(batches.steps + 1):
+    for start in range(len(batches) + 1):
         rest = list(batches.epoch(batches.draw(kind, 1.0, generators(2)), start))
-        assert len(rest) == len(whole) - start
-        assert all(equal(a, b) for a, b in zip(whole[start:], rest, strict=True))
+        assert differences(whole[start:], rest) == []
 
 
 @given(
@@ -153,9 +140,7 @@ def test_switching_mixing_changes_neither_order_nor_crops():
 
 def test_another_seed_gives_another_epoch_and_the_global_generator_is_untouched():
     before = torch.get_rng_state()
-    first, again, other = (
-        draw_epoch(100, 16, SIZE, AugmentConfig(), "cutmix", 1.0, generators(seed)) for seed in (0, 0, 1)
-    )
+    first, again, other = (make(100, 16).draw("cutmix", 1.0, generators(seed)) for seed in (0, 0, 1))
     assert torch.equal(first.permutation, again.permutation)
     assert all(a.box == b.box and torch.equal(a.lam, b.lam) for a, b in zip(first.mixes, again.mixes, strict=True))
     assert not torch.equal(first.permutation, other.permutation)
@@ -171,20 +156,19 @@ def test_only_needed_streams_are_asked_for():
         asked.append(name)
         return torch.Generator()
 
-    draw_epoch(10, 4, SIZE, AugmentConfig(crop_flip=False), None, 0.0, record)
+    make(10, 4, augment=AugmentConfig(crop_flip=False)).draw(None, 0.0, record)
     assert asked == ["permutation"]
 
 
 def test_mixed_batches_at_the_end_are_mixed_among_themselves():
-    draws = draw_epoch(37, 16, SIZE, AugmentConfig(), "mixup", 1.0, generators(0))
+    draws = make(37, 16).draw("mixup", 1.0, generators(0))
     assert [len(m.partner) for m in draws.mixes] == [16, 16, 5]
 
 
 def test_images_on_the_device_are_shared_not_copied():
-    x, y = data(10)
-    train = TrainBatches(x, y, torch.arange(8), batch_size=4, augment=AugmentConfig(), mean=MEAN, std=STD, device="cpu")
-    val = EvalBatches(x, y, torch.arange(8, 10), 4, MEAN, STD, "cpu")
-    assert train.images.data_ptr() == val.images.data_ptr() == x.data_ptr()
+    train = make(10, 4, torch.arange(8))
+    val = EvalBatches(train.images, train.labels, torch.arange(8, 10), 4, MEAN, STD, "cpu")
+    assert train.images.data_ptr() == val.images.data_ptr()
 
 
 def test_evaluation_is_in_order_and_complete():
@@ -200,21 +184,7 @@ def test_evaluation_is_in_order_and_complete():
     assert list(EvalBatches(x, y, chosen[:0], 2, MEAN, STD, "cpu")) == []
 
 
-def test_misuse_is_refused():
-    x, y = data(10)
-    batches = make(10, 4)
-    with pytest.raises(ValueError, match="draws for 12 images"):
-        batches.epoch(draw_epoch(12, 4, SIZE, AugmentConfig(), None, 0.0, generators(0)))
-    with pytest.raises(ValueError, match="batches of 5"):
-        batches.epoch(EpochDraws(torch.arange(10), None, (None, None), 5))
-    with pytest.raises(ValueError, match="batch 4 of an epoch of 3"):
-        batches.epoch(batches.draw(None, 0.0, generators(0)), 4)
-    with pytest.raises(ValueError, match="rank 2 of 2"):
-        make(10, 4, rank=2, world_size=2)
-    with pytest.raises(ValueError, match="uint8"):
-        EvalBatches(x.float(), y, None, 4, MEAN, STD, "cpu")
-    with pytest.raises(ValueError, match="int64"):
-        EvalBatches(x, y[:5], None, 4, MEAN, STD, "cpu")
+def test_a_single_image_makes_no_batch():
     with pytest.raises(UserError, match=r"dataset\.batch_size=4 and 1 training images"):
         make(10, 4, torch.tensor([3]))
 

@@ -52,17 +52,16 @@ def a_loss(
         student_feature: (B, D), for feature distillation; None without.
     """
     z_syn, mu, logvar = synergy
+    cw = torch.ones(len(mu), device=mu.device)
     if weights.certainty:
         cw = losses.certainty_weights(logvar, method.min_cw, method.max_cw)
-    else:
-        cw = torch.ones(len(mu), device=mu.device)
-    ce = batch_mean(cw * losses.cross_entropy(z_syn, batch.y, method.label_smoothing, "none"), batch)
+    ce = batch_mean(cw * losses.cross_entropy(z_syn, batch.y, method.label_smoothing), batch)
     kd = ib = feat = cccp = torch.zeros((), device=mu.device)
     if student_logits is not None:
-        divergence = losses.kd(z_syn, student_logits, weights.tau, "none")
+        divergence = losses.kd(z_syn, student_logits, weights.tau)
         kd = batch_mean(cw * divergence, batch)
         cccp = batch_mean(divergence, batch)
-    raw_kl = batch_mean(losses.ib_kl(mu, logvar, "none", method.ib_mbm_min_std), batch)
+    raw_kl = batch_mean(losses.ib_kl(mu, logvar, method.ib_mbm_min_std), batch)
     if weights.beta > 0:
         ib = raw_kl
     if student_feature is not None and weights.feat > 0:
@@ -130,7 +129,6 @@ class AStep(Objective):
         self._fixed: tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]] | None = None
 
     def begin_epoch(self, weights: ALoss) -> None:
-        """Use these weights from now on."""
         self.weights = weights
 
     @torch.no_grad()
@@ -178,8 +176,8 @@ class AStep(Objective):
         m = self.method
         total = torch.zeros((), device=self.device)
         if teacher_logits and self.weights.teacher_ce > 0:
-            vectors = [losses.cross_entropy(t, batch.y, m.label_smoothing, "none") for t in teacher_logits]
-            out["teacher_ce"] = torch.stack([batch_mean(v, batch) for v in vectors]).sum()
+            each = [batch_mean(losses.cross_entropy(t, batch.y, m.label_smoothing), batch) for t in teacher_logits]
+            out["teacher_ce"] = torch.stack(each).sum()
             total = total + self.weights.teacher_ce * out["teacher_ce"]
         if not self.weights.penalties:
             return total

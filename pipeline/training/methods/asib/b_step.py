@@ -32,7 +32,6 @@ class BLoss:
     """Whether the gate is open: synergy targets and feature distillation."""
     averaged_share: float
     """Share of the averaged teachers in synergy targets."""
-    two_view: bool = False
     ratio: float | None = None
     """Bound of the KD term relative to cross-entropy; None: not bounded."""
     bound: float | None = None
@@ -56,8 +55,7 @@ class BStep(Objective):
         streams: Streams,
         device: torch.device,
     ) -> None:
-        frozen = [*teachers] if fusion is None else [*teachers, fusion]
-        super().__init__(student, list(frozen), device)
+        super().__init__(student, [*teachers] if fusion is None else [*teachers, fusion], device)
         self._student, self._teachers, self._fusion = (student,), tuple(teachers), (fusion,)
         self.method = method
         self.streams = streams
@@ -65,7 +63,6 @@ class BStep(Objective):
         self._held: tuple[Lesson, Tensor] | None = None
 
     def begin_epoch(self, weights: BLoss) -> None:
-        """Use these weights from now on."""
         self.weights = weights
 
     # targets --------------------------------------------------------------------------------------------------------
@@ -129,14 +126,13 @@ class BStep(Objective):
         m = self.method
         if m.kd_target == "weighted_conf":
             return targets.confidence_weighted(logits, tau)
-        share = self.weights.averaged_share
-        if syn is None or m.kd_target == "avg":  # syn is None: nothing fuses, or the gate is closed
-            return targets.averaged(logits, m.averaging_weights, tau)
-        p = targets.synergy(syn, tau_syn)
-        if picked is None and share == 0:
-            return p
         average = targets.averaged(logits, m.averaging_weights, tau)
-        return targets.mixed(p, average, share) if picked is None else torch.where(picked[:, None], p, average)
+        if syn is None or m.kd_target == "avg":  # syn is None: nothing fuses, or the gate is closed
+            return average
+        p = targets.synergy(syn, tau_syn)
+        if picked is not None:
+            return torch.where(picked[:, None], p, average)
+        return targets.mixed(p, average, self.weights.averaged_share)
 
     # which images, which views ---------------------------------------------------------------------------------------
 
@@ -211,7 +207,7 @@ class BStep(Objective):
         picked = rows(x)
         query = self._query(picked, rows(seen_query) if reuse else None)
         found = self.lesson(picked, rows(y), query, eps, known[0])
-        if self.weights.two_view and batch.x_second is not None:
+        if batch.x_second is not None:
             second = rows(batch.x_second)
             other = self.lesson(second, rows(y), self._query(second, None), eps, known[1])
             found, _ = self._blend(found, other, torch.full((), 0.5, device=self.device))

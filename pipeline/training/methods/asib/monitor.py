@@ -2,7 +2,6 @@
 (docs/method.md section 3).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from pipeline.training.run_data import RunData
 def synergy_logits(
     fusion: Fusion, query: Tensor | None, teachers: list[Outputs], chosen: tuple[int, ...] | None = None
 ) -> Tensor:
-    """z_syn (n, N) on the mean path from networks' outputs on a split; the fusion's mode is restored.
+    """z_syn (n, N) on the mean path from the outputs of all teachers on a split; the fusion's mode is restored.
 
     Args:
-        query: the student's feat_2d (n, C); None with a learned query.
-        teachers: every teacher's outputs on the same split.
+        query: the student's feature (n, C); None with a learned query.
         chosen: indices of the teachers to fuse; None: all.
 
     Raises:
@@ -45,35 +43,8 @@ def synergy_logits(
     return logits
 
 
-@dataclass
-class SynergyAccuracy:
-    """The synergy's accuracy in percent, as far as it is known.
-
-    `current` belongs to the weights in use; `ema` is smoothed, ema <- alpha ema + (1 - alpha) acc, and starts at the
-    first value; epochs without evaluation leave it alone.
-    """
-
-    alpha: float
-    current: float | None = None
-    ema: float | None = None
-
-    def update(self, accuracy: float) -> None:
-        self.current = accuracy
-        self.ema = accuracy if self.ema is None else self.alpha * self.ema + (1 - self.alpha) * accuracy
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"current": self.current, "ema": self.ema}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.current, self.ema = state["current"], state["ema"]
-
-
 def threshold(setting: float | str, average_accuracy: float) -> float:
-    """The gate's threshold in percent: a fraction, or relative to the averaged teachers (`avg-0.02`).
-
-    Args:
-        average_accuracy: of the averaged teachers, in percent, on the same split.
-    """
+    """The gate's threshold in percent: a fraction, or relative to the averaged teachers' accuracy (`avg-0.02`)."""
     offset = gate_offset(setting)
     return 100.0 * float(setting) if offset is None else average_accuracy + 100.0 * offset
 
@@ -88,7 +59,10 @@ class Monitor:
 
     def __init__(self, method: MethodConfig, data: RunData, teachers: list[FeatureNet], fusion: Fusion | None) -> None:
         self.method, self.data, self.teachers, self.fusion = method, data, teachers, fusion
-        self.known = SynergyAccuracy(method.synergy_ema_alpha)
+        self.accuracy: float | None = None
+        """The synergy's, in percent, with the weights in use; None: not known yet."""
+        self.smoothed: float | None = None
+        """Its moving average, which starts at the first value; epochs without evaluation leave it alone."""
         self.gate_open = False
         self.share = 0.0
         """c: share of the averaged teachers in `auto` targets."""
@@ -121,13 +95,7 @@ class Monitor:
     def synergy_accuracy(self, student: Outputs) -> float:
         """In percent, on the evaluation split."""
         logits = self.synergy_on("eval", student, self.method.synergy_eval_teacher_indices)
-        (acc,) = distributed.first_says([accuracy(logits, self.data.eval.labels)], self.data.eval.device)
-        return acc
-
-    def average_accuracy(self) -> float:
-        """Of the averaged teachers, in percent, on the evaluation split."""
-        (acc,) = distributed.first_says([accuracy(self.average("eval"), self.data.eval.labels)], self.data.eval.device)
-        return acc
+        return distributed.first_process_says(accuracy(logits, self.data.eval.labels))
 
     def teachers_found(self) -> dict[str, float]:
         """The teachers on the evaluation split, and how often they disagree."""
@@ -143,14 +111,20 @@ class Monitor:
         """Start over: the best snapshot is that of one A-step."""
         self.snapshot = {}
 
+    def update(self, acc: float) -> None:
+        """Take a new accuracy: smoothed <- alpha smoothed + (1 - alpha) acc."""
+        alpha = self.method.synergy_ema_alpha
+        self.accuracy = acc
+        self.smoothed = acc if self.smoothed is None else alpha * self.smoothed + (1 - alpha) * acc
+
     def end_a_epoch(self, student: Outputs, last: bool) -> dict[str, float]:
         """Evaluate the synergy; keep the best weights of this A-step and put them back at its end."""
         assert self.fusion is not None
         if self.method.use_teacher_finetuning:
             self.forget_teachers()
         acc = self.synergy_accuracy(student)
-        self.known.update(acc)
-        assert self.known.ema is not None
+        self.update(acc)
+        assert self.smoothed is not None
         if self.data.has_validation:
             if acc > self.snapshot.get("accuracy", float("-inf")):
                 self.snapshot = {"accuracy": acc, "fusion": cpu_copy(self.fusion.state_dict())}
@@ -158,7 +132,7 @@ class Monitor:
                     self.snapshot["teachers"] = [cpu_copy(t.state_dict()) for t in self.teachers]
             if last:
                 self._restore()
-        return {"synergy/acc": acc, "synergy/acc_ema": self.known.ema}
+        return {"synergy/acc": acc, "synergy/acc_ema": self.smoothed}
 
     def _restore(self) -> None:
         assert self.fusion is not None
@@ -167,7 +141,7 @@ class Monitor:
             teacher.load_state_dict(weights)
         if self.method.use_teacher_finetuning:
             self.forget_teachers()
-        self.known.current = self.snapshot["accuracy"]
+        self.accuracy = self.snapshot["accuracy"]
 
     # the gate --------------------------------------------------------------------------------------------------------
 
@@ -181,33 +155,31 @@ class Monitor:
             # the schema allows no threshold then, and the test split must not decide
             self.gate_open = trained
             return
-        if self.known.current is None:
-            self.known.update(self.synergy_accuracy(outputs(student, self.data.eval, "student")))
-        known = self.known.current if self.method.gate_source == "snapshot" else self.known.ema
-        setting = self.method.enable_kd_after_syn_acc
-        relative = isinstance(setting, str)
-        average = self.average_accuracy() if relative or self.method.kd_target == "auto" else 0.0
-        limit = threshold(setting, average)
+        m = self.method
+        if self.accuracy is None:
+            self.update(self.synergy_accuracy(outputs(student, self.data.eval, "student")))
+        known = self.accuracy if m.gate_source == "snapshot" else self.smoothed
+        average = 0.0
+        if isinstance(m.enable_kd_after_syn_acc, str) or m.kd_target == "auto":
+            average = distributed.first_process_says(accuracy(self.average("eval"), self.data.eval.labels))
+        limit = threshold(m.enable_kd_after_syn_acc, average)
         self.gate_open = is_open(known, limit)
-        if self.method.kd_target == "auto":
-            m = self.method
-            self.share = (
-                targets.averaged_share(known or 0.0, limit, average, m.kd_ens_alpha, m.kd_ens_alpha_max)
-                if self.gate_open
-                else 1.0
-            )
+        if m.kd_target == "auto":
+            self.share = 1.0
+            if known is not None and self.gate_open:
+                self.share = targets.averaged_share(known, limit, average, m.kd_ens_alpha, m.kd_ens_alpha_max)
 
     # state -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "known": self.known.state_dict(),
+            "known": {"current": self.accuracy, "ema": self.smoothed},
             "gate_open": self.gate_open,
             "share": self.share,
             "snapshot": self.snapshot,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.known.load_state_dict(state["known"])
+        self.accuracy, self.smoothed = state["known"]["current"], state["known"]["ema"]
         self.gate_open, self.share, self.snapshot = state["gate_open"], state["share"], state["snapshot"]
         self.forget_teachers()

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.training import distributed, optim
 from pipeline.training.bank.lookup import BankedTeachers
 from pipeline.training.checkpoint import cpu_copy
-from pipeline.training.compiling import CompileClock, check_device, compiles
+from pipeline.training.compiling import check_device, compile_seconds, compiles
 from pipeline.training.costs import Costs
 from pipeline.training.evaluation import Outputs, accuracy, nll, outputs
 from pipeline.training.methods.asib import schedules
@@ -54,6 +54,15 @@ def _freeze(net: FeatureNet, policy: freeze.FreezePolicy, key: str) -> freeze.Fr
         return freeze.apply(net, policy)
     except ValueError as error:
         raise UserError(f"{key}: {error}") from error
+
+
+def _trainable(name: str, module: nn.Module) -> dict[str, float]:
+    """Trainable and all parameters of what a step trains."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return {
+        f"parameters/{name}_trainable": trained,
+        f"parameters/{name}_total": sum(p.numel() for p in module.parameters()),
+    }
 
 
 OpenBank = Callable[[TrainBatches, Sequence[FeatureNet], Costs], BankedTeachers | None]
@@ -97,7 +106,7 @@ class Distillation:
         self._try_student_levels()
         self.compiled = compiles(config, device)
         if self.compiled:
-            self.compile_clock = CompileClock()
+            self._compiled_before = compile_seconds()
             for net in (student, *self.teachers):
                 net.compile_pass(graphs=config.optim.compile == "graphs")
         self.monitor = Monitor(self.method, self.data, self.teachers, self.fusion)
@@ -105,7 +114,10 @@ class Distillation:
         networks |= {f"teacher_{k}": t for k, t in enumerate(self.teachers)}
         self.costs = Costs(networks | ({"fusion": self.fusion} if self.fusion is not None else {}))
         self.plan = schedules.make_plan(self.method, a_steps=self.fusion is not None)
-        self.a_step, self.b_step = self._make_objectives(held)
+        self.b_step = BStep(student, self.teachers, self.fusion, self.method, self.streams, device)
+        self.a_step: AStep | None = None
+        if self.fusion is not None:
+            self.a_step = AStep(self.fusion, student, self.teachers, self.method, self.streams, device, held)
         self.phases = self._make_phases()
         # deterministic fusion has no use for log variances, unless their penalty gives them a gradient
         idle = not self.method.use_ib and self.method.ib_mbm_reg_lambda == 0
@@ -114,7 +126,9 @@ class Distillation:
             self._check_average()
             self.b_step.setup_ema(decay=self.optim.ema_decay)
         prepare(self.phases, device, unused={"a"} if idle else set())
-        self.selection = Selection(self._selected_net(), self.data.has_validation)
+        average = self._average()
+        exported = average if average is not None and self.optim.select_weights == "ema" else student
+        self.selection = Selection(exported, self.data.has_validation)
         self._last: dict[str, Tensor] = {}
         self._student_seen: Outputs | None = None
         self.best_test = float("-inf")
@@ -126,8 +140,7 @@ class Distillation:
         """The draws of all epochs that run teachers: what a bank is built ahead for."""
         for epoch in self.plan:
             if epoch.phase == "a" or schedules.kd_weight(self.method, epoch.in_phase, self._b_epochs()) > 0:
-                two_views = epoch.phase == "b" and schedules.two_views(self.method, epoch.in_phase)
-                yield self.data.draws(self.streams, epoch, self.phases[epoch.phase], two_views)
+                yield self.draws(epoch)
 
     # construction ----------------------------------------------------------------------------------------------------
 
@@ -166,13 +179,6 @@ class Distillation:
                 _freeze(self.student, policy, f"stage {stage + 1}, student freeze level {policy.level}")
             freeze.apply(self.student, freeze.FreezePolicy())
 
-    def _make_objectives(self, held: Sequence[tuple[freeze.Frozen, nn.Module]]) -> tuple[AStep | None, BStep]:
-        m, streams, device = self.method, self.streams, self.device
-        b_step = BStep(self.student, self.teachers, self.fusion, m, streams, device)
-        if self.fusion is None:
-            return None, b_step
-        return AStep(self.fusion, self.student, self.teachers, m, streams, device, held), b_step
-
     def _make_phases(self) -> dict[str, Phase]:
         m, o, updates = self.method, self.optim, len(self.batches)
         phases: dict[str, Phase] = {}
@@ -209,7 +215,7 @@ class Distillation:
     # what the loop calls ---------------------------------------------------------------------------------------------
 
     def draws(self, epoch: Epoch) -> EpochDraws:
-        two_views = epoch.phase == "b" and self.b_step.weights.two_view
+        two_views = epoch.phase == "b" and schedules.two_views(self.method, epoch.in_phase)
         return self.data.draws(self.streams, epoch, self.phases[epoch.phase], two_views)
 
     def epoch_batches(self, epoch: Epoch, start: int) -> Iterator[Batch]:
@@ -247,7 +253,6 @@ class Distillation:
             tau=schedules.tau(m, epoch.overall, len(self.plan)),
             synergy=self.monitor.gate_open,
             averaged_share=self._averaged_share(b),
-            two_view=schedules.two_views(m, b),
             ratio=m.kd_max_ratio if b >= m.kd_warmup_epochs else None,
             bound=m.loss_clamp_max if m.use_loss_clamp and b >= m.loss_clamp_warmup_epochs else None,
             dkd=min(1.0, (b + 1) / m.dkd_warmup_epochs) if m.dkd_warmup_epochs else 1.0,
@@ -299,26 +304,25 @@ class Distillation:
     def _end_a_epoch(self, epoch: Epoch) -> dict[str, float]:
         found = {"schedule/ib_beta": schedules.beta(self.method, epoch.in_phase, epoch.in_stage)}
         if epoch.first:
-            found |= self._trainable("fusion", [self.phases["a"].objective.get_trainable_module()])
+            found |= _trainable("fusion", self.phases["a"].objective.trainable_module)
         if (epoch.in_stage + 1) % self.method.teacher_eval_every and not epoch.last:
             return found
         return found | self.monitor.end_a_epoch(self._student_outputs(), epoch.last)
 
     def _end_b_epoch(self, epoch: Epoch) -> dict[str, float]:
         out, y = self._student_outputs(), self.data.eval.labels
-        acc, loss = distributed.first_says([accuracy(out.logits, y), nll(out.logits, y, "student")], self.device)
+        acc, loss = distributed.first_process_says((accuracy(out.logits, y), nll(out.logits, y, "student")))
         weights = self.b_step.weights
         found = {"student/acc": acc, "student/loss": loss, "schedule/kd_weight": weights.scale * self.method.kd_alpha}
-        ema = self.b_step.get_trainable_module(ema=True)
-        if ema is not None:
-            averaged = outputs(ema.module, self.data.eval, "student's moving average")
-            (found["student/acc_ema"],) = distributed.first_says([accuracy(averaged.logits, y)], self.device)
+        if (average := self._average()) is not None:
+            averaged = outputs(average, self.data.eval, "student's moving average")
+            found["student/acc_ema"] = distributed.first_process_says(accuracy(averaged.logits, y))
         chosen = found["student/acc_ema"] if self.optim.select_weights == "ema" else acc
         self.selection.offer(chosen, epoch.in_phase)
         if not self.data.has_validation:
             self.best_test = max(self.best_test, chosen)
         if epoch.first:
-            found |= self._trainable("student", [self.student])
+            found |= _trainable("student", self.student)
         return found | self._synergy_found(epoch, out)
 
     def _student_outputs(self) -> Outputs:
@@ -339,24 +343,18 @@ class Distillation:
             found["synergy/acc"] = self.monitor.synergy_accuracy(student)
         return found
 
-    @staticmethod
-    def _trainable(name: str, modules: list[nn.Module | None]) -> dict[str, float]:
-        """Trainable and all parameters of what a step trains."""
-        parameters = [p for m in modules if m is not None for p in m.parameters()]
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        return {f"parameters/{name}_trainable": trained, f"parameters/{name}_total": sum(p.numel() for p in parameters)}
-
     # state and results -----------------------------------------------------------------------------------------------
 
-    def _selected_net(self) -> nn.Module:
+    def _average(self) -> FeatureNet | None:
+        """The student's moving average."""
         ema = self.b_step.get_trainable_module(ema=True)
-        return ema.module if ema is not None and self.optim.select_weights == "ema" else self.student
+        return None if ema is None else ema.module
 
     def state_dict(self) -> dict[str, Any]:
-        ema = self.b_step.get_trainable_module(ema=True)
+        average = self._average()
         return {
             "student": self._last or self.student.state_dict(),
-            "student_ema": None if ema is None else ema.module.state_dict(),
+            "student_ema": None if average is None else average.state_dict(),
             "fusion": None if self.fusion is None else self.fusion.state_dict(),
             "teachers": [t.state_dict() for t in self.teachers] if self.method.use_teacher_finetuning else [],
             "monitor": self.monitor.state_dict(),
@@ -367,9 +365,8 @@ class Distillation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._last, self._student_seen = {}, None
         self.student.load_state_dict(state["student"])
-        ema = self.b_step.get_trainable_module(ema=True)
-        if ema is not None:
-            ema.module.load_state_dict(state["student_ema"])
+        if (average := self._average()) is not None:
+            average.load_state_dict(state["student_ema"])
         if self.fusion is not None:
             self.fusion.load_state_dict(state["fusion"])
         for teacher, weights in zip(self.teachers, state["teachers"], strict=False):
@@ -394,7 +391,7 @@ class Distillation:
         elif any(e.phase == "b" for e in self.plan):
             found["final/acc_best"] = self.best_test
         if self.compiled:
-            found["cost/compile_seconds"] = self.compile_clock.seconds()
+            found["cost/compile_seconds"] = compile_seconds() - self._compiled_before
         return found | self.costs.metrics()
 
     def _on_test(self, last: Outputs) -> dict[str, float]:

@@ -64,11 +64,9 @@ def test_views_number_every_crop_and_flip_once() -> None:
     assert torch.equal(crop_flip(x, again), crop_flip(x, draw))
 
 
-def test_without_augmentation_there_is_one_view_and_randaugment_has_no_set() -> None:
+def test_without_augmentation_there_is_one_view() -> None:
     plain = Views.of(AugmentConfig(crop_flip=False))
     assert (plain.count, plain.draw(plain.numbers(None, 3)), plain.numbers(None, 3).tolist()) == (1, None, [0, 0, 0])
-    with pytest.raises(ValueError, match="RandAugment"):
-        Views.of(AugmentConfig(randaugment=True))
 
 
 # one process ---------------------------------------------------------------------------------------------------------

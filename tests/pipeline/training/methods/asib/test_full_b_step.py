@@ -84,7 +84,7 @@ class Reference:
         if not m.use_mu_for_kd and m.use_ib:
             eps = self.task.streams.normal((self.size, m.ib_mbm_out_dim), "kd_noise", *MOMENT).double()
         first = self._view(x, y, seen, eps)
-        if self.w.two_view:
+        if b.x_second is not None:
             other = b.x_second.double()
             second = self._view(other, y, self._query(other), eps)
             first = [blend(p, q, 0.5) for p, q in zip(first, second, strict=True)]
@@ -305,8 +305,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_method(case: str) -> None:
     if method.get("feat_kd_key") == "feat_2d":
         method = {**method, "ib_mbm_out_dim": 6}
     task, objective, batch = prepared(mix, **method)
-    two_view = "kd_two_view_start_epoch" in method
-    w = BLoss(**{"scale": 1.0, "tau": 3.0, "synergy": True, "averaged_share": 0.0, "two_view": two_view, **weights})
+    w = BLoss(**{"scale": 1.0, "tau": 3.0, "synergy": True, "averaged_share": 0.0, **weights})
     objective.begin_epoch(w)
     if task.method.kd_view == "mixed":
         batch = batch._replace(lam=torch.minimum(batch.lam, 1 - batch.lam))
@@ -352,7 +351,7 @@ def test_the_guard_closes_in_some_of_these_cases() -> None:
     seen = Counter[float]()
     for mix, method in (("plain", {}), ("cutmix", {}), ("plain", TWO_VIEWS)):
         task, _, batch = prepared(mix, kd_target="auto_min", **method)
-        w = BLoss(1.0, 3.0, synergy=True, averaged_share=0.0, two_view=bool(method))
+        w = BLoss(1.0, 3.0, synergy=True, averaged_share=0.0)
         seen.update(round(lesson["guard"], 3) for lesson in Reference(task, batch, w).lessons)
     assert seen[0.0] > 0
     assert seen[1.0] > 0
@@ -503,7 +502,7 @@ def test_two_views_cost_teachers_a_second_pass_and_the_student_no_training_pass(
         mean = 0.9 * norm.running_mean + 0.1 * task.student.net.conv(batch.x_mixed).mean((0, 2, 3))
     ema = task.phases["b"].objective.get_trainable_module(ema=True)
     before = {k: v.clone() for k, v in ema.module.state_dict().items()}
-    assert objective.weights.two_view
+    assert batch.x_second is not None
     objective(batch, MOMENT)
     queries = 0 if learnable else 1 if mix == "plain" else 2
     assert student.seen == [(True, True, 10)] + [(False, False, 10)] * queries

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.training.methods.asib.monitor import SynergyAccuracy, is_open, threshold
+from pipeline.training.methods.asib.monitor import is_open, threshold
+from tests.pipeline.training.builders import config, distillation
 
 
 @pytest.mark.parametrize(
@@ -29,11 +30,11 @@ def test_unknown_and_zero_accuracy_keep_the_gate_closed(accuracy: float | None, 
 
 
 def test_the_moving_average_starts_at_the_first_value() -> None:
-    known = SynergyAccuracy(0.8)
-    assert (known.current, known.ema) == (None, None)
+    monitor = distillation(config(method={"synergy_ema_alpha": 0.8})).monitor
+    assert (monitor.accuracy, monitor.smoothed) == (None, None)
     values = []
     for accuracy in (50.0, 60.0, 40.0):
-        known.update(accuracy)
-        values.append(known.ema)
+        monitor.update(accuracy)
+        values.append(monitor.smoothed)
     assert values == pytest.approx([50.0, 0.8 * 50 + 0.2 * 60, 0.8 * 52 + 0.2 * 40])
-    assert known.current == 40.0
+    assert monitor.accuracy == 40.0

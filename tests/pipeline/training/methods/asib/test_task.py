@@ -120,10 +120,10 @@ def test_the_best_snapshot_of_this_a_step_is_in_use_at_its_end(tmp_path: Path) -
     loop = run_until(task, tmp_path, (4, 0))
     assert differences(fused(task), script.weights[1]) == []
     assert differences(fused(task), script.weights[2]) != []
-    assert task.monitor.known.current == 70
+    assert task.monitor.accuracy == 70
     loop = run_until(task, tmp_path, (9, 0), state=loop.state_dict())
     assert differences(fused(task), script.weights[7]) == []
-    assert task.monitor.known.current == 40
+    assert task.monitor.accuracy == 40
 
 
 def test_the_snapshot_is_the_best_by_an_evaluation_of_its_own(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_the_snapshot_is_the_best_by_an_evaluation_of_its_own(tmp_path: Path) ->
     scores = [evaluated(task, weights) for weights in kept]
     assert record.series("synergy/acc") == pytest.approx(scores)
     assert differences(final, kept[scores.index(max(scores))]) == []
-    assert task.monitor.known.current == pytest.approx(max(scores))
+    assert task.monitor.accuracy == pytest.approx(max(scores))
 
 
 def evaluated(task: Distillation, weights: dict[str, torch.Tensor]) -> float:
@@ -175,7 +175,7 @@ def test_epochs_without_evaluation_leave_the_moving_average_alone(tmp_path: Path
     logged = [(s, v["synergy/acc"], v.get("synergy/acc_ema")) for s, v in record.rows if "synergy/acc" in v]
     # A-epochs 2, 4 and the last; then, monitored, B-epoch 2
     assert logged == [(1, 40, 40), (3, 60, 50), (4, 20, 35), (6, 77, None)]
-    assert (task.monitor.known.ema, task.monitor.known.current) == (35, 60)
+    assert (task.monitor.smoothed, task.monitor.accuracy) == (35, 60)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_relative_gate_goes_by_the_averaged_teachers_on_validation_images(tmp_
             hits += int((sum(t(x).logits for t in task.teachers).argmax(1) == y).sum())
     average = 100.0 * hits / len(task.data.eval.labels)
     for accuracy in (average - 2.5, average - 1.5):
-        task.monitor.known.current = accuracy
+        task.monitor.accuracy = accuracy
         task.begin_phase(next(e for e in task.plan if e.phase == "b"))
         assert task.monitor.gate_open is (accuracy > average - 2)
 
