@@ -9,9 +9,8 @@ would see.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import tee
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,15 +44,8 @@ class Seen(NamedTuple):
         return Seen(self.logits[rows], self.feat_2d[rows])
 
 
-class Known(Protocol):
-    """Every teacher's outputs for some rows of a batch, or all; looked up (or computed) when it is called."""
-
-    def __call__(self, rows: Tensor | None = None) -> Sequence[Seen]: ...
-
-
-def taken(known: Known | None, rows: Tensor | None) -> Known | None:
-    """The outputs for some rows of a batch; `rows` None: for all."""
-    return None if known is None else partial(known, rows)
+Known = Callable[[Tensor | None], Sequence[Seen]]
+"""Every teacher's outputs for some rows of a batch, None: for all; looked up (or computed) when it is called."""
 
 
 class Batch(NamedTuple):

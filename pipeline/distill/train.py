@@ -26,7 +26,7 @@ from pipeline.training.checkpoint import pack, require_space, unpack
 from pipeline.training.compiling import compiles
 from pipeline.training.loop import Loop, Watch
 from pipeline.training.optim import Precision
-from pipeline.training.phases import Task
+from pipeline.training.run_data import Task
 
 logger = logging.getLogger("asib")
 ALL_THREADS = torch.get_num_threads()

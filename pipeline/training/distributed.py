@@ -59,14 +59,11 @@ def anyone(flag: bool) -> bool:
     return bool(raised.item())
 
 
-def gather_rows(rows: Tensor, start: int, size: int) -> Tensor:
-    """The global batch's (size, ...) from every process's own rows, which begin at `start`; slices may be uneven."""
-    if not dist.is_initialized():
-        return rows
+def gather_rows(rows: Tensor, at: slice | Tensor, size: int) -> Tensor:
+    """The global batch's (size, ...) from every process's own rows, which lie `at` it; zero where nobody has one."""
     everything = rows.new_zeros((size, *rows.shape[1:]))
-    everything[start : start + len(rows)] = rows
-    dist.all_reduce(everything)
-    return everything
+    everything[at] = rows
+    return total(everything)
 
 
 def barrier() -> None:

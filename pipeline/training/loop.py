@@ -22,7 +22,8 @@ from pipeline.training.checkpoint import Slots
 from pipeline.training.nonfinite import Kept, statistics, update_average
 from pipeline.training.objective import Moment
 from pipeline.training.optim import Precision, restore_optimizer, update
-from pipeline.training.phases import Epoch, Phase, Task
+from pipeline.training.phases import Epoch, Phase
+from pipeline.training.run_data import Task
 
 
 class Watch(Protocol):
@@ -47,30 +48,11 @@ class Verdict(IntEnum):
     """Another worker has the trial: nothing more may be written."""
 
 
-class Sums:
-    """Running sums of an epoch's terms, on the device, in float64."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            value = value.detach().to(torch.float64)
-            self.values[name] = self.values[name] + value if name in self.values else value
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.values)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.values = {name: value.to(self.device) for name, value in state.items()}
-
-    def totals(self) -> dict[str, float]:
-        """One transfer: the sums over all processes."""
-        if not self.values:
-            return {}
-        numbers = distributed.total(torch.stack(list(self.values.values())))
-        return dict(zip(self.values, numbers.tolist(), strict=True))
+def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add to running sums of an epoch's terms, which stay on the device, in float64."""
+    for name, value in values.items():
+        value = value.detach().to(torch.float64)
+        sums[name] = sums[name] + value if name in sums else value
 
 
 @dataclass
@@ -99,12 +81,11 @@ class Loop:
     epoch: int = 0
     batch: int = 0
     finished: bool = False
-    sums: Sums = field(init=False)
+    sums: dict[str, Tensor] = field(default_factory=dict)
     _streak: Tensor = field(init=False)
     """Non-finite steps in a row, on the device."""
 
     def __post_init__(self) -> None:
-        self.sums = Sums(self.device)
         self._streak = torch.zeros((), device=self.device)
 
     # state -----------------------------------------------------------------------------------------------------------
@@ -115,7 +96,7 @@ class Loop:
             "header": self.header,
             "position": {"epoch": self.epoch, "batch": self.batch, "streak": int(self._streak)},
             "finished": self.finished,
-            "sums": self.sums.state_dict(),
+            "sums": self.sums,
             "costs": self.task.costs.state_dict(),
             "optimizers": {name: phase.optimizer.state_dict() for name, phase in self.task.phases.items()},
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -127,7 +108,7 @@ class Loop:
         self.epoch, self.batch = position["epoch"], position["batch"]
         self._streak = torch.tensor(float(position["streak"]), device=self.device)
         self.finished = state["finished"]
-        self.sums.load_state_dict(state["sums"])
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.task.costs.load_state_dict(state["costs"])
         for name, phase in self.task.phases.items():
             restore_optimizer(phase.optimizer, state["optimizers"][name])
@@ -200,7 +181,7 @@ class Loop:
         phase.objective.train()
         begun, first, saved = time.perf_counter(), self.batch, time.monotonic()
         for output in self._updates(epoch, phase):
-            self.sums.add(output)
+            add(self.sums, output)
             bar.update()
             self._settle(wait=False)
             # several processes must agree on when to stop, which costs time: they do every 20 batches
@@ -219,7 +200,7 @@ class Loop:
         metrics |= task.end_epoch(epoch)
         metrics["train/images_per_second"] = images / max(task.costs.seconds - before, 1e-9)
         metrics["schedule/lr"] = phase.optimizer.param_groups[0]["lr"]
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums(self.device)
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         verdict = self._verdict(epoch.overall, metrics)
         if verdict == Verdict.LEAVE:
             raise Taken
@@ -259,7 +240,7 @@ class Loop:
         task, size, repeats = self.task, distributed.world().size, phase.repeats
         kept = Kept(statistics(phase.objective.trainable_module))
         for batch in task.epoch_batches(epoch, self.batch):
-            images, total = batch.global_size / size, Sums(self.device)
+            images, total = batch.global_size / size, dict[str, Tensor]()
             for repeat in range(repeats):
                 done = (epoch.in_phase * len(task.batches) + self.batch) * repeats + repeat
                 phase.scheduler.step_update(done)
@@ -273,10 +254,10 @@ class Loop:
                     update_average(phase.objective, (done + 1) // task.optim.ema_update_every, bad)
                 terms = {k: v.detach() for k, v in output.items() if k != "output"}
                 self._watch(bad, epoch, terms, batch.index)
-                total.add({k: v * images for k, v in terms.items()})
-                total.add({"images": torch.tensor(images, device=self.device), "nonfinite": bad / size})
+                add(total, {k: v * images for k, v in terms.items()})
+                add(total, {"images": torch.tensor(images, device=self.device), "nonfinite": bad / size})
             self.batch += 1
-            yield total.values
+            yield total
 
     def _watch(self, bad: Tensor, epoch: Epoch, terms: dict[str, Tensor], index: Tensor) -> None:
         """End the run after `safe_retry_patience` bad steps in a row; GPUs are asked only that often."""
@@ -292,7 +273,9 @@ class Loop:
             )
 
     def _means(self, phase: Phase) -> dict[str, float]:
-        totals = self.sums.totals()
+        """One transfer: the sums over all processes, as means over the images."""
+        numbers = distributed.total(torch.stack([*self.sums.values()])).tolist() if self.sums else []
+        totals = dict(zip(self.sums, numbers, strict=True))
         images, nonfinite = totals.pop("images", 0.0), totals.pop("nonfinite", 0.0)
         means = phase.objective.summarise({k: v / max(images, 1.0) for k, v in totals.items()})
         return {f"{phase.metrics}/{k}": v for k, v in means.items()} | {"train/nonfinite_steps": nonfinite}

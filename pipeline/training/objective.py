@@ -74,12 +74,13 @@ class Objective(TrainingTask):
         return means
 
 
-def teacher_outputs(teachers: Sequence[nn.Module], x: Tensor, known: Known | None) -> Sequence[Seen]:
-    """The outputs of frozen teachers for images x (n,C,H,W): the bank's where there is one, else each runs once."""
+def teacher_outputs(
+    teachers: Sequence[nn.Module], x: Tensor, known: Known | None, rows: Tensor | None = None
+) -> Sequence[Seen]:
+    """The outputs of frozen teachers for images x (n,C,H,W): the bank's of these rows of a batch, else each runs."""
     if known is not None:
-        return known()
-    outputs = [teacher(x) for teacher in teachers]
-    return [Seen(out.logits, out.feat_2d) for out in outputs]
+        return known(rows)
+    return [Seen(out.logits, out.feat_2d) for out in (teacher(x) for teacher in teachers)]
 
 
 def batch_mean(values: Tensor, batch: Batch) -> Tensor:

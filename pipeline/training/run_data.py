@@ -1,6 +1,9 @@
-"""What fine-tuning and distillation share: the resident data of a run, and the choice of the epoch that is kept."""
+"""What fine-tuning and distillation share: the resident data of a run, the choice of the epoch that is kept, and what
+the loop asks of both.
+"""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,13 +11,16 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from models.features import FeatureNet
 from pipeline.config import Config
-from pipeline.data.batches import EpochDraws, EvalBatches, TrainBatches
+from pipeline.data.batches import Batch, EpochDraws, EvalBatches, TrainBatches
 from pipeline.data.image_files import Images
 from pipeline.data.sources import ImageData
 from pipeline.data.splits import split
 from pipeline.training import distributed
 from pipeline.training.checkpoint import cpu_copy
+from pipeline.training.costs import Costs
+from pipeline.training.evaluation import Outputs, accuracy, nll, outputs
 from pipeline.training.phases import Epoch, Phase
 from pipeline.training.rng import Streams
 
@@ -56,15 +62,6 @@ class RunData:
         self.eval = in_order(images, labels, parts.val) if len(parts.val) else self.test
         self.eval_split = "val" if self.has_validation else "test"
 
-    def draws(self, streams: Streams, epoch: Epoch, phase: Phase, two_views: bool = False) -> EpochDraws:
-        """All random numbers of an epoch's images, from streams keyed by (seed, stream, phase, epoch in the phase)."""
-        return self.train.draw(
-            phase.mix,
-            phase.mix_alpha,
-            lambda stream: streams.generator(stream, epoch.phase, epoch.in_phase),
-            two_views,
-        )
-
 
 @dataclass
 class Selection:
@@ -92,6 +89,92 @@ class Selection:
     def chosen(self) -> dict[str, Tensor]:
         """The state dict of the chosen epoch, on the CPU."""
         return self.weights or cpu_copy(self.net.state_dict())
+
+
+class Task:
+    """What the loop drives: a network that is trained in phases, and selected by validation.
+
+    Args:
+        net: the network; `name`: what metrics and errors call it.
+        seed: of its random streams.
+    """
+
+    plan: list[Epoch]
+    phases: dict[str, Phase]
+    costs: Costs
+    selection: Selection
+
+    def __init__(
+        self, config: Config, data: ImageData, net: FeatureNet, name: str, device: torch.device, seed: int
+    ) -> None:
+        self.config, self.optim, self.device = config, config.optim, device
+        self.net, self.name = net, name
+        self.data = RunData(config, data, device)
+        self.batches = self.data.train
+        self.streams = Streams(seed)
+        self._last: dict[str, Tensor] = {}
+        """The last epoch's weights, from which a checkpoint continues, once `results` has put others in their place."""
+
+    def two_views(self, epoch: Epoch) -> bool:
+        """Whether its images also have a second, independent augmentation."""
+        return False
+
+    def draws(self, epoch: Epoch) -> EpochDraws:
+        """All random numbers of an epoch's images, from streams keyed by (seed, stream, phase, epoch in the phase)."""
+        phase = self.phases[epoch.phase]
+
+        def generators(stream: str) -> torch.Generator:
+            return self.streams.generator(stream, epoch.phase, epoch.in_phase)
+
+        return self.batches.draw(phase.mix, phase.mix_alpha, generators, self.two_views(epoch))
+
+    def epoch_batches(self, epoch: Epoch, start: int) -> Iterator[Batch]:
+        """The batches of an epoch from batch `start` on."""
+        return self.batches.epoch(self.draws(epoch), start)
+
+    def begin_phase(self, epoch: Epoch) -> None:
+        """Called before the first batch of a phase; what it decides is part of the state."""
+
+    def begin_epoch(self, epoch: Epoch) -> None:
+        """Called before every epoch, also a continued one: set what follows from counters and state."""
+
+    def end_epoch(self, epoch: Epoch) -> dict[str, float]:
+        """Called after an epoch's last batch: evaluate, and return metrics."""
+        raise NotImplementedError
+
+    def evaluated(self, out: Outputs) -> dict[str, float]:
+        """Accuracy and loss of the network's outputs on the evaluation split."""
+        y = self.data.eval.labels
+        acc, loss = distributed.first_process_says((accuracy(out.logits, y), nll(out.logits, y, self.name)))
+        return {f"{self.name}/acc": acc, f"{self.name}/loss": loss}
+
+    def state_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def results(self, test: bool = True) -> dict[str, float]:
+        """Final accuracies, in percent, and costs; the network holds the selected weights afterwards.
+
+        Args:
+            test: False where the test split must not be seen: in a sweep.
+        """
+        found: dict[str, float] = {}
+        val, tests = self.data.eval, self.data.test
+        if test:
+            found["final/acc_last"] = accuracy(outputs(self.net, tests, self.name).logits, tests.labels)
+        self._last = cpu_copy(self.net.state_dict())
+        self.net.load_state_dict(self.selection.chosen())
+        if test:
+            found |= self.on_test(outputs(self.net, tests, self.name))
+        if self.data.has_validation:
+            found["final/val_acc"] = accuracy(outputs(self.net, val, self.name).logits, val.labels)
+        return found | self.costs.metrics()
+
+    def on_test(self, selected: Outputs) -> dict[str, float]:
+        """Test metrics of the selected network."""
+        return {"final/acc_val_selected": accuracy(selected.logits, self.data.test.labels)}
 
 
 def prepare(phases: dict[str, Phase], device: torch.device, unused: set[str]) -> None:

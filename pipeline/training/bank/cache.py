@@ -9,11 +9,11 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import acquire, locked, release
+from pipeline.files import locked
 from pipeline.training.bank.store import IN_USE, INDEX, Bank
 
 logger = logging.getLogger("asib")
@@ -55,8 +55,8 @@ class BankCache:
             return Bank(path, cells, width, self._grant)
 
     def used(self) -> int:
-        """Bytes on disk."""
-        return sum(map(_bytes, self._banks()))
+        """Bytes on disk; holes do not count."""
+        return sum(file.stat().st_blocks * 512 for path in self._banks() for file in path.iterdir())
 
     def _banks(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.exists() else []
@@ -79,19 +79,11 @@ class BankCache:
 
     def _remove(self, path: Path) -> bool:
         """Remove a bank unless it is in use; return whether it is gone."""
-        try:
-            fd = acquire(path / IN_USE, patience=0)
-        except OSError:
-            return False
-        if fd is None:
-            return False
-        try:
-            shutil.rmtree(path)
-        except OSError:
-            return False
-        finally:
-            release(fd)
-        return True
+        with suppress(OSError), locked(path / IN_USE, patience=0) as unused:
+            if unused:
+                shutil.rmtree(path)
+            return unused
+        return False
 
     def _locked(self) -> AbstractContextManager[bool]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,11 +104,6 @@ def _is_whole(path: Path, header: str, cells: int) -> bool:
         return (path / HEADER).read_bytes() == header.encode() and (path / INDEX).stat().st_size == 4 * cells
     except OSError:
         return False
-
-
-def _bytes(path: Path) -> int:
-    """Bytes that a bank takes on disk; holes do not count."""
-    return sum(file.stat().st_blocks * 512 for file in path.iterdir())
 
 
 def _last_use(path: Path) -> float:

@@ -110,11 +110,6 @@ class BankedTeachers:
         order = self._indices[draws.permutation]
         return (order * self.views.count + self.views.numbers(view, len(order))).numpy()
 
-    def cells_of(self, draws: EpochDraws) -> Cells:
-        """The cells that an epoch asks for, those of its second views too."""
-        views = [draws.crop_flip] + ([draws.second] if draws.two_views else [])
-        return np.concatenate([self._cells_of(draws, view) for view in views])
-
     # looking up ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -190,7 +185,11 @@ class BankedTeachers:
             Interrupted: `stop` gave a signal; what is done is kept.
         """
         world = distributed.world()
-        asked = np.concatenate([np.zeros(0, np.int64), *(self.cells_of(draws) for draws in epochs)])
+        parts = [np.zeros(0, np.int64)]
+        for draws in epochs:
+            views = (draws.crop_flip, draws.second) if draws.two_views else (draws.crop_flip,)
+            parts += [self._cells_of(draws, view) for view in views]
+        asked = np.concatenate(parts)
         # in the order in which they will be asked for, which is then that of the file
         cells = asked[np.sort(np.unique(asked, return_index=True)[1])]
         for at in range(world.rank * WINDOW, len(cells), world.size * WINDOW):
@@ -212,7 +211,7 @@ class _Window:
         self._bank, self._cells = bank, cells
         self._seen: list[Seen] | None = None
 
-    def rows(self, batch: slice, rows: Tensor | None = None) -> list[Seen]:
+    def rows(self, batch: slice, rows: Tensor | None) -> list[Seen]:
         """The outputs for `rows` of the batch at `batch`; None: for all of it."""
         if self._seen is None:
             self._seen = self._bank.look_up(self._cells)

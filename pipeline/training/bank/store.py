@@ -40,8 +40,6 @@ class Bank:
         self.folder, self.cells, self.width = folder, cells, width
         self.full = False
         """Whether writing has stopped: the limit is reached, or the disk is full."""
-        self.refused = 0
-        """Records whose check failed."""
         self._words = HEADER_WORDS + -(-width // 4)
         self._grant, self._granted = grant, 0
         rng = np.random.default_rng(20)  # a constant of the format
@@ -75,7 +73,6 @@ class Bank:
         there = (rows >= 0) & (rows < len(mapped))
         found = mapped[rows[there]]  # a copy: what is checked is what is returned
         whole = (found[:, 0] == self._check(found)) & (found[:, 1] == cells[there].astype(np.uint64))
-        self.refused += int((~whole).sum())
         values = np.zeros((len(cells), self.width), np.float16)
         there[there] = whole
         values[there] = found[whole, HEADER_WORDS:].view(np.float16)[:, : self.width]

@@ -1,6 +1,5 @@
 """Fine-tuning of one network with cross-entropy: teachers before they are distilled (docs/method.md section 7)."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,16 +7,15 @@ from torch import Tensor
 
 from models.features import FeatureNet
 from pipeline.config import Config
-from pipeline.data.batches import Batch, EpochDraws, EvalBatches
+from pipeline.data.batches import Batch
 from pipeline.data.sources import ImageData
-from pipeline.training import distributed, optim
-from pipeline.training.checkpoint import cpu_copy
+from pipeline.training import optim
 from pipeline.training.costs import Costs
-from pipeline.training.evaluation import accuracy, nll, outputs
+from pipeline.training.evaluation import outputs
 from pipeline.training.objective import Moment, Objective, mixed_cross_entropy
 from pipeline.training.phases import Epoch, Phase
 from pipeline.training.rng import Streams
-from pipeline.training.run_data import RunData, Selection, prepare
+from pipeline.training.run_data import Selection, Task, prepare
 
 
 class CrossEntropy(Objective):
@@ -36,16 +34,12 @@ class CrossEntropy(Objective):
         return {"loss": loss, "output": logits}
 
 
-class FineTuning:
-    """The loop's task for a teacher: one phase, selected by validation."""
+class FineTuning(Task):
+    """The loop's task for a teacher: one phase."""
 
     def __init__(self, config: Config, data: ImageData, net: FeatureNet, device: torch.device) -> None:
         f = config.finetune
-        self.optim = config.optim
-        self.net = net
-        self.data = RunData(config, data, device)
-        self.batches = self.data.train
-        self.streams = Streams(f.seed)
+        super().__init__(config, data, net, "teacher", device, f.seed)
         optimizer = optim.optimizer(f.optimizer, [(net, f.lr)], f.weight_decay, config.optim.momentum)
         self.costs = Costs({"teacher": net})
         self.phases = {
@@ -61,25 +55,11 @@ class FineTuning:
         prepare(self.phases, device, set())
         self.plan = [Epoch("finetune", 0, i, i, i, i == 0, i == f.epochs - 1) for i in range(f.epochs)]
         self.selection = Selection(net, self.data.has_validation)
-        self._last: dict[str, Tensor] = {}
-
-    def draws(self, epoch: Epoch) -> EpochDraws:
-        return self.data.draws(self.streams, epoch, self.phases[epoch.phase])
-
-    def epoch_batches(self, epoch: Epoch, start: int) -> Iterator[Batch]:
-        return self.batches.epoch(self.draws(epoch), start)
-
-    def begin_phase(self, epoch: Epoch) -> None:
-        pass
-
-    def begin_epoch(self, epoch: Epoch) -> None:
-        pass
 
     def end_epoch(self, epoch: Epoch) -> dict[str, float]:
-        out, y = outputs(self.net, self.data.eval, "teacher"), self.data.eval.labels
-        acc, loss = distributed.first_process_says((accuracy(out.logits, y), nll(out.logits, y, "teacher")))
-        self.selection.offer(acc, epoch.in_phase)
-        return {"teacher/acc": acc, "teacher/loss": loss}
+        found = self.evaluated(outputs(self.net, self.data.eval, "teacher"))
+        self.selection.offer(found["teacher/acc"], epoch.in_phase)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {"net": self._last or self.net.state_dict(), "selection": self.selection.state_dict()}
@@ -88,19 +68,3 @@ class FineTuning:
         self._last = {}
         self.net.load_state_dict(state["net"])
         self.selection.load_state_dict(state["selection"])
-
-    def results(self, test: bool = True) -> dict[str, float]:
-        """Final accuracies, in percent, and costs; the network holds the selected weights afterwards.
-
-        Args:
-            test: False where the test split must not be seen: a sweep's teachers.
-        """
-        last = {"final/acc_last": self._accuracy_on(self.data.test)} if test else {}
-        self._last = cpu_copy(self.net.state_dict())  # what a checkpoint continues from
-        self.net.load_state_dict(self.selection.chosen())
-        selected = {"final/acc_val_selected": self._accuracy_on(self.data.test)} if test else {}
-        val = {"final/val_acc": self._accuracy_on(self.data.eval)} if self.data.has_validation else {}
-        return last | selected | val | self.costs.metrics()
-
-    def _accuracy_on(self, split: EvalBatches) -> float:
-        return accuracy(outputs(self.net, split, "teacher").logits, split.labels)

@@ -23,7 +23,7 @@ from pipeline.training.loop import Loop
 from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.methods.finetune import FineTuning
 from pipeline.training.optim import Precision
-from pipeline.training.phases import Task
+from pipeline.training.run_data import Task
 
 CPU = torch.device("cpu")
 CLASSES = 4

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.features import FeatureNet, undisturbed
 from pipeline.config import MethodConfig
-from pipeline.data.batches import Batch, Known, taken
+from pipeline.data.batches import Batch, Known
 from pipeline.training import distributed, losses
 from pipeline.training.methods.asib import targets
 from pipeline.training.methods.asib.fusion import Fusion
@@ -80,15 +80,22 @@ class BStep(Objective):
 
     @torch.no_grad()
     def lesson(
-        self, x: Tensor, y: Tensor, query: Tensor | None, eps: Tensor | None, known: Known | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        query: Tensor | None,
+        eps: Tensor | None,
+        known: Known | None = None,
+        rows: Tensor | None = None,
     ) -> Lesson:
         """Make the lesson for images x (n,C,H,W) with labels y (n,); each network runs once.
 
         Args:
-            known: the teachers' outputs for x, from the bank.
+            known: the teachers' outputs for the batch, from the bank.
+            rows: which of the batch's images x are; None: all.
         """
         m = self.method
-        seen = teacher_outputs(self._teachers, x, known)
+        seen = teacher_outputs(self._teachers, x, known, rows)
         logits = [s.logits for s in seen]
         fused = syn = picked = guard = None
         if self._fuses():
@@ -114,9 +121,8 @@ class BStep(Objective):
             if m.use_ib:
                 found["cw"] = losses.certainty_weights(fused.logvar, m.min_cw, m.max_cw)
         if m.use_disagree_weight:
-            found["weight"] = targets.disagreement_weight(
-                logits, y, m.disagree_mode, m.disagree_lambda_high, m.disagree_lambda_low
-            )
+            differ = targets.disagrees(logits, y, m.disagree_mode)
+            found["weight"] = torch.where(differ, m.disagree_lambda_high, m.disagree_lambda_low)
         return found
 
     def _target(
@@ -132,7 +138,7 @@ class BStep(Objective):
         p = targets.synergy(syn, tau_syn)
         if picked is not None:
             return torch.where(picked[:, None], p, average)
-        return targets.mixed(p, average, self.weights.averaged_share)
+        return torch.lerp(p, average, self.weights.averaged_share)
 
     # which images, which views ---------------------------------------------------------------------------------------
 
@@ -143,7 +149,7 @@ class BStep(Objective):
         if not m.kd_sample_gate:
             return torch.arange(batch.global_size, device=logits.device)
         confidence = F.softmax(logits.float(), dim=1).amax(dim=1)
-        everyone = distributed.gather_rows(confidence, batch.first_row, batch.global_size)
+        everyone = distributed.gather_rows(confidence, batch.rows, batch.global_size)
         return targets.select(everyone, m.kd_sample_thr, m.kd_sample_min_ratio, m.kd_sample_max_ratio)
 
     def _query(self, x: Tensor, features: Tensor | None) -> Tensor | None:
@@ -170,12 +176,13 @@ class BStep(Objective):
         chosen = self._chosen(seen_logits, batch)
         needed = chosen
         if m.kd_sample_gate and batch.partner is not None and clean_mix:
-            partners = distributed.gather_rows(batch.partner, start, size)
+            partners = distributed.gather_rows(batch.partner, batch.rows, size)
             needed = torch.cat([chosen, partners[chosen]]).unique()
         stop = start + len(batch.y)
         own = needed[(needed >= start) & (needed < stop)] - start
-        whole = len(own) == len(batch.y)
-        everyone = self._spread(self._lesson_of(None if whole else own, batch, seen_query, moment), own + start, batch)
+        lesson = self._lesson_of(None if len(own) == len(batch.y) else own, batch, seen_query, moment)
+        # sorted: the order of collective calls
+        everyone = {k: distributed.gather_rows(lesson[k].float(), own + start, size) for k in sorted(lesson)}
         mine = {name: value[start:stop] for name, value in everyone.items()}
         distilled = torch.zeros(size, device=self.device)
         distilled[chosen] = size / max(len(chosen), 1) if m.kd_sample_reweight else 1.0
@@ -188,7 +195,7 @@ class BStep(Objective):
         """The lesson for some of this process's rows; None: for all."""
         m = self.method
         if len(batch.y if own is None else own) == 0:
-            return {name: torch.zeros((0, *width), device=self.device) for name, width in self._widths(batch).items()}
+            return {name: torch.zeros((0, *width), device=self.device) for name, width in self._widths().items()}
 
         def rows(value: Tensor) -> Tensor:
             return value if own is None else value[own]
@@ -203,29 +210,17 @@ class BStep(Objective):
             assert fusion is not None
             noise = self.streams.normal((batch.global_size, fusion.width), "kd_noise", *moment)
             eps = rows(noise[batch.rows].to(self.device))
-        known = (None, None) if mixed else (taken(batch.known, own), taken(batch.known_second, own))
         picked = rows(x)
         query = self._query(picked, rows(seen_query) if reuse else None)
-        found = self.lesson(picked, rows(y), query, eps, known[0])
+        found = self.lesson(picked, rows(y), query, eps, None if mixed else batch.known, own)
         if batch.x_second is not None:
             second = rows(batch.x_second)
-            other = self.lesson(second, rows(y), self._query(second, None), eps, known[1])
+            known = None if mixed else batch.known_second
+            other = self.lesson(second, rows(y), self._query(second, None), eps, known, own)
             found, _ = self._blend(found, other, torch.full((), 0.5, device=self.device))
         return found
 
-    def _spread(self, own: Lesson, rows: Tensor, batch: Batch) -> Lesson:
-        """The lesson of the whole global batch (zero for rows that nobody was taught) from each process's part."""
-        size = batch.global_size
-        if len(rows) == size:
-            return own
-        everyone: Lesson = {}
-        for name, width in self._widths(batch).items():
-            full = torch.zeros((size, *width), device=self.device)
-            full[rows] = own[name].float()
-            everyone[name] = distributed.total(full)
-        return everyone
-
-    def _widths(self, batch: Batch) -> dict[str, tuple[int, ...]]:
+    def _widths(self) -> dict[str, tuple[int, ...]]:
         """The parts of a lesson in this epoch, the same in every process: also where it taught nobody."""
         m = self.method
         (student,) = self._student

@@ -97,6 +97,10 @@ class Monitor:
         logits = self.synergy_on("eval", student, self.method.synergy_eval_teacher_indices)
         return distributed.first_process_says(accuracy(logits, self.data.eval.labels))
 
+    def average_accuracy(self) -> float:
+        """Of the averaged teachers, in percent, on the evaluation split."""
+        return distributed.first_process_says(accuracy(self.average("eval"), self.data.eval.labels))
+
     def teachers_found(self) -> dict[str, float]:
         """The teachers on the evaluation split, and how often they disagree."""
         seen, y = self.teachers_on("eval"), self.data.eval.labels
@@ -161,7 +165,7 @@ class Monitor:
         known = self.accuracy if m.gate_source == "snapshot" else self.smoothed
         average = 0.0
         if isinstance(m.enable_kd_after_syn_acc, str) or m.kd_target == "auto":
-            average = distributed.first_process_says(accuracy(self.average("eval"), self.data.eval.labels))
+            average = self.average_accuracy()
         limit = threshold(m.enable_kd_after_syn_acc, average)
         self.gate_open = is_open(known, limit)
         if m.kd_target == "auto":

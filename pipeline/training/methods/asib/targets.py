@@ -49,11 +49,6 @@ def synergy(logits: Tensor, tau_syn: float) -> Tensor:
     return F.softmax(logits.float() / tau_syn, dim=1)
 
 
-def mixed(target: Tensor, other: Tensor, share: float) -> Tensor:
-    """(1 - share) target + share other: probabilities are mixed, never logits."""
-    return torch.lerp(target, other, share)
-
-
 def disagreement(logits: list[Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
     """Shares of samples on which the teachers' top-1 is not all equal, and on which all miss the label."""
     differ, both_wrong = (disagrees(logits, y, mode).float().mean() for mode in ("pred", "both_wrong"))
@@ -82,11 +77,6 @@ def disagrees(logits: list[Tensor], y: Tensor, mode: str) -> Tensor:
     """(B,) bool. `pred`: the teachers' top-1 is not all equal; `both_wrong`: every teacher misses the label."""
     top = torch.stack([t.argmax(dim=1) for t in logits])
     return (top != y).all(dim=0) if mode == "both_wrong" else (top != top[0]).any(dim=0)
-
-
-def disagreement_weight(logits: list[Tensor], y: Tensor, mode: str, high: float, low: float) -> Tensor:
-    """`high` where the teachers disagree, else `low`; (B,)."""
-    return torch.where(disagrees(logits, y, mode), high, low)
 
 
 def gate_size(candidates: int, batch: int, min_ratio: float, max_ratio: float) -> int:

@@ -15,18 +15,16 @@ from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
 from pipeline.training import distributed, optim
 from pipeline.training.bank.lookup import BankedTeachers
-from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.compiling import check_device, compile_seconds, compiles
 from pipeline.training.costs import Costs
-from pipeline.training.evaluation import Outputs, accuracy, nll, outputs
+from pipeline.training.evaluation import Outputs, accuracy, outputs
 from pipeline.training.methods.asib import schedules
 from pipeline.training.methods.asib.a_step import ALoss, AStep
 from pipeline.training.methods.asib.b_step import BLoss, BStep
 from pipeline.training.methods.asib.fusion import Fusion, query_width
 from pipeline.training.methods.asib.monitor import Monitor
 from pipeline.training.phases import Epoch, Phase
-from pipeline.training.rng import Streams
-from pipeline.training.run_data import RunData, Selection, prepare
+from pipeline.training.run_data import Selection, Task, prepare
 
 
 def check_student(config: Config, student: FeatureNet, num_classes: int) -> None:
@@ -69,7 +67,7 @@ OpenBank = Callable[[TrainBatches, Sequence[FeatureNet], Costs], BankedTeachers 
 """The bank of some teachers and training images, which counts what it serves."""
 
 
-class Distillation:
+class Distillation(Task):
     """The loop's task for a student: K >= 0 teachers, a fusion where targets need one, stages.
 
     Args:
@@ -91,15 +89,12 @@ class Distillation:
         open_bank: OpenBank = lambda batches, teachers, costs: None,
     ) -> None:
         check_device(config, device)
-        self.config, self.method, self.optim, self.device = config, config.method, config.optim, device
-        self.student = student
+        super().__init__(config, data, student, "student", device, config.seed)
+        self.method, self.student = config.method, student
         self.teachers = teachers if config.method.distils else []
         if not self.method.use_teacher_finetuning:
             shape = (data.in_chans, data.image_size, data.image_size)
             self.teachers = [folded(teacher, shape) for teacher in self.teachers]
-        self.data = RunData(config, data, device)
-        self.batches = self.data.train
-        self.streams = Streams(config.seed)
         check_student(config, student, data.num_classes)
         self.fusion = self._make_fusion(data.num_classes, device) if config.method.uses_fusion else None
         held = self._freeze_teachers()
@@ -129,7 +124,6 @@ class Distillation:
         average = self._average()
         exported = average if average is not None and self.optim.select_weights == "ema" else student
         self.selection = Selection(exported, self.data.has_validation)
-        self._last: dict[str, Tensor] = {}
         self._student_seen: Outputs | None = None
         self.best_test = float("-inf")
         self.predicted: Tensor | None = None
@@ -214,9 +208,8 @@ class Distillation:
 
     # what the loop calls ---------------------------------------------------------------------------------------------
 
-    def draws(self, epoch: Epoch) -> EpochDraws:
-        two_views = epoch.phase == "b" and schedules.two_views(self.method, epoch.in_phase)
-        return self.data.draws(self.streams, epoch, self.phases[epoch.phase], two_views)
+    def two_views(self, epoch: Epoch) -> bool:
+        return epoch.phase == "b" and schedules.two_views(self.method, epoch.in_phase)
 
     def epoch_batches(self, epoch: Epoch, start: int) -> Iterator[Batch]:
         draws = self.draws(epoch)
@@ -310,14 +303,12 @@ class Distillation:
         return found | self.monitor.end_a_epoch(self._student_outputs(), epoch.last)
 
     def _end_b_epoch(self, epoch: Epoch) -> dict[str, float]:
-        out, y = self._student_outputs(), self.data.eval.labels
-        acc, loss = distributed.first_process_says((accuracy(out.logits, y), nll(out.logits, y, "student")))
-        weights = self.b_step.weights
-        found = {"student/acc": acc, "student/loss": loss, "schedule/kd_weight": weights.scale * self.method.kd_alpha}
+        out = self._student_outputs()
+        found = self.evaluated(out) | {"schedule/kd_weight": self.b_step.weights.scale * self.method.kd_alpha}
         if (average := self._average()) is not None:
             averaged = outputs(average, self.data.eval, "student's moving average")
-            found["student/acc_ema"] = distributed.first_process_says(accuracy(averaged.logits, y))
-        chosen = found["student/acc_ema"] if self.optim.select_weights == "ema" else acc
+            found["student/acc_ema"] = distributed.first_process_says(accuracy(averaged.logits, self.data.eval.labels))
+        chosen = found["student/acc_ema" if self.optim.select_weights == "ema" else "student/acc"]
         self.selection.offer(chosen, epoch.in_phase)
         if not self.data.has_validation:
             self.best_test = max(self.best_test, chosen)
@@ -376,38 +367,20 @@ class Distillation:
         self.selection.load_state_dict(state["selection"])
 
     def results(self, test: bool = True) -> dict[str, float]:
-        """Final accuracies, in percent, and costs; the student holds the selected weights afterwards.
-
-        Args:
-            test: False where the test split must not be seen: a sweep's trials.
-        """
-        last = outputs(self.student, self.data.test, "student") if test else None
-        self._last = cpu_copy(self.student.state_dict())  # what a checkpoint continues from
-        self.student.load_state_dict(self.selection.chosen())
-        found = self._on_test(last) if last is not None else {}
-        if self.data.has_validation:
-            val = self.data.eval
-            found["final/val_acc"] = accuracy(outputs(self.student, val, "student").logits, val.labels)
-        elif any(e.phase == "b" for e in self.plan):
+        found = super().results(test)
+        if not self.data.has_validation and self._b_epochs():
             found["final/acc_best"] = self.best_test
         if self.compiled:
             found["cost/compile_seconds"] = compile_seconds() - self._compiled_before
-        return found | self.costs.metrics()
+        return found
 
-    def _on_test(self, last: Outputs) -> dict[str, float]:
-        """Test metrics; `last`: the outputs of the last epoch's student, to report beside the selected one's."""
-        test = self.data.test
-        selected = outputs(self.student, test, "student")
-        found = {
-            "final/acc_last": accuracy(last.logits, test.labels),
-            "final/acc_val_selected": accuracy(selected.logits, test.labels),
-        }
-        seen = self.monitor.teachers_on("test") if self.teachers else []
-        for k, teacher in enumerate(seen):
-            found[f"final/teacher_{k}_acc"] = accuracy(teacher.logits, test.labels)
-        if seen:
-            found["final/teacher_avg_acc"] = accuracy(self.monitor.average("test"), test.labels)
+    def on_test(self, selected: Outputs) -> dict[str, float]:
+        found, labels = super().on_test(selected), self.data.test.labels
+        if self.teachers:
+            for k, teacher in enumerate(self.monitor.teachers_on("test")):
+                found[f"final/teacher_{k}_acc"] = accuracy(teacher.logits, labels)
+            found["final/teacher_avg_acc"] = accuracy(self.monitor.average("test"), labels)
         if self.fusion is not None:
-            found["final/synergy_acc"] = accuracy(self.monitor.synergy_on("test", selected), test.labels)
+            found["final/synergy_acc"] = accuracy(self.monitor.synergy_on("test", selected), labels)
         self.predicted = selected.logits.argmax(dim=1)
         return found
