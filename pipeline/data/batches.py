@@ -78,11 +78,6 @@ class Batch(NamedTuple):
     known_second: Known | None = None
     """The same of `x_second`."""
 
-    @property
-    def first_row(self) -> int:
-        """Where this process's rows begin in the global batch."""
-        return int(self.rows.start or 0)
-
 
 @dataclass(frozen=True)
 class EpochDraws:

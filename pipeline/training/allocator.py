@@ -12,13 +12,10 @@ MOST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Reuse freed memory from now on instead of returning it to the system.
+    """Reuse freed memory from now on instead of returning it to the system; whether glibc accepted it.
 
     To be called once all data is in memory: what loading freed should go back. Allocators other than glibc's
     (jemalloc, musl, macOS) are left alone.
-
-    Returns:
-        Whether glibc accepted it.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -27,7 +27,7 @@ def join() -> World:
         return World()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return World(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+    return world()
 
 
 def leave() -> None:

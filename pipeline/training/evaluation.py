@@ -20,14 +20,7 @@ class Outputs(NamedTuple):
 
 
 def outputs(net: FeatureNet, batches: EvalBatches, name: str = "network") -> Outputs:
-    """Run `net` over a split; its mode is restored.
-
-    Args:
-        name: for the error.
-
-    Raises:
-        NonFinite: its logits are not all finite.
-    """
+    """Run `net` over a split; its mode is restored. Raises NonFinite, with its `name`, unless all logits are finite."""
     with undisturbed(net), torch.autocast(batches.device.type, enabled=False):
         seen = [net(x) for x, _ in batches]
     logits = torch.cat([s.logits.float() for s in seen])

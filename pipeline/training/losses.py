@@ -11,16 +11,7 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with torch's label smoothing, (1 - eps) on the label plus eps / N on every class.
-
-    Args:
-        logits: (B, N), any floating type.
-        y: (B,) class indices.
-        label_smoothing: eps in [0, 1).
-
-    Returns:
-        (B,).
-    """
+    """Cross-entropy (B,) of logits (B, N), with torch's label smoothing: 1 - eps on the label, eps / N on all classes."""
     return F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing, reduction="none")
 
 
@@ -42,12 +33,7 @@ def kl_to(logits: Tensor, target: Tensor, tau: float) -> Tensor:
 def kd(student_logits: Tensor, target_logits: Tensor, tau: float) -> Tensor:
     """Distillation from logits: tau^2 KL(softmax(t / tau) || softmax(s / tau)) (Hinton et al. 2015).
 
-    Args:
-        student_logits: (B, N), trained.
-        target_logits: (B, N), held fixed.
-
-    Returns:
-        (B,).
+    (B,) from logits (B, N); those of the target are held fixed.
     """
     return kl_to(student_logits, F.softmax(target_logits.detach().float() / tau, dim=1), tau)
 
@@ -132,19 +118,17 @@ def ratio_factor(kd: Tensor, ce: Tensor, max_ratio: float) -> Tensor:
     return torch.where(kd > max_ratio * ce, max_ratio * ce / kd.clamp_min(torch.finfo(kd.dtype).tiny), 1.0)
 
 
-def clamp_loss(loss: Tensor, bound: float, mode: str, overall: Tensor | None = None) -> Tensor:
+def clamp_loss(loss: Tensor, bound: float, mode: str, overall: Tensor) -> Tensor:
     """`hard`: min(L, bound). `soft`: L up to the bound, beyond it bound + log(1 + L - bound): the gradient stays.
 
     Args:
         loss: this process's loss.
-        overall: the detached loss of the global batch, by which the bound acts; None: `loss` is it.
+        overall: the detached loss of the global batch, by which the bound acts.
     """
-    at = loss.detach() if overall is None else overall
-    beyond = at > bound
-    excess = (at - bound).clamp_min(0.0)
+    excess = (overall - bound).clamp_min(0.0)
     if mode == "hard":
-        slope, value = torch.zeros_like(at), torch.full_like(at, bound)
+        slope, value = torch.zeros_like(overall), torch.full_like(overall, bound)
     else:
         slope, value = 1.0 / (1.0 + excess), bound + torch.log1p(excess)
-    # the line through (at, value) with the clamp's slope: its gradient is that of the clamp of the global loss
-    return torch.where(beyond, value + slope * (loss - at), loss)
+    # the line through (overall, value) with the clamp's slope: its gradient is that of the clamp of the global loss
+    return torch.where(overall > bound, value + slope * (loss - overall), loss)

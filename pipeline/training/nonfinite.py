@@ -19,11 +19,7 @@ def statistics(module: nn.Module) -> list[Tensor]:
 
 
 class Kept:
-    """Tensors as they were before a step, put back where it is skipped; nothing waits for the device.
-
-    Args:
-        tensors: on one device; they stay the same objects.
-    """
+    """Tensors of one device as they were before a step, put back where it is skipped; nothing waits for the device."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         groups: dict[torch.dtype, list[Tensor]] = {}
@@ -74,11 +70,7 @@ def is_finite(tree: Any) -> bool:
 
 
 def require_finite(values: Tensor, name: str, what: str = "outputs") -> None:
-    """Raise NonFinite unless all of `values` (n, ...) are finite, in every process: NaN logits would count as class 0.
-
-    Args:
-        name: whose they are, for the message.
-    """
+    """Raise NonFinite unless `values` (n, ...) are all finite, in every process: NaN logits would count as class 0."""
     bad = ~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
     if distributed.anyone(bool(bad.any())):
         raise NonFinite(

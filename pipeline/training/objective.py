@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.freeze import Frozen
 from pipeline.data.batches import Batch, Known, Seen
 from pipeline.training import distributed
-from pipeline.training.losses import clamp_loss, cross_entropy
+from pipeline.training.losses import cross_entropy
 
 
 class Moment(NamedTuple):
@@ -64,10 +64,6 @@ class Objective(TrainingTask):
     def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
         """`repeat` counts several updates on one batch, from 0."""
         raise NotImplementedError
-
-    def clamp(self, loss: Tensor, bound: float, mode: str) -> Tensor:
-        """The bounded loss; the bound acts on the loss of the global batch."""
-        return clamp_loss(loss, bound, mode, distributed.mean(loss))
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
         """The epoch's means of all terms, as they are logged."""

@@ -84,10 +84,9 @@ class Precision:
 
 
 def update(phase: Phase, loss: Tensor, precision: Precision, kept: Kept | None = None) -> Tensor:
-    """Make one optimiser update; a non-finite one is skipped. Return whether it was, as a tensor, without a sync.
+    """Make one optimiser update; a non-finite one is skipped, and `kept`, what else the forward pass changed, put back.
 
-    Args:
-        kept: what else the forward pass changed; restored where the update is skipped.
+    Return whether it was skipped, as a tensor, without a sync.
     """
     optimizer = phase.optimizer
     optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ teachers in one large batch. Within such a window nothing waits for the device.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -157,24 +157,21 @@ class BankedTeachers:
         return self._banks[computed]
 
     def _open(self, computed: str) -> list[Bank]:
-        cells = len(self.train.images) * self.views.count
-        return [self.cache.open(self._key(k, computed), cells, _width(net)) for k, net in enumerate(self.teachers)]
-
-    def _key(self, index: int, computed: str) -> Mapping[str, Any]:
-        """Everything that determines a teacher's outputs for an image and a view."""
-        net, train = self.teachers[index], self.train
-        return {
-            "weights": self.hashes[index],
-            "architecture": net.architecture,
-            "small_input": net.small_input,
+        """Each teacher's bank, by everything that determines its outputs for an image and a view."""
+        key = {
             "timm": timm.__version__,
             "data": self.data.digest,
             "mean": list(self.data.mean),
             "std": list(self.data.std),
-            "image": list(train.images.shape[1:]),
+            "image": list(self.train.images.shape[1:]),
             "views": self.views.name,
             "computed": computed,
         }
+        cells, opened = len(self.train.images) * self.views.count, []
+        for net, weights in zip(self.teachers, self.hashes, strict=True):
+            own = {"weights": weights, "architecture": net.architecture, "small_input": net.small_input}
+            opened.append(self.cache.open(key | own, cells, _width(net)))
+        return opened
 
     # ahead -----------------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ class CrossEntropy(Objective):
 
     def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
         # networks draw their dropout locally; a slice's first row tells the processes apart
-        self.streams.seed_global("network", *moment, batch.first_row)
+        self.streams.seed_global("network", *moment, batch.rows.start)
         logits = self.trainable_module(batch.x_mixed).logits
         loss = mixed_cross_entropy(logits, batch, self.label_smoothing)
         return {"loss": loss, "output": logits}

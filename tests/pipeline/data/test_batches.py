@@ -1,6 +1,7 @@
 """An epoch's batches: each image once, resumable at any batch, and the same for any number of processes."""
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -35,13 +36,12 @@ def make(n: int, batch_size: int, indices: Tensor | None = None, **options) -> T
     return TrainBatches(x, y, torch.arange(n) if indices is None else indices, batch_size=batch_size, **options)
 
 
-@given(n=st.integers(2, 300), batch_size=st.integers(2, 64))
-@settings(deadline=None)
-def test_bounds_cover_all_but_a_single_remainder(n, batch_size):
-    bounds = batch_bounds(n, batch_size)
-    covered = [i for start, stop in bounds for i in range(start, stop)]
-    assert covered == list(range(n - 1 if n % batch_size == 1 else n))
-    assert all(2 <= stop - start <= batch_size for start, stop in bounds)
+def test_bounds_cover_all_but_a_single_remainder():
+    for n, batch_size in product(range(2, 80), range(2, 40)):
+        bounds = batch_bounds(n, batch_size)
+        covered = [i for start, stop in bounds for i in range(start, stop)]
+        assert covered == list(range(n - 1 if n % batch_size == 1 else n))
+        assert all(2 <= stop - start <= batch_size for start, stop in bounds)
 
 
 @pytest.mark.parametrize(("n", "dropped"), [(64, 0), (70, 0), (65, 1)])
@@ -158,11 +158,6 @@ def test_only_needed_streams_are_asked_for():
 
     make(10, 4, augment=AugmentConfig(crop_flip=False)).draw(None, 0.0, record)
     assert asked == ["permutation"]
-
-
-def test_mixed_batches_at_the_end_are_mixed_among_themselves():
-    draws = make(37, 16).draw("mixup", 1.0, generators(0))
-    assert [len(m.partner) for m in draws.mixes] == [16, 16, 5]
 
 
 def test_images_on_the_device_are_shared_not_copied():

@@ -238,6 +238,11 @@ def double(module: Any) -> Any:
     return None if module is None else deepcopy(module).double()
 
 
+def copied(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state now."""
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
     """Where two trees of state differ, bit for bit (NaN equals NaN)."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):

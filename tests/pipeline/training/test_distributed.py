@@ -70,6 +70,6 @@ def test_with_one_process_everything_is_the_identity() -> None:
     values = torch.tensor([1.0, 2.0])
     assert distributed.world() == (0, 1, 0)
     assert torch.equal(distributed.total(values), values)
-    assert torch.equal(distributed.gather_rows(values, 0, 2), values)
+    assert torch.equal(distributed.gather_rows(values, slice(0, 2), 2), values)
     assert (distributed.anyone(True), distributed.anyone(False)) == (True, False)
     assert distributed.first_process_says([1.0, "x"]) == [1.0, "x"]

@@ -43,16 +43,6 @@ def test_kd_is_tau_squared_times_the_divergence_from_target_to_prediction(
     assert losses.kd(s, t, tau).tolist() == pytest.approx(expected, rel=1e-4, abs=2e-5 * tau**2)
 
 
-@pytest.mark.parametrize("n", [2, 5])
-@pytest.mark.parametrize("batch", [1, 6])
-def test_the_target_is_the_first_argument_of_the_divergence(n: int, batch: int) -> None:
-    s, t = random(batch, n, seed=1), random(batch, n, seed=2, scale=1.0)
-    forward = sum(kl(softmax(b, 2.0), a, 2.0) for a, b in zip(s.tolist(), t.tolist(), strict=True)) / batch
-    backward = sum(kl(softmax(a, 2.0), b, 2.0) for a, b in zip(s.tolist(), t.tolist(), strict=True)) / batch
-    assert abs(forward - backward) > 1e-4
-    assert losses.kd(s, t, 2.0).mean().item() == pytest.approx(forward, rel=1e-5, abs=1e-6)
-
-
 @pytest.mark.parametrize("tau", [1.0, 4.0])
 def test_the_gradient_of_kd_is_tau_times_the_difference_of_probabilities(tau: float) -> None:
     s, t = random(5, 6, seed=3).requires_grad_(), random(5, 6, seed=4).requires_grad_()
@@ -119,13 +109,6 @@ def test_a_one_hot_target_gives_cross_entropy() -> None:
     )
 
 
-def test_the_bottleneck_costs_nothing_at_the_standard_normal_and_half_the_square_of_the_mean_beside_it() -> None:
-    mu = random(3, 4, seed=11)
-    zero = torch.zeros(3, 4)
-    assert losses.ib_kl(zero, zero).tolist() == [0.0] * 3
-    assert losses.ib_kl(mu, zero).tolist() == pytest.approx([sum(v * v for v in r) / 2 for r in mu.tolist()], rel=1e-5)
-
-
 def test_the_bottleneck_is_the_divergence_between_gaussians() -> None:
     mu, logvar = random(6, 5, seed=12), random(6, 5, seed=13, scale=2.0)
     normal = torch.distributions.Normal
@@ -162,3 +145,150 @@ def test_the_penalty_is_the_mean_over_tensors_of_their_mean_squares() -> None:
     tensors = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[4.0]])]
     assert losses.mean_square(tensors).item() == pytest.approx((14 / 3 + 16) / 2)
     assert losses.mean_square([]).item() == 0.0
+
+
+def dkd(row: list[float], p: list[float], y: int, tau: float, alpha: float, beta: float) -> float:
+    """Zhao et al. 2022, by its words: KL between (label, rest), and KL among the others, of target and prediction."""
+    q = softmax(row, tau)
+
+    def divergence(a: list[float], b: list[float]) -> float:
+        return sum(x * math.log(x / z) for x, z in zip(a, b, strict=True) if x > 0)
+
+    rest_p, rest_q = ([v for i, v in enumerate(d) if i != y] for d in (p, q))
+    tckd = divergence([p[y], sum(rest_p)], [q[y], sum(rest_q)])
+    among = [v / sum(rest_p) for v in rest_p] if sum(rest_p) > 0 else [0.0] * len(rest_p)
+    nckd = divergence(among, [v / sum(rest_q) for v in rest_q])
+    return tau**2 * (alpha * tckd + beta * nckd)
+
+
+@pytest.mark.parametrize(("n", "tau", "alpha", "beta"), [(3, 1.0, 1.0, 8.0), (7, 4.0, 0.5, 2.0), (5, 2.0, 0.0, 1.0)])
+def test_dkd_by_loops(n: int, tau: float, alpha: float, beta: float) -> None:
+    s, p, y = random(9, n), random(9, n, seed=1).softmax(1), torch.arange(9) % n
+    expected = [dkd(*row, tau, alpha, beta) for row in zip(s.tolist(), p.tolist(), y.tolist(), strict=True)]
+    assert losses.dkd(s, p, y, tau, alpha, beta).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@given(
+    st.lists(st.floats(-20, 20), min_size=4, max_size=4),
+    st.lists(st.floats(-6, 6), min_size=4, max_size=4),
+    st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_dkd_with_the_targets_own_weight_is_the_plain_divergence(s: list[float], t: list[float], y: int) -> None:
+    """KL = TCKD + (1 - p_y) NCKD (eq. 6)."""
+    p = torch.tensor([softmax(t)])
+    found = losses.dkd(torch.tensor([s]), p, torch.tensor([y]), 2.0, 1.0, 1.0 - p[0, y].item())
+    assert found.item() == pytest.approx(losses.kl_to(torch.tensor([s]), p, 2.0).item(), rel=1e-3, abs=2e-4)
+
+
+def test_the_gradient_of_dkd_is_that_of_the_plain_divergence_in_float64() -> None:
+    s, p, y = random(6, 5).double(), random(6, 5, seed=1).double().softmax(1), torch.arange(6) % 5
+    a, b = s.float().requires_grad_(), s.clone().requires_grad_()
+    losses.dkd(a, p, y, 3.0, 0.7, 2.5).sum().backward()
+    log_q = (b / 3).log_softmax(1)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, k in enumerate(y.tolist()):
+        rest = [c for c in range(5) if c != k]
+        q_rest = log_q[i, rest].exp().sum()
+        p_rest = p[i, rest].sum()
+        total = total + 0.7 * (p[i, k] * (p[i, k].log() - log_q[i, k]) + p_rest * (p_rest.log() - q_rest.log()))
+        for c in rest:
+            share = p[i, c] / p_rest
+            total = total + 2.5 * share * (share.log() - (log_q[i, c] - q_rest.log()))
+    (9 * total).backward()
+    torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("top", [1.0, 1 - 1e-7])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_dkd_is_finite_with_one_hot_targets_and_huge_logits(top: float, scale: float) -> None:
+    """The published code masks by subtracting 1000 from a logit, and takes the log of a sum of rounded softmaxes."""
+    s = torch.tensor([[scale, -scale, 0.0], [-scale, scale, scale], [0.0, 0.0, scale]], requires_grad=True)
+    p = torch.full((3, 3), (1 - top) / 2)
+    p[:, 0] = top
+    for y in (torch.zeros(3, dtype=torch.long), torch.tensor([1, 2, 0])):
+        value = losses.dkd(s, p, y, 4.0, 1.0, 8.0)
+        (grad,) = torch.autograd.grad(value.sum(), s)
+        assert torch.isfinite(value).all()
+        assert torch.isfinite(grad).all()
+        assert (value >= -1e-3).all()
+    if scale == 1e4:
+        # a target on the label alone: TCKD is the label's negative log-likelihood, NCKD has nothing to say
+        value = losses.dkd(s, torch.eye(3)[[0, 0, 0]], torch.zeros(3, dtype=torch.long), 4.0, 1.0, 8.0)
+        assert value.tolist() == pytest.approx([0.0, 16 * (2e4 / 4 + math.log(2)), 16 * 1e4 / 4], rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 5.0])
+@pytest.mark.parametrize("clip", [None, 4.0])
+def test_the_feature_distance_is_a_clipped_sum_of_huber_losses(beta: float, clip: float | None) -> None:
+    feature, mu = random(6, 5, scale=2.0).requires_grad_(), random(6, 5, seed=1, scale=1.0)
+    found = losses.feature_distance(feature, mu, beta, clip)
+    found.sum().backward()
+    clipped = 0
+    for i, (row, other) in enumerate(zip(feature.tolist(), mu.tolist(), strict=True)):
+        gaps = [a - b for a, b in zip(row, other, strict=True)]
+        value = sum(g * g / (2 * beta) if abs(g) < beta else abs(g) - beta / 2 for g in gaps)
+        slope = [g / beta if abs(g) < beta else math.copysign(1, g) for g in gaps]
+        if clip is not None and value > clip:
+            value, slope, clipped = clip, [0.0] * 5, clipped + 1
+        assert found[i].item() == pytest.approx(value, rel=1e-5)
+        assert feature.grad[i].tolist() == pytest.approx(slope, abs=1e-5)
+    assert (0 < clipped < 6) == (clip is not None) or beta == 5.0
+
+
+def test_normalised_features_have_unit_length_in_float32() -> None:
+    x = random(4, 6).half()
+    assert torch.equal(losses.normalised(x, "none"), x.float())
+    for row, expected in zip(losses.normalised(x, "l2").tolist(), x.tolist(), strict=True):
+        length = math.sqrt(sum(v * v for v in expected))
+        assert row == pytest.approx([v / length for v in expected], rel=1e-5)
+    assert torch.isfinite(losses.normalised(torch.zeros(1, 3), "l2")).all()
+
+
+@pytest.mark.parametrize(
+    ("kd", "cross_entropy", "expected"),
+    [(2.0, 4.0, 1.0), (5.0, 4.0, 1.0), (10.0, 4.0, 0.5), (0.0, 0.0, 1.0), (3.0, 0.0, 0.0)],
+)
+def test_the_ratio_clamp_is_a_detached_factor(kd: float, cross_entropy: float, expected: float) -> None:
+    term, other = torch.tensor(kd, requires_grad=True), torch.tensor(cross_entropy, requires_grad=True)
+    factor = losses.ratio_factor(term, other, 1.25)
+    assert factor.item() == pytest.approx(expected)
+    assert not factor.requires_grad
+    (factor * term).backward()
+    assert term.grad.item() == pytest.approx(expected), "the gradient is scaled as the value is"
+
+
+@pytest.mark.parametrize("mode", ["hard", "soft"])
+@pytest.mark.parametrize("value", [0.5, 20.0, 20.5, 55.0, 1e4])
+def test_the_loss_clamp_and_its_gradient(mode: str, value: float) -> None:
+    loss = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    found = losses.clamp_loss(loss, 20.0, mode, loss.detach())
+    found.backward()
+    if value <= 20:
+        expected, slope = value, 1.0
+    elif mode == "hard":
+        expected, slope = 20.0, 0.0
+    else:
+        expected, slope = 20 + math.log(1 + value - 20), 1 / (1 + value - 20)
+    assert found.item() == pytest.approx(expected)
+    assert loss.grad.item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("mode", ["hard", "soft"])
+def test_several_processes_clamp_by_their_common_loss(mode: str) -> None:
+    """The mean of their clamped losses is the clamped mean, also where one of them alone lies below the bound."""
+    parts = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, 47.0)]
+    overall = (sum(parts) / 2).detach()
+    (sum(losses.clamp_loss(p, 20.0, mode, overall) for p in parts) / 2).backward()
+    both = sum(losses.clamp_loss(p, 20.0, mode, overall) for p in parts).item() / 2
+    alone = torch.tensor(25.0, dtype=torch.float64, requires_grad=True)
+    whole = losses.clamp_loss(alone, 20.0, mode, alone.detach())
+    whole.backward()
+    assert both == pytest.approx(whole.item())
+    assert [p.grad.item() for p in parts] == pytest.approx([alone.grad.item() / 2] * 2)
+
+
+@pytest.mark.parametrize("mode", ["hard", "soft"])
+def test_a_clamp_hides_no_loss_that_is_not_finite(mode: str) -> None:
+    for bad in (torch.tensor(math.nan), torch.tensor(math.inf)):
+        assert not torch.isfinite(losses.clamp_loss(bad, 20.0, mode, bad))

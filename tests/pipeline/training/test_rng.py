@@ -39,15 +39,6 @@ def test_a_stream_neither_reads_nor_changes_the_global_state() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_drawing_from_one_stream_leaves_another_alone() -> None:
-    streams = Streams(0)
-    one, other = streams.generator("mix", "b", 0), streams.generator("permutation", "b", 0)
-    torch.rand(1000, generator=one)
-    assert torch.equal(
-        torch.rand(5, generator=other), torch.rand(5, generator=streams.generator("permutation", "b", 0))
-    )
-
-
 def test_initialisation_depends_on_seed_and_name_and_leaves_the_global_state() -> None:
     before = torch.random.get_rng_state()
     with Streams(0).initialising("fusion"):

@@ -10,7 +10,7 @@ from models.features import FeatureNet
 from models.freeze import Frozen
 from pipeline.config import MethodConfig
 from pipeline.data.batches import Batch
-from pipeline.training import losses
+from pipeline.training import distributed, losses
 from pipeline.training.methods.asib.fusion import Fusion, Synergy
 from pipeline.training.objective import Moment, Objective, batch_mean, teacher_outputs
 from pipeline.training.rng import Streams
@@ -161,14 +161,15 @@ class AStep(Objective):
             keep = self.streams.keep_mask(shape, self.dropout, "head_dropout", *where)[batch.rows].to(self.device)
         teacher_logits: list[Tensor] = []
         if self.finetunes:
-            self.streams.seed_global("network", *where, batch.first_row)
+            self.streams.seed_global("network", *where, batch.rows.start)
             synergy, teacher_logits = self.trainable_module(query, batch.x, eps, keep)
         else:
             synergy = self.trainable_module(query, features, eps, keep)
         out = a_loss(synergy, student_logits, student_feature, batch, self.method, self.weights)
         out["loss"] = out["loss"] + self._more(batch, teacher_logits, out)
         if self.weights.bound is not None:
-            out["loss"] = self.clamp(out["loss"], self.weights.bound, self.method.loss_clamp_mode)
+            mode, overall = self.method.loss_clamp_mode, distributed.mean(out["loss"])
+            out["loss"] = losses.clamp_loss(out["loss"], self.weights.bound, mode, overall)
         return out | {"output": synergy.logits}
 
     def _more(self, batch: Batch, teacher_logits: list[Tensor], out: dict[str, Tensor]) -> Tensor:

@@ -169,7 +169,7 @@ class BStep(Objective):
 
         Teachers and fusion run on the distilled samples and the mix partners that those need, nothing else.
         """
-        m, size, start = self.method, batch.global_size, batch.first_row
+        m, size, start = self.method, batch.global_size, batch.rows.start
         clean_mix = batch.partner is not None and m.kd_view == "clean"
         if not m.kd_sample_gate and not clean_mix:  # every process teaches its own rows
             return self._lesson_of(None, batch, seen_query, moment), torch.ones(len(batch.y), device=self.device)
@@ -276,7 +276,7 @@ class BStep(Objective):
 
     def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
         m, w = self.method, self.weights
-        self.streams.seed_global("network", *moment, repeat, batch.first_row)
+        self.streams.seed_global("network", *moment, repeat, batch.rows.start)
         seen = self.trainable_module(batch.x_mixed)
         ce = mixed_cross_entropy(seen.logits, batch, m.ce_label_smoothing)
         zero = torch.zeros((), device=ce.device)
@@ -288,7 +288,7 @@ class BStep(Objective):
                 self._held = self.teach(batch, seen.logits.detach(), query.detach(), moment)
             loss = loss + self._distil(seen.logits, getattr(seen, m.feat_kd_key), *self._held, batch, loss, out)
         if w.bound is not None:
-            loss = self.clamp(loss, w.bound, m.loss_clamp_mode)
+            loss = losses.clamp_loss(loss, w.bound, m.loss_clamp_mode, distributed.mean(loss))
         return {"loss": loss, "output": seen.logits, **out}
 
     def _distil(

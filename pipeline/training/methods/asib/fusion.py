@@ -26,16 +26,10 @@ def query_width(method: MethodConfig, student: FeatureNet) -> int:
 
 
 class Fusion(nn.Module):
-    """Fuses K teachers' `feat_2d` under a query from the student.
-
-    Args:
-        method: the `method` section.
-        teacher_dims: width of each teacher's feat_2d.
-        query_dim: width of the student's query.
-        num_classes: N.
+    """Fuses K teachers' `feat_2d`, of widths `teacher_dims`, under a query from the student, of width `query_dim`.
 
     Raises:
-        UserError: teachers of different width without adapters.
+        UserError: teachers of different width without adapters, a query of another width than was asked for.
     """
 
     def __init__(self, method: MethodConfig, teacher_dims: list[int], query_dim: int, num_classes: int) -> None:

@@ -71,11 +71,8 @@ class Distillation(Task):
     """The loop's task for a student: K >= 0 teachers, a fusion where targets need one, stages.
 
     Args:
-        config: the whole configuration.
-        data: images and labels.
         student: trained in B-steps; with an adapter where its `distill_feat` is used.
         teachers: frozen, or fine-tuned in A-steps.
-        device: where all of them are.
         open_bank: gives a bank of the teachers' outputs for the training images, or None.
     """
 

@@ -59,6 +59,9 @@ def banked(folder: Path, limit: int = 10**9, data: Any = None, **sections: Any) 
     return distillation(config(**sections), data, open_bank=open_bank)
 
 
+SHORT = {"num_stages": 1, "student_epochs_per_stage": (1,), "teacher_adapt_epochs": 1}
+
+
 def first(task: Distillation, phase: str) -> tuple[Batch, Moment]:
     epoch = next(e for e in task.plan if e.phase == phase)
     task.monitor.gate_open = True
@@ -89,7 +92,7 @@ def test_known_outputs_are_those_of_the_teachers_within_half_precision(
     assert batch.x_second is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
         for x, known in ((batch.x, batch.known), (batch.x_second, batch.known_second)):
-            for teacher, seen in zip(task.teachers, known(), strict=True):
+            for teacher, seen in zip(task.teachers, known(None), strict=True):
                 expected = teacher(x)
                 for name in ("logits", "feat_2d"):
                     wanted = getattr(expected, name).float()
@@ -106,7 +109,7 @@ def test_a_logit_beyond_half_precision_is_seen_in_full_by_this_run_and_the_next(
         batch, _ = first(task, "b")
         assert batch.known is not None
         with torch.no_grad():
-            seen = batch.known()
+            seen = batch.known(None)
             expected = [net(batch.x).logits for net in task.teachers]
         assert (expected[0][:, 0] > 65504).all()
         torch.testing.assert_close(seen[0].logits, expected[0], rtol=1e-6, atol=1e-6)
@@ -175,9 +178,9 @@ def test_built_ahead_nothing_is_left_to_compute(tmp_path: Path) -> None:
 
 
 def test_a_run_stopped_within_an_epoch_goes_on_bit_identical(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"method": {"mixup_alpha": 0.5}, "optim": {"use_amp": True}}
+    sections: dict[str, Any] = {"method": {**SHORT, "mixup_alpha": 0.5}, "optim": {"use_amp": True}}
     undisturbed, _ = trained(banked(tmp_path / "bank", **sections), tmp_path / "one")
-    run_until(banked(tmp_path / "other", **sections), tmp_path / "two", (3, 2))
+    run_until(banked(tmp_path / "other", **sections), tmp_path / "two", (1, 2))
     task = banked(tmp_path / "other", **sections)
     loop = loop_for(task, tmp_path / "two")
     loop.load_state_dict(Slots(tmp_path / "two").read()[0])
@@ -186,24 +189,24 @@ def test_a_run_stopped_within_an_epoch_goes_on_bit_identical(tmp_path: Path) -> 
 
 
 def test_a_damaged_bank_is_computed_anew(tmp_path: Path) -> None:
-    weights, _ = trained(banked(tmp_path / "bank"), tmp_path / "one")
+    weights, _ = trained(banked(tmp_path / "bank", method=SHORT), tmp_path / "one")
     for path in (tmp_path / "bank").rglob(RECORDS):
         content = bytearray(path.read_bytes())
         content[1000:3000] = bytes(2000)
         path.write_bytes(content)
-    again, record = trained(banked(tmp_path / "bank"), tmp_path / "two")
+    again, record = trained(banked(tmp_path / "bank", method=SHORT), tmp_path / "two")
     assert sum(record.series("bank/computed")) > 0
     assert differences(weights, again) == []
 
 
 def test_a_full_disk_leaves_training_going(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    weights, _ = trained(banked(tmp_path / "bank"), tmp_path / "one")
+    weights, _ = trained(banked(tmp_path / "bank", method=SHORT), tmp_path / "one")
 
     def full(fd: int, content: Any, at: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    again, record = trained(banked(tmp_path / "other"), tmp_path / "two")
+    again, record = trained(banked(tmp_path / "other", method=SHORT), tmp_path / "two")
     assert sum(record.series("bank/served")) == 0
     assert differences(weights, again) == []
     assert "No space left on device" in caplog.text

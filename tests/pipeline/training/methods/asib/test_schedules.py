@@ -1,6 +1,8 @@
 """Schedules against their closed forms, for every epoch and every update; optimisers against steps by hand."""
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -9,39 +11,27 @@ from torch import nn
 from pipeline.config import MethodConfig, ScheduleConfig
 from pipeline.training import optim
 from pipeline.training.methods.asib import schedules
+from pipeline.training.methods.asib.schedules import make_plan
 
 
-def betas(a_epochs: list[tuple[int, int]], **keys: object) -> list[float]:
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, [0.01] * 12),
+        (  # rises over the epochs after those of cross-entropy alone
+            {"synergy_only_epochs": 2, "ib_beta_warmup_epochs": 5},
+            [0, 0, 0, 0.01 / 5, 0.02 / 5, 0.03 / 5, 0.04 / 5, 0.01, 0.01, 0.01, 0.01, 0.01],
+        ),
+        ({"ib_epochs_per_stage": 3}, [0.01, 0.01, 0.01, 0.0] * 3),
+        ({"ib_epochs_per_stage": 0}, [0.0] * 12),
+        ({"beta_schedule": (0.2, 0.1, 4)}, [0.2, 0.175, 0.15, 0.125, *[0.1] * 8]),
+        ({"use_ib": False}, [0.0] * 12),
+        ({"use_ib": False, "beta_schedule": (0.2, 0.1, 4)}, [0.0] * 12),
+    ],
+)
+def test_beta_over_three_stages_of_four_a_epochs(keys: dict[str, object], expected: list[float]) -> None:
     method = MethodConfig.model_validate({"ib_beta": 0.01, **keys})
-    return [schedules.beta(method, a, inside) for a, inside in a_epochs]
-
-
-RUN = [(a, a % 4) for a in range(12)]  # three stages of four A-epochs
-
-
-def test_beta_is_constant_without_warm_up() -> None:
-    assert betas(RUN) == [0.01] * 12
-
-
-def test_beta_rises_over_the_epochs_after_those_of_cross_entropy_alone() -> None:
-    expected = [0, 0, 0, 0.01 / 5, 0.02 / 5, 0.03 / 5, 0.04 / 5, 0.01, 0.01, 0.01, 0.01, 0.01]
-    assert betas(RUN, synergy_only_epochs=2, ib_beta_warmup_epochs=5) == pytest.approx(expected)
-
-
-def test_beta_is_zero_after_its_epochs_of_each_stage() -> None:
-    expected = [0.01, 0.01, 0.01, 0.0] * 3
-    assert betas(RUN, ib_epochs_per_stage=3) == expected
-    assert betas(RUN, ib_epochs_per_stage=0) == [0.0] * 12
-
-
-def test_a_beta_schedule_is_linear_and_then_stays() -> None:
-    found = betas(RUN, beta_schedule=(0.2, 0.1, 4))
-    assert found == pytest.approx([0.2, 0.175, 0.15, 0.125, *[0.1] * 8])
-
-
-def test_deterministic_fusion_has_no_bottleneck() -> None:
-    assert betas(RUN, use_ib=False) == [0.0] * 12
-    assert betas(RUN, use_ib=False, beta_schedule=(0.2, 0.1, 4)) == [0.0] * 12
+    assert [schedules.beta(method, a, a % 4) for a in range(12)] == pytest.approx(expected)
 
 
 def test_the_temperature_goes_from_its_first_value_to_its_last_over_the_run() -> None:
@@ -56,11 +46,12 @@ def test_the_distillation_weight_rises_to_one_in_its_warm_up() -> None:
     assert schedules.kd_weight(MethodConfig(), 0, 6) == 1.0
 
 
-def rates(config: ScheduleConfig, epochs: int, updates: int, peak: float = 0.1) -> list[float]:
+def rates(config: ScheduleConfig, epochs: int, updates: int, peak: float = 0.1, more: int = 0) -> list[float]:
+    """The learning rate of every update, and of `more` after them."""
     optimizer = optim.optimizer("sgd", [(nn.Linear(2, 2), peak)], 0.0, 0.9)
     scheduler = optim.lr_schedule(optimizer, config, epochs, updates)
     found = []
-    for n in range(epochs * updates):
+    for n in range(epochs * updates + more):
         scheduler.step_update(n)
         found.append(optimizer.param_groups[0]["lr"])
     return found
@@ -71,7 +62,7 @@ def rates(config: ScheduleConfig, epochs: int, updates: int, peak: float = 0.1) 
 def test_the_cosine_starts_at_the_peak_after_the_warm_up_and_ends_at_its_minimum(warmup: int, updates: int) -> None:
     epochs, peak, low = 8, 0.1, 0.001
     w, total = warmup * updates, epochs * updates
-    found = rates(ScheduleConfig(lr_warmup_epochs=warmup, min_lr=low), epochs, updates)
+    *found, end = rates(ScheduleConfig(lr_warmup_epochs=warmup, min_lr=low), epochs, updates, more=1)
     for n, lr in enumerate(found):
         if n < w:
             expected = peak / w + (peak - peak / w) * n / w
@@ -79,10 +70,7 @@ def test_the_cosine_starts_at_the_peak_after_the_warm_up_and_ends_at_its_minimum
             expected = low + 0.5 * (peak - low) * (1 + math.cos(math.pi * (n - w) / (total - w)))
         assert lr == pytest.approx(expected, rel=1e-9), n
     assert found[w] == pytest.approx(peak)
-    optimizer = optim.optimizer("sgd", [(nn.Linear(2, 2), peak)], 0.0, 0.9)
-    scheduler = optim.lr_schedule(optimizer, ScheduleConfig(lr_warmup_epochs=warmup, min_lr=low), epochs, updates)
-    scheduler.step_update(total)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(low), "one update later it would be the minimum"
+    assert end == pytest.approx(low), "one update later it would be the minimum"
 
 
 @pytest.mark.parametrize("warmup", [0, 1])
@@ -111,8 +99,7 @@ GRADS = (0.5, -1.0, 2.0)
 
 def stepped(name: str, lr: float, decay: float, momentum: float) -> tuple[list[float], nn.Module]:
     module = tensors()
-    optimizer = optim.optimizer(name, [(module, lr)], decay, momentum)
-    before = [v for p in module.parameters() for v in p.flatten().tolist()]
+    optimizer, before = optim.optimizer(name, [(module, lr)], decay, momentum), after(module)
     for g in GRADS:
         for p in module.parameters():
             p.grad = torch.full_like(p, g)
@@ -174,3 +161,20 @@ def test_frozen_parameters_are_not_optimised() -> None:
     module.bias.requires_grad_(False)
     optimizer = optim.optimizer("adamw", [(module, 0.1)], 0.0, 0.9)
     assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(module.weight)]
+
+
+@pytest.mark.parametrize(("warmup", "cooldown"), [(0, 2), (3, 1), (4, 5)])
+def test_the_last_epochs_have_no_distillation(warmup: int, cooldown: int) -> None:
+    method = MethodConfig(kd_warmup_epochs=warmup, kd_cooldown_epochs=cooldown)
+    found = [schedules.kd_weight(method, b, 6) for b in range(6)]
+    assert found == pytest.approx([0.0 if b >= 6 - cooldown else min(1.0, (b + 1) / max(warmup, 1)) for b in range(6)])
+
+
+@pytest.mark.parametrize(
+    ("cooldown", "plan"), [(0, "abbabbabb"), (1, "abbabbabb"), (2, "abbabbbb"), (3, "abbabbbb"), (4, "abbbbbb")]
+)
+def test_a_steps_that_only_cooldown_follows_are_left_out(cooldown: int, plan: str) -> None:
+    keys: dict[str, Any] = {"num_stages": 3, "student_epochs_per_stage": (2, 2, 2), "teacher_adapt_epochs": 1}
+    epochs = make_plan(MethodConfig(**keys, kd_cooldown_epochs=cooldown), a_steps=True)
+    assert "".join(e.phase for e in epochs) == plan
+    assert all(b.overall == a.overall + 1 for a, b in pairwise(epochs))
