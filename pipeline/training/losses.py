@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy (B,) of logits (B, N), with torch's label smoothing: 1 - eps on the label, eps / N on all classes."""
+    """Cross-entropy (B,) of logits (B, N), with torch's label smoothing: (1 - eps) on the label plus eps / N on all."""
     return F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing, reduction="none")
 
 

@@ -141,6 +141,8 @@ def config(**sections: dict[str, Any]) -> Config:
     return Config.model_validate({**merged, **top, "device": "cpu"})
 
 
+ONE_STAGE: dict[str, Any] = {"num_stages": 1, "student_epochs_per_stage": (1,), "teacher_adapt_epochs": 1}
+"""Keys of `method` for the shortest run: an A-epoch and a B-epoch."""
 EVERYTHING: dict[str, Any] = {
     "use_teacher_finetuning": True,
     "teacher_ce_alpha": 0.5,

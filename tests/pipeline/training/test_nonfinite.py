@@ -16,6 +16,7 @@ from pipeline.training.nonfinite import Kept, update_average
 from pipeline.training.objective import Objective
 from tests.pipeline.training.builders import (
     CPU,
+    ONE_STAGE,
     Record,
     config,
     differences,
@@ -71,7 +72,9 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_skipped_step_leaves_no_trace(case: str, tmp_path: Path) -> None:
     phase, sections, factor = CASES[case]
-    keys = {**sections, "optim": {**sections.get("optim", {}), "ema_decay": 0.9, "safe_retry_patience": 5}}
+    method = {**ONE_STAGE, **sections.get("method", {})}
+    optim = {**sections.get("optim", {}), "ema_decay": 0.9, "safe_retry_patience": 5}
+    keys = {**sections, "method": method, "optim": optim}
     task: Any = fine_tuning(config(**keys)) if phase == "finetune" else distillation(config(**keys))
     poison, record = PoisonedPictures(task, phase, factor), Record()
     loop_for(task, tmp_path, record).run()
@@ -84,14 +87,13 @@ def test_a_skipped_step_leaves_no_trace(case: str, tmp_path: Path) -> None:
 
 def test_batch_statistics_and_average_move_in_every_other_step(tmp_path: Path) -> None:
     """What is put back is the one skipped step's: the count of batches says how many were kept."""
-    task = distillation(config(optim={"ema_decay": 0.9}))
+    task = distillation(config(method=ONE_STAGE, optim={"ema_decay": 0.9}))
     PoisonedPictures(task, "b", NAN)
     loop_for(task, tmp_path).run()
     average = task.phases["b"].objective.get_trainable_module(ema=True)
     assert average is not None
-    updates = 4 * len(task.batches)
-    assert task.student.net.norm.num_batches_tracked == updates - 1
-    assert average.module.net.norm.num_batches_tracked == updates - 1
+    for student in (task.student, average.module):
+        assert student.net.norm.num_batches_tracked == len(task.batches) - 1
 
 
 @pytest.mark.parametrize("skipped", [True, False])
@@ -175,8 +177,8 @@ ENDS: dict[str, tuple[dict[str, Any], str]] = {
 def test_outputs_that_are_not_finite_are_a_divergence_and_no_accuracy(case: str, tmp_path: Path) -> None:
     """Also in runs of fewer updates than `safe_retry_patience`: nobody else would notice."""
     sections, said = ENDS[case]
-    more = {"method": {"num_stages": 1, "student_epochs_per_stage": (1,), "teacher_adapt_epochs": 1}}
-    c = config(**{**more, **sections, "optim": {**sections.get("optim", {}), "safe_retry_patience": 100}})
+    optim = {**sections.get("optim", {}), "safe_retry_patience": 100}
+    c = config(**{"method": ONE_STAGE, **sections, "optim": optim})
     task: Any = fine_tuning(c) if case == "teacher" else distillation(c)
     record = Record()
     with pytest.raises(NonFinite) as caught:
@@ -210,10 +212,10 @@ def test_one_image_is_enough() -> None:
 def test_compiled_networks_leave_no_trace_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced passes write their buffers back at their end: what is put back must be what they write to."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    task = distillation(config(optim={"compile": True, "ema_decay": 0.9}))
+    task = distillation(config(method=ONE_STAGE, optim={"compile": True, "ema_decay": 0.9}))
     poison = PoisonedPictures(task, "b", NAN)
     loop_for(task, tmp_path).run()
     assert task.compiled
     assert poison.before
     assert differences(poison.before, poison.after) == []
-    assert task.student.net.norm.num_batches_tracked == 4 * len(task.batches) - 1
+    assert task.student.net.norm.num_batches_tracked == len(task.batches) - 1

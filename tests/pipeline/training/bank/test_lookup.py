@@ -17,6 +17,7 @@ from pipeline.training.checkpoint import Slots
 from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.objective import Moment
 from tests.pipeline.training.builders import (
+    ONE_STAGE,
     Calls,
     Record,
     config,
@@ -57,9 +58,6 @@ def banked(folder: Path, limit: int = 10**9, data: Any = None, **sections: Any) 
         return BankedTeachers(BankCache(folder, limit), data, batches, teachers, hashes, costs)
 
     return distillation(config(**sections), data, open_bank=open_bank)
-
-
-SHORT = {"num_stages": 1, "student_epochs_per_stage": (1,), "teacher_adapt_epochs": 1}
 
 
 def first(task: Distillation, phase: str) -> tuple[Batch, Moment]:
@@ -178,7 +176,7 @@ def test_built_ahead_nothing_is_left_to_compute(tmp_path: Path) -> None:
 
 
 def test_a_run_stopped_within_an_epoch_goes_on_bit_identical(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"method": {**SHORT, "mixup_alpha": 0.5}, "optim": {"use_amp": True}}
+    sections: dict[str, Any] = {"method": {**ONE_STAGE, "mixup_alpha": 0.5}, "optim": {"use_amp": True}}
     undisturbed, _ = trained(banked(tmp_path / "bank", **sections), tmp_path / "one")
     run_until(banked(tmp_path / "other", **sections), tmp_path / "two", (1, 2))
     task = banked(tmp_path / "other", **sections)
@@ -189,24 +187,24 @@ def test_a_run_stopped_within_an_epoch_goes_on_bit_identical(tmp_path: Path) -> 
 
 
 def test_a_damaged_bank_is_computed_anew(tmp_path: Path) -> None:
-    weights, _ = trained(banked(tmp_path / "bank", method=SHORT), tmp_path / "one")
+    weights, _ = trained(banked(tmp_path / "bank", method=ONE_STAGE), tmp_path / "one")
     for path in (tmp_path / "bank").rglob(RECORDS):
         content = bytearray(path.read_bytes())
         content[1000:3000] = bytes(2000)
         path.write_bytes(content)
-    again, record = trained(banked(tmp_path / "bank", method=SHORT), tmp_path / "two")
+    again, record = trained(banked(tmp_path / "bank", method=ONE_STAGE), tmp_path / "two")
     assert sum(record.series("bank/computed")) > 0
     assert differences(weights, again) == []
 
 
 def test_a_full_disk_leaves_training_going(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    weights, _ = trained(banked(tmp_path / "bank", method=SHORT), tmp_path / "one")
+    weights, _ = trained(banked(tmp_path / "bank", method=ONE_STAGE), tmp_path / "one")
 
     def full(fd: int, content: Any, at: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    again, record = trained(banked(tmp_path / "other", method=SHORT), tmp_path / "two")
+    again, record = trained(banked(tmp_path / "other", method=ONE_STAGE), tmp_path / "two")
     assert sum(record.series("bank/served")) == 0
     assert differences(weights, again) == []
     assert "No space left on device" in caplog.text

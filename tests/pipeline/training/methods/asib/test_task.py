@@ -20,6 +20,7 @@ from pipeline.training.run_data import Selection, Task
 from tests.pipeline.training.builders import (
     CPU,
     EVERYTHING,
+    ONE_STAGE,
     Calls,
     Record,
     config,
@@ -35,7 +36,6 @@ from tests.pipeline.training.builders import (
 )
 
 TUNED = {"use_teacher_finetuning": True, "teacher_ce_alpha": 0.5}
-ONE_STAGE = {"num_stages": 1, "student_epochs_per_stage": (1,), "teacher_adapt_epochs": 1}
 
 
 def moved(module: Any, before: dict[str, torch.Tensor]) -> set[str]:
