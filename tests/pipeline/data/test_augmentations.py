@@ -1,14 +1,27 @@
 """Batched augmentations against loops over single images, and draws against closed forms."""
 
+from typing import Any, Literal
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from pipeline.data.augmentations import CropFlip, Mix, Normalize, blend, crop_flip, draw_crop_flip, draw_mix
+from pipeline.data.augmentations import (
+    CropFlip,
+    Mix,
+    MixKind,
+    Normalize,
+    PadMode,
+    blend,
+    crop_flip,
+    draw_crop_flip,
+    draw_mix,
+)
 
 
 def images(n: int, channels: int = 3, height: int = 8, width: int = 8, seed: int = 0) -> Tensor:
@@ -16,9 +29,9 @@ def images(n: int, channels: int = 3, height: int = 8, width: int = 8, seed: int
     return torch.randint(0, 256, (n, channels, height, width), generator=generator, dtype=torch.uint8)
 
 
-def crop_flip_loop(x: np.ndarray, draw: CropFlip, pad: int, pad_mode: str) -> np.ndarray:
+def crop_flip_loop(x: NDArray[Any], draw: CropFlip, pad: int, pad_mode: PadMode) -> NDArray[Any]:
     """One image at a time, with numpy."""
-    mode = {"zero": "constant", "reflect": "reflect"}[pad_mode]
+    mode: Literal["constant", "reflect"] = "reflect" if pad_mode == "reflect" else "constant"
     height, width = x.shape[2:]
     result = []
     for image, top, left, flip in zip(x, draw.top.tolist(), draw.left.tolist(), draw.flip.tolist(), strict=True):
@@ -40,7 +53,17 @@ def crop_flip_loop(x: np.ndarray, draw: CropFlip, pad: int, pad_mode: str) -> np
     channels_last=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_crop_flip_equals_loop(n, channels, height, width, pad, pad_mode, floating, channels_last, seed):
+def test_crop_flip_equals_loop(
+    n: int,
+    channels: int,
+    height: int,
+    width: int,
+    pad: int,
+    pad_mode: PadMode,
+    floating: bool,
+    channels_last: bool,
+    seed: int,
+) -> None:
     x = images(n, channels, height, width, seed)
     draw = draw_crop_flip(n, torch.Generator().manual_seed(seed), pad)
     expected = torch.from_numpy(crop_flip_loop(x.numpy(), draw, pad, pad_mode))
@@ -51,7 +74,7 @@ def test_crop_flip_equals_loop(n, channels, height, width, pad, pad_mode, floati
     assert torch.equal(result, expected.to(given_x.dtype))
 
 
-def test_crop_flip_equals_pil():
+def test_crop_flip_equals_pil() -> None:
     x = images(1, height=32, width=32)
     picture = Image.fromarray(x[0].permute(1, 2, 0).numpy())
     padded = ImageOps.expand(picture, border=4, fill=0)
@@ -63,13 +86,13 @@ def test_crop_flip_equals_pil():
                 assert np.array_equal(crop_flip(x, draw)[0].permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
-def test_reflecting_more_than_the_image_is_an_error():
+def test_reflecting_more_than_the_image_is_an_error() -> None:
     draw = draw_crop_flip(2, torch.Generator())
     with pytest.raises(ValueError, match="larger than 4"):
         crop_flip(images(2, height=4, width=4), draw, pad_mode="reflect")
 
 
-def test_draws_are_uniform_over_the_162_views():
+def test_draws_are_uniform_over_the_162_views() -> None:
     n = 162 * 400
     draw = draw_crop_flip(n, torch.Generator().manual_seed(3))
     assert draw.top.dtype == draw.left.dtype == torch.int64
@@ -81,7 +104,7 @@ def test_draws_are_uniform_over_the_162_views():
 
 @pytest.mark.parametrize("kind", ["cutmix", "mixup"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_mix_equals_loop(kind, channels_last):
+def test_mix_equals_loop(kind: MixKind, channels_last: bool) -> None:
     n, size = 7, 12
     rng = np.random.default_rng(1)
     for _ in range(10):
@@ -96,6 +119,7 @@ def test_mix_equals_loop(kind, channels_last):
             if kind == "mixup":
                 expected[i, :, row, column] = lam * own + (1 - lam) * other
             else:
+                assert m.box is not None
                 top, left, bottom, right = m.box
                 inside = top <= row < bottom and left <= column < right
                 expected[i, :, row, column] = other if inside else own
@@ -105,7 +129,7 @@ def test_mix_equals_loop(kind, channels_last):
 
 @given(alpha=st.floats(0.05, 5), seed=st.integers(0, 10**6), size=st.integers(4, 40), n=st.integers(1, 20))
 @settings(deadline=None, max_examples=60)
-def test_cutmix_lambda_is_the_visible_share(alpha, seed, size, n):
+def test_cutmix_lambda_is_the_visible_share(alpha: float, seed: int, size: int, n: int) -> None:
     m = draw_mix(n, size, "cutmix", alpha, np.random.default_rng(seed))
     mask = torch.ones(1, 1, size, size)
     shown = blend(mask, torch.zeros_like(mask), m)
@@ -115,7 +139,7 @@ def test_cutmix_lambda_is_the_visible_share(alpha, seed, size, n):
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
-def test_mixup_lambda_has_the_moments_of_beta(alpha):
+def test_mixup_lambda_has_the_moments_of_beta(alpha: float) -> None:
     rng = np.random.default_rng(5)
     lam = np.array([draw_mix(1, 8, "mixup", alpha, rng).lam.item() for _ in range(20_000)])
     variance = 1 / (4 * (2 * alpha + 1))  # Beta(a, a): mean 1/2, variance 1/(4(2a+1))
@@ -123,7 +147,7 @@ def test_mixup_lambda_has_the_moments_of_beta(alpha):
     assert lam.var() == pytest.approx(variance, rel=0.04)
 
 
-def test_cutmix_area_has_the_expectation_of_its_definition():
+def test_cutmix_area_has_the_expectation_of_its_definition() -> None:
     """alpha = 1: λ is uniform, so the side int(32·√(1−λ)) is k with probability (2k+1)/32²; so is the centre."""
     size = 32
     centres = np.arange(size)
@@ -137,14 +161,14 @@ def test_cutmix_area_has_the_expectation_of_its_definition():
     assert area.mean() == pytest.approx(expected, abs=4 * area.std() / len(area) ** 0.5)
 
 
-def test_mixing_does_not_change_its_input():
+def test_mixing_does_not_change_its_input() -> None:
     x = torch.randn(4, 3, 8, 8)
     kept = x.clone()
     blend(x, x.flip(0), Mix("cutmix", torch.tensor(0.75), torch.tensor([3, 2, 1, 0]), (0, 0, 4, 4)))
     assert torch.equal(x, kept)
 
 
-def test_normalize_equals_torchvision():
+def test_normalize_equals_torchvision() -> None:
     from torchvision.transforms import v2
 
     mean, std = (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)

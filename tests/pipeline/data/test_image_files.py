@@ -26,7 +26,7 @@ SIZE = 16
 CLASSES = ("ash", "birch", "cedar")
 TRAIN, HELD_OUT = 7, 4
 """Images of each class."""
-NORMAL = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
+NORMAL: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
 """Leaves pixels as they are."""
 
 

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from pipeline.config import DatasetConfig
 from pipeline.data.arrays import Arrays, check
@@ -25,23 +27,23 @@ def sample() -> ImageData:
     return load(DatasetConfig(name="cifar100_sample"))
 
 
-def arrays(n: int = 12, classes: int = 3, shape: tuple[int, ...] = (8, 8, 3)) -> dict[str, np.ndarray]:
+def arrays(n: int = 12, classes: int = 3, shape: tuple[int, ...] = (8, 8, 3)) -> dict[str, NDArray[Any]]:
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (2, n, *shape), dtype=np.uint8)
     y = np.arange(n) % classes
     return {"x_train": x[0], "y_train": y, "x_test": x[1], "y_test": y.copy()}
 
 
-def load_npz(folder: Path, values: dict[str, np.ndarray]) -> ImageData:
+def load_npz(folder: Path, values: dict[str, NDArray[Any]]) -> ImageData:
     path = folder / "data.npz"
-    np.savez_compressed(path, **values)
+    np.savez_compressed(path, **values)  # type: ignore[arg-type]  # numpy's stub: any name may be an array
     return load(DatasetConfig(name="npz", path=str(path)))
 
 
 # the bundled sample
 
 
-def test_sample_is_balanced_and_small(sample):
+def test_sample_is_balanced_and_small(sample: ImageData) -> None:
     assert sample.train_x.shape == (2000, 3, 32, 32)
     assert sample.test_x.shape == (500, 3, 32, 32)
     assert sample.train_x.dtype == torch.uint8
@@ -53,11 +55,11 @@ def test_sample_is_balanced_and_small(sample):
     assert SAMPLE.stat().st_size < 6_000_000
 
 
-def test_sample_digest_is_the_same_for_ever(sample):
+def test_sample_digest_is_the_same_for_ever(sample: ImageData) -> None:
     assert sample.digest == SAMPLE_DIGEST
 
 
-def test_sample_shows_natural_images(sample):
+def test_sample_shows_natural_images(sample: ImageData) -> None:
     """Neighbouring pixels agree, and means are near CIFAR-100's: a wrong unpacking would give noise."""
     x = sample.train_x.float() / 255
     assert (x[..., 1:] - x[..., :-1]).abs().mean() < 0.06
@@ -67,7 +69,7 @@ def test_sample_shows_natural_images(sample):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not UNPACK.is_file(), reason="the original CIFAR-100 is not at hand")
-def test_sample_is_the_stated_part_of_the_original(sample, tmp_path):
+def test_sample_is_the_stated_part_of_the_original(sample: ImageData, tmp_path: Path) -> None:
     subprocess.run([sys.executable, UNPACK, tmp_path], check=True)
     script = SAMPLE.parent / "make_cifar100_sample.py"
     subprocess.run([sys.executable, script, tmp_path, tmp_path / "again.npz"], check=True)
@@ -114,7 +116,7 @@ def test_sample_is_the_stated_part_of_the_original(sample, tmp_path):
     ("name", "folder"),
     [("cifar100", "cifar-100-python"), ("cifar10", "cifar-10-batches-py"), ("fashion_mnist", "FashionMNIST")],
 )
-def test_missing_data_set_names_folder_and_remedy(name, folder, tmp_path):
+def test_missing_data_set_names_folder_and_remedy(name: str, folder: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load(DatasetConfig(name=name, root=str(tmp_path)))
     message = str(caught.value)
@@ -124,7 +126,7 @@ def test_missing_data_set_names_folder_and_remedy(name, folder, tmp_path):
     assert "dataset.download=true" in message
 
 
-def test_damaged_cifar_is_one_line(tmp_path):
+def test_damaged_cifar_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"CIFAR10 files in .* are incomplete or damaged"):
@@ -146,7 +148,7 @@ def write_fashion_mnist(root: Path, images: int, cut: int = 0) -> None:
         (folder / f"{split}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
 
 
-def test_fashion_mnist_stays_grey(tmp_path):
+def test_fashion_mnist_stays_grey(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path, 20)
     data = load(DatasetConfig(name="fashion_mnist", root=str(tmp_path)))
     assert data.train_x.shape == (20, 1, 28, 28)
@@ -155,16 +157,16 @@ def test_fashion_mnist_stays_grey(tmp_path):
     assert data.classes[9] == "Ankle boot"
 
 
-def test_cut_fashion_mnist_is_one_line(tmp_path):
+def test_cut_fashion_mnist_is_one_line(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path, 20, cut=100)
     with pytest.raises(UserError, match=r"FashionMNIST files in .* are incomplete or damaged"):
         load(DatasetConfig(name="fashion_mnist", root=str(tmp_path)))
 
 
-def test_failed_download_is_one_line(tmp_path, monkeypatch):
+def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision.datasets as datasets
 
-    def no_network(*_args, **_kwargs):
+    def no_network(*_args: object, **_kwargs: object) -> None:
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(datasets, "CIFAR10", no_network)
@@ -175,7 +177,7 @@ def test_failed_download_is_one_line(tmp_path, monkeypatch):
 # npz
 
 
-def test_npz_round_trip(tmp_path):
+def test_npz_round_trip(tmp_path: Path) -> None:
     values = arrays()
     data = load_npz(tmp_path, values)
     assert np.array_equal(data.train_x.numpy(), values["x_train"].transpose(0, 3, 1, 2))
@@ -186,19 +188,19 @@ def test_npz_round_trip(tmp_path):
     assert data.std == pytest.approx(scaled.std((0, 1, 2)), abs=1e-12)
 
 
-def test_grey_npz_stays_grey_and_names_are_kept(tmp_path):
+def test_grey_npz_stays_grey_and_names_are_kept(tmp_path: Path) -> None:
     data = load_npz(tmp_path, arrays(shape=(8, 8)) | {"class_names": np.array(["a", "b", "c"])})
     assert data.train_x.shape == (12, 1, 8, 8)
     assert data.in_chans == len(data.mean) == 1
     assert data.classes == ("a", "b", "c")
 
 
-def test_constant_channel_can_be_normalised(tmp_path):
+def test_constant_channel_can_be_normalised(tmp_path: Path) -> None:
     data = load_npz(tmp_path, arrays() | {"x_train": np.full((12, 8, 8, 3), 7, np.uint8)})
     assert data.std == (1 / 255,) * 3
 
 
-def test_digest_sees_every_part(tmp_path):
+def test_digest_sees_every_part(tmp_path: Path) -> None:
     values = arrays()
     reference = load_npz(tmp_path, values).digest
     assert load_npz(tmp_path, values).digest == reference
@@ -242,7 +244,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_npz_is_refused_in_one_line(case, tmp_path):
+def test_bad_npz_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
     change, expected = BAD[case]
     with pytest.raises(UserError) as caught:
         load_npz(tmp_path, BASE | change)
@@ -252,14 +254,14 @@ def test_bad_npz_is_refused_in_one_line(case, tmp_path):
     assert "\n" not in message
 
 
-def test_missing_arrays_are_named(tmp_path):
+def test_missing_arrays_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"y_train, y_test missing \(it holds labels, x_test, x_train\)"):
         load_npz(tmp_path, {"x_train": BASE["x_train"], "x_test": BASE["x_test"], "labels": BASE["y_train"]})
     with pytest.raises(UserError, match="it holds nothing"):
         check({}, "here")
 
 
-def test_unreadable_files_are_refused_in_one_line(tmp_path):
+def test_unreadable_files_are_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "data.npz"
     config = DatasetConfig(name="npz", path=str(path))
 
@@ -282,7 +284,7 @@ def test_unreadable_files_are_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_damaged_npz_never_passes(compressed, tmp_path):
+def test_damaged_npz_never_passes(compressed: bool, tmp_path: Path) -> None:
     """Cut anywhere, or with a byte changed: an error in one line, or (outside the arrays) the very same data."""
     path = tmp_path / "data.npz"
     (np.savez_compressed if compressed else np.savez)(path, **arrays(4, 2, (4, 4)))

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
     seed=st.integers(0, 100),
 )
 @settings(deadline=None)
-def test_parts_are_disjoint_complete_sorted_and_stratified(sizes, fraction, seed):
+def test_parts_are_disjoint_complete_sorted_and_stratified(sizes: list[int], fraction: float, seed: int) -> None:
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     total = round(fraction * len(labels))
@@ -33,7 +33,7 @@ def test_parts_are_disjoint_complete_sorted_and_stratified(sizes, fraction, seed
     assert (held_out - fraction * torch.tensor(sizes)).abs().max() < 1
 
 
-def test_split_is_independent_of_global_generators():
+def test_split_is_independent_of_global_generators() -> None:
     labels = torch.arange(1000) % 10
     results = []
     for seed in (0, 1):
@@ -45,14 +45,14 @@ def test_split_is_independent_of_global_generators():
     assert torch.equal(*results)
 
 
-def test_digest_and_seed_both_change_the_split():
+def test_digest_and_seed_both_change_the_split() -> None:
     labels = torch.arange(1000) % 10
     reference = split(labels, 0.2, "a", 0).val
     assert not torch.equal(reference, split(labels, 0.2, "b", 0).val)
     assert not torch.equal(reference, split(labels, 0.2, "a", 1).val)
 
 
-def test_split_is_the_same_for_ever():
+def test_split_is_the_same_for_ever() -> None:
     """Written down, so that another version of torch or numpy cannot move images between the parts unnoticed."""
     val = split(torch.arange(1000) % 10, 0.1, "digest", 0).val
     assert (
@@ -61,14 +61,14 @@ def test_split_is_the_same_for_ever():
     )
 
 
-def test_fraction_zero_holds_out_nothing():
+def test_fraction_zero_holds_out_nothing() -> None:
     train, val = split(torch.tensor([0, 1, 1]), 0, "d", 0)
     assert train.tolist() == [0, 1, 2]
     assert val.dtype == torch.int64
     assert len(val) == 0
 
 
-def test_impossible_fractions_are_refused():
+def test_impossible_fractions_are_refused() -> None:
     with pytest.raises(UserError, match=r"dataset\.val_fraction=0.1 of 4 training images holds out none"):
         split(torch.tensor([0, 0, 1, 1]), 0.1, "d", 0)
     with pytest.raises(UserError, match=r"dataset\.val_fraction=0.9 leaves class 1 without training images"):

@@ -83,11 +83,12 @@ def net(
     """A network with its own weights and running statistics that are not the initial ones."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = FeatureNet((StagedNet if staged else TinyNet)(width, norm, classes, drop), adapter)
-        made.net.fc.weight.data.mul_(4)
+        tiny: Any = (StagedNet if staged else TinyNet)(width, norm, classes, drop)
+        made = FeatureNet(tiny, adapter)
+        tiny.fc.weight.data.mul_(4)
         if norm == "batch":
-            made.net.norm.running_mean.normal_(std=0.3)
-            made.net.norm.running_var.uniform_(0.5, 2)
+            tiny.norm.running_mean.normal_(std=0.3)
+            tiny.norm.running_var.uniform_(0.5, 2)
     return made.to(memory_format=torch.channels_last)
 
 
@@ -111,7 +112,7 @@ def image_data(n: int = 48, n_test: int = 24, size: int = 8, seed: int = 0, clas
     return ImageData("toy", x, y, tx, ty, tuple("abcd"[:classes]), mean, std, f"digest-{seed}-{n}", "nowhere")
 
 
-def config(**sections: dict[str, Any]) -> Config:
+def config(**sections: Any) -> Config:
     """A small run: two stages of 2 A- and 2 B-epochs, synergy targets; `method={...}` and so on replace keys."""
     base: dict[str, dict[str, Any]] = {
         "dataset": {"batch_size": 10, "eval_batch_size": 7, "val_fraction": 0.25},
@@ -182,7 +183,7 @@ def distillation(
     data, m = data or image_data(), c.method
     adapts = m.feat_kd_alpha > 0 and m.feat_kd_key == "distill_feat"
     adapter = m.distill_out_dim if adapts else None
-    more = {"staged": m.use_partial_freeze, "classes": data.num_classes}
+    more: dict[str, Any] = {"staged": m.use_partial_freeze, "classes": data.num_classes}
     widths = (5, 7, 4)[: len(c.model.teachers)]
     teachers = [net(width, 100 + k, norm, **more).to(device) for k, width in enumerate(widths)]
     return Distillation(c, data, net(6, seed, norm, adapter=adapter, **more).to(device), teachers, device, **given)

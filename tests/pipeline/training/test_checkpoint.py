@@ -127,7 +127,8 @@ def test_a_crash_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path, monkeypa
     """The file, its renaming, the manifest, its renaming: after each of them the newest that is recorded is whole."""
     written(Slots(tmp_path), {"n": 0})
     written(Slots(tmp_path), {"n": 1})
-    real, replaced = checkpoint.os.replace, []
+    replaced: list[Any] = []
+    real = checkpoint.os.replace
 
     class Crash(BaseException):
         pass

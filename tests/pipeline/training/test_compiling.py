@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_compiled_networks_give_the_losses_of_eager_ones() -> None:
 
 def test_the_seconds_of_compiling_are_reported_where_something_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced alike, and soon done
-    alone = {"method": {"kd_alpha": 0.0, "kd_target": "avg"}, "model": {"teachers": []}}
+    alone: dict[str, Any] = {"method": {"kd_alpha": 0.0, "kd_target": "avg"}, "model": {"teachers": []}}
     begun = time.perf_counter()
     task = distillation(config(**alone, optim={"compile": True}))
     assert 0 < task.results()["cost/compile_seconds"] < time.perf_counter() - begun

@@ -196,6 +196,7 @@ def test_the_gradient_of_dkd_is_that_of_the_plain_divergence_in_float64() -> Non
             share = p[i, c] / p_rest
             total = total + 2.5 * share * (share.log() - (log_q[i, c] - q_rest.log()))
     (9 * total).backward()
+    assert a.grad is not None
     torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -224,6 +225,7 @@ def test_the_feature_distance_is_a_clipped_sum_of_huber_losses(beta: float, clip
     feature, mu = random(6, 5, scale=2.0).requires_grad_(), random(6, 5, seed=1, scale=1.0)
     found = losses.feature_distance(feature, mu, beta, clip)
     found.sum().backward()
+    assert feature.grad is not None
     clipped = 0
     for i, (row, other) in enumerate(zip(feature.tolist(), mu.tolist(), strict=True)):
         gaps = [a - b for a, b in zip(row, other, strict=True)]
@@ -255,6 +257,7 @@ def test_the_ratio_clamp_is_a_detached_factor(kd: float, cross_entropy: float, e
     assert factor.item() == pytest.approx(expected)
     assert not factor.requires_grad
     (factor * term).backward()
+    assert term.grad is not None
     assert term.grad.item() == pytest.approx(expected), "the gradient is scaled as the value is"
 
 
@@ -264,6 +267,7 @@ def test_the_loss_clamp_and_its_gradient(mode: str, value: float) -> None:
     loss = torch.tensor(value, dtype=torch.float64, requires_grad=True)
     found = losses.clamp_loss(loss, 20.0, mode, loss.detach())
     found.backward()
+    assert loss.grad is not None
     if value <= 20:
         expected, slope = value, 1.0
     elif mode == "hard":
@@ -278,14 +282,15 @@ def test_the_loss_clamp_and_its_gradient(mode: str, value: float) -> None:
 def test_several_processes_clamp_by_their_common_loss(mode: str) -> None:
     """The mean of their clamped losses is the clamped mean, also where one of them alone lies below the bound."""
     parts = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, 47.0)]
-    overall = (sum(parts) / 2).detach()
-    (sum(losses.clamp_loss(p, 20.0, mode, overall) for p in parts) / 2).backward()
-    both = sum(losses.clamp_loss(p, 20.0, mode, overall) for p in parts).item() / 2
+    overall = torch.stack(parts).mean().detach()
+    both = torch.stack([losses.clamp_loss(p, 20.0, mode, overall) for p in parts]).mean()
+    both.backward()
     alone = torch.tensor(25.0, dtype=torch.float64, requires_grad=True)
     whole = losses.clamp_loss(alone, 20.0, mode, alone.detach())
     whole.backward()
-    assert both == pytest.approx(whole.item())
-    assert [p.grad.item() for p in parts] == pytest.approx([alone.grad.item() / 2] * 2)
+    assert both.item() == pytest.approx(whole.item())
+    assert alone.grad is not None
+    assert [p.grad for p in parts] == pytest.approx([alone.grad / 2] * 2)
 
 
 @pytest.mark.parametrize("mode", ["hard", "soft"])

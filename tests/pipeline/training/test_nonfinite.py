@@ -39,7 +39,9 @@ class PoisonedPictures:
 
     def __init__(self, task: Any, phase: str, factor: float, epoch: int = 0, number: int = 1) -> None:
         objective, state = task.phases[phase].objective, task.state_dict
-        forward, self.before, self.after = objective.forward, {}, {}
+        forward = objective.forward
+        self.before: dict[str, Any] = {}
+        self.after: dict[str, Any] = {}
 
         def poisoned(batch: Any, moment: Any, repeat: int = 0) -> Any:
             at = (moment.epoch, moment.batch)

@@ -87,7 +87,7 @@ def continued(name: str, folder: Path, *stops: tuple[int, int]) -> Any:
         # what a new process would have: other fresh weights, another global state
         task = task_for(name, seed=0 if n == 0 else 90 + n)
         torch.manual_seed(1000 + n)
-        state = Slots(folder).read()[0] if n else None
+        state: Any = Slots(folder).read()[0] if n else None
         record = Record()
         if at is not None:
             loop = run_until(task, folder, at, record, state)

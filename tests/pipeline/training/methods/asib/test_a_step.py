@@ -26,7 +26,7 @@ from tests.pipeline.training.builders import (
 )
 
 MOMENT = Moment("a", 0, 1)
-TUNED = {"use_teacher_finetuning": True, "teacher_ce_alpha": 0.5}
+TUNED: dict[str, Any] = {"use_teacher_finetuning": True, "teacher_ce_alpha": 0.5}
 
 
 def prepared(model: dict[str, Any] | None = None, number: int = 0, **method: Any) -> tuple[Distillation, AStep, Any]:

@@ -34,9 +34,9 @@ MIXES: dict[str, dict[str, Any]] = {
     "mixup": {"mixup_alpha": 0.8},
 }
 MOMENT = Moment("b", 0, 1)
-TWO_VIEWS = {"kd_two_view_start_epoch": 0, "kd_two_view_stop_epoch": 99}
-GATE = {"kd_sample_gate": True, "kd_sample_thr": 0.6, "kd_sample_min_ratio": 0.3}
-FEATURES = {"feat_kd_alpha": 0.3, "feat_kd_huber_beta": 0.7}
+TWO_VIEWS: dict[str, Any] = {"kd_two_view_start_epoch": 0, "kd_two_view_stop_epoch": 99}
+GATE: dict[str, Any] = {"kd_sample_gate": True, "kd_sample_thr": 0.6, "kd_sample_min_ratio": 0.3}
+FEATURES: dict[str, Any] = {"feat_kd_alpha": 0.3, "feat_kd_huber_beta": 0.7}
 
 
 # what the method says, sample by sample ------------------------------------------------------------------------------

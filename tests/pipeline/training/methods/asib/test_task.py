@@ -1,6 +1,7 @@
 """Stages: the plan, snapshots, the gate, selection, results; freezing, fine-tuned teachers, EMA, what is refused."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_learning_rates_run_through_all_stages_without_restart(tmp_path: Path) -
     seen: dict[str, list[float]] = {"a": [], "b": []}
     for name, phase in task.phases.items():
         phase.optimizer.register_step_pre_hook(
-            lambda o, args, kwargs, name=name: seen[name].append(o.param_groups[0]["lr"])
+            partial(lambda name, o, *_: seen[name].append(o.param_groups[0]["lr"]), name)
         )
     loop_for(task, tmp_path).run()
     cosine = torch.cos(torch.arange(16, dtype=torch.float64) / 16 * torch.pi)
@@ -104,7 +105,8 @@ class Scripted:
     """Synergy accuracies in the order in which they are asked for, and the fusion's weights at those times."""
 
     def __init__(self, task: Distillation, *values: float) -> None:
-        self.values, self.weights, self.task = list(values), [], task
+        self.values, self.task = list(values), task
+        self.weights: list[dict[str, torch.Tensor]] = []
         task.monitor.synergy_accuracy = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, student: Any) -> float:
