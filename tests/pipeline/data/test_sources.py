@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import DatasetConfig
 from pipeline.data.arrays import Arrays, check
-from pipeline.data.sources import SAMPLE, ImageData, digest, load, statistics
+from pipeline.data.sources import SAMPLE, digest, load, statistics
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -23,7 +23,7 @@ SAMPLE_DIGEST = "15ad420b78fe6338cb933b09b33b1f67665ade3f1bc4b04d5500acaaad57fd6
 
 
 @pytest.fixture(scope="module")
-def sample() -> ImageData:
+def sample() -> Any:
     return load(DatasetConfig(name="cifar100_sample"))
 
 
@@ -34,16 +34,16 @@ def arrays(n: int = 12, classes: int = 3, shape: tuple[int, ...] = (8, 8, 3)) ->
     return {"x_train": x[0], "y_train": y, "x_test": x[1], "y_test": y.copy()}
 
 
-def load_npz(folder: Path, values: dict[str, NDArray[Any]]) -> ImageData:
+def load_npz(folder: Path, values: dict[str, Any]) -> Any:
     path = folder / "data.npz"
-    np.savez_compressed(path, **values)  # type: ignore[arg-type]  # numpy's stub: any name may be an array
+    np.savez_compressed(path, **values)
     return load(DatasetConfig(name="npz", path=str(path)))
 
 
 # the bundled sample
 
 
-def test_sample_is_balanced_and_small(sample: ImageData) -> None:
+def test_sample_is_balanced_and_small(sample: Any) -> None:
     assert sample.train_x.shape == (2000, 3, 32, 32)
     assert sample.test_x.shape == (500, 3, 32, 32)
     assert sample.train_x.dtype == torch.uint8
@@ -55,11 +55,11 @@ def test_sample_is_balanced_and_small(sample: ImageData) -> None:
     assert SAMPLE.stat().st_size < 6_000_000
 
 
-def test_sample_digest_is_the_same_for_ever(sample: ImageData) -> None:
+def test_sample_digest_is_the_same_for_ever(sample: Any) -> None:
     assert sample.digest == SAMPLE_DIGEST
 
 
-def test_sample_shows_natural_images(sample: ImageData) -> None:
+def test_sample_shows_natural_images(sample: Any) -> None:
     """Neighbouring pixels agree, and means are near CIFAR-100's: a wrong unpacking would give noise."""
     x = sample.train_x.float() / 255
     assert (x[..., 1:] - x[..., :-1]).abs().mean() < 0.06
@@ -69,7 +69,7 @@ def test_sample_shows_natural_images(sample: ImageData) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not UNPACK.is_file(), reason="the original CIFAR-100 is not at hand")
-def test_sample_is_the_stated_part_of_the_original(sample: ImageData, tmp_path: Path) -> None:
+def test_sample_is_the_stated_part_of_the_original(sample: Any, tmp_path: Path) -> None:
     subprocess.run([sys.executable, UNPACK, tmp_path], check=True)
     script = SAMPLE.parent / "make_cifar100_sample.py"
     subprocess.run([sys.executable, script, tmp_path, tmp_path / "again.npz"], check=True)
@@ -78,7 +78,7 @@ def test_sample_is_the_stated_part_of_the_original(sample: ImageData, tmp_path: 
         assert set(again.files) == set(stored.files)
         assert all(np.array_equal(again[name], stored[name]) for name in again.files)
 
-    whole = load(DatasetConfig(name="cifar100", root=str(tmp_path)))
+    whole: Any = load(DatasetConfig(name="cifar100", root=str(tmp_path)))
     assert (whole.num_classes, len(whole.train_x), len(whole.test_x)) == (100, 50_000, 10_000)
     assert whole.mean == pytest.approx(statistics(whole.train_x.numpy()).mean, abs=1e-4)
     assert whole.std == pytest.approx(statistics(whole.train_x.numpy()).std, abs=1e-4)
@@ -98,7 +98,8 @@ def test_sample_is_the_stated_part_of_the_original(sample: ImageData, tmp_path: 
     chosen = [whole.classes.index(name) for name in sample.classes]
     assert sorted(fine_to_coarse[fine] for fine in chosen) == list(range(20))  # one of each super-class
 
-    held = Arrays(*(part.numpy() for part in (whole.train_x, whole.train_y, whole.test_x, whole.test_y)), whole.classes)
+    parts: list[Any] = [part.numpy() for part in (whole.train_x, whole.train_y, whole.test_x, whole.test_y)]
+    held = Arrays._make([*parts, whole.classes])
     start = time.perf_counter()
     assert digest(held) == whole.digest
     assert time.perf_counter() - start < 1
@@ -287,7 +288,8 @@ def test_unreadable_files_are_refused_in_one_line(tmp_path: Path) -> None:
 def test_damaged_npz_never_passes(compressed: bool, tmp_path: Path) -> None:
     """Cut anywhere, or with a byte changed: an error in one line, or (outside the arrays) the very same data."""
     path = tmp_path / "data.npz"
-    (np.savez_compressed if compressed else np.savez)(path, **arrays(4, 2, (4, 4)))
+    values: dict[str, Any] = arrays(4, 2, (4, 4))
+    (np.savez_compressed if compressed else np.savez)(path, **values)
     config = DatasetConfig(name="npz", path=str(path))
     whole, reference = path.read_bytes(), load(config).digest
     refused = 0

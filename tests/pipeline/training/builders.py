@@ -227,7 +227,8 @@ def loop_for(
 ) -> Loop:
     precision = Precision(task.optim, CPU)
     folder.parent.mkdir(parents=True, exist_ok=True)  # a run's folder is there before its checkpoints
-    return Loop(task, record or Record(), Slots(folder), {"test": True}, precision, CPU, stop=stop, **more)
+    recorder: Any = record or Record()
+    return Loop(task, recorder, Slots(folder), {"test": True}, precision, CPU, stop=stop, **more)
 
 
 def first_batch(task: Distillation, phase: str = "b", number: int = 0) -> Batch:

@@ -129,8 +129,8 @@ def poisoned_statistics(folder: Path) -> str:
     """One process's pictures are not finite in one step: no process keeps what its batch statistics make of it."""
     sections = {"dataset": {"batch_size": 8}, "finetune": {"epochs": 1}}
     task = FineTuning(config(**sections), image_data(44), net(6, 0), CPU)
-    objective, rank = task.phases["finetune"].objective, distributed.world().rank
-    forward = objective.forward
+    objective: Any = task.phases["finetune"].objective
+    forward, rank = objective.forward, distributed.world().rank
 
     def bad(batch: Any, moment: Any, repeat: int = 0) -> Any:
         factor = float("nan") if rank == 1 and moment.batch == 1 else 1.0

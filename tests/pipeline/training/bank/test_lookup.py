@@ -112,6 +112,7 @@ def test_a_logit_beyond_half_precision_is_seen_in_full_by_this_run_and_the_next(
         assert (expected[0][:, 0] > 65504).all()
         torch.testing.assert_close(seen[0].logits, expected[0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(seen[1].logits, expected[1], rtol=1.01 * HALF + 1e-6, atol=1e-6)
+        assert task.bank is not None
         assert (task.bank.epoch.served > 0) == served
 
 

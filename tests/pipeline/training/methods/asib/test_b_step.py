@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +48,7 @@ def blend(a: dict[str, Any], b: dict[str, Any], lam: float) -> dict[str, Any]:
     left_a, left_b = lam * a["guard"], (1 - lam) * b["guard"]
     share = left_a / (left_a + left_b) if left_a + left_b > 0 else lam
     found = {k: lam * a[k] + (1 - lam) * b[k] for k in ("avg", "weight", "mu", "cw") if k in a}
-    found |= {k: share * a[k] + (1 - share) * b[k] for k in ("p", "sure")}
+    found |= {name: share * a[name] + (1 - share) * b[name] for name in ("p", "sure")}
     return found | {"guard": left_a + left_b, "share": share, "views": (a, b)}
 
 
@@ -121,9 +122,10 @@ class Reference:
             rows = [t.logits[i] for t in seen]
 
             def average(tau: float, rows: list[Tensor] = rows) -> Tensor:
-                return (sum(v * r for v, r in zip(share, rows, strict=True)) / tau).softmax(0)
+                weighted: Any = sum(v * r for v, r in zip(share, rows, strict=True))
+                return (weighted / tau).softmax(0)
 
-            def confident(tau: float, rows: list[Tensor] = rows) -> Tensor:
+            def confident(tau: float, rows: list[Tensor] = rows) -> Any:
                 ps = [(r / tau).softmax(0) for r in rows]
                 return sum(p.max() * p for p in ps) / sum(p.max() for p in ps)
 
@@ -153,7 +155,7 @@ class Reference:
             found.append(one)
         return found
 
-    def _divergence(self, s: Tensor, p: Tensor) -> Tensor:
+    def _divergence(self, s: Tensor, p: Tensor) -> Any:
         log_q = s / self.w.tau - torch.logsumexp(s / self.w.tau, 0)
         return self.w.tau**2 * sum(p[c] * (p[c].log() - log_q[c]) for c in range(len(p)) if p[c] > 0)
 
@@ -165,7 +167,7 @@ class Reference:
         nckd = sum(p[c] / p_rest * ((p[c] / p_rest).log() - (q[c] / q_rest).log()) for c in rest)
         return self.w.dkd * self.w.tau**2 * (self.m.dkd_alpha * tckd + self.m.dkd_beta * nckd)
 
-    def _cross_entropy(self, s: Tensor, label: int) -> Tensor:
+    def _cross_entropy(self, s: Tensor, label: int) -> Any:
         log_q, eps, n = s.log_softmax(0), self.m.ce_label_smoothing, len(s)
         return -sum(((1 - eps) * (c == label) + eps / n) * log_q[c] for c in range(n))
 
@@ -225,7 +227,7 @@ class Reference:
         return loss
 
 
-def prepared(mix: str, teachers: int = 2, optim: dict[str, Any] | None = None, **method: Any) -> Any:
+def prepared(mix: str, teachers: Any = 2, optim: Any = None, **method: Any) -> Any:
     """Task, objective and a batch that is mixed for good, in the epoch for which the schedules are set."""
     model = {"teachers": [{"name": "cifar_resnet8"}] * teachers}
     keys = {"feat_kd_key": "distill_feat", "tau_syn": 2.5, "synergy_logit_scale": 2.0, **MIXES[mix], **method}
@@ -233,7 +235,7 @@ def prepared(mix: str, teachers: int = 2, optim: dict[str, Any] | None = None, *
     with torch.no_grad():
         # a fusion that has an opinion: the fresh one says the same of every image
         if task.fusion is not None:
-            task.fusion.head.net[3].weight.mul_(4)
+            dict(task.fusion.named_parameters())["head.net.3.weight"].mul_(4)
     epoch = next(e for e in task.plan if e.phase == "b")
     task.monitor.gate_open = True
     task.begin_epoch(epoch)
@@ -336,7 +338,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_method(case: str) -> None:
         if p.grad is None or q.grad is None:
             assert all(g is None or not g.any() for g in (p.grad, q.grad)), name
         else:
-            torch.testing.assert_close(p.grad.double(), q.grad, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                p.grad.double(), q.grad, rtol=2e-3, atol=2e-5, msg=partial("{}: {}".format, name)
+            )
     readings(case, found, expected)
 
 

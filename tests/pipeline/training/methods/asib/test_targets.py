@@ -75,6 +75,7 @@ def test_evaluation_is_in_eval_mode_in_float32_and_restores_the_mode() -> None:
 def test_an_exception_in_evaluation_is_not_swallowed_and_the_mode_is_restored() -> None:
     data = image_data(8)
     net = FeatureNet(TinyNet(4)).train()
+    assert isinstance(data.train_x, Tensor)
     batches = EvalBatches(data.train_x[:, :2], data.train_y, None, 5, (0.5, 0.5), (1.0, 1.0), "cpu")
     with pytest.raises(RuntimeError, match="channels"):
         evaluation.outputs(net, batches)

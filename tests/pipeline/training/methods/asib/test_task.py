@@ -107,7 +107,7 @@ class Scripted:
     def __init__(self, task: Distillation, *values: float) -> None:
         self.values, self.task = list(values), task
         self.weights: list[dict[str, torch.Tensor]] = []
-        task.monitor.synergy_accuracy = self  # type: ignore[method-assign, assignment]
+        task.monitor.synergy_accuracy = self  # type: ignore[method-assign]
 
     def __call__(self, student: Any) -> float:
         assert self.task.fusion is not None
@@ -228,7 +228,7 @@ def test_a_query_of_another_width_is_an_error_and_never_healed() -> None:
 def test_the_best_epoch_on_validation_is_kept_else_the_last_and_ties_go_to_the_earliest(
     by_validation: bool, best: int
 ) -> None:
-    student = net(6, 0)
+    student: Any = net(6, 0)
     selection = Selection(student, by_validation)
     for epoch, accuracy in enumerate((50.0, 70.0, 60.0, 70.0)):
         student.net.fc.bias.data.fill_(epoch)
@@ -380,7 +380,8 @@ def test_the_parameters_that_train_are_logged_for_each_step(tmp_path: Path) -> N
     record = Record()
     loop_for(task, tmp_path, record).run()
     total = sum(p.numel() for p in task.student.parameters())
-    conv, head = sum(p.numel() for p in task.student.net.blocks[0][0].parameters()), 6 * 4 + 4
+    network: Any = task.student.net
+    conv, head = sum(p.numel() for p in network.blocks[0][0].parameters()), 6 * 4 + 4
     assert record.series("parameters/student_total") == [total] * 4
     assert record.series("parameters/student_trainable") == [total, head + 2 * conv, head + conv, head]
     assert len(record.series("parameters/fusion_trainable")) == 4
@@ -513,7 +514,7 @@ def test_in_the_cooldown_neither_teachers_nor_fusion_run(tmp_path: Path) -> None
     calls = [Calls(t) for t in task.teachers]
     fused: list[int] = []
     task.fusion.register_forward_hook(lambda *_: fused.append(1))
-    record = Record()
+    record: Any = Record()
     loop.recorder, loop.stop = record, lambda: 0
     loop.run()
     assert [len(c) for c in calls] == [0, 0]
