@@ -338,9 +338,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_method(case: str) -> None:
         if p.grad is None or q.grad is None:
             assert all(g is None or not g.any() for g in (p.grad, q.grad)), name
         else:
-            torch.testing.assert_close(
-                p.grad.double(), q.grad, rtol=2e-3, atol=2e-5, msg=partial("{}: {}".format, name)
-            )
+            named = partial("{}: {}".format, name)
+            torch.testing.assert_close(p.grad.double(), q.grad, rtol=2e-3, atol=2e-5, msg=named)
     readings(case, found, expected)
 
 
