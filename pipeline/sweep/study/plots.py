@@ -1,4 +1,4 @@
-"""Pictures of a study: Optuna's own plots with our words on them, each drawn once, for PNG files and the HTML page.
+"""Pictures of a study with our words on them, each drawn once, for PNG files and the HTML page.
 
 What cannot be drawn yet is left out: a picture never ends a sweep.
 """
@@ -8,15 +8,16 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.reporting import figures
-from pipeline.sweep.study import tidy
+from pipeline.sweep.space.dimensions import Range
 from pipeline.sweep.study.front import feasible, front
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ LABELS = {
 """What metrics are called on axes; any other goes by its name."""
 FEWEST = 5
 """Finished trials from which importances say anything: they compare the best tenth with the rest."""
+GREY = "#999999"
+LINES: dict[str, dict[str, Any]] = {
+    "finished": {"color": "tab:blue", "alpha": 0.5, "linewidth": 1},
+    "running": {"color": "tab:green", "alpha": 0.9, "linewidth": 1.2, "marker": "."},
+    "pruned": {"color": "tab:red", "alpha": 0.5, "linewidth": 0.9, "marker": "x", "markersize": 5},
+    "best": {"color": "black", "linewidth": 2.2, "zorder": 5},
+}
+"""How the curve of a trial is drawn."""
 
 
 class Picture(NamedTuple):
@@ -48,24 +57,6 @@ class Picture(NamedTuple):
     name: str
     title: str
     png: bytes
-
-
-class _Plan(NamedTuple):
-    """One plot to be made.
-
-    Attributes:
-        function: its name in optuna.visualization.matplotlib.
-        lacks: why it cannot be drawn; empty: it can.
-        tidy: what is changed of Optuna's drawing.
-    """
-
-    name: str
-    title: str
-    function: str
-    study: optuna.Study
-    arguments: dict[str, Any]
-    lacks: str
-    tidy: Callable[[Any, Any], None]
 
 
 def label(metric: str) -> str:
@@ -89,152 +80,248 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 def draw(study: optuna.Study, sweep: "SweepConfig") -> Iterator[Picture]:
     """Every picture that can be made of the study as it is now."""
-    with _quiet():
-        plans = _plans(study, sweep)
-    for plan in plans:
-        if plan.lacks:
-            logger.debug("%s is left out: %s", plan.name, plan.lacks)
-            continue
+    for name, title, paint in _possible(_Shown(study, sweep)):
         try:
-            with _quiet():
-                picture = Picture(plan.name, plan.title, _png(plan))
-        except Exception as error:  # a study may hold what a plot does not foresee
-            logger.debug("%s is left out: %s: %s", plan.name, type(error).__name__, error, exc_info=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of axes without extent, and that importances are for low values
+                figure = paint()
+                _set_title(figure, title)
+                picture = Picture(name, title, figures.png(figure, bbox_inches="tight"))
+        except Exception as error:  # a study may hold what a picture does not foresee
+            logger.debug("%s is left out: %s: %s", name, type(error).__name__, error, exc_info=True)
             continue
         yield picture
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Optuna calls its plots experimental; both libraries warn of axes without extent."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        optuna.logging.set_verbosity(level)
+class _Column(NamedTuple):
+    """Where the trials lie on an axis; of choices `texts` are what the places 0, 1, … stand for."""
+
+    places: np.ndarray
+    texts: Sequence[str] = ()
+    log: bool = False
 
 
-# what is drawn -------------------------------------------------------------------------------------------------------
+class _Shown:
+    """The study at one moment.
 
-
-def _plans(study: optuna.Study, sweep: "SweepConfig") -> list[_Plan]:
-    shown = _snapshot(study, sweep)
-    trials = shown.trials
-    done = [t for t in trials if t.state == TrialState.COMPLETE and all(map(math.isfinite, t.values))]
-    varied = sorted({name for t in done for name in t.params})
-    labels = [label(o.metric) for o in sweep.objectives]
-    several, words = len(labels) > 1, labels[0]
-    few = "" if len(done) > 1 else f"{len(done)} finished trials"
-    grey = " (grey: infeasible)" if any(not feasible(t) for t in done) else ""
-    plans = []
-    for index, metric in enumerate(labels):
-        suffix = f"_{index}" if several else ""
-        one: dict[str, Any] = {"target_name": metric} | ({"target": partial(_value, index)} if several else {})
-        none = "" if done else "no finished trial"
-        history, by_parameter = f"{metric} of each trial", f"{metric} by parameter{grey}"
-        plans += [
-            _Plan(f"history{suffix}", history, "plot_optimization_history", shown, one, none, tidy.history),
-            _Plan(f"slice{suffix}", by_parameter, "plot_slice", shown, one, few, tidy.slice),
-        ]
-    reported = [t for t in trials if t.intermediate_values and t.state in (*ENDED, TrialState.RUNNING)]
-    best = next((t.number for t in front(shown)), None) if not several else None
-    title = f"finished trials: {', '.join(labels)}, parameters"
-    target = {} if several else {"target_name": words}
-    parallel = tidy.Parallel([*labels, *varied])
-    lines = tidy.Intermediate(words, {t.number: t.state for t in trials}, best)
-    not_reported = "" if reported else "nothing reported"
-    against = " against ".join(labels)
-    flat = "" if len(labels) in (2, 3) and done else f"{len(labels)} objectives, {len(done)} finished trials"
-    return [
-        *plans,
-        _Plan("parallel_coordinate", title, "plot_parallel_coordinate", shown, target, few, parallel),
-        _importances(shown, done, varied, labels),
-        _Plan("intermediate_values", f"{words} by epoch", "plot_intermediate_values", shown, {}, not_reported, lines),
-        _Plan("pareto_front", against, "plot_pareto_front", shown, {"target_names": labels}, flat, tidy.pareto),
-    ]
-
-
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-def _snapshot(study: optuna.Study, sweep: "SweepConfig") -> optuna.Study:
-    """The study at one moment, in memory, with short names of parameters and what fits a hover text."""
-    names = short_names(list(sweep.space))
-    copy = optuna.create_study(directions=study.directions)
-    for trial in study.get_trials():
-        trial.params, trial.distributions = (
-            {names.get(k, k): v for k, v in values.items()} for values in (trial.params, trial.distributions)
-        )
-        trial.user_attrs = {k: v for k, v in trial.user_attrs.items() if k in ("run_id", "seconds")}
-        copy.add_trial(trial)
-    copy.set_metric_names([label(o.metric) for o in sweep.objectives])
-    return copy
-
-
-def _value(index: int, trial: FrozenTrial) -> float:
-    return float(trial.values[index])
-
-
-def _importances(shown: optuna.Study, done: list[FrozenTrial], varied: list[str], labels: list[str]) -> _Plan:
-    """Importances for each objective that is not the same everywhere.
-
-    Optuna takes a chosen objective of several as one to be minimised: those to be maximised are turned around.
+    Attributes:
+        done: finished trials whose values are finite. values: theirs, (trials, objectives).
+        good: which of them satisfy the constraints. names: of the space's keys.
+        labels: of the objectives. signs: -1 for those to be maximised.
     """
-    signs = [-1.0 if d == optuna.study.StudyDirection.MAXIMIZE else 1.0 for d in shown.directions]
-    used = [k for k in range(len(labels)) if len({t.values[k] for t in done}) > 1]
-    turned = optuna.create_study(directions=["minimize"] * max(len(used), 1))
-    if used:
-        turned.set_metric_names([labels[k] for k in used])
-        for t in done:
-            values = [signs[k] * t.values[k] for k in used]
-            turned.add_trial(optuna.create_trial(values=values, params=t.params, distributions=t.distributions))
-    lacks = ""
-    if len(done) < FEWEST:
-        lacks = f"{len(done)} finished trials, at least {FEWEST} are needed"
-    elif len(varied) < 2:
-        lacks = f"{len(varied)} parameters, at least 2 are compared"
-    elif not used:
-        lacks = "every trial has the same value"
-    title = f"importance of the parameters for {' and '.join(labels[k] for k in used)}"
-    return _Plan("importances", title, "plot_param_importances", turned, {}, lacks, tidy.importances)
+
+    def __init__(self, study: optuna.Study, sweep: "SweepConfig") -> None:
+        self.study, self.space, self.names = study, sweep.space, short_names(list(sweep.space))
+        self.trials = study.get_trials(deepcopy=False)
+        finished = [t for t in self.trials if t.state == TrialState.COMPLETE]
+        self.done = [t for t in finished if all(map(math.isfinite, t.values))]
+        self.labels = [label(o.metric) for o in sweep.objectives]
+        self.values = np.array([t.values for t in self.done]).reshape(-1, len(self.labels))
+        self.good = np.array([feasible(t) for t in self.done], dtype=bool)
+        self.numbers = np.array([t.number for t in self.done])
+        self.signs = [-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions]
+        self.best = {t.number for t in front(study)}
+
+    def column(self, key: str) -> _Column:
+        given, dimension = [t.params[key] for t in self.done], self.space[key]
+        if isinstance(dimension, Range):
+            return _Column(np.array(given, dtype=float), log=dimension.log)
+        texts = [textwrap.shorten(str(value), 30, placeholder="…") for value in given]
+        known, places = np.unique(texts, return_inverse=True)
+        return _Column(places, known.tolist())
 
 
-# drawing -------------------------------------------------------------------------------------------------------------
+def _possible(shown: _Shown) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """The name, the title and the function of each picture that there are enough trials for."""
+    several, done = len(shown.labels) > 1, len(shown.done)
+    infeasible = " (grey: infeasible)" if not shown.good.all() else ""
+    for index, metric in enumerate(shown.labels):
+        suffix = f"_{index}" if several else ""
+        if done:
+            yield f"history{suffix}", f"{metric} of each trial", partial(_history, shown, index)
+        if done > 1:
+            yield f"slice{suffix}", f"{metric} by parameter{infeasible}", partial(_slice, shown, index)
+    if done > 1:
+        dotted = " (dotted: infeasible)" if infeasible else ""
+        words = f"finished trials: {', '.join(shown.labels)}, parameters{dotted}"
+        yield "parallel_coordinate", words, partial(_parallel, shown)
+    varied = [k for k in range(len(shown.labels)) if len(set(shown.values[:, k])) > 1]
+    if done >= FEWEST and len(shown.space) > 1 and varied:
+        words = f"importance of the parameters for {' and '.join(shown.labels[k] for k in varied)}"
+        yield "importances", words, partial(_importances, shown, varied)
+    kinds = {t.number: _kind(t, shown) for t in shown.trials if t.intermediate_values}
+    if any(kinds.values()):
+        yield "intermediate_values", f"{shown.labels[0]} by epoch", partial(_curves, shown, kinds)
+    if len(shown.labels) in (2, 3) and done:
+        yield "pareto_front", " against ".join(shown.labels), partial(_pareto, shown)
 
 
-def _png(plan: _Plan) -> bytes:
-    """Whatever Optuna does to matplotlib's state (its style, open figures) is undone."""
-    plt = figures.pyplot()
-    import optuna.visualization.matplotlib as drawn
+def _kind(trial: FrozenTrial, shown: _Shown) -> str:
+    """One of `LINES`, or nothing for a trial that is not shown."""
+    if len(shown.labels) == 1 and trial.number in shown.best:
+        return "best"
+    states = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.RUNNING: "running"}
+    return states.get(trial.state, "")
 
-    open_before = set(plt.get_fignums())
-    try:
-        with plt.rc_context():
-            axes = getattr(drawn, plan.function)(plan.study, **plan.arguments)
-            figure = getattr(axes, "figure", None) or axes.flat[0].figure
-            for axis in figure.axes:
-                axis.set_facecolor("white")
-                axis.grid(color="#dddddd", linewidth=0.6)
-                axis.set_axisbelow(True)
-            plan.tidy(figure, axes)
-            _set_title(figure, plan.title)
-            return figures.png(figure, bbox_inches="tight")
-    finally:
-        for number in set(plt.get_fignums()) - open_before:
-            plt.close(number)
+
+# pictures ------------------------------------------------------------------------------------------------------------
+
+
+def _history(shown: _Shown, index: int) -> Any:
+    figure, axis = _axes(1, 9, 4.5)
+    values, good = shown.values[:, index], shown.good
+    axis.scatter(shown.numbers[good], values[good], label="finished")
+    if not good.all():
+        axis.scatter(shown.numbers[~good], values[~good], color=GREY, label="infeasible")
+    if len(shown.labels) == 1 and good.any():
+        best = shown.signs[0] * np.minimum.accumulate(shown.signs[0] * values[good])
+        axis.step(shown.numbers[good], best, where="post", color="tab:red", alpha=0.9, label="best so far")
+    axis.set(xlabel="trial", ylabel=shown.labels[index])
+    axis.legend(loc="best", fontsize=9)
+    _whole_numbers(axis.xaxis)
+    return figure
+
+
+def _slice(shown: _Shown, index: int) -> Any:
+    """A panel for each key, wide enough for its name and its ticks."""
+    count, values = len(shown.space), shown.values[:, index]
+    figure, axes = _axes(count, max(7, 1.5 + 2.9 * count), 4.2, squeeze=False, sharey=True)
+    for axis, key in zip(axes[0], shown.space, strict=True):
+        column = shown.column(key)
+        axis.scatter(column.places[~shown.good], values[~shown.good], color=GREY)
+        numbers = shown.numbers[shown.good]
+        points = axis.scatter(
+            column.places[shown.good], values[shown.good], c=numbers, cmap="viridis", vmin=0, vmax=shown.numbers[-1]
+        )
+        axis.set_xlabel(shown.names[key])
+        if column.texts:
+            axis.set_xticks(range(len(column.texts)), column.texts, rotation=30, ha="right", fontsize=8)
+        elif column.log:
+            _readable_decades(axis.xaxis)
+    axes[0, 0].set_ylabel(shown.labels[index])
+    _whole_numbers(figure.colorbar(points, ax=axes, label="trial").ax.yaxis)
+    return figure
+
+
+def _parallel(shown: _Shown) -> Any:
+    """An axis for each objective and key, and a line across them for each trial."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    columns = {name: _Column(shown.values[:, k]) for k, name in enumerate(shown.labels)}
+    columns |= {shown.names[key]: shown.column(key) for key in shown.space}
+    figure, axis = figures.figure(1, 1, 2.5 + 2.1 * len(columns), 5)
+    heights = []
+    for at, column in enumerate(columns.values()):
+        side = axis.twinx()
+        side.spines["right"].set_position(("data", at))
+        side.set_ylim(column.places.min(), column.places.max())  # equal ones are set apart
+        if column.texts:
+            side.set_yticks(range(len(column.texts)), column.texts)
+        elif column.log:
+            _readable_decades(side.yaxis)
+        side.tick_params(labelsize=8)
+        for tick in (*side.get_yticklabels(), *side.get_yticklabels(minor=True)):  # on top of the lines
+            tick.set_bbox({"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6})
+        ends = side.transAxes.inverted()
+        heights.append([ends.transform(side.transData.transform((0, place)))[1] for place in column.places])
+    first = shown.values[:, 0]
+    colours = ScalarMappable(Normalize(first.min(), first.max()), "viridis" if shown.signs[0] < 0 else "viridis_r")
+    for row, value, good in zip(zip(*heights, strict=True), first, shown.good, strict=True):
+        axis.plot(row, color=colours.to_rgba(value), alpha=0.8, linewidth=1.4, linestyle="-" if good else ":")
+    axis.set(xlim=(0, len(columns) - 1), ylim=(0, 1), yticks=[])
+    axis.set_xticks(range(len(columns)), [textwrap.fill(name, 24) for name in columns], fontsize=9)
+    figure.colorbar(colours, ax=figure.axes, label=shown.labels[0], pad=0.1)
+    return figure
+
+
+def _importances(shown: _Shown, varied: list[int]) -> Any:
+    """PED-ANOVA for each of the objectives `varied`: which parameters make it good."""
+    found = []
+    for k in varied:  # low values of a target are the good ones
+        target = partial(lambda k, trial: shown.signs[k] * trial.values[k], k)
+        found.append(optuna.importance.get_param_importances(shown.study, target=target))
+    keys, height = [*found[0]][::-1], 0.8 / len(found)
+    figure, axis = _axes(1, 9, 1.2 + 0.5 * len(keys) * (1 if len(found) < 2 else 1.5))
+    for n, (k, shares) in enumerate(zip(varied, found, strict=True)):
+        places = np.arange(len(keys)) + (n - (len(found) - 1) / 2) * height
+        bars = axis.barh(places, [shares[key] for key in keys], height, label=shown.labels[k])
+        axis.bar_label(bars, [f" {shares[key]:.2f}" if shares[key] >= 0.01 else " <0.01" for key in keys])
+    axis.set_yticks(range(len(keys)), [shown.names[key] for key in keys])
+    axis.set(xlabel="share of the importance (PED-ANOVA)", xlim=(0, 1.15 * max(max(s.values()) for s in found)))
+    if len(found) > 1:
+        axis.legend(loc="lower right", fontsize=9)
+    return figure
+
+
+def _curves(shown: _Shown, kinds: dict[int, str]) -> Any:
+    """A line for each trial: the best thick, those that were pruned end in a cross."""
+    figure, axis = _axes(1, 9, 5)
+    words = {"best": f"best, trial {min(shown.best, default=0)}"}
+    for trial in shown.trials:
+        if kind := kinds.get(trial.number):
+            epochs = sorted(trial.intermediate_values)
+            look = LINES[kind] | ({"marker": "x" if kind == "pruned" else "o"} if len(epochs) == 1 else {})
+            crosses = [len(epochs) - 1] if kind == "pruned" else None
+            name = words.setdefault(kind, kind)
+            values = [trial.intermediate_values[epoch] for epoch in epochs]
+            axis.plot(epochs, values, label=name, markevery=crosses, **look)
+    handles, names = axis.get_legend_handles_labels()
+    once = dict(zip(names, handles, strict=True))
+    axis.legend(once.values(), once.keys(), loc="lower right", fontsize=9)
+    axis.set(xlabel="epoch", ylabel=shown.labels[0])
+    _whole_numbers(axis.xaxis)
+    return figure
+
+
+def _pareto(shown: _Shown) -> Any:
+    solid = {"subplot_kw": {"projection": "3d"}} if len(shown.labels) == 3 else {}
+    figure, axis = _axes(1, 8, 5.5, **solid)
+    on_front = np.isin(shown.numbers, [*shown.best])
+    looks = {"infeasible": (~shown.good, GREY), "dominated": (shown.good & ~on_front, "tab:blue")}
+    for name, (which, colour) in (looks | {"on the front": (on_front, "tab:red")}).items():
+        if which.any():
+            axis.scatter(*shown.values[which].T, color=colour, label=name)
+    axis.set(**dict(zip(("xlabel", "ylabel", "zlabel"), shown.labels, strict=False)))
+    axis.legend(loc="best", fontsize=9)
+    return figure
+
+
+# parts of pictures ---------------------------------------------------------------------------------------------------
+
+
+def _axes(columns: int, width: float, height: float, **layout: Any) -> tuple[Any, Any]:
+    """A figure and its axes with a grid."""
+    figure, axes = figures.figure(1, columns, width, height, **layout)
+    for axis in figure.axes:
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
 
 
 def _set_title(figure: Any, title: str) -> None:
     """Over the panels where there are several, else over the one."""
-    for axis in figure.axes:
-        for place in ("left", "center", "right"):
-            axis.set_title("", loc=place)
-    wide = int(figure.get_size_inches()[0] * 9)
-    text = "\n".join(textwrap.wrap(title, wide))
-    if figure.get_suptitle():
+    panels = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+    text = "\n".join(textwrap.wrap(title, int(figure.get_size_inches()[0] * 9)))
+    if len(panels) > 1:
         figure.suptitle(text, fontsize=12)
     else:
-        figure.axes[0].set_title(text, fontsize=12, loc="left", y=1.03)
+        panels[0].set_title(text, fontsize=12, loc="left", pad=10)
+
+
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(8, integer=True))
+
+
+def _readable_decades(axis: Any) -> None:
+    """A log axis with powers of ten, or 1, 2, 5 within few of them; never labels in between, which overlap."""
+    from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    few = math.log10(high / low) < 2.5
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}") if few else LogFormatterSciNotation())
+    axis.set_minor_formatter(NullFormatter())

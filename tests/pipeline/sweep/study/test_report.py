@@ -262,11 +262,10 @@ def test_a_picture_that_fails_is_named_in_the_log(
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by accident")
 
-    monkeypatch.setattr("optuna.visualization.matplotlib.plot_slice", broken)
+    monkeypatch.setattr(plots, "_slice", broken)
     with caplog.at_level("DEBUG", logger="asib"):
         assert "slice.png" not in written(searched(4), sweep(), tmp_path)
     assert "slice is left out: ZeroDivisionError: by accident" in caplog.text
-    assert "importances is left out: 4 finished trials, at least 5 are needed" in caplog.text
 
 
 def overlaps(figure: Figure) -> list[tuple[str, str]]:
