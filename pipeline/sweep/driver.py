@@ -27,7 +27,6 @@ from pipeline.runs import records
 from pipeline.runs.folders import STUDENT
 from pipeline.runs.run import Run, tracking_uri
 from pipeline.sweep import ahead, reap, request, worker
-from pipeline.sweep.launch.launcher import Launcher
 from pipeline.sweep.request import STUDY_TAG, Plan
 from pipeline.sweep.space.changes import apply
 from pipeline.sweep.study import report
@@ -183,7 +182,7 @@ class _Driver:
 
     def __init__(self, run: Run, plan: Plan, study: Study) -> None:
         self.run, self.plan, self.study = run, plan, study
-        self.launcher = Launcher(plan.cluster, run.folder / "launched", plan.workers)
+        self.launcher = plan.launcher(run.folder / "launched")
         self.started = self.idle_starts = 0
         self._shown: Counts | None = None
         self._said_time_left = False

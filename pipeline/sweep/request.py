@@ -21,6 +21,8 @@ from pipeline.runs.folders import header_of, tagged
 from pipeline.sweep.launch import cluster
 from pipeline.sweep.launch.cluster import ClusterConfig
 from pipeline.sweep.launch.launcher import Launcher
+from pipeline.sweep.launch.local import Here
+from pipeline.sweep.launch.slurm import Slurm
 from pipeline.sweep.space import space
 from pipeline.sweep.space.space import SweepConfig
 from pipeline.sweep.study.storage import shown_url
@@ -29,6 +31,8 @@ from pipeline.sweep.study.study import Study
 logger = logging.getLogger("asib")
 STUDY_TAG = "asib.study"
 DEFAULT = "kd_ib_tau"
+LAUNCHERS: dict[str, type[Launcher]] = {"local": Here, "slurm": Slurm}
+"""By the cluster's kind."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,14 @@ class Plan:
     name: str
     digest: str
 
+    def launcher(self, folder: Path) -> Launcher:
+        """What starts its workers; `folder` is for their logs."""
+        return LAUNCHERS[self.cluster.kind](self.cluster, folder, self.workers)
+
     def words(self) -> str:
         """What DRY_RUN=1 shows: the study, and the jobs that would run its trials."""
         head = f"study {self.name} in {shown_url(self.storage)}: {self.sweep.trials} trials, {self.workers} at a time"
-        return f"{head}\n{Launcher(self.cluster, Path(), self.workers).plan()}"
+        return f"{head}\n{self.launcher(Path()).plan()}"
 
 
 def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
@@ -92,7 +100,7 @@ def prepared(config: Config, plan: Plan) -> Config:
     """
     if wants_dry_run(os.environ):
         return config
-    Launcher(plan.cluster, output_dir(config), plan.workers).check()
+    plan.launcher(output_dir(config)).check()
     facts = Study.refuse_other(plan.storage, plan.name, plan.digest)
     if "***" in shown_url(plan.storage) and os.environ.get("ASIB_STORAGE") != plan.storage:
         logger.warning(

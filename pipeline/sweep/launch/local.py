@@ -14,93 +14,89 @@ from pipeline.files import read_state
 from pipeline.paths import REPOSITORY
 from pipeline.sweep.launch import processes
 from pipeline.sweep.launch.cluster import LocalCluster
+from pipeline.sweep.launch.launcher import Handle, Launcher
 
 TEN_YEARS = 60 * 24 * 3650
 WARNING_S = 30
 """SIGUSR2 comes this long before `timeout_minutes` is over."""
 
 
-class Here:
-    """Backend of `cluster=local`."""
+class Here(Launcher):
+    """Workers of `cluster=local`. A handle is the watching process, with the `slot` that decides its devices."""
 
+    cluster: LocalCluster
     poll_s = 0.1
 
     def __init__(self, cluster: LocalCluster, folder: Path, workers: int) -> None:
-        self._cluster, self._folder, self._workers = cluster, folder, workers
+        super().__init__(cluster, folder, workers)
         self._jobs: list[Any] = []  # of this process's own children, which it has to wait for
 
     def check(self) -> None:
-        """Raises UserError: GPUs that are not there, fewer than one trial needs."""
-        have, wanted = visible_gpus(), self._cluster.gpus
+        have, wanted = visible_gpus(), self.cluster.gpus
         if wanted != "auto":
             absent = [str(g) for g in wanted if str(g) not in have]
             if absent:
                 there = f"GPUs {', '.join(have)}" if have else "no GPU"
                 raise UserError(f"cluster.gpus: no GPU {', '.join(absent)}; this machine shows {there}")
-        need, used = self._cluster.processes_per_trial, len(self._gpus)
+        need, used = self.cluster.processes_per_trial, len(self._gpus)
         if 0 < used < need:
             raise UserError(f"cluster.processes_per_trial={need}: each process takes a GPU; there are {used}")
 
     def plan(self) -> str:
-        """A line for each worker."""
-        lines = [f"{self._workers} workers on this machine, {self._cluster.processes_per_trial} processes each"]
-        for slot in range(self._workers):
+        lines = [f"{self.workers} workers on this machine, {self.cluster.processes_per_trial} processes each"]
+        for slot in range(self.workers):
             devices = ",".join(self._devices(slot)) or "none"
             lines.append(f"  worker {slot}: GPUs {devices}, OMP_NUM_THREADS={self._threads()}")
         return "\n".join(lines)
 
-    def start(self, works: Sequence[Callable[..., int]], busy: list[int]) -> list[tuple[str, dict[str, Any]]]:
-        """One submitit job for each; `busy`: slots, and so devices, of the workers that already run."""
+    def begin(self, works: Sequence[Callable[..., int]]) -> list[Handle]:
         from submitit import LocalExecutor
 
-        begun = []
-        free = (slot for slot in range(len(busy) + len(works)) if slot not in busy)
+        executor = LocalExecutor(self.folder / "jobs")
+        executor.update_parameters(
+            timeout_min=self.cluster.timeout_minutes or TEN_YEARS,
+            signal_delay_s=WARNING_S,
+            tasks_per_node=self.cluster.processes_per_trial,
+            stderr_to_stdout=True,
+        )
+        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+        busy = [handle["slot"] for handle in self.living()]
+        free = [slot for slot in range(len(busy) + len(works)) if slot not in busy]
+        handles = []
         for work, slot in zip(works, free, strict=False):
-            executor = LocalExecutor(self._folder / "jobs")
-            executor.update_parameters(
-                timeout_min=self._cluster.timeout_minutes or TEN_YEARS,
-                signal_delay_s=WARNING_S,
-                tasks_per_node=self._cluster.processes_per_trial,
-                stderr_to_stdout=True,
-            )
-            path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
             with _environment(PYTHONPATH=path, OMP_NUM_THREADS=str(self._threads())), _deaf_to_the_terminal():
                 job = executor.submit(partial(work, devices=self._devices(slot), requeue=False))
             self._jobs.append(job)
-            begun.append((job.job_id, {"slot": slot, **processes.identity(int(job.job_id))}))
-        return begun
+            handles.append({"slot": slot, **processes.identity(int(job.job_id))})
+        return handles
 
-    def alive(self, handles: list[dict[str, Any]]) -> list[bool]:
-        """Whether the watching processes live; they end with what they watch."""
+    def present(self, handles: list[Handle]) -> list[Handle]:
+        """Those whose watching processes live; they end with what they watch."""
         self._jobs = [job for job in self._jobs if not job.done()]  # waits for those that have ended
-        return [processes.lives(handle) for handle in handles]
+        return [handle for handle in handles if processes.lives(handle)]
 
-    def terminate(self, handles: list[dict[str, Any]]) -> None:
-        """SIGTERM, which submitit hands on to the process that works."""
+    def terminate(self, handles: list[Handle]) -> None:
+        """SIGTERM to the watching processes: submitit hands it on."""
         for handle in handles:
             processes.send(handle, signal.SIGTERM)
 
-    def kill(self, handles: list[dict[str, Any]]) -> None:
-        """SIGKILL to workers and watchers."""
-        for file in (self._folder / "processes").glob("*.json"):
-            process = read_state(file)
-            if process is not None:
-                processes.send(process, signal.SIGKILL)
-        for handle in handles:
-            processes.send(handle, signal.SIGKILL)
+    def kill(self, handles: list[Handle]) -> None:
+        working = map(read_state, (self.folder / "processes").glob("*.json"))
+        for process in (*filter(None, working), *handles):
+            processes.send(process, signal.SIGKILL)
 
     @cached_property
     def _gpus(self) -> tuple[str, ...]:
-        return visible_gpus() if self._cluster.gpus == "auto" else tuple(map(str, self._cluster.gpus))
+        return visible_gpus() if self.cluster.gpus == "auto" else tuple(map(str, self.cluster.gpus))
 
     def _devices(self, slot: int) -> tuple[str, ...]:
         """The GPUs of a worker's processes, in turn."""
-        gpus, count = self._gpus, self._cluster.processes_per_trial
+        gpus, count = self._gpus, self.cluster.processes_per_trial
         return tuple(gpus[(slot * count + k) % len(gpus)] for k in range(count)) if gpus else ()
 
     def _threads(self) -> int:
         """This process's cores, divided; a smaller OMP_NUM_THREADS that was set for the command is kept."""
-        share = max(1, cores() // (self._workers * self._cluster.processes_per_trial))
+        share = max(1, cores() // (self.workers * self.cluster.processes_per_trial))
         given = os.environ.get("OMP_NUM_THREADS", "")
         return min(share, int(given)) if given.isdecimal() and int(given) > 0 else share
 

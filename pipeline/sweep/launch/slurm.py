@@ -17,6 +17,7 @@ from pipeline.config.words import near_miss
 from pipeline.errors import UserError
 from pipeline.paths import REPOSITORY
 from pipeline.sweep.launch.cluster import SlurmCluster
+from pipeline.sweep.launch.launcher import Handle, Launcher
 
 logger = logging.getLogger("asib")
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
@@ -25,18 +26,19 @@ TIMEOUT_S = 60.0
 ALL_AT_ONCE = 100_000
 
 
-class Slurm:
-    """Backend of `cluster=slurm`."""
+class Slurm(Launcher):
+    """Workers of `cluster=slurm`. A handle is the job's `id`."""
 
+    cluster: SlurmCluster
     poll_s = 1.0
 
     def __init__(self, cluster: SlurmCluster, folder: Path, workers: int) -> None:
-        self._cluster, self._folder, self._workers = cluster, folder, workers
+        super().__init__(cluster, folder, workers)
         self._present: set[str] = set()  # as squeue said when it last answered
 
     def check(self) -> None:
         """Raises UserError: no Slurm here, an unknown partition, more than a node has, what Slurm refuses."""
-        where = f"cluster={self._cluster.name}"
+        where = f"cluster={self.cluster.name}"
         absent = [program for program in PROGRAMS if shutil.which(program) is None]
         if absent:
             raise UserError(f"{where}: no {absent[0]} on this machine; start it where Slurm is, or take cluster=local")
@@ -54,7 +56,7 @@ class Slurm:
 
     def _check_partition(self, partitions: dict[str, tuple[int, float]]) -> None:
         """`partitions`: the most GPUs of a node, and the time limit in minutes. Slurm would leave some jobs waiting."""
-        partition, wanted = self._cluster.partition, self._cluster.gpus_per_node
+        partition, wanted = self.cluster.partition, self.cluster.gpus_per_node
         asked = partition.split(",") if partition else [*partitions]
         unknown = [p for p in asked if p not in partitions]
         if unknown:
@@ -65,66 +67,60 @@ class Slurm:
         gpus, minutes = (max((partitions[p][k] for p in asked), default=0) for k in (0, 1))
         if wanted > gpus:
             raise UserError(f"cluster.gpus_per_node={wanted}: no node of {place} has more than {gpus}")
-        if self._cluster.time_minutes > minutes:
-            raise UserError(f"cluster.time_minutes={self._cluster.time_minutes}: {place} allows {minutes:g}")
-        if 0 < wanted < self._cluster.processes_per_trial:
-            need = self._cluster.processes_per_trial
+        if self.cluster.time_minutes > minutes:
+            raise UserError(f"cluster.time_minutes={self.cluster.time_minutes}: {place} allows {minutes:g}")
+        if 0 < wanted < self.cluster.processes_per_trial:
+            need = self.cluster.processes_per_trial
             raise UserError(f"cluster.processes_per_trial={need}: each process takes a GPU; give gpus_per_node={need}")
 
     def plan(self) -> str:
         """The array's script."""
-        return _compat_script(self._folder / "jobs", self._workers, self._parameters())
+        return _compat_script(self.folder / "jobs", self.workers, self._parameters())
 
-    def start(self, works: Sequence[Callable[..., int]], busy: list[int]) -> list[tuple[str, dict[str, Any]]]:
+    def begin(self, works: Sequence[Callable[..., int]]) -> list[Handle]:
         """One array of all."""
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        executor = SlurmExecutor(self._folder / "jobs")
+        executor = SlurmExecutor(self.folder / "jobs")
         executor.update_parameters(**self._parameters())
-        entries = [partial(work, devices=None, requeue=self._cluster.requeue) for work in works]
+        entries = [partial(work, devices=None, requeue=self.cluster.requeue) for work in works]
         try:
             with _own_settings_only():
                 jobs = executor.submit_array(entries)
         except (FailedJobError, FailedSubmissionError) as error:
             last = str(error).strip().splitlines()[-1]
-            raise UserError(f"cluster={self._cluster.name}: Slurm does not take the jobs: {last}") from error
+            raise UserError(f"cluster={self.cluster.name}: Slurm does not take the jobs: {last}") from error
         self._present |= {job.job_id for job in jobs}
-        return [(job.job_id, {"id": job.job_id}) for job in jobs]
+        return [{"id": job.job_id} for job in jobs]
 
-    def alive(self, handles: list[dict[str, Any]]) -> list[bool]:
-        """Whether squeue lists them: pending, running, completing, or queued again."""
+    def present(self, handles: list[Handle]) -> list[Handle]:
+        """Those that squeue lists: pending, running, completing, or queued again."""
         if handles:
             listed = _run("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
             if listed is not None and listed.returncode == 0:
                 self._present = set(listed.stdout.split())
             else:  # a controller that restarts has lost nobody
                 logger.debug("squeue does not answer: %s", _why(listed))
-        return [handle["id"] in self._present for handle in handles]
+        return [handle for handle in handles if handle["id"] in self._present]
 
-    def terminate(self, handles: list[dict[str, Any]]) -> None:
+    def terminate(self, handles: list[Handle]) -> None:
         """Cancel the pending ones; send SIGTERM to the steps of the others, not to the script that waits for them."""
         ids = [handle["id"] for handle in handles]
         _run("scancel", "--quiet", "--state=PENDING", *ids)
         _run("scancel", "--quiet", "--signal=TERM", *ids)
 
-    def kill(self, handles: list[dict[str, Any]]) -> None:
+    def kill(self, handles: list[Handle]) -> None:
         """Cancel them: Slurm sends SIGKILL after its KillWait."""
         _run("scancel", "--quiet", *(handle["id"] for handle in handles))
 
     def _parameters(self) -> dict[str, Any]:
         """submitit's, as its SlurmExecutor names them."""
-        cluster = self._cluster
-        own = {
+        cluster = self.cluster
+        own = cluster.model_dump(include={"partition", "account", "qos", "constraint", "comment", "cpus_per_task"}) | {
             "job_name": "asib",
-            "partition": cluster.partition,
-            "account": cluster.account,
-            "qos": cluster.qos,
-            "constraint": cluster.constraint,
-            "comment": cluster.comment,
             "time": cluster.time_minutes,
             "gpus_per_node": cluster.gpus_per_node or None,
-            "cpus_per_task": cluster.cpus_per_task,
             "mem": f"{round(cluster.mem_gb * 1024)}M" if cluster.mem_gb else None,
             "ntasks_per_node": cluster.processes_per_trial,
         }

@@ -24,6 +24,7 @@ from pipeline.runs.run import Run
 from pipeline.runs.signals import Stop
 from pipeline.sweep import driver as sweep
 from pipeline.sweep import worker
+from pipeline.sweep.request import Plan
 from pipeline.sweep.study import report
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.plots import draw
@@ -93,7 +94,7 @@ def _workers() -> Iterator[None]:
         tracking = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI")
         for name in (*tracking, "RANK", "WORLD_SIZE", "ASIB_STORAGE"):
             patched.delenv(name, raising=False)
-        patched.setattr(sweep, "Launcher", InProcess)
+        patched.setattr(Plan, "launcher", InProcess)
         patched.setattr(worker, "Stop", WorkerStop)
         patched.setattr(sweep, "TICK_S", 0.0)
         yield

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from pipeline.sweep.launch.launcher import PREEMPTED, requeue_on_signal
+from pipeline.sweep.launch.entry import PREEMPTED, requeue_on_signal
 
 SEEN = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 

@@ -17,7 +17,9 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.sweep.launch import processes
 from pipeline.sweep.launch import slurm as slurm_backend
-from pipeline.sweep.launch.launcher import Launcher, load
+from pipeline.sweep.launch.cluster import load
+from pipeline.sweep.launch.launcher import Launcher
+from pipeline.sweep.request import LAUNCHERS
 from tests.pipeline.sweep.launch.launch_work import hold
 from tests.slurm import SlurmCluster
 
@@ -36,7 +38,8 @@ class Site:
 
     def launcher(self, cluster: str = "local", workers: int = 1, **settings: str) -> Launcher:
         usual = SMALL if cluster == "slurm" else {}
-        self.made.append(Launcher(load(cluster, {**usual, **settings}), self.folder, workers))
+        loaded = load(cluster, {**usual, **settings})
+        self.made.append(LAUNCHERS[loaded.kind](loaded, self.folder, workers))
         return self.made[-1]
 
     def read(self, *names: str) -> list[dict[str, Any]]:
@@ -92,7 +95,7 @@ def test_workers_run_to_their_end_with_an_index_their_share_of_the_cores_and_the
     launcher = site.launcher(backend, 2)
     launcher.check()
     assert launcher.alive() == 0
-    assert len(set(launcher.start(hold, 2, folder=str(site.notes)))) == 2
+    launcher.start(hold, 2, folder=str(site.notes))
     assert launcher.alive() == 2, "right after the start"
     seen = site.read("0.0.json", "1.0.json")
     threads = "1" if backend == "slurm" else str(max(1, len(os.sched_getaffinity(0)) // 2))
@@ -190,9 +193,10 @@ import signal, sys, time
 from pathlib import Path
 for number in (signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)  # in tests that run in the background they are ignored, which is inherited
-from pipeline.sweep.launch.launcher import Launcher, load
+from pipeline.sweep.launch.cluster import load
+from pipeline.sweep.launch.local import Here
 from tests.pipeline.sweep.launch.launch_work import hold
-Launcher(load("local", {}), Path(sys.argv[1]), 1).start(hold, 1, folder=sys.argv[2])
+Here(load("local", {}), Path(sys.argv[1]), 1).start(hold, 1, folder=sys.argv[2])
 print("started", flush=True)
 time.sleep(600)
 """
@@ -247,7 +251,7 @@ def test_the_local_plan_names_devices_and_threads(site: Site, monkeypatch: pytes
 def test_stop_cancels_those_that_wait(site: Site, slurm: SlurmCluster) -> None:
     launcher = site.launcher("slurm", 3, array_parallelism="1")
     jobs = launcher.start(hold, 3, folder=str(site.notes))
-    assert [job.partition("_")[2] for job in jobs] == ["0", "1", "2"]
+    assert [job["id"].partition("_")[2] for job in jobs] == ["0", "1", "2"]
     site.read("0.0.json")
     assert launcher.alive() == 3
     launcher.stop()
@@ -258,7 +262,7 @@ def test_stop_cancels_those_that_wait(site: Site, slurm: SlurmCluster) -> None:
 @pytest.mark.slurm
 def test_a_preempted_worker_is_queued_again(site: Site, slurm: SlurmCluster) -> None:
     launcher = site.launcher("slurm")
-    (job,) = launcher.start(hold, 1, folder=str(site.notes))
+    job = launcher.start(hold, 1, folder=str(site.notes))[0]["id"]
     site.read("0.0.json")
     slurm.run("scancel", "--signal=USR2", job)
     assert site.read("0.0.end")[0]["signal"] == "SIGUSR2", "its own handler, before anything else"
@@ -273,7 +277,7 @@ def test_a_worker_that_was_cancelled_or_shall_not_come_back_is_not_queued_again(
     site: Site, slurm: SlurmCluster, requeue: str, signal_: str
 ) -> None:
     launcher = site.launcher("slurm", requeue=requeue)
-    (job,) = launcher.start(hold, 1, folder=str(site.notes))
+    job = launcher.start(hold, 1, folder=str(site.notes))[0]["id"]
     site.read("0.0.json")
     slurm.run("scancel", f"--signal={signal_}", job)
     wait_for(lambda: launcher.alive() == 0, "the worker's end")
@@ -282,8 +286,8 @@ def test_a_worker_that_was_cancelled_or_shall_not_come_back_is_not_queued_again(
 def test_the_slurm_plan_is_the_arrays_script_and_needs_no_slurm(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(site.notes))
     settings = {"partition": "a100", "mem_gb": "1.5", "array_parallelism": "2", "additional.exclusive": "true"}
-    cluster = load("slurm", {**settings, "setup": "[module load cuda]"})
-    lines = Launcher(cluster, site.folder, 4).plan().splitlines()
+    usual = {"gpus_per_node": "1", "time_minutes": "240", "setup": "[module load cuda]"}
+    lines = site.launcher("slurm", 4, **settings, **usual).plan().splitlines()
     assert lines[0] == "#!/bin/bash"
     wanted = ["array=0-3%2", "exclusive", "gpus-per-node=1", "mem=1536M", "partition=a100", "requeue", "time=240"]
     assert [line for line in lines if line[10:] in wanted] == [f"#SBATCH --{w}" for w in wanted]
@@ -338,7 +342,6 @@ def test_a_file_anywhere_is_a_cluster(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("workers", "settings", "words"),
     [
-        (0, {}, ["workers=0", "from 1"]),
         (1, {"gpus": "[0,7]"}, ["cluster.gpus", "no GPU 7", "GPUs 0, 1"]),
         (1, {"processes_per_trial": "3"}, ["cluster.processes_per_trial=3", "there are 2"]),
     ],
