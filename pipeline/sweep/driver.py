@@ -30,7 +30,7 @@ from pipeline.sweep import ahead, reap, request, worker
 from pipeline.sweep.request import STUDY_TAG, Plan
 from pipeline.sweep.space.changes import apply
 from pipeline.sweep.study import report
-from pipeline.sweep.study.retry import REPEATS, history
+from pipeline.sweep.study.retry import REPEATS, replaced
 from pipeline.sweep.study.study import Counts, Study
 from pipeline.training.compiling import check_device
 
@@ -61,7 +61,7 @@ def sweep(run: Run, plan: Plan) -> float | None:
     run.journal.params(request.params(plan))
     run.journal.tags({STUDY_TAG: plan.name})
     run.ready()
-    base = _base(run.config)
+    base = run.config.model_copy(update={"resume": None, "extend": False, "run_name": None})  # what trials start from
     study, found = _study(run, plan, base, data)
     reap.reap(plan.storage, run.delivery, except_run=run.run_id)
     left = study.total - study.requeue_stale().ended
@@ -74,16 +74,15 @@ def sweep(run: Run, plan: Plan) -> float | None:
     return _finish(run, plan, study, base, data)
 
 
-def _base(config: Config) -> Config:
-    """The configuration that trials start from: the run's, without the keys of the run itself."""
-    return config.model_copy(update={"resume": None, "extend": False, "run_name": None})
-
-
 def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, list[teachers.Teacher]]:
     """Create or continue the study, with all that a worker needs to know; fine-tune missing teachers first, once."""
     found: list[teachers.Teacher] = []
-    before = Study.refuse_other(plan.storage, plan.name, plan.digest)
-    _refuse_other_data(plan.name, before, data)
+    before = Study.refuse_other(plan.storage, plan.name, plan.digest, plan.sweep)
+    if before.get("data", data.digest) != data.digest:
+        raise UserError(
+            f"study {plan.name}: its trials were trained on other data (digest {before['data'][:12]} there, "
+            f"{data.digest[:12]} here): give study=<another name>"
+        )
     try:
         worker.fetch_teachers(before.get("teachers", ()), run)
     except UserError as error:
@@ -110,14 +109,6 @@ def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, 
     return study, found
 
 
-def _refuse_other_data(name: str, before: Mapping[str, Any], data: ImageData) -> None:
-    if before.get("data", data.digest) != data.digest:
-        raise UserError(
-            f"study {name}: its trials were trained on other data (digest {before['data'][:12]} there, "
-            f"{data.digest[:12]} here): give study=<another name>"
-        )
-
-
 def _refuse_other_teachers(name: str, before: Made, now: Made) -> None:
     """Refuse teachers that differ in a single bit from those of earlier trials."""
     hashes = {made["file"]: made["hash"] for made in before}
@@ -138,17 +129,18 @@ def _made_teachers(
     uri = urls.hidden(tracking_uri(base))
     known = {there["file"]: there["run_id"] for there in before}
     for index, teacher in enumerate(found):
-        if base.model.teachers[index].checkpoint is None and base.finetune.epochs > 0:
-            kept = teachers.store(base, data, index)
-            folder = run.folder / f"teacher_{index}"
-            if not (folder / "journal.jsonl").exists():
-                folder = Path((read_state(kept.with_suffix(".json")) or {}).get("folder", folder))
-            run_id = None
-            if run.delivery is not None:
-                run_id = records.delivered_as(folder, uri) or known.get(kept.name)
-                if run_id is None and folder.parent == run.folder:
-                    run_id = run.delivery.child_ready(folder)
-            made.append({"file": kept.name, "run_id": run_id, "hash": teacher.hash})
+        if base.model.teachers[index].checkpoint is not None or base.finetune.epochs == 0:
+            continue
+        kept = teachers.store(base, data, index)
+        folder = run.folder / f"teacher_{index}"
+        if not (folder / "journal.jsonl").exists():
+            folder = Path((read_state(kept.with_suffix(".json")) or {}).get("folder", folder))
+        run_id = None
+        if run.delivery is not None:
+            run_id = records.delivered_as(folder, uri) or known.get(kept.name)
+            if run_id is None and folder.parent == run.folder:
+                run_id = run.delivery.child_ready(folder)
+        made.append({"file": kept.name, "run_id": run_id, "hash": teacher.hash})
     return made
 
 
@@ -167,7 +159,7 @@ def time_left(trials: Sequence[FrozenTrial], left: int, workers: int) -> str | N
         return None
     each, at_once = sum(seconds) / len(seconds), min(workers, left)
     took = f"one trial took {_duration(each)}" if len(seconds) == 1 else f"a trial takes {_duration(each)} on average"
-    rest = _duration(math.ceil(left / at_once) * each)
+    rest = _duration(math.ceil(left / workers) * each)
     return f"{took}: about {rest} left with {at_once} worker{'' if at_once == 1 else 's'}"
 
 
@@ -195,20 +187,19 @@ class _Driver:
             tqdm(total=self.study.total, unit="trial", disable=None, leave=False) as bar,
         ):
             counts, progress = self.study.requeue_stale(), self.study.progress()
-            next_tend = 0.0
+            next_requeue = 0.0
             while counts.ended < self.study.total:
                 if self.run.stop():
                     self._stop()
                 self._start_missing(counts)
                 time.sleep(TICK_S)
-                if time.monotonic() > next_tend:
+                counts = self.study.counts()
+                due = time.monotonic() > next_requeue
+                if due or counts.ended >= self.study.total:  # a trial that is just being requeued looks failed
                     counts = self.study.requeue_stale()
+                if due:
                     self.study.note(driver_seen=time.time())
-                    next_tend = time.monotonic() + self.plan.sweep.heartbeat_seconds / 2
-                else:
-                    counts = self.study.counts()
-                    if counts.ended >= self.study.total:  # a trial that is just being requeued looks failed
-                        counts = self.study.requeue_stale()
+                    next_requeue = time.monotonic() + self.plan.sweep.heartbeat_seconds / 2
                 if (now := self.study.progress()) > progress:
                     progress, self.idle_starts = now, 0
                 self._show(counts, bar)
@@ -252,11 +243,10 @@ class _Driver:
         if best is not None:
             bar.set_postfix_str(f"best {best.values[0]:.4g} (trial {best.number})")
         self._state(counts)
-        if not self._said_time_left:
-            words = time_left(self.study.trials(), self.study.total - counts.ended, self.plan.workers)
-            if words is not None:
-                self._said_time_left = True
-                logger.info("%s", words)
+        left = self.study.total - counts.ended
+        if not self._said_time_left and (words := time_left(self.study.trials(), left, self.plan.workers)):
+            self._said_time_left = True
+            logger.info("%s", words)
 
     def _state(self, counts: Counts) -> None:
         """Bring the parent run up to date."""
@@ -282,7 +272,9 @@ def _finish(run: Run, plan: Plan, study: Study, base: Config, data: ImageData) -
     best = study.best()
     print(report.text(study.optuna, plan.sweep), flush=True)
     if len(plan.sweep.objectives) > 1 and study.front():
-        _keep_front(run, study, base, data)
+        for trial in study.front():
+            config = _with_teachers(_config_of(study, trial, base), study, data)
+            run.write(f"front_{trial.number:04d}.yaml", compose.dump(config), "front")
         return None
     if best is None:
         why = study.last_error() or "none satisfies the constraints"
@@ -321,20 +313,13 @@ def _with_teachers(config: Config, study: Study, data: ImageData) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def _keep_front(run: Run, study: Study, base: Config, data: ImageData) -> None:
-    """Write each trial of the Pareto front as a configuration that can be run."""
-    for trial in study.front():
-        config = _with_teachers(_config_of(study, trial, base), study, data)
-        run.write(f"front_{trial.number:04d}.yaml", compose.dump(config), "front")
-
-
 def _name_undelivered(run: Run, study: Study) -> None:
     """Hand trials that are not complete on the server (offline, or an outage) to this run's delivery."""
     trials = study.trials()
-    replaced = {number for trial in trials for number in history(trial)}  # a later attempt may continue in a copy
+    old = replaced(trials)  # a later attempt may continue in a copy
     for trial in trials:
         folder = Path(trial.user_attrs.get("folder", "/nowhere"))
-        if trial.number not in replaced and (folder / "journal.jsonl").exists() and not records.delivered_whole(folder):
+        if trial.number not in old and (folder / "journal.jsonl").exists() and not records.delivered_whole(folder):
             run.journal.child(folder)
 
 
@@ -344,9 +329,8 @@ def _keep_best(run: Run, study: Study, best: FrozenTrial, config: Config, data: 
     weights = Path(attrs.get("folder", "")) / STUDENT
     if not weights.is_file():
         if run.delivery is None or not attrs.get("run_id"):
-            logger.warning(
-                "the best trial's weights are on %s: no model is logged", attrs.get("host", "another machine")
-            )
+            where = attrs.get("host", "another machine")
+            logger.warning("the best trial's weights are on %s: no model is logged", where)
             return
         try:
             weights = run.fetch(f"runs:/{attrs['run_id']}/{STUDENT}", run.folder / "fetched")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken
 from pipeline.runs.signals import Stop
-from pipeline.sweep.launch.entry import PREEMPTED
 
 if TYPE_CHECKING:
     from pipeline.training.loop import Verdict
@@ -36,8 +35,8 @@ def follow(stop: Stop) -> int:
         config = Config.model_validate(trial["config"])
         try:
             distill.trial(opening.follow("distill", config, Path(trial["folder"]), stop=stop), _Silent())
-        except Interrupted:
-            return PREEMPTED
+        except Interrupted as stopped:
+            return 128 + stopped.signum
         except (NonFinite, Pruned, Taken):
             continue
     return 0

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,29 +60,22 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     """Read the step's own keys; the configuration is the parent run's, which may continue an earlier sweep.
 
     Raises:
-        UserError: as `make` and `prepared`.
+        UserError: a key, space or cluster that is not valid; as `_prepared`.
     """
-    plan = make(config, command.own, command.overrides)
-    return prepared(config, plan), plan
-
-
-def make(config: Config, own: Mapping[str, str], overrides: Sequence[str]) -> Plan:
-    """Parse the step's own keys.
-
-    Raises:
-        UserError: a key, space or cluster that is not valid.
-    """
+    own = command.own
     cli.one_process("sweep", "several for each trial are cluster.processes_per_trial=2")
     settings = cli.settings(own, "sweep")
     if own.get("trials"):
         most = why(SweepConfig.model_fields["trials"])
         settings["trials"] = str(whole("trials", own["trials"], high=MOST_TRIALS, why=most))
     sweep = space.load(own.get("sweep") or DEFAULT, settings)
-    space.check(sweep, config, keys_of(overrides))
+    space.check(sweep, config, keys_of(command.overrides))
     workers = whole("workers", own.get("workers") or "1", high=WORKERS, why="each is a process or a cluster's job")
     where = cluster.load(own.get("cluster") or "local", cli.settings(own, "cluster"))
     name = own.get("study") or space.study_name(sweep, config)
-    return Plan(sweep, where, workers, storage_url(own.get("storage"), config), name, space.digest(sweep, config))
+    storage = storage_url(own.get("storage"), config)
+    plan = Plan(sweep, where, workers, storage, name, space.digest(sweep, config))
+    return _prepared(config, plan), plan
 
 
 def storage_url(given: str | None, config: Config) -> str:
@@ -91,7 +84,7 @@ def storage_url(given: str | None, config: Config) -> str:
     return urls.sqlite(url, "storage") if url.startswith(urls.SQLITE) else url
 
 
-def prepared(config: Config, plan: Plan) -> Config:
+def _prepared(config: Config, plan: Plan) -> Config:
     """The parent run's configuration: its name, and the earlier run of this study that it resumes.
 
     Raises:
@@ -101,7 +94,7 @@ def prepared(config: Config, plan: Plan) -> Config:
     if wants_dry_run(os.environ):
         return config
     plan.launcher(output_dir(config)).check()
-    facts = Study.refuse_other(plan.storage, plan.name, plan.digest)
+    facts = Study.refuse_other(plan.storage, plan.name, plan.digest, plan.sweep)
     if "***" in shown_url(plan.storage) and os.environ.get("ASIB_STORAGE") != plan.storage:
         logger.warning(
             "storage=%s: a command line, and under mlflow run the run's parameters, show the password to others; "

@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from pipeline.runs.folders import header_of
 from pipeline.runs.run_log import log_to_terminal
 from pipeline.runs.signals import Stop
 from pipeline.sweep import followers
-from pipeline.sweep.launch.entry import PREEMPTED, requeue_on_signal
+from pipeline.sweep.launch.entry import PREEMPTION
 from pipeline.sweep.space.space import SweepConfig, apply
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.study import Study
@@ -56,14 +57,14 @@ def work(
         joined: by hand, perhaps somebody else's study.
 
     Returns:
-        0 when there was nothing left to do, 1 after `HOPELESS` failures, `PREEMPTED` after a signal.
+        0 when there was nothing left to do, 1 after `HOPELESS` failures, 128 + its number after a signal.
     """
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):  # the sweep's, not the worker's
         os.environ.pop(name, None)
     log_to_terminal()
     stop = Stop()
     stop.install()
-    requeue_on_signal(stop.arrived)
+    signal.signal(PREEMPTION, stop.arrived)
     if os.environ.get("RANK", "0") != "0":
         return followers.follow(stop)
     opened = Study.open(storage or os.environ[STORAGE], study)
@@ -73,8 +74,8 @@ def work(
     worker = Worker(opened, base, index, stop)
     try:
         return worker.run()
-    except Interrupted:
-        return PREEMPTED
+    except Interrupted as stopped:
+        return 128 + stopped.signum
     finally:
         worker.close()
 
@@ -107,7 +108,8 @@ class Worker:
         self.study, self.base, self.index, self.stop = study, base, index, stop
         facts = study.facts
         here = Path(facts["folder"])
-        reachable = (here / "journal.jsonl").exists() and facts["parent_journal"] == _journal_id(here)
+        header = header_of(here)
+        reachable = header is not None and header.data["journal"] == facts["parent_journal"]
         self.home = here if reachable else output_dir(base) / f"{study.name}-{facts['parent_journal'][:6]}"
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         stands_for = Carrier(facts["parent_run"], facts["parent_journal"], base.tracking.experiment, here)
@@ -130,15 +132,15 @@ class Worker:
             if self.stop():
                 if claim is not None:
                     claim.release()
-                return PREEMPTED
+                return 128 + self.stop()
             if claim is None:
-                followers.tell(None)
-                return 0
+                break
             self._take(claim)
             if self._failures >= HOPELESS:
                 logger.error("%d trials have failed in a row: this worker leaves", self._failures)
-                followers.tell(None)
-                return 1
+                break
+        followers.tell(None)
+        return 0 if claim is None else 1
 
     def close(self) -> None:
         """Wait until the worker's delivery process has sent the rest."""
@@ -168,7 +170,6 @@ class Worker:
             _release(claim)
             raise
         except NonFinite as error:  # a result of this configuration; all processes agree on it
-            self._together = False
             logger.error("trial %d diverged: %s", claim.number, error)
             with contextlib.suppress(Taken):
                 claim.fail(str(error))
@@ -215,8 +216,8 @@ class Worker:
         """
         first = self.home / "trials" / f"{claim.origin:04d}"
         noted = Path(claim.notes.get("folder", first))
-        before = noted if claim.notes.get("folder") and (noted / "journal.jsonl").exists() else first
-        if not (before / "journal.jsonl").exists() or not writer_alive(before):
+        before = noted if (noted / "journal.jsonl").exists() else first
+        if not writer_alive(before):
             return before, bool(claim.attempt) and not (before / "journal.jsonl").exists()
         copy = first.with_name(f"{first.name}-{claim.attempt}-{claim.number}")
         copy.mkdir(parents=True)
@@ -241,12 +242,12 @@ class Worker:
                 self._together = True
                 followers.tell({"config": config.model_dump(mode="json"), "folder": str(folder)})
                 results = distill.trial(run, TrialWatch(claim, self.study.sweep, folder))
-                self._together = False
         except Pruned as error:
             self._together = False
             self._link(claim, folder)
             claim.prune(error.reason, error.epoch)
             return None
+        self._together = False
         self._link(claim, folder)
         return results
 
@@ -365,11 +366,6 @@ def fetch_teachers(teachers: Sequence[Mapping[str, Any]], run: "Run") -> None:
 
 def _links(top: str, names: list[str]) -> list[str]:
     return [name for name in names if Path(top, name).is_symlink()]
-
-
-def _journal_id(folder: Path) -> str | None:
-    header = header_of(folder)
-    return header.data["journal"] if header else None
 
 
 def free_memory() -> None:

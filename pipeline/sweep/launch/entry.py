@@ -9,9 +9,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.files import write_atomically
@@ -20,30 +19,10 @@ from pipeline.sweep.launch.processes import identity
 if TYPE_CHECKING:
     from submitit import JobEnvironment
 
-PREEMPTED = 75
-"""The work's return value after it left because the scheduler wants the machine back (EX_TEMPFAIL)."""
 PREEMPTION = signal.SIGUSR2
 """The signal before a preemption and before the time limit."""
-
-
-def requeue_on_signal(handler: Callable[[int, FrameType | None], Any]) -> None:
-    """Call `handler` on `PREEMPTION`; if the work then returns `PREEMPTED`, its job is requeued.
-
-    Without a `PREEMPTION` nothing is requeued, whatever the work returns: a cancelled worker stays cancelled.
-    """
-
-    signal.signal(PREEMPTION, _Remembering(handler))
-
-
-class _Remembering:
-    """A handler that remembers that its signal has come."""
-
-    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
-        self.handler, self.came = handler, False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
-        self.handler(number, frame)
+PREEMPTED = 128 + PREEMPTION
+"""The work's return value after that signal, as after any other; only after this one its job is queued again."""
 
 
 def enter(
@@ -75,9 +54,7 @@ def enter(
     write_atomically(me, json.dumps(identity(os.getpid())))
     module, _, function = work.partition(":")
     code: int = getattr(importlib.import_module(module), function)(index=index, **arguments)
-    handler = signal.getsignal(PREEMPTION)
-    warned = isinstance(handler, _Remembering) and handler.came
-    if code == PREEMPTED and warned and requeue and job.cluster == "slurm" and job.global_rank == 0:
+    if code == PREEMPTED and requeue and job.cluster == "slurm" and job.global_rank == 0:
         _requeue()
     return code
 

@@ -70,8 +70,8 @@ class Launcher(ABC):
 
         Args:
             work: a function of a module, called in each worker's process as `work(index=k, **arguments)`, where k
-                counts all workers ever started from this folder. It installs its own handlers of SIGTERM and, with
-                `requeue_on_signal`, of `PREEMPTION`.
+                counts all workers ever started from this folder. It installs its own handlers of SIGTERM and of
+                `PREEMPTION`, and returns `PREEMPTED` after the latter.
 
         Raises:
             UserError: Slurm does not take the jobs.

@@ -4,19 +4,19 @@ import logging
 import math
 import random
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.compose.groups import groups
 from pipeline.config import Config, config_hash, explain, flatten, inactive
-from pipeline.config.identity import NOT_COMPUTATION
+from pipeline.config.identity import NOT_COMPUTATION, listed
 from pipeline.config.words import expects, near_miss, written
 from pipeline.errors import UserError
 from pipeline.sweep.space.changes import takes, validated
 from pipeline.sweep.space.config import VALIDATION, SweepConfig
-from pipeline.sweep.space.dimensions import FloatRange, IntRange, Range
+from pipeline.sweep.space.dimensions import IntRange, Range
 
 logger = logging.getLogger("asib")
 COMBINATIONS = 64
@@ -58,21 +58,15 @@ def check(sweep: SweepConfig, base: Config, overridden: Collection[str]) -> None
             f"{source}: dataset.val_fraction=0: a sweep never looks at the test split and needs validation images; "
             "set dataset.val_fraction=0.1"
         )
-    given = {_plain(text) for text in overridden}
+    given = {re.sub(r"\[(\d+)\]", r".\1", key) for key in overridden}
     for key in sweep.space:
         where = f"{source}: space.{key}"
         _check_key(where, key, sweep.space, given)
         _check_kind(where, key, sweep)
     _check_metrics(source, sweep)
     _check_weights(source, sweep, base)
-    valid = _Combinations(source, sweep, base).check()
-    _log_inactive(sweep, valid)
+    _log_inactive(sweep, _check_values(source, sweep, base))
     _log_cmaes(sweep)
-
-
-def _plain(text: str) -> str:
-    """The key of `++a[0].b=x`."""
-    return re.sub(r"\[(\d+)\]", r".\1", text.lstrip("+~ ").partition("=")[0].strip())
 
 
 # keys ----------------------------------------------------------------------------------------------------------------
@@ -91,9 +85,7 @@ def _check_key(where: str, key: str, space: Collection[str], given: Collection[s
             f"{where}: it changes what the trials are measured on, so that they could not be compared; leave it out "
             f"and give {key}=… to the whole sweep"
         )
-    if key.endswith(".checkpoint") or any(
-        key == name or (name.endswith(".") and f"{key}.".startswith(name)) for name in NOT_COMPUTATION
-    ):
+    if key.endswith(".checkpoint") or listed(key, NOT_COMPUTATION):
         raise UserError(
             f"{where}: the configuration's hash leaves this key out, all its trials would be the same; leave it out "
             f"and give {key}=… to the whole sweep"
@@ -114,7 +106,7 @@ def _example(group: str) -> str:
 def _check_kind(where: str, key: str, sweep: SweepConfig) -> None:
     """Ranges are for numbers, and ranges of fractions not for whole numbers."""
     dimension = sweep.space[key]
-    if not isinstance(dimension, FloatRange | IntRange):
+    if not isinstance(dimension, Range):
         return
     field, rest = takes(key)
     annotation = field.annotation
@@ -174,67 +166,53 @@ def _check_metrics(source: str, sweep: SweepConfig) -> None:
 # values --------------------------------------------------------------------------------------------------------------
 
 
-class _Combinations:
-    """Points of the space tried on the configuration: each key's own limits first, then the rules between keys."""
+def _check_values(source: str, sweep: SweepConfig, base: Config) -> list[tuple[Mapping[str, Any], Config]]:
+    """Each key's own limits, then points of the space against the rules between keys.
 
-    def __init__(self, source: str, sweep: SweepConfig, base: Config) -> None:
-        self.source, self.space, self.base = source, sweep.space, base
-        self.random = random.Random(RANDOM_STATE)
+    Returns:
+        Valid points with their configurations.
 
-    def check(self) -> list[tuple[Mapping[str, Any], Config]]:
-        """Return points of the space with their configurations. Raises UserError: values that no trial could have."""
-        for key in self.space:
-            self._check_limits(key)
-        valid: list[tuple[Mapping[str, Any], Config]] = []
-        refused: list[str] = []
-        for values in (self._draw({}) for _ in range(COMBINATIONS)):
-            found = self._try(values)
-            if isinstance(found, Config):
-                valid.append((values, found))
-            else:
-                refused.append(found)
-        if refused and valid:
-            logger.warning(
-                "%s: %d of %d points of the space are invalid, and such trials fail: %s",
-                self.source,
-                len(refused),
-                COMBINATIONS,
-                refused[0],
-            )
-        elif refused:
-            raise UserError(f"{self.source}: no point of the space is valid: {refused[0]}")
-        return valid
+    Raises:
+        UserError: values that no trial could have.
+    """
+    dice = random.Random(RANDOM_STATE)
 
-    def _check_limits(self, key: str) -> None:
-        """Both ends of a range and each of a list's values; a rule may be broken only by the key's neighbours."""
+    def attempt(fixed: Mapping[str, Any]) -> tuple[Mapping[str, Any], Config | str]:
+        """A random point, and its configuration or why it is invalid."""
+        values = {key: _drawn(dimension, dice) for key, dimension in sweep.space.items()} | dict(fixed)
+        try:
+            return values, validated(base, values)
+        except ValidationError as error:
+            return values, explain(error)
+        except UserError as error:
+            return values, str(error)
+
+    for key, dimension in sweep.space.items():
         hashes: dict[str, str] = {}
-        for name, value in _named_values(self.space[key]):
-            where = f"{self.source}: space.{key}.{name}={_shown(value)}"
-            found: Config | None = None
+        for name, value in _named_values(dimension):  # both ends of a range, each of a list's values
+            where = f"{source}: space.{key}.{name}={_shown(value)}"
             try:
-                found = validated(self.base, {key: value})
+                found = validated(base, {key: value})
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-            except ValidationError as error:
+            except ValidationError as error:  # a rule may be broken only by the key's neighbours
                 own = any(problem["loc"] for problem in error.errors())
-                if own or not any(isinstance(self._try(self._draw({key: value})), Config) for _ in range(16)):
+                if own or not any(isinstance(attempt({key: value})[1], Config) for _ in range(16)):
                     raise UserError(f"{where}: {explain(error)}") from None
-            if found is not None and not isinstance(self.space[key], Range):
+                continue
+            if not isinstance(dimension, Range):
                 same = hashes.setdefault(config_hash(found), name)
                 if same != name:
                     raise UserError(f"{where}: the same configuration as with {same}; leave one of them out")
-
-    def _draw(self, fixed: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: _drawn(dimension, self.random) for key, dimension in self.space.items()} | dict(fixed)
-
-    def _try(self, values: Mapping[str, Any]) -> Config | str:
-        """The configuration, or why it is invalid."""
-        try:
-            return validated(self.base, values)
-        except ValidationError as error:
-            return explain(error)
-        except UserError as error:
-            return str(error)
+    points = [attempt({}) for _ in range(COMBINATIONS)]
+    valid = [(values, found) for values, found in points if isinstance(found, Config)]
+    refused = [why for _, why in points if isinstance(why, str)]
+    if refused and not valid:
+        raise UserError(f"{source}: no point of the space is valid: {refused[0]}")
+    if refused:
+        words = "%s: %d of %d points of the space are invalid, and such trials fail: %s"
+        logger.warning(words, source, len(refused), COMBINATIONS, refused[0])
+    return valid
 
 
 def _shown(value: Any) -> str:
@@ -246,16 +224,15 @@ def _named_values(dimension: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(dimension, Range):
         yield from dimension.extremes.items()
     else:
-        word = "values" if dimension.type == "grid" else "choices"
-        yield from ((f"{word}.{index}", value) for index, value in enumerate(dimension.listed()))
+        yield from ((f"{dimension.word}.{index}", value) for index, value in enumerate(dimension.listed()))
 
 
 def _drawn(dimension: Any, source: random.Random) -> Any:
     if not isinstance(dimension, Range):
         return source.choice(dimension.listed())
-    low, high = dimension.extremes["low"], dimension.extremes["high"]
     if isinstance(dimension, IntRange):
-        return source.randrange(dimension.low, dimension.high + 1, dimension.step or 1)
+        return source.choice(dimension.values())
+    low, high = dimension.extremes.values()
     if dimension.log:
         return min(max(math.exp(source.uniform(math.log(low), math.log(high))), low), high)
     return dimension.nearest(source.uniform(low, high))
@@ -264,9 +241,8 @@ def _drawn(dimension: Any, source: random.Random) -> Any:
 # what acts -----------------------------------------------------------------------------------------------------------
 
 
-def _log_inactive(sweep: SweepConfig, points: Iterable[tuple[Mapping[str, Any], Config]]) -> None:
+def _log_inactive(sweep: SweepConfig, points: Sequence[tuple[Mapping[str, Any], Config]]) -> None:
     """Log each key that has no effect at any point that was tried."""
-    points = list(points)
     defaults = flatten(Config())
     for key in sorted(sweep.space):
         changed = [config for values, config in points if values[key] != defaults.get(key)]

@@ -1,23 +1,22 @@
-"""What a sweep is asked for: its space, sampler, pruner, objectives, constraints. Needs pydantic only."""
+"""What a sweep is asked for: its space, sampler, pruner, objectives, constraints. Needs no torch."""
 
 import math
 import re
 from collections.abc import Mapping
 from functools import reduce
 from operator import or_
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, create_model, model_validator
 
+from pipeline.compose.groups import locate
+from pipeline.compose.settings import read_section
 from pipeline.sweep.space.dimensions import (
     AtLeastOne,
     AtLeastTwo,
-    Categorical,
     Count,
     Dimension,
-    FloatRange,
-    GridValues,
-    IntRange,
     NonNegative,
     Number,
     Part,
@@ -101,19 +100,16 @@ def _model(name: str, row: Row, **common: Any) -> type[Part]:
     return create_model(name, __base__=Part, **{"name": (Literal[name], name), **common, **fields})
 
 
-KINDS: dict[str, dict[str, type[Part]]] = {
-    "space": {"float": FloatRange, "int": IntRange, "categorical": Categorical, "grid": GridValues},
-    "sampler": {name: _model(name, row, seed=(Seed, 0)) for name, row in SAMPLERS.items()},
-    "pruner": {name: _model(name, row) for name, row in PRUNERS.items()},
-}
-"""What `type` and `name` choose from."""
+def _one_of(rows: Mapping[str, Row], **common: Any) -> Any:
+    """The keys of the one that `name` says."""
+    models = [_model(name, row, **common) for name, row in rows.items()]
+    return Annotated[reduce(or_, models), Field(discriminator="name")]
+
+
 if TYPE_CHECKING:
-    Sampler = Any
-    Pruner = Any
+    Sampler = Pruner = Any
 else:
-    Sampler, Pruner = (
-        Annotated[reduce(or_, KINDS[part].values()), Field(discriminator="name")] for part in ("sampler", "pruner")
-    )
+    Sampler, Pruner = _one_of(SAMPLERS, seed=(Seed, 0)), _one_of(PRUNERS)
 
 
 # the sweep -----------------------------------------------------------------------------------------------------------
@@ -161,8 +157,8 @@ class SweepConfig(Part):
 
     name: str
     space: dict[str, Dimension]
-    sampler: Sampler = KINDS["sampler"]["tpe"]()
-    pruner: Pruner = KINDS["pruner"]["median"]()
+    sampler: Sampler = {"name": "tpe"}
+    pruner: Pruner = {"name": "median"}
     objectives: tuple[Objective, ...] = (Objective(),)
     constraints: tuple[Constraint, ...] = ()
     trials: Trials = 30
@@ -260,4 +256,20 @@ def _dotted_keys(space: dict[Any, Any]) -> dict[str, Any]:
         if name in found:
             raise ValueError(f"space.{name} is there twice: give it once")
         found[name] = dimension
+    return found
+
+
+def load(name_or_path: str, settings: Mapping[str, str] = MappingProxyType({})) -> SweepConfig:
+    """A sweep of conf/sweep, or of a YAML file anywhere, with the command line's settings.
+
+    Args:
+        settings: by key of the sweep, as texts: `{"trials": "10", "space.method.tau.high": "6", "pruner": "none"}`.
+            Another `sampler.name`, `pruner.name` or `type` drops the file's knobs that it does not have; a dimension
+            set to null leaves the space.
+
+    Raises:
+        UserError: one line with the key, its value and what to give instead.
+    """
+    file = locate("sweep", name_or_path)
+    found: SweepConfig = read_section(SweepConfig, "sweep", name_or_path, file, settings, short_forms, name=file.stem)
     return found

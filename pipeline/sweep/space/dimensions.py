@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -38,7 +38,19 @@ Trials = Annotated[numbers.Trials, BeforeValidator(_number)]
 Value = bool | int | float | str | list[Any] | dict[Any, Any] | None
 
 
-class FloatRange(Part):
+class _Range(Part):
+    @model_validator(mode="after")
+    def _rules(self: Any) -> Any:
+        if self.low > self.high:
+            raise ValueError(f"low={self.low} is above high={self.high}: give the smaller one as low")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log=true with low={self.low}: a logarithmic range begins above 0")
+        if self.log and self.step is not None:
+            raise ValueError(f"log=true with step={self.step}: a range has one of them; leave the other out")
+        return self
+
+
+class FloatRange(_Range):
     """Numbers from `low` to `high`, both included; with `step` only low, low + step, …"""
 
     type: Literal["float"] = "float"
@@ -46,11 +58,6 @@ class FloatRange(Part):
     high: Number
     log: bool = False
     step: Positive | None = None
-
-    @model_validator(mode="after")
-    def _rules(self) -> "FloatRange":
-        _check_range(self.low, self.high, self.log, self.step)
-        return self
 
     def size(self) -> int | None:
         """How many values there are; None: endless."""
@@ -64,9 +71,7 @@ class FloatRange(Part):
 
     def nearest(self, value: float) -> float:
         """The range's value nearest to one that a sampler has computed."""
-        if self.step is None:
-            return value
-        return self.at(round((value - self.low) / self.step))
+        return value if self.step is None else self.at(round((value - self.low) / self.step))
 
     def values(self) -> list[float]:
         """All values of a finite range."""
@@ -78,7 +83,7 @@ class FloatRange(Part):
         return {"low": self.low, "high": self.high if size is None else self.at(size - 1)}
 
 
-class IntRange(Part):
+class IntRange(_Range):
     """Whole numbers from `low` to `high`, both included; with `step` only low, low + step, …"""
 
     type: Literal["int"] = "int"
@@ -87,31 +92,29 @@ class IntRange(Part):
     log: bool = False
     step: AtLeastOne | None = None
 
-    @model_validator(mode="after")
-    def _rules(self) -> "IntRange":
-        _check_range(self.low, self.high, self.log, self.step)
-        return self
+    def values(self) -> range:
+        return range(self.low, self.high + 1, self.step or 1)
 
     def size(self) -> int:
-        return (self.high - self.low) // (self.step or 1) + 1
-
-    def values(self) -> list[int]:
-        return list(range(self.low, self.high + 1, self.step or 1))
+        return len(self.values())
 
     @property
     def extremes(self) -> dict[str, int]:
-        return {"low": self.low, "high": self.low + (self.size() - 1) * (self.step or 1)}
+        return {"low": self.low, "high": self.values()[-1]}
 
 
 class _Listed(Part):
-    """Values one by one; a list or a group of keys is a value too, and Optuna sees its text."""
+    """Values one by one, under the key `word`; a list or a group of keys is a value too, and Optuna sees its text."""
+
+    word: ClassVar[str]
 
     def listed(self) -> Sequence[Any]:
-        raise NotImplementedError
+        found: Sequence[Any] = getattr(self, self.word)
+        return found
 
     @model_validator(mode="after")
     def _rules(self) -> "_Listed":
-        word = "values" if "values" in type(self).model_fields else "choices"
+        word = self.word
         if not self.listed():
             raise ValueError(f"{word} is empty: list at least one value")
         for value in self.listed():
@@ -137,21 +140,17 @@ class _Listed(Part):
 class Categorical(_Listed):
     """One of `choices`."""
 
+    word = "choices"
     type: Literal["categorical"] = "categorical"
     choices: tuple[Value, ...]
-
-    def listed(self) -> Sequence[Any]:
-        return self.choices
 
 
 class GridValues(_Listed):
     """One of `values`: a dimension of a grid; other samplers treat it as choices."""
 
+    word = "values"
     type: Literal["grid"] = "grid"
     values: tuple[Value, ...]
-
-    def listed(self) -> Sequence[Any]:
-        return self.values
 
 
 Range = FloatRange | IntRange
@@ -180,12 +179,3 @@ def canonical_text(value: Any) -> str:
 
 def _decimal(number: float) -> Decimal:
     return Decimal(str(number))
-
-
-def _check_range(low: float, high: float, log: bool, step: float | None) -> None:
-    if low > high:
-        raise ValueError(f"low={low} is above high={high}: give the smaller one as low")
-    if log and low <= 0:
-        raise ValueError(f"log=true with low={low}: a logarithmic range begins above 0")
-    if log and step is not None:
-        raise ValueError(f"log=true with step={step}: a range has one of them; leave the other out")

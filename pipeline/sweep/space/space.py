@@ -1,6 +1,6 @@
 """The search space of a sweep: its values as Optuna sees them and as a configuration takes them, and its digest.
 
-config.py has the models, file.py reads them, check.py refuses what cannot run. Needs no torch.
+config.py has the models and reads them, check.py refuses what cannot run. Needs no torch.
 """
 
 import hashlib
@@ -12,9 +12,8 @@ from pipeline.config import Config, source_digest
 from pipeline.config.identity import canonical, computation
 from pipeline.sweep.space.changes import apply
 from pipeline.sweep.space.check import check
-from pipeline.sweep.space.config import Objective, SweepConfig
+from pipeline.sweep.space.config import Objective, SweepConfig, load
 from pipeline.sweep.space.dimensions import FloatRange, IntRange, Range
-from pipeline.sweep.space.file import load
 
 if TYPE_CHECKING:
     import optuna

@@ -77,10 +77,8 @@ class Claim:
         return next((t for t in trials if t.user_attrs.get("config_hash") == config_hash), None)
 
     def report(self, value: float, epoch: int) -> None:
-        """State the objective after `epoch` (from 0), for the pruner. With several objectives nothing is kept."""
+        """State the one objective after `epoch` (from 0), for the pruner."""
         self.check()
-        if len(self._sweep.objectives) > 1:
-            return
         self._epoch = epoch
         try:
             # Trial.report would ignore an epoch that an earlier attempt has reported, with a warning.
@@ -92,8 +90,6 @@ class Claim:
 
     def should_prune(self) -> bool:
         """The pruner's answer after the last report, or for what earlier attempts have reported."""
-        if len(self._sweep.objectives) > 1:
-            return False
         try:
             trial = self._frozen()
             if trial.state != TrialState.RUNNING:

@@ -23,13 +23,6 @@ from pipeline.sweep.study.front import feasible, front
 from pipeline.sweep.study.plots import Picture, draw, label, short_names
 
 TOP = 10
-STATES = {
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-    TrialState.FAIL: "failed",
-}
 ORDER = ("complete", "infeasible", "pruned", "running", "waiting", "failed", "retried")
 """States in the order of the table."""
 EXPLAINED = (
@@ -65,29 +58,26 @@ def table(study: optuna.Study, sweep: SweepConfig) -> pd.DataFrame:
     seconds, run_id (of the trial that it repeats, where it does), same_as (the number of that trial).
     """
     trials = study.get_trials(deepcopy=False)
-    replaced = {number for t in trials for number in retry.history(t)}
+    replaced = retry.replaced(trials)
     best = {t.number for t in front(study)}
     by_number = {t.number: t for t in trials}
-    keyed = []
-    for trial in trials:
-        row = _row(trial, sweep, by_number, trial.number in replaced)
-        # the front's members are equally good; within a state earlier trials come first
-        goodness = 0.0 if len(sweep.objectives) > 1 else _cost(row[sweep.objectives[0].metric], study.direction)
-        keyed.append(((ORDER.index(row["state"]), trial.number not in best, goodness, trial.number), row))
-    keyed.sort(key=lambda pair: pair[0])
-    found = pd.DataFrame([row for _, row in keyed], columns=_columns(sweep))
-    return found.astype({"number": "int64", "epochs": "int64", "attempts": "int64", "same_as": "Int64"})
-
-
-def _columns(sweep: SweepConfig) -> list[str]:
     metrics = [o.metric for o in sweep.objectives]
-    return ["number", "state", *metrics, "last", *sweep.space, "epochs", "attempts", "seconds", "run_id", "same_as"]
+
+    def place(row: dict[str, Any]) -> tuple[int, bool, float, int]:
+        value = math.nan if len(metrics) > 1 else row[metrics[0]]  # the front's members are equally good
+        cost = math.inf if math.isnan(value) else -value if study.direction == StudyDirection.MAXIMIZE else value
+        return ORDER.index(row["state"]), row["number"] not in best, cost, row["number"]
+
+    rows = [_row(trial, sweep, by_number, trial.number in replaced) for trial in trials]
+    columns = ["number", "state", *metrics, "last", *sweep.space, "epochs", "attempts", "seconds", "run_id", "same_as"]
+    found = pd.DataFrame(sorted(rows, key=place), columns=columns)
+    return found.astype({"number": "int64", "epochs": "int64", "attempts": "int64", "same_as": "Int64"})
 
 
 def _row(trial: FrozenTrial, sweep: SweepConfig, by_number: dict[int, FrozenTrial], replaced: bool) -> dict[str, Any]:
     attrs, steps = trial.user_attrs, trial.intermediate_values
     done = trial.state == TrialState.COMPLETE
-    state = "retried" if replaced else STATES[trial.state]
+    state = "retried" if replaced else retry.STATES[trial.state]
     same_as = attrs.get("same_as", attrs.get("asib.repeats"))
     source = by_number.get(same_as, trial) if same_as is not None else trial
     values = trial.values if done else [math.nan] * len(sweep.objectives)
@@ -103,13 +93,6 @@ def _row(trial: FrozenTrial, sweep: SweepConfig, by_number: dict[int, FrozenTria
         "run_id": attrs.get("run_id") or source.user_attrs.get("run_id") or "",
         "same_as": same_as,
     }
-
-
-def _cost(value: float, direction: StudyDirection) -> float:
-    """Lower is better; what has no value comes last."""
-    if math.isnan(value):
-        return math.inf
-    return -value if direction == StudyDirection.MAXIMIZE else value
 
 
 # texts ---------------------------------------------------------------------------------------------------------------
@@ -131,8 +114,7 @@ def _values(trial: FrozenTrial, sweep: SweepConfig) -> str:
 def _counted(study: optuna.Study, sweep: SweepConfig) -> str:
     """`30 of 30 trials: 12 complete, 17 pruned, 1 failed (2 retried)`."""
     counts = retry.count(study.get_trials(deepcopy=False))
-    named = {name: n for name, n in asdict(counts).items() if n and name != "retried"}
-    words = ", ".join(f"{n} {name}" for name, n in named.items()) or "none yet"
+    words = ", ".join(f"{n} {name}" for name, n in asdict(counts).items() if n and name != "retried") or "none yet"
     again = f" ({counts.retried} retried)" if counts.retried else ""
     return f"{counts.used} of {sweep.trials} trials: {words}{again}"
 
@@ -153,19 +135,14 @@ def text(study: optuna.Study, sweep: SweepConfig) -> str:
     return "\n".join([*lines, *(["  …"] if len(best) > TOP else [])])
 
 
-def without_password(storage: str) -> str:
-    """The URL of a database as it may be shown: without any password."""
+def dashboard(storage: str) -> str:
+    """The command that opens optuna-dashboard on a database, without passwords: PGPASSWORD or ~/.pgpass has them."""
     url = make_url(storage).difference_update_query(["password", "sslpassword"])
     shown = URL.create(url.drivername, url.username, None, url.host, url.port, url.database, url.query)
-    return shown.render_as_string(hide_password=False)
+    return f"optuna-dashboard {shlex.quote(shown.render_as_string(hide_password=False))}"
 
 
-def dashboard(storage: str) -> str:
-    """The command that opens optuna-dashboard on a database. PostgreSQL asks PGPASSWORD or ~/.pgpass for passwords."""
-    return f"optuna-dashboard {shlex.quote(without_password(storage))}"
-
-
-def note(study: optuna.Study, sweep: SweepConfig, *, experiment: str = "", storage: str = "", parent: str = "") -> str:
+def note(study: optuna.Study, sweep: SweepConfig, *, storage: str, experiment: str = "", parent: str = "") -> str:
     """Markdown for `mlflow.note.content`, never longer than a tag may be.
 
     Args:
@@ -177,25 +154,18 @@ def note(study: optuna.Study, sweep: SweepConfig, *, experiment: str = "", stora
     parts = [f"**{escape.markdown(sweep.name)}**: {_counted(study, sweep)}"]
     if best and single:
         parts.append(f"**best: {escape.markdown(_values(best[0], sweep))}**, trial {best[0].number}")
-        parts.append(
-            "\n".join(
-                f"- {escape.code(key)}: {escape.markdown(_number(value))}" for key, value in best[0].params.items()
-            )
-        )
+        params = best[0].params.items()
+        parts.append("\n".join(f"- {escape.code(key)}: {escape.markdown(_number(value))}" for key, value in params))
         if parent:
             parts.append("again: " + escape.code(f"mlflow run . -e distill -P cfg=runs:/{parent}/best.yaml"))
     elif best:
         parts.append(f"**{len(best)} trials on the Pareto front**")
     found = table(study, sweep)
     found = found[found["state"] == "complete"]
-    tail = (
-        [f"all trials: {escape.code(dashboard(storage))}, and `study/study.html` among the artifacts"]
-        if storage
-        else []
-    )
+    tail = f"all trials: {escape.code(dashboard(storage))}, and `study/study.html` among the artifacts"
     shorter = (found.head(rows) for rows in range(min(TOP, len(found)), -1, -1))
     middles = ([_markdown(rows, sweep, experiment)] if len(rows) else [] for rows in shorter)
-    return pages.first_that_fits([*("\n\n".join([*parts, *middle, *tail]) for middle in middles), parts[0]])
+    return pages.first_that_fits([*("\n\n".join([*parts, *middle, tail]) for middle in middles), parts[0]])
 
 
 def _markdown(found: pd.DataFrame, sweep: SweepConfig, experiment: str) -> str:

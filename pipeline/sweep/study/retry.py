@@ -6,9 +6,9 @@ rest.
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import optuna
 import sqlalchemy
@@ -26,6 +26,14 @@ REPEATS = "asib.repeats"
 ERROR = "asib.error"
 OF_ATTEMPT = (OUTCOME, REPEATS, ERROR, "asib.reason", "asib.epoch")
 """Notes that a retry does not inherit."""
+STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+    TrialState.FAIL: "failed",
+}
+"""What a trial's state is called."""
 CRASHES = "asib:crashes"
 """System attribute: how many of a trial's attempts before this one have died."""
 
@@ -62,14 +70,15 @@ def history(trial: FrozenTrial) -> list[int]:
     return list(trial.system_attrs.get("retry_history", []))
 
 
+def replaced(trials: Iterable[FrozenTrial]) -> set[int]:
+    """The numbers of those that a later attempt goes on from."""
+    return {number for trial in trials for number in history(trial)}
+
+
 def count(trials: Sequence[FrozenTrial]) -> Counts:
     """Each trial counted once, in the state that it has."""
-    replaced = {number for trial in trials for number in history(trial)}
-    counts = {"complete": 0, "pruned": 0, "running": 0, "waiting": 0, "failed": 0, "retried": 0}
-    for trial in trials:
-        state = trial.state.name.lower() if trial.state != TrialState.FAIL else "failed"
-        counts["retried" if trial.number in replaced else state] += 1
-    return Counts(**counts)
+    old = replaced(trials)
+    return Counts(**Counter("retried" if t.number in old else STATES[t.state] for t in trials))
 
 
 def requeue_stale(study: optuna.Study, rdb: RDBStorage, max_retry: int) -> list[FrozenTrial]:
@@ -83,18 +92,11 @@ def requeue_stale(study: optuna.Study, rdb: RDBStorage, max_retry: int) -> list[
         with contextlib.suppress(UpdateFinishedTrialError):
             rdb.set_trial_state_values(trial_id, TrialState.FAIL)
     trials = study.get_trials(deepcopy=False)
-    due = _due(trials, max_retry)
+    old = replaced(trials)
+    due = [t for t in trials if t.state == TrialState.FAIL and t.number not in old and _may_retry(t, max_retry)]
     for trial in due:
         queue_again(study, trial)
     return study.get_trials(deepcopy=False) if due else trials
-
-
-def _due(trials: Sequence[FrozenTrial], max_retry: int) -> list[FrozenTrial]:
-    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-    if not failed:
-        return []
-    replaced = {number for trial in trials for number in history(trial)}
-    return [t for t in failed if t.number not in replaced and _may_retry(t, max_retry)]
 
 
 def _may_retry(trial: FrozenTrial, max_retry: int) -> bool:
@@ -104,8 +106,7 @@ def _may_retry(trial: FrozenTrial, max_retry: int) -> bool:
 
 
 def _crashes(trial: FrozenTrial) -> int:
-    crashes: Any = trial.system_attrs.get(CRASHES, 0)
-    return int(crashes)
+    return int(trial.system_attrs.get(CRASHES, 0))
 
 
 def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:

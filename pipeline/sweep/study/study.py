@@ -10,7 +10,6 @@ that totals are exact. The sampler of a claim is seeded by how many configuratio
 suggested does not depend on which worker asks.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -19,9 +18,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
-from pipeline.config.words import near_miss
+from pipeline.config.words import near_miss, shown
 from pipeline.errors import UserError
-from pipeline.sweep.space.space import SweepConfig, grid, suggest
+from pipeline.sweep.space.space import SEARCH, SweepConfig, grid, suggest
 from pipeline.sweep.study import retry, samplers
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.front import front
@@ -83,16 +82,15 @@ class Study:
                 for key, value in facts.items():
                     if key != DIGEST:
                         study.set_user_attr(key, value)
-                study.set_user_attr(SWEEP, _json(sweep))
+                study.set_user_attr(SWEEP, sweep.model_dump(mode="json"))
                 study.set_user_attr(DIGEST, facts[DIGEST])
             else:
-                _refuse_other(database, name, present, facts[DIGEST], sweep, facts)
-                if present[SWEEP] != _json(sweep):
-                    study.set_user_attr(SWEEP, _json(sweep))
+                _refuse_other(database, name, present, facts[DIGEST], sweep)
+                study.set_user_attr(SWEEP, sweep.model_dump(mode="json"))
         return cls(database, name, sweep)
 
     @staticmethod
-    def refuse_other(url: str, name: str, digest: str) -> dict[str, Any]:
+    def refuse_other(url: str, name: str, digest: str, sweep: SweepConfig) -> dict[str, Any]:
         """The study's facts, none where there is no such study yet.
 
         Raises:
@@ -103,7 +101,7 @@ class Study:
             study = _load(database, name)
             if DIGEST in study.user_attrs or study.get_trials(deepcopy=False):
                 facts = study.user_attrs
-                _refuse_other(database, name, facts, digest, None, {})
+                _refuse_other(database, name, facts, digest, sweep)
         database.close()
         return facts
 
@@ -236,10 +234,6 @@ def studies(url: str) -> list[str]:
     return [study.study_name for study in found if DIGEST in study.user_attrs]
 
 
-def _json(sweep: SweepConfig) -> dict[str, Any]:
-    return cast(dict[str, Any], json.loads(sweep.model_dump_json()))
-
-
 def _load(database: Database, name: str) -> optuna.Study:
     try:
         return optuna.load_study(study_name=name, storage=database.rdb)
@@ -262,26 +256,17 @@ def _sweep_of(database: Database, study: optuna.Study) -> SweepConfig:
         raise UserError(f"study {study.study_name}: {key} is not understood: {first['msg']}") from None
 
 
-def _refuse_other(
-    database: Database,
-    name: str,
-    present: Mapping[str, Any],
-    digest: str,
-    sweep: SweepConfig | None,
-    facts: Mapping[str, Any],
-) -> None:
+def _refuse_other(database: Database, name: str, present: Mapping[str, Any], digest: str, sweep: SweepConfig) -> None:
     if DIGEST not in present:
         raise UserError(
             f"study {name} in {database.shown} was not made by this program's sweep step: give study=<another name>"
         )
     if present[DIGEST] == digest:
         return
-    before = _flat(present[SWEEP]) | {k: v for k, v in present.items() if k in facts}
-    now = _flat(_json(sweep)) | dict(facts) if sweep is not None else before
-    free = ("name", "trials", "max_retry", "heartbeat_seconds", "grace_seconds", DIGEST)
-    keys = [k for k in sorted(before.keys() | now.keys()) if k not in free and before.get(k) != now.get(k)]
-    shown = [f"{k} ({_short(before.get(k))} there, {_short(now.get(k))} here)" for k in keys[:3]]
-    what = ", ".join(shown) + (" …" if len(keys) > 3 else "") if keys else "the configuration or the sources"
+    before, now = _flat(present[SWEEP]), _flat(sweep.model_dump(mode="json", include={*SEARCH}))
+    keys = [k for k in sorted(before.keys() | now) if k.split(".")[0] in SEARCH and before.get(k) != now.get(k)]
+    differ = [f"{k} ({shown(before.get(k))} there, {shown(now.get(k))} here)" for k in keys[:3]]
+    what = ", ".join(differ) + (" …" if len(keys) > 3 else "") if keys else "the configuration or the sources"
     raise UserError(
         f"study {name} in {database.shown} is another sweep's (digest {present[DIGEST][:10]}, here {digest[:10]}): "
         f"{what} differ: give study=<another name>"
@@ -292,8 +277,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {prefix.rstrip("."): value}
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 40 else text[:39] + "…"

@@ -7,27 +7,27 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from pipeline.sweep.launch.entry import PREEMPTED, requeue_on_signal
+from pipeline.sweep.launch.entry import PREEMPTION
 
 SEEN = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 
 
 def hold(index: int, folder: str, deaf: bool = False) -> int:
     """Wait; `deaf`: SIGTERM changes nothing."""
-    arrived: list[str] = []
+    arrived: list[signal.Signals] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        arrived.append(signal.Signals(number).name)
+        arrived.append(signal.Signals(number))
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else note)
-    requeue_on_signal(note)
+    signal.signal(PREEMPTION, note)
     place = Path(folder)
     name = f"{index}.{os.environ.get('RANK', '0')}"
     _write(place / f"{name}.json", {"pid": os.getpid(), "index": index, **{k: os.environ.get(k) for k in SEEN}})
     while not arrived and not (place / "done").exists():
         time.sleep(0.02)
-    _write(place / f"{name}.end", {"pid": os.getpid(), "signal": arrived[0] if arrived else ""})
-    return PREEMPTED if arrived else 0
+    _write(place / f"{name}.end", {"pid": os.getpid(), "signal": arrived[0].name if arrived else ""})
+    return 128 + arrived[0] if arrived else 0
 
 
 def _write(path: Path, content: object) -> None:

@@ -11,8 +11,7 @@ from pipeline.compose.compose import compose
 from pipeline.compose.groups import NOT_GROUPS, groups, names
 from pipeline.errors import UserError
 from pipeline.sweep.space.check import check
-from pipeline.sweep.space.config import SweepConfig
-from pipeline.sweep.space.file import load
+from pipeline.sweep.space.config import SweepConfig, load
 
 ROOT = Path(__file__).resolve().parents[4]
 BASE = compose("quickstart")
@@ -120,11 +119,10 @@ def test_a_dimension_that_does(key, dimension):
     ("given", "refused"),
     [
         ("schedule", True),
-        ("++schedule={type: step}", True),
-        ("schedule.milestones[0]=3", True),
+        ("schedule.milestones[0]", True),
         ("schedule.gamma", True),
-        ("optim.student_lr=3", False),
-        ("model/student=cifar_resnet20", False),
+        ("optim.student_lr", False),
+        ("model/student", False),
     ],
 )
 def test_a_key_of_the_space_that_the_command_line_sets(given, refused):

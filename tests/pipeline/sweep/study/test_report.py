@@ -203,7 +203,7 @@ def test_the_note_fits_into_a_tag() -> None:
     chosen = dict.fromkeys(long, "x" * 150)
     kinds = {key: CategoricalDistribution(["x" * 150]) for key in long}
     made = study(*(create_trial(value=float(k), params=chosen, distributions=kinds) for k in range(20)))
-    text = report.note(made, what)
+    text = report.note(made, what, storage="sqlite:///a.db")
     assert len(text) <= 8000
     assert 1 <= text.count("x" * 150) / 6 - 1 < 10, "fewer rows than ten"
 

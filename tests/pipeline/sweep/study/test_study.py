@@ -153,7 +153,6 @@ def test_front_of_two_objectives(study_url: str) -> None:
     study = Study.create(study_url, "s", sweep(objectives=objectives), FACTS)
     for accuracy, seconds in ((80, 5), (90, 9), (70, 4), (85, 9), (90, 10), (60, 4)):
         claim = claimed(study)
-        claim.report(accuracy, 0)
         assert not claim.should_prune()
         claim.complete([accuracy, seconds])
     assert [trial.number for trial in study.front()] == [0, 1, 2]
@@ -191,18 +190,18 @@ def test_studies_of_others_are_refused(study_url: str) -> None:
     with pytest.raises(
         UserError, match=r"digest dddddddddd, here eeeeeeeeee\): the configuration or the sources differ"
     ):
-        Study.refuse_other(study_url, "mine", "e" * 64)
+        Study.refuse_other(study_url, "mine", "e" * 64, sweep(trials=3))
     with pytest.raises(UserError, match="did you mean mine"):
         Study.open(study_url, "mien")
     for refused in (
         lambda: Study.open(study_url, "theirs"),
         lambda: Study.create(study_url, "theirs", sweep(), FACTS),
-        lambda: Study.refuse_other(study_url, "theirs", "d" * 64),
+        lambda: Study.refuse_other(study_url, "theirs", "d" * 64, sweep()),
     ):
         with pytest.raises(UserError, match="was not made by this program"):
             refused()
-    Study.refuse_other(study_url, "mine", "d" * 64)
-    Study.refuse_other(study_url, "new", "d" * 64)
+    Study.refuse_other(study_url, "mine", "d" * 64, sweep())
+    Study.refuse_other(study_url, "new", "d" * 64, sweep())
 
 
 def test_bad_databases_are_named_in_one_line(tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ import pytest
 
 from pipeline.compose.groups import names
 from pipeline.errors import UserError
-from pipeline.sweep.space.config import SweepConfig
-from pipeline.sweep.space.file import load
+from pipeline.sweep.space.config import SweepConfig, load
 
 TAU = "method.tau: {type: float, low: 1, high: 8}"
 
