@@ -157,8 +157,8 @@ class SweepConfig(Part):
 
     name: str
     space: dict[str, Dimension]
-    sampler: Sampler = {"name": "tpe"}
-    pruner: Pruner = {"name": "median"}
+    sampler: Sampler = Field({"name": "tpe"})
+    pruner: Pruner = Field({"name": "median"})
     objectives: tuple[Objective, ...] = (Objective(),)
     constraints: tuple[Constraint, ...] = ()
     trials: Trials = 30
