@@ -1,15 +1,12 @@
 """Kills a sweep's workers and its driver at random moments, or stops workers until they are given up for dead, and says
 whether anything was lost.
 
-    python -m tests.steps.sweep_kills --kills 20 --seed 0 [--storage postgresql://…]
-
 The study runs twice on data of seconds: undisturbed, and killed. Whatever was killed, the killed one must end with
 exactly its trials, no run left RUNNING, and each trial's metrics, point for point, those of the undisturbed study.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -17,7 +14,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -66,14 +62,13 @@ class Sweep:
     uri: str
     storage: str
     trials: int
-    workers: int
     driver: subprocess.Popen[bytes] | None = None
     kills: Counter[str] = field(default_factory=Counter)
 
     def command(self) -> list[str]:
         file = self.lab.folder / "killed.yaml"
         file.write_text(yaml.safe_dump({**SPACE, "trials": self.trials}))
-        given = [f"sweep={file}", f"workers={self.workers}", f"storage={self.storage}", EPOCHS]
+        given = [f"sweep={file}", "workers=2", f"storage={self.storage}", EPOCHS]
         tracking = ["tracking.mode=online", f"tracking.uri={self.uri}"]
         return [sys.executable, "-m", "steps.sweep", *self.lab.arguments(*given, *tracking)]
 
@@ -190,24 +185,15 @@ def parameters(folder: Path) -> tuple[Any, ...]:
     return config["method"]["kd_alpha"], config["method"]["tau"]
 
 
-def run(
-    folder: Path,
-    template: Path,
-    kills: int,
-    seed: int = 0,
-    trials: int = 16,
-    workers: int = 2,
-    storage: str | None = None,
-) -> dict[str, Any]:
+def run(folder: Path, template: Path, kills: int, trials: int) -> dict[str, Any]:
     """The whole experiment in `folder`; `template`: a migrated MLflow database."""
-    draw = random.Random(seed)
+    draw = random.Random(0)
     sweeps = []
     for name in ("quiet", "killed"):
         lab = Lab(folder / name)
         database = lab.folder / "mlflow.db"
         database.write_bytes(template.read_bytes())
-        url = storage if storage and name == "killed" else f"sqlite:///{lab.folder / 'studies.db'}"
-        sweeps.append(Sweep(lab, f"sqlite:///{database}", url, trials, workers))
+        sweeps.append(Sweep(lab, f"sqlite:///{database}", f"sqlite:///{lab.folder / 'studies.db'}", trials))
     quiet, killed = sweeps
     quiet.start()
     assert quiet.wait() == 0, quiet.log()
@@ -220,23 +206,3 @@ def run(
         if sum(killed.kills.values()) < kills and killed.code() != 0:
             killed.kill(draw)
     return check(killed, quiet)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("kills", 20), ("seed", 0), ("trials", 16), ("workers", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--storage")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="asib-kills-") as folder:
-        from mlflow.store.db.utils import _initialize_tables
-        from sqlalchemy import create_engine
-
-        template = Path(folder) / "template.db"
-        _initialize_tables(create_engine(f"sqlite:///{template}"))
-        print(run(Path(folder), template, **vars(options)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -67,9 +67,9 @@ def local(lab: Lab) -> str:
 
 @pytest.mark.slow
 def test_nothing_is_lost_however_it_is_killed(tmp_path: Path, sqlite_template: Path) -> None:
-    found = sweep_kills.run(tmp_path, sqlite_template, kills=5, seed=0, trials=8)
-    assert sum(found["kills"].values()) >= 2, found  # a fast machine may end before the fifth
-    assert found["states"]["COMPLETE"] == 8
+    found = sweep_kills.run(tmp_path, sqlite_template, kills=4, trials=6)
+    assert sum(found["kills"].values()) >= 2, found  # a fast machine may end before the last
+    assert found["states"]["COMPLETE"] == 6
 
 
 @pytest.mark.postgres

@@ -14,7 +14,7 @@ from pipeline.config import config_hash
 from pipeline.errors import UserError
 from pipeline.promote import criteria as gate
 from pipeline.sweep.launch import cluster
-from pipeline.sweep.space import file as sweep_file
+from pipeline.sweep.space import space
 
 URI = "runs:/0123456789abcdef0123456789abcdef/best.yaml"
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -65,7 +65,7 @@ def test_a_file_that_would_fill_the_memory_is_refused_wherever_one_is_read(case:
     path.write_text(text)
     readers = {
         f"cfg={path}": lambda: compose(str(path)),
-        f"sweep={path}": lambda: sweep_file.load(str(path)),
+        f"sweep={path}": lambda: space.load(str(path)),
         f"gate={path}": lambda: gate.load(str(path), {}),
         f"cluster={path}": lambda: cluster.load(str(path), {}),
         "theirs": lambda: read_data(path, "theirs"),

