@@ -48,11 +48,7 @@ KEPT = "asib.kept_trial"
 def sweep(run: Run, plan: Plan) -> float | None:
     """Run the plan's study until all its trials have ended; log the best trial's student as the model.
 
-    Returns:
-        The best value; None with several objectives.
-
-    Raises:
-        RuntimeError: the workers end without finishing any trial.
+    Return the best value; None with several objectives. Raises RuntimeError: the workers end without any result.
     """
     prepare(run.config, threads_of(run))
     if plan.cluster.kind == "local":
@@ -145,13 +141,10 @@ def _made_teachers(
 
 
 def time_left(trials: Sequence[FrozenTrial], left: int, workers: int) -> str | None:
-    """Estimate the time left from the trials that have run; None before the first has ended.
+    """Words such as "one trial took 23 s: about 6 min left with 2 workers"; None before the first has ended.
 
     Args:
         left: trials that have not ended yet.
-        workers: at a time.
-
-    Example: "one trial took 23 s: about 6 min left with 2 workers".
     """
     ran = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED) and REPEATS not in t.user_attrs]
     seconds = [t.duration.total_seconds() for t in ran if t.duration is not None]

@@ -24,14 +24,11 @@ ENDINGS = {
 
 
 def reap(storage: str, delivery: Delivery | None, except_run: str | None = None) -> list[str]:
-    """Fail stale trials of every study in `storage`, and end the runs that are left RUNNING.
+    """Fail stale trials of every study in `storage`, end the runs that are left RUNNING, and return these' ids.
 
     Args:
-        delivery: the connection to the tracking server; None offline.
+        delivery: None offline.
         except_run: id of the sweep's own run.
-
-    Returns:
-        Ids of the runs that it ended.
     """
     orphans: dict[str, tuple[str, str, int, str | None]] = {}
     for name in studies(storage):

@@ -50,7 +50,6 @@ def work(
     """Take trials until none is left; run by submitit, by `join`, and in each process of torchrun.
 
     Args:
-        index: among the workers that were started together.
         storage: URL of the study's database; None: as the environment variable `STORAGE` says, where no
             file shows its password.
         overrides: what differs on this machine, such as dataset.root; nothing that changes what is computed.
@@ -71,7 +70,7 @@ def work(
     base = configuration(opened, overrides)
     if joined:
         refuse_strange_server(study, base.tracking.uri, overrides)
-    worker = Worker(opened, base, index, stop)
+    worker = Worker(opened, base, stop)
     try:
         return worker.run()
     except Interrupted as stopped:
@@ -102,10 +101,10 @@ def refuse_strange_server(study: str, uri: str | None, overrides: Sequence[str])
 class Worker:
     """What one worker keeps from trial to trial: the study and the carrier of its runs."""
 
-    def __init__(self, study: Study, base: Config, index: int, stop: Stop) -> None:
+    def __init__(self, study: Study, base: Config, stop: Stop) -> None:
         from pipeline.runs import opening
 
-        self.study, self.base, self.index, self.stop = study, base, index, stop
+        self.study, self.base, self.stop = study, base, stop
         facts = study.facts
         here = Path(facts["folder"])
         header = header_of(here)
@@ -319,8 +318,7 @@ def trial_config(config: Config, threads: int | None) -> Config:
 def finished(folder: Path, config_hash: str) -> dict[str, float] | None:
     """The last value of every metric of a trial whose run finished in `folder` although its worker died.
 
-    Args:
-        config_hash: of the trial; results of another configuration are not taken.
+    Results of another configuration are not taken.
     """
     from pipeline.runs import records
     from pipeline.runs.folders import ended

@@ -64,7 +64,7 @@ class Here(Launcher):
         free = [slot for slot in range(len(busy) + len(works)) if slot not in busy]
         handles = []
         for work, slot in zip(works, free, strict=False):
-            with _environment(PYTHONPATH=path, OMP_NUM_THREADS=str(self._threads())), _deaf_to_the_terminal():
+            with processes.environment(PYTHONPATH=path, OMP_NUM_THREADS=str(self._threads())), _deaf_to_the_terminal():
                 job = executor.submit(partial(work, devices=self._devices(slot), requeue=False))
             self._jobs.append(job)
             handles.append({"slot": slot, **processes.identity(int(job.job_id))})
@@ -116,21 +116,6 @@ def visible_gpus() -> tuple[str, ...]:
         except (OSError, subprocess.SubprocessError):  # no driver: no GPUs
             return ()
     return tuple(name for name in given.replace(",", " ").split() if name != "-1")
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Set variables for the processes started inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Processes identified by more than their number, which the system reuses."""
+"""Processes identified by more than their number, which the system reuses, and the environment of new ones."""
 
 import os
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ def send(process: Mapping[str, Any], number: signal.Signals) -> None:
             os.kill(int(process["pid"]), number)
         except ProcessLookupError:
             return
+
+
+@contextmanager
+def environment(**changes: str | None) -> Iterator[None]:
+    """Change variables for the processes started inside; None: they do not see it."""
+    before = {name: os.environ.pop(name, None) for name in changes}
+    try:
+        os.environ.update({name: value for name, value in changes.items() if value is not None})
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _started(pid: int) -> str:

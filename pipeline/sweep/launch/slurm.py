@@ -7,8 +7,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.paths import REPOSITORY
 from pipeline.sweep.launch.cluster import SlurmCluster
 from pipeline.sweep.launch.launcher import Handle, Launcher
+from pipeline.sweep.launch.processes import environment
 
 logger = logging.getLogger("asib")
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
@@ -146,20 +147,14 @@ def _compat_script(folder: Path, workers: int, parameters: dict[str, Any]) -> st
     return slurm._make_sbatch_string(command=command, folder=folder, map_count=workers, **parameters)
 
 
-@contextmanager
-def _own_settings_only() -> Iterator[None]:
+def _own_settings_only() -> AbstractContextManager[None]:
     """Without the variables that Slurm's programs take for options, before the script's #SBATCH lines.
 
     A sweep that is itself started within a job inherits that job's size and number, and SBATCH_* of a user's profile
     would overrule the cluster's file. SLURM_CONF stays: it locates Slurm.
     """
-    taken = {k: v for k, v in os.environ.items() if k.startswith(INHERITED) and k != "SLURM_CONF"}
-    for name in taken:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(taken)
+    taken = [name for name in os.environ if name.startswith(INHERITED) and name != "SLURM_CONF"]
+    return environment(**dict.fromkeys(taken))
 
 
 def _run(*command: str, text: str | None = None) -> subprocess.CompletedProcess[str] | None:

@@ -117,11 +117,9 @@ class Claim:
     # its end ---------------------------------------------------------------------------------------------------------
 
     def complete(self, values: Sequence[float], constraints: Sequence[float] = ()) -> None:
-        """Record the result. One that is not a number is a failure: no sampler could learn from it.
+        """Record the metrics of the sweep's objectives and constraints.
 
-        Args:
-            values: one for each objective of the sweep.
-            constraints: the metric of each of the sweep's constraints; held against its min and max here.
+        An objective that is not a number is a failure: no sampler could learn from it.
         """
         bad = [o.metric for o, value in zip(self._sweep.objectives, values, strict=True) if math.isnan(value)]
         if bad:
@@ -144,10 +142,9 @@ class Claim:
 
         self._end(end, TrialState.PRUNED)
 
-    def prune(self, reason: str, epoch: int | None = None) -> None:
-        """End it as pruned."""
-        notes: dict[str, Any] = {OUTCOME: "pruned", "asib.reason": reason}
-        self.note(**notes, **({} if epoch is None else {"asib.epoch": epoch}))
+    def prune(self, reason: str, epoch: int) -> None:
+        """End it as pruned after `epoch`."""
+        self.note(**{OUTCOME: "pruned", "asib.reason": reason, "asib.epoch": epoch})
         self._end(lambda: self._study.tell(self.number, state=TrialState.PRUNED), TrialState.PRUNED)
 
     def fail(self, error: str) -> None:

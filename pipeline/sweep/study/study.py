@@ -48,11 +48,7 @@ class Study:
 
     @classmethod
     def open(cls, url: str, name: str) -> "Study":
-        """The study of that name.
-
-        Raises:
-            UserError: the database cannot be reached; no such study; it was not made by this program.
-        """
+        """Raises UserError: the database cannot be reached; no such study; it was not made by this program."""
         database = Database(url, create=False)
         study = _load(database, name)
         return cls(database, name, _sweep_of(database, study))
@@ -164,11 +160,7 @@ class Study:
     def claim(self, worker: str) -> Claim | None:
         """Claim the next trial: a waiting one, else a new one while there are fewer than `self.total`.
 
-        Args:
-            worker: a name for people; noted on the trial.
-
-        Returns:
-            None when there is nothing to do now; a trial that runs may still die, and then waits.
+        Return None when there is nothing to do now; a trial that runs may still die, and then waits.
         """
         return self._database.patiently(lambda: self._claim(worker))
 
@@ -222,8 +214,7 @@ def _place(trials: Sequence[FrozenTrial]) -> int:
 def studies(url: str) -> list[str]:
     """The names of this program's studies in the database; none where there is no such SQLite file.
 
-    Raises:
-        UserError: the database cannot be reached.
+    Raises UserError: the database cannot be reached.
     """
     file = sqlite_file(database_url(url))
     if file is not None and not file.exists():

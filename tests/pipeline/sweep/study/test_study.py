@@ -124,7 +124,7 @@ def test_same_configuration_is_found_and_repeated(study_url: str) -> None:
     first.complete([0.5], [9])
     third.note(config_hash="bb")
     third.report(0.125, 0)
-    third.prune("no use")
+    third.prune("no use", 0)
     twin = second.same_as("aa")
     assert twin is not None
     assert twin.number == 0

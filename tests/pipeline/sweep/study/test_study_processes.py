@@ -118,7 +118,7 @@ def be_stopped(url: str, line: Connection) -> None:
         claim.should_prune,
         lambda: claim.note(folder="mine"),
         lambda: claim.complete([9.0]),
-        lambda: claim.prune("late"),
+        lambda: claim.prune("late", 1),
         lambda: claim.fail("late"),
         claim.release,
     ]
