@@ -107,7 +107,8 @@ def _one_of(rows: Mapping[str, Row], **common: Any) -> Any:
 
 
 if TYPE_CHECKING:
-    Sampler = Pruner = Any
+    Sampler = Any
+    Pruner = Any
 else:
     Sampler, Pruner = _one_of(SAMPLERS, seed=(Seed, 0)), _one_of(PRUNERS)
 

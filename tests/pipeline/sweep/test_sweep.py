@@ -46,6 +46,7 @@ from tests.steps.lab import (
 )
 from tests.steps.sweep_kills import only_study
 
+LAUNCHER = Plan.launcher
 VAL = TRAIN // 5  # the lab's dataset.val_fraction
 SHORT = ("method.num_stages=1", "method.student_epochs_per_stage=[1]")  # half a trial, where its length does not matter
 PER_TRIAL = 20  # questions that the loop asks for a signal
@@ -436,6 +437,7 @@ def test_what_this_machine_lacks_is_said_before_any_trial(lab: Lab) -> None:
 
 def test_a_dry_run_shows_the_jobs_and_leaves_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRY_RUN", "1")
+    monkeypatch.setattr(Plan, "launcher", LAUNCHER)
     done = lab.step("sweep", space(lab), "workers=2", "cluster=slurm", "storage=postgresql://me:se/cret@nowhere:1/x")
     assert (done.code, done.new) == (0, []), done.err
     assert "val_fraction" in done.out
