@@ -1,4 +1,4 @@
-"""Sweeps with workers in processes of their own: killed, over PostgreSQL, through Slurm, joined, several processes."""
+"""Sweeps with workers in processes of their own: killed, through Slurm, joined, several processes."""
 
 from __future__ import annotations
 
@@ -70,19 +70,6 @@ def test_nothing_is_lost_however_it_is_killed(tmp_path: Path, sqlite_template: P
     found = sweep_kills.run(tmp_path, sqlite_template, kills=4, trials=6)
     assert sum(found["kills"].values()) >= 2, found  # a fast machine may end before the last
     assert found["states"]["COMPLETE"] == 6
-
-
-@pytest.mark.postgres
-def test_four_workers_over_postgresql_make_exactly_the_trials(lab: Lab, sqlite_uri: str, postgres_url: str) -> None:
-    driver = start(lab, sqlite_uri, f"storage={postgres_url}", "workers=4", trials=10)
-    finish(lab, driver)
-    study = sweep_kills.only_study(postgres_url.replace("postgresql://", "postgresql+psycopg://"))
-    assert states(study) == {"COMPLETE": 10}
-    found = see(sqlite_uri, run_id(parent(lab)))
-    assert {child.status for child in found.children.values()} == {"FINISHED"}
-    assert len([name for name in found.children if name.startswith("trial ")]) == 10
-    assert len({trial.user_attrs["asib.worker"] for trial in study.trials}) > 1
-    assert "s3cret" not in str(found), "no password is shown"
 
 
 @pytest.mark.slurm

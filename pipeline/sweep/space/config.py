@@ -12,17 +12,8 @@ from pydantic import Field, create_model, model_validator
 
 from pipeline.compose.groups import locate
 from pipeline.compose.settings import read_section
-from pipeline.sweep.space.dimensions import (
-    AtLeastOne,
-    AtLeastTwo,
-    Count,
-    Dimension,
-    NonNegative,
-    Number,
-    Part,
-    Seed,
-    Trials,
-)
+from pipeline.config.numbers import AtLeastOne, Count, NonNegative, Real, ShortSeed, Trials
+from pipeline.sweep.space.dimensions import AtLeastTwo, Dimension, Part
 
 VALIDATION = "final/val_acc"
 GRID_LIMIT = 100_000
@@ -69,7 +60,7 @@ SAMPLERS = {
         QUIET,
     ),
     "random": Row("RandomSampler"),
-    "grid": Row("GridSampler"),  # not used itself: study/samplers.py visits the points in an order of its own
+    "grid": Row("GridSampler"),  # not used itself: see study/samplers.py
 }
 PRUNERS = {
     "median": Row(
@@ -110,7 +101,7 @@ if TYPE_CHECKING:
     Sampler = Any
     Pruner = Any
 else:
-    Sampler, Pruner = _one_of(SAMPLERS, seed=(Seed, 0)), _one_of(PRUNERS)
+    Sampler, Pruner = _one_of(SAMPLERS, seed=(ShortSeed, 0)), _one_of(PRUNERS)
 
 
 # the sweep -----------------------------------------------------------------------------------------------------------
@@ -134,8 +125,8 @@ class Constraint(Part):
     """Bounds of a metric of the trial's run; a trial beyond them is never the best."""
 
     metric: str
-    min: Number | None = None
-    max: Number | None = None
+    min: Real | None = None
+    max: Real | None = None
 
     @model_validator(mode="after")
     def _rules(self) -> "Constraint":
@@ -160,8 +151,8 @@ class SweepConfig(Part):
     space: dict[str, Dimension]
     sampler: Sampler = Field({"name": "tpe"})
     pruner: Pruner = Field({"name": "median"})
-    objectives: tuple[Objective, ...] = (Objective(),)
-    constraints: tuple[Constraint, ...] = ()
+    objectives: tuple[Objective, ...] = Field((Objective(),), strict=False)
+    constraints: tuple[Constraint, ...] = Field((), strict=False)
     trials: Trials = 30
     max_retry: Count = 2
     heartbeat_seconds: AtLeastOne = 15

@@ -5,36 +5,20 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.config import numbers
 from pipeline.config.identity import canonical
+from pipeline.config.numbers import EXACT, AtLeastOne, Positive, Real, Whole
 from pipeline.config.words import written
 
 
 class Part(BaseModel):
-    """One immutable group of keys of a sweep; unknown keys are an error."""
+    """One immutable group of keys of a sweep; unknown keys are an error, and `true` and `"4"` are no numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-def _number(value: Any) -> Any:
-    """`true` and `"4"` are no numbers: pydantic would take them for some."""
-    if isinstance(value, bool | str):
-        raise PydanticCustomError("no_number", "no number")
-    return value
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=True)
 
 
-Number = Annotated[numbers.Real, BeforeValidator(_number)]
-Positive = Annotated[numbers.Positive, BeforeValidator(_number)]
-NonNegative = Annotated[numbers.NonNegative, BeforeValidator(_number)]
-Whole = Annotated[numbers.Whole, BeforeValidator(_number)]
-Count = Annotated[numbers.Count, BeforeValidator(_number)]
-AtLeastOne = Annotated[numbers.AtLeastOne, BeforeValidator(_number)]
-AtLeastTwo = Annotated[numbers.AtLeastOne, BeforeValidator(_number), Field(ge=2)]
-Seed = Annotated[numbers.ShortSeed, BeforeValidator(_number)]
-Trials = Annotated[numbers.Trials, BeforeValidator(_number)]
+AtLeastTwo = Annotated[AtLeastOne, Field(ge=2)]
 Value = bool | int | float | str | list[Any] | dict[Any, Any] | None
 
 
@@ -54,8 +38,8 @@ class FloatRange(_Range):
     """Numbers from `low` to `high`, both included; with `step` only low, low + step, …"""
 
     type: Literal["float"] = "float"
-    low: Number
-    high: Number
+    low: Real
+    high: Real
     log: bool = False
     step: Positive | None = None
 
@@ -142,7 +126,7 @@ class Categorical(_Listed):
 
     word = "choices"
     type: Literal["categorical"] = "categorical"
-    choices: tuple[Value, ...]
+    choices: tuple[Value, ...] = Field(strict=False)
 
 
 class GridValues(_Listed):
@@ -150,7 +134,7 @@ class GridValues(_Listed):
 
     word = "values"
     type: Literal["grid"] = "grid"
-    values: tuple[Value, ...]
+    values: tuple[Value, ...] = Field(strict=False)
 
 
 Range = FloatRange | IntRange
@@ -161,8 +145,8 @@ def _check_value(word: str, value: Any) -> None:
     """Only what a configuration file may hold, at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{word} holds {value}: give numbers")
-    if isinstance(value, int | float) and abs(value) > numbers.EXACT:
-        raise ValueError(f"{word} holds {written(value)[:80]}: give numbers up to {numbers.EXACT} in size")
+    if isinstance(value, int | float) and abs(value) > EXACT:
+        raise ValueError(f"{word} holds {written(value)[:80]}: give numbers up to {EXACT} in size")
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):

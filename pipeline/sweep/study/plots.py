@@ -30,7 +30,6 @@ LABELS = {
     "student/acc": "validation accuracy in %",
     "student/acc_ema": "validation accuracy in % (averaged weights)",
     "synergy/acc": "synergy's validation accuracy in %",
-    "parameters/student": "student's parameters",
     "parameters/student_total": "student's parameters",
     "parameters/student_trainable": "student's trainable parameters",
     "train/images_per_second": "training images per second",

@@ -170,14 +170,6 @@ class Database:
         with self.engine.connect() as connection:
             return TrialState[connection.execute(STATE, {"trial": trial_id}).scalar_one()]
 
-    def trial_id(self, study: str, number: int) -> int:
-        """The database's number of a trial, which Optuna's own trials keep private."""
-        return int(self.rdb.get_trial_id_from_study_id_trial_number(self.rdb.get_study_id_from_name(study), number))
-
-    def expect_heartbeats(self, interval_s: int, grace_s: int) -> None:
-        """Take a trial for dead whose heart has not beaten for `grace_s`."""
-        self.rdb.heartbeat_interval, self.rdb.grace_period = interval_s, grace_s
-
     def _make_quick(self) -> None:
         """No wait for the disk at every small write: only a loss of power, which ends all workers, can undo the last.
 

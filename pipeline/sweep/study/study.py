@@ -44,7 +44,7 @@ class Study:
         self._database = database
         self._cache = optuna.storages.get_storage(database.rdb)
         self.optuna = optuna.load_study(study_name=name, storage=self._cache, pruner=samplers.pruner(sweep))
-        database.expect_heartbeats(sweep.heartbeat_seconds, sweep.grace_seconds)
+        database.rdb.heartbeat_interval, database.rdb.grace_period = sweep.heartbeat_seconds, sweep.grace_seconds
 
     @classmethod
     def open(cls, url: str, name: str) -> "Study":
@@ -187,9 +187,11 @@ class Study:
             trial = optuna.load_study(study_name=self.name, storage=self._cache, sampler=sampler).ask()
             values = suggest(trial, self.sweep)
             trial.set_user_attr(WORKER, worker)
-            trial_id = self._database.trial_id(self.name, trial.number)
-            as_stored = self._database.rdb.get_trial(trial_id)
-            self._database.rdb.record_heartbeat(trial_id)
+            rdb = self._database.rdb
+            # the database's number of a trial, which Optuna's own trials keep private
+            trial_id = rdb.get_trial_id_from_study_id_trial_number(rdb.get_study_id_from_name(self.name), trial.number)
+            as_stored = rdb.get_trial(trial_id)
+            rdb.record_heartbeat(trial_id)
         return Claim(self._database, self.optuna, self.sweep, trial, trial_id, as_stored, values)
 
     def _requeue_stale(self) -> list[FrozenTrial]:

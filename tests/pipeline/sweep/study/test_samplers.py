@@ -127,9 +127,3 @@ def test_hyperband_promotes_the_best_third(study_url: str) -> None:
     # of up to five the best alone is promoted, of six the two best
     assert [second for _, second in asked] == [False, True, False, True, False, False]
     assert not any(first for first, _ in asked)
-
-
-def test_without_pruner_nothing_is_pruned(study_url: str) -> None:
-    study = Study.create(study_url, "s", sweep(), FACTS)
-    curves(study, *[[100, 100]] * 6)
-    assert decisions(study, {0: 0, 1: float("nan")}) == [False, False]
