@@ -109,7 +109,7 @@ def _tracking(config: Config) -> Iterator[Finding]:
     uri = tracking_uri(config)
     with tempfile.TemporaryDirectory() as folder:
         delivery = start.start_delivery(Path(folder), uri=uri, adopt="")
-        delivery.wait_fetched(timeout=120)  # it answers, and its schema is there
+        delivery.wait_connected(timeout=120)  # it answers, and its schema is there
         delivery.finish(0.0)
     yield Finding(True, "tracking", f"{uri} answers; experiment {config.tracking.experiment!r}")
 

@@ -15,45 +15,35 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-START_S = 90.0
+START_S = 120.0
 
 
-class MlflowServer:
-    """`mlflow server` on a free port of this machine, with a SQLite store; can be stopped and started again."""
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
-    def __init__(self, folder: Path, template: Path) -> None:
+
+class HttpServer:
+    """A process that serves a free port of loopback; can be stopped, as an outage would, and started again."""
+
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.database = folder / "server.db"
-        shutil.copyfile(template, self.database)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def launch(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start it and wait until it answers."""
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with (self.folder / "server.log").open("ab") as log:
-            options = {
-                "--host": "127.0.0.1",
-                "--port": str(self.port),
-                "--workers": "1",
-                "--backend-store-uri": f"sqlite:///{self.database}",
-                "--artifacts-destination": str(self.folder / "artifacts"),
-            }
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *(part for pair in options.items() for part in pair)],
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env=environment,
-                start_new_session=True,
+                command, stdout=log, stderr=log, cwd=self.folder, env=environment, start_new_session=True
             )
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
@@ -61,23 +51,48 @@ class MlflowServer:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
                     return
             except OSError:
-                assert self._process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
+                assert self._process.poll() is None, self.log()
                 time.sleep(0.1)
-        raise TimeoutError(f"no mlflow server at {self.uri} after {START_S} s")
+        raise TimeoutError(f"no server at {self.uri} after {START_S} s: {self.log()}")
+
+    def log(self) -> str:
+        return (self.folder / "server.log").read_text()[-4000:]
 
     def stop(self) -> None:
-        """Kill it with its workers, as an outage would."""
+        """Kill it with its workers."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
 
+class MlflowServer(HttpServer):
+    """`mlflow server` with a SQLite store."""
+
+    def __init__(self, folder: Path, template: Path) -> None:
+        super().__init__(folder)
+        self.database = folder / "server.db"
+        shutil.copyfile(template, self.database)
+
+    def start(self) -> None:
+        options = {
+            "--host": "127.0.0.1",
+            "--port": str(self.port),
+            "--workers": "1",
+            "--backend-store-uri": f"sqlite:///{self.database}",
+            "--artifacts-destination": str(self.folder / "artifacts"),
+        }
+        self.launch(
+            [sys.executable, "-m", "mlflow", "server", *(part for pair in options.items() for part in pair)],
+            {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        )
+
+
 class Wire:
     """A TCP port that leads to the server until it is cut: an outage without a restart's seconds."""
 
-    def __init__(self, server: MlflowServer) -> None:
-        self._target = ("127.0.0.1", server.port)
+    def __init__(self, port: int) -> None:
+        self._target = ("127.0.0.1", port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._ends: list[socket.socket] = []
@@ -113,7 +128,7 @@ class Wire:
 @pytest.fixture
 def wire(mlflow_server: MlflowServer) -> Iterator[Wire]:
     """A way to the session's server that the test may cut."""
-    made = Wire(mlflow_server)
+    made = Wire(mlflow_server.port)
     yield made
     made.cut()
 
@@ -146,3 +161,24 @@ def mlflow_server(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactor
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest) -> str:
+    """The URI of each kind of tracking store."""
+    if request.param == "sqlite":
+        return str(request.getfixturevalue("sqlite_uri"))
+    return str(request.getfixturevalue("mlflow_server").uri)
+
+
+def steps(client: Any, run_id: str) -> list[int]:
+    """The steps of a run's `student/acc`, in the order that they came in."""
+    return [point.step for point in client.get_metric_history(run_id, "student/acc")]
+
+
+def artifacts_of(client: Any, run_id: str, path: str = "") -> list[str]:
+    """The files of a run."""
+    found: list[str] = []
+    for item in client.list_artifacts(run_id, path or None):
+        found += artifacts_of(client, run_id, item.path) if item.is_dir else [item.path]
+    return found

@@ -7,39 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
-from tests.postgres import ESCAPED, PostgresServer
-from tests.servers import Wire
+from tests.postgres import ESCAPED, PASSWORD, PostgresServer
+from tests.servers import START_S, HttpServer, Wire, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
 ADMIN = ("admin", "a first password")
 BUCKET = "team"
-START_S = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-class Serves(Protocol):
-    """What a door leads to."""
-
-    port: int
 
 
 class S3Server:
@@ -73,9 +58,6 @@ class S3Server:
 class Door(Wire):
     """A wire that can be mended: what is behind it refuses for a while, and loses nothing."""
 
-    def __init__(self, server: Serves) -> None:
-        super().__init__(server)  # type: ignore[arg-type]  # it asks for the port alone
-
     def mend(self) -> None:
         """Lead to the server again, at the same address."""
         port = int(self.uri.rpartition(":")[2])
@@ -84,18 +66,16 @@ class Door(Wire):
         threading.Thread(target=self._accept, daemon=True).start()
 
 
-class TeamServer:
+class TeamServer(HttpServer):
     """All three. `uri` is the tracking server's; `host`, a name of this machine that it does not accept."""
 
     def __init__(self, folder: Path, postgres: PostgresServer) -> None:
-        self.folder, self.postgres, self.secrets = folder, postgres, folder / "secrets"
+        super().__init__(folder)
+        self.postgres, self.secrets = postgres, folder / "secrets"
         self.database, self.auth_database = postgres.create_database(), postgres.create_database()
         self.s3 = S3Server(folder)
-        self.door = Door(self.s3)
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
+        self.door = Door(self.s3.port)
         self.other_host = f"http://localhost:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
@@ -140,41 +120,12 @@ class TeamServer:
         file.write_text(f"{ADMIN[1]}\n")
         done = self.script("first_start.sh", "mlflow.example.org", str(file), ASIB_NO_ENV="1")
         assert done.returncode == 0, done.stderr
-        from tests.postgres import PASSWORD
-
         (self.secrets / "database_password").write_text(PASSWORD)
 
     def start(self) -> None:
         """Start the tracking server and wait until it answers."""
         self.s3.wait()
-        with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [str(DEPLOY / "serve.sh")],
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env=self.environment,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                assert self._process.poll() is None, self.log()
-                time.sleep(0.1)
-        raise TimeoutError(f"no mlflow server at {self.uri} after {START_S} s: {self.log()}")
-
-    def log(self) -> str:
-        return (self.folder / "server.log").read_text()[-4000:]
-
-    def stop(self) -> None:
-        """Kill it with its workers, as an outage would."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+        self.launch([str(DEPLOY / "serve.sh")], self.environment)
 
     def close(self) -> None:
         self.stop()

@@ -26,7 +26,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from tests.postgres import PASSWORD, PostgresServer
-from tests.team_server import ADMIN, BUCKET, DEPLOY, TeamServer, administration, free_port
+from tests.servers import free_port
+from tests.team_server import ADMIN, BUCKET, DEPLOY, TeamServer, administration
 
 ROOT = DEPLOY.parent
 SCRIPTS = sorted(DEPLOY.glob("*.sh"))

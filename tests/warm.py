@@ -79,7 +79,7 @@ def main() -> None:
     import mlflow  # noqa: F401  -- with all that it imports late
     from mlflow.store.tracking import sqlalchemy_store  # noqa: F401
 
-    from pipeline.tracking import fetch, follow, models, process, registry  # noqa: F401
+    from pipeline.tracking import follow, process, requests  # noqa: F401
 
     line = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks here

@@ -7,7 +7,7 @@ from pipeline.config import Config, config_hash
 from pipeline.data.sources import ImageData
 from pipeline.journal import Journal
 from pipeline.runs.run import Run
-from pipeline.tracking.registry import CHALLENGER
+from pipeline.tracking.model_tags import CHALLENGER
 
 FROM_RUN = ("asib.step", "asib.teachers", "asib.git_sha", "asib.git_dirty", "asib.weights")
 """Tags of the run that its version has too."""

@@ -7,7 +7,6 @@ from pipeline.journal.entries import (
     check_end,
     damage,
     decode_number,
-    encode_number,
     generations,
     now_ms,
     read_entries,
@@ -15,7 +14,7 @@ from pipeline.journal.entries import (
     writer_alive,
 )
 from pipeline.journal.folder import take
-from pipeline.journal.recorder import CheckpointRecorder, NullJournal, Recorder
+from pipeline.journal.recorder import CheckpointRecorder, NullJournal
 from pipeline.journal.writer import Journal
 
 __all__ = [
@@ -25,11 +24,9 @@ __all__ = [
     "Entry",
     "Journal",
     "NullJournal",
-    "Recorder",
     "check_end",
     "damage",
     "decode_number",
-    "encode_number",
     "generations",
     "now_ms",
     "read_entries",

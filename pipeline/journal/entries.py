@@ -6,19 +6,17 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
-import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from pipeline import secrets
 from pipeline.errors import UserError
 from pipeline.files import is_locked
-from pipeline.journal.folder import LOCK, relative
+from pipeline.journal.folder import LOCK
 
 FILE = "journal.jsonl"
 VERSION = 1
@@ -47,7 +45,6 @@ class Carrier:
     Attributes:
         run: its MLflow run id; "" if it has none yet.
         journal: its journal's id.
-        experiment: the MLflow experiment's name.
         folder: its folder, named in the message that it must be delivered first; may be on another machine.
     """
 
@@ -144,11 +141,7 @@ def damage(path: Path) -> list[str]:
 
 
 def read_header(folder: Path) -> Entry | None:
-    """The first entry of the journal in `folder`; None if there is no journal yet.
-
-    Raises:
-        UserError: this version cannot read the file as a journal.
-    """
+    """The first entry of the journal in `folder`; None if there is none yet. Raises UserError: see `parse_header`."""
     path = folder / FILE
     try:
         with path.open("rb") as file:
@@ -162,38 +155,13 @@ def read_header(folder: Path) -> Entry | None:
     return parse_header(line.decode(errors="replace"), path)
 
 
-def open_line(
-    folder: Path,
-    experiment: str,
-    name: str | None,
-    usual_name: str | None,
-    tags: Mapping[str, str],
-    parent: Path | None,
-    journal: str | None,
-    carrier: Carrier | None,
-) -> str:
-    """A journal's first line; the arguments are those of `Journal.create`. Raises UserError: the parent has none."""
-    return line_of(
-        "open",
-        version=VERSION,
-        journal=journal or uuid.uuid4().hex,
-        name=name,
-        usual_name=usual_name,
-        experiment=experiment,
-        tags=dict(tags),
-        # Starting a known run again makes another writer than the one that began it.
-        generation=uuid.uuid4().hex if journal else None,
-        parent=None if parent is None else _parent_link(parent, folder),
-        carrier=carrier and carrier.link(folder),
-        user=_user(),
-        source=sys.argv[0] if sys.argv else "",
-    )
-
-
-def _parent_link(parent: Path, folder: Path) -> dict[str, str]:
+def parent_link(parent: Path, folder: Path) -> dict[str, str]:
     """The link from a nested run's `folder` to its parent's.
 
     It skips a carrier and leads to the run itself: carriers come and go with their processes.
+
+    Raises:
+        UserError: the parent has no journal.
     """
     header = read_header(parent)
     if header is None:
@@ -205,56 +173,13 @@ def _parent_link(parent: Path, folder: Path) -> dict[str, str]:
     return {"journal": header.data["journal"], "folder": os.path.relpath(parent.absolute(), folder)}
 
 
-def _user() -> str:
+def user() -> str:
+    """The name of this process's user; "" if the machine has none for it."""
     with contextlib.suppress(KeyError, OSError, ImportError):
         import getpass
 
         return getpass.getuser()
     return ""
-
-
-class ModelDetails(TypedDict, total=False):
-    """What `Journal.model` may be told of a model."""
-
-    kind: str
-    """"pyfunc" (servable; needs `python_model`; the default) or "weights" (the folder's files as they are)."""
-    python_model: Path
-    """A file that ends with `mlflow.models.set_model(…)`."""
-    artifacts: Mapping[str, Path]
-    """Name -> file, as `context.artifacts` gives them to the model."""
-    input_example: Path
-    """A .json or .npy file."""
-    pip_requirements: Sequence[str]
-    """What the served model needs."""
-    params: Mapping[str, object]
-    metrics: Mapping[str, float]
-    """Those that the run has too are linked to its points."""
-    tags: Mapping[str, str]
-    model_type: str
-    step: int
-    """The epoch that the model is of; 0 by default."""
-
-
-def model_values(root: Path, folder: Path, name: str, details: ModelDetails) -> dict[str, Any]:
-    """The entry of a model whose prepared files lie in `folder`, inside the run's folder `root`. Raises ValueError."""
-    kind = details.get("kind", "pyfunc")
-    python_model, example = details.get("python_model"), details.get("input_example")
-    if kind not in ("pyfunc", "weights") or (kind == "pyfunc") != (python_model is not None):
-        raise ValueError('a model is of kind "pyfunc" with python_model, or of kind "weights" without')
-    return {
-        "folder": relative(folder, root),
-        "name": name,
-        "model_kind": kind,
-        "python_model": relative(python_model, root) if python_model else None,
-        "artifacts": {key: relative(path, root) for key, path in details.get("artifacts", {}).items()},
-        "input_example": relative(example, root) if example else None,
-        "pip_requirements": list(details.get("pip_requirements", ())),
-        "params": {key: str(value) for key, value in details.get("params", {}).items()},
-        "metrics": {key: encode_number(value) for key, value in details.get("metrics", {}).items()},
-        "tags": dict(details.get("tags", {})),
-        "model_type": details.get("model_type"),
-        "step": details.get("step", 0),
-    }
 
 
 def generations(entries: Sequence[Entry]) -> list[str]:
@@ -269,8 +194,8 @@ def writer_alive(folder: Path) -> bool:
 
 
 def parse_header(line: str, path: Path) -> Entry:
-    whole = line.rstrip("\n").encode()
-    entry = _entry(whole, len(line.encode()))
+    """The first entry, which is `line` of the journal `path`. Raises UserError: it is none that this version reads."""
+    entry = _entry(line.rstrip("\n").encode(), len(line.encode()))
     version = entry.data.get("version")
     if entry.kind == "open" and isinstance(version, int) and version > VERSION:
         raise UserError(f"{path} was written by another version (schema {version}): update this repository")

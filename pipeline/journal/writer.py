@@ -9,30 +9,31 @@ import errno
 import hashlib
 import logging
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.files import explained, release, write_atomically
 from pipeline.journal.entries import (
     DAMAGED,
     FILE,
+    VERSION,
     Carrier,
     Entry,
-    ModelDetails,
     check_end,
     damage,
     encode_number,
     line_of,
-    model_values,
     now_ms,
-    open_line,
+    parent_link,
     parse_header,
     read_entries,
     read_header,
+    user,
 )
 from pipeline.journal.folder import append, relative, take
 
@@ -82,7 +83,6 @@ class Journal:
 
         Args:
             folder: the run's folder, created if missing; everything recorded later lies in it.
-            experiment: the MLflow experiment's name.
             name: the run's name; None keeps the name of a run that `mlflow run` created.
             usual_name: the name of a new run if `name` is None; None leaves it to MLflow.
             tags: set when the run is created.
@@ -98,7 +98,21 @@ class Journal:
         folder = folder.absolute()
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        line = open_line(folder, experiment, name, usual_name, tags or {}, parent, journal, carrier)
+        line = line_of(
+            "open",
+            version=VERSION,
+            journal=journal or uuid.uuid4().hex,
+            name=name,
+            usual_name=usual_name,
+            experiment=experiment,
+            tags=dict(tags or {}),
+            # Starting a known run again makes another writer than the one that began it.
+            generation=uuid.uuid4().hex if journal else None,
+            parent=None if parent is None else parent_link(parent, folder),
+            carrier=carrier and carrier.link(folder),
+            user=user(),
+            source=sys.argv[0] if sys.argv else "",
+        )
         taken = UserError(f"{folder} already holds a run: give resume=<its id>, or another folder")
         if (folder / FILE).exists():
             raise taken
@@ -244,48 +258,72 @@ class Journal:
 
     # What steps record beside these
 
-    def dataset(
-        self,
-        name: str,
-        digest: str,
-        context: str,
-        source: str,
-        schema: Mapping[str, Any] | None = None,
-        profile: Mapping[str, Any] | None = None,
-    ) -> None:
+    def dataset(self, name: str, digest: str, context: str, source: str, profile: Mapping[str, Any]) -> None:
         """Record a data set that the run reads; `context` is training, validation or test, `source` a path or a URL."""
-        self._add("dataset", name=name, digest=digest, context=context, source=source, schema=schema, profile=profile)
+        self._add("dataset", name=name, digest=digest, context=context, source=source, schema=None, profile=profile)
 
     def model_input(self, run_id: str) -> None:
         """Record a teacher: the model logged by a run (an MLflow run id, or a journal id of an offline run)."""
         self._add("model_input", run_id=run_id)
 
-    def model(self, folder: Path, name: str, **details: Unpack[ModelDetails]) -> None:
+    def model(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        kind: Literal["pyfunc", "weights"] = "pyfunc",
+        python_model: Path | None = None,
+        artifacts: Mapping[str, Path] | None = None,
+        input_example: Path | None = None,
+        pip_requirements: Sequence[str] = (),
+        params: Mapping[str, object] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        model_type: str | None = None,
+    ) -> None:
         """Record a prepared folder that becomes a LoggedModel; every path lies inside the run's folder.
 
-        Raises:
-            ValueError: a path lies outside, or kind and python_model do not fit.
-        """
-        entry = self._model_entry(name, details.get("step", 0))
-        self._add("model", entry=entry, **model_values(self.folder, folder, name, details))
+        Args:
+            kind: "pyfunc" (servable; needs `python_model`) or "weights" (the folder's files as they are).
+            python_model: a file that ends with `mlflow.models.set_model(…)`.
+            artifacts: name -> file, as `context.artifacts` gives them to the model.
+            input_example: a .json or .npy file.
+            metrics: those that the run has too are linked to its points.
 
-    def register(
-        self, registered: str, *, model: str, alias: str, tags: Mapping[str, str] | None = None, step: int = 0
-    ) -> None:
+        Raises:
+            ValueError: a path lies outside.
+        """
+        self._add(
+            "model",
+            entry=self._model_entry(name),
+            folder=relative(folder, self.folder),
+            name=name,
+            model_kind=kind,
+            python_model=relative(python_model, self.folder) if python_model else None,
+            artifacts={key: relative(path, self.folder) for key, path in (artifacts or {}).items()},
+            input_example=relative(input_example, self.folder) if input_example else None,
+            pip_requirements=list(pip_requirements),
+            params={key: str(value) for key, value in (params or {}).items()},
+            metrics={key: encode_number(value) for key, value in (metrics or {}).items()},
+            tags={},
+            model_type=model_type,
+            step=0,
+        )
+
+    def register(self, registered: str, *, model: str, alias: str, tags: Mapping[str, str] | None = None) -> None:
         """Make a model that was logged before a new version of a registered model, once, with an alias.
 
         Args:
             registered: the registered model's name; created if missing.
-            model, step: the LoggedModel's, as given to `model`.
+            model: the LoggedModel's name, as given to `model`.
             alias: moved to the new version, unless a newer one has it.
             tags: of the version.
         """
-        entry = self._model_entry(model, step)
+        entry = self._model_entry(model)
         self._add("register", entry=entry, registered=registered, alias=alias, tags=dict(tags or {}))
 
-    def _model_entry(self, name: str, step: int) -> str:
+    def _model_entry(self, name: str) -> str:
         """A model's key: the same when it is logged again."""
-        return hashlib.sha256(f"{self.id}/{name}/{step}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{self.id}/{name}/0".encode()).hexdigest()[:32]
 
     # Checkpoints
 

@@ -128,7 +128,7 @@ class Run:
         fresh = self.pending
         if fresh:
             if self.delivery is not None:
-                self.delivery.wait_fetched()  # a server that refuses us leaves no run behind
+                self.delivery.wait_connected()  # a server that refuses us leaves no run behind
             self.journal.begin()
         if self.delivery is not None and self._run_id is None:
             try:

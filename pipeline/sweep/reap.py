@@ -60,7 +60,7 @@ def reap_all(storage: str, config: Config) -> list[str]:
         return reap(storage, None)
     delivery = Delivery(tracking_uri(config), [], None)
     try:
-        delivery.wait_fetched()
+        delivery.wait_connected()
         return reap(storage, delivery)
     finally:
         delivery.finish(0.0)

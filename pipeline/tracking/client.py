@@ -55,7 +55,7 @@ class Delivery:
     def __init__(self, uri: str, arguments: Sequence[str], folder: Path | None) -> None:
         self.folder = folder
         self._numbers = itertools.count()
-        self._connected: Future[dict[str, str]] = Future()
+        self._connected: Future[None] = Future()
         self._ready: Future[Ready] = Future()
         self._finished: Future[dict[str, Any]] = Future()
         self._answers: dict[int, Future[Any]] = {}
@@ -73,37 +73,27 @@ class Delivery:
         threading.Thread(target=self._listen, name="delivery-events", daemon=True).start()
 
     def _start(self) -> subprocess.Popen[str]:
-        arguments = self._arguments
-        if self._connected.done():  # a restart: the artifacts have been fetched
-            arguments = arguments[: arguments.index("--fetch")] if "--fetch" in arguments else arguments
-            arguments = [*arguments, *(["--again"] if self._ready.done() else [])]
-            for folder, upto in self._forgotten.items():
-                arguments += ["--forgotten", folder, str(upto)]
-        where = [str(self.folder)] if self.folder else []
+        command = [sys.executable, "-P", "-m", "pipeline.tracking.process", "--trainer", str(self._owner)]
+        command += [str(self.folder)] if self.folder else []
+        command += [*self._arguments, *(["--again"] if self._ready.done() else [])]
+        for folder, upto in self._forgotten.items():
+            command += ["--forgotten", folder, str(upto)]
         self._starts += 1
         self._fruitless += 1
         with (self.folder / LOG).open("ab") if self.folder else open(os.devnull, "wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "pipeline.tracking.process", "--trainer", str(self._owner),
-                 *where, *arguments],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 env=_environment(self._uri),
                 start_new_session=True,  # Ctrl-C reaches the trainer alone
-            )  # fmt: skip
+            )
 
-    def wait_fetched(self, timeout: float = 300.0) -> dict[str, Path]:
-        """Wait until the server has answered and the artifacts named at the start are here.
-
-        Returns:
-            Artifact URI -> local path.
-
-        Raises:
-            UserError: refused, unreachable, or an artifact does not exist.
-        """
-        return {uri: Path(path) for uri, path in self._wait(self._connected, timeout).items()}
+    def wait_connected(self, timeout: float = 300.0) -> None:
+        """Wait until the server has answered. Raises UserError: it refuses, or does not answer."""
+        self._wait(self._connected, timeout)
 
     def wait_ready(self, timeout: float = 120.0) -> Ready:
         """Wait until the run exists on the server; needs the journal in the folder.
@@ -114,15 +104,10 @@ class Delivery:
         return self._wait(self._ready, timeout)
 
     def child_ready(self, folder: Path, timeout: float = 120.0) -> str:
-        """Wait for the run id of a nested run whose folder the journal has named with `child`.
-
-        Raises:
-            UserError: it does not appear in time.
-        """
+        """Wait for the run id of a nested run that the journal has named. Raises UserError: it took too long."""
         deadline = time.monotonic() + timeout
-        header = None
         while time.monotonic() < deadline:
-            header = header or journal.read_header(folder)
+            header = journal.read_header(folder)
             state = read_state(folder / "delivery.json") or {}
             if header and state.get("journal") == header.data["journal"] and state.get("run_id"):
                 return str(state["run_id"])
@@ -151,28 +136,15 @@ class Delivery:
             self._requests.pop(number, None)  # nobody is waiting any more
 
     def fetch(self, uri: str, dest: Path) -> Path:
-        """Download `runs:/<id>/<path>` or `models:/…` into the folder `dest`; the local path.
-
-        Raises:
-            NotThere: the server does not have it.
-            UserError: the server does not answer.
-        """
+        """Download `runs:/<id>/<path>` or `models:/…` into the folder `dest`; the local path. Raises as `ask` does."""
         return Path(self.ask("fetch", timeout=TRANSFER_S, uri=uri, dest=str(dest.absolute())))
 
     def run_info(self, run_id: str) -> dict[str, Any]:
-        """id, experiment_id, name, status, params, tags and metrics (as text) of any run.
-
-        Raises:
-            UserError: the server does not know it.
-        """
+        """id, experiment_id, name, status, params, tags and metrics (as text) of a run. Raises UserError: unknown."""
         return dict(self.ask("run_info", run_id=run_id))
 
     def read_runs(self, runs: Sequence[str], dest: Path, histories: Sequence[str]) -> list[Path]:
-        """A folder for each run, with `record.json`, its config.yaml and predictions.npz where it has them.
-
-        Raises:
-            UserError: the server does not know one of them.
-        """
+        """A folder for each run: see `requests.read_runs`. Raises UserError: the server does not know one of them."""
         where = str(dest.absolute())
         found = self.ask("read_runs", timeout=TRANSFER_S, runs=list(runs), dest=where, histories=list(histories))
         return [Path(path) for path in found]
@@ -280,7 +252,7 @@ class Delivery:
             case "connected":
                 self._fruitless, self._alive = 0, time.monotonic()
                 if not self._connected.done():
-                    self._connected.set_result(event["fetched"])
+                    self._connected.set_result(None)
             case "ready":
                 if not self._ready.done():
                     self._ready.set_result(Ready(**event))

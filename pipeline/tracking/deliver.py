@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pipeline import journal, urls
 from pipeline.errors import UserError
+from pipeline.tracking import server
 from pipeline.tracking.client import DELIVER
-from pipeline.tracking.server import prepare_environment
 from pipeline.tracking.start import default_uri
 
 PATIENCE_S = 5.0
@@ -23,19 +23,16 @@ PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class Delivered:
-    """What `deliver` did for one folder.
-
-    Attributes:
-        refused: how many things the server will never take (see delivery.log).
-        damage: a line for each damaged line of its journals.
-    """
+    """What `deliver` did for one folder."""
 
     folder: Path
     run_id: str
     url: str
     complete: bool
     refused: int
+    """How many things the server will never take (see delivery.log)."""
     damage: list[str]
+    """A line for each damaged line of its journals."""
 
 
 def deliver(folders: Sequence[Path], uri: str | None = None) -> list[Delivered]:
@@ -46,16 +43,14 @@ def deliver(folders: Sequence[Path], uri: str | None = None) -> list[Delivered]:
     Raises:
         UserError: no journal, or the server refuses or does not answer: repeat the call later to continue.
     """
-    ours = prepare_environment()
+    server.prepare_environment()
     uri = urls.tracking(uri) if uri else default_uri()
     for folder in folders:
         if journal.read_header(folder) is None:
             raise UserError(f"no journal in {folder}: give the folder of a run")
-    from pipeline.tracking import server
     from pipeline.tracking.follow import DeliveryLoop
 
     client = server.connect(uri)
-    server.patience(server.LATER_PATIENCE, ours)
     done = []
     for folder in folders:
         try:
@@ -81,8 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--uri", help="the tracking URI (default: MLFLOW_TRACKING_URI, else ./mlflow.db)")
     options = parser.parse_args(arguments)
     try:
-        uri = urls.tracking(options.uri) if options.uri else default_uri()
-        done = deliver(options.folders, uri)
+        done = deliver(options.folders, options.uri)
         for result in done:
             note = "" if result.complete else " (still being written)"
             note += f" ({result.refused} refused: see the messages above)" if result.refused else ""

@@ -87,6 +87,17 @@ def look(call: Callable[[], T]) -> T | None:
         return None
 
 
+def permitted(call: Callable[..., object], *arguments: Any) -> bool:
+    """Make a call; False if this user may not."""
+    try:
+        call(*arguments)
+    except Exception as error:
+        if classify(error) is not Fault.NOT_ALLOWED:
+            raise
+        return False
+    return True
+
+
 def ask(call: Callable[[], T], uri: str) -> T:
     """Make a call; a 4xx that MLflow has not signed counts where its server is there and the same comes again.
 

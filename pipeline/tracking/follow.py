@@ -30,11 +30,8 @@ class DeliveryLoop:
 
     Args:
         folder: the run's folder; its journal may come later.
-        uri: the tracking URI.
         client: a connected client; made by default.
-        adopt: the run that `mlflow run` created.
-        resume: the run that the journal continues.
-        live: whether a trainer is writing.
+        adopt, resume, live: as for `RunDelivery`.
         patience: seconds to wait while another delivery has the folder.
         on_attached: called with each run when it exists on the server.
 
@@ -116,17 +113,10 @@ class DeliveryLoop:
         self._drop(folder)
 
     def run_once(self, final: bool = False) -> bool:
-        """Send everything that the journals hold now.
-
-        Args:
-            final: nobody is writing any more (see `RunDelivery.deliver`).
+        """Send everything that the journals hold now; `final` and errors as for `RunDelivery.deliver`.
 
         Returns:
             True when the run and its nested runs have ended and everything is on the server.
-
-        Raises:
-            Exception: the client's, where a retry may succeed.
-            UserError: where none will: the run is unknown or deleted.
         """
         # Entries of a run, and of its children, may name further children.
         queue = [self.folder]
@@ -163,9 +153,7 @@ class DeliveryLoop:
         return any(journal.writer_alive(folder) for folder in self.runs)
 
     def _run_delivery(self, folder: Path, **more: Any) -> RunDelivery:
-        return RunDelivery(
-            folder, self.uri, self.client, live=self._live, deliver_children=self._deliver_children, **more
-        )
+        return RunDelivery(folder, self.uri, self.client, self._live, self._deliver_children, **more)
 
     def _follow(self, folder: Path) -> RunDelivery | None:
         run = self.runs.get(folder)

@@ -7,14 +7,13 @@ again gives the same numbers and counts once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from mlflow.tracking import MlflowClient
 
 from pipeline.tracking import server
-from pipeline.tracking.faults import Fault, classify
+from pipeline.tracking.faults import permitted
 from pipeline.tracking.model_tags import LOOK, LOOKS, TAG_LENGTH, garbled, is_look, read_looks, unique
-
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
 
 DIGEST_LENGTH = 16
 
@@ -41,12 +40,7 @@ def count_look(client: MlflowClient, name: str, digest: str, data: str, pair: st
         for one in single:
             client.delete_registered_model_tag(name, f"{LOOK}{short}.{one}")
     elif pair not in pairs:
-        try:
-            client.set_registered_model_tag(name, f"{LOOK}{short}.{pair}", "dry run")
-        except Exception as error:
-            if classify(error) is not Fault.NOT_ALLOWED:
-                raise
-            counted = False
+        counted = permitted(client.set_registered_model_tag, name, f"{LOOK}{short}.{pair}", "dry run")
         known, single, _ = _known(client, name, short, data)  # of two simultaneous looks, at least one sees the other
         pairs = unique([*known, *single, pair])
     number = pairs.index(pair) + 1 if pair in known or turn else len(pairs)
@@ -82,6 +76,4 @@ def _judged(client: MlflowClient, name: str, data: str) -> list[str]:
 def _fitting(pairs: list[str]) -> str:
     """The list as a tag, shortened from its old end to what a tag holds."""
     text = " ".join(pairs)
-    while len(text) > TAG_LENGTH:
-        text = text.partition(" ")[2]
-    return text
+    return text if len(text) <= TAG_LENGTH else text[-TAG_LENGTH - 1 :].partition(" ")[2]

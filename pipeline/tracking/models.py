@@ -16,7 +16,6 @@ from mlflow.entities import (
     LoggedModelOutput,
     Metric,
 )
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
@@ -24,7 +23,7 @@ from pipeline.journal import Entry, decode_number
 from pipeline.paths import tree_inside
 from pipeline.served import bundle
 from pipeline.tracking.checkpoints import staging
-from pipeline.tracking.faults import Fault, classify, look
+from pipeline.tracking.faults import look, permitted
 from pipeline.tracking.state import State, find_by_journal
 
 log = logging.getLogger("asib.delivery")
@@ -54,20 +53,18 @@ def log_model_input(client: MlflowClient, run_id: str, entry: Entry) -> None:
     wanted = entry.data["run_id"]
     # Most ids are journals' of this machine: asking for a run of such an id is forbidden to all but administrators.
     teacher = find_by_journal(client, wanted, None) or look(lambda: client.get_run(wanted))
-    models = _models(client, teacher.info.experiment_id, teacher.info.run_id) if teacher else []
+    known = _models(client, teacher.info.experiment_id, teacher.info.run_id) if teacher else []
+    models = [found for found in known if str(found.status) == "READY"]
     if not models:
         log.warning("model input: run %s has no model; left out", wanted)
         return
     model = max(models, key=lambda found: int(found.creation_timestamp))
     inputs = client.get_run(run_id).inputs.model_inputs
-    if model.model_id not in [known.model_id for known in inputs]:
-        try:
-            client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
-        except MlflowException as error:
-            if classify(error) is not Fault.NOT_ALLOWED:
-                raise
-            # MLflow asks for EDIT on the model's own experiment: who may use others' models need not have that
-            log.warning("run %s: model %s is not linked, its experiment is read-only here", run_id, model.model_id)
+    if model.model_id in [known.model_id for known in inputs]:
+        return
+    # MLflow asks for EDIT on the model's own experiment: who may use others' models need not have that
+    if not permitted(client.log_inputs, run_id, None, [LoggedModelInput(model.model_id)]):
+        log.warning("run %s: model %s is not linked, its experiment is read-only here", run_id, model.model_id)
 
 
 def log_model(client: MlflowClient, state: State, folder: Path, entry: Entry) -> str:
@@ -80,12 +77,8 @@ def log_model(client: MlflowClient, state: State, folder: Path, entry: Entry) ->
         ValueError: the prepared files do not make a model.
     """
     data, run_id = entry.data, state.run_id
-    known = [
-        model
-        for model in _models(client, state.experiment_id, run_id, ready=False)
-        if model.tags.get(ENTRY_TAG) == data["entry"]
-    ]
-    model = known[0] if known else None
+    known = _models(client, state.experiment_id, run_id)
+    model = next((found for found in known if found.tags.get(ENTRY_TAG) == data["entry"]), None)
     if model is None:
         model = client.create_logged_model(
             state.experiment_id,
@@ -161,7 +154,6 @@ def _metrics(client: MlflowClient, run_id: str, model_id: str, entry: Entry) -> 
     return found
 
 
-def _models(client: MlflowClient, experiment_id: str, run_id: str, ready: bool = True) -> list[LoggedModel]:
+def _models(client: MlflowClient, experiment_id: str, run_id: str) -> list[LoggedModel]:
     query = f"source_run_id = '{run_id}'"
-    models = client.search_logged_models([experiment_id], filter_string=query, max_results=50)
-    return [model for model in models if not ready or str(model.status) == "READY"]
+    return list(client.search_logged_models([experiment_id], filter_string=query, max_results=50))

@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.tracking.faults import Fault, classify
+from pipeline.tracking.faults import Fault, classify, permitted
 from pipeline.tracking.model_tags import (
     CHAMPION,
     KEEP,
@@ -28,10 +31,6 @@ from pipeline.tracking.model_tags import (
     read_move,
     read_pending,
 )
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
-    from mlflow.tracking import MlflowClient
 
 log = logging.getLogger("asib.delivery")
 
@@ -61,12 +60,17 @@ def move(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
 
 
 def _refuse_moved(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
-    present = client.get_registered_model(name).aliases.get(CHAMPION)
-    if (None if present is None else str(present)) != plan["before"][CHAMPION]:
+    present = _champion(client.get_registered_model(name))
+    if present != plan["before"][CHAMPION]:
         raise UserError(
             f"champion of {name} was version {plan['before'][CHAMPION]} when this began and is {present} now: "
             "somebody else has moved it; start again"
         )
+
+
+def _champion(model: RegisteredModel) -> str | None:
+    version = model.aliases.get(CHAMPION)
+    return None if version is None else str(version)
 
 
 def repair(client: MlflowClient, name: str) -> dict[str, Any]:
@@ -94,10 +98,10 @@ def already_made(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> bo
     """Whether a process that was killed meanwhile has made this move, or had begun it and it is finished now."""
     try:
         repair(client, name)
-        champion = client.get_registered_model(name).aliases.get(CHAMPION)
+        champion = _champion(client.get_registered_model(name))
     except Exception:
         return False  # whatever it is, the move itself will say it
-    return plan["after"] != plan["before"] and str(champion) == plan["after"][CHAMPION]
+    return plan["after"] != plan["before"] and champion == plan["after"][CHAMPION]
 
 
 def _pending(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -121,10 +125,10 @@ def _interrupted(client: MlflowClient, name: str, said: list[str]) -> dict[str, 
     if plan is None:
         said.append(garbled(MOVE, text, "removed"))
     else:
-        present = model.aliases.get(CHAMPION)
+        present = _champion(model)
         ends = [plan[when][CHAMPION] for when in ("before", "after")]
         gone = present is None and not all(there(client, name, end) for end in ends if end is not None)
-        if gone or (None if present is None else str(present)) in ends:
+        if gone or present in ends:
             return plan | {"tags": _pending(client, name, plan)}
         said.append(f"an interrupted move ({plan['why']}) is given up: the champion was set by hand since")
     client.delete_registered_model_tag(name, MOVE)
@@ -173,11 +177,9 @@ def _point(client: MlflowClient, name: str, alias: str, version: str | None, cha
     if version is not None:
         client.set_registered_model_alias(name, alias, version)
     elif alias in client.get_registered_model(name).aliases:
-        try:
+        if champion is None:
             client.delete_registered_model_alias(name, alias)
-        except Exception as error:
-            if classify(error) is not Fault.NOT_ALLOWED or champion is None:
-                raise
+        elif not permitted(client.delete_registered_model_alias, name, alias):
             client.set_registered_model_alias(name, alias, champion)
 
 
@@ -187,11 +189,7 @@ def _loose_aliases(client: MlflowClient, name: str) -> list[str]:
     for alias, number in client.get_registered_model(name).aliases.items():
         if alias in (CHAMPION, PREVIOUS) and not there(client, name, str(number)):
             said.append(f"alias {alias}={number} names no version: ignored")
-            try:
-                client.delete_registered_model_alias(name, alias)
-            except Exception as error:
-                if classify(error) is not Fault.NOT_ALLOWED:
-                    raise
+            permitted(client.delete_registered_model_alias, name, alias)
     return said
 
 
@@ -210,11 +208,7 @@ def _forget_pending(client: MlflowClient, name: str, number: object) -> None:
     found = _version(client, name, number)
     if found is None or not found.tags.get(PENDING):
         return
-    try:
-        client.delete_model_version_tag(name, str(number), PENDING)
-    except Exception as error:
-        if classify(error) is not Fault.NOT_ALLOWED:
-            raise
+    if not permitted(client.delete_model_version_tag, name, str(number), PENDING):
         client.set_model_version_tag(name, str(number), PENDING, "")  # EDIT does not delete
 
 

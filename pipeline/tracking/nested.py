@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pipeline import journal
@@ -14,11 +13,7 @@ OURS = (journal.FILE, STATE_FILE, "delivery.lock", "delivery.takeover", "deliver
 
 
 def check_own_files(folder: Path) -> None:
-    """Refuse a folder in which one of these is a link: writing to it would write elsewhere.
-
-    Raises:
-        UserError.
-    """
+    """Raise UserError for a folder in which one of these is a link: writing to it would write elsewhere."""
     for name in OURS:
         if (folder / name).is_symlink():
             raise UserError(f"{folder / name} is a symbolic link: what is delivered is a run's own folder; copy it")
@@ -36,28 +31,17 @@ def belongs(folder: Path, parent: Path, live: bool) -> bool:
     """
     try:
         check_own_files(folder)
-        real, above = os.path.realpath(folder), os.path.realpath(parent)
-        if real != above and os.path.commonpath([real, above]) == above:
+        real, above = folder.resolve(), parent.resolve()
+        if above in real.parents:
             return True
-        if live and _beside(folder, parent):
+        same_user = (folder / journal.FILE).stat().st_uid == (parent / journal.FILE).stat().st_uid
+        if live and same_user and above.parent in real.parents:
             return True
         own, named_by = journal.read_header(folder), journal.read_header(parent)
         if own is None or named_by is None:
             return False
         link, carried = own.data.get("parent"), named_by.data.get("carrier")
         known = {named_by.data["journal"], carried["journal"] if isinstance(carried, dict) else None} - {None}
-        if not isinstance(link, dict) or link.get("journal") not in known:
-            return False
-        return live or _owner(folder) == _owner(parent)
-    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return isinstance(link, dict) and link.get("journal") in known and (live or same_user)
+    except (UserError, OSError, RuntimeError, ValueError, KeyError, TypeError):
         return False
-
-
-def _beside(folder: Path, parent: Path) -> bool:
-    """Whether `folder` lies in the output folder that holds `parent`, and is of the same user."""
-    real, root = os.path.realpath(folder), os.path.dirname(os.path.realpath(parent))
-    return real != root and os.path.commonpath([real, root]) == root and _owner(folder) == _owner(parent)
-
-
-def _owner(folder: Path) -> int:
-    return (folder / journal.FILE).stat().st_uid

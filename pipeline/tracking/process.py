@@ -19,12 +19,11 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pipeline import secrets, urls
+from pipeline import secrets
 from pipeline.errors import UserError
-from pipeline.tracking import moves, requests, server
+from pipeline.tracking import server
 from pipeline.tracking.client import DELIVER
 from pipeline.tracking.faults import lasting
-from pipeline.tracking.fetch import fetch
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -67,11 +66,10 @@ class Trainer:
 class Process:
     """The life of a delivery process."""
 
-    def __init__(self, options: argparse.Namespace, trainer: Trainer, ours: set[str]) -> None:
+    def __init__(self, options: argparse.Namespace, trainer: Trainer) -> None:
         self.options = options
         self.trainer = trainer
-        self._ours = ours
-        self._uri: str = options.uri
+        self._uri: str = options.uri  # as `start_delivery` has checked it
         self._finishing = False
         self._leave_by = float("inf")
         self._client: MlflowClient | None = None
@@ -80,14 +78,13 @@ class Process:
 
     def run(self) -> int:
         try:
-            self._uri = urls.tracking(self._uri)
             # a restarted process does not give up its run over an outage
             self._client = server.connect(self._uri, answers=not self.options.again)
-            paths = {uri: fetch(self._client, uri, dest) for uri, dest in self.options.fetch}
-            self.trainer.tell("connected", fetched=paths)
-            server.patience(server.LATER_PATIENCE, self._ours)
+            self.trainer.tell("connected")
             if self.options.folder is None:
-                return self._serve()
+                while not self.trainer.dead() and not self._finishing:
+                    self._answer(POLL_S)
+                return 0
             from pipeline.tracking.follow import DeliveryLoop
 
             with DeliveryLoop(
@@ -107,11 +104,6 @@ class Process:
             log.error("%s", error)
             self.trainer.tell("refused", message=str(error))
             return 2
-
-    def _serve(self) -> int:
-        while not self.trainer.dead() and not self._finishing:
-            self._answer(POLL_S)
-        return 0
 
     def _follow(self, loop: DeliveryLoop) -> int:
         self._loop = loop
@@ -200,6 +192,8 @@ def answer_to(
     client: MlflowClient, loop: DeliveryLoop | None, ask: str, values: dict[str, Any], again: bool = False
 ) -> dict[str, Any]:
     """Answer a request; `again`: the process asked before was killed before it had answered."""
+    from pipeline.tracking import moves, requests  # MLflow, once its environment is prepared
+
     if ask == "forget":  # it asks nothing of the server
         if loop is not None:  # else nothing is followed
             loop.forget(Path(values["folder"]))
@@ -218,7 +212,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--adopt", help="the run that `mlflow run` made")
     parser.add_argument("--resume", help="the run to continue")
     parser.add_argument("--grace", type=float, default=120.0, help="seconds to keep trying after the trainer has ended")
-    parser.add_argument("--fetch", nargs=2, action="append", default=[], metavar=("URI", "FOLDER"))
     parser.add_argument("--again", action="store_true", help="the run was on the server before this start")
     parser.add_argument("--forgotten", nargs=2, action="append", default=[], metavar=("FOLDER", "OFFSET"))
     options = parser.parse_args(arguments)
@@ -234,7 +227,8 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(name, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.nice(5)
-    return Process(options, Trainer(options.trainer, events), server.prepare_environment()).run()
+    server.prepare_environment()
+    return Process(options, Trainer(options.trainer, events)).run()
 
 
 if __name__ == "__main__":

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from pipeline.errors import NotThere, UserError
+from pipeline.journal import Entry
 from pipeline.served import bundle
 from pipeline.tracking import moves, server
-from pipeline.tracking.faults import Fault, classify, unknown
+from pipeline.tracking.faults import Fault, classify, look
 from pipeline.tracking.model_tags import CHALLENGER, CHAMPION, PREVIOUS, TAG_LENGTH, garbled, is_version
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
-    from mlflow.tracking import MlflowClient
-
-    from pipeline.journal import Entry
-    from pipeline.tracking.state import State
+from pipeline.tracking.state import State
 
 log = logging.getLogger("asib.delivery")
 
@@ -77,10 +78,8 @@ def _make_version(client: MlflowClient, data: Any, run_id: str, model_id: str) -
 def _made_of(client: MlflowClient, name: str, run_id: str, model_id: str) -> ModelVersion | None:
     """The version that an earlier attempt made of a model."""
     query = f"name = '{name}' and run_id = '{run_id}'"
-    for found in server.all_pages(lambda token: client.search_model_versions(query, page_token=token)):
-        if _model_of(found) == model_id:
-            return found
-    return None
+    found = server.all_pages(lambda token: client.search_model_versions(query, page_token=token))
+    return next((version for version in found if _model_of(version) == model_id), None)
 
 
 def _model_of(version: ModelVersion) -> str:
@@ -89,8 +88,6 @@ def _model_of(version: ModelVersion) -> str:
 
 
 def _make_registered_model(client: MlflowClient, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -100,8 +97,6 @@ def _make_registered_model(client: MlflowClient, name: str) -> None:
 
 def _link(client: MlflowClient, model_id: str, version: ModelVersion) -> None:
     """List the version on the LoggedModel's page, as MLflow's own `register_model` does."""
-    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
-
     text = client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS) or "[]"
     try:
         known = json.loads(text)
@@ -131,25 +126,18 @@ def overview(client: MlflowClient, name: str) -> dict[str, Any]:
     Raises:
         UserError: no such model; names the nearest ones.
     """
-    try:
-        model = client.get_registered_model(name)
-    except Exception as error:
-        if not unknown(error):
-            raise
-        raise UserError(f"name={name}: {_no_such_model(client, name)}") from error
+    model = look(lambda: client.get_registered_model(name))
+    if model is None:
+        raise UserError(f"name={name}: {_no_such_model(client, name)}")
     aliases = {alias: str(version) for alias, version in model.aliases.items()}
-    loose = [
-        alias
-        for alias in (CHAMPION, PREVIOUS, CHALLENGER)
-        if alias in aliases and not moves.there(client, name, aliases[alias])
-    ]
-    said = [f"alias {alias}={aliases.pop(alias)} names no version: ignored" for alias in loose]
+    said = []
+    for alias in (CHAMPION, PREVIOUS, CHALLENGER):
+        if alias in aliases and not moves.there(client, name, aliases[alias]):
+            said.append(f"alias {alias}={aliases.pop(alias)} names no version: ignored")
     return {"aliases": aliases, "tags": dict(model.tags), "said": said}
 
 
 def _no_such_model(client: MlflowClient, name: str) -> str:
-    import difflib
-
     found = server.all_pages(lambda token: client.search_registered_models(page_token=token))
     known = [model.name for model in found]
     near = difflib.get_close_matches(name, known, n=1) or known[:5]
@@ -159,15 +147,12 @@ def _no_such_model(client: MlflowClient, name: str) -> str:
 
 def version(client: MlflowClient, name: str, number: str) -> dict[str, Any]:
     """A version: number, run_id, model_id, status and tags. Raises NotThere: no such version."""
-    try:
-        found = client.get_model_version(name, number)
-    except Exception as error:
-        if not unknown(error):
-            raise
+    found = look(lambda: client.get_model_version(name, number))
+    if found is None:
         every = server.all_pages(lambda token: client.search_model_versions(f"name = '{name}'", page_token=token))
         numbers = sorted(int(item.version) for item in every)
         has = f"it has {', '.join(map(str, numbers[-10:]))}" if numbers else "it has none"
-        raise NotThere(f"version={number}: {name} has no such version; {has}") from error
+        raise NotThere(f"version={number}: {name} has no such version; {has}")
     return {
         "number": str(found.version),
         "run_id": found.run_id or "",

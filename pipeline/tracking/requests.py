@@ -6,23 +6,27 @@ over the pipe is JSON: paths are text, and so is what comes back.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from pipeline import urls
 from pipeline.errors import NotThere, UserError
 from pipeline.journal import check_end, now_ms
+from pipeline.served.bundle import REGISTERED, TAG
 from pipeline.tracking import looks, moves, registry, server, turns
-from pipeline.tracking.faults import Fault, classify, look, unknown
-from pipeline.tracking.fetch import fetch
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
-    from mlflow.tracking import MlflowClient
+from pipeline.tracking._compat import model_name_and_version
+from pipeline.tracking.faults import lasting, look, permitted, unknown
+from pipeline.tracking.state import find_by_journal
+from pipeline.tracking.target import end_run, no_run
 
 log = logging.getLogger("asib.delivery")
 
@@ -33,8 +37,6 @@ STUDY_TAG = "asib.study"
 
 def answer(client: MlflowClient, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """`{"value": …}`, or `{"error": <one line>}` with `not_there` where what was asked for does not exist."""
-    if name not in REQUESTS:
-        return {"error": f"delivery knows no request {name!r}"}
     try:
         return {"value": REQUESTS[name](client, **values)}
     except UserError as error:
@@ -47,16 +49,62 @@ def answer(client: MlflowClient, name: str, values: Mapping[str, Any]) -> dict[s
         return {"error": said}
 
 
+def fetch(client: MlflowClient, uri: str, dest: str) -> str:
+    """Download `runs:/<id>/<path>` or `models:/…` into the folder `dest`; the local path.
+
+    Beside a registered version's files lies `REGISTERED`, with the manifest in the version's tag: whatever the
+    artifacts hold under that name is not taken.
+
+    Raises:
+        NotThere: the server does not have it, or refuses it for good.
+        UserError: the server does not answer.
+    """
+    try:
+        return _download(client, uri, Path(dest))
+    except Exception as error:
+        log.warning("fetch %s", uri, exc_info=error)
+        if not (unknown(error) or lasting(error) or _missing(client, uri)):
+            raise UserError(f"{uri}: {server.explain(error, client.tracking_uri)}") from error
+        reason = str(error).strip().split("\n", 1)[0][:300]
+        where = urls.hidden(client.tracking_uri)
+        raise NotThere(f"{uri} cannot be fetched from {where}: {reason}: check the id and the path") from error
+
+
+def _download(client: MlflowClient, uri: str, dest: Path) -> str:
+    dest.mkdir(parents=True, exist_ok=True)
+    told = {}
+    if uri.startswith("models:/"):
+        name, *number = model_name_and_version(client, uri)
+        if number:  # else it is a LoggedModel's id
+            version = client.get_model_version(name, number[0])
+            told = {"model_name": name, "model_version": str(version.version), TAG: version.tags.get(TAG, "")}
+            uri = f"models:/{name}/{version.version}"  # an alias may move meanwhile
+    path = Path(download_artifacts(artifact_uri=uri, dst_path=str(dest), tracking_uri=client.tracking_uri))
+    if path.is_dir():
+        (path / REGISTERED).unlink(missing_ok=True)
+        if told and any(file.is_file() for file in path.rglob("*")):  # else they are gone, and whoever asked says so
+            (path / REGISTERED).write_text(json.dumps(told))
+    return str(path)
+
+
+def _missing(client: MlflowClient, uri: str) -> bool:
+    """Whether a run has no such artifact. MLflow's download says of all failures that they are internal errors."""
+    run_id, _, path = uri.removeprefix("runs:/").strip("/").partition("/")
+    if not uri.startswith("runs:/"):
+        return False
+    try:
+        there = client.list_artifacts(run_id, path.rpartition("/")[0] or None)
+    except Exception:
+        return False
+    return path not in [file.path for file in there]
+
+
 def run_info(client: MlflowClient, run_id: str) -> dict[str, Any]:
     """id, experiment_id, name, status, params, tags and metrics (as text) of a run."""
-    from pipeline.tracking.target import no_run
-
-    try:
-        return _record(client.get_run(run_id))
-    except Exception as error:
-        if not unknown(error):
-            raise
-        raise UserError(no_run(client.tracking_uri, run_id)) from error
+    run = look(lambda: client.get_run(run_id))
+    if run is None:
+        raise UserError(no_run(client.tracking_uri, run_id))
+    return _record(run)
 
 
 def read_runs(client: MlflowClient, runs: Sequence[str], dest: str, histories: Sequence[str]) -> list[str]:
@@ -65,8 +113,6 @@ def read_runs(client: MlflowClient, runs: Sequence[str], dest: str, histories: S
 
 
 def _read(client: MlflowClient, run_id: str, dest: Path, histories: Sequence[str]) -> str:
-    from pipeline.tracking.state import find_by_journal
-
     # an id that an offline parent has stated is its journal's
     run = look(lambda: client.get_run(run_id)) or find_by_journal(client, run_id, None)
     if run is None:
@@ -134,24 +180,16 @@ def reap(client: MlflowClient, runs: Mapping[str, Sequence[Any]]) -> list[str]:
     Returns:
         Ids of those ended: a run that was deleted meanwhile, or that this user may not change, is skipped.
     """
-    from pipeline.tracking.target import end_run, find_run
-
     ended = []
     for run_id, (status, outcome, exit_code, message) in runs.items():
         check_end(status, outcome)
-        run = None
-        with contextlib.suppress(UserError):  # deleted
-            run = find_run(client, run_id)
-        if run is None or run.info.status != "RUNNING":
+        run = look(partial(client.get_run, run_id))
+        if run is None or run.info.lifecycle_stage == "deleted" or run.info.status != "RUNNING":
             continue
-        try:
-            end_run(client, run_id, status, outcome, exit_code, message, now_ms())
-        except Exception as error:
-            if classify(error) is not Fault.NOT_ALLOWED:
-                raise
+        if permitted(end_run, client, run_id, status, outcome, exit_code, message, now_ms()):
+            ended.append(run_id)
+        else:
             log.warning("run %s is left RUNNING: it is for others to end (403)", run_id)
-            continue
-        ended.append(run_id)
     return ended
 
 

@@ -19,8 +19,7 @@ from pipeline import journal
 from pipeline.errors import UserError
 from pipeline.files import locked
 from pipeline.journal import Entry
-from pipeline.tracking import turns
-from pipeline.tracking.checkpoints import CheckpointUpload
+from pipeline.tracking import checkpoints, turns
 from pipeline.tracking.models import log_dataset, log_model, log_model_input
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.registry import register
@@ -29,7 +28,6 @@ from pipeline.tracking.state import JOURNAL_TAG, STATE_FILE, State, find_by_jour
 from pipeline.tracking.target import (
     GENERATION_TAG,
     TAG_LENGTH,
-    Place,
     carried_run,
     end_run,
     experiment_id,
@@ -40,6 +38,8 @@ from pipeline.tracking.target import (
 log = logging.getLogger("asib.delivery")
 
 RESUMES_TAG = "asib.resumes"
+MILESTONES = ("model", "register", "resume", "end")
+"""Entries that find everything before them on the server: a model is linked to the run's metrics."""
 BATCH = 5000  # entities between two commits of the offset; the client cuts them into requests
 
 
@@ -50,11 +50,11 @@ class RunDelivery:
     it only becomes the parent of the children.
 
     Args:
+        live: whether a trainer is writing; the run is then set to RUNNING.
+        deliver_children: brings what the nested runs hold now, before an entry that may name one of them.
         adopt: the run that `mlflow run` created for this journal; ignored if it has ended or is another journal's.
         resume: the run that this journal continues; an adopted one then stays empty.
-        live: whether a trainer is writing; the run is then set to RUNNING.
         parent: the delivery of the run that this one is nested in.
-        deliver_children: brings what the nested runs hold now, before an entry that may name one of them.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class RunDelivery:
         folder: Path,
         uri: str,
         client: MlflowClient,
+        live: bool,
+        deliver_children: Callable[[RunDelivery], None],
         *,
         adopt: str | None = None,
         resume: str | None = None,
-        live: bool = False,
         parent: RunDelivery | None = None,
-        deliver_children: Callable[[RunDelivery], None] = lambda run: None,
     ) -> None:
         self.folder = folder
         self.uri = uri
@@ -83,7 +83,6 @@ class RunDelivery:
         self._generations: list[str] = []
         self._forgotten: dict[Path, int] = {}  # up to which offset the journal named it in vain
         self._last_time = 0
-        self._checkpoints: CheckpointUpload | None = None
         self._outbox: Outbox | None = None
 
     @property
@@ -102,13 +101,12 @@ class RunDelivery:
         header = journal.read_header(self.folder)
         if header is None:
             return False
-        if not self._adopt:
-            return self._attach(header)
         # the steps of one `mlflow run` may start together: the first has its run
-        with locked(self.folder.parent / ".adopt.lock"):
-            return self._attach(header)
+        with locked(self.folder.parent / ".adopt.lock") if self._adopt else contextlib.nullcontext():
+            self._attach(header)
+        return True
 
-    def _attach(self, header: Entry) -> bool:
+    def _attach(self, header: Entry) -> None:
         self.state = State.load(self.folder, self.uri, header.data["journal"])
         self._last_time = header.time
         link = header.data.get("carrier")
@@ -124,12 +122,10 @@ class RunDelivery:
         self._outbox = Outbox(self.client, self.uri, run, self.folder, adopted)
         self.state.save(self.folder)
         self.attached = True
-        return True
 
     def _own(self, header: Entry) -> Run:
         """The journal's own run, ready for its entries."""
         run = self._existing(header)
-        made = run is None
         self._survey()
         tags = dict(header.data["tags"])
         place = self._place(header)
@@ -139,37 +135,29 @@ class RunDelivery:
             run = self._create(header, tags, place)
         else:
             self._take_over(run, header, tags)
+            if not self.state.checkpoint:
+                self.state.checkpoint = checkpoints.on_server(self.client, run.info.run_id, self.folder)
         run_id = run.info.run_id
         if self._adopt and self._adopt not in (run_id, self.state.shell) and self._free(header):
             self.state.shell = self._adopt
         if self.state.shell:
             self.client.set_tag(self.state.shell, RESUMES_TAG, run_id)
-        self._checkpoints = CheckpointUpload(self.client, run_id, self.folder, header.data["journal"])
-        if not made and not self.state.checkpoint:
-            self.state.checkpoint = self._checkpoints.on_server()
         return run
 
     def _existing(self, header: Entry) -> Run | None:
-        if self.state.run_id:
-            run = self._remembered()
-            if run is not None and run.data.tags.get(JOURNAL_TAG) != header.data["journal"]:
-                where = self.folder / STATE_FILE
-                raise UserError(f"{where} names run {run.info.run_id}, which is not this journal's: delete that file")
-            if run is not None:
-                return run
+        run = self._remembered(header) if self.state.run_id else None
+        if run is not None:
+            return run
         if self._resume:
             return get_run(self.client, self.uri, self._resume)
-        data = header.data
-        return find_by_journal(self.client, data["journal"], data["experiment"]) or self._adopted(header)
-
-    def _adopted(self, header: Entry) -> Run | None:
-        """The run that `mlflow run` created, if it still waits for a journal."""
-        run = self._free(header)
-        if run is None and not header.data["experiment"]:
-            raise UserError(f"run {self._adopt} has ended or is another's: nothing is noted there")
+        data, given = header.data, self._adopt
+        run = find_by_journal(self.client, data["journal"], data["experiment"]) or self._free(header)
+        if run is None and not data["experiment"]:
+            raise UserError(f"run {given} has ended or is another's: nothing is noted there")
         return run
 
     def _free(self, header: Entry) -> Run | None:
+        """The run that `mlflow run` created, if it still waits for a journal."""
         if not self._adopt:
             return None
         run = get_run(self.client, self.uri, self._adopt)
@@ -180,16 +168,20 @@ class RunDelivery:
         self._adopt = None
         return None
 
-    def _remembered(self) -> Run | None:
+    def _remembered(self, header: Entry) -> Run | None:
         try:
-            return get_run(self.client, self.uri, self.state.run_id)
+            run = get_run(self.client, self.uri, self.state.run_id)
         except UserError:
             # The server is new: what was sent is lost with the old one.
             log.warning("run %s of %s is no longer there", self.state.run_id, self.folder)
             self.state = State(uri=self.state.uri, journal=self.state.journal)
             return None
+        if run.data.tags.get(JOURNAL_TAG) != header.data["journal"]:
+            where = self.folder / STATE_FILE
+            raise UserError(f"{where} names run {run.info.run_id}, which is not this journal's: delete that file")
+        return run
 
-    def _create(self, header: Entry, tags: dict[str, str], place: Place | None) -> Run:
+    def _create(self, header: Entry, tags: dict[str, str], place: State | None) -> Run:
         source = {MLFLOW_USER: header.data.get("user", ""), MLFLOW_SOURCE_NAME: header.data.get("source", "")}
         tags = {**source, MLFLOW_SOURCE_TYPE: "LOCAL", **tags, JOURNAL_TAG: header.data["journal"]}
         if self._live:
@@ -203,7 +195,6 @@ class RunDelivery:
 
     def _take_over(self, run: Run, header: Entry, tags: dict[str, str]) -> None:
         run_id = run.info.run_id
-        tags = {**tags, JOURNAL_TAG: header.data["journal"]}
         missing = [RunTag(k, str(v)[:TAG_LENGTH]) for k, v in tags.items() if k not in run.data.tags]
         if run.data.tags.get(JOURNAL_TAG) != header.data["journal"]:
             missing.append(RunTag(JOURNAL_TAG, header.data["journal"]))
@@ -215,15 +206,16 @@ class RunDelivery:
         if self._live and not self.state.ended and run.info.status != "RUNNING":
             self.client.update_run(run_id, status="RUNNING")
 
-    def _place(self, header: Entry) -> Place | None:
+    def _place(self, header: Entry) -> State | None:
+        """The run that this one is nested in."""
         if self._parent is not None:
-            return Place(self._parent.state.run_id, self._parent.state.experiment_id)
+            return self._parent.state
         return parent_place(self.client, self.uri, self.folder, header)
 
     # The entries
 
-    def deliver(self, final: bool = False) -> bool:
-        """Send what the journal holds beyond the offset; True if there was anything.
+    def deliver(self, final: bool = False) -> None:
+        """Send what the journal holds beyond the offset.
 
         Args:
             final: nobody is writing any more: a checkpoint whose file is gone no longer holds back its entries.
@@ -233,25 +225,24 @@ class RunDelivery:
             UserError: the run was deleted meanwhile.
         """
         if final and self._live and not self.state.ended and self._taken_over():
-            return False  # the run continues elsewhere from its checkpoint: what lies beyond it is void
+            return  # the run continues elsewhere from its checkpoint: what lies beyond it is void
         entries = self._read()
-        checkpoints = [entry for entry in entries if entry.kind == "checkpoint"]
+        saved = [entry for entry in entries if entry.kind == "checkpoint"]
         final = final or any(entry.kind == "end" for entry in entries)
-        start = behind = self.state.offset
+        behind = self.state.offset
         assert self._outbox is not None
         self._outbox.clear()
         covered = 0
         for entry in entries:
             if entry.kind == "checkpoint" and entry.end > covered:
-                assert self._checkpoints is not None
                 self._commit(behind)
-                later = [candidate for candidate in checkpoints if candidate.end >= entry.end]
-                chosen = self._checkpoints.bring(later, self.state.checkpoint, self.state.generation)
-                if chosen is not None:
-                    covered, self.state.checkpoint = chosen
+                later = [candidate for candidate in saved if candidate.end >= entry.end]
+                brought = checkpoints.bring(self.client, self.state, self.folder, later)
+                if brought is not None:
+                    covered = brought
                 elif not final:
                     # Its file was replaced and the newer one's entry is not there yet.
-                    return behind > start
+                    return
                 else:
                     log.warning("%s: no checkpoint file is intact; its entries go without", self.folder)
                     covered = later[-1].end
@@ -261,7 +252,6 @@ class RunDelivery:
             behind = entry.end
         if behind > self.state.offset:
             self._commit(behind)
-        return behind > start
 
     def _read(self) -> list[Entry]:
         try:
@@ -296,6 +286,8 @@ class RunDelivery:
         assert outbox is not None
         if self.carrier and entry.kind not in ("child", "resume", "end"):
             return False
+        if entry.kind in MILESTONES:
+            outbox.flush()
         match entry.kind:
             case "params":
                 outbox.params(data["values"])
@@ -313,29 +305,21 @@ class RunDelivery:
                 self._deliver_children(self)  # a teacher of this run may be one of its children
                 outbox.attempt(log_model_input, self.client, run_id, entry)
             case "model":
-                outbox.flush()  # the model is linked to the run's metrics
                 if data["entry"] not in self.state.models:
                     model_id = outbox.attempt(log_model, self.client, self.state, self.folder, entry)
                     if model_id:
                         self.state.models[data["entry"]] = model_id
-                return True
             case "register":
-                outbox.flush()
                 outbox.attempt(register, self.client, self.state, entry)
-                return True
             case "resume":
-                outbox.flush()
                 self.state.generation = data["generation"]
                 if data["generation"] not in self._generations:
                     self._generations.append(data["generation"])
                 self.state.ended = False
                 self._mark_running()
-                return True
             case "end":
-                outbox.flush()
                 self._end(data["status"], data["outcome"], data["exit_code"], data["message"], entry.time)
-                return True
-        return False
+        return entry.kind in MILESTONES
 
     def _child(self, entry: Entry) -> None:
         folder = Path(os.path.normpath(self.folder / str(entry.data["folder"]).replace("\0", "")))

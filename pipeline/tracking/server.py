@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from pipeline import urls
 from pipeline.errors import UserError
-from pipeline.files import acquire, explained, release, replacing
+from pipeline.files import explained, locked, replacing
 from pipeline.tracking._compat import latest_schema, make_store, migrate
 from pipeline.tracking.faults import lasting
 
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("asib.delivery")
 
-# One attempt at the start, so that a refusal comes in seconds; later a slow upload deserves patience, and the
-# loop's own back-off does the rest. MLflow's defaults hold a single call for four minutes.
-FIRST_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
-LATER_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
-QUIET = {
+PATIENCE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+FIRST_S, LATER_S = "8", "60"
+"""How long a call may take: a refusal at the start comes in seconds; later a slow upload deserves patience."""
+SETTINGS = {
+    # The loop's own back-off does the rest. MLflow's defaults hold a single call for four minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -50,23 +51,12 @@ CONNECT_S = 10
 ADOPTION = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
 
 
-def prepare_environment() -> set[str]:
-    """Set MLflow's environment variables for this process, except those that the user has set.
-
-    Returns:
-        Names of the patience settings that we may change (see `patience`).
-    """
-    ours = {name for name in FIRST_PATIENCE if name not in os.environ}
-    for name, value in {**QUIET, **FIRST_PATIENCE}.items():
+def prepare_environment() -> None:
+    """Set MLflow's environment variables for this process, except those that the user has set."""
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     for name in ADOPTION:
         os.environ.pop(name, None)
-    return ours
-
-
-def patience(values: dict[str, str], ours: set[str]) -> None:
-    """Change how long one call may take; MLflow reads these settings at every call."""
-    os.environ.update({name: value for name, value in values.items() if name in ours})
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -91,6 +81,8 @@ def connect(uri: str, answers: bool = True) -> MlflowClient:
     import mlflow
     from mlflow.tracking import MlflowClient
 
+    ours = PATIENCE not in os.environ
+    os.environ.setdefault(PATIENCE, FIRST_S)  # MLflow reads it at every call
     try:
         prepare_sqlite(uri)
         _check_answers(uri)
@@ -103,6 +95,9 @@ def connect(uri: str, answers: bool = True) -> MlflowClient:
         raise
     except Exception as error:
         raise UserError(explain(error, uri)) from error
+    finally:
+        if ours:
+            os.environ[PATIENCE] = LATER_S
     return client
 
 
@@ -119,33 +114,29 @@ def prepare_sqlite(uri: str) -> None:
         return
     with explained(path, "tracking.uri"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = acquire(path.with_name(path.name + ".lock"))
-    assert lock is not None
-    try:
-        if _schema_is_current(path):
-            return
-        _check_answers(uri)
-        with explained(path, "tracking.uri"):
-            if not path.exists():
-                path.touch()  # with the umask's permissions; SQLite's own never let a group write
-        revision, _ = _revision(path)
-        if revision is not None:
-            log.info("migrating %s from schema %s", path, revision)
-            with sqlite3.connect(path) as source, sqlite3.connect(f"{path}.before-{revision}") as copy:
-                source.backup(copy)
-            migrate(uri)
-        # Also makes the default experiment, whose artifacts then lie beside the file wherever we were started.
-        artifacts = str(path.parent / "mlartifacts")
-        if path.exists() and path.stat().st_size:
-            make_store(uri, artifacts)
-            return
-        # Built aside: MLflow cannot complete half of a schema, which a killed process would leave.
-        for part in path.parent.glob(f".{path.name}.*"):
-            part.unlink()
-        with replacing(path, "tracking.uri") as temporary:
-            make_store(f"sqlite:///{temporary}", artifacts)
-    finally:
-        release(lock)
+        with locked(path.with_name(path.name + ".lock")):
+            if not _schema_is_current(path):
+                _make_current(uri, path)
+
+
+def _make_current(uri: str, path: Path) -> None:
+    _check_answers(uri)
+    revision, _ = _revision(path)
+    if revision is not None:
+        log.info("migrating %s from schema %s", path, revision)
+        with sqlite3.connect(path) as source, sqlite3.connect(f"{path}.before-{revision}") as copy:
+            source.backup(copy)
+        migrate(uri)
+    # Also makes the default experiment, whose artifacts then lie beside the file wherever we were started.
+    artifacts = str(path.parent / "mlartifacts")
+    if path.exists() and path.stat().st_size:
+        make_store(uri, artifacts)
+        return
+    # Built aside: MLflow cannot complete half of a schema, which a killed process would leave.
+    for part in path.parent.glob(f".{path.name}.*"):
+        part.unlink()
+    with replacing(path, "tracking.uri") as temporary:
+        make_store(f"sqlite:///{temporary}", artifacts)
 
 
 def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
@@ -248,8 +239,9 @@ def _first_line(text: str) -> str:
 
 
 def _reason(text: str) -> str:
-    for pattern in ("Connection refused", "Name or service not known", "Temporary failure in name resolution",
-                    "timed out", "timeout", "No route to host", "Connection reset"):  # fmt: skip
-        if pattern in text:
-            return pattern.lower()
-    return _first_line(text)[:160]
+    known = (
+        "Connection refused|Name or service not known|Temporary failure in name resolution"
+        "|timed out|timeout|No route to host|Connection reset"
+    )
+    found = re.search(known, text)
+    return found[0].lower() if found else _first_line(text)[:160]

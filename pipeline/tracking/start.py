@@ -6,11 +6,10 @@ Imports no MLflow: the delivery process does.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import urls
-from pipeline.tracking.client import TRANSFER_S, Delivery
+from pipeline.tracking.client import Delivery
 
 
 def default_uri() -> str:
@@ -25,7 +24,6 @@ def start_delivery(
     folder: Path,
     *,
     uri: str | None = None,
-    fetch: Mapping[str, Path] | None = None,
     adopt: str | None = None,
     resume: str | None = None,
     grace: float = 120.0,
@@ -33,9 +31,8 @@ def start_delivery(
     """Start the delivery process of the run in `folder` and return at once: its imports take seconds.
 
     Args:
-        folder: the run's folder. Its journal may come later: `Delivery.wait_ready` needs it, fetching does not.
+        folder: the run's folder. Its journal may come later: `Delivery.wait_ready` needs it, requests do not.
         uri: the tracking URI; `default_uri()` by default.
-        fetch: artifact URI (`runs:/…`, `models:/…`) → local folder, downloaded first (`Delivery.wait_fetched`).
         adopt: the run that `mlflow run` has made; MLFLOW_RUN_ID by default, "" for none.
         resume: the run that the journal continues. An adopted run then gets the tag `asib.resumes` and stays empty.
         grace: seconds to keep trying when the server is away after the trainer has ended.
@@ -48,8 +45,6 @@ def start_delivery(
     for name, value in (("--adopt", adopt), ("--resume", resume)):
         if value:
             arguments += [name, value]
-    for source, dest in (fetch or {}).items():
-        arguments += ["--fetch", source, str(dest.absolute())]
     folder.mkdir(parents=True, exist_ok=True)
     where = urls.tracking(uri) if uri else default_uri()
     return Delivery(where, arguments, folder.absolute())
@@ -61,7 +56,8 @@ def fetch_now(uri: str, run_uri: str, dest: Path) -> Path:
     Raises:
         UserError: it does not exist, or the server does not answer.
     """
-    delivery = Delivery(urls.tracking(uri), ["--fetch", run_uri, str(dest.absolute())], None)
-    path = delivery.wait_fetched(TRANSFER_S)[run_uri]
-    delivery.finish(0.0)
-    return path
+    delivery = Delivery(urls.tracking(uri), [], None)
+    try:
+        return delivery.fetch(run_uri, dest)
+    finally:
+        delivery.finish(0.0)

@@ -38,11 +38,8 @@ class State:
     @classmethod
     def load(cls, folder: Path, uri: str, journal_id: str) -> State:
         """The folder's state; empty if missing, or if it belongs to another server or journal."""
-        try:
-            values = read_state(folder / STATE_FILE) or {}
-            state = cls(**{key: value for key, value in values.items() if key in cls.__dataclass_fields__})
-        except (OSError, ValueError, TypeError, AttributeError):
-            state = cls()
+        values = read_state(folder / STATE_FILE) or {}
+        state = cls(**{key: value for key, value in values.items() if key in cls.__dataclass_fields__})
         if (state.uri, state.journal) != (urls.hidden(uri), journal_id):
             state = cls(uri=urls.hidden(uri), journal=journal_id)
         return state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlflow.entities import Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -21,33 +21,16 @@ GENERATION_TAG = "asib.generation"
 TAG_LENGTH = 8000
 
 
-class Place(NamedTuple):
-    """A parent run on the server."""
-
-    run_id: str
-    experiment_id: str
-
-
 def find_run(client: MlflowClient, run_id: str) -> Run | None:
-    """The run; None if the server does not know it, or does not show it to this user.
-
-    Raises:
-        UserError: it is deleted.
-    """
+    """The run; None if the server does not know it, or does not show it to this user. Raises UserError: deleted."""
     run = look(lambda: client.get_run(run_id))
-    if run is None:
-        return None
-    if run.info.lifecycle_stage == "deleted":
+    if run is not None and run.info.lifecycle_stage == "deleted":
         raise UserError(f"run {run_id} is deleted: `mlflow runs restore --run-id {run_id}` brings it back")
     return run
 
 
 def get_run(client: MlflowClient, uri: str, run_id: str) -> Run:
-    """The run.
-
-    Raises:
-        UserError: the server does not know it, or it is deleted.
-    """
+    """The run. Raises UserError: the server does not know it, or it is deleted."""
     run = find_run(client, run_id)
     if run is None:
         raise UserError(no_run(uri, run_id))
@@ -63,8 +46,7 @@ def carried_run(client: MlflowClient, uri: str, folder: Path, link: dict[str, An
     """The run that a carrier stands for, or that a carrier's nested run belongs to.
 
     Args:
-        folder: where the journal with the link lies.
-        link: journal, folder and run of it, from the journal's header.
+        link: its journal, folder and run, from the header of the journal in `folder`.
         experiment: where to look first if its id does not lead to it.
 
     Raises:
@@ -78,7 +60,7 @@ def carried_run(client: MlflowClient, uri: str, folder: Path, link: dict[str, An
     return run
 
 
-def parent_place(client: MlflowClient, uri: str, folder: Path, header: Entry) -> Place | None:
+def parent_place(client: MlflowClient, uri: str, folder: Path, header: Entry) -> State | None:
     """The parent of a run whose journal is delivered alone; None without a parent, or if it is still unknown.
 
     Raises:
@@ -92,32 +74,24 @@ def parent_place(client: MlflowClient, uri: str, folder: Path, header: Entry) ->
     else:
         state = State.load(folder / above["folder"], uri, above["journal"])
         if state.run_id:
-            return Place(state.run_id, state.experiment_id)
+            return state
         run = find_by_journal(client, above["journal"], experiment)
-    return Place(run.info.run_id, run.info.experiment_id) if run else None
+    return State(run_id=run.info.run_id, experiment_id=run.info.experiment_id) if run else None
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """The id of the experiment of that name, created if missing.
-
-    Raises:
-        UserError: it is deleted.
-    """
+    """The id of the experiment of that name, created if missing. Raises UserError: it is deleted."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
             return str(client.create_experiment(name, artifact_location(uri, name)))
-        except MlflowException as error:
-            # Another process was faster.
+        except MlflowException:  # another process was faster
             experiment = client.get_experiment_by_name(name)
             if experiment is None:
-                raise error
+                raise
     if experiment.lifecycle_stage == "deleted":
-        number = experiment.experiment_id
-        raise UserError(
-            f'experiment "{name}" is deleted: `mlflow experiments restore -x {number}` brings it back, '
-            "or take another name"
-        )
+        restore = f"`mlflow experiments restore -x {experiment.experiment_id}`"
+        raise UserError(f'experiment "{name}" is deleted: {restore} brings it back, or take another name')
     return str(experiment.experiment_id)
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
+
+from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
 from pipeline.journal import now_ms
 from pipeline.tracking.model_tags import QUEUE, TURN, Turn, garbled, read_turn
-
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
+from pipeline.tracking.target import end_run
 
 log = logging.getLogger("asib.delivery")
 
@@ -34,11 +35,7 @@ def join(client: MlflowClient, name: str, run_id: str, user: str = "") -> None:
 
 
 def beat(client: MlflowClient, name: str, run_id: str) -> None:
-    """Renew a promotion's sign of life.
-
-    Raises:
-        UserError: it was taken for dead.
-    """
+    """Renew a promotion's sign of life. Raises UserError: it was taken for dead."""
     mine = read_turn(TURN + run_id, client.get_registered_model(name).tags.get(TURN + run_id, ""))
     if mine is None:
         raise UserError(f"this promotion of {name} was taken for dead: start it again")
@@ -68,8 +65,7 @@ def queue(client: MlflowClient, name: str) -> dict[str, Any]:
                 client.delete_registered_model_tag(name, tag)
             continue
         run_id = tag.removeprefix(TURN)
-        entry = {"run_id": run_id, "joined": found.joined, "seen": found.seen, "user": found.user, "now": now_ms()}
-        waiting.append(entry)
+        waiting.append({"run_id": run_id, "now": now_ms(), **asdict(found)})
     return {"waiting": sorted(waiting, key=lambda entry: (entry["joined"], entry["run_id"])), "said": said}
 
 
@@ -78,8 +74,6 @@ def mark_dead(client: MlflowClient, name: str, run_id: str) -> None:
 
     Only a run tagged as a promotion of this model is ended: the queue's tags may name any run.
     """
-    from pipeline.tracking.target import end_run
-
     leave(client, name, run_id)
     try:
         run = client.get_run(run_id)
@@ -100,5 +94,5 @@ def left_behind(client: MlflowClient, run_id: str) -> None:
 
 
 def _write(client: MlflowClient, name: str, run_id: str, turn: Turn) -> None:
-    value = {"joined": turn.joined, "seen": turn.seen, "user": turn.user[:100]}
+    value = asdict(turn) | {"user": turn.user[:100]}
     client.set_registered_model_tag(name, TURN + run_id, json.dumps(value))

@@ -136,7 +136,7 @@ def test_what_stays_away_to_the_end_is_delivered_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Everything is out of reach, from the first teacher's fine-tuning on."""
-    front = Door(team)
+    front = Door(team.port)
 
     def break_it() -> None:
         front.cut()

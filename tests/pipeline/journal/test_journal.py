@@ -207,16 +207,16 @@ def test_a_folder_that_is_removed_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def _contend(folder: Path, go: Any, won: Any) -> None:
+def _contend(folder: Path, go: Any, tried: Any, won: Any) -> None:
     go.wait()
     try:
-        journal = Journal.restore(folder, (folder / "text").read_text())
+        Journal.restore(folder, (folder / "text").read_text())
     except UserError:
-        return
-    with won.get_lock():
-        won.value += 1
-    time.sleep(0.3)  # longer than the others wait
-    journal.close()
+        pass
+    else:
+        with won.get_lock():
+            won.value += 1
+    tried.wait(30)  # whoever has won keeps the run until all others have been refused
 
 
 def test_of_several_writers_of_one_run_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,12 +227,12 @@ def test_of_several_writers_of_one_run_one_goes_on(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(journal_files, "PATIENCE_S", 0.1)
     context = multiprocessing.get_context("fork")
     for _ in range(int(os.environ.get("ASIB_ROUNDS", "3"))):
-        go, won = context.Event(), context.Value("i", 0)
-        pair = [context.Process(target=_contend, args=(tmp_path, go, won)) for _ in range(4)]
-        for process in pair:
+        go, tried, won = context.Event(), context.Barrier(4), context.Value("i", 0)
+        writers = [context.Process(target=_contend, args=(tmp_path, go, tried, won)) for _ in range(4)]
+        for process in writers:
             process.start()
         go.set()
-        for process in pair:
+        for process in writers:
             process.join(30)
         assert won.value == 1
 

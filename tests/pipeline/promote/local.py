@@ -23,8 +23,8 @@ class LocalDelivery(Delivery):
         self.folder, self.uri = folder, uri
         self.client = client or server.connect(uri)
 
-    def wait_fetched(self, timeout: float = 0) -> dict[str, Path]:
-        return {}
+    def wait_connected(self, timeout: float = 0) -> None:
+        pass
 
     def wait_ready(self, timeout: float = 0) -> Ready:
         assert self.folder is not None

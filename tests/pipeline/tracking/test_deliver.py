@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,9 +22,8 @@ from pipeline.errors import NotThere, UserError
 from pipeline.files import locked
 from pipeline.journal import Journal
 from pipeline.tracking import deliver, start
-
-if TYPE_CHECKING:
-    from tests.servers import MlflowServer, Wire
+from tests.servers import MlflowServer, Wire, steps
+from tests.warm import Fork
 
 pytest_plugins = ["tests.servers"]
 
@@ -83,21 +82,24 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process's deliveries are forks of one that has imported MLflow."""
+    forks = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
+    monkeypatch.setattr("pipeline.tracking.client.subprocess", forks)
+
+
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def free(folder: Path) -> bool:
     """Whether no delivery has the folder."""
     with locked(folder / "delivery.lock", patience=0) as held:
         return held
-
-
-def steps(client: MlflowClient, run_id: str) -> list[int]:
-    return [point.step for point in client.get_metric_history(run_id, "student/acc")]
 
 
 def start_trainer(folder: Path, uri: str) -> tuple[subprocess.Popen[str], str, str]:
@@ -113,10 +115,11 @@ def start_trainer(folder: Path, uri: str) -> tuple[subprocess.Popen[str], str, s
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_a_run_goes_through_an_outage_without_loss(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     run = tmp_path / "run"
     delivery = start.start_delivery(run, uri=mlflow_server.uri)
-    assert delivery.wait_fetched() == {}
+    delivery.wait_connected()
     journal = Journal.create(run, experiment="outage", name="n")
     ready = delivery.wait_ready()
     assert ready.url.startswith(f"{mlflow_server.uri}/#/experiments/{ready.experiment_id}/runs/")
@@ -167,6 +170,7 @@ def test_a_killed_trainer_leaves_a_killed_run_with_everything(sqlite_uri: str, t
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_a_killed_worker_leaves_its_sweep_running_and_what_it_had_forgotten(sqlite_uri: str, tmp_path: Path) -> None:
     parent = start.start_delivery(tmp_path / "sweep", uri=sqlite_uri)
     journal = Journal.create(tmp_path / "sweep", experiment="sweeps")
@@ -202,6 +206,7 @@ def test_a_killed_worker_leaves_its_sweep_running_and_what_it_had_forgotten(sqli
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_a_resume_takes_the_folder_from_a_delivery_that_waits_for_its_server(
     mlflow_server: MlflowServer, wire: Wire, tmp_path: Path
 ) -> None:
@@ -226,6 +231,7 @@ def test_a_resume_takes_the_folder_from_a_delivery_that_waits_for_its_server(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_simultaneous_first_starts_on_a_fresh_sqlite_file(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'fresh' / 'mlflow.db'}"
     folders = [tmp_path / f"run{i}" for i in range(4)]
@@ -242,6 +248,7 @@ def test_simultaneous_first_starts_on_a_fresh_sqlite_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_a_server_that_stays_away_ends_in_false_and_deliver_brings_the_rest(
     mlflow_server: MlflowServer, wire: Wire, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,14 +268,13 @@ def test_a_server_that_stays_away_ends_in_false_and_deliver_brings_the_rest(
     assert client.get_run(ready.run_id).info.status == "FINISHED"
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_refusals_come_before_training_in_one_line(sqlite_uri: str, tmp_path: Path) -> None:
     away = start.start_delivery(tmp_path / "a", uri="http://127.0.0.1:9")
     unknown = start.start_delivery(tmp_path / "b", uri=sqlite_uri, adopt="0" * 32)
-    missing = start.start_delivery(tmp_path / "c", uri=sqlite_uri, fetch={f"runs:/{'1' * 32}/x": tmp_path / "x"})
-    for name in "abc":
+    for name in "ab":
         Journal.create(tmp_path / name, experiment="e").close()
-    for delivery, words in ((away, "start the server"), (unknown, "knows no run"), (missing, "cannot be fetched")):
+    for delivery, words in ((away, "start the server"), (unknown, "knows no run")):
         with pytest.raises(UserError, match=words) as caught:
             delivery.wait_ready()
         assert "\n" not in str(caught.value)
@@ -279,13 +285,15 @@ def test_refusals_come_before_training_in_one_line(sqlite_uri: str, tmp_path: Pa
         start.start_delivery(tmp_path / "d", uri="ftp://x")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 def test_one_artifact_can_be_fetched_without_a_run(sqlite_uri: str, tmp_path: Path) -> None:
     client = MlflowClient(sqlite_uri)
     run_id = client.create_run(client.create_experiment("e", (tmp_path / "art").as_uri())).info.run_id
     client.log_text(run_id, "a: 1", "best.yaml")
     path = start.fetch_now(sqlite_uri, f"runs:/{run_id}/best.yaml", tmp_path / "here")
     assert path.read_text() == "a: 1"
+    with pytest.raises(UserError, match="cannot be fetched"):
+        start.fetch_now(sqlite_uri, f"runs:/{'1' * 32}/x", tmp_path / "here")
 
 
 def test_the_default_uri_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import UserError
 from pipeline.journal import Journal
 from pipeline.tracking.deliver import deliver
+from tests.servers import artifacts_of
 
 pytest_plugins = ["tests.servers"]
 
@@ -35,13 +36,6 @@ def append(folder: Path, *entries: dict[str, Any]) -> None:
     with (folder / "journal.jsonl").open("a") as file:
         for entry in entries:
             file.write(json.dumps({"time": 1, **entry}) + "\n")
-
-
-def everything(client: MlflowClient, run_id: str, path: str = "") -> list[str]:
-    found = client.list_artifacts(run_id, path or None)
-    return [
-        name for item in found for name in ([item.path] if not item.is_dir else everything(client, run_id, item.path))
-    ]
 
 
 def closing() -> dict[str, Any]:
@@ -95,7 +89,7 @@ def test_no_entry_brings_a_file_from_elsewhere(secret: Path, sqlite_uri: str, tm
     )
     (done,) = deliver([folder], sqlite_uri)
     client = MlflowClient(sqlite_uri)
-    assert everything(client, done.run_id) == ["good.txt"]
+    assert artifacts_of(client, done.run_id) == ["good.txt"]
     assert client.get_run(done.run_id).info.status == "FINISHED"
     assert done.refused == len(paths) + 4
     stored = [path for path in tmp_path.rglob("*") if path.is_file() and path != secret and not path.is_symlink()]

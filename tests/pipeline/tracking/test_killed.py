@@ -29,6 +29,7 @@ from pipeline.tracking.faults import lasting
 from pipeline.tracking.follow import DeliveryLoop
 from pipeline.tracking.process import answer_to
 from pipeline.tracking.server import prepare_sqlite
+from tests.servers import steps
 
 ROOT = Path(__file__).resolve().parents[3]
 ROUNDS = int(os.environ.get("ASIB_ROUNDS", "2"))
@@ -49,7 +50,7 @@ def test_a_delivery_that_is_killed_at_any_moment_goes_on(sqlite_uri: str, tmp_pa
     child = Journal.create(folder / "child", experiment="killed", name="child", parent=folder)
     journal.child(child.folder)
     ready = delivery.wait_ready()
-    start_s, steps = (time.monotonic() - began) / 2, 0
+    start_s, epochs = (time.monotonic() - began) / 2, 0
     for number in range(ROUNDS):
         if number % 2:  # while it starts, or begins to work
             time.sleep(rng.uniform(0, start_s))
@@ -58,9 +59,9 @@ def test_a_delivery_that_is_killed_at_any_moment_goes_on(sqlite_uri: str, tmp_pa
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 1.0))
         for _ in range(5):
-            journal.metrics({"student/acc": float(steps)}, step=steps)
-            child.metrics({"student/acc": float(steps)}, step=steps)
-            steps += 1
+            journal.metrics({"student/acc": float(epochs)}, step=epochs)
+            child.metrics({"student/acc": float(epochs)}, step=epochs)
+            epochs += 1
         (folder / f"{number}.txt").write_text(str(number))
         journal.artifact(folder / f"{number}.txt")
         asked: list[object] = []
@@ -78,8 +79,7 @@ def test_a_delivery_that_is_killed_at_any_moment_goes_on(sqlite_uri: str, tmp_pa
     runs = client.search_runs([ready.experiment_id])
     assert len(runs) == 2
     for run in runs:
-        history = client.get_metric_history(run.info.run_id, "student/acc")
-        assert [point.step for point in history] == list(range(steps))
+        assert steps(client, run.info.run_id) == list(range(epochs))
         assert run.info.status == "FINISHED"
     assert {file.path for file in client.list_artifacts(ready.run_id)} == {f"{n}.txt" for n in range(ROUNDS)}
 
@@ -167,7 +167,7 @@ def test_a_disk_that_is_full_for_a_while_ends_no_delivery(
         assert loop.run_once()
         run = loop.top.state.run_id
     client = MlflowClient(sqlite_uri)
-    assert [point.step for point in client.get_metric_history(run, "student/acc")] == [0]
+    assert steps(client, run) == [0]
     assert client.get_run(run).info.status == "FINISHED"
 
 

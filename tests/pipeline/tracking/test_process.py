@@ -9,9 +9,9 @@ import math
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -25,9 +25,7 @@ from pipeline.journal import FILE, Journal, decode_number, read_entries
 from pipeline.tracking import server
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.follow import DeliveryLoop
-
-if TYPE_CHECKING:
-    from tests.servers import MlflowServer
+from tests.servers import artifacts_of, steps
 
 pytest_plugins = ["tests.servers"]
 
@@ -36,24 +34,14 @@ MANY = [f"m{i}" for i in range(1200)]  # more than a request may hold
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*server.FIRST_PATIENCE, *server.QUIET, *server.ADOPTION):
+    for name in (server.PATIENCE, *server.SETTINGS, *server.ADOPTION):
         monkeypatch.delenv(name, raising=False)
     server.prepare_environment()
 
 
-@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
-def store(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URI of each kind of tracking store."""
-    if request.param == "sqlite":
-        yield request.getfixturevalue("sqlite_uri")
-    else:
-        server: MlflowServer = request.getfixturevalue("mlflow_server")
-        yield server.uri
-
-
-def record(folder: Path, experiment: str = "distil", epochs: int = 3, end: bool = True, **kwargs: Any) -> Journal:
+def record(folder: Path, experiment: str = "distil", end: bool = True, many: Sequence[str] = ()) -> Journal:
     """A run as a trainer writes it, without checkpoints."""
-    journal = Journal.create(folder, experiment=experiment, name="student", tags={"asib.step": "distill"}, **kwargs)
+    journal = Journal.create(folder, experiment=experiment, name="student", tags={"asib.step": "distill"})
     journal.params({"optim.lr": 0.1, "long": "x" * 7000, **{f"p{i}": i for i in range(150)}})
     (folder / "config.yaml").write_text("a: 1\n")
     (folder / "plots").mkdir()
@@ -61,9 +49,9 @@ def record(folder: Path, experiment: str = "distil", epochs: int = 3, end: bool 
     journal.artifact(folder / "config.yaml")
     journal.artifact(folder / "plots", to="pictures")
     journal.dataset("cifar", "d" * 64, "training", "/data/cifar", profile={"images": 3})
-    for epoch in range(epochs):
+    for epoch in range(3):
         journal.metrics({"student/acc": 10.0 * epoch, "a_step/loss": math.nan, "schedule/tau": math.inf}, step=epoch)
-    journal.metrics({key: i / 3 for i, key in enumerate(MANY)}, step=epochs)
+    journal.metrics({key: i / 3 for i, key in enumerate(many)}, step=3)
     journal.tags({"asib.rung": "3"})
     if end:
         journal.end("FINISHED", "completed", 0)
@@ -94,13 +82,6 @@ def logged_directly(client: MlflowClient, folder: Path, experiment: str) -> str:
     return run_id
 
 
-def files(client: MlflowClient, run_id: str, path: str = "") -> list[str]:
-    found = []
-    for item in client.list_artifacts(run_id, path):
-        found += files(client, run_id, item.path) if item.is_dir else [item.path]
-    return found
-
-
 def seen(client: MlflowClient, run_id: str, tmp_path: Path) -> dict[str, Any]:
     """Everything of a run that must be equal between two ways of logging it."""
     run = client.get_run(run_id)
@@ -112,7 +93,8 @@ def seen(client: MlflowClient, run_id: str, tmp_path: Path) -> dict[str, Any]:
     down = tmp_path / f"seen-{run_id}"
     down.mkdir(exist_ok=True)
     artifacts = {
-        path: Path(client.download_artifacts(run_id, path, str(down))).read_bytes() for path in files(client, run_id)
+        path: Path(client.download_artifacts(run_id, path, str(down))).read_bytes()
+        for path in artifacts_of(client, run_id)
     }
     skip = ("asib.journal", "asib.outcome", "asib.exit_code", "mlflow.user", "mlflow.source.name", "mlflow.source.type")
     return {
@@ -150,10 +132,6 @@ def server_checkpoint(client: MlflowClient, run_id: str, tmp_path: Path) -> tupl
     return manifest, content
 
 
-def steps(client: MlflowClient, run_id: str) -> list[int]:
-    return [point.step for point in client.get_metric_history(run_id, "student/acc")]
-
-
 class LosesAnAnswer:
     """A client whose n-th call arrives at the server while its caller sees an outage."""
 
@@ -173,30 +151,27 @@ class LosesAnAnswer:
         return called
 
 
-def test_a_delivered_run_equals_one_that_was_logged_directly(store: str, tmp_path: Path) -> None:
-    record(tmp_path / "run", "equal")
+def test_a_delivered_run_equals_one_that_was_logged_directly_however_often_it_is_sent(
+    store: str, tmp_path: Path
+) -> None:
+    record(tmp_path / "run", "equal", many=MANY)
     (done,) = deliver([tmp_path / "run"], store)
     assert done.complete
     assert done.refused == 0
     client = MlflowClient(store)
     direct = logged_directly(client, tmp_path / "run", "equal")
-    assert seen(client, done.run_id, tmp_path) == seen(client, direct, tmp_path)
+    expected = seen(client, direct, tmp_path)
+    assert seen(client, done.run_id, tmp_path) == expected
     tags = client.get_run(done.run_id).data.tags
     assert (tags["asib.outcome"], tags["asib.exit_code"]) == ("completed", "0")
     assert client.get_run(done.run_id).info.start_time == read_entries(tmp_path / "run" / FILE)[0][0].time
-
-
-def test_delivering_again_from_anywhere_changes_nothing(store: str, tmp_path: Path) -> None:
-    record(tmp_path / "run", "again")
-    (first,) = deliver([tmp_path / "run"], store)
-    client = MlflowClient(store)
-    before = seen(client, first.run_id, tmp_path)
-    assert deliver([tmp_path / "run"], store)[0].run_id == first.run_id
+    client.delete_run(direct)
     shutil.copytree(tmp_path / "run", tmp_path / "other machine")
     (tmp_path / "other machine" / "delivery.json").unlink()
-    assert deliver([tmp_path / "other machine"], store)[0].run_id == first.run_id
-    assert seen(client, first.run_id, tmp_path) == before
-    experiment = client.get_experiment_by_name("again")
+    for folder in ("run", "other machine"):
+        assert deliver([tmp_path / folder], store)[0].run_id == done.run_id
+    assert seen(client, done.run_id, tmp_path) == expected
+    experiment = client.get_experiment_by_name("equal")
     assert len(client.search_runs([experiment.experiment_id])) == 1
 
 
@@ -355,7 +330,7 @@ def test_children_are_nested_and_delivered_with_their_parent(sqlite_uri: str, tm
 
 
 def test_an_open_end_is_killed_and_a_living_writer_is_left_running(sqlite_uri: str, tmp_path: Path) -> None:
-    journal = record(tmp_path / "run", end=False)
+    journal = Journal.create(tmp_path / "run", experiment="e")
     client = MlflowClient(sqlite_uri)
     (first,) = deliver([tmp_path / "run"], sqlite_uri)
     assert not first.complete
@@ -390,36 +365,26 @@ def test_one_bad_name_keeps_nothing_else_away(store: str, tmp_path: Path) -> Non
     assert run.info.status == "FINISHED"
 
 
-def test_a_folder_is_delivered_by_one_at_a_time(sqlite_uri: str, tmp_path: Path) -> None:
-    record(tmp_path / "run")
-    with DeliveryLoop(tmp_path / "run", sqlite_uri) as loop:
-        with pytest.raises(UserError, match="another process"):
-            DeliveryLoop(tmp_path / "run", sqlite_uri, client=loop.client)
-        assert not loop.asked_to_leave()
-    DeliveryLoop(tmp_path / "run", sqlite_uri).close()
-
-
-def test_deliver_waits_for_a_delivery_that_is_just_ending(
+def test_deliver_waits_for_a_delivery_that_is_just_ending_and_for_no_other(
     sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record(tmp_path / "run")
+    Journal.create(tmp_path / "run", experiment="e").end("FINISHED", "completed", 0)
     loop = DeliveryLoop(tmp_path / "run", sqlite_uri)
     ending = threading.Timer(0.3, loop.close)
     ending.start()
     assert deliver([tmp_path / "run"], sqlite_uri)[0].complete
     ending.join()
     monkeypatch.setattr("pipeline.tracking.deliver.PATIENCE_S", 0.1)
-    with (
-        DeliveryLoop(tmp_path / "run", sqlite_uri),
-        pytest.raises(UserError, match="being delivered by another process"),
-    ):
-        deliver([tmp_path / "run"], sqlite_uri)
+    with DeliveryLoop(tmp_path / "run", sqlite_uri) as loop:
+        with pytest.raises(UserError, match="being delivered by another process"):
+            deliver([tmp_path / "run"], sqlite_uri)
+        assert not loop.asked_to_leave()
 
 
 def test_artifacts_lie_beside_a_sqlite_file_wherever_we_are(
     sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record(tmp_path / "run", "a b/ü")
+    Journal.create(tmp_path / "run", experiment="a b/ü").end("FINISHED", "completed", 0)
     monkeypatch.chdir(tmp_path / "store")
     (done,) = deliver([tmp_path / "run"], "sqlite:///mlflow.db")
     run = MlflowClient(sqlite_uri).get_run(done.run_id)
@@ -427,23 +392,24 @@ def test_artifacts_lie_beside_a_sqlite_file_wherever_we_are(
     assert (tmp_path / "store" / "mlartifacts").is_dir()
 
 
-def test_an_older_sqlite_file_is_copied_and_migrated(tmp_path: Path) -> None:
+def test_an_older_sqlite_file_is_copied_and_migrated(sqlite_template: Path, tmp_path: Path) -> None:
     from alembic import command
     from alembic.script import ScriptDirectory
     from mlflow.store.db import utils
-    from mlflow.store.tracking.dbmodels.initial_models import Base
 
     path = tmp_path / "old" / "mlflow.db"
+    path.parent.mkdir()
+    shutil.copyfile(sqlite_template, path)
     uri = f"sqlite:///{path}"
     engine = utils.create_sqlalchemy_engine_with_retry(uri)
-    Base.metadata.create_all(engine)
     config = utils._get_alembic_config(uri)
     scripts = ScriptDirectory.from_config(config)
     head = scripts.get_current_head()
     older = scripts.get_revision(head).down_revision
     with engine.begin() as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, older)
+        command.downgrade(config, older)
+        connection.exec_driver_sql("delete from experiments")
     engine.dispose()
     server.prepare_sqlite(uri)
     assert MlflowClient(uri).get_experiment("0").artifact_location.endswith("old/mlartifacts/0")
@@ -469,7 +435,7 @@ def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
     ],
 )
 def test_a_server_that_cannot_be_used_is_one_line_with_advice(uri: str, words: str, tmp_path: Path) -> None:
-    record(tmp_path / "run")
+    Journal.create(tmp_path / "run", experiment="e").close()
     with pytest.raises(UserError, match=words) as caught:
         deliver([tmp_path / "run"], uri)
     assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import UserError
 from pipeline.journal import Journal
 from pipeline.tracking.follow import DeliveryLoop
-from tests.servers import MlflowServer
+from tests.servers import MlflowServer, artifacts_of, steps
 
 pytestmark = pytest.mark.slow  # a server takes 10 s to start
 NGINX = "<html>\r\n<head><title>{0}</title></head>\r\n<body>\r\n<center><h1>{0}</h1></center>\r\n</body>\r\n</html>\r\n"
@@ -127,8 +127,8 @@ def test_a_proxys_pages_are_an_outage(mlflow_server: MlflowServer, proxy: Proxy,
         assert loop.run_once()
         assert loop.refused == 0
         (run,) = runs(client, "behind a proxy")
-    assert [point.step for point in client.get_metric_history(run, "student/acc")] == list(range(len(PAGES)))
-    assert {file.path for file in client.list_artifacts(run)} == {f"{step}.txt" for step in range(len(PAGES))}
+    assert steps(client, run) == list(range(len(PAGES)))
+    assert set(artifacts_of(client, run)) == {f"{step}.txt" for step in range(len(PAGES))}
     assert client.get_run(run).info.status == "FINISHED"
 
 

@@ -11,12 +11,14 @@ import pytest
 
 pytest.importorskip("mlflow")
 
+from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
+from pipeline.journal import Journal
 from pipeline.promote.registered_model import Registry
-from pipeline.tracking import looks, moves
+from pipeline.tracking import looks, moves, server
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.follow import DeliveryLoop
 from tests.pipeline.promote.local import Broken, Fragile, LocalDelivery, record, registered
@@ -35,13 +37,6 @@ def aliases(client: MlflowClient) -> dict[str, str]:
 
 
 # versions ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
-def store(request: pytest.FixtureRequest) -> str:
-    if request.param == "sqlite":
-        return str(request.getfixturevalue("sqlite_uri"))
-    return str(request.getfixturevalue("mlflow_server").uri)
 
 
 def test_a_student_becomes_a_version_once(store: str, tmp_path: Path) -> None:
@@ -93,8 +88,6 @@ def test_registering_survives_a_crash_at_every_step(sqlite_uri: str, tmp_path: P
 
 
 def test_a_model_that_was_refused_is_not_registered(sqlite_uri: str, tmp_path: Path) -> None:
-    from pipeline.journal import Journal
-
     journal = Journal.create(tmp_path / "run", experiment="e")
     journal.register(NAME, model="student", alias="challenger")
     journal.metrics({"after": 1.0}, 0)
@@ -108,17 +101,22 @@ def test_a_model_that_was_refused_is_not_registered(sqlite_uri: str, tmp_path: P
 # aliases -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def client(sqlite_uri: str) -> MlflowClient:
+@pytest.fixture(scope="module")
+def three_versions(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A registered model with three versions; the first is champion."""
-    from pipeline.tracking import server
-
-    made = server.connect(sqlite_uri)
+    file = Path(shutil.copy(sqlite_template, tmp_path_factory.mktemp("registry")))
+    made = MlflowClient(f"sqlite:///{file}")
     made.create_registered_model(NAME)
     for number in range(3):
         made.create_model_version(NAME, f"file:///nowhere/{number}")
     made.set_registered_model_alias(NAME, "champion", "1")
-    return made
+    return file
+
+
+@pytest.fixture
+def client(sqlite_uri: str, three_versions: Path) -> MlflowClient:
+    shutil.copyfile(three_versions, sqlite_uri.removeprefix("sqlite:///"))
+    return server.connect(sqlite_uri)
 
 
 PLAN: dict[str, Any] = {
@@ -208,76 +206,56 @@ def test_what_is_not_there_is_said_in_one_line(client: MlflowClient, sqlite_uri:
 # what others have left, or taken away --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["abc", "[]", "null", '{"after": 3}', '{"before": {}, "after": {"champion": "x"}}'])
-def test_a_move_that_is_none_is_said_and_removed(client: MlflowClient, value: str) -> None:
-    client.set_registered_model_tag(NAME, "asib.move", value)
-    found = moves.repair(client, NAME)
-    assert (found["plan"], len(found["said"])) == (None, 1)
-    assert found["said"][0].startswith(f"tag asib.move={value!r} is nothing that a promotion writes")
-    assert state(client)[:2] == ({"champion": "1"}, {})
+def test_a_move_that_is_none_is_said_and_removed(client: MlflowClient) -> None:
+    for value in ("abc", "[]", "null", '{"after": 3}', '{"before": {}, "after": {"champion": "x"}}'):
+        client.set_registered_model_tag(NAME, "asib.move", value)
+        found = moves.repair(client, NAME)
+        assert (found["plan"], len(found["said"])) == (None, 1)
+        assert found["said"][0].startswith(f"tag asib.move={value!r} is nothing that a promotion writes")
+        assert state(client)[:2] == ({"champion": "1"}, {})
 
 
-@pytest.mark.parametrize(
-    ("value", "kept"), [("abc", []), ('{"1": 2}', []), ('["3", null, "x", 2, [1]]', ["3", "2"]), ("[" * 4000, [])]
-)
-def test_past_champions_are_kept_as_far_as_they_can_be_read(client: MlflowClient, value: str, kept: list[str]) -> None:
-    client.set_registered_model_tag(NAME, "asib.champions", value)
-    (line,) = moves.repair(client, NAME)["said"]
-    assert line.startswith("tag asib.champions=")
-    assert "\n" not in line
-    assert json.loads(client.get_registered_model(NAME).tags["asib.champions"]) == kept
+def test_past_champions_are_kept_as_far_as_they_can_be_read(client: MlflowClient) -> None:
+    for value, kept in (("abc", []), ('{"1": 2}', []), ('["3", null, "x", 2, [1]]', ["3", "2"]), ("[" * 4000, [])):
+        client.set_registered_model_tag(NAME, "asib.champions", value)
+        (line,) = moves.repair(client, NAME)["said"]
+        assert line.startswith("tag asib.champions=")
+        assert "\n" not in line
+        assert json.loads(client.get_registered_model(NAME).tags["asib.champions"]) == kept
     assert moves.repair(client, NAME)["said"] == []
 
 
-def half_done(client: MlflowClient, plan: dict[str, Any]) -> None:
-    """Broken off when everything was said, and nothing was moved."""
-    with pytest.raises(Broken):
+UNDONE = "an interrupted move (version 2 promoted) is undone: version 2 is no longer there; "
+GONE: dict[str, tuple[dict[str, Any], str, str, str | None]] = {
+    "new champion": (PLAN, "2", UNDONE + "version 1 is the champion", "1"),
+    "old champion": (PLAN, "1", "version 1 is no longer there: previous is none", "2"),
+    "rollback's": (BACK, "1", UNDONE.replace("version 2 is", "version 1 is") + "version 2 is the champion", "2"),
+    "both": (PLAN, "12", UNDONE + "there is no champion", None),
+}
+
+
+@pytest.mark.parametrize(("plan", "deleted", "said", "champion"), GONE.values(), ids=GONE)
+def test_a_half_done_move_whose_version_was_deleted_is_completed_or_undone(
+    client: MlflowClient, plan: dict[str, Any], deleted: str, said: str, champion: str | None
+) -> None:
+    if plan is BACK:
+        moves.move(client, NAME, PLAN)
+    with pytest.raises(Broken):  # when everything was said, and nothing was moved
         moves.move(Fragile(client, 3), NAME, plan)
     assert "asib.move" in client.get_registered_model(NAME).tags
-
-
-def test_a_half_done_promotion_whose_version_was_deleted_is_undone(client: MlflowClient) -> None:
-    half_done(client, PLAN)
-    client.delete_model_version(NAME, "2")
-    found = moves.repair(client, NAME)
-    assert found["said"] == [
-        "an interrupted move (version 2 promoted) is undone: version 2 is no longer there; version 1 is the champion"
-    ]
-    assert aliases(client) == {"champion": "1"}
+    for number in deleted:
+        client.delete_model_version(NAME, number)  # with its aliases
+    assert moves.repair(client, NAME)["said"] == [said]
     assert client.get_registered_model(NAME).tags == {"asib.champions": "[]"}
-    assert client.get_model_version(NAME, "1").tags == {}, "it was not replaced"
-
-
-def test_a_half_done_promotion_whose_old_champion_was_deleted_is_completed(client: MlflowClient) -> None:
-    half_done(client, PLAN)
-    client.delete_model_version(NAME, "1")
-    assert "champion" not in aliases(client), "MLflow has taken the alias with it"
-    (line,) = moves.repair(client, NAME)["said"]
-    assert line == "version 1 is no longer there: previous is none"
-    assert aliases(client) == {"champion": "2"}
-    assert client.get_model_version(NAME, "2").tags == {"asib.verdict": "promoted"}
-
-
-def test_a_half_done_rollback_whose_version_was_deleted_is_undone(client: MlflowClient) -> None:
-    moves.move(client, NAME, PLAN)
-    half_done(client, BACK)
-    client.delete_model_version(NAME, "1")
-    (line,) = moves.repair(client, NAME)["said"]
-    assert "version 1 is no longer there; version 2 is the champion" in line
-    assert aliases(client) == {"champion": "2"}
-    assert "asib.move" not in client.get_registered_model(NAME).tags
-
-
-def test_when_both_ends_of_a_move_are_gone_nothing_is_in_the_way(client: MlflowClient) -> None:
-    half_done(client, PLAN)
-    for number in "12":
-        client.delete_model_version(NAME, number)
-    (line,) = moves.repair(client, NAME)["said"]
-    assert line.endswith("version 2 is no longer there; there is no champion")
-    assert (aliases(client), "asib.move" in client.get_registered_model(NAME).tags) == ({}, False)
-    moves.move(client, NAME, PLAN | {"before": {"champion": None}, "after": {"champion": "3", "previous": None},
-                                     "tags": {}, "version": "3"})  # fmt: skip
-    assert aliases(client) == {"champion": "3"}
+    if champion is not None:
+        assert aliases(client) == {"champion": champion}
+        tags = {"1": {}, "2": {"asib.verdict": "promoted"}}[champion]
+        assert client.get_model_version(NAME, champion).tags == tags, "nothing was replaced"
+    else:  # and nothing is in the way
+        assert aliases(client) == {}
+        moves.move(client, NAME, PLAN | {"before": {"champion": None}, "after": {"champion": "3", "previous": None},
+                                         "tags": {}, "version": "3"})  # fmt: skip
+        assert aliases(client) == {"champion": "3"}
 
 
 def test_what_a_move_writes_on_the_model_fits_a_database(client: MlflowClient) -> None:
@@ -298,18 +276,22 @@ def test_what_a_move_writes_on_the_model_fits_a_database(client: MlflowClient) -
     assert {n: dict(client.get_model_version(NAME, n).tags) for n in "12"} == plan["tags"]
 
 
+class Forbidding:
+    """A client whose user may make no call that begins so."""
+
+    def __init__(self, client: MlflowClient, *names: str) -> None:
+        self._client, self._names = client, names
+
+    def __getattr__(self, name: str) -> Any:
+        return self._refuse if name.startswith(self._names) else getattr(self._client, name)
+
+    def _refuse(self, *_: object) -> None:
+        raise MlflowException("Permission denied", error_code=PERMISSION_DENIED)
+
+
 def test_who_may_not_delete_an_alias_leaves_it_at_the_champion(client: MlflowClient) -> None:
-    from mlflow.exceptions import MlflowException
-
-    class Editor:
-        """EDIT permission: it sets everything, and deletes no more than the model's own tags."""
-
-        def __getattr__(self, name: str) -> Any:
-            if name in ("delete_registered_model_alias", "delete_model_version_tag"):
-                raise MlflowException("Permission denied", error_code=PERMISSION_DENIED)
-            return getattr(client, name)
-
-    editor: Any = Editor()
+    """EDIT permission: it sets everything, and deletes no more than the model's own tags."""
+    editor: Any = Forbidding(client, "delete_registered_model_alias", "delete_model_version_tag")
     moves.move(editor, NAME, PLAN)
     moves.move(editor, NAME, BACK)
     assert aliases(client) == {"champion": "1", "previous": "1"}
@@ -350,14 +332,6 @@ def test_garbage_among_the_looks_is_one_line_and_the_versions_tell(client: Mlflo
 
 
 def test_who_may_only_read_looks_uncounted(client: MlflowClient) -> None:
-    from mlflow.exceptions import MlflowException
-
-    class Reader:
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith(("set_", "delete_")):
-                raise MlflowException("Permission denied", error_code=PERMISSION_DENIED)
-            return getattr(client, name)
-
     look(client, "2-1")
-    assert look(Reader(), "3-1", turn=False) == (2, False, 0)
+    assert look(Forbidding(client, "set_", "delete_"), "3-1", turn=False) == (2, False, 0)
     assert look(client, "4-1") == (2, True, 0)

@@ -18,11 +18,9 @@ from pipeline.tracking import requests
 pytest_plugins = ["tests.servers"]
 
 
-@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
-def client(request: pytest.FixtureRequest) -> MlflowClient:
-    if request.param == "sqlite":
-        return MlflowClient(request.getfixturevalue("sqlite_uri"))
-    return MlflowClient(request.getfixturevalue("mlflow_server").uri)
+@pytest.fixture
+def client(store: str) -> MlflowClient:
+    return MlflowClient(store)
 
 
 class SmallPages:

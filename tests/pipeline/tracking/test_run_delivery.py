@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.journal import FILE, Carrier, Journal, generations, read_entries
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.follow import TAKEOVER, WRITER, DeliveryLoop
+from tests.servers import steps
 
 pytest_plugins = ["tests.servers"]
 
@@ -59,10 +60,6 @@ def epoch(journal: Journal, number: int) -> tuple[str, tuple[Path, str, int]]:
 
 def writer_of(journal: Journal) -> str:
     return generations(read_entries(journal.folder / FILE)[0])[-1]
-
-
-def steps(client: MlflowClient, run_id: str) -> list[int]:
-    return [point.step for point in client.get_metric_history(run_id, "student/acc")]
 
 
 def status(client: MlflowClient, run_id: str) -> str:
