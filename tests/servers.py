@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from tests.warm import cut_no_power
+
 START_S = 120.0
 
 
@@ -33,6 +35,8 @@ def free_port() -> int:
 class HttpServer:
     """A process that serves a free port of loopback; can be stopped, as an outage would, and started again."""
 
+    LOG, PATH = "server.log", "/health"
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.port = free_port()
@@ -41,14 +45,14 @@ class HttpServer:
 
     def launch(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start it and wait until it answers."""
-        with (self.folder / "server.log").open("ab") as log:
+        with (self.folder / self.LOG).open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=self.folder, env=environment, start_new_session=True
             )
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                with urllib.request.urlopen(self.uri + self.PATH, timeout=2):
                     return
             except OSError:
                 assert self._process.poll() is None, self.log()
@@ -56,7 +60,7 @@ class HttpServer:
         raise TimeoutError(f"no server at {self.uri} after {START_S} s: {self.log()}")
 
     def log(self) -> str:
-        return (self.folder / "server.log").read_text()[-4000:]
+        return (self.folder / self.LOG).read_text()[-4000:]
 
     def stop(self) -> None:
         """Kill it with its workers."""
@@ -131,6 +135,12 @@ def wire(mlflow_server: MlflowServer) -> Iterator[Wire]:
     made = Wire(mlflow_server.port)
     yield made
     made.cut()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cuts() -> None:
+    """Also before databases of fixtures are made."""
+    cut_no_power()
 
 
 @pytest.fixture(scope="session")

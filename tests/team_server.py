@@ -5,13 +5,11 @@ It is started by deploy/serve.sh, the script that the container runs. Each part 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.postgres import ESCAPED, PASSWORD, PostgresServer
-from tests.servers import START_S, HttpServer, Wire, free_port
+from tests.servers import HttpServer, Wire
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -27,32 +25,13 @@ ADMIN = ("admin", "a first password")
 BUCKET = "team"
 
 
-class S3Server:
-    """moto's S3 on a port of loopback. It keeps everything in memory: an outage is the door's (see `Door`)."""
+class S3Server(HttpServer):
+    """moto's S3. It keeps everything in memory: an outage is the door's (see `Door`)."""
 
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.log = folder / "s3.log"
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+    LOG, PATH = "s3.log", "/moto-api/"
 
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return
-            assert self._process.poll() is None, self.log.read_text()[-2000:]
-            time.sleep(0.1)
-        raise TimeoutError(f"no S3 endpoint on port {self.port} after {START_S} s")
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+    def start(self) -> None:
+        self.launch([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)], os.environ)
 
 
 class Door(Wire):
@@ -124,13 +103,12 @@ class TeamServer(HttpServer):
 
     def start(self) -> None:
         """Start the tracking server and wait until it answers."""
-        self.s3.wait()
         self.launch([str(DEPLOY / "serve.sh")], self.environment)
 
     def close(self) -> None:
         self.stop()
         self.door.cut()
-        self.s3.close()
+        self.s3.stop()
 
     def bucket(self) -> Any:
         """boto3's client of the store, past the door."""
@@ -151,6 +129,7 @@ def team_server(postgres_server: PostgresServer, tmp_path_factory: pytest.TempPa
     """One server for the session; a test that stops a part of it starts that again."""
     server = TeamServer(tmp_path_factory.mktemp("team"), postgres_server)
     try:
+        server.s3.start()
         server.make_secrets()
         server.start()
         yield server

@@ -21,8 +21,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import yaml
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from packaging.requirements import Requirement
 
 from tests.postgres import PASSWORD, PostgresServer
@@ -182,24 +185,16 @@ def test_only_the_named_hosts_and_origins_are_served(team: TeamServer) -> None:
 @pytest.mark.postgres
 def test_nothing_shows_a_password(team: TeamServer) -> None:
     words = {PASSWORD, ADMIN[1], *((team.secrets / name).read_text() for name in ("secret_key", "s3_secret_key"))}
-    for process in [team.pid, *children(team.pid)]:
+    for process in [team.pid, *(child.pid for child in psutil.Process(team.pid).children(recursive=True))]:
         line = Path(f"/proc/{process}/cmdline").read_text()
         assert not [word for word in words if word in line]
     log = (team.folder / "server.log").read_text()
     assert not [word for word in words if word in log]
 
 
-def children(pid: int) -> list[int]:
-    import psutil
-
-    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-
-
 @pytest.fixture
 def runs(team: TeamServer, tmp_path: Path) -> dict[str, str]:
     """Runs that ended 40 days ago, or today, with a checkpoint, weights, a picture and a model: name -> id."""
-    from mlflow import MlflowClient
-
     mlflow = MlflowClient(team.uri)
     experiment = mlflow.create_experiment(f"clean-up {tmp_path.name}")
     now = int(time.time() * 1000)
@@ -264,8 +259,6 @@ def test_clean_up_takes_old_checkpoints_and_nothing_else(
     assert {path for _, path in gone} == names
     assert {place.rpartition("/")[2] for place, _ in gone} == {runs["old"], runs["child of old"]}
     assert [path.name for path in bank.iterdir()] == ["used"]
-    from mlflow import MlflowClient
-
     mlflow = MlflowClient(team.uri)
     assert "asib.checkpoint_removed" in mlflow.get_run(runs["old"]).data.tags
     capsys.readouterr()
@@ -275,9 +268,6 @@ def test_clean_up_takes_old_checkpoints_and_nothing_else(
 
 @pytest.mark.postgres
 def test_deleted_runs_go_for_good_with_their_artifacts(team: TeamServer, runs: dict[str, str]) -> None:
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
     mlflow = MlflowClient(team.uri)
     mlflow.delete_run(runs["new"])
     settings = {"PGPASSWORD": PASSWORD, "MLFLOW_TRACKING_URI": team.uri}
@@ -296,8 +286,6 @@ def test_clean_up_keeps_what_has_made_a_champion(
     sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the promotion's tag, by an alias alone, and when somebody has deleted the run."""
-    from mlflow import MlflowClient
-
     mlflow = MlflowClient(sqlite_uri)
     experiment = mlflow.create_experiment("e", (tmp_path / "artifacts").as_uri())
     found = {}
@@ -324,8 +312,6 @@ def test_clean_up_keeps_what_has_made_a_champion(
 def test_clean_up_works_on_one_persons_server_too(
     sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mlflow import MlflowClient
-
     mlflow = MlflowClient(sqlite_uri)
     run = mlflow.create_run(mlflow.create_experiment("e", (tmp_path / "artifacts").as_uri())).info.run_id
     mlflow.log_text(run, "x", "checkpoints/slot1.safetensors")
@@ -374,8 +360,6 @@ def test_a_backup_restored_elsewhere_is_the_same_server(
         bodies = [s3.get_object(Bucket=bucket, Key=key)["Body"].read() for bucket in (BUCKET, "restored")]
         assert bodies[0] == bodies[1]
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
-    from mlflow import MlflowClient
-
     one, other = MlflowClient(team.uri), MlflowClient(uris[0])
     for run in runs.values():
         assert one.get_run(run).to_dictionary() == other.get_run(run).to_dictionary()
@@ -494,8 +478,6 @@ def test_passwords_cannot_be_tried_by_the_dozen(team: TeamServer, tmp_path: Path
 def test_clients_work_through_the_proxy_over_tls(
     team: TeamServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow import MlflowClient
-
     with proxy(team, tmp_path) as (uri, authority):
         monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(authority))
         mlflow = MlflowClient(uri)

@@ -7,11 +7,13 @@ session, a umask and a log of its own, as the process does that a step starts.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,9 +21,27 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = threading.Lock()
+
+
+def cut_no_power() -> None:
+    """Let this process wait for no disk, where a commit takes SQLite 15 ms: a kill loses nothing that was written."""
+    connect = sqlite3.dbapi2.connect
+
+    def unsynced(*values: Any, **named: Any) -> sqlite3.Connection:
+        made = connect(*values, **named)
+        with contextlib.suppress(sqlite3.Error):  # locked, or no database: whoever asked will be told
+            made.execute("pragma synchronous = off")
+        return made
+
+    def fsync(descriptor: int) -> None:
+        pass
+
+    mock.patch.object(sqlite3.dbapi2, "connect", unsynced).start()
+    mock.patch.object(os, "fsync", fsync).start()
 
 
 class Fork:
@@ -81,6 +101,7 @@ def main() -> None:
 
     from pipeline.tracking import follow, process, requests  # noqa: F401
 
+    cut_no_power()
     line = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks here
     while True:

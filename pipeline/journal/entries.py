@@ -141,7 +141,7 @@ def damage(path: Path) -> list[str]:
 
 
 def read_header(folder: Path) -> Entry | None:
-    """The first entry of the journal in `folder`; None if there is none yet. Raises UserError: see `parse_header`."""
+    """The first entry of the journal in `folder`; None if there is no journal. Raises UserError: as `parse_header`."""
     path = folder / FILE
     try:
         with path.open("rb") as file:

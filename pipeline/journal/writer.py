@@ -192,8 +192,7 @@ class Journal:
         """Make `text` (a `snapshot`) the journal of `folder`, replacing any other, and continue it.
 
         Args:
-            folder: the run's folder; may be on another machine than the snapshot's.
-            text: what `snapshot` returned.
+            folder: may be on another machine than the snapshot's.
             checkpoint: (path, sha256, slot) of the checkpoint that held the text. It takes the place that
                 `snapshot` left for it, so that delivery uploads it before the entries that it covers.
             lock: as for `reopen`.
@@ -240,10 +239,8 @@ class Journal:
     def artifact(self, path: Path, to: str = "") -> None:
         """Record a file or folder inside the run's folder; `to` is the directory among the run's artifacts.
 
-        Delivery reads it when it gets there: a file that changes before then is sent as changed.
-
-        Raises:
-            ValueError: the path lies outside the run's folder.
+        Delivery reads it when it gets there: a file that changes before then is sent as changed. Raises ValueError:
+        the path lies outside the run's folder.
         """
         self._add("artifact", path=relative(path, self.folder), to=to)
 
@@ -316,7 +313,6 @@ class Journal:
             registered: the registered model's name; created if missing.
             model: the LoggedModel's name, as given to `model`.
             alias: moved to the new version, unless a newer one has it.
-            tags: of the version.
         """
         entry = self._model_entry(model)
         self._add("register", entry=entry, registered=registered, alias=alias, tags=dict(tags or {}))
@@ -372,11 +368,7 @@ class Journal:
             self._write([line_of("child", folder=str(folder.relative_to(self.folder) if inside else folder))])
 
     def end(self, status: str, outcome: str, exit_code: int, message: str | None = None) -> None:
-        """Write held entries and the end in one write, sync, and close the journal.
-
-        Raises:
-            ValueError: an unknown status (FINISHED, FAILED, KILLED) or outcome.
-        """
+        """Write held entries and the end in one write, sync, and close the journal; `check_end` says what it may be."""
         check_end(status, outcome)
         with self._lock:
             self.begin()

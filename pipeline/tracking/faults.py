@@ -38,6 +38,8 @@ MISSING = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 WRONG = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "ENDPOINT_NOT_FOUND")
 LOCAL = (UserError, FileNotFoundError, PermissionError, ValueError, TypeError, LookupError, AttributeError, Refusal)
 """Errors on this side; anything else unknown (an object store's own exceptions) is worth a retry."""
+NO_ANSWER = json.JSONDecodeError
+"""A page with status 200 in the place of an answer."""
 PASSING = (401, 403, 408, 425, 429)
 """The 4xx that may be temporary."""
 FORBIDDEN = "Permission denied"
@@ -64,7 +66,7 @@ def classify(error: BaseException) -> Fault:
         return Fault.REFUSED
     if status is not None:  # of an artifact, with words of MLflow's own
         return Fault.REFUSED if 400 <= status < 500 and status not in PASSING else Fault.AWAY
-    return Fault.REFUSED if not code and isinstance(error, LOCAL) and not _no_json(error) else Fault.AWAY
+    return Fault.REFUSED if not code and isinstance(error, LOCAL) and not isinstance(error, NO_ANSWER) else Fault.AWAY
 
 
 def lasting(error: BaseException) -> bool:
@@ -113,7 +115,11 @@ def ask(call: Callable[[], T], uri: str) -> T:
             return call()
         except Exception as error:
             status, signed, _ = _answer(error)
-            doubtful = _no_json(error) if status is None else not signed and status < 500 and status not in PASSING
+            doubtful = (
+                isinstance(error, NO_ANSWER)
+                if status is None
+                else not signed and status < 500 and status not in PASSING
+            )
             if not doubtful or not identifies_itself(uri):
                 raise
             if again:
@@ -158,8 +164,3 @@ def _signed(content: Any) -> bool:
     """Whether JSON is MLflow's: a proxy's has no error code, or one of its own."""
     code = content.get("error_code") if isinstance(content, dict) else None
     return isinstance(code, str) and is_error_code(code)
-
-
-def _no_json(error: BaseException) -> bool:
-    """A page with status 200 in the place of an answer."""
-    return isinstance(error, json.JSONDecodeError)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -131,9 +130,7 @@ def _read(client: MlflowClient, run_id: str, dest: Path, histories: Sequence[str
     there = {file.path for file in client.list_artifacts(run.info.run_id)}
     for name in FILES:
         if name in there:
-            found = Path(client.download_artifacts(run.info.run_id, name, str(folder)))
-            if found != folder / name:
-                shutil.copyfile(found, folder / name)
+            client.download_artifacts(run.info.run_id, name, str(folder))
     (folder / "record.json").write_text(json.dumps(record))
     return str(folder)
 

@@ -32,7 +32,6 @@ def start_delivery(
 
     Args:
         folder: the run's folder. Its journal may come later: `Delivery.wait_ready` needs it, requests do not.
-        uri: the tracking URI; `default_uri()` by default.
         adopt: the run that `mlflow run` has made; MLFLOW_RUN_ID by default, "" for none.
         resume: the run that the journal continues. An adopted run then gets the tag `asib.resumes` and stays empty.
         grace: seconds to keep trying when the server is away after the trainer has ended.
@@ -51,11 +50,7 @@ def start_delivery(
 
 
 def fetch_now(uri: str, run_uri: str, dest: Path) -> Path:
-    """Download one artifact without a run, in a process of its own: MLflow's import takes seconds.
-
-    Raises:
-        UserError: it does not exist, or the server does not answer.
-    """
+    """Download one artifact without a run, in a process of its own, as `Delivery.fetch` does."""
     delivery = Delivery(urls.tracking(uri), [], None)
     try:
         return delivery.fetch(run_uri, dest)

@@ -237,12 +237,6 @@ def test_of_several_writers_of_one_run_one_goes_on(tmp_path: Path, monkeypatch: 
         assert won.value == 1
 
 
-def test_reopening_an_ended_journal_says_that_the_run_goes_on(tmp_path: Path) -> None:
-    Journal.create(tmp_path, experiment="e").end("KILLED", "killed", 143)
-    Journal.reopen(tmp_path).close()
-    assert kinds(tmp_path) == ["open", "end", "resume"]
-
-
 def test_held_entries_follow_the_checkpoint_that_contains_them(tmp_path: Path) -> None:
     journal = Journal.create(tmp_path, experiment="e")
     journal.hold()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -155,10 +154,8 @@ def test_a_killed_trainer_leaves_a_killed_run_with_everything(sqlite_uri: str, t
     assert client.get_run(run_id).info.status == "RUNNING"
     assert client.get_run(child_id).data.tags["mlflow.parentRunId"] == run_id
     time.sleep(0.5)
-    trainer.send_signal(signal.SIGKILL)
-    trainer.wait()
-    assert trainer.stdout is not None
-    trainer.stdout.close()
+    trainer.kill()
+    trainer.communicate()
     for folder, run in ((tmp_path / "run", run_id), (tmp_path / "run" / "child", child_id)):
         until(lambda run=run: client.get_run(run).info.status == "KILLED")  # type: ignore[misc]
         written = (folder / "journal.jsonl").read_text().count('"kind": "metrics"')
@@ -214,10 +211,8 @@ def test_a_resume_takes_the_folder_from_a_delivery_that_waits_for_its_server(
     trainer, run_id, _ = start_trainer(run, wire.uri)
     wire.cut()
     time.sleep(0.3)
-    trainer.send_signal(signal.SIGKILL)
-    trainer.wait()
-    assert trainer.stdout is not None
-    trainer.stdout.close()
+    trainer.kill()
+    trainer.communicate()
     # The orphan would try for a minute yet, over the wire that is cut.
     delivery = start.start_delivery(run, uri=mlflow_server.uri)
     journal = Journal.reopen(run)

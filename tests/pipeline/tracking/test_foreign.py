@@ -43,23 +43,9 @@ def closing() -> dict[str, Any]:
 
 
 def model(**changes: Any) -> dict[str, Any]:
-    entry = {
-        "kind": "model",
-        "entry": "e" * 32,
-        "folder": "model",
-        "name": "student",
-        "model_kind": "pyfunc",
-        "python_model": "model/x.py",
-        "artifacts": {},
-        "input_example": None,
-        "pip_requirements": [],
-        "params": {},
-        "metrics": {},
-        "tags": {},
-        "model_type": None,
-        "step": 0,
-    }
-    return {**entry, **changes}
+    names = {"kind": "model", "entry": "e" * 32, "folder": "model", "name": "student", "model_kind": "pyfunc"}
+    empty = {key: {} for key in ("artifacts", "params", "metrics", "tags")}
+    return {**names, **empty, "input_example": None, "model_type": None, "step": 0, **changes}
 
 
 def test_no_entry_brings_a_file_from_elsewhere(secret: Path, sqlite_uri: str, tmp_path: Path) -> None:
@@ -80,8 +66,8 @@ def test_no_entry_brings_a_file_from_elsewhere(secret: Path, sqlite_uri: str, tm
         *({"kind": "artifact", "path": path, "to": ""} for path in paths),
         {"kind": "checkpoint", "path": "../victim/secret.txt", "sha256": sha256, "slot": 0},
         {"kind": "checkpoint", "path": "link", "sha256": sha256, "slot": "../.."},
-        model(model_kind="weights", python_model=None, folder="../victim"),
-        model(model_kind="weights", python_model=None, folder="linked", entry="d" * 32),
+        model(model_kind="weights", folder="../victim"),
+        model(model_kind="weights", folder="linked", entry="d" * 32),
         model(artifacts={"net": "../victim/secret.txt", "meta": "link"}, entry="c" * 32),
         model(input_example="../victim/secret.txt", entry="b" * 32),
         {"kind": "artifact", "path": "good.txt", "to": ""},

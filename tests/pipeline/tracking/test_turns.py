@@ -13,9 +13,11 @@ pytest.importorskip("mlflow")
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
+from pipeline.journal import Journal
 from pipeline.promote import queue
 from pipeline.promote.registered_model import Registry
-from pipeline.tracking import turns
+from pipeline.tracking import server, turns
+from pipeline.tracking.follow import DeliveryLoop
 from tests.pipeline.promote.local import LocalDelivery
 
 pytest_plugins = ["tests.servers"]
@@ -24,8 +26,6 @@ NAME = "birds and trees"
 
 @pytest.fixture
 def client(sqlite_uri: str) -> MlflowClient:
-    from pipeline.tracking import server
-
     made = server.connect(sqlite_uri)
     made.create_registered_model(NAME)
     return made
@@ -121,15 +121,8 @@ def test_what_anybody_may_log_is_no_place_in_the_queue(client: MlflowClient, reg
         assert [other.run_id for other in registry.queue()] == [mine]
 
 
-GARBAGE = [
-    "abc",
-    "",
-    "[1]",
-    "null",
-    '{"joined": "1", "seen": 2, "user": ""}',
-    '{"joined": 1e400, "seen": 2}',
-    "[" * 4000,
-]
+QUOTED, INFINITE = '{"joined": "1", "seen": 2, "user": ""}', '{"joined": 1e400, "seen": 2}'
+GARBAGE = ["abc", "", "[1]", "null", QUOTED, INFINITE, "[" * 4000]
 
 
 def test_garbage_in_the_queue_is_one_line_and_goes(client: MlflowClient, registry: Registry) -> None:
@@ -148,9 +141,6 @@ def test_garbage_in_the_queue_is_one_line_and_goes(client: MlflowClient, registr
 def test_a_killed_promotion_is_out_of_the_queue_when_delivery_ends_its_run(
     client: MlflowClient, sqlite_uri: str, tmp_path: Any
 ) -> None:
-    from pipeline.journal import Journal
-    from pipeline.tracking.follow import DeliveryLoop
-
     journal = Journal.create(tmp_path / "run", experiment="e", tags={"asib.promote": NAME})
     with DeliveryLoop(tmp_path / "run", sqlite_uri, client=client) as loop:
         loop.run_once()
