@@ -367,7 +367,7 @@ def test_deliver_waits_for_a_delivery_that_is_just_ending_and_for_no_other(
 def test_artifacts_lie_beside_a_sqlite_file_wherever_we_are(
     sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Journal.create(tmp_path / "run", experiment="a b/ü").end("FINISHED", "completed", 0)
+    record(tmp_path / "run", "a b/ü")
     monkeypatch.chdir(tmp_path / "store")
     (done,) = deliver([tmp_path / "run"], "sqlite:///mlflow.db")
     run = MlflowClient(sqlite_uri).get_run(done.run_id)
