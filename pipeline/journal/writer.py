@@ -19,7 +19,6 @@ from typing import Any, Literal
 from pipeline.errors import UserError
 from pipeline.files import explained, release, write_atomically
 from pipeline.journal.entries import (
-    DAMAGED,
     FILE,
     VERSION,
     Carrier,
@@ -173,7 +172,7 @@ class Journal:
         entries, end = read_entries(path)
         os.ftruncate(journal._fd, end)
         now_ms(after=entries[-1].time)
-        for sentence in damage(path) if any(entry.kind == DAMAGED for entry in entries) else ():
+        for sentence in damage(path):
             logger.warning("%s", sentence)
         lifecycle = [entry.kind for entry in entries if entry.kind in ("end", "resume")]
         if lifecycle[-1:] == ["end"]:

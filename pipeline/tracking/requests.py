@@ -212,27 +212,8 @@ def _classes(profile: str | None) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-REQUESTS: dict[str, Callable[..., Any]] = {
-    # runs
-    "fetch": fetch,
-    "run_info": run_info,
-    "read_runs": read_runs,
-    "nested_runs": nested_runs,
-    "find_finished": find_finished,
-    "log_files": log_files,
-    "running": running,
-    "reap": reap,
-    # a registered model, whose `name` they all take
-    "overview": registry.overview,
-    "version": registry.version,
-    "tag_manifest": registry.tag_manifest,
-    "move": moves.move,
-    "repair": moves.repair,
-    "count_look": looks.count_look,
-    "may_edit": turns.may_edit,
-    "join": turns.join,
-    "beat": turns.beat,
-    "leave": turns.leave,
-    "queue": turns.queue,
-    "mark_dead": turns.mark_dead,
-}
+RUNS = (fetch, run_info, read_runs, nested_runs, find_finished, log_files, running, reap)
+MODELS = (registry.overview, registry.version, registry.tag_manifest, moves.move, moves.repair, looks.count_look)
+QUEUES = (turns.may_edit, turns.join, turns.beat, turns.leave, turns.queue, turns.mark_dead)
+"""These and `MODELS` are about a registered model, whose `name` they all take."""
+REQUESTS: dict[str, Callable[..., Any]] = {each.__name__: each for each in (*RUNS, *MODELS, *QUEUES)}

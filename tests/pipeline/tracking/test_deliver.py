@@ -263,6 +263,7 @@ def test_a_server_that_stays_away_ends_in_false_and_deliver_brings_the_rest(
     assert client.get_run(ready.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm")
 def test_refusals_come_before_training_in_one_line(sqlite_uri: str, tmp_path: Path) -> None:
     away = start.start_delivery(tmp_path / "a", uri="http://127.0.0.1:9")
@@ -280,6 +281,7 @@ def test_refusals_come_before_training_in_one_line(sqlite_uri: str, tmp_path: Pa
         start.start_delivery(tmp_path / "d", uri="ftp://x")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm")
 def test_one_artifact_can_be_fetched_without_a_run(sqlite_uri: str, tmp_path: Path) -> None:
     client = MlflowClient(sqlite_uri)
