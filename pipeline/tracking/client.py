@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
@@ -126,10 +126,8 @@ class Delivery:
         number = next(self._numbers)
         answer: Future[Any] = Future()
         with self._lock:
-            if self._closed is not None:
-                raise self._closed
             self._answers[number] = answer
-        self._send(number, name, values)
+            self._send(number, name, values)
         try:
             return self._wait(answer, timeout)
         finally:
@@ -191,10 +189,13 @@ class Delivery:
             if self._closed is not None:
                 raise self._closed
             self._requests[number] = request
-            assert self._process.stdin is not None
-            with contextlib.suppress(OSError, ValueError):
-                self._process.stdin.write(json.dumps(request) + "\n")
-                self._process.stdin.flush()
+            self._write([request])
+
+    def _write(self, requests: Iterable[Mapping[str, Any]]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.writelines(json.dumps(request) + "\n" for request in requests)
+            self._process.stdin.flush()
 
     def _wait(self, future: Future[Any], timeout: float) -> Any:
         try:
@@ -239,11 +240,7 @@ class Delivery:
             return False
         with self._lock, contextlib.suppress(OSError):
             self._process = self._start()
-            assert self._process.stdin is not None
-            with contextlib.suppress(OSError):
-                for request in self._requests.values():
-                    self._process.stdin.write(json.dumps({**request, "again": True}) + "\n")
-                self._process.stdin.flush()
+            self._write({**request, "again": True} for request in self._requests.values())
             return True
         return False
 
