@@ -1,7 +1,4 @@
-"""Real tracking stores for tests: SQLite files copied from one migrated template, and one `mlflow server`.
-
-A test module loads the fixtures with `pytest_plugins = ["tests.servers"]`.
-"""
+"""Real tracking stores for tests: SQLite files copied from one migrated template, and one `mlflow server`."""
 
 from __future__ import annotations
 

@@ -7,17 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("mlflow")
-
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
 from pipeline.journal import FILE, Journal
 from pipeline.tracking.deliver import deliver, main
 from pipeline.tracking.follow import DeliveryLoop
-
-pytest_plugins = ["tests.servers"]
 
 
 def run(folder: Path, seed: int, experiment: str = "e") -> Path:

@@ -12,9 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-pytest.importorskip("mlflow")
-
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import NotThere, UserError
@@ -23,8 +20,6 @@ from pipeline.journal import Journal
 from pipeline.tracking import deliver, start
 from tests.servers import MlflowServer, Wire, steps
 from tests.warm import Fork
-
-pytest_plugins = ["tests.servers"]
 
 ROOT = Path(__file__).resolve().parents[3]
 

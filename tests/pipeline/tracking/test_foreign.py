@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("mlflow")
-
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
 from pipeline.journal import Journal
 from pipeline.tracking.deliver import deliver
 from tests.servers import artifacts_of
-
-pytest_plugins = ["tests.servers"]
 
 SECRET = "the victim's own"
 

@@ -7,18 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("mlflow")
-
 import numpy as np
+import pytest
 from mlflow.tracking import MlflowClient
 
 from pipeline.journal import Journal
 from pipeline.served import code
 from pipeline.tracking.deliver import deliver
-
-pytest_plugins = ["tests.servers"]
 
 WEIGHTS = np.array([[1, 0], [0, 1], [0, 0], [0, 0]], np.float32)
 EXAMPLE = [[[[3], [1]], [[0], [0]]]]

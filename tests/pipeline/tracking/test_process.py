@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("mlflow")
-
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
@@ -27,8 +24,6 @@ from pipeline.tracking.deliver import deliver
 from pipeline.tracking.follow import DeliveryLoop
 from tests.pipeline.promote.local import Broken, Fragile
 from tests.servers import artifacts_of, steps
-
-pytest_plugins = ["tests.servers"]
 
 MANY = [f"m{i}" for i in range(1200)]  # more than a request may hold
 

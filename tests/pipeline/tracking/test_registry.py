@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("mlflow")
-
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from mlflow.tracking import MlflowClient
@@ -23,7 +20,6 @@ from pipeline.tracking.deliver import deliver
 from pipeline.tracking.follow import DeliveryLoop
 from tests.pipeline.promote.local import Broken, Fragile, LocalDelivery, record, registered
 
-pytest_plugins = ["tests.servers"]
 NAME = "birds and trees"
 TAGS = {"asib.data_digest": "d" * 64, "asib.val_acc": "71.50"}
 

@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("mlflow")
-
 from mlflow.entities import Dataset, DatasetInput
 from mlflow.tracking import MlflowClient
 
 from pipeline.tracking import requests
-
-pytest_plugins = ["tests.servers"]
 
 
 @pytest.fixture

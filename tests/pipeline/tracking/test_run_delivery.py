@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("mlflow")
-
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
@@ -18,8 +15,6 @@ from pipeline.journal import FILE, Carrier, Journal, generations, read_entries
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.follow import TAKEOVER, WRITER, DeliveryLoop
 from tests.servers import steps
-
-pytest_plugins = ["tests.servers"]
 
 TRIAL = "a" * 32
 

@@ -7,9 +7,6 @@ import time
 from typing import Any
 
 import pytest
-
-pytest.importorskip("mlflow")
-
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
@@ -20,7 +17,6 @@ from pipeline.tracking import server, turns
 from pipeline.tracking.follow import DeliveryLoop
 from tests.pipeline.promote.local import LocalDelivery
 
-pytest_plugins = ["tests.servers"]
 NAME = "birds and trees"
 
 
