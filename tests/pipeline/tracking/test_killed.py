@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +27,6 @@ from pipeline.tracking.process import answer_to
 from pipeline.tracking.server import prepare_sqlite
 from tests.servers import steps
 
-ROOT = Path(__file__).resolve().parents[3]
 ROUNDS = int(os.environ.get("ASIB_ROUNDS", "2"))
 
 
@@ -168,19 +166,18 @@ def test_a_disk_that_is_full_for_a_while_ends_no_delivery(
     assert client.get_run(run).info.status == "FINISHED"
 
 
-MAKE = """
-import os, signal, sys, threading, time
-from pathlib import Path
-from pipeline.tracking import server
-folder, delay = Path(sys.argv[1]), float(sys.argv[2])
-def kill():
-    while not any(f.stat().st_size for f in folder.glob("*mlflow.db*")):
-        time.sleep(0.001)
-    time.sleep(delay)
-    os.kill(os.getpid(), signal.SIGKILL)
-threading.Thread(target=kill, daemon=True).start()
-server.prepare_sqlite(f"sqlite:///{folder}/mlflow.db")
-"""
+def make_and_die(folder: Path, delay: float) -> None:
+    """Make a database, and be killed that long after its first byte."""
+
+    def kill() -> None:
+        while not any(file.stat().st_size for file in folder.glob("*mlflow.db*")):
+            time.sleep(0.001)
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    prepare_sqlite(f"sqlite:///{folder}/mlflow.db")
+    signal.pause()
 
 
 @pytest.mark.slow
@@ -189,9 +186,11 @@ def test_a_database_whose_maker_is_killed_is_made_anew(tmp_path: Path) -> None:
     for number in range(ROUNDS):
         folder = tmp_path / str(number)
         folder.mkdir()
-        command = [sys.executable, "-c", MAKE, str(folder), str(rng.uniform(0, 0.6))]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        arguments = (folder, rng.uniform(0, 0.6))
+        maker = multiprocessing.get_context("fork").Process(target=make_and_die, args=arguments)
+        maker.start()
+        maker.join()
+        assert maker.exitcode == -signal.SIGKILL
         prepare_sqlite(f"sqlite:///{folder}/mlflow.db")
         with sqlite3.connect(folder / "mlflow.db") as database:
             assert database.execute("select name from experiments").fetchall() == [("Default",)]
