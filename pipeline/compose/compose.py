@@ -9,7 +9,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline.compose.foreign import foreign
 from pipeline.compose.groups import CONF, NOT_GROUPS, groups, locate
@@ -37,6 +38,7 @@ _EXPERIMENT = "experiment"
 _SECTIONS = tuple(name for name, field in Config.model_fields.items() if section_of(field) is not None)
 _HYDRA_IS_GLOBAL = threading.Lock()
 _PARSER = OverridesParser.create()
+_URI = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,19 @@ def compose(
             raise UserError(f"experiment={choices[_EXPERIMENT]} and cfg={cfg} name the same thing: give one of them")
         cfg = choices.pop(_EXPERIMENT)
     source = f"cfg={cfg}" if cfg else "conf/config.yaml"
-    with ExitStack() as stack, _one_line(source):
-        file = _locate(cfg, fetch) if cfg else None
-        if file is not None and cfg is not None and _URI.match(cfg):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asib-cfg-")))
-            file = _foreign(file, folder, source, [*choices, *(setting.key for setting in settings)])
-        composed = _compose_groups(file, choices, source)
+    with _one_line(source):
+        file, theirs = None, None
+        if cfg and _URI.match(cfg):
+            if fetch is None:
+                raise UserError(f"{source} lies on a tracking server: download it and give its path")
+            theirs, left_out = foreign(fetch(cfg), source, [*choices, *(setting.key for setting in settings)])
+            if left_out:
+                logger.info("%s: left out, since they say where, or what to run: %s", source, ", ".join(left_out))
+        elif cfg:
+            file = locate(_EXPERIMENT, cfg, "cfg")
+            if not isinstance(read_yaml(file, source), DictConfig):
+                raise UserError(f"{source}: holds a list, not groups of keys")
+        composed = _compose_groups(file, theirs, choices)
         for setting in [*presets(composed), *settings]:
             _apply(composed, setting)
         plain: Any = OmegaConf.to_container(composed, resolve=True)
@@ -177,7 +186,10 @@ def _option(group: str, value: str, options: dict[str, list[str]]) -> str:
 def _setting(prefix: str, key: str, value: str | None) -> Setting:
     path = key.split(".")
     found = field_at(path, Config)
-    if found is None or (found[1] < len(path) and not _leads_into_list(found[0].annotation, path[found[1] :])):
+    if found is None:
+        raise UnknownKey(key)
+    beyond = path[found[1] :]  # at most the number of an item: schedule.milestones.0
+    if beyond and not (_is_list(found[0]) and len(beyond) == 1 and beyond[0].isdecimal()):
         raise UnknownKey(key)
     if prefix == "~":
         return Setting(key, delete=True)
@@ -195,11 +207,6 @@ def _setting(prefix: str, key: str, value: str | None) -> Setting:
     return Setting(key, element)
 
 
-def _leads_into_list(annotation: Any, rest: Sequence[str]) -> bool:
-    """Whether the rest of a path is the number of an item of a plain list: `schedule.milestones.0`."""
-    return len(rest) == 1 and rest[0].isdecimal() and "tuple" in str(annotation)
-
-
 def _parse(key: str, text: str) -> Override | None:
     """The value by Hydra's grammar; None where that refuses it, and it is meant literally."""
     try:
@@ -214,32 +221,28 @@ def _parse(key: str, text: str) -> Override | None:
 
 
 def _apply(composed: DictConfig, setting: Setting) -> None:
-    """Set (or drop) one value; items of lists must exist."""
-    *parents, last = setting.key.split(".")
+    """Set (or drop) one value; lists and items of lists must exist."""
     node: Any = composed
-    walked: list[str] = []
-    for part in [*parents, last]:
+    path = setting.key.split(".")
+    for depth, part in enumerate(path):
+        whole = ".".join(path[:depth])
         if isinstance(node, ListConfig) and (not part.isdecimal() or int(part) >= len(node)):
-            name = ".".join(walked)
-            raise UserError(f"{setting.key}: {name} has {len(node)} entries, numbered from 0; set the whole {name}=[…]")
-        walked.append(part)
-        if len(walked) <= len(parents):
-            child = node._get_node(int(part) if isinstance(node, ListConfig) else part)
-            if child is None or child._is_none() or not OmegaConf.is_config(child):
-                if setting.delete:
-                    return
-                if part.isdecimal() or (parents[:2] == ["model", "teachers"] and len(walked) == 2):
-                    raise UserError(
-                        f"{setting.key}: there are no entries yet; set the whole {'.'.join(walked[:2])}=[…]"
-                    )
-                if _is_list(walked):
-                    raise UserError(f"{setting.key}: there is no list yet; set the whole {'.'.join(walked)}=[…]")
-                node[part] = {}
-                child = node._get_node(part)
-            node = child
-    index: Any = int(last) if isinstance(node, ListConfig) else last
+            raise UserError(
+                f"{setting.key}: {whole} has {len(node)} entries, numbered from 0; set the whole {whole}=[…]"
+            )
+        index: Any = int(part) if isinstance(node, ListConfig) else part
+        if depth == len(path) - 1:
+            break
+        if not OmegaConf.is_config(child := node._get_node(index)) or child._is_none():
+            if setting.delete:
+                return
+            field = field_at(path[: depth + 1], Config)
+            if field is not None and _is_list(field[0]):
+                raise UserError(f"{setting.key}: there is no list yet; set the whole {'.'.join(path[: field[1]])}=[…]")
+            node[index] = {}
+        node = node._get_node(index)
     if setting.delete:
-        if isinstance(node, ListConfig) or last in node:
+        if isinstance(node, ListConfig) or index in node:
             del node[index]
     elif isinstance(setting.value, dict) and OmegaConf.is_dict(node.get(index)):
         node[index] = OmegaConf.merge(node[index], setting.value)
@@ -247,42 +250,23 @@ def _apply(composed: DictConfig, setting: Setting) -> None:
         node[index] = setting.value
 
 
-def _is_list(path: Sequence[str]) -> bool:
-    found = field_at(path, Config)
-    return found is not None and "tuple" in str(found[0].annotation)
+def _is_list(field: FieldInfo) -> bool:
+    return "tuple" in str(field.annotation)
 
 
 # ---------------------------------------------------------------------------------------------- Hydra
 
 
-_URI = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
+def _compose_groups(file: Path | None, theirs: str | None, choices: dict[str, str]) -> DictConfig:
+    """What Hydra makes of the groups, the file (or somebody else's text) and the choices.
 
-
-def _foreign(file: Path, folder: Path, source: str, given: Sequence[str]) -> Path:
-    """The part of somebody else's file that may be composed, as a file in `folder`."""
-    text, left_out = foreign(file, source, given)
-    if left_out:
-        logger.info("%s: left out, since they say where, or what to run: %s", source, ", ".join(left_out))
-    made = folder / "foreign.yaml"
-    made.write_text(text)
-    return made
-
-
-def _locate(cfg: str, fetch: Callable[[str], Path] | None) -> Path:
-    """The file that `cfg` names."""
-    if _URI.match(cfg):
-        if fetch is None:
-            raise UserError(f"cfg={cfg} lies on a tracking server: download it and give its path")
-        return fetch(cfg)
-    return locate(_EXPERIMENT, cfg, "cfg")
-
-
-def _compose_groups(file: Path | None, choices: dict[str, str], source: str) -> DictConfig:
-    """What Hydra makes of the groups, the file and the choices. Explicit choices come last: they win over the file,
-    a dumped configuration included, which names every key.
+    Explicit choices come last: they win over the file, a dumped configuration included, which names every key.
     """
-    with _HYDRA_IS_GLOBAL, _search_path(file, source) as found, initialize_config_dir(str(CONF), version_base="1.3"):
-        paths, name = found
+    with (
+        _HYDRA_IS_GLOBAL,
+        _search_path(file, theirs) as (paths, name),
+        initialize_config_dir(str(CONF), version_base="1.3"),
+    ):
         chosen = [f"{group}={option}" for group, option in choices.items()]
         experiment = [f"{_EXPERIMENT}@_global_={name}"] if name else []
         composed = hydra_compose("config", overrides=[*paths, *chosen, *experiment])
@@ -295,30 +279,22 @@ def _compose_groups(file: Path | None, choices: dict[str, str], source: str) -> 
 
 
 @contextmanager
-def _search_path(file: Path | None, source: str) -> Iterator[tuple[list[str], str | None]]:
-    """Hydra overrides and option name under which `file`, wherever it lies, is an option of the group experiment."""
+def _search_path(file: Path | None, theirs: str | None) -> Iterator[tuple[list[str], str | None]]:
+    """Hydra overrides and option name that make a file, wherever it lies, or a text an option of `experiment`."""
     inside = CONF / _EXPERIMENT
-    if file is None:
-        yield [], None
-        return
-    _check_yaml(file, source)
-    if file.is_relative_to(inside) and file.suffix == ".yaml":
+    if file is not None and file.is_relative_to(inside) and file.suffix == ".yaml":
         yield [], file.relative_to(inside).with_suffix("").as_posix()
+    elif file is None and theirs is None:
+        yield [], None
     else:
         with tempfile.TemporaryDirectory(prefix="asib-cfg-") as folder:
-            own, siblings = Path(folder, "own"), Path(folder, "siblings")
-            for root in (own, siblings):
-                root.mkdir()
-            (own / _EXPERIMENT).mkdir()
-            (own / _EXPERIMENT / "given_file.yaml").write_bytes(file.read_bytes())
-            (siblings / _EXPERIMENT).symlink_to(file.parent, target_is_directory=True)
-            yield [f"hydra.searchpath=['file://{own}','file://{siblings}']"], "given_file"
-
-
-def _check_yaml(file: Path, source: str) -> None:
-    """Raise UserError unless a file is a readable mapping."""
-    if not isinstance(read_yaml(file, source), DictConfig):
-        raise UserError(f"{source}: holds a list, not groups of keys")
+            own, siblings = Path(folder, "own", _EXPERIMENT), Path(folder, "siblings", _EXPERIMENT)
+            own.mkdir(parents=True)
+            siblings.parent.mkdir()
+            if file is not None:
+                siblings.symlink_to(file.parent, target_is_directory=True)
+            (own / "given_file.yaml").write_bytes(file.read_bytes() if file is not None else (theirs or "").encode())
+            yield [f"hydra.searchpath=['file://{own.parent}','file://{siblings.parent}']"], "given_file"
 
 
 # ---------------------------------------------------------------------------------------------- errors, dumping

@@ -3,7 +3,7 @@ computation are kept.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,11 @@ def foreign(path: Path, source: str, given: Collection[str] = ()) -> tuple[str, 
     defaults = content.pop("defaults", None)
     left_out: dict[str, Any] = {}
     kept = _kept(content, "", left_out, source)
-    _check_checkpoints(left_out, source, given)
+    for key, value in left_out.items():  # without its teachers the computation would be another one
+        if key.endswith(".checkpoint") and not {key, "model.teachers", "model/teacher"}.intersection(given):
+            raise UserError(
+                f"{source}: {key}={value} is a file on another machine: say where it is here, with {key}=<file>"
+            )
     if defaults is not None:
         kept = {"defaults": [*_known(defaults, source)], **kept}
     plain = flatten(Config())
@@ -49,33 +53,27 @@ def foreign(path: Path, source: str, given: Collection[str] = ()) -> tuple[str, 
     return "# @package _global_\n" + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), named
 
 
-def _kept(content: Mapping[Any, Any], prefix: str, left_out: dict[str, Any], source: str) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        where = _says_where(key) or (key.endswith(".checkpoint") and not _on_server(value))
-        if isinstance(value, dict) and (value or not where):
-            inner = _kept(value, f"{key}.", left_out, source)
-            if not where:
-                kept[name] = inner
-        elif where:
-            left_out[key] = value
-        elif isinstance(value, list):
-            kept[name] = [
-                _kept(item, f"{key}.{i}.", left_out, source) if isinstance(item, dict) else _literal(item, key, source)
-                for i, item in enumerate(value)
-            ]
-        else:
-            kept[name] = _literal(value, key, source)
+def _kept(value: Any, key: str, left_out: dict[str, Any], source: str) -> Any:
+    """What stays of a value; `left_out` gets the keys that do not."""
+    if isinstance(value, list):
+        return [_kept(item, f"{key}.{i}", left_out, source) for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        if "${" in f"{value} {key}":
+            raise UserError(f"{source}: {key} contains a reference (${{…}}), which only your own file may")
+        return value
+    kept = {}
+    for name, inner in value.items():
+        path = f"{key}.{name}" if key else str(name)
+        on_server = inner is None or (isinstance(inner, str) and _RUN.fullmatch(inner))
+        where = path not in NUMERICS and listed(path, NOT_COMPUTATION)
+        where |= path.endswith(".checkpoint") and not on_server
+        if where and not (isinstance(inner, dict) and inner):
+            left_out[path] = inner
+            continue
+        found = _kept(inner, path, left_out, source)
+        if not where:
+            kept[name] = found
     return kept
-
-
-def _says_where(key: str) -> bool:
-    return key not in NUMERICS and listed(key, NOT_COMPUTATION)
-
-
-def _on_server(checkpoint: Any) -> bool:
-    return checkpoint is None or (isinstance(checkpoint, str) and _RUN.fullmatch(checkpoint) is not None)
 
 
 def check_refers_to_nothing(text: str, source: str) -> None:
@@ -88,23 +86,6 @@ def check_refers_to_nothing(text: str, source: str) -> None:
             raise UserError(f"{source}: contains a reference (${{…}}), which only your own file may")
 
     walk(parse_data(text, source))
-
-
-def _literal(value: Any, key: str, source: str) -> Any:
-    if isinstance(value, list):
-        return [_literal(item, key, source) for item in value]
-    if "${" in f"{value} {key}":
-        raise UserError(f"{source}: {key} contains a reference (${{…}}), which only your own file may")
-    return value
-
-
-def _check_checkpoints(left_out: Mapping[str, Any], source: str, given: Collection[str]) -> None:
-    """Raise UserError for teachers' files of another machine: without them the computation would differ."""
-    for key, value in left_out.items():
-        if key.endswith(".checkpoint") and not {key, "model.teachers", "model/teacher"}.intersection(given):
-            raise UserError(
-                f"{source}: {key}={value} is a file on another machine: say where it is here, with {key}=<file>"
-            )
 
 
 def _known(defaults: Any, source: str) -> Iterator[Any]:

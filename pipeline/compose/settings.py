@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from pipeline import secrets, yaml_data
-from pipeline.config.words import MAX_PROBLEMS, is_text, near_miss, shown, suggestion, takes
+from pipeline.config.words import is_text, near_miss, one_line, shown, suggestion, takes
 from pipeline.errors import UserError
 
 
@@ -88,7 +88,7 @@ def read_section(
     Raises:
         UserError: one line with the key, its value and what to give instead.
     """
-    source = f"{key}={given}"
+    source, root = f"{key}={given}", Place.of(schema)
     content = read_yaml(file, source)
     if not isinstance(content, DictConfig):
         raise UserError(f"{source}: holds no groups of keys")
@@ -100,13 +100,13 @@ def read_section(
         for name in sorted(overrides, key=lambda name: name.rpartition(".")[2] not in TAGS):
             _override(plain, schema, key, re.sub(r"\[(\d+)\]", r".\1", name), " ".join(overrides[name].split()))
             plain = normal(plain)
-        root = Place.of(schema)
         section = root.section(plain)
         if section is None:
             raise UserError(_no_kind(root, plain, key, source))
         return section.model_validate({**plain, **own})
     except ValidationError as error:
-        raise UserError(_explain(error, schema, section, key)) from error
+        problems = error.errors(include_url=False)
+        raise UserError(one_line(_problem(problem, root, Place(section), key) for problem in problems)) from error
     except ValueError as error:
         raise UserError(f"{key}.{error}") from error
 
@@ -162,7 +162,7 @@ def _override(content: dict[str, Any], schema: Any, key: str, name: str, text: s
 
 def _entry(node: Mapping[str, Any], place: Place, walked: str, rest: str) -> tuple[str, str]:
     """An entry's name, which may hold dots, and the rest of the path: the longest name that fits, or a new one."""
-    fitting = [name for name in node if rest == name or rest.startswith(f"{name}.")]
+    fitting = [name for name in node if f"{rest}.".startswith(f"{name}.")]
     if fitting:
         name = max(fitting, key=len)
         return name, rest[len(name) + 1 :]
@@ -271,16 +271,6 @@ def keys(section: type[BaseModel], but: Collection[str] = ()) -> list[str]:
 
 
 # errors --------------------------------------------------------------------------------------------------------------
-
-
-def _explain(error: ValidationError, schema: Any, section: Any, key: str) -> str:
-    """One line: for each key its value and what to give; at most three problems."""
-    lines: dict[str, str] = {}
-    for problem in error.errors(include_url=False):
-        name, line = _problem(problem, Place.of(schema), Place(section), key)
-        lines.setdefault(name, line)  # a union gives a problem for each of its members
-    more = len(lines) - MAX_PROBLEMS
-    return "; ".join(list(lines.values())[:MAX_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _problem(problem: Any, union: Place, place: Place, key: str) -> tuple[str, str]:

@@ -23,7 +23,6 @@ from pipeline.config.words import near_miss, suggestion
 from pipeline.errors import UserError
 
 logger = logging.getLogger("asib")
-DRY_RUN = "DRY_RUN"
 _NAMES = ("model.teachers.0.name", "model.teachers.1.name")
 
 
@@ -44,30 +43,10 @@ class Shortcuts:
     def presets(self, composed: DictConfig) -> list[Setting]:
         """The experiment, unless a file names one, and the pair in the place of the composed teachers."""
         named = OmegaConf.select(composed, "tracking.experiment") is not None
-        experiment = [Setting("tracking.experiment", self.experiment)] if self.experiment and not named else []
-        return [*experiment, *self._pair(composed)]
-
-    def _pair(self, composed: DictConfig) -> list[Setting]:
-        """The pair in the place of the composed teachers.
-
-        A network that is already among these stays as it is, with its checkpoint. Another one takes over the settings
-        of the teacher in its place, except its checkpoint; it is pretrained if it has weights, unless the teacher in
-        its place has some too and was not to use them.
-        """
-        if not self.teachers:
-            return []
-        before = _entries(OmegaConf.select(composed, "model.teachers"))
-        left = list(before)
-        pair: list[dict[str, Any]] = []
-        for index, name in enumerate(self.teachers):
-            same = next((entry for entry in left if _full_name(entry.get("name")) == _full_name(name)), None)
-            if same is not None:
-                left.remove(same)
-            pair.append(_instead_of(before[index] if index < len(before) else {}, name) if same is None else same)
-        for entry in left:
-            if entry.get("checkpoint"):
-                logger.info("checkpoint %s of %s is left out", entry["checkpoint"], entry.get("name"))
-        return [Setting("model.teachers", pair)]
+        found = [Setting("tracking.experiment", self.experiment)] if self.experiment and not named else []
+        if self.teachers:
+            found.append(Setting("model.teachers", _in_place_of(_entries(composed), self.teachers)))
+        return found
 
 
 def read(environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Shortcuts:
@@ -102,9 +81,9 @@ def read(environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Short
 
 def wants_dry_run(environment: Mapping[str, str]) -> bool:
     """Whether DRY_RUN asks to show what would be done. Raises UserError: neither yes nor no."""
-    text = environment.get(DRY_RUN, "").strip().lower()
+    text = environment.get("DRY_RUN", "").strip().lower()
     if text and text not in cli.TRUE + cli.FALSE:
-        raise UserError(f"{DRY_RUN}={text} in the environment: give 1 or 0")
+        raise UserError(f"DRY_RUN={text} in the environment: give 1 or 0")
     return text in cli.TRUE
 
 
@@ -138,15 +117,11 @@ def _method(text: str) -> tuple[str, ...]:
     return (f"method={text}",)
 
 
-def _seed(text: str) -> tuple[str, ...]:
-    return (f"seed={whole('SEED', text, 0, MOST_SEED, where=' in the environment')}",)
-
-
 _SHORTCUTS: dict[str, tuple[tuple[str, ...], Callable[[str], tuple[str, ...]]]] = {
     "TEACHER_PAIR": (("model.teachers", "model/teacher"), _pair),
     "STUDENT": (("model/student", "model.student.name"), _student),
     "METHOD": (("method", "method.name"), _method),
-    "SEED": (("seed",), _seed),
+    "SEED": (("seed",), lambda text: (f"seed={whole('SEED', text, 0, MOST_SEED, where=' in the environment')}",)),
 }
 """Variable -> the keys it stands for, and what reads it."""
 
@@ -194,16 +169,34 @@ def _has_weights(name: Any) -> bool:
     return full is not None and bool(is_model_pretrained(full))
 
 
-def _entries(teachers: Any) -> list[dict[str, Any]]:
+def _entries(composed: DictConfig) -> list[dict[str, Any]]:
     """The composed teachers, which stand in a list or are numbered."""
-    if not OmegaConf.is_config(teachers):
-        return []
-    plain: Any = OmegaConf.to_container(teachers)
+    teachers = OmegaConf.select(composed, "model.teachers")
+    plain: Any = OmegaConf.to_container(teachers) if OmegaConf.is_config(teachers) else []
     items = list(plain.values()) if isinstance(plain, dict) else plain
     return [item if isinstance(item, dict) else {} for item in items]
 
 
-def _instead_of(before: Mapping[str, Any], name: str) -> dict[str, Any]:
-    spared = before.get("pretrained") is False and _has_weights(before.get("name"))
-    kept = {key: value for key, value in before.items() if key != "checkpoint"}
-    return {**kept, "name": name, "pretrained": _has_weights(name) and not spared}
+def _in_place_of(before: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The teachers of these names.
+
+    A network that is already among those before stays as it is, with its checkpoint. Another one takes over the
+    settings of the teacher in its place, except its checkpoint; it is pretrained if it has weights, unless the teacher
+    in its place has some too and was not to use them.
+    """
+    left = list(before)
+    teachers = []
+    for index, name in enumerate(names):
+        same = next((entry for entry in left if _full_name(entry.get("name")) == _full_name(name)), None)
+        if same is not None:
+            left.remove(same)
+            teachers.append(same)
+            continue
+        former = before[index] if index < len(before) else {}
+        spared = former.get("pretrained") is False and _has_weights(former.get("name"))
+        kept = {key: value for key, value in former.items() if key != "checkpoint"}
+        teachers.append({**kept, "name": name, "pretrained": _has_weights(name) and not spared})
+    for entry in left:
+        if entry.get("checkpoint"):
+            logger.info("checkpoint %s of %s is left out", entry["checkpoint"], entry.get("name"))
+    return teachers

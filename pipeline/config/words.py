@@ -21,14 +21,11 @@ OLD_NAMES = {
     "teacher2_ckpt": "model.teachers.1.checkpoint",
     "finetune_ckpt1": "model.teachers.0.checkpoint",
     "finetune_ckpt2": "model.teachers.1.checkpoint",
-    "teacher1_freeze_level": "method.teacher_freeze_level",
-    "teacher2_freeze_level": "method.teacher_freeze_level",
-    "teacher1_freeze_bn": "method.teacher_freeze_bn",
-    "teacher2_freeze_bn": "method.teacher_freeze_bn",
-    "teacher1_bn_head_only": "method.teacher_bn_head_only",
-    "teacher2_bn_head_only": "method.teacher_bn_head_only",
-    "teacher1_freeze_scope": "method.teacher_freeze_scope",
-    "teacher2_freeze_scope": "method.teacher_freeze_scope",
+    **{
+        f"teacher{number}_{key}": f"method.teacher_{key}"
+        for key in ("freeze_level", "freeze_bn", "bn_head_only", "freeze_scope")
+        for number in (1, 2)
+    },
     "teacher_lr": "optim.a_step_lr",
     "teacher_weight_decay": "optim.a_step_weight_decay",
     "train_distill_adapter_only": "method.use_teacher_finetuning (adapters always train with the fusion)",
@@ -221,15 +218,16 @@ def written(value: Any) -> str:
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """Explain a refused configuration in one line: key, value, what to do; at most three problems."""
-    lines: list[str] = []
-    seen: set[str] = set()
-    for problem in error.errors(include_url=False):
-        key, line = _explain(problem, list(problem["loc"]), root)
-        if key not in seen:  # a union gives one problem for each of its members
-            seen.add(key)
-            lines.append(line)
+    return one_line(_explain(problem, list(problem["loc"]), root) for problem in error.errors(include_url=False))
+
+
+def one_line(problems: Iterable[tuple[str, str]]) -> str:
+    """Join the first sentence about each key; at most three."""
+    lines: dict[str, str] = {}
+    for key, line in problems:
+        lines.setdefault(key, line)  # a union gives one problem for each of its members
     more = len(lines) - MAX_PROBLEMS
-    return "; ".join(lines[:MAX_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+    return "; ".join([*lines.values()][:MAX_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _explain(problem: Any, path: list[str | int], root: type[BaseModel]) -> tuple[str, str]:
