@@ -1,13 +1,12 @@
 """Check whether a run would work here: packages, devices, where runs go, data; one screen."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from pipeline.compose import cli
 from pipeline.config import Config
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
+from pipeline.runs.folders import writable
 from pipeline.runs.run import tracking_uri
 from pipeline.tracking import start
 
@@ -33,21 +33,14 @@ class Finding(NamedTuple):
 def examine(config: Config) -> Iterator[Finding]:
     """Check everything, cheap checks first."""
     for check in (_python, _packages, _devices, _environment_managers, _output, _tracking, _data):
-        yield from _guarded(check, config)
-
-
-def _guarded(check: Callable[[Config], Iterator[Finding]], config: Config) -> Iterator[Finding]:
-    try:
-        yield from check(config)
-    except UserError as error:
-        yield Finding(False, check.__name__.strip("_").replace("_", " "), str(error))
+        try:
+            yield from check(config)
+        except UserError as error:
+            yield Finding(False, check.__name__.strip("_").replace("_", " "), str(error))
 
 
 def _python(config: Config) -> Iterator[Finding]:
-    good = sys.version_info >= (3, 11)
-    yield Finding(
-        good, "python", f"{platform.python_version()} at {sys.executable}" + ("" if good else "; 3.11 is needed")
-    )
+    yield Finding(True, "python", f"{platform.python_version()} at {sys.executable}")
 
 
 def _packages(config: Config) -> Iterator[Finding]:
@@ -63,8 +56,6 @@ def _packages(config: Config) -> Iterator[Finding]:
 
 
 def _devices(config: Config) -> Iterator[Finding]:
-    if importlib.util.find_spec("torch") is None:
-        return
     import torch
 
     from pipeline.distill.networks import device_of
@@ -92,12 +83,9 @@ def _environment_managers(config: Config) -> Iterator[Finding]:
 
 def _output(config: Config) -> Iterator[Finding]:
     folder = output_dir(config)
-    try:
+    with writable(config):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"output_dir={folder}: cannot write there ({error.strerror}); choose another folder") from error
+        tempfile.TemporaryFile(dir=folder).close()
     free = shutil.disk_usage(folder).free / 1e9
     yield Finding(free > 1, "runs' folder", f"{folder.resolve()}, {free:.1f} GB free")
 

@@ -32,13 +32,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 def write_atomically(path: Path, content: bytes | str, key: str = "output_dir") -> None:
     """Write, sync and rename: after a crash there is the old file or the new one, whole.
 
-    Args:
-        path: its folder must exist: one that was removed meanwhile must not come back half filled.
-        content: text is stored as UTF-8.
-        key: the configuration key that sets its place.
-
-    Raises:
-        UserError: the disk is full, or the file may not be written; the temporary file is gone.
+    The file's folder must exist: one that was removed meanwhile must not come back half filled. Raises UserError, which
+    names the `key` that sets the place: the disk is full, or the file may not be written; the temporary file is gone.
     """
     data = content.encode() if isinstance(content, str) else content
     with replacing(path, key, len(data)) as temporary:
@@ -47,16 +42,10 @@ def write_atomically(path: Path, content: bytes | str, key: str = "output_dir") 
 
 @contextmanager
 def replacing(path: Path, key: str = "output_dir", size: int | None = None) -> Iterator[Path]:
-    """Yield an empty file beside `path` to fill; it is renamed to `path` when the block succeeds.
+    """Yield an empty file beside `path` to fill, renamed to `path` when the block succeeds; else as `write_atomically`.
 
-    Args:
-        path, key: as for `write_atomically`.
-        size: its bytes, for the message.
-
-    Raises:
-        UserError: as for `write_atomically`.
+    `size`: its bytes, for the message.
     """
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     with explained(path, key, size):
         try:
@@ -153,15 +142,12 @@ def acquire(path: Path, *, shared: bool = False, patience: float | None = None) 
     descriptor passes from one journal to the next, and a file that was removed while we waited does not count.
 
     Args:
-        path: a file that serves only as a lock, in an existing folder.
+        path: a file that serves only as a lock, in an existing folder. Raises OSError if it cannot be made.
         shared: several holders may share it.
         patience: seconds to wait; None waits forever.
 
     Returns:
         A descriptor for `release`; None if the wait was too long.
-
-    Raises:
-        OSError: the file cannot be made.
     """
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline = None if patience is None else time.monotonic() + patience

@@ -4,7 +4,6 @@ it is refused.
 
 import errno
 import os
-import stat
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import UserError
@@ -37,28 +36,26 @@ def inside(folder: Path, name: object) -> Path:
         raise refusal
     path = folder / pure
     try:
-        real = os.path.realpath(path)
-        root = os.path.realpath(folder)
+        if _leads_out(path, folder):
+            raise refusal
     except (OSError, ValueError):  # a name the file system does not take
         raise refusal from None
-    if os.path.commonpath([root, real]) != root:
-        raise refusal
     return path
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def tree_inside(folder: Path, name: object) -> Path:
     """The same for a file or folder that is to be sent: nothing below it leads out of `folder` either.
 
-    Raises:
-        UserError: as `inside`; or something there is neither a file nor a folder: a pipe would be read for ever.
+    Raises UserError: as `inside`; or something there is neither a file nor a folder: a pipe would be read for ever.
     """
     path = inside(folder, name)
-    root = os.path.realpath(folder)
     below = [Path(top, one) for top, folders, files in os.walk(path) for one in (*folders, *files)]
     for one in (path, *below) if path.exists() else ():
-        found = one.stat().st_mode if one.exists() else 0
-        real = os.path.realpath(one)
-        if os.path.commonpath([root, real]) != root or not (stat.S_ISREG(found) or stat.S_ISDIR(found)):
+        if _leads_out(one, folder) or not (one.is_file() or one.is_dir()):
             raise UserError(f"{one} leads out of {folder}, or is neither a file nor a folder; refused")
     return path
 
@@ -71,10 +68,6 @@ def user_path(given: str, key: str) -> Path:
     """The file or folder that the user names under `key`, with `~` expanded; it need not exist.
 
     What is there can be looked at: `exists`, `is_file` and `is_dir` of the path do not raise.
-
-    Args:
-        given: as it was written; a relative path is relative to the working directory.
-        key: of the configuration or of the step, for the error; `key=value` does too.
 
     Raises:
         UserError: `given` is empty, is not UTF-8, holds a NUL, is too long for the file system, names the home of an

@@ -50,16 +50,15 @@ def looks_secret(name: str) -> bool:
     return keyed or (name.isupper() and name.endswith("_KEY"))
 
 
-def values(environ: Mapping[str, str] | None = None) -> list[str]:
+def _values() -> list[str]:
     """Values of the environment's secret-looking variables, the longest first."""
-    variables = os.environ if environ is None else environ
-    found = {value for name, value in variables.items() if len(value) >= SHORTEST and looks_secret(name)}
+    found = {value for name, value in os.environ.items() if len(value) >= SHORTEST and looks_secret(name)}
     return sorted(found, key=lambda value: (-len(value), value))
 
 
-def mask(text: str, environ: Mapping[str, str] | None = None) -> str:
+def mask(text: str) -> str:
     """`text` without the values of secret-looking environment variables, and without passwords in URLs."""
-    return _without(text, values(environ))
+    return _without(text, _values())
 
 
 def _without(text: str, found: Iterable[str]) -> str:
@@ -71,7 +70,7 @@ def _without(text: str, found: Iterable[str]) -> str:
 
 def mask_all(tree: Any, but: Collection[str] = ()) -> Any:
     """`mask` every text in nested lists and mappings, except keys and the values of the keys in `but`."""
-    found = values()
+    found = _values()
 
     def walk(value: Any) -> Any:
         if isinstance(value, str):
@@ -112,7 +111,7 @@ _PLAIN = re.compile(
 _BEGIN, _END = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"), re.compile(r"-----END [A-Z ]*PRIVATE KEY")
 
 
-def mask_lines(text: str, environ: Mapping[str, str] | None = None) -> str:
+def mask_lines(text: str) -> str:
     """Mask everything that looks like a secret in a text of many lines, such as a diff.
 
     Masked: values assigned to secret-looking names (to the end of the line where they are not in quotation marks),
@@ -120,7 +119,7 @@ def mask_lines(text: str, environ: Mapping[str, str] | None = None) -> str:
     The number of lines is unchanged.
     """
     lines, private = [], False
-    for line in mask(text, environ).split("\n"):
+    for line in mask(text).split("\n"):
         if private or _BEGIN.search(line):
             private = not _END.search(line)
             lines.append((line[:1] if line[:1] in ("+", " ") else "") + MASK)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sqlite3
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -33,10 +34,7 @@ def tracking(uri: str, key: str = "tracking.uri") -> str:
         'https://mlflow.lab:5000'
     """
     uri = uri.strip()
-
-    def refuse(reason: str) -> UserError:
-        return UserError(f"{key}={hidden(printable(uri))}: {reason}")
-
+    refuse = partial(_refusal, key, uri)
     if not is_utf8(uri) or not uri.isprintable() or " " in uri.partition("://")[2].partition("/")[0]:
         raise refuse(f"an address holds no spaces and no control characters; give {FORMS}")
     if uri.startswith(SQLITE):
@@ -70,17 +68,13 @@ def tracking(uri: str, key: str = "tracking.uri") -> str:
 def sqlite(url: str, key: str) -> str:
     """A `sqlite:///<file>` URL with an absolute path; neither the file nor its folder need exist.
 
-    Raises:
-        UserError: no file, a folder, a file that is not a SQLite database or cannot be written.
+    Raises UserError: no file, a folder, a file that is not a SQLite database or cannot be written.
     """
+    refuse = partial(_refusal, key, url)
     path, mark, query = url.removeprefix(SQLITE).partition("?")
     if not path or path == ":memory:":
-        raise UserError(f"{key}={url}: name a file, for example sqlite:///mlflow.db")
+        raise refuse("name a file, for example sqlite:///mlflow.db")
     file = user_path(path, f"{key}={SQLITE}").absolute()
-
-    def refuse(reason: str) -> UserError:
-        return UserError(f"{key}={printable(url)}: {reason}")
-
     if file.is_dir():
         raise refuse(f"{file} is a folder; name a file in it, such as sqlite:///{file / 'mlflow.db'}")
     above = next(folder for folder in file.parents if folder.exists())
@@ -98,6 +92,10 @@ def sqlite(url: str, key: str) -> str:
     elif tables(file) is None:
         raise refuse("the file is no SQLite database; name another")
     return f"{SQLITE}{file}{mark}{query}"
+
+
+def _refusal(key: str, url: str, reason: str) -> UserError:
+    return UserError(f"{key}={hidden(printable(url))}: {reason}")
 
 
 def sqlite_path(url: str) -> Path:

@@ -59,6 +59,8 @@ def parse(argv: Sequence[str], own: Collection[str] = ()) -> Command:
                 "UTF-8; give a plain text (rename a file with such a name)"
             )
     for key, value in _pairs(list(argv)):
+        if not key or key.startswith("-"):
+            raise UserError(f"{f'{key}={value}'!r} has no key: write key=value, such as method.kd_alpha=0.5")
         if key == "help":
             topic = value.strip()
         elif key == "cfg":
@@ -70,7 +72,9 @@ def parse(argv: Sequence[str], own: Collection[str] = ()) -> Command:
         elif value.strip() or "." in key:
             texts.append(f"{key}={value}")
     taken, overrides = _take(texts, own)
-    return Command(cfg, tuple(overrides), topic, _debug(overrides), taken)
+    # needed before composing, for tracebacks of its errors
+    debug = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("debug=")]
+    return Command(cfg, tuple(overrides), topic, bool(debug) and debug[-1].strip().lower() in TRUE, taken)
 
 
 def _take(texts: Sequence[str], own: Collection[str]) -> tuple[dict[str, str], list[str]]:
@@ -103,26 +107,12 @@ def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
                 if not argv or (argv[0].startswith("--") and argv[0] != "--"):
                     raise UserError(f"{argument} has no value: write {argument} <value> or {key}=<value>")
                 value = argv.pop(0)
-            yield _known_form(key, argument), value
-        elif argument.startswith("~") and "=" not in argument:
-            yield argument, ""
-        elif "=" in argument:
+            yield key.strip(), value
+        elif "=" in argument or argument.startswith("~"):
             key, _, value = argument.partition("=")
-            yield _known_form(key, argument), value
+            yield key.strip(), value
         elif argument.strip():
             raise UserError(f"{argument!r} is not key=value; did you mean cfg={argument}? --help all lists all keys")
-
-
-def _known_form(key: str, argument: str) -> str:
-    if not key.strip() or key.startswith("-"):
-        raise UserError(f"{argument!r} has no key: write key=value, such as method.kd_alpha=0.5")
-    return key.strip()
-
-
-def _debug(overrides: Sequence[str]) -> bool:
-    """Whether debug is set: needed before composing, for tracebacks of its errors."""
-    said = [o.lstrip("+").partition("=")[2].strip().lower() for o in overrides if o.lstrip("+").startswith("debug=")]
-    return bool(said) and said[-1] in TRUE
 
 
 def flag(own: Mapping[str, str], key: str, default: bool = False) -> bool:

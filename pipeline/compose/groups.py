@@ -24,19 +24,10 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def names(folder: str) -> list[str]:
-    """The files of a folder of conf/: `names("sweep")` -> `["accuracy_cost", …]`."""
-    return sorted(file.stem for file in (CONF / folder).glob("*.yaml"))
-
-
 def locate(folder: str, given: str, key: str | None = None) -> Path:
     """The file that `cfg=<given>` or `sweep=<given>` names: of conf/<folder>, or a YAML file anywhere.
 
-    Args:
-        key: what names it on the command line, where that is not the folder's name.
-
-    Raises:
-        UserError: there is no such file; near misses are named.
+    `key` names it on the command line; by default as the folder. Raises UserError, with near misses: no such file.
     """
     key = key or folder
     is_path = given.endswith((".yaml", ".yml")) or os.sep in given
@@ -52,8 +43,8 @@ def locate(folder: str, given: str, key: str | None = None) -> Path:
         beside = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
         near = near_miss(file.name, beside)
         raise UserError(f"{key}={given}: no such file" + (f"; did you mean {file.parent / near}?" if near else ""))
-    known, what = names(folder), folder if key == "cfg" else key
+    known = sorted(file.stem for file in (CONF / folder).glob("*.yaml"))
     raise UserError(
-        f"{key}={given}: no such {what}; {suggestion(given, known)}there are {', '.join(known)}, or give the path of a "
-        "YAML file"
+        f"{key}={given}: no such {folder if key == 'cfg' else key}; {suggestion(given, known)}there are "
+        f"{', '.join(known)}, or give the path of a YAML file"
     )

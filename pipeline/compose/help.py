@@ -51,15 +51,12 @@ def step_help(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]
 
     Without a topic: what the step does, its own keys and the ones that matter most, on one screen. With `all`, a group
     or a key (`--help method`, `--help tracking.uri`) or a configuration: the keys with types, defaults and, given a
-    configuration, its values.
+    configuration, its values. Raises UserError: the topic is neither a group nor a key, or the configuration is wrong.
 
     Args:
         about: the docstring of the step's file.
         own: the step's own keys, with words.
         keys: keys of the configuration that matter most here.
-
-    Raises:
-        UserError: the topic is neither a group nor a key, or the configuration is wrong.
     """
     config = None
     if command.cfg or command.overrides:
@@ -69,9 +66,10 @@ def step_help(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]
     topic = command.help or (ALL if config is not None else "")
     if not topic:
         return _screen(step, about, own, keys)
-    found = [key for key in _keys(config) if topic == ALL or f"{key.name}.".startswith(f"{topic}.")]
+    every = list(_keys(config or Config()))
+    found = [key for key in every if topic == ALL or f"{key.name}.".startswith(f"{topic}.")]
     if not found:
-        hint = suggestion(topic, [ALL, *(key.name for key in _keys(config))])
+        hint = suggestion(topic, [ALL, *(key.name for key in every)])
         sections = ", ".join(name for name, field in Config.model_fields.items() if section_of(field))
         raise UserError(f"--help {topic}: {hint}give all, a key, or one of {sections}")
     lines = _introduction(step, own) if topic == ALL else []
@@ -88,7 +86,7 @@ def _usage(step: str) -> str:
 
 
 def _screen(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]) -> str:
-    every = {key.name: key for key in _keys(None)}
+    every = {key.name: key for key in _keys(Config())}
     lines = [
         _usage(step),
         "",
@@ -112,7 +110,7 @@ def _screen(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]) 
 
 
 def _introduction(step: str, own: Mapping[str, str]) -> list[str]:
-    return [
+    lines = [
         _usage(step),
         f"       mlflow run . -e {step} [-P cfg=<name or file>] [-P key=value …] [-P overrides='a=1 b=[1,2]']",
         "",
@@ -121,9 +119,12 @@ def _introduction(step: str, own: Mapping[str, str]) -> list[str]:
         "Environment: TEACHER_PAIR=t1,t2 STUDENT METHOD SEED are overrides; DRY_RUN=1 shows the plan.",
         "",
         *_own_help(own),
-        *_groups_help(),
-        "",
+        "Groups (group=option):",
     ]
+    for group, options in groups().items():
+        name = "cfg" if group == "experiment" else group
+        lines += textwrap.wrap(" ".join(options), WIDTH, initial_indent=f"  {name:<16}", subsequent_indent=" " * 18)
+    return [*lines, ""]
 
 
 def _own_help(own: Mapping[str, str]) -> list[str]:
@@ -134,36 +135,20 @@ def _own_help(own: Mapping[str, str]) -> list[str]:
     return [*lines, ""] if own else []
 
 
-def _groups_help() -> list[str]:
-    lines = ["Groups (group=option):"]
-    for group, options in groups().items():
-        name = "cfg" if group == "experiment" else group
-        lines += textwrap.wrap(" ".join(options), WIDTH, initial_indent=f"  {name:<16}", subsequent_indent=" " * 18)
-    return lines
-
-
-def _keys(config: Config | None) -> Iterator[Key]:
-    """Every key, section by section, with the configuration's value or the default."""
-    yield from _keys_of(Config, config, "")
-    for name, field in Config.model_fields.items():
-        section = section_of(field)
-        if section is not None:
-            yield Key(name, None, None, " ".join((section.__doc__ or "").split()))
-            yield from _keys_of(section, getattr(config, name) if config is not None else None, f"{name}.")
-
-
-def _keys_of(section: type[BaseModel], values: BaseModel | None, prefix: str) -> Iterator[Key]:
-    for name, field in section.model_fields.items():
-        inner = section_of(field)
-        value = getattr(values, name) if values is not None else field.default
+def _keys(section: BaseModel, prefix: str = "") -> Iterator[Key]:
+    """Every key with its value, and headings of sections."""
+    for name, field in type(section).model_fields.items():
+        inner, value = section_of(field), getattr(section, name)
         if inner is None:
             yield Key(prefix + name, field, value, field.description or "")
         elif is_list_of_sections(field):
             yield Key(prefix + name, None, None, field.description or "")
-            for i, item in enumerate(value or [None]):
-                yield from _keys_of(inner, item, f"{prefix}{name}.{i}.")
-        elif prefix:  # sections of the top level have a heading of their own
-            yield from _keys_of(inner, value, f"{prefix}{name}.")
+            for i, item in enumerate(value or [inner.model_construct()]):
+                yield from _keys(item, f"{prefix}{name}.{i}.")
+        else:
+            if not prefix:
+                yield Key(name, None, None, " ".join((inner.__doc__ or "").split()))
+            yield from _keys(value, f"{prefix}{name}.")
 
 
 def _described(key: Key) -> list[str]:

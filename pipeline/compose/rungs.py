@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.compose.compose import compose
 from pipeline.compose.groups import CONF
 from pipeline.compose.settings import read_data
 from pipeline.config import Config, explain
@@ -35,16 +34,13 @@ FROM_CFG: Mapping[tuple[str, str], Callable[[Config], Any]] = {
 
 @dataclass(frozen=True)
 class Rung:
-    """A file of conf/experiment over another rung's, or over `base`.
-
-    Attributes:
-        parent: None of the lowest one.
-        sets: its dotted keys and their values: all that it may change of its parent.
-    """
+    """A file of conf/experiment over another rung's, or over `base`."""
 
     name: str
     parent: str | None
+    """None of the lowest one."""
     sets: Mapping[str, Any]
+    """Its dotted keys and their values: all that it may change of its parent."""
 
 
 def known() -> dict[str, Rung]:
@@ -160,11 +156,7 @@ def configuration(cfg: Config, name: str, seed: int) -> Config:
 
 
 def configurations(cfg: Config, names: Iterable[str], seeds: Sequence[int]) -> list[Config]:
-    """A configuration for each rung and seed, rung by rung, each checked against its parent.
-
-    Raises:
-        UserError: a rung that does not fit or changes nothing.
-    """
+    """A configuration for each rung and seed, rung by rung. Raises UserError: one does not fit or changes nothing."""
     if cfg.method.kd_alpha == 0:
         raise UserError("method.kd_alpha=0: the rungs above l0_baseline distil with the configuration's weight; set it")
     found = []
@@ -176,14 +168,6 @@ def configurations(cfg: Config, names: Iterable[str], seeds: Sequence[int]) -> l
                 check(rung, checked[rung.parent], checked[rung.name])
         found += [configuration(cfg, name, seed) for seed in seeds]
     return found
-
-
-def configs(
-    cfg: str | None, names: Iterable[str], seeds: Sequence[int] = (0,), overrides: Sequence[str] = ()
-) -> list[Config]:
-    """`configurations` over what `cfg` and `overrides` compose. Raises UserError."""
-    refuse_overrides(names := list(names), overrides)
-    return configurations(compose(cfg, overrides), names, seeds)
 
 
 def check(rung: Rung, parent: Config, child: Config) -> None:

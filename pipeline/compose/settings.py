@@ -26,11 +26,7 @@ from pipeline.errors import UserError
 def read_yaml(path: Path, source: str) -> DictConfig | ListConfig:
     """A user's own file as OmegaConf reads it: 1e-3 is a number, duplicate keys are refused, `${…}` is resolved later.
 
-    Args:
-        source: what named the file, for errors: `cfg=my.yaml`.
-
-    Raises:
-        UserError: one line that begins with `source`.
+    Raises UserError: one line that begins with `source`, which is what named the file: `cfg=my.yaml`.
     """
     return parse_yaml(yaml_data.text_of(path, source), source)
 
@@ -41,10 +37,9 @@ def parse_yaml(text: str, source: str) -> DictConfig | ListConfig:
     if data is not None and not isinstance(data, dict | list):
         raise UserError(f"{source}: holds a single value, not groups of keys")
     try:
-        content: DictConfig | ListConfig = OmegaConf.create({} if data is None else data)
+        return OmegaConf.create({} if data is None else data)
     except OmegaConfBaseException as error:
         raise yaml_data.refusal(source, error) from error
-    return content
 
 
 def read_data(path: Path, source: str) -> Any:
@@ -78,8 +73,7 @@ def read_section(
 
     Args:
         schema: a pydantic model, or a union of models that one of their keys tells apart.
-        key: what the command line calls the section: `cluster`, of `cluster=slurm cluster.partition=gpu`.
-        given: the value given for it, a name or a path, for errors.
+        key, given: what the command line calls the section, and a name or a path, for errors: `cluster=slurm`.
         overrides: `{"partition": "gpu", "space.method.tau.high": "6"}`. Another `kind`, `name` or `type` drops the keys
             that only the former one has; `null` removes an entry of a group whose names are free.
         normal: writes short forms in full; may raise ValueError.
@@ -180,17 +174,14 @@ def _entry(node: Mapping[str, Any], place: Place, walked: str, rest: str) -> tup
 
 
 class Place(NamedTuple):
-    """What the schema has at a path.
-
-    Attributes:
-        type: without `Annotated`.
-        tag: of a union of sections, the key that tells them apart; else empty.
-        field: the section's field that leads here or into which it leads; None at the root.
-    """
+    """What the schema has at a path."""
 
     type: Any
+    """Without `Annotated`."""
     tag: str = ""
+    """Of a union of sections, the key that tells them apart; else empty."""
     field: FieldInfo | None = None
+    """The section's field that leads here or into which it leads; None at the root."""
 
     @classmethod
     def of(cls, annotation: Any, tag: Any = None, field: FieldInfo | None = None) -> Place:
@@ -274,20 +265,15 @@ def keys(section: type[BaseModel], but: Collection[str] = ()) -> list[str]:
 
 
 def _problem(problem: Any, union: Place, place: Place, key: str) -> tuple[str, str]:
-    """The key that a problem of pydantic's is about, and the line that says so.
-
-    Args:
-        union: what the section may be one of.
-        place: the section.
-    """
+    """The key that a problem of pydantic's is about, and the line that says so; `union`: what `place` may be one of."""
     outer, name = place, key
     for part in map(str, problem["loc"]):
         if place.tag:  # pydantic names the section chosen
             union, place = place, Place(place.kinds[part])
-            continue
-        if not (place.holds_keys or (place.is_list and place.items.holds_keys)):
+        elif place.holds_keys or (place.is_list and place.items.holds_keys):
+            outer, place, name = place, place.inside(part), f"{name}.{part}"
+        else:
             break  # an item of a plain list, or which member of a union
-        outer, place, name = place, place.inside(part), f"{name}.{part}"
     what, value = problem["type"], problem["input"]
     section = outer.section({})
     if what == "value_error":  # raised by a rule, which says all

@@ -132,8 +132,7 @@ _SHORTCUTS: dict[str, tuple[tuple[str, ...], Callable[[str], tuple[str, ...]]]] 
 def _network(text: str, source: str) -> str:
     """A network's name as a configuration would have it: `resnet8x4_scratch` of the research code is cifar_resnet8x4.
 
-    Raises:
-        UserError: no such network; the nearest names are given.
+    Raises UserError, with the nearest name: no such network.
     """
     from timm import list_models
 

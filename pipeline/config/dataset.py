@@ -1,12 +1,10 @@
 """What is learned: the data set, its split and its augmentation (docs/method.md section 3)."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from pipeline.config.base import Section, key
 from pipeline.config.datasets import DATASETS
-from pipeline.config.numbers import BatchSize, Deviation, Fraction, Pixels, Processes, Seed
+from pipeline.config.numbers import BatchSize, BelowOne, Deviation, Fraction, Pixels, Processes, Seed
 
 
 class DatasetConfig(Section):
@@ -34,7 +32,7 @@ class DatasetConfig(Section):
     )
     batch_size: BatchSize = key(128, "images per update, over all processes")
     eval_batch_size: BatchSize = key(500, "images per forward pass in evaluation")
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = key(
+    val_fraction: BelowOne = key(
         0.1, "share of the training images held out for validation; 0 for the published KD protocol"
     )
     split_seed: Seed = key(0, "seed of the validation split; with the data's digest, it fixes the images held out")

@@ -9,7 +9,7 @@ from pipeline.config.sections import Sections
 
 def inactive(config: Sections) -> list[str]:
     """One sentence for each changed key that cannot act in this configuration, beginning with the key."""
-    return [*_conditions_not_met(config), *_epochs(config), *_other_sections(config)]
+    return [*_conditions_not_met(config), *_epochs(config)]
 
 
 def _conditions_not_met(config: Sections) -> Iterator[str]:
@@ -19,6 +19,8 @@ def _conditions_not_met(config: Sections) -> Iterator[str]:
             reasons = (condition(section, prefix) for condition in conditions(field))
             if reason := next(filter(None, reasons), None):
                 yield f"{prefix}{name}: {reason}"
+    if config.dataset.name == "image_folder" and config.augment.crop_flip and config.augment.pad_mode != "zero":
+        yield "augment.pad_mode: dataset.name=image_folder crops without padding"
 
 
 def _epochs(config: Sections) -> Iterator[str]:
@@ -56,9 +58,3 @@ def _epochs(config: Sections) -> Iterator[str]:
         past = [epoch for epoch in schedule.milestones if epoch >= epochs]
         if schedule.type == "step" and past and epochs:
             yield f"{where}.milestones: {past} lie past the {epochs} epochs"
-
-
-def _other_sections(config: Sections) -> Iterator[str]:
-    """Keys that depend on a key of another section."""
-    if config.dataset.name == "image_folder" and config.augment.crop_flip and config.augment.pad_mode != "zero":
-        yield "augment.pad_mode: dataset.name=image_folder crops without padding"

@@ -1,10 +1,11 @@
 """The networks: student and teachers."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from pipeline.config.base import Section, key
+from pipeline.config.numbers import BelowOne
 
 
 class StudentConfig(Section):
@@ -24,9 +25,7 @@ class TeacherConfig(Section):
     name: str = key("cifar_resnet32x4", "any timm classifier, cifar_* network or alias")
     pretrained: bool = key(True, "start fine-tuning from timm's pretrained weights")
     checkpoint: str | None = key(None, "weights to use as they are: a file or runs:/<id>")
-    efficientnet_dropout: Annotated[float, Field(ge=0, lt=1)] = key(
-        0.3, "dropout before an EfficientNet's classifier", when=_not_an_efficientnet
-    )
+    efficientnet_dropout: BelowOne = key(0.3, "dropout before an EfficientNet's classifier", when=_not_an_efficientnet)
 
     @model_validator(mode="before")
     @classmethod
@@ -35,10 +34,6 @@ class TeacherConfig(Section):
         if isinstance(data, dict) and str(data.get("name", cls.model_fields["name"].default)).startswith("cifar_"):
             return {"pretrained": False, **data}
         return data
-
-
-def _number(index: Any) -> int:
-    return int(index) if str(index).isdecimal() else -1
 
 
 class ModelConfig(Section):
@@ -51,6 +46,8 @@ class ModelConfig(Section):
     @classmethod
     def _teachers_by_index(cls, value: Any) -> Any:
         """Read `{0: {...}, 1: {...}}`, which overrides of single items leave, as a list."""
-        if isinstance(value, dict) and sorted(map(str, value), key=_number) == [str(i) for i in range(len(value))]:
-            return [value[k] for k in sorted(value, key=_number)]
+        if isinstance(value, dict):
+            numbered = {str(index): teacher for index, teacher in value.items()}
+            indices = [str(index) for index in range(len(value))]
+            return [numbered[index] for index in indices] if numbered.keys() == set(indices) else value
         return value

@@ -22,6 +22,7 @@ EXACT = 2**53
 
 # floats
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Deviation = Annotated[float, Field(gt=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Points = Annotated[float, Field(ge=-100, le=100), "accuracies are in percent"]
@@ -85,8 +86,7 @@ def whole(key: str, text: str, low: int = 1, high: int = MILLION, why: str = "",
 def processes(environment: Mapping[str, str]) -> tuple[int, int]:
     """Read this process's rank and the number of processes from torchrun's variables; 0 and 1 without them.
 
-    Raises:
-        UserError: a variable is not a number, contradicts the others, or is missing.
+    Raises UserError: a variable is not a number, contradicts the others, or is missing.
     """
     most = 100_000
 

@@ -2,14 +2,12 @@
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import urls
 from pipeline.config.dataset import DatasetConfig
 from pipeline.config.datasets import DATASETS
 from pipeline.config.schema import Config
-from pipeline.config.training import TrackingConfig
 from pipeline.errors import UserError
 from pipeline.paths import user_path
 
@@ -19,27 +17,30 @@ DISTILLING = ("main", "distill", "ablate", "sweep")
 
 def check_there(config: Config, step: str) -> None:
     """Raise UserError for the first file or folder on this machine that a step will need and that is not there."""
-    for key, text in _named(config):
-        user_path(text, key)
-    if config.tracking.mode == "online":
-        check_tracking(config.tracking)
+    checkpoints = {f"model.teachers.{i}.checkpoint": t.checkpoint for i, t in enumerate(config.model.teachers)}
+    given = {
+        "output_dir": config.output_dir,
+        "bank_folder": config.bank_folder,
+        "resume": config.resume,
+        "student": config.student,
+        "dataset.root": config.dataset.root,
+        "dataset.path": config.dataset.path,
+        **checkpoints,
+    }
+    for key, text in given.items():
+        if text is not None and not is_uri(text):
+            user_path(text, key)
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    if config.tracking.mode == "online" and config.tracking.uri:
+        urls.tracking(config.tracking.uri)  # whether it answers shows later
+    elif config.tracking.mode == "online" and server:
+        urls.tracking(server, "MLFLOW_TRACKING_URI")
     if output_dir(config).is_file():
         raise UserError(f"output_dir={config.output_dir}: cannot write there (it is a file); choose another folder")
     check_data(config.dataset)
-    needed = config.model.teachers if step in DISTILLING and config.method.distils else ()
-    for index, teacher in enumerate(needed):
-        given = teacher.checkpoint
-        if given is not None and not given.startswith("runs:/"):
-            check_file(given, f"model.teachers.{index}.checkpoint={given}")
-
-
-def check_tracking(tracking: TrackingConfig) -> None:
-    """Raise UserError for the address of a tracking store that cannot be one; whether it answers shows later."""
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    if tracking.uri:
-        urls.tracking(tracking.uri)
-    elif given:
-        urls.tracking(given, "MLFLOW_TRACKING_URI")
+    for key, text in checkpoints.items() if step in DISTILLING and config.method.distils else ():
+        if text is not None and not text.startswith("runs:/"):
+            check_file(text, f"{key}={text}")
 
 
 def output_dir(config: Config) -> Path:
@@ -52,40 +53,23 @@ def is_uri(text: str) -> bool:
     return re.match(r"[a-z]+:/", text) is not None
 
 
-def _named(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield keys and values that name files or folders on this machine."""
-    given = {
-        "output_dir": config.output_dir,
-        "bank_folder": config.bank_folder,
-        "resume": config.resume,
-        "student": config.student,
-        "dataset.root": config.dataset.root,
-        "dataset.path": config.dataset.path,
-        **{f"model.teachers.{index}.checkpoint": t.checkpoint for index, t in enumerate(config.model.teachers)},
-    }
-    return ((key, text) for key, text in given.items() if text is not None and not is_uri(text))
-
-
 def check_data(dataset: DatasetConfig) -> None:
     """Raise UserError if the data set is not there and `dataset.download` will not fetch it."""
     if dataset.name == "image_folder":
-        _check_image_folder(dataset.root)
+        folder = user_path(dataset.root, "dataset.root")
+        for names in (("train",), ("val", "test")):
+            if not any((folder / name).is_dir() for name in names):
+                raise UserError(
+                    f"dataset.root={dataset.root}: {' or '.join(f'{name}/' for name in names)} is not there (looked in "
+                    f"{folder.resolve()}); dataset.name=image_folder needs train/<class>/ and val/<class>/ with "
+                    "pictures"
+                )
     place = DATASETS[dataset.name]
     if place is not None and not dataset.download and not place.below(dataset.root).is_dir():
         raise UserError(
             f"dataset.root={dataset.root}: {place.class_name} is not there (looked in {place.below(dataset.root)}); "
             "name the folder that holds it, or set dataset.download=true"
         )
-
-
-def _check_image_folder(root: str) -> None:
-    folder = user_path(root, "dataset.root")
-    for names in (("train",), ("val", "test")):
-        if not any((folder / name).is_dir() for name in names):
-            raise UserError(
-                f"dataset.root={root}: {' or '.join(f'{name}/' for name in names)} is not there (looked in "
-                f"{folder.resolve()}); dataset.name=image_folder needs train/<class>/ and val/<class>/ with pictures"
-            )
 
 
 def check_file(given: str, key: str) -> Path:

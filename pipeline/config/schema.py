@@ -50,11 +50,7 @@ def explain(error: ValidationError) -> str:
 
 
 class UnknownKey(UserError):
-    """A key that the configuration does not have; the message names the nearest of its keys and of `own`.
-
-    Args:
-        own: keys of the step alone, and prefixes of such keys that end with a dot.
-    """
+    """A key that the configuration does not have; the message names the nearest of its keys and of the step's `own`."""
 
     def __init__(self, name: str, own: Collection[str] = ()) -> None:
         self.name = name

@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.config.base import Section, key
-from pipeline.config.numbers import AtLeastOne, Epoch, Epochs, NonNegative, Positive, Scale, Seconds, Seed
+from pipeline.config.numbers import AtLeastOne, BelowOne, Epoch, Epochs, NonNegative, Positive, Scale, Seconds, Seed
 
 
 class OptimConfig(Section):
     """Optimisers, precision and numerical safety (docs/method.md sections 2, 5 and 10)."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = key("adamw", "the student's optimiser")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = key(0.9, "momentum of SGD")
+    momentum: BelowOne = key(0.9, "momentum of SGD")
     student_lr: Positive = key(1e-3, "peak learning rate of the student")
     student_weight_decay: NonNegative = key(3e-4, "weight decay of all the student's parameters")
     a_step_optimizer: Literal["sgd", "adam", "adamw"] = key("adamw", "the fusion's optimiser")
@@ -60,7 +60,7 @@ class FinetuneConfig(Section):
     weight_decay: NonNegative = key(3e-4, "weight decay in fine-tuning")
     schedule: ScheduleConfig = key(ScheduleConfig(), "learning-rate schedule of fine-tuning")
     cutmix_alpha: NonNegative = key(0.0, "CutMix's alpha in fine-tuning; 0: no CutMix")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "label smoothing in fine-tuning")
+    label_smoothing: BelowOne = key(0.0, "label smoothing in fine-tuning")
 
 
 class CheckpointConfig(Section):

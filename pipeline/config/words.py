@@ -78,21 +78,14 @@ def key_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """Return the one-line message for a key that the schema does not have."""
     known = list(known)
-    last = name.rsplit(".", 1)[-1]
-    same_last = [k for k in known if k.rsplit(".", 1)[-1] == last]
-    if not same_last:  # `finetune.small_input` is a misplaced key, not an old one
-        for old in (name, last):
-            if old in OLD_NAMES:
-                return f"{name}: this key is now {OLD_NAMES[old]}"
-    elif "." not in name and name in OLD_NAMES:
-        return f"{name}: this key is now {OLD_NAMES[name]}"
+    by_last = {key.rpartition(".")[2]: key for key in reversed(known)}  # of several, the first
+    last = name.rpartition(".")[2]
+    if last in OLD_NAMES and (last == name or last not in by_last):  # finetune.small_input is misplaced, not old
+        return f"{name}: this key is now {OLD_NAMES[last]}"
     if last.startswith("mbm_"):
         return f"{name}: keys of the fusion begin with method.ib_mbm_"
-    near = next(iter(same_last), None) or near_miss(name, known, 0.75)
-    if near is None:
-        lasts = {k.rsplit(".", 1)[-1]: k for k in known}
-        best = near_miss(last, lasts)
-        near = lasts[best] if best else near_miss(name, known)
+    near = by_last.get(last) or near_miss(name, known, 0.75)
+    near = near or by_last.get(near_miss(last, by_last) or "") or near_miss(name, known)
     hint = f"did you mean {near}?" if near else "--help all lists all keys"
     return f"{name}: unknown key; {hint}"
 
@@ -133,11 +126,7 @@ def is_text(field: FieldInfo) -> bool:
 
 
 def expects(field: FieldInfo, full: bool = False) -> str:
-    """Say what a key takes: `a number above 0, or null`.
-
-    Args:
-        full: also give an upper bound that is there only to catch slips, and has a sentence to explain it.
-    """
+    """Say what a key takes: `a number above 0, or null`; `full`: with bounds that are there only to catch slips."""
     if is_list_of_sections(field):
         return "a list of {name: …, pretrained: …, checkpoint: …}"
     return _words(field.annotation, field.metadata, full)

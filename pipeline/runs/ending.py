@@ -29,12 +29,10 @@ def ending_of(error: BaseException) -> Ending:
         case Pruned():
             tags = {"asib.pruned_epoch": str(error.epoch), "asib.pruned_reason": error.reason}
             return Ending("KILLED", "pruned", 0, tags=tags)
-        case HelperFailed():
+        case HelperFailed() | NonFinite():
             return Ending("FAILED", "failed", 1, str(error))
         case UserError():
             return Ending("FAILED", "refused", 2, str(error))
-        case NonFinite():
-            return Ending("FAILED", "failed", 1, str(error))
         case _:
             return Ending("FAILED", "failed", 1, f"{type(error).__name__}: {error}")
 

@@ -43,11 +43,7 @@ def folders_with(root: Path, file: str) -> list[Path]:
 def find_folder(root: Path, name: str, key: str = "resume") -> Path | None:
     """The local folder of a run: given as a path, by its MLflow run id, or by its journal id.
 
-    Args:
-        key: what names it, for errors.
-
-    Raises:
-        UserError: the path is invalid.
+    Raises UserError, which begins with `key`: the path is invalid.
     """
     given = user_path(name, key)
     if (given / "journal.jsonl").exists():

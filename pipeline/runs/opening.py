@@ -13,7 +13,7 @@ from pipeline.files import locked, release
 from pipeline.journal import FILE, Carrier, Journal, NullJournal, read_entries, read_header, take
 from pipeline.paths import inside
 from pipeline.runs.folders import ended, find_folder, fresh_folder, writable
-from pipeline.runs.run import CONFIG, Run, remove_unbegun, tracking_uri
+from pipeline.runs.run import CONFIG, Run, remove_unbegun
 from pipeline.runs.signals import Stop
 from pipeline.tracking import start
 from pipeline.tracking.client import Delivery
@@ -75,7 +75,12 @@ def child(
         parent.journal.child(folder)
         return _continue(step, config, folder, parent)
     delivery = parent.delivery if distant or parent.distant else None
-    run = _begin_nested(step, config, folder, parent, name, key, distant=delivery is not None)
+    parent.journal.begin()
+    known_as = parent.nested_id(key)
+    journal = _create(step, config, folder, name or folder.name, journal=known_as, parent=parent.folder)
+    parent.journal.child(folder)
+    run = Run(step, config, folder, journal, parent.delivery, None, parent, distant=delivery is not None)
+    run.describe()
     # by its journal's id delivery has found what there is of it on the server
     if delivery is not None and fetch_checkpoint(delivery, delivery.child_ready(folder), folder):
         run.journal.close()
@@ -97,60 +102,39 @@ def _begin(
 ) -> Run:
     """Start an outermost run, whose record stays pending until it is `ready`.
 
-    Args:
-        known_as: the journal id that the server has of it, where it has no checkpoint to continue from.
+    `known_as`: the journal id that the server has of it, where it has no checkpoint to continue from.
     """
+    journal = _create(step, config, folder, config.run_name, delivery, journal=known_as, pending=True)
     try:
-        journal = _create(step, config, folder, config.run_name, journal=known_as, pending=True)
+        delivery = delivery or _deliver(config, folder)
+        run = Run(step, config, folder, journal, delivery, stop=stop, distant=distant)
+        run.describe()
+    except UserError:
+        journal.close()
+        remove_unbegun(folder, delivery)
+        raise
+    return run
+
+
+def _create(
+    step: str, config: Config, folder: Path, name: str | None, delivery: Delivery | None = None, **more: Any
+) -> Journal:
+    usual = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
+    experiment, tags = config.tracking.experiment, {"asib.step": step}
+    try:
+        with writable(config):
+            folder.mkdir(parents=True, exist_ok=True)
+        return Journal.create(folder, experiment=experiment, name=name, usual_name=usual, tags=tags, **more)
     except UserError:
         if not (folder / FILE).exists():
             remove_unbegun(folder, delivery)
         raise
-    try:
-        delivery = delivery or _deliver(config, folder)
-    except UserError:
-        journal.close()
-        remove_unbegun(folder, None)
-        raise
-    run = Run(step, config, folder, journal, delivery, stop=stop, distant=distant)
-    try:
-        run.describe()
-    except UserError:
-        run.discard()
-        raise
-    return run
-
-
-def _begin_nested(
-    step: str, config: Config, folder: Path, parent: Run, name: str | None, key: str, distant: bool
-) -> Run:
-    parent.journal.begin()
-    try:
-        journal = _create(
-            step, config, folder, name or folder.name, journal=parent.nested_id(key), parent=parent.folder
-        )
-    except UserError:
-        if not (folder / FILE).exists():
-            remove_unbegun(folder, None)
-        raise
-    parent.journal.child(folder)
-    run = Run(step, config, folder, journal, parent.delivery, None, parent, distant=distant)
-    run.describe()
-    return run
-
-
-def _create(step: str, config: Config, folder: Path, name: str | None, **more: Any) -> Journal:
-    usual = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
-    with writable(config):
-        folder.mkdir(parents=True, exist_ok=True)
-    experiment, tags = config.tracking.experiment, {"asib.step": step}
-    return Journal.create(folder, experiment=experiment, name=name, usual_name=usual, tags=tags, **more)
 
 
 def _deliver(config: Config, folder: Path) -> Delivery | None:
     if config.tracking.mode == "offline":
         return None
-    return start.start_delivery(folder, uri=tracking_uri(config))
+    return start.start_delivery(folder, uri=config.tracking.uri)
 
 
 # continued -----------------------------------------------------------------------------------------------------------
@@ -177,11 +161,10 @@ def _from_tracking_server(step: str, config: Config, name: str, stop: Stop) -> R
     folder = fresh_folder(config, step, name[:6])
     with writable(config):
         folder.mkdir(parents=True)
-    delivery = start.start_delivery(folder, uri=tracking_uri(config), resume=name)
+    delivery = start.start_delivery(folder, uri=config.tracking.uri, resume=name)
     try:
         info = delivery.run_info(name)
-        _refuse_other_step(name, info["tags"].get("asib.step"), step)
-        _refuse_finished(name, info["status"] == "FINISHED", config)
+        _check_resumable(name, step, info["tags"].get("asib.step"), info["status"] == "FINISHED", config.extend)
         begun = fetch_checkpoint(delivery, name, folder)
     except UserError as error:
         remove_unbegun(folder, delivery)
@@ -200,11 +183,7 @@ def _continue(
     stop: Stop | None = None,
     distant: bool = False,
 ) -> Run:
-    """Continue the run in `folder` from its last checkpoint, or from the start without one.
-
-    Args:
-        delivery: what has brought it here from the server, where something has.
-    """
+    """Continue the run in `folder` from its last checkpoint, or from the start; `delivery` may have brought it here."""
     name = config.resume or folder.name
     slots = Slots(folder / "checkpoints")
     state: Any = None
@@ -212,8 +191,8 @@ def _continue(
     try:
         if parent is None and delivery is None:
             header = read_header(folder)
-            _refuse_other_step(name, header.data["tags"].get("asib.step") if header else None, step)
-            _refuse_finished(name, ended(folder), config)
+            made_by = header.data["tags"].get("asib.step") if header else None
+            _check_resumable(name, step, made_by, ended(folder), config.extend)
         if slots.manifest.exists():
             state, saved = slots.read()
     except BaseException:
@@ -228,9 +207,12 @@ def _continue(
     elif delivery is None:
         delivery = _deliver(config, folder)
     run = Run(step, config, folder, journal, delivery, state, parent, stop=stop, distant=distant)
-    if state is None and not _described(folder):
-        run.describe()  # it was killed before it had stated what it is
-    journal.tags({"asib.resumed_from": _position(state)})
+    position = "start" if state is None else "epoch {epoch}, batch {batch}".format_map(state["position"])
+    if state is None:
+        entries, _ = read_entries(folder / FILE)
+        if not any(entry.kind == "artifact" and entry.data["path"] == CONFIG for entry in entries):
+            run.describe()  # it was killed before it had stated what it is
+    journal.tags({"asib.resumed_from": position})
     return run
 
 
@@ -252,23 +234,8 @@ def fetch_checkpoint(delivery: Delivery, run_id: str, folder: Path) -> bool:
     return True
 
 
-def _described(folder: Path) -> bool:
-    entries, _ = read_entries(folder / FILE)
-    return any(entry.kind == "artifact" and entry.data["path"] == CONFIG for entry in entries)
-
-
-def _refuse_other_step(name: str, made_by: str | None, step: str) -> None:
+def _check_resumable(name: str, step: str, made_by: str | None, finished: bool, extend: bool) -> None:
     if made_by not in (None, step):
         raise UserError(f"resume={name}: that run is of step {made_by}; continue it with steps.{made_by}")
-
-
-def _refuse_finished(name: str, finished: bool, config: Config) -> None:
-    if finished and not config.extend:
+    if finished and not extend:
         raise UserError(f"resume={name}: that run is finished; extend=true continues it for more epochs")
-
-
-def _position(state: Any) -> str:
-    if state is None:
-        return "start"
-    position = state["position"]
-    return f"epoch {position['epoch']}, batch {position['batch']}"

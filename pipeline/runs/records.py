@@ -59,8 +59,7 @@ class Record:
 def from_folder(folder: Path) -> Record:
     """Read the run in `folder` from its journal; damaged entries are warned about and left out.
 
-    Raises:
-        UserError: there is no journal, or its header is damaged.
+    Raises UserError: there is no journal, or its header is damaged.
     """
     if read_header(folder) is None:
         raise UserError(f"{folder}: no run in this folder")
@@ -135,19 +134,16 @@ def _config(path: Path) -> dict[str, str]:
     flat: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if _is_sections(value) else None
-        if items is None:
-            flat[prefix] = written(value)
-        else:
-            for key, inner in items:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            for key, inner in value.items():
                 walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            flat[prefix] = written(value)
 
     walk("", read_data(path, str(path)))
     return flat
-
-
-def _is_sections(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _correct(path: Path) -> NDArray[np.bool_] | None:

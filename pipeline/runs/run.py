@@ -155,26 +155,18 @@ class Run:
     def fetch(self, uri: str, to: Path) -> Path:
         """Download `runs:/…` to a local folder. Raises UserError."""
         if self.follower:
-            distributed.barrier()
-            return to / uri.rsplit("/", 1)[-1]
-        path = self._fetch(uri, to)
+            path = to / uri.rsplit("/", 1)[-1]
+        elif self.delivery is None:
+            path = start.fetch_now(tracking_uri(self.config), uri, to)
+        else:
+            path = self.delivery.fetch(uri, to)
         distributed.barrier()
         return path
 
     def rewind(self, text: str, checkpoint: tuple[Path, str, int] | None) -> None:
-        """Make an earlier `snapshot` the record again, and give up what was recorded since.
-
-        Args:
-            text: the snapshot.
-            checkpoint: (path, sha256, slot) of the checkpoint that held it.
-        """
+        """Make the snapshot in a checkpoint (path, sha256, slot) the record again; what came later is given up."""
         if isinstance(self.journal, Journal):
             self.journal = Journal.restore(self.folder, text, checkpoint, self.journal.hand_over())
-
-    def _fetch(self, uri: str, to: Path) -> Path:
-        if self.delivery is None:
-            return start.fetch_now(tracking_uri(self.config), uri, to)
-        return self.delivery.fetch(uri, to)
 
     def write(self, name: str, text: str, to: str = "") -> Path:
         """Write a text file into the run's folder, without secrets, and log it as an artifact."""
@@ -223,8 +215,7 @@ class Run:
     def close(self, ending: Ending = COMPLETED) -> None:
         """End the record; the outermost run waits for its delivery and says what was left undelivered.
 
-        Raises:
-            UserError: the end of a FINISHED run cannot be written. (Others say first what has ended them.)
+        Raises UserError: the end of a FINISHED run cannot be written. (Others say first what has ended them.)
         """
         try:
             self._end_record(ending)

@@ -25,7 +25,7 @@ from pipeline.compose.help import USUAL, step_help
 from pipeline.config import Config, UnknownKey
 from pipeline.config.numbers import processes
 from pipeline.config.places import check_there
-from pipeline.errors import HelperFailed, Interrupted, NonFinite, UserError
+from pipeline.errors import Interrupted, NonFinite, UserError
 from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
 from pipeline.runs.mlflow_run import kill_mlflow_run_parent
 from pipeline.runs.run_log import log_to, log_to_terminal
@@ -70,14 +70,9 @@ class Step:
     keys: tuple[str, ...] = USUAL
 
     def main(self, argv: Sequence[str] | None = None) -> int:
-        """Run the step from its command line.
+        """Run the step from its command line (by default the process's), and return the exit code.
 
-        Args:
-            argv: arguments without the program's name; None: sys.argv.
-
-        Returns:
-            The exit code: 0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT, or that
-            of the job's `Ending`.
+        0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT, or the job's `Ending`'s.
         """
         log_to_terminal()
         arguments = [*(sys.argv[1:] if argv is None else argv)]
@@ -105,11 +100,18 @@ class Step:
         if self.request is not None:
             config, request = _late(self.request)(config, command)
         if shortcuts.wants_dry_run(os.environ):
-            _show(config, self.words(request) if self.words is not None else "")
+            if os.environ.get("RANK", "0") == "0":
+                print(dump(config), end="")
+                if self.words is not None and (plan := self.words(request)):
+                    print("\n" + textwrap.indent(plan.rstrip(), "# "))
             return 0
         check_there(config, self.name)
         rank, _ = processes(os.environ)
-        _check_device(self.name, config)
+        if config.device not in ("auto", "cpu"):
+            from pipeline.training.devices import DEVICELESS, device_of  # late: it imports torch
+
+            if self.name not in DEVICELESS:
+                device_of(config)  # refuses one that this machine lacks
         stop = Stop()
         stop.install()
         given = () if request is None else (request,)
@@ -133,24 +135,10 @@ def _late(target: "Late[Target]") -> "Target":
     return pkgutil.resolve_name(target) if isinstance(target, str) else target
 
 
-def _check_device(step: str, config: Config) -> None:
-    """Raise UserError for a device that this machine lacks; without torch where there is nothing to ask."""
-    if config.device in ("auto", "cpu"):
-        return
-    from pipeline.training.devices import DEVICELESS, device_of
-
-    if step not in DEVICELESS:
-        device_of(config)
-
-
 def configuration(command: cli.Command, own: Collection[str] = ()) -> Config:
-    """What a command line asks for, and the environment's shortcuts beneath it.
+    """What a command line asks for, and the environment's shortcuts beneath it. Raises UserError.
 
-    Args:
-        own: the step's own keys, for suggestions when one is misspelt.
-
-    Raises:
-        UserError: it does not do.
+    `own`: the step's own keys, for suggestions when one is misspelt.
     """
     try:
         found = shortcuts.read(os.environ, command.overrides)
@@ -183,14 +171,6 @@ def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
     return path
 
 
-def _show(config: Config, plan: str) -> None:
-    """DRY_RUN=1: print the configuration as YAML, and the plan as a comment; only the first of several processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(dump(config), end="")
-        if plan:
-            print("\n" + textwrap.indent(plan.rstrip(), "# "))
-
-
 def _asked(step: str, config: Config, ask: "Callable[[Delivery], None]") -> "Delivery":
     """Start a new run's delivery, and ask it; where the answer is a refusal, nothing is left. Raises UserError."""
     from pipeline.runs.folders import fresh_folder, writable
@@ -216,6 +196,7 @@ def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> int
         distributed.join()
         distributed.first_process_says(str(run.folder))
         found = job(run)
+        ending = found if isinstance(found, Ending) else COMPLETED
     except (Interrupted, Exception) as raised:
         error = as_user_error(raised, run.folder)
         if isinstance(error, UserError) and run.pending:
@@ -227,14 +208,9 @@ def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> int
         elif not isinstance(error, Interrupted):
             logger.error("the run failed", exc_info=error)
         ending = ending_of(error)
-        run.close(ending)
-        if isinstance(error, Interrupted):
-            kill_mlflow_run_parent()  # it would overwrite KILLED with FAILED (docs/tracking.md)
-        return ending.exit_code
-    ending = found if isinstance(found, Ending) else COMPLETED
     run.close(ending)
-    if ending.exit_code:
-        kill_mlflow_run_parent()  # likewise a refusal's FINISHED
+    if ending.exit_code and ending.status != "FAILED":
+        kill_mlflow_run_parent()  # it would overwrite KILLED, or a refusal's FINISHED, with FAILED (docs/tracking.md)
     return ending.exit_code
 
 
@@ -248,12 +224,8 @@ def _follow(step: str, config: Config, stop: Stop, job: "Callable[[Run], Ending 
     run = follow(step, config, Path(distributed.first_process_says("")), stop=stop)
     try:
         job(run)
-    except Interrupted as error:
-        return 128 + error.signum
-    except UserError:
-        return 2
-    except NonFinite:
-        return 1
+    except (Interrupted, UserError, NonFinite) as error:
+        return ending_of(error).exit_code
     return 0
 
 
@@ -268,7 +240,7 @@ def _refuse(step: str, error: UserError, debug: bool) -> int:
         except UserError as second:
             if str(second) != str(error):
                 logger.error("%s", second)
-    return 1 if isinstance(error, HelperFailed) else 2
+    return ending_of(error).exit_code
 
 
 def _fail_adopted_run(step: str, message: str) -> None:

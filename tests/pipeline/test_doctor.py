@@ -10,6 +10,7 @@ pytest_plugins = ["tests.servers"]
 
 
 @pytest.mark.step
+@pytest.mark.usefixtures("warm_deliveries")
 def test_good_machine_is_told_so(sqlite_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cfg=quickstart", f"tracking.uri={sqlite_uri}", f"output_dir={tmp_path}"]) == 0
     said = capsys.readouterr().out

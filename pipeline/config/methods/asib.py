@@ -1,12 +1,15 @@
 """ASIB's keys (docs/method.md sections 1 to 4)."""
 
+import contextlib
+import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from pipeline.config.base import Section, key, unless
 from pipeline.config.numbers import (
+    BelowOne,
     Epoch,
     Epochs,
     Exponent,
@@ -31,26 +34,23 @@ GATE = re.compile(r"avg([+-](?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)?", re.IGNORECASE)
 
 def parse_gate(value: Any) -> Any:
     """Give each threshold one spelling, so that hashes agree: `"0.8"` -> 0.8, `"avg - .020"` -> `"avg-0.02"`."""
+    text = value.replace(" ", "").lower() if isinstance(value, str) else ""
+    with contextlib.suppress(ValueError):
+        value = float(text)
     if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value <= 1:
         raise ValueError(
             f"method.enable_kd_after_syn_acc={written(value)[:80]} is a fraction: give a number in [0, 1] or avg-0.02"
         )
     if not isinstance(value, str):
         return value
-    text = value.replace(" ", "").lower()
-    try:
-        number = float(text)
-    except ValueError:
-        match = GATE.fullmatch(text)
-    else:
-        return parse_gate(number)
-    if match is None or abs(float(match[1] or 0.0)) > 1:
+    match = GATE.fullmatch(text)
+    offset = float(match[1] or 0.0) if match else math.inf
+    if abs(offset) > 1:
         raise ValueError(
             f"method.enable_kd_after_syn_acc={value!r} is neither a fraction in [0, 1] nor like avg-0.02 "
             "(relative to the averaged teachers)"
         )
-    offset = float(match[1] or 0.0)
-    return f"avg{'-' if offset < 0 else '+'}{abs(offset)!r}" if offset else "avg"
+    return f"avg{offset:+}" if offset else "avg"
 
 
 def gate_offset(value: float | str) -> float | None:
@@ -82,6 +82,11 @@ def _own_share(method: Any, prefix: str) -> str | None:
     if method.kd_target == "auto":
         return "method.kd_target=auto has its own share of the averaged teachers"
     return None if method.kd_ens_alpha else "method.kd_ens_alpha is 0"
+
+
+_TEACHERS_FROZEN = ("use_teacher_finetuning", "use_partial_freeze")
+Feature = Literal["feat_2d", "distill_feat"]
+Normalisation = Literal["none", "l2"]
 
 
 class MethodConfig(Section):
@@ -177,7 +182,7 @@ class MethodConfig(Section):
     ib_epochs_per_stage: Epochs | None = key(
         None, "A-epochs of a stage after which the KL term's weight is 0; null: never", when=(fused, "use_ib")
     )
-    ib_mbm_query_key: Literal["feat_2d", "distill_feat"] = key(
+    ib_mbm_query_key: Feature = key(
         "feat_2d", "student feature that queries the fusion", when=(fused, unless("learnable_q"))
     )
     ib_mbm_query_dim: InputWidth | None = key(
@@ -185,13 +190,13 @@ class MethodConfig(Section):
     )
     ib_mbm_out_dim: Width = key(512, "width of the fusion")
     ib_mbm_n_head: Width = key(4, "attention heads of the fusion", when=fused)
-    ib_mbm_feature_norm: Literal["none", "l2"] = key("none", "normalisation of the fusion's inputs", when=fused)
+    ib_mbm_feature_norm: Normalisation = key("none", "normalisation of the fusion's inputs", when=fused)
     ib_mbm_logvar_clip: LogVariance = key(10.0, "upper bound of the log variance's absolute value", when=fused)
     ib_mbm_min_std: NonNegative = key(1e-4, "lower bound of the standard deviation", when=fused)
     ib_mbm_lr_factor: Positive = key(1.0, "learning rate of the fusion relative to optim.a_step_lr", when=fused)
     ib_mbm_reg_lambda: NonNegative = key(0.0, "weight of a mean-square penalty on the fusion's parameters", when=fused)
     learnable_q: bool = key(False, "query the fusion with one learned token instead of the student", when=fused)
-    synergy_head_dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "dropout of the synergy head", when=fused)
+    synergy_head_dropout: BelowOne = key(0.0, "dropout of the synergy head", when=fused)
     synergy_temp_learnable: bool = key(False, "learn a temperature of the synergy head", when=fused)
     synergy_temp_init: Exponent = key(
         0.0, "logarithm of the learned temperature's initial value", when=(fused, "synergy_temp_learnable")
@@ -215,9 +220,7 @@ class MethodConfig(Section):
         0.0, "weight of a mean-square penalty on trained teacher parameters", when="use_teacher_finetuning"
     )
     teacher_eval_every: Epoch = key(1, "A-epochs between synergy evaluations", when=fused)
-    synergy_ema_alpha: Annotated[float, Field(ge=0, lt=1)] = key(
-        0.8, "smoothing factor of the synergy accuracy's moving average", when=fused
-    )
+    synergy_ema_alpha: BelowOne = key(0.8, "smoothing factor of the synergy accuracy's moving average", when=fused)
     synergy_eval_teacher_indices: tuple[Index, ...] | None = key(
         None, "indices of the teachers used in synergy evaluation; null: all", when=fused
     )
@@ -226,10 +229,8 @@ class MethodConfig(Section):
     distill_out_dim: Width = key(512, "width of the adapters; 256 for small students")
     # feature distillation
     feat_kd_alpha: NonNegative = key(0.0, "weight of feature distillation")
-    feat_kd_key: Literal["feat_2d", "distill_feat"] = key(
-        "distill_feat", "student feature that is distilled", when="feat_kd_alpha"
-    )
-    feat_kd_norm: Literal["none", "l2"] = key(
+    feat_kd_key: Feature = key("distill_feat", "student feature that is distilled", when="feat_kd_alpha")
+    feat_kd_norm: Normalisation = key(
         "none", "normalisation of both features in feature distillation", when="feat_kd_alpha"
     )
     feat_kd_huber_beta: Positive = key(
@@ -249,22 +250,19 @@ class MethodConfig(Section):
     )
     student_freeze_bn: bool = key(False, "freeze the student's normalisation layers too", when="use_partial_freeze")
     teacher_freeze_level: FreezeLevel = key(
-        0, "what trains in the teachers: as student_freeze_level", when=("use_teacher_finetuning", "use_partial_freeze")
+        0, "what trains in the teachers: as student_freeze_level", when=_TEACHERS_FROZEN
     )
-    teacher_freeze_bn: bool = key(
-        True, "freeze the teachers' normalisation layers too", when=("use_teacher_finetuning", "use_partial_freeze")
-    )
+    teacher_freeze_bn: bool = key(True, "freeze the teachers' normalisation layers too", when=_TEACHERS_FROZEN)
     teacher_bn_head_only: bool = key(
-        False, "train only the teachers' normalisation layers and head",
-        when=("use_teacher_finetuning", "use_partial_freeze"),
-    )  # fmt: skip
+        False, "train only the teachers' normalisation layers and head", when=_TEACHERS_FROZEN
+    )
     teacher_freeze_scope: Literal["features_classifier"] | None = key(
         None, "named parts of the teachers that train; features_classifier: the whole network, not its adapter",
-        when=("use_teacher_finetuning", "use_partial_freeze"),
+        when=_TEACHERS_FROZEN,
     )  # fmt: skip
     # regularisation of the data
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "label smoothing in the A-step", when=fused)
-    ce_label_smoothing: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "label smoothing in the B-step")
+    label_smoothing: BelowOne = key(0.0, "label smoothing in the A-step", when=fused)
+    ce_label_smoothing: BelowOne = key(0.0, "label smoothing in the B-step")
     mixup_alpha: NonNegative = key(0.0, "MixUp's alpha in the B-step; 0: no MixUp", when=unless("cutmix_alpha_distill"))
     cutmix_alpha_distill: NonNegative = key(
         0.0, "CutMix's alpha in the B-step, takes precedence over MixUp; 0: no CutMix"

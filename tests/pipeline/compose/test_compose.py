@@ -1,7 +1,5 @@
 """Composition: groups, files from anywhere, overrides of every form, one-line errors, round trips."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,6 @@ from pipeline.compose.compose import Setting, compose, dump, keys_of, params
 from pipeline.compose.groups import CONF, groups
 from pipeline.config import Config, config_hash, flatten
 from pipeline.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def refusal(cfg=None, *overrides) -> str:
@@ -45,14 +41,6 @@ def test_options_of_a_group_set_the_same_keys(group):
         extra = ["dataset.path=x.npz"] if option == "npz" else []
         extra += ["method.student_epochs_per_stage=[240]"] if option == "step" else []
         compose(None, [f"{group}={option}", *extra])
-
-
-def test_quickstart_is_small():
-    config = compose("quickstart")
-    assert config.dataset.name == "cifar100_sample"
-    assert len(config.model.teachers) == 2
-    assert config.method.num_stages == len(config.method.student_epochs_per_stage)
-    assert sum(config.method.student_epochs_per_stage) + config.finetune.epochs <= 60
 
 
 # ------------------------------------------------------------------------------------------ overrides
@@ -132,24 +120,25 @@ def test_override_that_is_refused(override, message):
     assert message in refusal("quickstart", override)
 
 
+def is_literal(text: str) -> bool:
+    return not (text.startswith(("'", '"', "[", "{")) or text.lower() == "null" or "${" in text or "\\" in text)
+
+
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20)
 
 
-@settings(deadline=None, max_examples=10)
-@given(texts)
-def test_any_text_survives_override_and_dump(tmp_path_factory, text):
-    quoted = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    plain = text.strip()
-    if not plain or plain[0] in "'\"[{" or plain.lower() == "null" or "${" in plain or "\\" in plain:
-        return
-    config = compose(None, [f"run_name={plain}"])
-    assert config.run_name == plain, quoted
+@settings(deadline=None, max_examples=3)
+@given(st.lists(texts.map(str.strip).filter(bool).filter(is_literal), min_size=5, max_size=5))
+def test_any_text_survives_override_and_dump(tmp_path_factory: pytest.TempPathFactory, given: list[str]) -> None:
+    keys = ("run_name", "rung", "resume", "student", "dataset.path")
+    config = compose(None, [f"{key}={text}" for key, text in zip(keys, given, strict=True)])
+    assert [flatten(config)[key] for key in keys] == given
     file = tmp_path_factory.mktemp("dump") / "config.yaml"
     file.write_text(dump(config), encoding="utf-8")
     assert compose(str(file)) == config
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(st.floats(1e-9, 1e6), st.lists(st.integers(1, 300), min_size=1, max_size=4), st.booleans())
 def test_any_number_survives_override_and_params(tau, epochs, flag):
     config = compose(None, [f"method.tau={tau}", f"method.student_epochs_per_stage={epochs}",
@@ -230,21 +219,22 @@ def test_what_is_chosen_wins_over_a_dumped_configuration(tmp_path):
     ("text", "message"),
     [
         ("method: [1\n", "no valid YAML in line"),
+        (b"\xff\xfe\x00\x01", "no valid YAML"),
         ("method: {tau: 1}\nmethod: {tau: 2}\n", "no valid YAML"),
         ("- 1\n", "holds a list"),
         ("3\n", "single value"),
         ("defaults:\n  - override /dataset: cifar1000\n", "cifar1000"),
-        ("method: {tau: ${nope}}\n", ""),
+        ("method: {tau: ${nope}}\n", "nope"),
         ("method: {kd_alhpa: 1}\n", "did you mean method.kd_alpha?"),
     ],
 )
-def test_a_file_that_is_refused(tmp_path, text, message):
-    assert message in refusal(write(tmp_path, text))
+def test_a_file_that_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
+    (tmp_path / "my.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert message in refusal(str(tmp_path / "my.yaml"))
 
 
-def test_a_binary_file_is_refused(tmp_path):
-    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    assert "no valid YAML" in refusal(str(tmp_path / "x.yaml"))
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert compose(write(tmp_path, "")) == Config()
 
 
 def test_names_of_files_that_do_not_exist(tmp_path):
@@ -264,8 +254,3 @@ def test_params_are_written_as_overrides():
     found = params(compose("quickstart"))
     assert found["method.student_epochs_per_stage"] == "[3,3,3,3]"
     assert (found["resume"], found["method.use_ib"], found["method.tau"]) == ("null", "true", "4.0")
-
-
-def test_composing_imports_no_torch():
-    code = "import pipeline.compose.compose as c, sys; c.compose('quickstart'); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -10,10 +10,6 @@ PAIR = {"teachers": [{"name": "cifar_resnet20"}, {"name": "cifar_wrn_16_1"}]}
 ONE = {"teachers": [{"name": "cifar_resnet20"}]}
 
 
-def build(method=None, model=None, **sections) -> Config:
-    return Config.model_validate({"method": method or {}, "model": model or {}, **sections})
-
-
 def distil(model=None, **method):
     return {"model": PAIR if model is None else model, "method": {"kd_alpha": 0.5, **method}}
 

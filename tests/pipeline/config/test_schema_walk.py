@@ -24,25 +24,26 @@ from PIL import Image
 from pydantic import ValidationError
 
 from models import zoo
-from pipeline.config import Config, config_hash, explain, flatten
+from models.features import FeatureNet
+from pipeline.config import Config, explain, flatten
 from pipeline.data import image_files, sources
 from pipeline.data.image_files import ImageFiles, Wanted
 from pipeline.data.sources import ImageData
 from pipeline.distill import bank, distill, export, networks, results, teachers, train
 from pipeline.errors import NonFinite, UserError
 from pipeline.evaluate.request import Request
-from pipeline.journal import read_entries
+from pipeline.journal import Entry, read_entries
 from pipeline.runs import git
 from pipeline.runs.opening import open_run
-from pipeline.runs.run import Run
 from pipeline.training.evaluation import outputs
+from pipeline.training.loop import Loop
 from pipeline.training.methods.asib import monitor
 from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.optim import Precision
+from pipeline.training.phases import Task
 from tests.pipeline.training.builders import (
     CPU,
     Calls,
-    Record,
     config,
     differences,
     distillation,
@@ -58,7 +59,7 @@ Observer = Callable[[Keys], Any]
 
 
 def nested(keys: Keys) -> dict[str, Any]:
-    """`{"method.tau": 2}` as sections; `model.teachers.0.name` as the first item of a list."""
+    """`{"method.tau": 2}` as sections; items of lists by their numbers."""
     tree: dict[str, Any] = {}
     for name, value in keys.items():
         *sections, last = name.split(".")
@@ -70,8 +71,8 @@ def nested(keys: Keys) -> dict[str, Any]:
 
 
 def tiny(keys: Keys) -> Config:
-    """The builders' configuration with these keys."""
-    return config(**nested(keys))
+    """The builders' configuration, of one stage, with these keys."""
+    return config(**nested({"method.num_stages": 1, "method.student_epochs_per_stage": [2], **keys}))
 
 
 def images() -> ImageData:
@@ -81,45 +82,43 @@ def images() -> ImageData:
 # observers of training -----------------------------------------------------------------------------------------------
 
 
-def refused(observer: Observer) -> Observer:
-    """What a configuration is refused with is a difference too."""
+def seen(observer: Observer, keys: Keys) -> Any:
+    """What an observer sees; what a configuration is refused with is a difference too."""
+    try:
+        return observer(keys)
+    except ValidationError as error:
+        return explain(error)
+    except UserError as error:
+        return str(error)
 
-    @functools.wraps(observer)
-    def wrapped(keys: Keys) -> Any:
-        try:
-            return observer(keys)
-        except ValidationError as error:
-            return explain(error)
-        except UserError as error:
-            return str(error)
 
-    return wrapped
+def trained(task: Task) -> Loop:
+    """The loop that has trained a task, without checkpoints."""
+    loop = loop_for(task, Path(tempfile.gettempdir()) / "unused")
+    loop.slots = None
+    loop.run()
+    return loop
 
 
 @functools.cache
 def _run(written: str) -> dict[str, Any]:
-    keys = json.loads(written)
-    task, record = distillation(tiny(keys), images()), Record()
-    with tempfile.TemporaryDirectory() as folder:
-        loop = loop_for(task, Path(folder), record)
-        loop.slots = None
-        loop.recorder = record
-        rows: list[Any] = []
-        end = task.end_epoch
-        task.end_epoch = lambda e: (rows.append((e, end(e))), rows[-1][1])[1]  # type: ignore[method-assign, func-returns-value]
-        loop.run()
+    c = tiny(json.loads(written))
+    before, task = c.model_dump_json(), distillation(c, images())
+    loop = trained(task)
+    assert c.model_dump_json() == before, "a run leaves its configuration alone"
     student = {k: v.clone() for k, v in task.student.state_dict().items()}
     scaler = loop.precision.scaler
-    found = {"student": student, "rows": [row for _, row in rows], "plan": task.plan}
     task.results()
-    return found | {
+    return {
+        "student": student,
+        "rows": [values for _, values in loop.recorder.rows],
+        "plan": task.plan,
         "exported": dict(task.student.state_dict()),
         "averaged": task.state_dict()["student_ema"],
         "scale": None if scaler is None else scaler.get_scale(),
     }
 
 
-@refused
 def student(keys: Keys) -> Any:
     """The student's weights after a run."""
     return _run(json.dumps(keys))["student"]
@@ -128,25 +127,19 @@ def student(keys: Keys) -> Any:
 def part(name: str) -> Observer:
     """Another part of what a run leaves: rows, plan, exported, averaged, scale."""
 
-    @refused
     def observer(keys: Keys) -> Any:
         return _run(json.dumps(keys))[name]
 
     return observer
 
 
-@refused
 def tuned(keys: Keys) -> Any:
     """A fine-tuned network's weights."""
     task = fine_tuning(tiny(keys), images())
-    with tempfile.TemporaryDirectory() as folder:
-        loop = loop_for(task, Path(folder))
-        loop.slots = None
-        loop.run()
+    trained(task)
     return dict(task.net.state_dict())
 
 
-@refused
 def gate(keys: Keys) -> Any:
     """Gate and share of the averaged teachers, where the snapshot has 70 %, the moving average 30, the teachers 80."""
     task = distillation(tiny(keys), images())
@@ -159,7 +152,6 @@ def gate(keys: Keys) -> Any:
     return [weights.synergy, weights.averaged_share]
 
 
-@refused
 def synergy_scores(keys: Keys) -> Any:
     """What the synergy's accuracy is taken of."""
     task = distillation(tiny(keys), images())
@@ -167,7 +159,6 @@ def synergy_scores(keys: Keys) -> Any:
         return [task.monitor.synergy_accuracy(outputs(task.student, task.data.eval))]
 
 
-@refused
 def patience(keys: Keys) -> Any:
     """After how many non-finite steps a run ends."""
     task = fine_tuning(tiny(keys), images())
@@ -179,14 +170,11 @@ def patience(keys: Keys) -> Any:
         return {k: v * float("nan") for k, v in forward(*args).items()}
 
     task.phases["finetune"].objective.forward = bad
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(NonFinite):
-        loop = loop_for(task, Path(folder))
-        loop.slots = None
-        loop.run()
+    with contextlib.suppress(NonFinite):
+        trained(task)
     return len(steps)
 
 
-@refused
 def first_images(keys: Keys) -> Any:
     """The first training batch."""
     task = distillation(tiny(keys), images())
@@ -194,7 +182,6 @@ def first_images(keys: Keys) -> Any:
     return {"x": batch.x, "index": batch.index, "strides": batch.x.stride()}
 
 
-@refused
 def evaluation_batches(keys: Keys) -> Any:
     """Images per forward pass of an evaluation."""
     task = distillation(tiny(keys), images())
@@ -204,10 +191,10 @@ def evaluation_batches(keys: Keys) -> Any:
 
 
 def compiled(keys: Keys) -> Any:
-    return distillation(tiny(keys), images()).compiled
+    with mock.patch.object(FeatureNet, "compile_pass"):  # it takes seconds
+        return distillation(tiny(keys), images()).compiled
 
 
-@refused
 def precision(keys: Keys) -> Any:
     return Precision(tiny(keys).optim, CPU).name
 
@@ -247,21 +234,7 @@ class Place:
             "method.kd_target": "avg",
             "tracking.mode": "offline",
         }
-        return Config.model_validate(nested({**base, **self._written(keys)}))
-
-    def _written(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: self._written(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [self._written(v) for v in value]
-        return value.replace("{here}", str(self.path)) if isinstance(value, str) else value
-
-    def distilled(self, keys: Keys) -> Run:
-        run = open_run("distill", self.config(keys))
-        with quiet():
-            distill.distill(run)
-        run.close()
-        return run
+        return Config.model_validate(nested(json.loads(json.dumps(base | keys).replace("{here}", str(self.path)))))
 
 
 @functools.cache
@@ -287,7 +260,6 @@ def quiet() -> Iterator[mock.Mock]:
             torch.set_num_threads(threads)
 
 
-@refused
 def data_set(keys: Keys) -> Any:
     """The digest of the images and what they are prepared with, or what is said of their absence."""
     with mock.patch("torchvision.datasets.CIFAR10", side_effect=RuntimeError("asked for")):
@@ -295,7 +267,6 @@ def data_set(keys: Keys) -> Any:
     return {"digest": data.digest, "mean": data.mean, "std": data.std}
 
 
-@refused
 def pictures_read(keys: Keys) -> Any:
     """One of the pictures in folders, and who read it."""
     with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(place().path)}):
@@ -309,7 +280,6 @@ def pictures_read(keys: Keys) -> Any:
 def asked_of_the_zoo(build: Callable[[Config, ImageData], Any]) -> Observer:
     """What is asked for when a network is built."""
 
-    @refused
     def observer(keys: Keys) -> Any:
         with (
             mock.patch.object(zoo, "create_model", side_effect=UserError("asked")) as made,
@@ -325,14 +295,12 @@ first_teacher = asked_of_the_zoo(lambda c, d: networks.build_teacher(c, d, 0))
 its_student = asked_of_the_zoo(networks.build_student)
 
 
-@refused
 def stem(keys: Keys) -> Any:
     """The first convolution of a timm network."""
     net = networks.build_student(place().config(keys), sources.load(place().config(keys).dataset))
     return str(net.net.conv1)
 
 
-@refused
 def teacher_weights(keys: Keys) -> Any:
     """Hashes of the teachers' weights that a distillation states."""
     saved = place().path / "teacher.safetensors"
@@ -348,7 +316,6 @@ def teacher_weights(keys: Keys) -> Any:
     return [t.hash for t in found]
 
 
-@refused
 def record(keys: Keys) -> Any:
     """The first entry of a run's journal, its folder's place and its tags."""
     run = open_run("distill", place().config(keys))
@@ -359,7 +326,6 @@ def record(keys: Keys) -> Any:
     return {**head, "rung": rung, "parent": str(run.folder.parent)}
 
 
-@refused
 def difference_logged(keys: Keys) -> Any:
     """Whether a run keeps what its sources differ in from their commit."""
     with mock.patch.object(git, "difference", return_value="- a\n+ b\n"):
@@ -368,7 +334,6 @@ def difference_logged(keys: Keys) -> Any:
     return (run.folder / "git.diff").exists()
 
 
-@refused
 def delivery(keys: Keys) -> Any:
     """Whether a delivery is begun, where to, and how long its end is waited for."""
     asked: list[Any] = []
@@ -386,10 +351,13 @@ def delivery(keys: Keys) -> Any:
 
 @functools.cache
 def finished_run() -> str:
-    return str(place().distilled({}).folder)
+    run = open_run("distill", place().config({}))
+    with quiet():
+        distill.distill(run)
+    run.close()
+    return str(run.folder)
 
 
-@refused
 def continuation(keys: Keys) -> Any:
     """What becomes of `resume`: a new run, or one that stands at a checkpoint."""
     given = {k: finished_run() if v == "{finished}" else v for k, v in keys.items()}
@@ -399,39 +367,32 @@ def continuation(keys: Keys) -> Any:
     return found
 
 
-@refused
-def checkpoints(keys: Keys) -> Any:
-    """How many checkpoints a run writes."""
-    run = place().distilled(keys)
-    lines = (run.folder / "journal.jsonl").read_text().splitlines()
-    return [json.loads(line)["kind"] for line in lines].count("checkpoint")
+def distilled(look: Callable[[list[Entry], mock.Mock], Any]) -> Observer:
+    """What there is to see in the journal of a distillation, or of the models that it logs."""
+
+    def observer(keys: Keys) -> Any:
+        run = open_run("distill", place().config(keys))
+        with quiet() as logged:
+            distill.distill(run)
+        run.close()
+        return look(read_entries(run.folder / "journal.jsonl")[0], logged)
+
+    return observer
 
 
-@refused
-def models_logged(keys: Keys) -> Any:
-    run = open_run("distill", place().config(keys))
-    with quiet() as logged:
-        distill.distill(run)
-    run.close()
-    return logged.call_count
+checkpoints = distilled(lambda entries, _: [e.kind for e in entries].count("checkpoint"))
+models_logged = distilled(lambda _, logged: logged.call_count)
+registered = distilled(
+    lambda entries, _: [
+        (e.data["registered"], e.data["alias"], sorted(e.data["tags"])) for e in entries if e.kind == "register"
+    ]
+)
 
 
-@refused
-def registered(keys: Keys) -> Any:
-    """Of which registered model the record of a run makes its student a version, and with which tags."""
-    run = open_run("distill", place().config(keys))
-    with quiet():
-        distill.distill(run)
-    run.close()
-    found = [e.data for e in read_entries(run.folder / "journal.jsonl")[0] if e.kind == "register"]
-    return [(data["registered"], data["alias"], sorted(data["tags"])) for data in found]
-
-
-@refused
 def evaluated(keys: Keys) -> Any:
+    """The accuracy of the student that is named, or that none is."""
     from pipeline.evaluate.evaluate import evaluate  # imports scikit-learn
 
-    """The accuracy of the student that is named, or that none is."""
     given = {
         k: f"{finished_run()}/checkpoints/student.safetensors" if v == "{finished}" else v for k, v in keys.items()
     }
@@ -443,7 +404,6 @@ def evaluated(keys: Keys) -> Any:
             run.close()
 
 
-@refused
 def prepared(keys: Keys) -> Any:
     """Threads and determinism of the process."""
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -457,7 +417,6 @@ def prepared(keys: Keys) -> Any:
     return [str(threads.call_args), str(asked.call_args)]
 
 
-@refused
 def bank_of(keys: Keys) -> Any:
     """Where the banks of a distillation are, and how large they may be."""
     made = place().config(keys)
@@ -471,7 +430,6 @@ def bank_of(keys: Keys) -> Any:
     return [str(attached.cache.folder), attached.cache.limit]
 
 
-@refused
 def device(keys: Keys) -> Any:
     return str(networks.device_of(place().config(keys)))
 
@@ -519,7 +477,8 @@ DKD = m(kd_target="avg", kd_loss="dkd")
 FEATURES = m(feat_kd_alpha=0.3, feat_kd_key="distill_feat")
 WIDE = {**FEATURES, **m(ib_mbm_out_dim=6, distill_out_dim=6)}
 TUNED = m(use_teacher_finetuning=True, teacher_ce_alpha=0.5)
-FROZEN = m(use_partial_freeze=True, student_freeze_schedule=[-1, 0])
+STAGES = m(num_stages=2, student_epochs_per_stage=[1, 1])
+FROZEN = {**STAGES, **m(use_partial_freeze=True, student_freeze_schedule=[-1, 0])}
 PRETRAINED = {"model.student.name": "resnet18", "model.student.pretrained": True}
 HELD = {**TUNED, **m(use_partial_freeze=True, teacher_freeze_level=1)}
 CLAMPED = m(use_loss_clamp=True, loss_clamp_max=0.5)
@@ -586,10 +545,10 @@ TABLE: dict[str, Case] = {
     "model.teachers.0.efficientnet_dropout": Case(0.1, {"model.teachers.0.name": "efficientnet_b0"}, first_teacher),
     # stages
     "method.name": Case("fitnet"),
-    "method.num_stages": Case(1, observer=part("plan"), more=m(student_epochs_per_stage=[4])),
-    "method.student_epochs_per_stage": Case([1, 2], observer=part("plan")),
+    "method.num_stages": Case(2, observer=part("plan"), more=m(student_epochs_per_stage=[1, 1])),
+    "method.student_epochs_per_stage": Case([1], observer=part("plan")),
     "method.teacher_adapt_epochs": Case(1, observer=part("plan")),
-    "method.synergy_only_epochs": Case(2),
+    "method.synergy_only_epochs": Case(1),
     # targets and weights of the B-step
     "method.ce_alpha": Case(0.1),
     "method.kd_alpha": Case(0.9),
@@ -670,7 +629,7 @@ TABLE: dict[str, Case] = {
     "method.feat_kd_huber_beta": Case(0.1, FEATURES),
     "method.feat_kd_clip": Case(0.5, FEATURES),
     # partial freezing
-    "method.use_partial_freeze": Case(True, m(student_freeze_schedule=[-1, 0])),
+    "method.use_partial_freeze": Case(True, {**STAGES, **m(student_freeze_schedule=[-1, 0])}),
     "method.student_freeze_level": Case(0, {**PRETRAINED, **m(use_partial_freeze=True)}),
     "method.student_freeze_schedule": Case([-1, 1], FROZEN),
     "method.student_freeze_bn": Case(True, FROZEN),
@@ -708,7 +667,7 @@ TABLE: dict[str, Case] = {
     "optim.deterministic": Case(False, observer=prepared),
     "optim.compile": Case(True, observer=compiled),
     "schedule.type": Case("step", more={"schedule.milestones": [1]}),
-    "schedule.lr_warmup_epochs": Case(2),
+    "schedule.lr_warmup_epochs": Case(1),
     "schedule.min_lr": Case(5e-3),
     "schedule.milestones": Case([2], STEP),
     "schedule.gamma": Case(0.5, STEP),
@@ -746,18 +705,10 @@ def test_every_key_of_the_schema_is_in_the_table_and_no_other() -> None:
     assert set(TABLE) == schema_keys()
 
 
-def with_teacher(keys: Keys) -> Keys:
-    """`model.teachers.0.x` keys as a list of one teacher."""
-    first = {k.rsplit(".", 1)[1]: v for k, v in keys.items() if k.startswith("model.teachers.0.")}
-    others = {k: v for k, v in keys.items() if not k.startswith("model.teachers.0.")}
-    return {**others, "model.teachers": [first]} if first else others
-
-
 @pytest.mark.parametrize("key", TABLE)
 def test_changing_the_key_changes_what_it_is_for(key: str) -> None:
     case = TABLE[key]
-    base, other = with_teacher(case.base), with_teacher({**case.base, key: case.to, **case.more})
-    before, after = case.observer(base), case.observer(other)
+    before, after = seen(case.observer, case.base), seen(case.observer, {**case.base, key: case.to, **case.more})
     if key not in REFUSED:
         assert not isinstance(before, str) or case.observer in (data_set, stem, precision), before
         assert type(before) is type(after), after
@@ -772,45 +723,9 @@ def test_the_observer_sees_nothing_where_nothing_differs() -> None:
     assert differences(tuned({}), tuned({})) == []
 
 
-DEFAULTS_IN_THE_TABLE = {"log_model": False, "tracking.mode": "offline", "dataset.name": "npz", "method.num_stages": 3,
-                         "model.teachers.0.pretrained": True, "method.ib_mbm_n_head": 8}  # fmt: skip
-"""Other values of keys for which the table's is the default."""
-BOOKKEEPING = {"device", "threads", "output_dir", "run_name", "rung", "student", "resume", "extend", "log_model",
-               "register", "debug", "dataset.root", "dataset.path", "dataset.download", "dataset.eval_batch_size",
-               "dataset.workers", "optim.use_amp", "optim.compile", "model.teachers.0.checkpoint",
-               "bank", "bank_folder", "bank_gb"}  # fmt: skip
-
-
-@pytest.mark.parametrize("key", TABLE)
-def test_the_hash_covers_the_key_unless_it_is_bookkeeping(key: str) -> None:
-    plain = flatten(Config.model_validate({"model": {"teachers": [{}]}}))
-    *sections, last = key.replace("teachers.0", "teachers").split(".")
-    config = Config.model_validate({"model": {"teachers": [{}]}})
-    parts: list[Any] = [config]
-    for section in sections:
-        found = getattr(parts[-1], section)
-        parts.append(found[0] if isinstance(found, tuple) else found)
-    value = tuple(TABLE[key].to) if isinstance(TABLE[key].to, list) else TABLE[key].to
-    value = DEFAULTS_IN_THE_TABLE.get(key, value)
-    assert value != plain[key]
-    inner: Any = parts.pop().model_copy(update={last: value})
-    for section, outer in zip(reversed(sections), reversed(parts), strict=True):
-        inner = outer.model_copy(update={section: (inner,) if section == "teachers" else inner})
-    uncomputed = key in BOOKKEEPING or key.startswith(("checkpoint.", "tracking."))
-    assert (config_hash(inner) == config_hash(config)) == uncomputed
-
-
 def test_a_configuration_is_no_scratch_pad() -> None:
-    """The research code kept results in its configuration: here it cannot be written to, and a run leaves it alone."""
+    """The research code kept results in its configuration: here it cannot be written to."""
     c = tiny({})
-    before = c.model_dump_json()
-    task = distillation(c, images())
-    with tempfile.TemporaryDirectory() as folder:
-        loop = loop_for(task, Path(folder))
-        loop.slots = None
-        loop.run()
-    task.results()
-    assert c.model_dump_json() == before
     for section, name in ((c, "seed"), (c.method, "tau"), (c.optim, "use_amp"), (c.model.teachers[0], "checkpoint")):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, name, getattr(section, name))

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import Interrupted, NonFinite, Pruned, UserError
 from pipeline.journal import check_end
-from pipeline.runs.ending import COMPLETED, ending_of
+from pipeline.runs.ending import ending_of
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,3 @@ from pipeline.runs.ending import COMPLETED, ending_of
 def test_the_end_of_a_run_follows_from_what_its_job_raised(error, end):
     assert tuple(ending_of(error)) == end
     check_end(*end[:2])
-
-
-def test_a_job_that_comes_to_its_end_has_completed():
-    assert tuple(COMPLETED) == ("FINISHED", "completed", 0, None, None)

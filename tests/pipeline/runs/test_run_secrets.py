@@ -51,9 +51,3 @@ def test_no_file_of_a_run_holds_a_secret(repository: Path, tmp_path: Path, monke
     assert "ghp_" not in diff
     assert "+rate = 2" in diff
     assert '+api_token = "***"' in diff
-
-
-def test_the_diff_can_be_left_out(repository: Path, tmp_path: Path) -> None:
-    folder = run(tmp_path, "tracking.git_diff=false")
-    assert not (folder / "git.diff").exists()
-    assert "git.diff" not in (folder / "journal.jsonl").read_text()

@@ -93,6 +93,7 @@ def run_id(sqlite_uri: str, tmp_path: Path) -> str:
     return str(made)
 
 
+@pytest.mark.usefixtures("warm_deliveries")
 def test_a_configuration_of_a_run(monkeypatch, err, run_id: str, sqlite_uri: str, tmp_path: Path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -103,10 +104,7 @@ def test_a_configuration_of_a_run(monkeypatch, err, run_id: str, sqlite_uri: str
     assert config_hash(config) == config_hash(expected)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri)
     monkeypatch.setenv("DRY_RUN", "1")
-    for path, words in (
-        ("missing.yaml", "cannot be fetched from sqlite:///"),
-        ("broken.yaml", "no valid YAML"),
-    ):
+    for path, words in (("missing.yaml", "cannot be fetched from sqlite:///"), ("broken.yaml", "no valid YAML")):
         err.truncate(err.seek(0))
         assert Step("distill", job=never).main([f"cfg=runs:/{run_id}/{path}"]) == 2
         assert err.getvalue().startswith(f"cfg=runs:/{run_id}/{path}")
