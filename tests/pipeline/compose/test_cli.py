@@ -33,7 +33,7 @@ from pipeline.errors import UserError
         (["+a=1", "++b=2", "~c", "model/teacher=none"], Command(None, ("+a=1", "++b=2", "~c", "model/teacher=none"))),
     ],
 )
-def test_parse(argv, command):
+def test_parse(argv: list[str], command: Command) -> None:
     assert parse(argv) == command
 
 
@@ -49,7 +49,7 @@ def test_parse(argv, command):
         (["overrides=a=1]"], "the brackets do not match"),
     ],
 )
-def test_parse_refuses(argv, message):
+def test_parse_refuses(argv: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(argv)
     assert message in str(caught.value)
@@ -66,11 +66,11 @@ def test_parse_refuses(argv, message):
         ("a=['x ]', 2] b=1", ["a=['x ]', 2]", "b=1"]),
     ],
 )
-def test_split_overrides(text, words):
+def test_split_overrides(text: str, words: list[str]) -> None:
     assert split_overrides(text) == words
 
 
-def test_a_steps_own_keys_are_no_overrides():
+def test_a_steps_own_keys_are_no_overrides() -> None:
     command = parse(
         ["--rungs", "l1", "gate.alpha=0.1", "a.b=1", "model={student: {}}", "empty="], ["rungs", "gate.", "model"]
     )

@@ -1,11 +1,12 @@
 """Composition: groups, files from anywhere, overrides of every form, one-line errors, round trips."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline.compose.compose import Setting, compose, dump, keys_of, params
 from pipeline.compose.groups import CONF, groups
@@ -13,7 +14,7 @@ from pipeline.config import Config, config_hash, flatten
 from pipeline.errors import UserError
 
 
-def refusal(cfg=None, *overrides) -> str:
+def refusal(cfg: str | None = None, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
         compose(cfg, overrides)
     message = str(caught.value)
@@ -21,16 +22,16 @@ def refusal(cfg=None, *overrides) -> str:
     return message
 
 
-def test_defaults_are_the_schema():
+def test_defaults_are_the_schema() -> None:
     composed, plain = flatten(compose()), flatten(Config())
     assert {k: v for k, v in composed.items() if plain.get(k) != v} == {}
 
 
 @pytest.mark.parametrize("group", [g for g in groups() if g not in ("experiment", "sweep", "cluster")])
-def test_options_of_a_group_set_the_same_keys(group):
+def test_options_of_a_group_set_the_same_keys(group: str) -> None:
     """Otherwise choosing one over a file that has taken another would leave some of it behind."""
 
-    def keys(option):
+    def keys(option: str) -> set[object]:
         return set(OmegaConf.load(CONF / group / f"{option}.yaml"))
 
     first, *others = groups()[group]
@@ -80,11 +81,11 @@ def test_options_of_a_group_set_the_same_keys(group):
         ("tracking.uri=postgresql+psycopg://u@h:1/db?x=1", "tracking.uri", "postgresql+psycopg://u@h:1/db?x=1"),
     ],
 )
-def test_override(override, key, value):
+def test_override(override: str, key: str, value: Any) -> None:
     assert flatten(compose("quickstart", [override]))[key] == value
 
 
-def test_the_last_override_wins_and_a_list_item_follows_its_list():
+def test_the_last_override_wins_and_a_list_item_follows_its_list() -> None:
     config = compose(None, ["method.tau=2", "model/teacher=quickstart_pair", "model.teachers.1.name=resnet18",
                             "method.tau=3"])  # fmt: skip
     assert config.method.tau == 3
@@ -116,7 +117,7 @@ def test_the_last_override_wins_and_a_list_item_follows_its_list():
         ("checkpoint=3", "checkpoint is a group of keys, got 3"),
     ],
 )
-def test_override_that_is_refused(override, message):
+def test_override_that_is_refused(override: str, message: str) -> None:
     assert message in refusal("quickstart", override)
 
 
@@ -140,7 +141,7 @@ def test_any_text_survives_override_and_dump(tmp_path_factory: pytest.TempPathFa
 
 @settings(deadline=None, max_examples=5)
 @given(st.floats(1e-9, 1e6), st.lists(st.integers(1, 300), min_size=1, max_size=4), st.booleans())
-def test_any_number_survives_override_and_params(tau, epochs, flag):
+def test_any_number_survives_override_and_params(tau: float, epochs: list[int], flag: bool) -> None:
     config = compose(None, [f"method.tau={tau}", f"method.student_epochs_per_stage={epochs}",
                             f"method.num_stages={len(epochs)}", f"method.learnable_q={flag}"])  # fmt: skip
     assert (config.method.tau, list(config.method.student_epochs_per_stage)) == (tau, epochs)
@@ -161,12 +162,12 @@ def test_any_number_survives_override_and_params(tau, epochs, flag):
          {"model.student.name", "model.student.pretrained", "model.teachers"}),
     ],
 )  # fmt: skip
-def test_keys_of(override, keys):
+def test_keys_of(override: str, keys: set[str]) -> None:
     assert keys_of([override]) == keys
 
 
-def test_presets_win_over_the_file_and_lose_to_overrides():
-    def presets(composed):
+def test_presets_win_over_the_file_and_lose_to_overrides() -> None:
+    def presets(composed: DictConfig) -> list[Setting]:
         return [Setting("seed", composed.finetune.epochs), Setting("method.tau", 9)]
 
     config = compose("quickstart", ["method.tau=2"], presets=presets)
@@ -183,13 +184,13 @@ def write(folder: Path, text: str, name: str = "my.yaml") -> str:
     return str(file)
 
 
-def test_a_file_anywhere_holds_changes(tmp_path):
+def test_a_file_anywhere_holds_changes(tmp_path: Path) -> None:
     config = compose(write(tmp_path / "a folder's", "method: {tau: 2}\nseed: 5\nfinetune:\n"))
     assert (config.method.tau, config.seed, config.finetune.epochs) == (2, 5, 20)
 
 
 @pytest.mark.parametrize("header", ["", "# @package _global_\n"])
-def test_a_file_anywhere_may_have_defaults(tmp_path, header):
+def test_a_file_anywhere_may_have_defaults(tmp_path: Path, header: str) -> None:
     text = header + "defaults:\n  - quickstart\n  - sibling\n  - _self_\n  - override /optim: sgd\nseed: 7\n"
     write(tmp_path, header + "rung: beside\n", "sibling.yaml")
     config = compose(write(tmp_path, text))
@@ -200,14 +201,14 @@ def test_a_file_anywhere_may_have_defaults(tmp_path, header):
 @pytest.mark.parametrize(
     "text", ["a${b}", "\\${x}", "12e4567", "???", "null", "1_000", "07", "yes", "~", "ü 漢", "a\\"]
 )
-def test_dump_composes_back(tmp_path, text):
+def test_dump_composes_back(tmp_path: Path, text: str) -> None:
     config = Config.model_validate({**compose("quickstart").model_dump(), "run_name": text})
     again = compose(write(tmp_path, dump(config), "best.yaml"))
     assert again == config
     assert config_hash(again) == config_hash(config)
 
 
-def test_what_is_chosen_wins_over_a_dumped_configuration(tmp_path):
+def test_what_is_chosen_wins_over_a_dumped_configuration(tmp_path: Path) -> None:
     file = write(tmp_path, dump(compose("quickstart", ["optim=sgd"])))
     config = compose(file, ["dataset=cifar10", "optim=adamw", "model/student=cifar_resnet20", "method.tau=2"])
     assert (config.dataset.name, config.optim.optimizer, config.optim.student_lr) == ("cifar10", "adamw", 1e-3)
@@ -237,7 +238,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert compose(write(tmp_path, "")) == Config()
 
 
-def test_names_of_files_that_do_not_exist(tmp_path):
+def test_names_of_files_that_do_not_exist(tmp_path: Path) -> None:
     write(tmp_path, "seed: 1\n")
     assert "did you mean quickstart?" in refusal("quikstart")
     assert f"did you mean {tmp_path}/my.yaml?" in refusal(str(tmp_path / "mi.yaml"))
@@ -245,12 +246,12 @@ def test_names_of_files_that_do_not_exist(tmp_path):
     assert "tracking server" in refusal("runs:/abc/best.yaml")
 
 
-def test_a_run_file_is_fetched(tmp_path):
+def test_a_run_file_is_fetched(tmp_path: Path) -> None:
     file = Path(write(tmp_path, "seed: 9\n"))
     assert compose("runs:/abc/best.yaml", [], fetch=lambda uri: file).seed == 9
 
 
-def test_params_are_written_as_overrides():
+def test_params_are_written_as_overrides() -> None:
     found = params(compose("quickstart"))
     assert found["method.student_epochs_per_stage"] == "[3,3,3,3]"
     assert (found["resume"], found["method.use_ib"], found["method.tau"]) == ("null", "true", "4.0")

@@ -43,9 +43,8 @@ def test_a_step_is_explained_on_one_screen(name: str, capsys: pytest.CaptureFixt
 def test_what_a_step_names_is_there(name: str) -> None:
     """Jobs are imported late: a misspelt one would be noticed by the run that needs it."""
     step = import_module(f"steps.{name}").STEP
-    for target in (step.job, step.request, step.act):
-        if isinstance(target, str) and target:
-            assert callable(pkgutil.resolve_name(target))
+    for target in filter(None, (step.job, step.request, step.act)):
+        assert callable(pkgutil.resolve_name(target) if isinstance(target, str) else target)
 
 
 def test_mlflow_run_knows_every_key_that_a_step_has_of_its_own() -> None:

@@ -56,7 +56,7 @@ def names(config: Config) -> list[str]:
         (PAIR, '"wrn_40_2,wrn_40_2"', "model.teachers=[cifar_wrn_40_2,cifar_wrn_40_2]"),
     ],
 )
-def test_a_variable_stands_for_overrides(said, name, value, meant):
+def test_a_variable_stands_for_overrides(said: pytest.LogCaptureFixture, name: str, value: str, meant: str) -> None:
     found = shortcuts.read({name: value})
     assert said.messages == [f"{meant} (from the environment: {name})"]
     if name == PAIR:
@@ -65,7 +65,7 @@ def test_a_variable_stands_for_overrides(said, name, value, meant):
         assert " ".join(found.overrides) == meant
 
 
-def test_empty_variables_are_none(said):
+def test_empty_variables_are_none(said: pytest.LogCaptureFixture) -> None:
     assert shortcuts.read(dict.fromkeys(VARIABLES, " ")) == shortcuts.Shortcuts()
     assert not said.messages
 
@@ -86,7 +86,7 @@ def test_empty_variables_are_none(said):
         (PAIR, "resnet56,cifar_wrn_40_3", "no network is called cifar_wrn_40_3; did you mean cifar_wrn_40_"),
     ],
 )
-def test_a_value_that_does_not_do_is_refused(name, value, message):
+def test_a_value_that_does_not_do_is_refused(name: str, value: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         shortcuts.read({name: value})
     assert message in str(caught.value)
@@ -97,7 +97,7 @@ def test_a_value_that_does_not_do_is_refused(name, value, message):
 # ------------------------------------------------------------------------------------------ what wins
 
 
-def test_shortcuts_win_over_the_file_and_overrides_over_shortcuts(tmp_path: Path):
+def test_shortcuts_win_over_the_file_and_overrides_over_shortcuts(tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
     file.write_text("defaults: [quickstart]\nseed: 9\nmodel: {student: {name: resnet18, pretrained: true}}\n")
     environment = {"SEED": "3", "STUDENT": "cifar_resnet20", PAIR: "resnet32x4,wrn_40_2", "METHOD": "asib"}
@@ -123,18 +123,20 @@ def test_shortcuts_win_over_the_file_and_overrides_over_shortcuts(tmp_path: Path
         ("METHOD", "asib", "method={name: asib}", "method.name"),
     ],
 )
-def test_an_override_of_the_same_key_is_all_that_counts(said, name, value, override, key):
+def test_an_override_of_the_same_key_counts(
+    said: pytest.LogCaptureFixture, name: str, value: str, override: str, key: str
+) -> None:
     assert shortcuts.read({name: value}, [override]) == shortcuts.Shortcuts()
     assert said.messages == [f"{name}={value} in the environment is ignored: {key} is given"]
 
 
-def test_overrides_of_other_keys_stand_beside_a_shortcut():
+def test_overrides_of_other_keys_stand_beside_a_shortcut() -> None:
     config = composed({"SEED": "3", "STUDENT": "resnet18"}, "finetune.seed=5", "model.student.pretrained=true")
     assert (config.seed, config.finetune.seed) == (3, 5)
     assert (config.model.student.name, config.model.student.pretrained) == ("resnet18", True)
 
 
-def test_STUDENT_is_not_the_key_student():
+def test_STUDENT_is_not_the_key_student() -> None:
     config = composed({"STUDENT": "cifar_resnet20"}, "cfg=quickstart", "student=runs:/ab")
     assert (config.student, config.model.student.name) == ("runs:/ab", "cifar_resnet20")
     assert composed({"STUDENT": "cifar_resnet20"}).student is None
@@ -144,7 +146,7 @@ def test_STUDENT_is_not_the_key_student():
 # ------------------------------------------------------------------------------------------ the pair
 
 
-def test_a_pair_where_there_were_no_teachers(said):
+def test_a_pair_where_there_were_no_teachers(said: pytest.LogCaptureFixture) -> None:
     config = composed({PAIR: "resnet20,resnet50"}, "method.kd_alpha=0.5", "model.teachers.0.checkpoint=x.pt")
     first, second = config.model.teachers
     assert (first.name, first.pretrained, first.checkpoint) == ("cifar_resnet20", False, "x.pt")
@@ -155,7 +157,7 @@ def test_a_pair_where_there_were_no_teachers(said):
     assert said.messages[-1].endswith("(from the environment: TEACHER_PAIR; model.teachers.1.name is given)")
 
 
-def test_what_is_said_of_the_teachers_stays_where_it_makes_sense(said, tmp_path: Path):
+def test_what_is_said_of_teachers_stays(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
     file.write_text(
         "model:\n  teachers:\n"
@@ -191,7 +193,9 @@ def test_dry_run_is_yes_or_no(value: str | None, wants: bool) -> None:
         ("{}", ["tracking.experiment=asib"], "asib"),
     ],
 )
-def test_mlflows_variable_names_the_experiment_where_nothing_else_does(tmp_path, file, overrides, experiment):
+def test_mlflows_variable_names_the_experiment(
+    tmp_path: Path, file: str, overrides: list[str], experiment: str
+) -> None:
     (tmp_path / "mine.yaml").write_text(file)
     found = shortcuts.read({"MLFLOW_EXPERIMENT_NAME": "from the shell"}, overrides)
     config = compose(str(tmp_path / "mine.yaml"), [*found.overrides, *overrides], None, found.presets)

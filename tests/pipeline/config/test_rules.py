@@ -1,5 +1,7 @@
 """Every rule between keys, and the keys that cannot act."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -10,18 +12,18 @@ PAIR = {"teachers": [{"name": "cifar_resnet20"}, {"name": "cifar_wrn_16_1"}]}
 ONE = {"teachers": [{"name": "cifar_resnet20"}]}
 
 
-def distil(model=None, **method):
+def distil(model: Any = None, **method: Any) -> dict[str, Any]:
     return {"model": PAIR if model is None else model, "method": {"kd_alpha": 0.5, **method}}
 
 
-def refusal(sections) -> str:
+def refusal(sections: Any) -> str:
     with pytest.raises(ValidationError) as caught:
         Config.model_validate(sections)
     return explain(caught.value)
 
 
 STEP = {"type": "step"}
-RULES = {
+RULES: dict[str, tuple[Any, str]] = {
     "stages": ({"method": {"num_stages": 2}}, "method.student_epochs_per_stage has 1 entries for method.num_stages=2"),
     "cooldown": (distil(kd_cooldown_epochs=20), "method.kd_cooldown_epochs=20 leaves none of the 20 B-epochs"),
     "two-view halves": (distil(kd_two_view_start_epoch=3), "kd_two_view_stop_epoch=null: give both"),
@@ -91,7 +93,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("case", RULES)
-def test_rule(case):
+def test_rule(case: str) -> None:
     sections, message = RULES[case]
     assert message in refusal(sections)
 
@@ -112,11 +114,11 @@ def test_rule(case):
          "method": {"use_partial_freeze": True, "student_freeze_level": 1}},
     ],
 )  # fmt: skip
-def test_what_the_method_allows_is_not_refused(sections):
+def test_what_the_method_allows_is_not_refused(sections: Any) -> None:
     Config.model_validate(sections)
 
 
-NOTES = {
+NOTES: dict[str, tuple[Any, str]] = {
     "mixup": (distil(mixup_alpha=0.2, cutmix_alpha_distill=1), "method.mixup_alpha: method.cutmix_alpha_distill takes"),
     "min_std": (distil(ib_mbm_min_std=0.2, ib_mbm_logvar_clip=4), "method.ib_mbm_logvar_clip: its smallest sigma"),
     "kd warm-up": (distil(kd_warmup_epochs=20), "method.kd_warmup_epochs=20: the run has 20 B-epochs"),
@@ -151,18 +153,18 @@ NOTES = {
 
 
 @pytest.mark.parametrize("case", NOTES)
-def test_a_key_that_cannot_act_is_named_once(case):
+def test_a_key_that_cannot_act_is_named_once(case: str) -> None:
     sections, note = NOTES[case]
     notes = inactive(Config.model_validate(sections))
     assert [n.startswith(note) for n in notes].count(True) == 1, notes
 
 
-def test_conditions_name_switches_that_exist():
+def test_conditions_name_switches_that_exist() -> None:
     for prefix, section, name in leaves(Config.model_validate({"model": ONE})):
         for condition in conditions(type(section).model_fields[name]):
             condition(section, prefix)
 
 
-def test_defaults_are_silent():
+def test_defaults_are_silent() -> None:
     assert inactive(Config()) == []
     assert inactive(Config.model_validate(distil())) == []

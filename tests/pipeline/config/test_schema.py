@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -21,34 +22,34 @@ COLUMNS = {row[0].strip("`"): row[1:4] for row in ROWS if len(row) == 5 and row[
 """Key -> default, base and asib_stage, as the page's last section has them."""
 
 
-def typed(cell):
+def typed(cell: str) -> Any:
     try:
         return float(cell)
     except ValueError:
         return yaml.safe_load(cell)
 
 
-def column(number):
+def column(number: int) -> dict[str, Any]:
     """Key -> value in a column; a dash stands for what is on its left."""
     rows = {key: [cell for cell in cells[: number + 1] if cell != "–"] for key, cells in COLUMNS.items()}
     return {key: typed(cells[-1]) for key, cells in rows.items()}
 
 
-def refusal(**sections) -> str:
+def refusal(**sections: Any) -> str:
     with pytest.raises(ValidationError) as caught:
         Config.model_validate(sections)
     return explain(caught.value)
 
 
 @pytest.mark.parametrize(("number", "cfg"), [(0, None), (1, "base"), (2, "asib_stage")])
-def test_the_table_of_keys_has_the_values_that_are_composed(number, cfg):
+def test_the_table_of_keys_has_the_values_that_are_composed(number: int, cfg: str | None) -> None:
     found, told = flatten(compose(cfg)), column(number)
     for key in told.keys() - {"model.teachers"}:
         assert (found[key], type(found[key]) is bool) == (told[key], type(told[key]) is bool), key
     assert {key for key in found if not key.startswith("model.teachers")} | {"model.teachers"} == told.keys()
 
 
-def test_cifar_networks_are_pretrained_only_by_a_wrong_request():
+def test_cifar_networks_are_pretrained_only_by_a_wrong_request() -> None:
     assert not TeacherConfig(name="cifar_resnet20").pretrained
     assert TeacherConfig(name="resnet50").pretrained
     message = refusal(model={"student": {"name": "cifar_resnet8", "pretrained": True}})
@@ -56,7 +57,7 @@ def test_cifar_networks_are_pretrained_only_by_a_wrong_request():
 
 
 @pytest.mark.parametrize("student", ["mobilenet_v2", "mobilenetv2_100", "efficientnet_b0", "shufflenet_v2_x1_0"])
-def test_small_students_get_a_width_of_256(student):
+def test_small_students_get_a_width_of_256(student: str) -> None:
     config = Config.model_validate({"model": {"student": {"name": student}}})
     assert (config.method.distill_out_dim, config.method.ib_mbm_out_dim) == (256, 256)
     chosen = Config.model_validate({"model": {"student": {"name": student}}, "method": {"distill_out_dim": 64}})
@@ -64,7 +65,7 @@ def test_small_students_get_a_width_of_256(student):
 
 
 @given(st.floats(0, 100), st.floats(0, 100))
-def test_renormalised_weights_sum_to_one_and_stay(ce, kd):
+def test_renormalised_weights_sum_to_one_and_stay(ce: float, kd: float) -> None:
     if ce + kd < 1e-6:
         return
     data = {"model": {"teachers": [{}, {}]}, "method": {"ce_alpha": ce, "kd_alpha": kd, "renorm_ce_kd": "true"}}
@@ -79,7 +80,7 @@ def test_renormalised_weights_sum_to_one_and_stay(ce, kd):
     [("0.8", 0.8), (0.8, 0.8), (0, 0.0), (1, 1.0), ("avg", "avg"), ("avg-0", "avg"), ("avg - .020", "avg-0.02"),
      ("AVG-0.02", "avg-0.02"), ("avg+1e-2", "avg+0.01")],
 )  # fmt: skip
-def test_gate_threshold_has_one_spelling(given_as, kept):
+def test_gate_threshold_has_one_spelling(given_as: Any, kept: Any) -> None:
     found = Config.model_validate({"method": {"enable_kd_after_syn_acc": given_as}}).method.enable_kd_after_syn_acc
     assert (found, type(found)) == (kept, type(kept))
 
@@ -87,7 +88,7 @@ def test_gate_threshold_has_one_spelling(given_as, kept):
 @pytest.mark.parametrize(
     "bad", ["bad", "avg-", "avg-2", "80%", 80, "80", -0.1, math.nan, "nan", True, None, "mean-0.1"]
 )
-def test_gate_threshold_that_means_nothing_is_refused(bad):
+def test_gate_threshold_that_means_nothing_is_refused(bad: Any) -> None:
     assert "enable_kd_after_syn_acc" in refusal(method={"enable_kd_after_syn_acc": bad})
 
 
@@ -129,11 +130,11 @@ def test_gate_threshold_that_means_nothing_is_refused(bad):
         ({"zzzz": 1}, "zzzz: unknown key; --help all lists all keys"),
     ],
 )  # fmt: skip
-def test_one_line_says_key_value_and_what_would_do(sections, message):
+def test_one_line_says_key_value_and_what_would_do(sections: Any, message: str) -> None:
     assert refusal(**sections) == message
 
 
-def test_at_most_three_problems_are_told():
+def test_at_most_three_problems_are_told() -> None:
     message = refusal(method={"tau": 0, "tau_syn": 0, "num_stages": 0, "cccp_nt": 0})
     assert message.count("give") == 3
     assert message.endswith("; and 1 more")
@@ -148,18 +149,18 @@ def test_at_most_three_problems_are_told():
      ("train_distill_adapter_only", "method.use_teacher_finetuning"), ("mbm_something", "ib_mbm_"),
      ("small_input", "dataset.small_input")],
 )  # fmt: skip
-def test_old_names_lead_to_the_new_one(old, new):
+def test_old_names_lead_to_the_new_one(old: str, new: str) -> None:
     assert new in refusal(**{old: 1})
     assert new in refusal(method={old: 1})
 
 
-def test_a_password_in_the_tracking_uri_is_refused_and_not_shown():
+def test_a_password_in_the_tracking_uri_is_refused_and_not_shown() -> None:
     message = refusal(tracking={"uri": "postgresql+psycopg://anna:se/cr@t@db:5432/mlflow"})
     assert "tracking.uri holds a password" in message
     assert "cr@t" not in message
 
 
-def test_every_key_has_words_for_help():
+def test_every_key_has_words_for_help() -> None:
     for name, field in type(Config().method).model_fields.items():
         assert field.description, name
         assert expects(field) != "a group of keys", name
@@ -168,7 +169,7 @@ def test_every_key_has_words_for_help():
 # ------------------------------------------------------------------------------------------ identity
 
 
-def changed(value):
+def changed(value: Any) -> Any:
     """Another value of the same kind."""
     if isinstance(value, bool):
         return not value
@@ -194,8 +195,8 @@ def test_hash_covers_what_is_computed_and_nothing_else() -> None:
     assert {name for name in plain if hash_with(name) == before} == UNCOMPUTED
 
 
-def test_hash_goes_by_validated_values():
-    def hashed(**method):
+def test_hash_goes_by_validated_values() -> None:
+    def hashed(**method: Any) -> str:
         return config_hash(Config.model_validate({"method": method}))
 
     assert hashed(tau=4) == hashed(tau=4.0) == hashed(tau="4") == hashed()
@@ -204,8 +205,8 @@ def test_hash_goes_by_validated_values():
     assert hashed(student_epochs_per_stage=(20,)) == hashed(student_epochs_per_stage=[20])
 
 
-def test_hash_leaves_paths_of_teachers_out():
-    def hashed(**teacher):
+def test_hash_leaves_paths_of_teachers_out() -> None:
+    def hashed(**teacher: Any) -> str:
         return config_hash(Config.model_validate({"model": {"teachers": [teacher]}}))
 
     assert hashed(checkpoint="a") == hashed(checkpoint="b") == hashed()

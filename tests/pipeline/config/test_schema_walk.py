@@ -470,6 +470,11 @@ def m(**keys: Any) -> Keys:
     return {f"method.{k}": v for k, v in keys.items()}
 
 
+def where(base: Keys, **to: Any) -> dict[str, Case]:
+    """Cases of several keys of the method that act where these do."""
+    return {key: Case(value, base) for key, value in m(**to).items()}
+
+
 AUTO = m(kd_target="auto", kd_ens_alpha=0.1, enable_kd_after_syn_acc=0.6)
 GATED = m(kd_target="avg", kd_sample_gate=True, kd_sample_thr=1.0, kd_sample_min_ratio=0.0, kd_sample_max_ratio=0.5)
 DISAGREE = m(kd_target="avg", use_disagree_weight=True, disagree_lambda_high=3.0)
@@ -482,10 +487,10 @@ FROZEN = {**STAGES, **m(use_partial_freeze=True, student_freeze_schedule=[-1, 0]
 PRETRAINED = {"model.student.name": "resnet18", "model.student.pretrained": True}
 HELD = {**TUNED, **m(use_partial_freeze=True, teacher_freeze_level=1)}
 CLAMPED = m(use_loss_clamp=True, loss_clamp_max=0.5)
-STRONG = m(ib_beta=1.0)
 EMA = {"optim.ema_decay": 0.5}
 SGD = {"optim.optimizer": "sgd"}
 STEP = {"schedule.type": "step", "schedule.milestones": [1]}
+FINE_STEP = {f"finetune.{key}": value for key, value in STEP.items()}
 HALF = {"optim.use_amp": True, "optim.amp_dtype": "float16"}
 TWO = m(kd_two_view_start_epoch=0, kd_two_view_stop_epoch=2)
 MIXED = m(cutmix_alpha_distill=1.0)
@@ -500,9 +505,41 @@ PICTURES = {"dataset.name": "image_folder", "dataset.root": "{here}/pictures", "
             "dataset.image_size": 16}  # fmt: skip
 TORCHVISION = {"dataset.name": "cifar10", "dataset.root": "{here}/nothing"}
 
+SEEN_IN_THE_STUDENT = {
+    "seed": 1, "dataset.batch_size": 6, "dataset.val_fraction": 0.5, "method.name": "fitnet",
+    "method.synergy_only_epochs": 1, "method.ce_alpha": 0.1, "method.kd_alpha": 0.9, "method.renorm_ce_kd": True,
+    "method.kd_target": "weighted_conf", "method.kd_loss": "dkd", "method.tau": 2.0, "method.tau_schedule": [4.0, 1.0],
+    "method.tau_syn": 1.0, "method.synergy_logit_scale": 0.3, "method.use_mu_for_kd": False, "method.hybrid_beta": 0.5,
+    "method.kd_warmup_epochs": 3, "method.kd_max_ratio": 0.05, "method.kd_cooldown_epochs": 1,
+    "method.kd_uncertainty_weight": 0.9, "method.kd_sample_gate": True, "method.enable_kd_after_syn_acc": 1.0,
+    "method.use_ib": False, "method.ib_beta": 1.0, "method.beta_schedule": [1.0, 0.0, 3], "method.ib_mbm_query_dim": 7,
+    "method.ib_mbm_out_dim": 12, "method.ib_mbm_n_head": 4, "method.ib_mbm_feature_norm": "l2",
+    "method.ib_mbm_logvar_clip": 0.01, "method.ib_mbm_min_std": 2.0, "method.ib_mbm_lr_factor": 0.1,
+    "method.ib_mbm_reg_lambda": 5.0, "method.learnable_q": True, "method.synergy_head_dropout": 0.5,
+    "method.synergy_temp_learnable": True, "method.use_cccp": True, "method.cccp_nt": 2, "method.cccp_ns": 2,
+    "method.synergy_ce_alpha": 0.1, "method.teacher_adapt_alpha_kd": 2.0, "method.max_cw": 0.4,
+    "method.use_distillation_adapter": False, "method.distill_out_dim": 4, "method.feat_kd_alpha": 0.3,
+    "method.label_smoothing": 0.4, "method.ce_label_smoothing": 0.4, "method.mixup_alpha": 0.8,
+    "method.cutmix_alpha_distill": 0.8, "optim.optimizer": "adam", "optim.student_lr": 3e-3,
+    "optim.student_weight_decay": 0.5, "optim.a_step_optimizer": "sgd", "optim.a_step_lr": 1e-3,
+    "optim.a_step_weight_decay": 0.5, "optim.use_amp": True, "schedule.lr_warmup_epochs": 1, "schedule.min_lr": 5e-3,
+}  # fmt: skip
+"""Another value, which alone changes the student's weights after a run."""
+SEEN_IN_FINE_TUNING = {
+    "finetune.epochs": 2, "finetune.seed": 1, "finetune.optimizer": "sgd", "finetune.lr": 3e-3,
+    "finetune.weight_decay": 0.5, "finetune.schedule.lr_warmup_epochs": 2, "finetune.schedule.min_lr": 5e-3,
+    "finetune.cutmix_alpha": 1.0, "finetune.label_smoothing": 0.3,
+}  # fmt: skip
+SEEN_IN_IMAGES = {
+    "dataset.split_seed": 1, "optim.use_channels_last": False, "augment.crop_flip": False,
+    "augment.pad_mode": "reflect", "augment.randaugment": True,
+}  # fmt: skip
+
 TABLE: dict[str, Case] = {
+    **{key: Case(to) for key, to in SEEN_IN_THE_STUDENT.items()},
+    **{key: Case(to, observer=tuned) for key, to in SEEN_IN_FINE_TUNING.items()},
+    **{key: Case(to, observer=first_images) for key, to in SEEN_IN_IMAGES.items()},
     # bookkeeping
-    "seed": Case(1),
     "device": Case("cuda:99", observer=device),
     "threads": Case(2, observer=prepared),
     "output_dir": Case("{here}/elsewhere", observer=record),
@@ -532,10 +569,7 @@ TABLE: dict[str, Case] = {
     "dataset.workers": Case(0, {"dataset.workers": 1}, pictures_read),
     "dataset.mean": Case([0.2] * 3, observer=data_set),
     "dataset.std": Case([0.7] * 3, observer=data_set),
-    "dataset.batch_size": Case(6),
     "dataset.eval_batch_size": Case(5, observer=evaluation_batches),
-    "dataset.val_fraction": Case(0.5),
-    "dataset.split_seed": Case(1, observer=first_images),
     "dataset.small_input": Case(False, {"model.student.name": "resnet18"}, stem),
     "model.student.name": Case("cifar_resnet20", observer=its_student),
     "model.student.pretrained": Case(True, {"model.student.name": "resnet18"}, its_student),
@@ -544,153 +578,66 @@ TABLE: dict[str, Case] = {
     "model.teachers.0.checkpoint": Case("{here}/teacher.safetensors", FETCHED, teacher_weights),
     "model.teachers.0.efficientnet_dropout": Case(0.1, {"model.teachers.0.name": "efficientnet_b0"}, first_teacher),
     # stages
-    "method.name": Case("fitnet"),
     "method.num_stages": Case(2, observer=part("plan"), more=m(student_epochs_per_stage=[1, 1])),
     "method.student_epochs_per_stage": Case([1], observer=part("plan")),
     "method.teacher_adapt_epochs": Case(1, observer=part("plan")),
-    "method.synergy_only_epochs": Case(1),
     # targets and weights of the B-step
-    "method.ce_alpha": Case(0.1),
-    "method.kd_alpha": Case(0.9),
-    "method.renorm_ce_kd": Case(True),
-    "method.kd_target": Case("weighted_conf"),
-    "method.kd_loss": Case("dkd"),
-    "method.dkd_alpha": Case(3.0, DKD),
-    "method.dkd_beta": Case(2.0, DKD),
-    "method.dkd_warmup_epochs": Case(3, DKD),
+    **where(DKD, dkd_alpha=3.0, dkd_beta=2.0, dkd_warmup_epochs=3),
     "method.kd_view": Case("mixed", MIXED),
-    "method.tau": Case(2.0),
-    "method.tau_schedule": Case([4.0, 1.0]),
-    "method.tau_syn": Case(1.0),
-    "method.synergy_logit_scale": Case(0.3),
-    "method.use_mu_for_kd": Case(False),
     "method.teacher_weights": Case([0.9, 0.1], m(kd_target="avg")),
     "method.kd_ens_alpha": Case(0.2, m(teacher_adapt_kd_warmup=2)),
     "method.kd_ens_alpha_max": Case(0.5, AUTO, gate),
-    "method.hybrid_beta": Case(0.5),
-    "method.kd_warmup_epochs": Case(3),
     "method.teacher_adapt_kd_warmup": Case(1, WARM),
-    "method.kd_max_ratio": Case(0.05),
-    "method.kd_cooldown_epochs": Case(1),
-    "method.kd_uncertainty_weight": Case(0.9),
-    "method.kd_sample_gate": Case(True),
     "method.kd_sample_thr": Case(0.5, {**GATED, **m(kd_sample_max_ratio=1.0)}),
     "method.kd_sample_min_ratio": Case(0.3, {**GATED, **m(kd_sample_thr=0.01)}),
-    "method.kd_sample_max_ratio": Case(0.2, GATED),
-    "method.kd_sample_reweight": Case(False, GATED),
-    "method.kd_two_view_start_epoch": Case(1, TWO),
-    "method.kd_two_view_stop_epoch": Case(1, TWO),
-    "method.enable_kd_after_syn_acc": Case(1.0),
+    **where(GATED, kd_sample_max_ratio=0.2, kd_sample_reweight=False),
+    **where(TWO, kd_two_view_start_epoch=1, kd_two_view_stop_epoch=1),
     "method.gate_source": Case("ema", m(enable_kd_after_syn_acc=0.5), gate),
     "method.use_disagree_weight": Case(True, m(disagree_lambda_high=3.0)),
-    "method.disagree_mode": Case("both_wrong", DISAGREE),
-    "method.disagree_lambda_high": Case(0.1, DISAGREE),
+    **where(DISAGREE, disagree_mode="both_wrong", disagree_lambda_high=0.1),
     "method.disagree_lambda_low": Case(0.1, {**DISAGREE, **m(disagree_mode="both_wrong")}),
     # fusion
-    "method.use_ib": Case(False),
-    "method.ib_beta": Case(1.0),
-    "method.ib_beta_warmup_epochs": Case(4, STRONG),
-    "method.beta_schedule": Case([1.0, 0.0, 3]),
-    "method.ib_epochs_per_stage": Case(1, STRONG),
-    "method.ib_mbm_query_key": Case("distill_feat", FEATURES),
-    "method.ib_mbm_query_dim": Case(7),
-    "method.ib_mbm_out_dim": Case(12),
-    "method.ib_mbm_n_head": Case(4),
-    "method.ib_mbm_feature_norm": Case("l2"),
-    "method.ib_mbm_logvar_clip": Case(0.01),
-    "method.ib_mbm_min_std": Case(2.0),
-    "method.ib_mbm_lr_factor": Case(0.1),
-    "method.ib_mbm_reg_lambda": Case(5.0),
-    "method.learnable_q": Case(True),
-    "method.synergy_head_dropout": Case(0.5),
-    "method.synergy_temp_learnable": Case(True),
+    **where(m(ib_beta=1.0), ib_beta_warmup_epochs=4, ib_epochs_per_stage=1),
     "method.synergy_temp_init": Case(1.0, m(synergy_temp_learnable=True)),
-    "method.use_cccp": Case(True),
     "method.cccp_alpha": Case(2.0, m(use_cccp=True)),
-    "method.cccp_nt": Case(2),
-    "method.cccp_ns": Case(2),
     # the A-step
-    "method.synergy_ce_alpha": Case(0.1),
-    "method.teacher_adapt_alpha_kd": Case(2.0),
-    "method.teacher_ce_alpha": Case(2.0, TUNED),
+    **where(TUNED, teacher_ce_alpha=2.0, reg_lambda=5.0),
     "method.min_cw": Case(2.5, m(max_cw=3.0)),
-    "method.max_cw": Case(0.4),
-    "method.reg_lambda": Case(5.0, TUNED),
     "method.teacher_eval_every": Case(2, observer=part("rows")),
     "method.synergy_ema_alpha": Case(0.1, {"optim.a_step_lr": 0.05}, part("rows")),
     "method.synergy_eval_teacher_indices": Case([0], observer=synergy_scores),
     "method.use_teacher_finetuning": Case(True, m(teacher_ce_alpha=0.5)),
-    "method.use_distillation_adapter": Case(False),
-    "method.distill_out_dim": Case(4),
     # feature distillation
-    "method.feat_kd_alpha": Case(0.3),
     "method.feat_kd_key": Case("feat_2d", WIDE),
-    "method.feat_kd_norm": Case("l2", FEATURES),
-    "method.feat_kd_huber_beta": Case(0.1, FEATURES),
-    "method.feat_kd_clip": Case(0.5, FEATURES),
+    **where(FEATURES, ib_mbm_query_key="distill_feat", feat_kd_norm="l2", feat_kd_huber_beta=0.1, feat_kd_clip=0.5),
     # partial freezing
     "method.use_partial_freeze": Case(True, {**STAGES, **m(student_freeze_schedule=[-1, 0])}),
     "method.student_freeze_level": Case(0, {**PRETRAINED, **m(use_partial_freeze=True)}),
-    "method.student_freeze_schedule": Case([-1, 1], FROZEN),
-    "method.student_freeze_bn": Case(True, FROZEN),
-    "method.teacher_freeze_level": Case(2, HELD),
-    "method.teacher_freeze_bn": Case(False, HELD),
-    "method.teacher_bn_head_only": Case(True, HELD),
-    "method.teacher_freeze_scope": Case("features_classifier", HELD),
+    **where(FROZEN, student_freeze_schedule=[-1, 1], student_freeze_bn=True),
+    **where(HELD, teacher_freeze_level=2, teacher_freeze_bn=False, teacher_bn_head_only=True),
+    **where(HELD, teacher_freeze_scope="features_classifier"),
     # regularisation
-    "method.label_smoothing": Case(0.4),
-    "method.ce_label_smoothing": Case(0.4),
-    "method.mixup_alpha": Case(0.8),
-    "method.cutmix_alpha_distill": Case(0.8),
     "method.use_loss_clamp": Case(True, m(loss_clamp_max=0.5)),
-    "method.loss_clamp_mode": Case("hard", CLAMPED),
-    "method.loss_clamp_max": Case(1.0, CLAMPED),
-    "method.loss_clamp_warmup_epochs": Case(1, CLAMPED),
-    "method.disable_loss_clamp_in_a": Case(True, CLAMPED),
+    **where(CLAMPED, loss_clamp_mode="hard", loss_clamp_max=1.0, loss_clamp_warmup_epochs=1),
+    **where(CLAMPED, disable_loss_clamp_in_a=True),
     # optimisers and precision
-    "optim.optimizer": Case("adam"),
     "optim.momentum": Case(0.1, SGD),
-    "optim.student_lr": Case(3e-3),
-    "optim.student_weight_decay": Case(0.5),
-    "optim.a_step_optimizer": Case("sgd"),
-    "optim.a_step_lr": Case(1e-3),
-    "optim.a_step_weight_decay": Case(0.5),
     "optim.grad_clip_norm": Case(0.01, SGD),
     "optim.ema_decay": Case(0.9, EMA, part("averaged")),
     "optim.ema_update_every": Case(3, EMA, part("averaged")),
     "optim.select_weights": Case("ema", EMA, part("exported")),
-    "optim.use_amp": Case(True),
     "optim.amp_dtype": Case("float16", {"optim.use_amp": True}),
     "optim.grad_scaler_init_scale": Case(64.0, HALF, part("scale")),
     "optim.safe_retry_patience": Case(3, {"finetune.epochs": 9}, patience),
-    "optim.use_channels_last": Case(False, observer=first_images),
     "optim.deterministic": Case(False, observer=prepared),
     "optim.compile": Case(True, observer=compiled),
     "schedule.type": Case("step", more={"schedule.milestones": [1]}),
-    "schedule.lr_warmup_epochs": Case(1),
-    "schedule.min_lr": Case(5e-3),
     "schedule.milestones": Case([2], STEP),
     "schedule.gamma": Case(0.5, STEP),
-    "augment.crop_flip": Case(False, observer=first_images),
-    "augment.pad_mode": Case("reflect", observer=first_images),
-    "augment.randaugment": Case(True, observer=first_images),
     # fine-tuning
-    "finetune.epochs": Case(2, observer=tuned),
-    "finetune.seed": Case(1, observer=tuned),
-    "finetune.optimizer": Case("sgd", observer=tuned),
-    "finetune.lr": Case(3e-3, observer=tuned),
-    "finetune.weight_decay": Case(0.5, observer=tuned),
     "finetune.schedule.type": Case("step", {}, tuned, {"finetune.schedule.milestones": [1]}),
-    "finetune.schedule.lr_warmup_epochs": Case(2, observer=tuned),
-    "finetune.schedule.min_lr": Case(5e-3, observer=tuned),
-    "finetune.schedule.milestones": Case(
-        [2], {"finetune.schedule.type": "step", "finetune.schedule.milestones": [1]}, tuned
-    ),
-    "finetune.schedule.gamma": Case(
-        0.5, {"finetune.schedule.type": "step", "finetune.schedule.milestones": [1]}, tuned
-    ),
-    "finetune.cutmix_alpha": Case(1.0, observer=tuned),
-    "finetune.label_smoothing": Case(0.3, observer=tuned),
+    "finetune.schedule.milestones": Case([2], FINE_STEP, tuned),
+    "finetune.schedule.gamma": Case(0.5, FINE_STEP, tuned),
 }
 REFUSED = ("method.name", "method.ib_mbm_query_dim", "method.use_distillation_adapter", "device",
            "dataset.root", "dataset.download", "resume", "extend", "student")  # fmt: skip

@@ -1,6 +1,7 @@
 """Every way out of a job has its end: the statuses, outcomes and exit codes that README and MLflow's users rely on."""
 
 import signal
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,6 @@ from pipeline.runs.ending import ending_of
         (KeyError("w"), ("FAILED", "failed", 1, "KeyError: 'w'", None)),
     ],
 )
-def test_the_end_of_a_run_follows_from_what_its_job_raised(error, end):
+def test_the_end_of_a_run_follows_from_what_its_job_raised(error: BaseException, end: tuple[Any, ...]) -> None:
     assert tuple(ending_of(error)) == end
     check_end(*end[:2])

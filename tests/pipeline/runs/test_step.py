@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.compose import cli
 from pipeline.compose.compose import compose, dump
-from pipeline.config import config_hash
+from pipeline.config import Config, config_hash
 from pipeline.errors import UserError
 from pipeline.runs.step import Step, configuration
 
@@ -35,28 +35,24 @@ def never(run: object) -> float | None:
     raise AssertionError("a dry run has run")
 
 
-def test_a_dry_run_prints_the_configuration_and_ends(monkeypatch, capsys, err, tmp_path: Path):
+def test_a_dry_run_prints_the_configuration_and_what_the_step_adds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], err: io.StringIO, tmp_path: Path
+) -> None:
     monkeypatch.setenv("DRY_RUN", "1")
     monkeypatch.setenv("SEED", "3")
     argv = ["cfg=quickstart", "method.tau=2", f"output_dir={tmp_path / 'runs'}"]
-    step = Step("distill", request=lambda config, _: (config.model_copy(update={"rung": "x"}), None), job=never)
-    assert step.main(argv) == 0
+
+    def request(config: Config, _: cli.Command) -> tuple[Config, int]:
+        return config.model_copy(update={"rung": "x"}), config.seed
+
+    assert Step("distill", request=request, job=never, words=lambda seed: f"2 jobs, {seed}\n").main(argv) == 0
     printed = capsys.readouterr().out
-    again = tmp_path / "again.yaml"
-    again.write_text(printed)
     expected = compose("quickstart", [*argv[1:], "seed=3", "rung=x"])
-    assert compose(str(again)) == expected
+    assert printed == dump(expected) + "\n# 2 jobs, 3\n"
+    (tmp_path / "again.yaml").write_text(printed)
+    assert compose(str(tmp_path / "again.yaml")) == expected
     assert err.getvalue() == "seed=3 (from the environment: SEED)\n"
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_dry_run_prints_what_the_step_adds(monkeypatch, capsys):
-    monkeypatch.setenv("DRY_RUN", "1")
-    step = Step(
-        "sweep", request=lambda config, _: (config, config.seed), job=never, words=lambda seed: f"2 jobs, {seed}\n"
-    )
-    assert step.main(["cfg=quickstart"]) == 0
-    assert capsys.readouterr().out == dump(compose("quickstart")) + "\n# 2 jobs, 0\n"
 
 
 def refuses(request: object) -> str:
@@ -71,7 +67,9 @@ def refuses(request: object) -> str:
         ("DRY_RUN", "1", "cluster=slurm: no sbatch here"),
     ],
 )
-def test_a_refusal_is_one_line(monkeypatch, err, variable, value, message):
+def test_a_refusal_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, err: io.StringIO, variable: str, value: str, message: str
+) -> None:
     monkeypatch.setenv(variable, value)
     assert Step("distill", job=never, words=refuses).main(["cfg=quickstart"]) == 2
     assert err.getvalue() == message + "\n"
@@ -94,7 +92,9 @@ def run_id(sqlite_uri: str, tmp_path: Path) -> str:
 
 
 @pytest.mark.usefixtures("warm_deliveries")
-def test_a_configuration_of_a_run(monkeypatch, err, run_id: str, sqlite_uri: str, tmp_path: Path):
+def test_a_configuration_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, err: io.StringIO, run_id: str, sqlite_uri: str, tmp_path: Path
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     here = f"tracking.uri={sqlite_uri}"
@@ -113,16 +113,19 @@ def test_a_configuration_of_a_run(monkeypatch, err, run_id: str, sqlite_uri: str
     assert not list(tmp_path.glob("asib-*")), "what was fetched is still there"
 
 
-@pytest.mark.parametrize("override", ["tracking.mode=offline", "tracking=offline", "tracking={mode: offline}"])
-def test_off_line_there_is_nothing_to_fetch_from(override):
-    with pytest.raises(UserError, match="tracking is offline"):
-        configuration(cli.parse(["cfg=runs:/ab/best.yaml", override]))
-
-
-@pytest.mark.parametrize("cfg", ["runs:/ab", "runs:/ab/", "https://host/best.yaml", "models:/m/1"])
-def test_only_a_file_of_a_run_is_a_configuration(cfg):
-    with pytest.raises(UserError, match="give runs:/<run id>/<file>"):
-        configuration(cli.parse([f"cfg={cfg}"]))
+@pytest.mark.parametrize(
+    ("cfg", "override", "message"),
+    [
+        ("runs:/ab/best.yaml", "tracking.mode=offline", "tracking is offline"),
+        ("runs:/ab/best.yaml", "tracking=offline", "tracking is offline"),
+        ("runs:/ab/best.yaml", "tracking={mode: offline}", "tracking is offline"),
+        *((cfg, "seed=0", "give runs:/<run id>/<file>") for cfg in ("runs:/ab", "runs:/ab/", "https://host/best.yaml")),
+        ("models:/m/1", "seed=0", "give runs:/<run id>/<file>"),
+    ],
+)
+def test_only_a_file_of_a_run_is_a_configuration(cfg: str, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        configuration(cli.parse([f"cfg={cfg}", override]))
 
 
 # ------------------------------------------------------------------------------------------ a step's own keys
@@ -143,7 +146,9 @@ def test_only_a_file_of_a_run_is_a_configuration(cfg):
         ("sweep", "swep.sampler.name=gp", "sweep.sampler.name"),
     ],
 )
-def test_a_misspelt_key_of_a_step_is_answered_with_its_own_keys_too(monkeypatch, err, step, argument, meant, seed):
+def test_a_misspelt_key_is_answered_with_the_steps_own(
+    monkeypatch: pytest.MonkeyPatch, err: io.StringIO, step: str, argument: str, meant: str, seed: str
+) -> None:
     monkeypatch.setenv("SEED", seed)
     assert importlib.import_module(f"steps.{step}").main([argument]) == 2
     key = argument.partition("=")[0]
