@@ -225,7 +225,7 @@ def test_what_is_chosen_wins_over_a_dumped_configuration(tmp_path: Path) -> None
         ("- 1\n", "holds a list"),
         ("3\n", "single value"),
         ("defaults:\n  - override /dataset: cifar1000\n", "cifar1000"),
-        ("method: {tau: ${nope}}\n", "nope"),
+        ("method: {tau: '${nope}'}\n", "'nope' not found"),
         ("method: {kd_alhpa: 1}\n", "did you mean method.kd_alpha?"),
     ],
 )

@@ -68,7 +68,10 @@ def test_small_students_get_a_width_of_256(student: str) -> None:
 def test_renormalised_weights_sum_to_one_and_stay(ce: float, kd: float) -> None:
     if ce + kd < 1e-6:
         return
-    data = {"model": {"teachers": [{}, {}]}, "method": {"ce_alpha": ce, "kd_alpha": kd, "renorm_ce_kd": "true"}}
+    data: dict[str, Any] = {
+        "model": {"teachers": [{}, {}]},
+        "method": {"ce_alpha": ce, "kd_alpha": kd, "renorm_ce_kd": "true"},
+    }
     method = Config.model_validate(data).method
     assert math.isclose(method.ce_alpha + method.kd_alpha, 1, abs_tol=1e-8)
     data["method"] |= {"ce_alpha": method.ce_alpha, "kd_alpha": method.kd_alpha}
@@ -210,5 +213,9 @@ def test_hash_leaves_paths_of_teachers_out() -> None:
         return config_hash(Config.model_validate({"model": {"teachers": [teacher]}}))
 
     assert hashed(checkpoint="a") == hashed(checkpoint="b") == hashed()
-    others = [{"name": "resnet18"}, {"name": "resnet18", "pretrained": False}, {"efficientnet_dropout": 0.1}]
+    others: list[dict[str, Any]] = [
+        {"name": "resnet18"},
+        {"name": "resnet18", "pretrained": False},
+        {"efficientnet_dropout": 0.1},
+    ]
     assert len({hashed(), *(hashed(**other) for other in others)}) == 4

@@ -13,7 +13,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -104,6 +103,8 @@ def trained(task: Task) -> Loop:
 def _run(written: str) -> dict[str, Any]:
     c = tiny(json.loads(written))
     before, task = c.model_dump_json(), distillation(c, images())
+    end, rows = task.end_epoch, []
+    task.end_epoch = lambda epoch: rows.append(end(epoch)) or rows[-1]  # type: ignore[method-assign, func-returns-value]
     loop = trained(task)
     assert c.model_dump_json() == before, "a run leaves its configuration alone"
     student = {k: v.clone() for k, v in task.student.state_dict().items()}
@@ -111,7 +112,7 @@ def _run(written: str) -> dict[str, Any]:
     task.results()
     return {
         "student": student,
-        "rows": [values for _, values in loop.recorder.rows],
+        "rows": rows,
         "plan": task.plan,
         "exported": dict(task.student.state_dict()),
         "averaged": task.state_dict()["student_ema"],
@@ -162,17 +163,15 @@ def synergy_scores(keys: Keys) -> Any:
 def patience(keys: Keys) -> Any:
     """After how many non-finite steps a run ends."""
     task = fine_tuning(tiny(keys), images())
-    steps: list[int] = []
-    forward = task.phases["finetune"].objective.forward
+    objective = task.phases["finetune"].objective
+    forward = objective.forward
 
     def bad(*args: Any) -> Any:
-        steps.append(1)
         return {k: v * float("nan") for k, v in forward(*args).items()}
 
-    task.phases["finetune"].objective.forward = bad
-    with contextlib.suppress(NonFinite):
+    with mock.patch.object(objective, "forward", side_effect=bad) as steps, contextlib.suppress(NonFinite):
         trained(task)
-    return len(steps)
+    return steps.call_count
 
 
 def first_images(keys: Keys) -> Any:
@@ -210,7 +209,7 @@ class Place:
         self.path = Path(self._folder.name)
         rng = np.random.default_rng(0)
         for name in ("one", "two"):
-            arrays = {
+            arrays: dict[str, Any] = {
                 f"x_{s}": rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for s, n in (("train", 24), ("test", 9))
             }
             np.savez(self.path / f"{name}.npz", **arrays, y_train=np.arange(24) % 3, y_test=np.arange(9) % 3)
@@ -336,17 +335,12 @@ def difference_logged(keys: Keys) -> Any:
 
 def delivery(keys: Keys) -> Any:
     """Whether a delivery is begun, where to, and how long its end is waited for."""
-    asked: list[Any] = []
-    fake = SimpleNamespace(finish=lambda seconds: asked.append(seconds) or True)
-
-    def start(folder: Path, *, uri: str | None = None, **more: Any) -> Any:
-        asked.append(uri)
-        return fake
-
-    with mock.patch("pipeline.tracking.start.start_delivery", start):
+    with mock.patch("pipeline.tracking.start.start_delivery") as start:
+        start.return_value.finish.return_value = True
         run = open_run("distill", place().config(keys))
         run.close()
-    return asked
+    ended = start.return_value.finish.call_args
+    return [start.call_args and start.call_args.kwargs["uri"], ended and ended.args]
 
 
 @functools.cache
@@ -510,7 +504,7 @@ SEEN_IN_THE_STUDENT = {
     "method.synergy_only_epochs": 1, "method.ce_alpha": 0.1, "method.kd_alpha": 0.9, "method.renorm_ce_kd": True,
     "method.kd_target": "weighted_conf", "method.kd_loss": "dkd", "method.tau": 2.0, "method.tau_schedule": [4.0, 1.0],
     "method.tau_syn": 1.0, "method.synergy_logit_scale": 0.3, "method.use_mu_for_kd": False, "method.hybrid_beta": 0.5,
-    "method.kd_warmup_epochs": 3, "method.kd_max_ratio": 0.05, "method.kd_cooldown_epochs": 1,
+    "method.kd_warmup_epochs": 3, "method.kd_max_ratio": 1e-3, "method.kd_cooldown_epochs": 1,
     "method.kd_uncertainty_weight": 0.9, "method.kd_sample_gate": True, "method.enable_kd_after_syn_acc": 1.0,
     "method.use_ib": False, "method.ib_beta": 1.0, "method.beta_schedule": [1.0, 0.0, 3], "method.ib_mbm_query_dim": 7,
     "method.ib_mbm_out_dim": 12, "method.ib_mbm_n_head": 4, "method.ib_mbm_feature_norm": "l2",
@@ -597,14 +591,14 @@ TABLE: dict[str, Case] = {
     **where(DISAGREE, disagree_mode="both_wrong", disagree_lambda_high=0.1),
     "method.disagree_lambda_low": Case(0.1, {**DISAGREE, **m(disagree_mode="both_wrong")}),
     # fusion
-    **where(m(ib_beta=1.0), ib_beta_warmup_epochs=4, ib_epochs_per_stage=1),
+    **where({**STAGES, **m(ib_beta=1.0)}, ib_beta_warmup_epochs=4, ib_epochs_per_stage=1),
     "method.synergy_temp_init": Case(1.0, m(synergy_temp_learnable=True)),
     "method.cccp_alpha": Case(2.0, m(use_cccp=True)),
     # the A-step
     **where(TUNED, teacher_ce_alpha=2.0, reg_lambda=5.0),
     "method.min_cw": Case(2.5, m(max_cw=3.0)),
     "method.teacher_eval_every": Case(2, observer=part("rows")),
-    "method.synergy_ema_alpha": Case(0.1, {"optim.a_step_lr": 0.05}, part("rows")),
+    "method.synergy_ema_alpha": Case(0.1, {**STAGES, "optim.a_step_lr": 0.05}, part("rows")),
     "method.synergy_eval_teacher_indices": Case([0], observer=synergy_scores),
     "method.use_teacher_finetuning": Case(True, m(teacher_ce_alpha=0.5)),
     # feature distillation
