@@ -24,6 +24,11 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
+def names(folder: str) -> list[str]:
+    """The files of a folder of conf/: `names("sweep")` -> `["accuracy_cost", …]`."""
+    return sorted(file.stem for file in (CONF / folder).glob("*.yaml"))
+
+
 def locate(folder: str, given: str, key: str | None = None) -> Path:
     """The file that `cfg=<given>` or `sweep=<given>` names: of conf/<folder>, or a YAML file anywhere.
 
@@ -43,7 +48,7 @@ def locate(folder: str, given: str, key: str | None = None) -> Path:
         beside = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
         near = near_miss(file.name, beside)
         raise UserError(f"{key}={given}: no such file" + (f"; did you mean {file.parent / near}?" if near else ""))
-    known = sorted(file.stem for file in (CONF / folder).glob("*.yaml"))
+    known = names(folder)
     raise UserError(
         f"{key}={given}: no such {folder if key == 'cfg' else key}; {suggestion(given, known)}there are "
         f"{', '.join(known)}, or give the path of a YAML file"
