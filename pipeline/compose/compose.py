@@ -29,7 +29,7 @@ from pipeline.compose.foreign import foreign
 from pipeline.compose.groups import CONF, NOT_GROUPS, groups, locate
 from pipeline.compose.settings import read_yaml
 from pipeline.config import Config, UnknownKey, explain, flatten
-from pipeline.config.words import field_at, is_text, section_of, suggestion, written
+from pipeline.config.words import field_at, is_list_of_sections, is_text, section_of, suggestion, written
 from pipeline.errors import UserError
 from pipeline.paths import printable
 
@@ -238,7 +238,8 @@ def _apply(composed: DictConfig, setting: Setting) -> None:
                 return
             field = field_at(path[: depth + 1], Config)
             if field is not None and _is_list(field[0]):
-                raise UserError(f"{setting.key}: there is no list yet; set the whole {'.'.join(path[: field[1]])}=[…]")
+                what = "are no entries" if is_list_of_sections(field[0]) else "is no list"
+                raise UserError(f"{setting.key}: there {what} yet; set the whole {'.'.join(path[: field[1]])}=[…]")
             node[index] = {}
         node = node._get_node(index)
     if setting.delete:
