@@ -47,7 +47,7 @@ def blend(a: dict[str, Any], b: dict[str, Any], lam: float) -> dict[str, Any]:
     """Two views of one sample: everything by lambda, but a view that the label guard closes is not in the target."""
     left_a, left_b = lam * a["guard"], (1 - lam) * b["guard"]
     share = left_a / (left_a + left_b) if left_a + left_b > 0 else lam
-    found = {k: lam * a[k] + (1 - lam) * b[k] for k in ("avg", "weight", "mu", "cw") if k in a}
+    found: dict[str, Any] = {k: lam * a[k] + (1 - lam) * b[k] for k in ("avg", "weight", "mu", "cw") if k in a}
     found |= {name: share * a[name] + (1 - share) * b[name] for name in ("p", "sure")}
     return found | {"guard": left_a + left_b, "share": share, "views": (a, b)}
 
