@@ -29,7 +29,7 @@ def trial(seconds: float, state: TrialState = TrialState.COMPLETE, **notes: int)
             "a trial takes 15 min on average: about 6.0 h left with 1 worker",
         ),
         (
-            [trial(23), trial(0, **{REPEATS: 0}), trial(90, TrialState.FAIL)], 2, 2,
+            [trial(23), trial(0, TrialState.COMPLETE, **{REPEATS: 0}), trial(90, TrialState.FAIL)], 2, 2,
             "one trial took 23 s: about 23 s left with 2 workers",
         ),
         ([trial(90, TrialState.FAIL)], 5, 2, None),

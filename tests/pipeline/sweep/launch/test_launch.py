@@ -376,7 +376,7 @@ def test_what_slurm_would_not_run_is_refused(
     site: Site, slurm: SlurmCluster, settings: dict[str, str], words: list[str]
 ) -> None:
     with pytest.raises(UserError) as refused:
-        site.launcher("slurm", **settings).check()
+        site.launcher("slurm", 1, **settings).check()
     assert_line(refused.value, words)
     assert slurm.run("squeue", "-h") == ""
 

@@ -1,5 +1,8 @@
 """Changed keys: the same configuration, and the same hash, as overrides of the command line give."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +35,7 @@ PLAIN = compose("base")
         ("base", {"method.distill_out_dim": 128}),
     ],
 )
-def test_as_overrides_would(cfg, values):
+def test_as_overrides_would(cfg: str, values: dict[str, Any]) -> None:
     assert config_hash(apply(compose(cfg), values)) == _overridden(cfg, values)
 
 
@@ -53,16 +56,16 @@ def test_as_overrides_would(cfg, values):
         },
     )
 )
-def test_any_values_as_overrides_would(values):
+def test_any_values_as_overrides_would(values: dict[str, Any]) -> None:
     assert config_hash(apply(QUICKSTART, values)) == _overridden("quickstart", values)
 
 
-def _overridden(cfg, values):
+def _overridden(cfg: str, values: dict[str, Any]) -> str:
     texts = [f"{key}={'null' if value is None else value}" for key, value in values.items()]
     return config_hash(compose(cfg, [text.replace("'", "") for text in texts]))
 
 
-def test_widths_follow_the_student_back_again():
+def test_widths_follow_the_student_back_again() -> None:
     """256 for small students, else 512 (docs/method.md section 1)."""
     small = apply(PLAIN, {"model.student.name": "mobilenetv2_100"})
     again = apply(small, {"model.student.name": PLAIN.model.student.name})
@@ -70,14 +73,14 @@ def test_widths_follow_the_student_back_again():
     assert (again.method.distill_out_dim, again.method.ib_mbm_out_dim) == (512, 512)
 
 
-def test_a_dumped_base_gives_the_same(tmp_path):
+def test_a_dumped_base_gives_the_same(tmp_path: Path) -> None:
     """A worker that joins later has the base configuration as a file, which names every key."""
     (tmp_path / "base.yaml").write_text(dump(PLAIN))
     values = {"model.student.name": "mobilenetv2_100", "method.kd_alpha": 0.7}
     assert apply(compose(str(tmp_path / "base.yaml")), values) == apply(PLAIN, values)
 
 
-def test_the_base_stays_as_it_is():
+def test_the_base_stays_as_it_is() -> None:
     before = dump(QUICKSTART)
     apply(QUICKSTART, {"method.student_epochs_per_stage.1": 9, "model.teachers.0.name": "cifar_resnet8"})
     assert dump(QUICKSTART) == before
@@ -95,7 +98,7 @@ def test_the_base_stays_as_it_is():
         ("method.num_stages", 2, "give one number of B-epochs for each stage"),
     ],
 )
-def test_refused(key, value, message):
+def test_refused(key: str, value: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
         apply(QUICKSTART, {key: value})
     assert message in str(caught.value)

@@ -4,33 +4,35 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.compose.compose import compose
 from pipeline.compose.groups import NOT_GROUPS, groups, names
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.sweep.space.check import check
 from pipeline.sweep.space.config import SweepConfig, load
 
 ROOT = Path(__file__).resolve().parents[4]
 BASE = compose("quickstart")
-BOUND = {"objectives": {}, "constraints": {"max": 1}}
+BOUND: dict[str, dict[str, int]] = {"objectives": {}, "constraints": {"max": 1}}
 
 
-def sweep(space, **rest) -> SweepConfig:
+def sweep(space: Any, **rest: Any) -> SweepConfig:
     return SweepConfig.model_validate({"name": "mine", "space": space, **rest})
 
 
-def ranged(low, high, kind="float", **rest):
+def ranged(low: Any, high: float, kind: str = "float", **rest: Any) -> dict[str, Any]:
     return {"type": kind, "low": low, "high": high, **rest}
 
 
-def one_of(*choices):
+def one_of(*choices: Any) -> dict[str, Any]:
     return {"type": "categorical", "choices": choices}
 
 
-def refusal(space, *overridden, base=BASE, **rest) -> str:
+def refusal(space: Any, *overridden: str, base: Config = BASE, **rest: Any) -> str:
     with pytest.raises(UserError) as caught:
         check(sweep(space, **rest), base, overridden)
     message = str(caught.value)
@@ -40,7 +42,7 @@ def refusal(space, *overridden, base=BASE, **rest) -> str:
 
 
 @pytest.mark.parametrize("name", names("sweep"))
-def test_every_sweep_fits_the_quickstart(name, caplog):
+def test_every_sweep_fits_the_quickstart(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="asib")
     check(load(name), BASE, ["dataset.download", "tracking.uri"])
     assert caplog.messages == []
@@ -82,7 +84,7 @@ def test_every_sweep_fits_the_quickstart(name, caplog):
         ("optim.student_lr", ranged(1e-9, 1e-2, log=True), "schedule.min_lr=1e-06 is above optim.student_lr=1e-09"),
     ],
 )  # fmt: skip
-def test_a_dimension_that_is_refused(key, dimension, message):
+def test_a_dimension_that_is_refused(key: str, dimension: Any, message: str) -> None:
     assert message in refusal({key: dimension})
 
 
@@ -102,7 +104,7 @@ def test_a_dimension_that_is_refused(key, dimension, message):
         ("seed", ranged(0, 5, "int", step=2)),
     ],
 )
-def test_a_dimension_that_does(key, dimension):
+def test_a_dimension_that_does(key: str, dimension: Any) -> None:
     check(sweep({key: dimension}), BASE, ())
 
 
@@ -116,7 +118,7 @@ def test_a_dimension_that_does(key, dimension):
         ("model/student", False),
     ],
 )
-def test_a_key_of_the_space_that_the_command_line_sets(given, refused):
+def test_a_key_of_the_space_that_the_command_line_sets(given: Any, refused: bool) -> None:
     space = {"schedule": one_of({"type": "cosine"}, {"type": "step", "milestones": [3]})}
     if refused:
         assert "the command line sets schedule" in refusal(space, given)
@@ -124,19 +126,19 @@ def test_a_key_of_the_space_that_the_command_line_sets(given, refused):
         check(sweep(space), BASE, [given])
 
 
-def test_a_key_within_another():
+def test_a_key_within_another() -> None:
     space = {"schedule": one_of({"gamma": 0.5}, {"gamma": 0.2}), "schedule.gamma": ranged(0.1, 0.5)}
     assert "space.schedule: the space has schedule.gamma in it too" in refusal(space)
 
 
-def test_without_validation_images():
+def test_without_validation_images() -> None:
     base = compose("quickstart", ["dataset.val_fraction=0"])
     assert "dataset.val_fraction=0: a sweep never looks at the test split" in refusal(
         {"method.tau": ranged(1, 2)}, base=base
     )
 
 
-def test_rescaled_weights_are_varied_both_or_not():
+def test_rescaled_weights_are_varied_both_or_not() -> None:
     base = compose("quickstart", ["method.renorm_ce_kd=true", "method.ce_alpha=1"])
     kd, ce = {"method.kd_alpha": ranged(0.1, 0.9)}, {"method.ce_alpha": ranged(0.1, 0.9)}
     assert "method.renorm_ce_kd=true has already rescaled" in refusal(kd, base=base)
@@ -146,17 +148,17 @@ def test_rescaled_weights_are_varied_both_or_not():
 # rules between keys --------------------------------------------------------------------------------------------------
 
 
-def test_keys_that_do_only_together():
+def test_keys_that_do_only_together() -> None:
     """min_cw up to 2 is above the configuration's max_cw=1, and below every max_cw of the space."""
     check(sweep({"method.min_cw": ranged(0.5, 2), "method.max_cw": ranged(2, 4)}), BASE, ())
 
 
-def test_points_that_do_not_are_counted(caplog):
+def test_points_that_do_not_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     check(sweep({"method.min_cw": ranged(0.5, 2), "method.max_cw": ranged(1, 4)}), BASE, ())
     assert "of 64 points of the space are invalid, and such trials fail: method.min_cw=" in caplog.text
 
 
-def test_a_space_of_which_no_point_does():
+def test_a_space_of_which_no_point_does() -> None:
     space = {
         "method.kd_sample_min_ratio": ranged(0.41, 0.5),
         "method.kd_sample_max_ratio": ranged(0.2, 0.4),
@@ -173,15 +175,16 @@ def test_a_space_of_which_no_point_does():
      "final/teacher_avg_acc", "final/synergy_acc", "final/student_alone_acc"],
 )  # fmt: skip
 @pytest.mark.parametrize("part", ["objectives", "constraints"])
-def test_a_sweep_never_looks_at_the_test_split(metric, part):
-    message = refusal({"method.tau": ranged(1, 2)}, pruner="none", **{part: [{"metric": metric} | BOUND[part]]})
+def test_a_sweep_never_looks_at_the_test_split(metric: str, part: str) -> None:
+    named: Any = {part: [{"metric": metric} | BOUND[part]]}
+    message = refusal({"method.tau": ranged(1, 2)}, pruner="none", **named)
     assert f"{part}.0.metric={metric}: a sweep never looks at the test split; use final/val_acc" in message
 
 
 @pytest.mark.parametrize(
     ("metric", "hint"), [("final/val_ac", "final/val_acc"), ("parameters/student", "parameters/student_total")]
 )
-def test_an_unknown_metric_is_a_warning(metric, hint, caplog):
+def test_an_unknown_metric_is_a_warning(metric: str, hint: str, caplog: pytest.LogCaptureFixture) -> None:
     constraints = [{"metric": metric, "max": 1}]
     check(sweep({"method.tau": ranged(1, 2)}, constraints=constraints), BASE, ())
     assert f"constraints.0.metric={metric} is an unknown metric" in caplog.text
@@ -191,7 +194,7 @@ def test_an_unknown_metric_is_a_warning(metric, hint, caplog):
 # what acts -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_key_without_effect_is_a_log_line(caplog):
+def test_a_key_without_effect_is_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="asib")
     alpha = {"method.cccp_alpha": ranged(0.1, 0.9)}
     check(sweep(alpha | {"method.use_cccp": one_of(True, False)}), BASE, ())
@@ -200,7 +203,7 @@ def test_a_key_without_effect_is_a_log_line(caplog):
     assert caplog.messages == ["has no effect here: method.cccp_alpha: method.use_cccp is false"]
 
 
-def test_cmaes_and_lists(caplog):
+def test_cmaes_and_lists(caplog: pytest.LogCaptureFixture) -> None:
     check(sweep({"method.tau": ranged(1, 2), "method.kd_target": one_of("avg", "synergy")}, sampler="cmaes"), BASE, ())
     assert "method.kd_target are drawn at random" in caplog.text
     assert "needs two ranges" in caplog.text
@@ -209,19 +212,19 @@ def test_cmaes_and_lists(caplog):
 # surroundings --------------------------------------------------------------------------------------------------------
 
 
-def test_sweep_and_cluster_are_no_groups_of_a_run():
+def test_sweep_and_cluster_are_no_groups_of_a_run() -> None:
     assert {group.split("/")[0] for group in groups()}.isdisjoint(NOT_GROUPS)
     assert "kd_ib_tau" in names("sweep")
 
 
 @pytest.mark.parametrize("given", ["sweep=kd_ib_tau", "sweep.trials=3", "cluster=slurm", "+sweep=kd_ib_tau"])
-def test_a_step_that_is_no_sweep_says_so(given):
+def test_a_step_that_is_no_sweep_says_so(given: Any) -> None:
     with pytest.raises(UserError) as caught:
         compose("quickstart", [given])
     assert "this is for -e sweep" in str(caught.value)
 
 
-def test_bad_input_is_found_without_torch(tmp_path):
+def test_bad_input_is_found_without_torch(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("space: {method.tau: {type: float, low: 0, high: 8}}")
     code = (
         "import sys\n"

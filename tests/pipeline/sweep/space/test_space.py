@@ -1,5 +1,8 @@
 """The space as Optuna sees it, the values that a trial gets, and the digest that names a study."""
 
+from pathlib import Path
+from typing import Any
+
 import optuna
 import pytest
 from hypothesis import given, settings
@@ -11,7 +14,7 @@ from pipeline.sweep.space.space import SweepConfig, apply, digest, grid, load, s
 
 BASE = compose("quickstart")
 EPOCHS = [[3, 3, 3, 3], [1, 1, 2, 4]]
-SPACE = {
+SPACE: dict[str, Any] = {
     "method.kd_alpha": {"type": "float", "low": 0.1, "high": 0.9, "step": 0.2},
     "method.ib_beta": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True},
     "method.teacher_adapt_epochs": {"type": "int", "low": 1, "high": 8, "step": 3},
@@ -24,16 +27,16 @@ SPACE = {
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
+def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def sweep(space=SPACE, **rest) -> SweepConfig:
+def sweep(space: Any = SPACE, **rest: Any) -> SweepConfig:
     return SweepConfig.model_validate({"name": "mine", "space": space, **rest})
 
 
 @pytest.mark.filterwarnings("error")
-def test_what_is_suggested_lies_in_the_space_and_composes():
+def test_what_is_suggested_lies_in_the_space_and_composes() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for index in range(30):
         values = suggest(study.ask(), sweep())
@@ -49,7 +52,7 @@ def test_what_is_suggested_lies_in_the_space_and_composes():
 
 
 @pytest.mark.filterwarnings("error")
-def test_storage_gives_the_same_values_back(tmp_path):
+def test_storage_gives_the_same_values_back(tmp_path: Path) -> None:
     """A retried trial has its parameters from the data base, lists as their texts."""
     study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db")
     first = study.ask()
@@ -58,7 +61,7 @@ def test_storage_gives_the_same_values_back(tmp_path):
     assert suggest(study.ask(), sweep()) == values
 
 
-def test_the_order_in_the_file_does_not_change_what_is_drawn():
+def test_the_order_in_the_file_does_not_change_what_is_drawn() -> None:
     drawn = []
     for space in (SPACE, dict(reversed(SPACE.items()))):
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
@@ -68,7 +71,7 @@ def test_the_order_in_the_file_does_not_change_what_is_drawn():
 
 @settings(deadline=None, max_examples=40)
 @given(st.decimals(0, 1, places=3), st.decimals("0.001", "0.3", places=3), st.integers(0, 12))
-def test_ranges_with_steps_are_exact(low, step, count):
+def test_ranges_with_steps_are_exact(low: Any, step: Any, count: int) -> None:
     """Decimal arithmetic says what the values are; binary fractions would give 0.30000000000000004."""
     high = low + step * count + step / 3  # which no step reaches
     found = sweep({"method.tau": {"type": "float", "low": float(low), "high": float(high), "step": float(step)}})
@@ -78,7 +81,7 @@ def test_ranges_with_steps_are_exact(low, step, count):
 # the grid ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_grid_has_numbers_and_texts_for_lists():
+def test_a_grid_has_numbers_and_texts_for_lists() -> None:
     space = {k: SPACE[k] for k in ("method.kd_alpha", "method.teacher_adapt_epochs", "method.student_epochs_per_stage")}
     assert grid(sweep(space, sampler="grid")) == {
         "method.kd_alpha": [0.1, 0.3, 0.5, 0.7, 0.9],
@@ -92,7 +95,7 @@ def test_a_grid_has_numbers_and_texts_for_lists():
 FIRST = sweep()
 
 
-def test_digest_does_not_know_order_spelling_or_totals():
+def test_digest_does_not_know_order_spelling_or_totals() -> None:
     spelt = {key: dict(reversed(value.items())) for key, value in reversed(SPACE.items())}
     spelt["method.tau"] = {"type": "grid", "values": [1.0, 2.5, 4.0]}
     spelt["method.student_epochs_per_stage"] = {"type": "categorical", "choices": [[3.0, 3, 3, 3], [1, 1, 2, 4]]}
@@ -115,7 +118,7 @@ def test_digest_does_not_know_order_spelling_or_totals():
         ("dataset.val_fraction=0.2", False),
     ],
 )
-def test_digest_of_another_base(override, same):
+def test_digest_of_another_base(override: str, same: bool) -> None:
     assert (digest(FIRST, compose("quickstart", [override])) == digest(FIRST, BASE)) is same
 
 
@@ -133,17 +136,17 @@ def test_digest_of_another_base(override, same):
         {"constraints": [{"metric": "cost/gmacs", "max": 3}]},
     ],
 )
-def test_digest_of_another_search(change):
+def test_digest_of_another_search(change: dict[str, Any]) -> None:
     assert digest(sweep(**change), BASE) != digest(FIRST, BASE)
 
 
-def test_digest_of_other_sources(monkeypatch):
+def test_digest_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest(FIRST, BASE)
     monkeypatch.setattr("pipeline.sweep.space.space.source_digest", lambda root: "other")
     assert digest(FIRST, BASE) != before
 
 
-def test_digest_with_one_entry_of_a_list_in_the_space():
+def test_digest_with_one_entry_of_a_list_in_the_space() -> None:
     found = sweep({"method.student_epochs_per_stage.1": {"type": "int", "low": 1, "high": 4}})
     digests = [
         digest(found, compose("quickstart", [f"method.student_epochs_per_stage={epochs}"]))
@@ -152,11 +155,11 @@ def test_digest_with_one_entry_of_a_list_in_the_space():
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_digest_of_a_dumped_base(tmp_path):
+def test_digest_of_a_dumped_base(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump(BASE))
     assert digest(FIRST, compose(str(tmp_path / "config.yaml"))) == digest(FIRST, BASE)
 
 
-def test_a_study_is_named_after_sweep_and_digest():
+def test_a_study_is_named_after_sweep_and_digest() -> None:
     found = load("kd_ib_tau")
     assert study_name(found, BASE) == f"kd_ib_tau-{digest(found, BASE)[:10]}"

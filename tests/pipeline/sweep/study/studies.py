@@ -57,6 +57,13 @@ def work(url: str, name: str, seconds: float = 0.0) -> None:
         claim.complete([score(claim.values)])
 
 
+def claimed(study: Study) -> Claim:
+    """The next trial, of which there is one."""
+    claim = study.claim("me")
+    assert claim is not None
+    return claim
+
+
 @contextmanager
 def running(count: int, target: Callable[..., None], *arguments: Any) -> Iterator[list[BaseProcess]]:
     """Run `count` processes; all are gone afterwards."""

@@ -39,7 +39,7 @@ SPACE: dict[str, Any] = {
     "optim.student_lr": FloatDistribution(1e-4, 1e-1, log=True),
     "method.tau": FloatDistribution(1, 8),
 }
-OBJECTIVES = [
+OBJECTIVES: list[dict[str, Any]] = [
     {"metric": "final/val_acc", "direction": "maximize"},
     {"metric": "parameters/student_total", "direction": "minimize"},
 ]
@@ -48,7 +48,7 @@ OBJECTIVES = [
 def sweep(keys: int = 2, objectives: int = 1, **more: Any) -> SweepConfig:
     def dimension(d: Any) -> dict[str, Any]:
         if isinstance(d, CategoricalDistribution):
-            return {"type": "categorical", "choices": [json.loads(c) for c in d.choices]}
+            return {"type": "categorical", "choices": [json.loads(str(c)) for c in d.choices]}
         kind = "int" if isinstance(d, IntDistribution) else "float"
         return {"type": kind, "low": d.low, "high": d.high, "log": d.log}
 
@@ -201,7 +201,7 @@ def test_the_note_fits_into_a_tag() -> None:
     long = {f"method.key_{k}": {"type": "categorical", "choices": ["x" * 150]} for k in range(6)}
     what = sweep(space=long)
     chosen = dict.fromkeys(long, "x" * 150)
-    kinds = {key: CategoricalDistribution(["x" * 150]) for key in long}
+    kinds: dict[str, Any] = {key: CategoricalDistribution(["x" * 150]) for key in long}
     made = study(*(create_trial(value=float(k), params=chosen, distributions=kinds) for k in range(20)))
     text = report.note(made, what, storage="sqlite:///a.db")
     assert len(text) <= 8000
@@ -267,7 +267,8 @@ def overlaps(figure: Figure) -> list[tuple[str, str]]:
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     texts = [figure._suptitle] if figure._suptitle else []  # type: ignore[attr-defined]
     for axis in figure.axes:
-        shown = [*axis.get_xticklabels(), axis.xaxis.label, axis._left_title] if axis.xaxis.get_visible() else []
+        named = [axis.xaxis.label, axis._left_title]  # type: ignore[attr-defined]
+        shown = [*axis.get_xticklabels(), *named] if axis.xaxis.get_visible() else []
         texts += [t for t in shown if t.get_text() and t.get_visible()]
     for axis in figure.axes:
         low, high = axis.get_xlim()
@@ -336,7 +337,7 @@ def test_importances_are_for_high_accuracy_also_beside_another_objective(monkeyp
     """Optuna takes a chosen objective as one to be minimised; what makes it high must not depend on a second one."""
     one = searched(40, keys=3)
     two = study(
-        *(create_trial(values=[t.value, 5.0], params=t.params, distributions=t.distributions) for t in one.trials),
+        *(create_trial(values=[*t.values, 5.0], params=t.params, distributions=t.distributions) for t in one.trials),
         objectives=2,
     )
     expected = optuna.importance.get_param_importances(one)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipeline.sweep.study.study import Study
-from tests.pipeline.sweep.study.studies import FACTS, die, score, sweep
+from tests.pipeline.sweep.study.studies import FACTS, claimed, die, score, sweep
 
 STEPS = {
     "method.tau": {"type": "float", "low": 1, "high": 4, "step": 1},
@@ -17,8 +17,7 @@ STEPS = {
 def run(study: Study, count: int) -> list[float]:
     values = []
     for _ in range(count):
-        claim = study.claim("me")
-        assert claim is not None
+        claim = claimed(study)
         values.append(score(claim.values))
         claim.complete([values[-1]])
     return values
@@ -37,12 +36,12 @@ def test_samplers_learn_from_the_trials_before(study_url: str, name: str) -> Non
 def test_suggestion_depends_on_its_place_alone(study_url: str) -> None:
     """Two workers take turns in one study, in the other a single one has to begin its second trial again."""
     first, second = (Study.create(study_url, "two", sweep(), FACTS) for _ in range(2))
-    taken = [worker.claim("me").values for worker in (first, second, second, first)]
+    taken = [claimed(worker).values for worker in (first, second, second, first)]
     alone = Study.create(study_url, "one", sweep(), FACTS)
-    first_claim = alone.claim("me")
-    die(alone.claim("me"), study_url)
-    again = alone.claim("me")
-    values = [first_claim.values, again.values, alone.claim("me").values, alone.claim("me").values]
+    first_claim = claimed(alone)
+    die(claimed(alone), study_url)
+    again = claimed(alone)
+    values = [first_claim.values, again.values, claimed(alone).values, claimed(alone).values]
     assert [again.attempt, values] == [1, taken]
 
 
@@ -62,8 +61,7 @@ def test_grid_is_visited_once_whatever_the_total_and_the_retries(study_url: str)
 
 def decisions(study: Study, reports: dict[int, float]) -> list[bool]:
     """What the pruner says of a trial after each epoch; the trial then goes away."""
-    claim = study.claim("me")
-    assert claim is not None
+    claim = claimed(study)
     said = []
     for epoch, value in reports.items():
         claim.report(value, epoch)
@@ -74,8 +72,7 @@ def decisions(study: Study, reports: dict[int, float]) -> list[bool]:
 
 def curves(study: Study, *values: list[float]) -> None:
     for curve in values:
-        claim = study.claim("me")
-        assert claim is not None
+        claim = claimed(study)
         for epoch, value in enumerate(curve):
             claim.report(value, epoch)
         claim.complete([curve[-1]])
@@ -97,11 +94,11 @@ def test_retry_is_judged_by_the_epochs_that_it_has_reached_itself(study_url: str
     pruner = {"name": "median", "startup_trials": 1, "warmup_epochs": 0}
     study = Study.create(study_url, "s", sweep(pruner=pruner), FACTS)
     curves(study, [10, 50])
-    claim = study.claim("me")
+    claim = claimed(study)
     claim.report(20, 0)
     claim.report(40, 1)
     claim.release()
-    again = study.claim("me")
+    again = claimed(study)
     assert again.should_prune(), "what the attempt before has reported last lies below the median"
     again.report(20, 0)
     assert not again.should_prune()

@@ -5,7 +5,6 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import optuna
 import psycopg
@@ -16,14 +15,8 @@ from pipeline.errors import Taken, UserError
 from pipeline.sweep.study import storage as study_storage
 from pipeline.sweep.study.retry import Counts
 from pipeline.sweep.study.study import Study, studies
-from tests.pipeline.sweep.study.studies import FACTS, age_heartbeats, die, heartbeat, sweep
+from tests.pipeline.sweep.study.studies import FACTS, age_heartbeats, claimed, die, heartbeat, sweep
 from tests.postgres import ESCAPED, PASSWORD, PostgresServer
-
-
-def claimed(study: Study) -> Any:
-    claim = study.claim("me")
-    assert claim is not None
-    return claim
 
 
 def test_each_end_of_a_claim_counts_once(study_url: str) -> None:
@@ -129,7 +122,9 @@ def test_same_configuration_is_found_and_repeated(study_url: str) -> None:
     assert twin is not None
     assert twin.number == 0
     second.repeat(twin)
-    fourth.repeat(fourth.same_as("bb"))
+    pruned = fourth.same_as("bb")
+    assert pruned is not None
+    fourth.repeat(pruned)
     trials = study.trials()
     assert [(t.state.name, t.value) for t in trials] == [("COMPLETE", 0.5)] * 2 + [("PRUNED", 0.125)] * 2
     assert [study.source_of(t).number for t in trials] == [0, 0, 2, 2]

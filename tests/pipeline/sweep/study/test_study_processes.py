@@ -16,15 +16,13 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.errors import Taken
 from pipeline.sweep.study.retry import CRASHES, history
 from pipeline.sweep.study.study import Study
-from tests.pipeline.sweep.study.studies import FACTS, FORK, age_heartbeats, running, score, sweep, work
+from tests.pipeline.sweep.study.studies import FACTS, FORK, age_heartbeats, claimed, running, score, sweep, work
 
 
 def alone(folder: Path, count: int) -> list[dict[str, Any]]:
     """The parameters that a single worker is given."""
     study = Study.create(f"sqlite:///{folder / 'alone.db'}", "s", sweep(trials=count), FACTS)
-    claims = [study.claim("me") for _ in range(count)]
-    for claim in claims:
-        assert claim is not None
+    for claim in [claimed(study) for _ in range(count)]:
         claim.complete([0.0])
     return [trial.params for trial in study.trials()]
 
@@ -47,9 +45,7 @@ def test_several_processes_run_exactly_the_trials_asked_for(
 
 def create_and_take_one(url: str, start: Any) -> None:
     start.wait()
-    claim = Study.create(url, "s", sweep(trials=6), FACTS).claim("somebody")
-    assert claim is not None
-    claim.complete([1.0])
+    claimed(Study.create(url, "s", sweep(trials=6), FACTS)).complete([1.0])
 
 
 @pytest.mark.slow
@@ -106,8 +102,7 @@ def test_kills_at_random_moments_change_no_total(study_url: str, tmp_path: Path)
 
 def be_stopped(url: str, line: Connection) -> None:
     """Claim, be stopped and continued, and tell what each method says then."""
-    claim = Study.open(url, "s").claim("somebody")
-    assert claim is not None
+    claim = claimed(Study.open(url, "s"))
     claim.report(1.0, 0)
     line.send(claim.values)
     line.recv()
@@ -146,8 +141,7 @@ def test_worker_back_from_the_dead_finds_its_trial_taken(study_url: str) -> None
         os.kill(worker.pid, signal.SIGSTOP)
         age_heartbeats(study_url)
         study = Study.open(study_url, "s")
-        claim = study.claim("me")
-        assert claim is not None
+        claim = claimed(study)
         assert (claim.number, claim.attempt, claim.values) == (1, 1, values)
         os.kill(worker.pid, signal.SIGCONT)
         here.send("go on")
