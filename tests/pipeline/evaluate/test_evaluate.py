@@ -35,25 +35,40 @@ def evaluated(lab: Lab, *overrides: str) -> Done:
     return done
 
 
+@pytest.fixture(scope="module")
+def alone(bench: Lab, student: Path) -> Done:
+    """The student's evaluation, without its teachers."""
+    return evaluated(bench, f"student={student}", "teachers=false")
+
+
+@pytest.fixture(scope="module")
+def synergy(bench: Lab, student: Path) -> Done:
+    return evaluated(bench, f"model={student}", "mode=synergy")
+
+
+@pytest.fixture(scope="module")
+def average(bench: Lab, distilled: Done) -> Done:
+    return evaluated(bench, "mode=average")
+
+
 # what training found -----------------------------------------------------------------------------------------------
 
 
-def test_each_mode_finds_what_the_distillation_found(bench: Lab, distilled: Done, student: Path) -> None:
+def test_each_mode_finds_what_the_distillation_found(bench: Lab, distilled: Done, synergy: Done, average: Done) -> None:
     before = last(distilled.folder)
-    single = last(evaluated(bench, f"model={distilled.folder}").folder)
-    synergy = evaluated(bench, f"model={student}", "mode=synergy")
-    average = evaluated(bench, "mode=average")
-    assert single["test/acc"] == before["final/acc_val_selected"]
-    assert last(synergy.folder)["test/acc"] == before["final/synergy_acc"]
-    assert last(average.folder)["test/acc"] == before["final/teacher_avg_acc"]
-    for found in (single, last(synergy.folder), last(average.folder)):
+    single = evaluated(bench, f"model={distilled.folder}")
+    for done, expected in ((single, "acc_val_selected"), (synergy, "synergy_acc"), (average, "teacher_avg_acc")):
+        found = last(done.folder)
+        assert found["test/acc"] == before[f"final/{expected}"]
         for k in (0, 1):
             assert found[f"test/teacher_{k}/acc"] == before[f"final/teacher_{k}_acc"]
     assert tags(synergy.folder)["asib.mode"] == "synergy"
     assert tags(synergy.folder)["asib.teachers"] == tags(distilled.folder)["asib.teachers"]
 
 
-def test_costs_of_a_mode_are_those_of_its_networks(bench: Lab, distilled: Done, student: Path) -> None:
+def test_costs_of_a_mode_are_those_of_its_networks(
+    distilled: Done, student: Path, alone: Done, synergy: Done, average: Done
+) -> None:
     """Parameters by counting tensors; multiply-accumulates as the distillation counted them."""
     teachers = [distilled.folder / f"teacher_{k}/checkpoints/teacher.safetensors" for k in (0, 1)]
     fusion = distilled.folder / "checkpoints/fusion.safetensors"
@@ -64,15 +79,14 @@ def test_costs_of_a_mode_are_those_of_its_networks(bench: Lab, distilled: Done, 
 
     before = last(distilled.folder)
     macs = {name: before[f"cost/macs_per_image/{name}"] for name in ("student", "teacher_0", "teacher_1", "fusion")}
-    single = last(evaluated(bench, f"model={student}", "teachers=false").folder)
-    average = last(evaluated(bench, "mode=average").folder)
-    synergy = last(evaluated(bench, f"model={student}", "mode=synergy").folder)
-    assert (single["parameters/total"], single["cost/macs_per_image"]) == (size(student), macs["student"])
-    both = macs["teacher_0"] + macs["teacher_1"]
-    assert (average["parameters/total"], average["cost/macs_per_image"]) == (size(*teachers), both)
-    assert synergy["parameters/total"] == size(student, *teachers, fusion)
-    assert synergy["cost/macs_per_image"] == sum(macs.values())
-    assert not [name for name in single if "teacher" in name]
+    for done, files, expected in (
+        (alone, [student], macs["student"]),
+        (average, teachers, macs["teacher_0"] + macs["teacher_1"]),
+        (synergy, [student, *teachers, fusion], sum(macs.values())),
+    ):
+        found = last(done.folder)
+        assert (found["parameters/total"], found["cost/macs_per_image"]) == (size(*files), expected)
+    assert not [name for name in last(alone.folder) if "teacher" in name]
 
 
 def test_the_three_splits(bench: Lab, distilled: Done, student: Path) -> None:
@@ -102,27 +116,17 @@ def test_the_three_splits(bench: Lab, distilled: Done, student: Path) -> None:
     assert {"path": "train/per_class.json", "type": "table"} in json.loads(tags(done.folder)["mlflow.loggedArtifacts"])
 
 
-def test_clean_training_images_are_not_augmented(bench: Lab, student: Path) -> None:
-    """The same network on the same images twice, and with another run seed: the same numbers."""
-    once, again = (
-        last(evaluated(bench, f"student={student}", "split=train", "teachers=false", f"seed={seed}").folder)
-        for seed in (0, 7)
-    )
-    assert once == again
-
-
 def test_other_images_of_the_same_classes_are_prepared_as_the_model_was_trained(
-    bench: Lab, student: Path, tmp_path: Path
+    bench: Lab, student: Path, alone: Done, tmp_path: Path
 ) -> None:
     """A second data set with the same test images but other statistics: the same predictions."""
     with np.load(bench.data) as arrays:
         other = dict(arrays)
     other["x_train"] = other["x_train"] // 2
     np.savez(tmp_path / "darker.npz", **other)
-    here = evaluated(bench, f"student={student}", "teachers=false")
     there = evaluated(bench, f"student={student}", "teachers=false", f"dataset.path={tmp_path / 'darker.npz'}")
-    assert last(here.folder)["test/nll"] == last(there.folder)["test/nll"]
-    assert tags(here.folder)["asib.data_digest"] != tags(there.folder)["asib.data_digest"]
+    assert last(alone.folder)["test/nll"] == last(there.folder)["test/nll"]
+    assert tags(alone.folder)["asib.data_digest"] != tags(there.folder)["asib.data_digest"]
 
 
 # checkpoints of other code ---------------------------------------------------------------------------------------
@@ -150,15 +154,13 @@ def research(distilled: Done, student: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def test_checkpoints_of_the_research_code_score_the_same(
-    bench: Lab, distilled: Done, student: Path, research: Path
+    bench: Lab, distilled: Done, synergy: Done, research: Path
 ) -> None:
     given = [f"model.teachers.{k}.checkpoint={research}/teacher_{k}_ft.pth" for k in (0, 1)]
-    ours = last(evaluated(bench, f"model={student}", "mode=synergy").folder)
     theirs = evaluated(bench, f"model={research}/student.pth", "mode=synergy", f"fusion={research}", *given)
-    assert last(theirs.folder) == ours
-    single = evaluated(
-        bench, f"model={research}/teacher_0_ft.pth", "teachers=false"
-    )  # its network is the student's too
+    assert last(theirs.folder) == last(synergy.folder)
+    # the first teacher's network is the student's too
+    single = evaluated(bench, f"model={research}/teacher_0_ft.pth", "teachers=false")
     assert last(single.folder)["test/acc"] == last(distilled.folder)["final/teacher_0_acc"]
 
 
@@ -177,7 +179,7 @@ def test_teachers_in_one_token(bench: Lab, student: Path, research: Path, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def alone(bench: Lab) -> Path:
+def baseline(bench: Lab) -> Path:
     """A run that has trained the student without teachers, and so without a fusion."""
     done = bench.step("baseline")
     assert done.code == 0, done.err
@@ -207,15 +209,8 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "two models": (["model=a.pt", "student=b.pt"], ["model=a.pt and student=b.pt"]),
     "unknown mode": (["model={student}", "mode=synergi"], ["mode=synergi", "did you mean synergy?"]),
     "unknown split": (["model={student}", "split=validation"], ["split=validation", "test, train, val, both"]),
-    "no validation": (
-        ["model={student}", "split=val", "dataset.val_fraction=0"],
-        ["split=val", "dataset.val_fraction=0"],
-    ),
-    "synergy without teachers": (
-        ["model={student}", "mode=synergy", "model.teachers=[]", "method.kd_alpha=0"],
-        ["mode=synergy", "model.teachers is empty"],
-    ),
-    "average without teachers": (
+    "no validation": (["model={student}", "split=val", "dataset.val_fraction=0"], ["split=val", "val_fraction=0"]),
+    "no teachers": (
         ["mode=average", "model.teachers=[]", "method.kd_alpha=0"],
         ["mode=average", "model.teachers is empty"],
     ),
@@ -238,12 +233,12 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "half a version": (["model=models:/a/1/b/c"], ["models:/a/1/b/c", "models:/<name>/<version>"]),
     "no fusion": (["model={research}/student.pth", "mode=synergy"], ["mode=synergy", "fusion="]),
     "a run without a fusion": (
-        ["model={alone}", "mode=synergy"],
-        ["student={alone}/checkpoints/student.safetensors", "has no fusion; mode=single and mode=average work"],
+        ["model={baseline}", "mode=synergy"],
+        ["student={baseline}/checkpoints/student.safetensors", "has no fusion; mode=single and mode=average work"],
     ),
     "a run without a fusion as fusion": (
-        ["model={student}", "mode=synergy", "fusion={alone}"],
-        ["fusion={alone}", "has no fusion; mode=single and mode=average work", "fusion=runs:/<id>"],
+        ["model={student}", "mode=synergy", "fusion={baseline}"],
+        ["fusion={baseline}", "has no fusion; mode=single and mode=average work", "fusion=runs:/<id>"],
     ),
     "half a fusion": (
         ["model={student}", "mode=synergy", "fusion={files}/half"],
@@ -270,10 +265,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_line_and_code_2(
-    bench: Lab, student: Path, alone: Path, research: Path, files: Path, case: str
+    bench: Lab, student: Path, baseline: Path, research: Path, files: Path, case: str
 ) -> None:
     overrides, needles = REFUSED[case]
-    places = {"student": student, "alone": alone, "research": research, "files": files}
+    places = {"student": student, "baseline": baseline, "research": research, "files": files}
     done = bench.step("evaluate", QUICK, *(text.format(**places) for text in overrides))
     assert done.code == 2, done.err
     assert len(done.lines) == 1, done.err
@@ -327,10 +322,10 @@ def test_registered_models_are_fetched_by_alias_version_and_run(bench: Lab, dist
 
 
 @pytest.mark.slow
-def test_a_run_on_a_server_without_a_fusion_is_no_missing_file(bench: Lab, alone: Path, sqlite_uri: str) -> None:
+def test_a_run_on_a_server_without_a_fusion_is_no_missing_file(bench: Lab, baseline: Path, sqlite_uri: str) -> None:
     """An unknown run, and a file that is given by name, still cannot be fetched."""
-    deliver(sqlite_uri, alone)
-    source = run_id(alone)
+    deliver(sqlite_uri, baseline)
+    source = run_id(baseline)
     online = ["tracking.mode=online", f"tracking.uri={sqlite_uri}", "mode=synergy", QUICK]
     for more, needle in (
         ([], f"student=runs:/{source}: that run has no fusion; mode=single and mode=average work"),

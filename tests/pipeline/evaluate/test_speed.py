@@ -13,6 +13,11 @@ from pipeline.evaluate import speed
 IMAGE = torch.zeros(1, 3, 16, 16).contiguous(memory_format=torch.channels_last)
 
 
+@pytest.fixture(autouse=True)
+def _budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "BUDGET_S", {1: 0.2, 256: 0.4})
+
+
 class Slow(nn.Module):
     """Takes a known time for a call and for an image."""
 
@@ -40,9 +45,7 @@ def test_parameters_and_macs_by_hand() -> None:
 def test_latency_is_the_time_of_a_call() -> None:
     net = Slow(0.01, 0.0004)
     net.train()
-    start = time.perf_counter()
     found = speed.latency(net, IMAGE)
-    assert time.perf_counter() - start < 5
     assert found["speed/latency_ms_1"] == pytest.approx(10.4, rel=0.5)
     assert found["speed/latency_ms_256"] == pytest.approx(112.4, rel=0.3)
     assert found["speed/images_per_second_256"] == pytest.approx(256_000 / found["speed/latency_ms_256"])
@@ -51,9 +54,9 @@ def test_latency_is_the_time_of_a_call() -> None:
 
 
 def test_a_large_batch_that_takes_seconds_runs_once() -> None:
-    net = Slow(0.0, 0.004)
+    net = Slow(0.0, 0.0008)
     speed.latency(net, IMAGE)
-    assert net.batches.count(256) == 1  # 1.02 s: another would leave the two seconds
+    assert net.batches.count(256) == 1  # 0.205 s: another would exceed the budget
 
 
 def test_what_would_take_a_minute_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,9 +29,9 @@ def test_replicates_have_the_exact_mean_and_variance(rows: int, columns: int) ->
 
 
 def test_one_seed_is_the_ordinary_bootstrap_over_images() -> None:
-    values = np.random.default_rng(1).normal(size=(1, 400))
+    values = np.random.default_rng(1).normal(size=(1, 100))
     found = statistics.replicates(values, count=20_000)
-    assert found.std() == pytest.approx(values.std() / 20, rel=0.03)
+    assert found.std() == pytest.approx(values.std() / 10, rel=0.03)
 
 
 def test_images_alone_and_seeds_alone_have_their_own_variance() -> None:
@@ -47,7 +47,9 @@ def coverage(seed_sd: float, image_sd: float, noise_sd: float, trials: int = 200
     rng, hits = np.random.default_rng(3), 0
     for trial in range(trials):
         values = rng.normal(0, seed_sd, (20, 1)) + rng.normal(0, image_sd, (1, 80))
-        found = statistics.interval(values + rng.normal(0, noise_sd, (20, 80)), count=400, seed=trial % 5)
+        found = statistics.interval(
+            values + rng.normal(0, noise_sd, (20, 80)), count=400, seed=trial % 4
+        )  # whose draws are kept
         hits += found.low <= 0 <= found.high
     return hits / trials
 

@@ -26,7 +26,7 @@ GREY = (DEEP // 256).astype(np.uint8)
 RGB = GENERATOR.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 
 
-def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -54,6 +54,7 @@ TURNED = Image.Exif()
 TURNED[274] = 6
 THREE = np.repeat(GREY[..., None], 3, axis=2)
 CASES: list[tuple[str, bytes, Any]] = [
+    ("grey", encoded(Image.fromarray(GREY)), THREE),
     ("grey, 16 bits", encoded(Image.fromarray(DEEP), "PNG"), THREE),
     ("TIFF, 16 bits", encoded(Image.fromarray(DEEP), "TIFF"), THREE),
     ("TIFF, 16 bits, big-endian", encoded(Image.fromarray(DEEP.astype(">u2")), "TIFF"), THREE),

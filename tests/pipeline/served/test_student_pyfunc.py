@@ -16,32 +16,9 @@ from PIL import Image
 
 from pipeline.served import student_pyfunc
 from pipeline.served.student_pyfunc import BATCH, Classifier, Refused, answers, decode, pixels
+from tests.pipeline.served.test_pictures import GENERATOR, RGB, SIZE, encoded
 
-SIZE = 16
-GENERATOR = np.random.default_rng(0)
-RGB = GENERATOR.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 ALPHA = GENERATOR.integers(0, 256, (SIZE, SIZE, 1), dtype=np.uint8)
-
-
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def test_pixels_of_a_png_come_through_unchanged() -> None:
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(RGB)), SIZE, 3), RGB)
-
-
-def test_grey_pictures_are_the_same_in_every_channel() -> None:
-    found = decode(encoded(Image.fromarray(RGB[..., 0])), SIZE, 3)
-    np.testing.assert_array_equal(found, np.repeat(RGB[..., :1], 3, axis=2))
-
-
-def test_of_sixteen_bits_of_grey_the_upper_eight_count() -> None:
-    deep = GENERATOR.integers(0, 65536, (SIZE, SIZE), dtype=np.uint16)
-    found = decode(encoded(Image.fromarray(deep)), SIZE, 1)
-    np.testing.assert_array_equal(found[..., 0], deep // 256)
 
 
 @pytest.mark.parametrize("grey", [False, True])
@@ -79,13 +56,6 @@ def test_a_grey_student_sees_luma() -> None:
     np.testing.assert_allclose(found[..., 0], RGB @ [0.299, 0.587, 0.114], atol=1)
 
 
-def test_a_photo_is_turned_as_its_camera_was_held() -> None:
-    exif = Image.Exif()
-    exif[274] = 6  # the camera was turned: the file's left edge is the picture's top
-    found = decode(encoded(Image.fromarray(RGB), exif=exif), SIZE, 3)
-    np.testing.assert_array_equal(found, np.rot90(RGB, -1))
-
-
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_other_sizes_are_squeezed_as_timms_own_transform_does(kind: str) -> None:
     """With the entries that the exported timm folder has: crop_mode squash, bicubic, crop_pct 1."""
@@ -100,10 +70,6 @@ def test_other_sizes_are_squeezed_as_timms_own_transform_does(kind: str) -> None
     np.testing.assert_allclose(decode(file, SIZE, 3), expected, atol=0.01)
 
 
-def huge() -> bytes:
-    return encoded(Image.new("1", (9000, 8000)))
-
-
 @pytest.mark.parametrize(
     ("file", "says"),
     [
@@ -113,7 +79,7 @@ def huge() -> bytes:
         (encoded(Image.fromarray(RGB))[:300], "damaged"),
         (encoded(Image.fromarray(RGB)).replace(b"IDAT", b"IDOT"), "damaged"),
         (encoded(Image.fromarray(np.kron(RGB, np.ones((9, 9, 1), np.uint8))), "JPEG")[:900], "damaged"),
-        (huge(), "9000 × 8000 pixels"),
+        (encoded(Image.new("1", (9000, 8000))), "9000 × 8000 pixels"),
     ],
 )
 def test_what_is_no_png_or_jpeg_is_refused(file: bytes, says: str) -> None:
