@@ -204,6 +204,7 @@ TWICE = [
     "model.teachers.0.checkpoint={research}/teacher_1_ft.pth",
     "model.teachers.1.checkpoint={research}/teacher_1_ft.pth",
 ]
+SYNERGY = ("model={student}", "mode=synergy")
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "no model": ([], ["student is not set", "model=runs:/<id>"]),
     "two models": (["model=a.pt", "student=b.pt"], ["model=a.pt and student=b.pt"]),
@@ -237,29 +238,17 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["student={baseline}/checkpoints/student.safetensors", "has no fusion; mode=single and mode=average work"],
     ),
     "a run without a fusion as fusion": (
-        ["model={student}", "mode=synergy", "fusion={baseline}"],
+        [*SYNERGY, "fusion={baseline}"],
         ["fusion={baseline}", "has no fusion; mode=single and mode=average work", "fusion=runs:/<id>"],
     ),
-    "half a fusion": (
-        ["model={student}", "mode=synergy", "fusion={files}/half"],
-        ["fusion={files}/half", "no synergy_head.pth"],
-    ),
+    "half a fusion": ([*SYNERGY, "fusion={files}/half"], ["fusion={files}/half", "no synergy_head.pth"]),
     "adapters missing": (
-        ["model={student}", "mode=synergy", "fusion={research}"],
+        [*SYNERGY, "fusion={research}"],
         ["mbm.pth", "model.teachers.0.checkpoint", "distillation_adapter."],
     ),
-    "another width": (
-        ["model={student}", "mode=synergy", "method.ib_mbm_out_dim=32"],
-        ["fusion=", "mis-shaped", "(16,"],
-    ),
-    "other heads": (
-        ["model={student}", "mode=synergy", "method.ib_mbm_n_head=2"],
-        ["method.ib_mbm_n_head=2", "had 4", "config.yaml"],
-    ),
-    "other teachers": (
-        ["model={student}", "mode=synergy", *TWICE],
-        ["model.teachers: the fusion was trained with teachers"],
-    ),
+    "another width": ([*SYNERGY, "method.ib_mbm_out_dim=32"], ["fusion=", "mis-shaped", "(16,"]),
+    "other heads": ([*SYNERGY, "method.ib_mbm_n_head=2"], ["method.ib_mbm_n_head=2", "had 4", "config.yaml"]),
+    "other teachers": ([*SYNERGY, *TWICE], ["model.teachers: the fusion was trained with teachers"]),
 }
 
 

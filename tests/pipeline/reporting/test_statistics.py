@@ -44,7 +44,7 @@ def test_images_alone_and_seeds_alone_have_their_own_variance() -> None:
 
 
 def coverage(seed_sd: float, image_sd: float, noise_sd: float, trials: int = 200) -> float:
-    rng, hits = np.random.default_rng(3), 0
+    rng, hits = np.random.default_rng(3), 0  # the draws of four seeds are kept
     for trial in range(trials):
         values = rng.normal(0, seed_sd, (20, 1)) + rng.normal(0, image_sd, (1, 80))
         found = statistics.interval(
