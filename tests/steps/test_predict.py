@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.steps.lab import CLASSES, Done, Lab, client, deliver, ending, images, journal, run_id, see
+from tests.steps.predictions import checkpoint, crown
 
 NAMES = ["ash.png", "b/Cedar.PNG", "b/deep/er.jpg", "b/same.jpeg", "z.png"]
 """In the order of the table."""
@@ -39,21 +40,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(bench: Lab, student: Done, pictures: Path) -> np.ndarray:
-    """(n, N) of the training checkpoint, in PyTorch, for the files as Pillow reads them."""
-    import torch
-
-    from models import weights, zoo
-    from pipeline.compose.compose import compose
-    from pipeline.data import sources
-
-    data = sources.load(compose(str(bench.cfg)).dataset)
-    net = zoo.create_model("cifar_resnet8", 4, image_size=16).eval()
-    weights.load_weights(net, student.folder / "checkpoints/student.safetensors")
+    """(n, N) of the training checkpoint for the files as Pillow reads them."""
     x = np.stack([np.asarray(Image.open(pictures / name).convert("RGB")) for name in NAMES])
-    prepared = torch.tensor((x / 255 - np.array(data.mean)) / np.array(data.std), dtype=torch.float32)
-    with torch.no_grad():
-        found: np.ndarray = torch.softmax(net(prepared.permute(0, 3, 1, 2)).logits, dim=1).numpy()
-    return found
+    return checkpoint(bench, student.folder / "checkpoints/student.safetensors")(x)
 
 
 def check(table: pandas.DataFrame, expected: np.ndarray) -> None:
@@ -179,23 +168,12 @@ def test_a_folder_that_is_no_student_is_refused(bench: Lab, student: Done, pictu
     assert "its files cannot be read" in done.lines[0]
 
 
-def registered(uri: str, folder: Path, name: str) -> Any:
-    """A version with the alias champion, made of the model that a delivered run has logged."""
-    mlflow = client(uri)
-    run = run_id(folder)
-    (model_id,) = see(uri, run).models_out
-    mlflow.create_registered_model(name)
-    version = mlflow.create_model_version(name, f"models:/{model_id}", run, model_id=model_id)
-    mlflow.set_registered_model_alias(name, "champion", version.version)
-    return model_id
-
-
 @pytest.mark.slow
 def test_the_champion_is_fetched_and_becomes_the_runs_input(
     bench: Lab, student: Done, pictures: Path, expected: np.ndarray, lab: Lab, sqlite_uri: str
 ) -> None:
     deliver(sqlite_uri, student.folder)
-    model_id = registered(sqlite_uri, student.folder, "trees")
+    model_id = crown(sqlite_uri, run_id(student.folder), "trees")
     tracked = ("tracking.mode=online", f"tracking.uri={sqlite_uri}", f"images={pictures}")
     for model in ("models:/trees@champion", f"runs:/{run_id(student.folder)}"):
         done = lab.step("predict", *tracked, f"model={model}")

@@ -15,7 +15,8 @@ from pipeline.config import DatasetConfig
 from pipeline.data.sources import load
 from pipeline.data.splits import split
 from pipeline.evaluate import correctness
-from tests.steps.lab import Done, Lab, client, deliver, journal, points, run_id, see, tensors, write_npz
+from tests.steps.lab import Done, Lab, deliver, journal, points, run_id, see, tensors, write_npz
+from tests.steps.predictions import crown
 
 QUICK = "speed=false"
 
@@ -285,11 +286,8 @@ def test_registered_models_are_fetched_by_alias_version_and_run(bench: Lab, dist
     made = bench.raw("distill", [f"cfg={bench.cfg.with_name('logged.yaml')}", f"output_dir={bench.runs}"])
     assert made.code == 0, made.err
     deliver(sqlite_uri, made.folder)
-    mlflow, source = client(sqlite_uri), run_id(made.folder)
-    (model,) = see(sqlite_uri, source).models_out
-    mlflow.create_registered_model("tree-student")
-    mlflow.create_model_version("tree-student", f"models:/{model}", source, model_id=model)
-    mlflow.set_registered_model_alias("tree-student", "champion", "1")
+    source = run_id(made.folder)
+    model = crown(sqlite_uri, source, "tree-student")
     online = ["tracking.mode=online", f"tracking.uri={sqlite_uri}", "teachers=false"]
     for name in ("models:/tree-student@champion", "models:/tree-student/1", f"runs:/{source}"):
         done = evaluated(bench, f"model={name}", *online)
