@@ -293,18 +293,20 @@ def test_registered_models_are_fetched_by_alias_version_and_run(bench: Lab, dist
         done = evaluated(bench, f"model={name}", *online)
         assert last(done.folder)["test/acc"] == last(made.folder)["final/acc_val_selected"]
         seen = see(sqlite_uri, run_id(done.folder))
+        assert seen.steady == points(done.folder)
         assert seen.models_in == [model]
         assert seen.tags["asib.student"] == source
+        assert seen.tags["asib.weights"] == see(sqlite_uri, source).tags["asib.weights"]
         assert seen.tags.get("asib.model") == (None if name.startswith("runs:/") else "models:/tree-student/1")
         assert (seen.tags["asib.mode"], seen.tags["asib.eval_split"]) == ("single", "test")
         pictures = {"confusion.png", "reliability.png", "correctness.parquet", "per_class.json"}
         assert pictures <= seen.artifacts
     synergy = evaluated(bench, "model=models:/tree-student@champion", "mode=synergy", *online[:2])
     assert last(synergy.folder)["test/acc"] == last(made.folder)["final/synergy_acc"]
-    for name in ("models:/tree-student@nobody", "models:/tree-student/9", "models:/nobody/1"):
+    unknown = ("models:/tree-student@nobody", "models:/tree-student/9", "models:/nobody/1", f"runs:/{'0' * 32}")
+    for name in unknown:
         refused = bench.step("evaluate", QUICK, f"model={name}", *online)
-        assert refused.code == 2, refused.err
-        assert len(refused.lines) == 1, refused.err
+        assert (refused.code, len(refused.lines), refused.new) == (2, 1, []), refused.err
         assert f"model={name}: " in refused.lines[0]
 
 

@@ -29,25 +29,21 @@ CLASSES = ["dark", "light"]
 
 def network(light: list[float] | None = None) -> onnx.ModelProto:
     """uint8 (n,4,4,3) -> probabilities: `light` as it is, or the mean brightness."""
-    image = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 4, 4, 3])
-    probabilities = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["n", 2])
-    scale = numpy_helper.from_array(np.array(255, np.float32), "scale")
-    axes = numpy_helper.from_array(np.array([1, 2, 3]), "axes")
-    row = numpy_helper.from_array(np.array([[-1, 1]], np.float32), "row")
-    offset = numpy_helper.from_array(np.array([[1, 0]] if light is None else [light], np.float32), "offset")
-    gain = numpy_helper.from_array(np.array(light is None, np.float32), "gain")
-    nodes = [
-        helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
-        helper.make_node("Div", ["x", "scale"], ["unit"]),
-        helper.make_node("ReduceMean", ["unit", "axes"], ["bright"], keepdims=0),
-        helper.make_node("Unsqueeze", ["bright", "one"], ["column"]),
-        helper.make_node("Mul", ["column", "gain"], ["counted"]),
-        helper.make_node("Mul", ["counted", "row"], ["signed"]),
-        helper.make_node("Add", ["signed", "offset"], ["probabilities"]),
-    ]
-    one = numpy_helper.from_array(np.array([1]), "one")
-    graph = helper.make_graph(nodes, "g", [image], [probabilities], [scale, axes, row, offset, gain, one])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    row, offset = ((-1, 1), (1, 0)) if light is None else ((0, 0), light)
+    weights = {"scale": np.float32(255), "row": np.float32([row]), "offset": np.float32([offset])}
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["": 18]>
+        g (uint8[n, 4, 4, 3] images) => (float[n, 2] probabilities)
+        <int64[3] axes = {1, 2, 3}, int64[1] one = {1}> {
+            x = Cast<to=1>(images)
+            unit = Div(x, scale)
+            bright = ReduceMean<keepdims=0>(unit, axes)
+            column = Unsqueeze(bright, one)
+            signed = Mul(column, row)
+            probabilities = Add(signed, offset)
+        }""")
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in weights.items())
+    return model
 
 
 @pytest.fixture
@@ -169,19 +165,13 @@ def test_an_mlmodel_that_describes_nothing_is_one_line(folder: Path, text: str) 
 # what a server would run ---------------------------------------------------------------------------------------------
 
 
-def flavor(**changes: Any) -> Callable[[Path], None]:
+def flavor(name: str = "python_function", **changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         told = json.loads((folder / "MLmodel").read_text())
-        told["flavors"]["python_function"] |= changes
+        told["flavors"][name] = told["flavors"].get(name, {}) | changes
         (folder / "MLmodel").write_text(json.dumps(told))
 
     return change
-
-
-def another_flavor(folder: Path) -> None:
-    told = json.loads((folder / "MLmodel").read_text())
-    told["flavors"]["sklearn"] = {"pickled_model": "model.pkl"}
-    (folder / "MLmodel").write_text(json.dumps(told))
 
 
 def other_net(folder: Path) -> None:
@@ -196,7 +186,7 @@ def other_net(folder: Path) -> None:
         (flavor(code="code"), "code: code"),
         (flavor(python_model="model.pkl"), "python_model"),
         (flavor(model_code_path="/x/other.py"), "other code"),
-        (another_flavor, "sklearn"),
+        (flavor("sklearn", pickled_model="model.pkl"), "sklearn"),
         (other_net, r"artifacts/other\.onnx"),
         (lambda f: (f / "student_pyfunc.py").write_text(served.CODE + "\n"), "none that this project has had"),
         (lambda f: (f / "numpy.py").write_text(""), "other code"),
@@ -261,7 +251,7 @@ def in_attribute(model: Any, place: str) -> None:
 def in_subgraph(model: Any, place: str) -> None:
     inner = helper.make_graph([], "inner", [], [], [numpy_helper.from_array(np.zeros(4, np.float32), "w")])
     outside(inner.initializer[0], place)
-    model.graph.node.append(helper.make_node("If", ["gain"], ["z"], then_branch=inner, else_branch=inner))
+    model.graph.node.append(helper.make_node("If", ["scale"], ["z"], then_branch=inner, else_branch=inner))
 
 
 @pytest.mark.parametrize("place", ["../../secret", "/etc/hostname", "beside.bin"])
