@@ -44,9 +44,9 @@ def evaluate(run: Run, request: Request | None = None, source: Source | None = N
     shown: list[str] = []
     for name in request.splits:
         part = modes.part(config, data, name)
-        answers = subject.answers(part)
-        evaluation = measures.evaluate_model(data, answers.logits, part.y, name)
-        found |= evaluation.metrics | measures.agreement(name, answers.logits, answers.teachers, part.y)
+        logits, teachers = subject.answers(part)
+        evaluation = measures.evaluate_model(data, logits, part.y, name)
+        found |= evaluation.metrics | measures.agreement(name, logits, teachers, part.y)
         if not run.follower:
             shown += write(run, data, evaluation, part)
     run.journal.tags(tables.logged(shown))
@@ -79,9 +79,10 @@ def write(run: Run, data: ImageData, evaluation: Evaluation, part: Part) -> list
     plots.reliability(evaluation, folder / "reliability.png")
     results.draw_confusion(counts, data.classes, folder / "confusion.png")
     names = ["confusion.csv", correctness.FILE, "reliability.png", "confusion.png", *(f"{name}.json" for name in found)]
-    sheet = folder / "confused_pairs.png"
-    if plots.confused_sheet(pairs.head(SHOWN), evaluation, part.images, part.indices, data.classes, sheet):
-        names.append(sheet.name)
+    if len(pairs):
+        names.append("confused_pairs.png")
+        sheet = folder / names[-1]
+        plots.confused_sheet(pairs.head(SHOWN), evaluation, part.images, part.indices, data.classes, sheet)
     for name in names:
         run.journal.artifact(folder / name, to)
     return [str(Path(to, f"{name}.json")) for name in found]

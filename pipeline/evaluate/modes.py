@@ -45,13 +45,6 @@ class Part(NamedTuple):
         return self.labels[self.indices]
 
 
-class Answers(NamedTuple):
-    """What is evaluated on a split, and its teachers: logits (n, N), on the CPU."""
-
-    logits: Tensor
-    teachers: list[Tensor]
-
-
 def part(config: Config, data: ImageData, name: str) -> Part:
     """The test split, or the training images without (`train`) or of (`val`) the validation split."""
     if name == "test":
@@ -132,23 +125,23 @@ class Subject:
         """SHA-256 (hex) over all weights that take part."""
         return weights_hash(self.module)
 
-    def answers(self, part: Part) -> Answers:
-        """Every network runs once over the split, float32, eval mode."""
+    def answers(self, part: Part) -> tuple[Tensor, list[Tensor]]:
+        """Logits (n, N) on a split and those of each teacher, on the CPU; every network runs once, in eval mode."""
         method, data = self.config.method, self.data
         batches = self._batches(part, data.mean, data.std)
         seen = [outputs(net, batches, f"teacher {k}") for k, net in enumerate(self.nets)]
         members = [out.logits.cpu() for out in seen]
         if self.mode == "average":
-            return Answers(_averaged([out.logits for out in seen], method.averaging_weights).cpu(), members)
+            return _averaged([out.logits for out in seen], method.averaging_weights).cpu(), members
         if self.fusion is not None and method.learnable_q:
-            return Answers(synergy_logits(self.fusion, None, seen).cpu(), members)
+            return synergy_logits(self.fusion, None, seen).cpu(), members
         # the model's own preprocessing, whatever statistics this data has
         mean, std = self.record.get("mean", data.mean), self.record.get("std", data.std)
         student = outputs(self.student, self._batches(part, mean, std), "student")
         if self.fusion is None:
-            return Answers(student.logits.cpu(), members)
+            return student.logits.cpu(), members
         query = getattr(student, method.ib_mbm_query_key)
-        return Answers(synergy_logits(self.fusion, query, seen).cpu(), members)
+        return synergy_logits(self.fusion, query, seen).cpu(), members
 
     def _batches(self, part: Part, mean: Sequence[float], std: Sequence[float]) -> EvalBatches:
         return networks.eval_batches(self.config, part.images, part.labels, part.indices, mean, std)

@@ -56,15 +56,13 @@ def confused_sheet(
     indices: Tensor,
     classes: tuple[str, ...],
     path: Path,
-) -> bool:
+) -> None:
     """A row for each pair: its label, what was predicted, and the images that were predicted with most confidence.
 
     Args:
-        pairs: as `measures.confused_pairs` gives them; without any there is no picture, and False is returned.
+        pairs: as `measures.confused_pairs` gives them, at least one.
         images: uint8 (m, C, H, W), of which `indices` (n,) were evaluated, in the evaluation's order.
     """
-    if not len(pairs):
-        return False
     named = zip(pairs["label"], pairs["predicted"], strict=True)
     chosen = [_examples(evaluation, classes.index(a), classes.index(b)) for a, b in named]
     rows, columns = len(chosen), max(len(row) for row in chosen)
@@ -82,7 +80,6 @@ def confused_sheet(
     axis.spines[:].set_visible(False)
     axis.set_title(f"{evaluation.split}: most-confused pairs, label → predicted (of the label's images)", fontsize=9)
     figures.save(made, path)
-    return True
 
 
 def _examples(evaluation: Evaluation, label: int, predicted: int) -> NDArray[np.int64]:

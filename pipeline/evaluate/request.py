@@ -29,12 +29,7 @@ OWN = {
 class Request:
     """The step's own keys except `model`, which becomes the configuration's `student`.
 
-    Attributes:
-        named: the key that the model was given by, for errors.
-
-    Example:
-        >>> Request(split="both").splits
-        ('train', 'test')
+    `named`: the key that the model was given by, for errors.
     """
 
     mode: str = "single"

@@ -28,10 +28,5 @@ _OF = {name: group for group, names in CIFAR100.items() for name in names.split(
 
 
 def superclasses(classes: Sequence[str]) -> tuple[str, ...] | None:
-    """The super-class of each class; None for classes that are not CIFAR-100's.
-
-    Example:
-        >>> superclasses(["apple", "rose"])
-        ('fruit_and_vegetables', 'flowers')
-    """
+    """The super-class of each class; None for classes that are not CIFAR-100's."""
     return tuple(_OF[name] for name in classes) if all(name in _OF for name in classes) else None

@@ -177,11 +177,3 @@ def served(one: Contender, images: EvalBatches) -> torch.Tensor:
             "register the student again"
         )
     return answers.clamp_min(torch.finfo(answers.dtype).tiny).log()
-
-
-def bind(registry: Registry, contenders: list[Contender]) -> None:
-    """Write the manifests of judged versions that were registered without one."""
-    for one in contenders:
-        if one.manifest:
-            registry.ask("tag_manifest", number=one.version.number, manifest=one.manifest)
-            logger.info("wrote the manifest of version %s (tag %s)", one.version.number, bundle.TAG)

@@ -43,12 +43,7 @@ def _draws(items: int, count: int, seed: int) -> Array:
 
 
 def interval(values: Array, level: float = LEVEL, count: int = REPLICATES, seed: int = 0) -> Interval:
-    """Mean and two-level (seed x image) percentile interval of `values` (S, n).
-
-    Example:
-        >>> interval(np.ones((3, 50)))
-        Interval(mean=1.0, low=1.0, high=1.0)
-    """
+    """Mean and two-level (seed x image) percentile interval of `values` (S, n)."""
     return Interval(float(values.mean()), *percentiles(replicates(values, count, seed), level))
 
 

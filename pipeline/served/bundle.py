@@ -182,7 +182,8 @@ def check_servable(student: Student, where: str) -> None:
             "register the student again, with student_pyfunc.py and pictures.py of pipeline/served unchanged"
         )
     for name in ("requirements.txt", "conda.yaml", "python_env.yaml"):
-        for text in _texts(_yaml(student.folder / name, where) if name.endswith("yaml") else _lines(student, name)):
+        path = student.folder / name
+        for text in _texts(_yaml(path, where) if name.endswith("yaml") else _lines(path)):
             if ENVIRONMENT.fullmatch(text) is None:
                 raise UserError(f"{where}: {name} asks for {text!r:.100}, which no student needs; it is not promoted")
 
@@ -192,8 +193,7 @@ def shipped() -> str:
     return hashlib.sha256(served.CODE.encode()).hexdigest()
 
 
-def _lines(student: Student, name: str) -> list[str]:
-    path = student.folder / name
+def _lines(path: Path) -> list[str]:
     return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
 
