@@ -85,13 +85,10 @@ ALONE = {"asib.teachers": "none"}
 def of_pair(student: str, rung: str, seed: int, right: int, made: dict[str, str], **changes: Any) -> Record:
     config = {"model.student.name": student, "model.teachers.0.name": "t", "model.teachers.1.name": "u"}
     config |= {"method.student_epochs_per_stage": "[2, 3]", "dataset.val_fraction": "0.1", "dataset.split_seed": "0"}
-    found = {
-        "id": f"{student}-{rung}-{seed}-{changes.get('id', '')}",
-        "config": {**config, **changes.get("config", {})},
-    }
-    return record(
-        rung, seed, right, tags={**made, **changes.get("tags", {})}, metrics=changes.get("metrics", {}), **found
-    )
+    changes["id"] = f"{student}-{rung}-{seed}-{changes.get('id', '')}"
+    changes["config"] = config | changes.get("config", {})
+    changes["tags"] = made | changes.get("tags", {})
+    return record(rung, seed, right, **changes)
 
 
 def two_pairs() -> list[Record]:
@@ -332,7 +329,11 @@ def test_the_link_opens_all_runs_and_the_note_fits_into_a_tag() -> None:
 
 @pytest.mark.parametrize("name", EVIL)
 def test_names_of_runs_load_nothing_and_lead_nowhere(name: str) -> None:
-    own = {"name": name, "tags": {"asib.rung": name}, "config": {"dataset.name": name, "model.student.name": name}}
+    own: dict[str, Any] = {
+        "name": name,
+        "tags": {"asib.rung": name},
+        "config": {"dataset.name": name, "model.student.name": name},
+    }
     found = compare.compare(
         [record("l0_baseline", 0, 20), record("x", 0, 22, **own), record("x", 1, 24, **own)], anyway=True
     )

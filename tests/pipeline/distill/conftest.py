@@ -15,8 +15,8 @@ from pipeline.distill import networks
 def keys(tmp_path: Path) -> dict[str, Any]:
     """A student, a teacher with a checkpoint, 24 images of 16 x 16."""
     rng = np.random.default_rng(0)
-    images = {f"x_{s}": rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for s, n in (("train", 24), ("test", 9))}
-    np.savez(tmp_path / "data.npz", **images, y_train=np.arange(24) % 3, y_test=np.arange(9) % 3)
+    train, test = (rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for n in (24, 9))
+    np.savez(tmp_path / "data.npz", x_train=train, x_test=test, y_train=np.arange(24) % 3, y_test=np.arange(9) % 3)
     found: dict[str, Any] = {
         "output_dir": str(tmp_path / "runs"),
         "device": "cpu",

@@ -64,8 +64,8 @@ def student(name: str, size: int, chans: int = 3) -> FeatureNet:
     net = zoo.create_model(name, len(CLASSES), image_size=size, in_chans=chans)
     for module in net.modules():  # statistics of a trained network: not those that cancel out
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.1, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+            module.get_buffer("running_mean").uniform_(-0.1, 0.1)
+            module.get_buffer("running_var").uniform_(0.5, 1.5)
     return net.eval()
 
 
@@ -109,13 +109,14 @@ def test_onnx_and_pytorch_agree_on_any_batch_size(exported: tuple[torch.nn.Modul
 
     net, data, path = exported
     assert all(value < 1e-5 for value in export.check_onnx(path, net, data).values())
-    x = (data.test_x.double() / 255 - data.mean[0]) / data.std[0]
+    images = np.asarray(data.test_x)
+    x = (torch.from_numpy(images).double() / 255 - data.mean[0]) / data.std[0]
     with torch.no_grad():
         logits = export.plain(FeatureNet(net)).double()(x).numpy()
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for count in (1, 2, 7, 40):
-        given = np.ascontiguousarray(np.moveaxis(data.test_x.numpy(), 1, -1)[:count])
+        given = np.ascontiguousarray(np.moveaxis(images, 1, -1)[:count])
         probabilities, found = session.run(["probabilities", "logits"], {"images": given})
         np.testing.assert_allclose(found, logits[:count], atol=1e-4)
         expected = exponents[:count] / exponents[:count].sum(axis=1, keepdims=True)
@@ -129,7 +130,7 @@ def test_an_onnx_file_that_disagrees_is_refused_with_the_difference(
     net, data, path = exported
     other = export.plain(FeatureNet(net))
     with torch.no_grad():
-        other.get_submodule("fc").bias[0] += change
+        other.get_parameter("fc.bias")[0] += change
     with pytest.raises(RuntimeError, match=rf"not logged: on 32 test images.*{says}"):
         export.check_onnx(path, other, data)
 

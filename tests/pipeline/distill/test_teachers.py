@@ -83,10 +83,9 @@ def test_a_teachers_classes_are_put_in_the_datas_order(tmp_path: Path) -> None:
     turned = replace(data, classes=data.classes[::-1])
     made = networks.build_teacher(c, data, 0)
     networks.save(made, tmp_path / "straight.safetensors", c, data)
-    classifier = made.net.fc
     with torch.no_grad():
-        classifier.weight.copy_(classifier.weight.flip(0))
-        classifier.bias.copy_(classifier.bias.flip(0))
+        for parameter in map(made.net.get_parameter, ("fc.weight", "fc.bias")):
+            parameter.copy_(parameter.flip(0))
     networks.save(made, tmp_path / "turned.safetensors", c, turned)
     hashes = []
     for name in ("straight", "turned"):

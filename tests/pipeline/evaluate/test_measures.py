@@ -155,7 +155,9 @@ def test_a_brother_counts_for_the_super_class() -> None:
     groups = ["tree", "tree", "fish"]
     labels, predicted = np.array([0, 1, 1, 2, 2]), np.array([1, 1, 2, 2, 0])
     assert measures.superclass_accuracy(labels, predicted, groups) == pytest.approx(60.0)
-    evaluation = measures.Evaluation("test", {}, labels, predicted, labels == predicted, np.ones((5, 3)), None, None)
+    evaluation = measures.Evaluation(
+        "test", {}, labels, predicted, labels == predicted, np.ones((5, 3), np.float32), None, None
+    )
     table = measures.by_superclass(pd.DataFrame({"superclass": groups}), evaluation)
     assert table.to_dict("list") == {
         "superclass": ["fish", "tree"],

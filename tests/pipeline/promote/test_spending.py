@@ -66,8 +66,8 @@ def judged(look: int, **keys: object) -> tuple[g.Verdict, Gate]:
     gate = Gate.model_validate({"max_latency_ratio": None, **keys})
     champion, challenger = np.ones((2, IMAGES), dtype=bool)
     champion[:70], challenger[70:115] = False, False
-    sides = (Measured(one, 0.1, 1.0, 1000) for one in (challenger, champion))
-    return g.judge(gate, np.zeros(IMAGES, dtype=np.int64), ("one",), *sides, look), gate
+    one, other = (Measured(correct, 0.1, 1.0, 1000) for correct in (challenger, champion))
+    return g.judge(gate, np.zeros(IMAGES, dtype=np.int64), ("one",), one, other, look), gate
 
 
 def test_the_same_numbers_pass_at_the_first_look_only() -> None:

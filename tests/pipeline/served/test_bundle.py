@@ -29,8 +29,8 @@ CLASSES = ["dark", "light"]
 
 def network(light: list[float] | None = None) -> onnx.ModelProto:
     """uint8 (n,4,4,3) -> probabilities: `light` as it is, or the mean brightness."""
-    row, offset = ((-1, 1), (1, 0)) if light is None else ((0, 0), light)
-    weights = {"scale": np.float32(255), "row": np.float32([row]), "offset": np.float32([offset])}
+    row, offset = ([-1, 1], [1, 0]) if light is None else ([0, 0], light)
+    weights = {"scale": 255, "row": [row], "offset": [offset]}
     model = onnx.parser.parse_model("""
         <ir_version: 9, opset_import: ["": 18]>
         g (uint8[n, 4, 4, 3] images) => (float[n, 2] probabilities)
@@ -42,7 +42,7 @@ def network(light: list[float] | None = None) -> onnx.ModelProto:
             signed = Mul(column, row)
             probabilities = Add(signed, offset)
         }""")
-    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in weights.items())
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(v, np.float32), k) for k, v in weights.items())
     return model
 
 

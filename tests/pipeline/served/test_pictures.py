@@ -78,7 +78,7 @@ CASES: list[tuple[str, bytes, Any]] = [
     ("palette", encoded(Image.fromarray(GREY).convert("P"), "PNG"), THREE),
     ("one bit", encoded(Image.fromarray(GREY > 99), "PNG"), np.where(THREE > 99, 255, 0)),
     ("grey, all transparent", encoded(Image.fromarray(np.stack([GREY, 0 * GREY], axis=2)), "PNG"), 0 * RGB + 255),
-    ("CMYK", encoded(Image.new("CMYK", (SIZE, SIZE), (0, 255, 255, 0)), "TIFF"), 0 * RGB + np.uint8([255, 0, 0])),
+    ("CMYK", encoded(Image.new("CMYK", (SIZE, SIZE), (0, 255, 255, 0)), "TIFF"), RGB * 0 + np.array([255, 0, 0])),
 ]
 
 
