@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.evaluate import speed
+from tests.cifar100 import SHARED
 from tests.steps.lab import Done, Lab, points
 
 STUDENT = "checkpoints/student.safetensors"
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 
 
 def test_a_students_file_scores_what_its_run_found(
@@ -46,21 +44,12 @@ def test_the_baseline_is_the_main_jobs_student_alone(bench: Lab) -> None:
 
 
 @pytest.mark.slow
-def test_the_published_resnet56_scores_the_published_accuracy(lab: Lab, tmp_path: Path) -> None:
+def test_the_published_resnet56_scores_the_published_accuracy(lab: Lab, cifar100: Path) -> None:
     weights = SHARED / "weights/cifar100_resnet56-f2eff4c8.pt"
-    unpack = SHARED / "data/unpack_cifar100.py"
-    if not weights.exists() or not unpack.exists():
-        pytest.skip(f"{SHARED} with the published weights and the packed CIFAR-100 is not beside this repository")
-    subprocess.run([sys.executable, unpack, tmp_path / "data"], check=True)
-    arguments = [
-        "dataset=cifar100",
-        f"dataset.root={tmp_path / 'data'}",
-        "model.student.name=cifar_resnet56",
-        f"student={weights}",
-        "tracking=offline",
-        f"output_dir={lab.runs}",
-    ]
-    done = lab.raw("evaluate", arguments)
+    if not weights.exists():
+        pytest.skip(f"{weights} is not beside this repository")
+    data = ["dataset=cifar100", f"dataset.root={cifar100}", "model.student.name=cifar_resnet56", "speed=false"]
+    done = lab.raw("evaluate", [*data, f"student={weights}", "tracking=offline", f"output_dir={lab.runs}"])
     assert done.code == 0, done.err
     found = points(done.folder)
     assert found["test/acc", 0] == [pytest.approx(72.63, abs=0.0049)]

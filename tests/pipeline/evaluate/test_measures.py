@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,6 @@ from pipeline.evaluate.measures import evaluate_model
 from pipeline.evaluate.superclasses import CIFAR100, superclasses
 
 N, IMAGES = 20, 400
-UNPACK = Path(__file__).resolve().parents[3].parent / "shared/data/unpack_cifar100.py"
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +136,8 @@ def test_the_sample_holds_the_first_class_of_each(data: ImageData) -> None:
 
 
 @pytest.mark.slow
-def test_super_classes_are_the_original_files(tmp_path: Path) -> None:
-    if not UNPACK.exists():
-        pytest.skip(f"{UNPACK} with the packed CIFAR-100 is not beside this repository")
-    subprocess.run([sys.executable, UNPACK, tmp_path], check=True)
-    folder = tmp_path / "cifar-100-python"
+def test_super_classes_are_the_original_files(cifar100: Path) -> None:
+    folder = cifar100 / "cifar-100-python"
     meta = pickle.loads((folder / "meta").read_bytes())
     train = pickle.loads((folder / "train").read_bytes(), encoding="latin1")
     coarse = dict(zip(train["fine_labels"], train["coarse_labels"], strict=True))
