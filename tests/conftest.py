@@ -19,14 +19,8 @@ from hypothesis import settings
 settings.register_profile("steady", derandomize=True)
 settings.load_profile("steady")  # the same examples in every run: CI is to fail for what was changed
 
-pytest_plugins = [
-    "tests.cifar100",
-    "tests.disks",
-    "tests.servers",
-    "tests.postgres",
-    "tests.slurm",
-    "tests.team_server",
-]
+HELPERS = ("cifar100", "disks", "servers", "postgres", "slurm", "team_server")
+pytest_plugins = [f"tests.{name}" for name in HELPERS]
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"subprocess", "multiprocessing", "mlflow", "optuna", "matplotlib", "tests.servers", "tests.steps.lab"}
