@@ -195,10 +195,10 @@ def test_the_champion_is_fetched_and_becomes_the_runs_input(
 def test_a_student_whose_export_is_wrong_is_not_logged(
     lab: Lab, student: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def anothers(net: Any, data: Any, path: Path) -> None:
+    def of_another(net: Any, data: Any, path: Path) -> None:
         shutil.copy(student.folder / "model/student.onnx", path)
 
-    monkeypatch.setattr(export, "to_onnx", anothers)
+    monkeypatch.setattr(export, "to_onnx", of_another)
     done = lab.step("baseline", "log_model=true", "seed=1")
     assert done.code == 1
     assert "the exported student is not logged" in json.dumps([e.data for e in journal(done.folder) if e.kind == "end"])
