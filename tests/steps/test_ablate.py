@@ -19,15 +19,9 @@ from pipeline.distill import train
 from pipeline.runs import records
 from tests.steps.lab import Done, Lab, ending, journal, points, run_id, see, signal_at, until, write_npz
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 TWO = ("rungs=l0_baseline,l1_ib", "seeds=0,1")
 PER_L0, PER_L1, PER_TEACHER = 10, 20, 5  # questions that the loop asks for a signal
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +31,6 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, Done]:
     done = lab.step("ablate", *TWO)
     assert done.code == 0, done.err
     return lab, done
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    return Lab(tmp_path / "lab")
 
 
 @pytest.fixture
