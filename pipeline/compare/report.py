@@ -16,7 +16,6 @@ from pipeline import escape
 from pipeline.compare.compare import ACCURACY, Comparison
 from pipeline.compare.pools import Group
 from pipeline.reporting import figures, pages, tables
-from pipeline.reporting.pages import first_that_fits
 from pipeline.reporting.statistics import ENOUGH
 from pipeline.runs.run import Run
 
@@ -156,7 +155,7 @@ def note(found: Comparison, to: str) -> str:
         [first, *_bold(found.notes), _markdown(table, "rung"), *map(escape.markdown, _below(found))]
         for table in (narrow, small)
     )
-    return first_that_fits([*("\n\n".join(filter(None, parts)) for parts in notes), first])
+    return pages.first_that_fits([*("\n\n".join(filter(None, parts)) for parts in notes), first])
 
 
 # the page ------------------------------------------------------------------------------------------------------------

@@ -16,23 +16,12 @@ from steps import distill
 from tests.pipeline.training.builders import HeldUp
 
 PATIENCE = 3
-BRIEF = [
-    "dataset=npz",
-    "dataset.batch_size=4",
-    "dataset.val_fraction=0.25",
-    "model/student=cifar_resnet8",
-    "model/teacher=none",
-    "method.kd_alpha=0",
-    "method.kd_target=avg",
-    "method.num_stages=1",
-    "method.student_epochs_per_stage=[3]",
-    "schedule.lr_warmup_epochs=0",
-    "log_model=false",
-    "tracking.mode=offline",
-    "device=cpu",
-    "optim.use_amp=true",
-    f"optim.safe_retry_patience={PATIENCE}",
-]
+BRIEF = f"""
+    dataset=npz dataset.batch_size=4 dataset.val_fraction=0.25 model/student=cifar_resnet8 model/teacher=none
+    method.kd_alpha=0 method.kd_target=avg method.num_stages=1 method.student_epochs_per_stage=[3]
+    schedule.lr_warmup_epochs=0 log_model=false tracking.mode=offline device=cpu
+    optim.use_amp=true optim.safe_retry_patience={PATIENCE}
+""".split()
 
 
 @pytest.fixture
