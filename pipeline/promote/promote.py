@@ -113,10 +113,11 @@ def _promote(
         pair = f"{challenger.number}-{champion.number}"
         look = registry.look(_test_digest(data), data.digest, pair, turn=not plan.dry_run)
     measured = dict(zip(both, contender.judge(found, data, run.config), strict=True))
-    for one in found:
-        if one.manifest and not plan.dry_run:  # registered without one
-            registry.ask("tag_manifest", number=one.version.number, manifest=one.manifest)
-            logger.info("wrote the manifest of version %s (tag %s)", one.version.number, bundle.TAG)
+    for judged in found:
+        number, manifest = judged.version.number, judged.manifest
+        if manifest and not plan.dry_run:  # registered without one
+            registry.ask("tag_manifest", number=number, manifest=manifest)
+            logger.info("wrote the manifest of version %s (tag %s)", number, bundle.TAG)
     labels = data.test_y.numpy()
     verdict = judge(plan.gate, labels, data.classes, measured["challenger"], measured.get("champion"), look)
     run.journal.hold()
