@@ -39,7 +39,7 @@ from pipeline.training.loop import Loop
 from pipeline.training.methods.asib import monitor
 from pipeline.training.methods.asib.task import Distillation
 from pipeline.training.optim import Precision
-from pipeline.training.phases import Task
+from pipeline.training.run_data import Task
 from tests.pipeline.training.builders import (
     CPU,
     Calls,
