@@ -7,12 +7,15 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+from tests.servers import free_port
 
 START_S = 180.0
 FOREIGN = ("PYTHONPATH", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
@@ -32,9 +35,7 @@ class ModelServer:
     def __init__(self, model: str, tracking_uri: str, folder: Path, own: bool = False) -> None:
         self.own = own
         self.model, self.tracking_uri, self.folder = model, tracking_uri, folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> float:
@@ -91,16 +92,8 @@ class ModelServer:
     def processes(self) -> list[int]:
         """Ids of the server's processes: the command, and those below it."""
         assert self._process is not None
-        group = self._process.pid
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    if os.getpgid(int(entry.name)) == group:
-                        found.append(int(entry.name))
-                except ProcessLookupError:
-                    continue
-        return sorted(found)
+        command = psutil.Process(self._process.pid)
+        return [command.pid, *(child.pid for child in command.children(recursive=True))]
 
     def log(self) -> str:
         """What it has written so far."""

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import free_port
+
 START_S = 60.0
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 
@@ -63,8 +65,8 @@ class SlurmCluster:
         for name in ("state", "spool"):
             (self.folder / name).mkdir()
         host, cpus = socket.gethostname().split(".")[0], os.cpu_count()
-        controller, node = _free_ports(2)
-        self.conf.write_text(_CONF.format(folder=self.folder, host=host, cpus=cpus, controller=controller, node=node))
+        ports = {"controller": free_port(), "node": free_port()}
+        self.conf.write_text(_CONF.format(folder=self.folder, host=host, cpus=cpus, **ports))
         # Slurm counts character devices, and does not look what they are
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
         key = self.folder / "munge.key"
@@ -116,14 +118,6 @@ class SlurmCluster:
             self._processes.append(
                 subprocess.Popen(command, stdout=log, stderr=log, env=self.environment(), start_new_session=True)
             )
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def _wait_for(condition: Callable[[], bool], what: str, log: Callable[[], str]) -> None:

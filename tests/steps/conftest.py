@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.config import DatasetConfig
 from pipeline.data import sources
 from pipeline.data.sources import ImageData
+from pipeline.reporting import figures
 from tests.steps.desk import Desk, Students, make_desk, make_students
-from tests.steps.lab import Done, Lab
+from tests.steps.lab import PER_EPOCH, Done, Lab, ending, signal_at
+from tests.warm import Fork
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +24,35 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     tracking = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "ASIB_STORAGE")
     for name in (*tracking, "TEACHER_PAIR", "STUDENT", "METHOD", "SEED", "DRY_RUN"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _one_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is a third of a step's time: one picture stands for all (tests of the job itself draw them)."""
+
+    def undrawn(made: Any, **_: Any) -> bytes:
+        figures.pyplot().close(made)
+        return _picture()
+
+    monkeypatch.setattr(figures, "png", undrawn)
+
+
+@cache
+def _picture(draw: Callable[..., bytes] = figures.png) -> bytes:
+    return draw(figures.figure(1, 1, 2, 2)[0])
+
+
+@pytest.fixture
+def deliveries(monkeypatch: pytest.MonkeyPatch) -> list[Fork]:
+    """The delivery processes of steps in this process, as they are started."""
+    started: list[Fork] = []
+
+    def start(*arguments: Any, **named: Any) -> Fork:
+        started.append(Fork(*arguments, **named))
+        return started[-1]
+
+    monkeypatch.setattr("tests.steps.lab.Fork", start)
+    return started
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +80,20 @@ def ready_lab(lab: Lab, bench: Lab, undisturbed: Done) -> Lab:
     """A workplace where the teachers are there."""
     shutil.copytree(bench.runs / "teachers", lab.runs / "teachers")
     return lab
+
+
+@pytest.fixture(scope="session")
+def stopped(bench: Lab, undisturbed: Done) -> Path:
+    """The folder of a distillation that SIGTERM has ended in its second epoch."""
+    done = bench.disturbed(signal_at(PER_EPOCH + 2), "distill")
+    assert (done.code, ending(done.folder)) == (143, ("KILLED", "killed", 143))
+    return done.folder
+
+
+@pytest.fixture
+def killed(ready_lab: Lab, stopped: Path) -> Path:
+    """A copy of it in a workplace of the test's own."""
+    return Path(shutil.copytree(stopped, ready_lab.runs / stopped.name))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import runpy
@@ -20,14 +21,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.numpy import load_file
 
+from pipeline.journal import read_entries
+from pipeline.tracking import deliver as delivery
+from pipeline.training.loop import Loop
 from tests.warm import Fork
 
 CLASSES = ("ash", "birch", "cedar", "date")
 SIZE, TRAIN, TEST, BATCH = 16, 160, 40, 32
 BATCHES = 4  # of an epoch: 128 training images (20 % are validation) in batches of 32
+PER_EPOCH = BATCHES + 1  # a loop's questions whether a signal has come
 EPOCHS = ("a", "b", "a", "b")  # of a distillation
+STUDENT, FUSION = "checkpoints/student.safetensors", "checkpoints/fusion.safetensors"
 NOT_COMPARED = {"train/images_per_second", "cost/seconds", "cost/compile_seconds"}
 
 
@@ -47,7 +55,13 @@ def write_npz(path: Path, seed: int = 0, classes: int = len(CLASSES), size: int 
     x_train, y_train = images(TRAIN, seed, classes, size)
     x_test, y_test = images(TEST, seed + 1000, classes, size)
     names = np.array([*CLASSES, "elm", "fir"][:classes])
-    arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test, "class_names": names}
+    arrays: dict[str, Any] = {
+        "x_train": x_train,
+        "y_train": y_train,
+        "x_test": x_test,
+        "y_test": y_test,
+        "class_names": names,
+    }
     np.savez(path, **{**arrays, **changes})
     return path
 
@@ -141,6 +155,25 @@ class Lab:
                 code = int(left.code or 0)
         return Done(code, err.getvalue(), out.getvalue(), sorted(set(self.run_folders()) - before))
 
+    def disturbed(self, at: At, step: str, *overrides: str) -> Done:
+        """Run a step in this process, and act in the middle of its training."""
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("pipeline.distill.train.Loop", at.loop)
+            return self.step(step, *overrides)
+
+    def refuses(self, step: str, *overrides: str) -> str:
+        """Assert that a step is refused with one line and leaves nothing; the line."""
+        before = sorted(self.folder.rglob("*"))
+        line = refused(self.step(step, *overrides))
+        assert sorted(self.folder.rglob("*")) == before
+        return line
+
+    def start(self, step: str, *overrides: str, log: Path = Path(os.devnull)) -> Fork:
+        """Start a step as a process of its own, whose standard error goes into `log`."""
+        with log.open("w") as file:
+            command = [sys.executable, "-m", f"steps.{step}", *self.arguments(*overrides)]
+            return Fork(command, env=os.environ, stderr=file)
+
     def run_folders(self) -> list[Path]:
         """All run folders, nested ones left out."""
         return sorted(p for p in self.runs.glob("*") if p.is_dir() and p.name not in ("teachers", "bank"))
@@ -152,8 +185,6 @@ def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
 
     Its delivery process is a fork of one that has imported MLflow already.
     """
-    import torch
-
     log = logging.getLogger("asib")
     environment, handlers = dict(os.environ), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     log_handlers, threads = log.handlers[:], torch.get_num_threads()
@@ -175,17 +206,13 @@ def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
 
 
 class At:
-    """Acts at the n-th question of training loops for a signal: one after every batch and one after every epoch.
-
-    `monkeypatch.setattr(train, "Loop", At(3, act).loop)`
-    """
+    """Acts at the n-th question of training loops for a signal: one after every batch and one after every epoch."""
 
     def __init__(self, question: int, act: Callable[[], Any]) -> None:
         self._question, self._act, self.asked = question, act, 0
 
-    def loop(self, *arguments: Any, stop: Callable[[], int], **more: Any) -> Any:
+    def loop(self, *arguments: Any, stop: Callable[[], int], **more: Any) -> Loop:
         """A training loop that asks here first."""
-        from pipeline.training.loop import Loop
 
         def ask() -> int:
             self.asked += 1
@@ -193,7 +220,8 @@ class At:
                 self._act()
             return stop()
 
-        return Loop(*arguments, stop=ask, **more)
+        made: Callable[..., Loop] = Loop
+        return made(*arguments, stop=ask, **more)
 
 
 def signal_at(question: int, number: int = signal.SIGTERM) -> At:
@@ -211,8 +239,6 @@ def signal_at(question: int, number: int = signal.SIGTERM) -> At:
 
 def tensors(path: Path) -> dict[str, Any]:
     """A safetensors file."""
-    from safetensors.numpy import load_file
-
     return dict(load_file(path))
 
 
@@ -222,10 +248,27 @@ def same_tensors(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
 
 
+def same_run(one: Path, other: Path) -> None:
+    """Assert that weights are equal bit for bit, and every metric of every epoch is there once, with the same value."""
+    assert same_tensors(one / STUDENT, other / STUDENT)
+    assert same_tensors(one / FUSION, other / FUSION)
+    found = points(one)
+    assert found == points(other)
+    assert {len(values) for values in found.values()} == {1}
+
+
+def refused(done: Done, *needles: str) -> str:
+    """Assert that a step has ended with code 2 and one line with these words; the line."""
+    assert done.code == 2, done.err
+    (line,) = done.lines
+    assert line.isprintable()
+    for needle in needles:
+        assert needle in line
+    return line
+
+
 def journal(folder: Path) -> list[Any]:
     """The entries of a run's journal."""
-    from pipeline.journal import read_entries
-
     return read_entries(folder / "journal.jsonl")[0]
 
 
@@ -249,16 +292,12 @@ def ending(folder: Path) -> tuple[str, str, int]:
 
 def deliver(uri: str, *folders: Path) -> None:
     """`python -m steps.deliver`, in this process."""
-    from pipeline.tracking import deliver
-
     with _as_a_process() as (_, err):
-        assert deliver.main([*map(str, folders), "--uri", uri]) == 0, err.getvalue()
+        assert delivery.main([*map(str, folders), "--uri", uri]) == 0, err.getvalue()
 
 
 def run_id(folder: Path) -> str:
     """The MLflow run that a folder was delivered to."""
-    import json
-
     return str(json.loads((folder / "delivery.json").read_text())["run_id"])
 
 
@@ -327,6 +366,13 @@ def _files(mlflow: Any, run: str, path: str) -> Iterator[str]:
             yield from _files(mlflow, run, file.path)
         else:
             yield str(file.path)
+
+
+def all_runs(uri: str) -> dict[str, str]:
+    """Run id -> status of every run in a store."""
+    mlflow = client(uri)
+    found = mlflow.search_runs([experiment.experiment_id for experiment in mlflow.search_experiments()])
+    return {run.info.run_id: run.info.status for run in found}
 
 
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:

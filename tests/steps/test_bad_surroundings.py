@@ -1,51 +1,95 @@
-"""What the machine and the environment lack is said in one line with code 2, before there is a run."""
+"""What the machine, its file system and the environment lack is said in one line with code 2, and there is no run."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.steps.lab import Lab
+
+ABSENT = ("mps", "cuda:99", "cuda:-1", "meta", "xla", "cuda:٣", "cuda:99999", "gpu", "CPU")
+LONG, NOBODY, NOT_UTF8, NUL = "x" * 300, "~nobody-of-this-name/x", "caf\udce9", "a\0b"
+LOOP, DANGLING = "{here}/loop", "{here}/dangling/x"
+KEYS: dict[str, tuple[str, str, list[str]]] = {
+    "cfg": ("distill", LONG, []),
+    "output_dir": ("distill", NOBODY, []),
+    "bank_folder": ("distill", DANGLING, []),
+    "dataset.root": ("distill", LOOP, ["dataset.name=image_folder"]),
+    "dataset.path": ("distill", NOT_UTF8, []),
+    "model.teachers.0.checkpoint": ("distill", NUL, []),
+    "resume": ("distill", LONG, []),
+    "student": ("evaluate", LOOP, []),
+    "model": ("evaluate", LONG, []),
+    "fusion": ("evaluate", NOBODY, ["mode=synergy", "model=runs:/0"]),
+    "images": ("predict", LOOP, ["model={here}"]),
+    "to": ("predict", LONG, ["model={here}", "images={here}/pictures"]),
+    "sweep": ("sweep", NOT_UTF8, []),
+    "cluster": ("sweep", LOOP, []),
+    "storage": ("sweep", "sqlite:///" + LONG, []),
+    "gate": ("promote", NOBODY, ["name=x", "tracking.mode=online"]),
+    "parent": ("compare", LONG, []),
+    "runs": ("compare", f"{LONG},other", []),
+    "tracking.uri": ("distill", "sqlite:///" + LOOP, ["tracking.mode=online"]),
+}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("surroundings") / "lab")
+    lab = Lab(tmp_path_factory.mktemp("surroundings") / "lab")
+    (lab.folder / "loop").symlink_to(lab.folder / "loop")
+    (lab.folder / "dangling").symlink_to(lab.folder / "nothing")
+    (lab.folder / "pictures").mkdir()
+    (lab.folder / "pictures" / "a.png").touch()
+    return lab
 
 
-def refused(place: Lab, step: str, *overrides: str) -> str:
-    before = sorted(place.folder.rglob("*"))
-    done = place.step(step, *overrides)
-    assert done.code == 2, done.err
-    (line,) = done.lines
-    assert line.isprintable()
-    assert sorted(place.folder.rglob("*")) == before
-    return line
+@pytest.mark.parametrize("key", KEYS)
+def test_a_path_that_cannot_be_is_refused_without_a_trace(place: Lab, key: str) -> None:
+    step, value, others = KEYS[key]
+    line = place.refuses(step, *(text.format(here=place.folder) for text in (f"{key}={value}", *others)))
+    assert line.startswith(f"{key}=")
 
 
-@pytest.mark.parametrize("step", ["distill", "evaluate"])
-@pytest.mark.parametrize("device", ["mps", "cuda:99", "cuda:-1", "meta", "xla", "cuda:٣", "cuda:99999", "gpu", "CPU"])
+def test_home_is_expanded_where_no_shell_does_it(place: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mlflow run -P output_dir=~/runs` made a folder of the name ~."""
+    monkeypatch.setenv("HOME", str(place.folder))
+    monkeypatch.chdir(place.folder)
+    assert place.step("doctor", "output_dir=~/elsewhere").code in (0, 1)
+    assert (place.folder / "elsewhere").is_dir()
+    assert "~" not in os.listdir(place.folder)
+
+
+@pytest.mark.parametrize(
+    ("device", "step"),
+    [
+        *((name, "distill") for name in ABSENT),
+        *(("cuda:7", step) for step in ("baseline", "finetune", "evaluate")),
+    ],
+)
 def test_a_device_that_is_not_there(place: Lab, step: str, device: str) -> None:
-    import torch
-
     if device == "mps" and torch.backends.mps.is_available():
         pytest.skip("this machine has it")
-    line = refused(place, step, f"device={device}", *["model=runs:/0"] * (step == "evaluate"))
+    line = place.refuses(step, f"device={device}", *["model=runs:/0"] * (step == "evaluate"))
     assert line.startswith((f"device={device}", f"device={device!r}"))
     assert "cpu" in line
 
 
-@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("WORLD_SIZE", "-1"), ("LOCAL_RANK", "1.5"), ("RANK", "3")])
-@pytest.mark.parametrize("step", ["distill", "sweep"])
-def test_variables_of_torchrun(place: Lab, monkeypatch: pytest.MonkeyPatch, step: str, name: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "variable"),
+    [("distill", "RANK=x"), ("distill", "WORLD_SIZE=-1"), ("distill", "LOCAL_RANK=1.5"), ("sweep", "RANK=3")],
+)
+def test_variables_of_torchrun(place: Lab, monkeypatch: pytest.MonkeyPatch, step: str, variable: str) -> None:
+    name, value = variable.split("=")
     monkeypatch.setenv(name, value)
-    assert refused(place, step).startswith(f"{name}={value} ")
+    assert place.refuses(step).startswith(f"{variable} ")
 
 
 def test_a_tracking_store_that_cannot_be_named_by_the_environment(
     place: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}")
-    assert refused(place, "distill", "tracking.mode=online").startswith("MLFLOW_TRACKING_URI=sqlite:///")
+    assert place.refuses("distill", "tracking.mode=online").startswith("MLFLOW_TRACKING_URI=sqlite:///")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +104,7 @@ def test_a_tracking_store_that_cannot_be_named_by_the_environment(
     ],
 )
 def test_values_that_no_record_can_hold(place: Lab, override: str, words: str) -> None:
-    line = refused(place, "distill", override)
+    line = place.refuses("distill", override)
     assert line.startswith(override.partition("=")[0])
     assert words in line
     assert len(line) < 400
@@ -70,5 +114,5 @@ def test_values_that_no_record_can_hold(place: Lab, override: str, words: str) -
 def test_values_of_a_file_that_no_record_can_hold(place: Lab, tmp_path: Path, text: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
-    line = refused(place, "distill", f"cfg={file}")
+    line = place.refuses("distill", f"cfg={file}")
     assert len(line) < 500

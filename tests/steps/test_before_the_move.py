@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from pipeline.config import source_digest
+from pipeline.distill import export
 from tests.fixtures import before_the_move as before
 from tests.fixtures.before_the_move import House, lines
+from tests.steps.desk import to_onnx
 
 RECORD: dict[str, Any] = json.loads(before.RECORD.read_text())
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +89,8 @@ def test_a_sweep_of_other_sources_does_not_go_on_with_a_study(house: House) -> N
 
 
 @pytest.mark.slow
-def test_a_new_run_has_the_names_and_numbers_of_the_old_one(house: House) -> None:
+def test_a_new_run_has_the_names_and_numbers_of_the_old_one(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "to_onnx", to_onnx)
     agree(before.distill(house), RECORD["distill"], "same")
 
 

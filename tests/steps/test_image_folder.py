@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-from pipeline.distill import train
+from pipeline.distill import export, train
+from tests.steps.desk import to_onnx
 from tests.steps.lab import (
     BATCH,
     BATCHES,
     CLASSES,
+    SIZE,
+    STUDENT,
     TEST,
     TRAIN,
     Lab,
     ending,
     images,
     points,
-    same_tensors,
+    same_run,
     settings,
     signal_at,
 )
-
-STUDENT = "checkpoints/student.safetensors"
-SIZE = 16
 
 
 def write_pictures(root: Path) -> Path:
@@ -53,24 +54,22 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
 
 
 @pytest.mark.slow
-def test_a_run_does_not_depend_on_its_workers_and_is_continued(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_does_not_depend_on_its_workers_and_is_continued(lab: Lab) -> None:
     whole = lab.step("distill", "bank=lazy")
     assert whole.code == 0, whole.err
     assert "pictures cropped at random are no fixed set of views" in whole.err
     train._load.cache_clear()  # the next run has its own workers, forked while its record is open
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "Loop", signal_at(BATCHES + 3).loop)  # in the first B-step
-        killed = lab.step("distill")
+    killed = lab.disturbed(signal_at(BATCHES + 3), "distill")  # in the first B-step
     assert killed.code == 143, killed.err
     assert ending(killed.folder) == ("KILLED", "killed", 143)
     again = lab.step("distill", f"resume={killed.folder}", "dataset.workers=0")
     assert again.code == 0, again.err
-    assert points(killed.folder) == points(whole.folder)
-    assert same_tensors(killed.folder / STUDENT, whole.folder / STUDENT)
+    same_run(killed.folder, whole.folder)
 
 
 @pytest.mark.slow
-def test_its_student_is_logged_with_its_crop_and_evaluated(lab: Lab) -> None:
+def test_its_student_is_logged_with_its_crop_and_evaluated(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "to_onnx", to_onnx)
     made = lab.step("distill", "log_model=true")
     assert made.code == 0, made.err
     meta = json.loads((made.folder / "model/meta.json").read_text())
@@ -82,16 +81,9 @@ def test_its_student_is_logged_with_its_crop_and_evaluated(lab: Lab) -> None:
     accuracy = points(done.folder)["test/acc", 0]
     assert accuracy == points(made.folder)["final/acc_val_selected", 3]
     assert (done.folder / "confused_pairs.png").is_file()
-    predicted = lab.raw(
-        "predict",
-        [
-            f"model={made.folder / 'model'}",
-            f"images={lab.folder / 'pictures/val'}",
-            f"to={lab.folder / 'p.csv'}",
-            f"output_dir={lab.runs}",
-            "tracking.mode=offline",
-        ],
-    )
+    given: dict[str, Any] = {"model": made.folder / "model", "images": lab.folder / "pictures/val"}
+    given |= {"to": lab.folder / "p.csv", "output_dir": lab.runs, "tracking.mode": "offline"}
+    predicted = lab.raw("predict", [f"{key}={value}" for key, value in given.items()])
     assert predicted.code == 0, predicted.err
     rows = [line.split(",") for line in (lab.folder / "p.csv").read_text().splitlines()[1:]]
     right = np.mean([row[0].split("/")[0] == row[1] for row in rows])

@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.distill import train
+from tests.servers import MlflowServer, Wire
 from tests.steps.lab import (
     BATCHES,
+    STUDENT,
     At,
     Done,
     Lab,
+    client,
     deliver,
     journal,
     points,
     run_id,
-    same_tensors,
+    same_run,
     see,
     until,
 )
-
-if TYPE_CHECKING:
-    from tests.servers import MlflowServer, Wire
+from tests.warm import Fork
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
-ARTIFACTS = ("checkpoints/student.safetensors", "checkpoints/fusion.safetensors")
-
-
-def start(lab: Lab, step: str, uri: str, *overrides: str) -> subprocess.Popen[bytes]:
-    """A step as a real process, with a checkpoint after every batch."""
-    arguments = lab.arguments(
-        f"tracking.uri={uri}", "tracking.mode=online", "checkpoint.every_seconds=1e-6", *overrides
-    )
-    return subprocess.Popen([sys.executable, "-m", f"steps.{step}", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
 
 
 def checkpoints(folder: Path) -> int:
     return sum(entry.kind == "checkpoint" for entry in journal(folder))
-
-
-def has_results(folder: Path) -> bool:
-    return (folder / "results.json").exists()
 
 
 MOMENTS: dict[str, tuple[str, Callable[[Path], bool]]] = {
@@ -59,7 +40,7 @@ MOMENTS: dict[str, tuple[str, Callable[[Path], bool]]] = {
     "in a nested fine-tuning": ("distill", lambda run: checkpoints(run / "teacher_1") >= 2),
     "in an A-step": ("distill", lambda run: checkpoints(run) >= 2),
     "in a B-step": ("distill", lambda run: checkpoints(run) >= BATCHES + 3),
-    "after training": ("distill", lambda run: (run / ARTIFACTS[0]).exists()),
+    "after training": ("distill", lambda run: (run / STUDENT).exists()),
     "in the main job's distillation": ("main", lambda run: checkpoints(run / "distill") >= 3),
 }
 
@@ -67,7 +48,8 @@ MOMENTS: dict[str, tuple[str, Callable[[Path], bool]]] = {
 def killed(lab: Lab, uri: str, moment: str) -> str:
     """The id of a run whose process was killed then, when delivery has brought over what there was."""
     step, reached = MOMENTS[moment]
-    process = start(lab, step, uri)
+    online = (f"tracking.uri={uri}", "tracking.mode=online", "checkpoint.every_seconds=1e-6")
+    process = lab.start(step, *online)
     try:
         until(lambda: [p for p in lab.run_folders() if (p / "journal.jsonl").exists()] or process.poll() is not None)
         (folder,) = lab.run_folders()
@@ -75,10 +57,9 @@ def killed(lab: Lab, uri: str, moment: str) -> str:
         assert process.poll() is None, "it ended before it was killed"
     finally:
         process.kill()
-        process.wait()
     until(lambda: (folder / "delivery.json").exists())
     name = run_id(folder)
-    until(lambda: see(uri, name).status == "KILLED")
+    until(lambda: client(uri).get_run(name).info.status == "KILLED")
     assert journal(folder)[-1].kind != "end"
     return name
 
@@ -110,35 +91,25 @@ def test_a_killed_run_continued_equals_an_undisturbed_one(
 
     distilled = folder if step == "distill" else folder / "distill"
     seen = after if step == "distill" else after.children["distill"]
-    expected = undisturbed.folder
-    assert all(same_tensors(distilled / file, expected / file) for file in ARTIFACTS)
-    assert points(distilled) == points(expected)
-    assert seen.steady == points(expected)
-    teachers = after.children
+    same_run(distilled, undisturbed.folder)
+    assert seen.steady == points(undisturbed.folder)
     for key in ("teacher_0", "teacher_1"):
-        assert teachers[key].steady == points(expected / key)
+        assert after.children[key].steady == points(undisturbed.folder / key)
     for run in (after, *after.children.values()):
         assert {len(values) for values in run.metrics.values()} == {1} or not run.metrics
 
 
 def test_the_main_job_goes_on_when_the_server_vanishes_and_is_delivered_later(
-    lab: Lab, undisturbed: Done, mlflow_server: MlflowServer, wire: Wire, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, undisturbed: Done, mlflow_server: MlflowServer, wire: Wire, deliveries: list[Fork]
 ) -> None:
     arguments = ["tracking.mode=online", f"tracking.uri={wire.uri}", "tracking.finish_seconds=1"]
-    with monkeypatch.context() as patched:
-        patched.setattr("tests.steps.lab.Fork", subprocess.Popen)  # a child of this process, to be killed below
-        patched.setattr(train, "Loop", At(2, wire.cut).loop)  # before any teacher is there
-        done = lab.step("main", *arguments)
+    done = lab.disturbed(At(2, wire.cut), "main", *arguments)  # before any teacher is there
     assert done.code == 0, done.err
     assert "python -m steps.deliver" in done.lines[-1]
     assert points(done.folder / "distill") == points(undisturbed.folder)
 
-    # the run's own delivery goes on trying as long as its trainer, this process, lives
-    for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
-        if str(done.folder) in Path(f"/proc/{child}/cmdline").read_text():
-            os.kill(int(child), signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):  # gone, and its end was asked for
-                os.waitid(os.P_PID, int(child), os.WEXITED | os.WNOWAIT)  # it holds its lock until it is gone
+    for delivery in deliveries:  # it goes on trying as long as its trainer, this process, lives
+        delivery.kill()
     deliver(mlflow_server.uri, done.folder)
     found = see(mlflow_server.uri, run_id(done.folder))
     assert found.status == "FINISHED"

@@ -9,21 +9,30 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.steps.desk import LAX, NAME, Desk
 from tests.steps.lab import Lab, Seen, client, ending, journal, points, run_id, see, until
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENT = "from mlflow run"
 
 
 def command(lab: Lab, step: str, *parameters: str) -> list[str]:
     given = [f"cfg={lab.cfg}", f"output_dir={lab.runs}", "tracking.mode=online", *parameters]
     return [
         *(sys.executable, "-m", "mlflow", "run", ".", "-e", step, "--env-manager", "local"),
-        *("--experiment-name", "from mlflow run"),
+        *("--experiment-name", EXPERIMENT),
         *(part for parameter in given for part in ("-P", parameter)),
     ]
+
+
+def run(lab: Lab, uri: str, step: str, *parameters: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(lab, step, *parameters), cwd=ROOT, env=environment(uri), capture_output=True, text=True
+    )
 
 
 def environment(uri: str) -> dict[str, str]:
@@ -33,20 +42,17 @@ def environment(uri: str) -> dict[str, str]:
 
 def the_run(uri: str) -> Seen:
     """The one run of the command's experiment."""
-    experiment = client(uri).get_experiment_by_name("from mlflow run")
-    runs = client(uri).search_runs([experiment.experiment_id], "tags.mlflow.project.entryPoint != ''")
-    assert len(runs) == 1
-    assert client(uri).get_experiment_by_name("asib") is None
-    return see(uri, runs[0].info.run_id)
+    experiment = client(uri).get_experiment_by_name(EXPERIMENT)
+    (found,) = client(uri).search_runs([experiment.experiment_id], "tags.mlflow.project.entryPoint != ''")
+    return see(uri, found.info.run_id)
 
 
 def test_parameters_reach_the_step_and_the_run_is_the_commands(ready_lab: Lab, sqlite_uri: str) -> None:
     given = ["method.kd_alpha=0.25", "overrides=method.tau=2 'run_name=a b' schedule.milestones=[]"]
-    done = subprocess.run(
-        command(ready_lab, "distill", *given), cwd=ROOT, env=environment(sqlite_uri), capture_output=True, text=True
-    )
+    done = run(ready_lab, sqlite_uri, "distill", *given)
     assert done.returncode == 0, done.stderr
     found = the_run(sqlite_uri)
+    assert client(sqlite_uri).get_experiment_by_name("asib") is None
     (folder,) = ready_lab.run_folders()
     assert run_id(folder) == found.id
     assert (found.status, found.name, found.tags["asib.outcome"]) == ("FINISHED", "a b", "completed")
@@ -58,13 +64,7 @@ def test_parameters_reach_the_step_and_the_run_is_the_commands(ready_lab: Lab, s
 
 
 def test_a_refused_step_fails_the_command_and_the_run_says_why(ready_lab: Lab, sqlite_uri: str) -> None:
-    done = subprocess.run(
-        command(ready_lab, "distill", "method.kd_alhpa=0.25"),
-        cwd=ROOT,
-        env=environment(sqlite_uri),
-        capture_output=True,
-        text=True,
-    )
+    done = run(ready_lab, sqlite_uri, "distill", "method.kd_alhpa=0.25")
     assert done.returncode == 1
     found = the_run(sqlite_uri)
     assert (found.status, found.tags["asib.outcome"], found.tags["asib.exit_code"]) == ("FAILED", "refused", "2")
@@ -73,20 +73,27 @@ def test_a_refused_step_fails_the_command_and_the_run_says_why(ready_lab: Lab, s
     assert found.tags["asib.error"] in done.stderr
 
 
+def test_a_refused_promotion_fails_the_command_and_its_run_is_finished(desk: Desk) -> None:
+    desk.register("good", "good")
+    assert desk.promote("version=1", "reason=the first one").code == 0
+    # `mlflow run` would make it with its artifacts in the working directory
+    client(desk.uri).create_experiment(EXPERIMENT, (desk.lab.folder / "promotions").as_uri())
+    done = run(desk.lab, desk.uri, "promote", f"name={NAME}", *LAX)
+    assert done.returncode == -signal.SIGTERM, "143, as a shell says it"
+    seen = the_run(desk.uri)
+    assert (seen.status, seen.tags["asib.outcome"], seen.tags["asib.exit_code"]) == ("FINISHED", "refused", "3")
+    assert "equally good" in seen.tags["asib.verdict_reason"]
+    assert desk.aliases == {"challenger": "2", "champion": "1"}
+
+
 def to_the_step(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM to the step, as a batch system sends it."""
-    for stat in Path("/proc").glob("[0-9]*/cmdline"):
-        words = stat.read_bytes().decode(errors="replace").split("\0")
-        if "steps.distill" in words and _descends(int(stat.parent.name), process.pid) and "-c" not in words:
-            os.kill(int(stat.parent.name), signal.SIGTERM)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        words = child.cmdline()
+        if "steps.distill" in words and "-c" not in words:
+            child.terminate()
             return
     raise AssertionError("the step is not there")
-
-
-def _descends(pid: int, ancestor: int) -> bool:
-    while pid > 1 and pid != ancestor:
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return pid == ancestor
 
 
 def ctrl_c(process: subprocess.Popen[bytes]) -> None:

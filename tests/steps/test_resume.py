@@ -9,35 +9,28 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pipeline.distill import train
 from pipeline.journal import Journal
 from pipeline.training import checkpoint
 from tests.steps.lab import (
     BATCHES,
+    PER_EPOCH,
     Done,
     Lab,
     deliver,
     ending,
     journal,
     points,
+    refused,
     run_id,
+    same_run,
     same_tensors,
     see,
     signal_at,
 )
 
-STUDENT, FUSION = "checkpoints/student.safetensors", "checkpoints/fusion.safetensors"
-PER_EPOCH = BATCHES + 1  # the loop's questions
-
-
-def same_run(one: Path, other: Path) -> None:
-    """Weights bit for bit, and every metric of every epoch once, with the same value."""
-    assert same_tensors(one / STUDENT, other / STUDENT)
-    assert same_tensors(one / FUSION, other / FUSION)
-    found, expected = points(one), points(other)
-    assert found == expected
-    assert {len(values) for values in found.values()} == {1}
+EVERY_BATCH = "checkpoint.every_seconds=1e-6"
 
 
 @pytest.mark.parametrize(
@@ -45,17 +38,13 @@ def same_run(one: Path, other: Path) -> None:
     [
         pytest.param(2, "epoch 0, batch 2", id="in the first A-step"),
         pytest.param(PER_EPOCH, "epoch 1, batch 0", id="between two epochs"),
-        pytest.param(PER_EPOCH + 3, "epoch 1, batch 3", id="in a B-step"),
-        pytest.param(2 * PER_EPOCH + 1, "epoch 2, batch 1", id="in the second A-step"),
         pytest.param(4 * PER_EPOCH - 1, "epoch 4, batch 0", id="after the last batch"),
     ],
 )
 def test_a_run_ended_by_sigterm_and_continued_equals_an_undisturbed_one(
-    ready_lab: Lab, undisturbed: Done, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch, question: int, place: str
+    ready_lab: Lab, undisturbed: Done, sqlite_uri: str, question: int, place: str
 ) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "Loop", signal_at(question).loop)
-        killed = ready_lab.step("distill")
+    killed = ready_lab.disturbed(signal_at(question), "distill")
     assert killed.code == 143
     assert ending(killed.folder) == ("KILLED", "killed", 143)
     assert not (killed.folder / "results.json").exists()
@@ -74,18 +63,13 @@ def test_a_run_ended_by_sigterm_and_continued_equals_an_undisturbed_one(
     assert {len(values) for values in after.metrics.values()} == {1}
 
 
-def test_a_run_interrupted_again_and_again_equals_an_undisturbed_one(
-    ready_lab: Lab, undisturbed: Done, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_interrupted_again_and_again_equals_an_undisturbed_one(ready_lab: Lab, undisturbed: Done) -> None:
     """SIGINT after every third batch, with a checkpoint after every batch besides."""
-    arguments = ["checkpoint.every_seconds=1e-6"]
-    monkeypatch.setattr(train, "Loop", signal_at(3, signal.SIGINT).loop)
-    done = ready_lab.step("distill", *arguments)
+    done = ready_lab.disturbed(signal_at(3, signal.SIGINT), "distill", EVERY_BATCH)
     folder, starts = done.folder, 1
     while done.code == 130:
         assert ending(folder) == ("KILLED", "killed", 130)
-        monkeypatch.setattr(train, "Loop", signal_at(4, signal.SIGINT).loop)
-        done = ready_lab.step("distill", *arguments, f"resume={folder}")
+        done = ready_lab.disturbed(signal_at(4, signal.SIGINT), "distill", EVERY_BATCH, f"resume={folder}")
         starts += 1
         assert starts < 12, done.err
     assert done.code == 0, done.err
@@ -93,24 +77,22 @@ def test_a_run_interrupted_again_and_again_equals_an_undisturbed_one(
     same_run(folder, undisturbed.folder)
 
 
-@pytest.mark.parametrize(
-    ("moment", "place"),
-    [
-        pytest.param("before the slot", "epoch 1, batch 1", marks=pytest.mark.slow),
-        ("before the manifest", "epoch 1, batch 1"),
-        pytest.param("before the record", "epoch 1, batch 2", marks=pytest.mark.slow),
-    ],
-)
 def test_a_run_killed_while_a_checkpoint_is_written_equals_an_undisturbed_one(
-    ready_lab: Lab, undisturbed: Done, monkeypatch: pytest.MonkeyPatch, moment: str, place: str
+    ready_lab: Lab, undisturbed: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What kill -9 leaves is what a copy has that is made of the folder then; training is ahead by that time."""
-    write, left, written = checkpoint.write_atomically, ready_lab.runs / "left", Counter[str]()
+    first = 13  # of the second B-epoch's checkpoints within the epoch, one after each batch
+    places = {
+        "before the slot": "epoch 3, batch 1",
+        "before the manifest": "epoch 3, batch 1",
+        "before the record": "epoch 3, batch 2",
+    }
+    write, written = checkpoint.write_atomically, Counter[str]()
 
-    def leave(path: Path, now: str) -> None:
-        if written["manifest"] == 5 and now == moment:
+    def leave(path: Path, moment: str) -> None:
+        if written["manifest"] == first and moment in places:
             time.sleep(0.1)
-            shutil.copytree(path.parents[1], left)
+            shutil.copytree(path.parents[1], ready_lab.runs / moment)
 
     def leaving(path: Path, content: bytes) -> None:
         name = path.stem.rstrip("01")
@@ -122,21 +104,25 @@ def test_a_run_killed_while_a_checkpoint_is_written_equals_an_undisturbed_one(
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "write_atomically", leaving)
-        assert ready_lab.step("distill", "checkpoint.every_seconds=1e-6").code == 0
-    assert sum(entry.kind == "checkpoint" for entry in journal(left)) == 5
-    resumed = ready_lab.step("distill", f"resume={left}")
-    assert resumed.code == 0, resumed.err
-    tags = [entry.data["values"] for entry in journal(left) if entry.kind == "tags"]
-    assert [found["asib.resumed_from"] for found in tags if "asib.resumed_from" in found] == [place]
-    same_run(left, undisturbed.folder)
+        done = ready_lab.step("distill", EVERY_BATCH)
+    assert done.code == 0, done.err
+    (folder,) = set(done.new) - {ready_lab.runs / moment for moment in places}
+    assert sum(entry.kind == "checkpoint" for entry in journal(folder)) >= 4 * BATCHES
+    same_run(folder, undisturbed.folder)
+    for moment, place in places.items():
+        left = ready_lab.runs / moment
+        assert sum(entry.kind == "checkpoint" for entry in journal(left)) == first
+        resumed = ready_lab.step("distill", f"resume={left}")
+        assert resumed.code == 0, resumed.err
+        tags = [entry.data["values"] for entry in journal(left) if entry.kind == "tags"]
+        assert [found["asib.resumed_from"] for found in tags if "asib.resumed_from" in found] == [place], moment
+        same_run(left, undisturbed.folder)
 
 
 def test_a_signal_within_a_nested_fine_tuning_ends_both_runs_and_both_go_on(
-    lab: Lab, undisturbed: Done, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, undisturbed: Done, sqlite_uri: str
 ) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "Loop", signal_at(PER_EPOCH + 2).loop)  # the second teacher, batch 2
-        killed = lab.step("distill")
+    killed = lab.disturbed(signal_at(PER_EPOCH + 2), "distill")  # the second teacher, batch 2
     folder = killed.folder
     assert killed.code == 143
     assert ending(folder) == ending(folder / "teacher_1") == ("KILLED", "killed", 143)
@@ -159,39 +145,28 @@ def test_a_signal_within_a_nested_fine_tuning_ends_both_runs_and_both_go_on(
         assert after.children[name].status == "FINISHED"
         assert after.children[name].steady == points(undisturbed.folder / name)
         assert after.children[name].id == before.children[name].id
-        assert same_tensors(
-            folder / name / "checkpoints/teacher.safetensors",
-            undisturbed.folder / name / "checkpoints/teacher.safetensors",
-        )
+        weights = f"{name}/checkpoints/teacher.safetensors"
+        assert same_tensors(folder / weights, undisturbed.folder / weights)
 
 
-def test_a_finished_run_goes_on_for_more_epochs_when_extended(ready_lab: Lab, undisturbed: Done) -> None:
-    first = ready_lab.step("distill")
+def test_a_finished_run_goes_on_for_more_epochs_when_extended_at_its_end(ready_lab: Lab, undisturbed: Done) -> None:
+    folder = shutil.copytree(undisturbed.folder, ready_lab.runs / undisturbed.folder.name)
     longer = "method.student_epochs_per_stage=[1,3]"
-    refused = ready_lab.step("distill", f"resume={first.folder}", longer)
-    assert refused.code == 2
-    assert "extend=true" in refused.err
-    assert ending(first.folder) == ("FINISHED", "completed", 0)
+    refused(ready_lab.step("distill", f"resume={folder}", longer), "extend=true")
+    assert ending(folder) == ("FINISHED", "completed", 0)
+    earlier = ("method.student_epochs_per_stage=[2,1]", "extend=true")
+    refused(ready_lab.step("distill", f"resume={folder}", *earlier), "[2, 1]", "[1, 1]", "extend")
 
-    extended = ready_lab.step("distill", f"resume={first.folder}", longer, "extend=true")
+    extended = ready_lab.step("distill", f"resume={folder}", longer, "extend=true")
     assert (extended.code, extended.new) == (0, []), extended.err
-    found, before = points(first.folder), points(undisturbed.folder)
+    found, before = points(folder), points(undisturbed.folder)
     assert {step for name, step in found if name == "student/acc"} == {1, 3, 4, 5}
     epochs = {key: value for key, value in before.items() if not key[0].startswith("final/")}
     assert {key: found[key] for key in epochs} == epochs
     assert {len(v) for (name, _), v in found.items() if not name.startswith("final/")} == {1}
     assert found["final/acc_last", 5]
-    import yaml
-
-    kept = yaml.safe_load((first.folder / "config.yaml").read_text())
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
     assert kept["method"]["student_epochs_per_stage"] == [1, 3], "config.yaml says what was run"
-
-
-def test_a_checkpoint_within_an_epoch_is_taken_when_the_time_has_come(ready_lab: Lab, undisturbed: Done) -> None:
-    done = ready_lab.step("distill", "checkpoint.every_seconds=1e-6")
-    assert done.code == 0, done.err
-    assert sum(entry.kind == "checkpoint" for entry in journal(done.folder)) >= 4 * BATCHES
-    same_run(done.folder, undisturbed.folder)
 
 
 @pytest.mark.slow
@@ -201,11 +176,10 @@ def test_a_nested_run_that_its_parent_was_killed_before_naming_is_delivered(
     online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "child", lambda journal, folder: None)
-        patched.setattr(train, "Loop", signal_at(2).loop)
-        killed = lab.step("distill", *online)
+        killed = lab.disturbed(signal_at(2), "distill", *online)
     assert killed.code == 143, killed.err
     assert not see(sqlite_uri, run_id(killed.folder)).children
     assert (killed.folder / "teacher_0" / "journal.jsonl").exists()
-    done = lab.step("distill", *online, f"resume={killed.folder}")
-    assert done.code == 0, done.err
+    again = lab.disturbed(signal_at(2 * PER_EPOCH), "distill", *online, f"resume={killed.folder}")
+    assert again.code == 143, again.err
     assert {"teacher_0", "teacher_1"} <= see(sqlite_uri, run_id(killed.folder)).children.keys()

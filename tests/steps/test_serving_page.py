@@ -14,6 +14,8 @@ from pathlib import Path
 import pandas
 import pytest
 
+from tests.servers import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 PORT = "5001"
 CUT = "---- next block ----"
@@ -34,9 +36,7 @@ def test_demo_evaluate_promote_serve_and_ask_word_for_word(tmp_path: Path) -> No
     for name in ("Makefile", "MLproject", "conda.yaml", "requirements.lock"):
         shutil.copy2(ROOT / name, tmp_path)
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = f"\necho '{CUT}'\n".join(block.replace(PORT, str(port)) for block in blocks())
     foreign = ("PYTHONPATH", "VIRTUAL_ENV", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID")
     environment = {k: v for k, v in os.environ.items() if k not in foreign}

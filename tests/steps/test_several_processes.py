@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.steps.lab import Lab, client, points, run_id, see, tensors, write_npz
+from tests.steps.lab import Lab, all_runs, points, run_id, see, tensors, write_npz
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,8 +50,5 @@ def test_two_processes_agree_with_one_and_make_one_run(lab: Lab, sqlite_uri: str
     assert seen.status == "FINISHED"
     assert set(seen.children) == {"teacher_0", "teacher_1"}
     assert seen.steady == points(folder)
-    runs = [
-        r for e in client(sqlite_uri).search_experiments() for r in client(sqlite_uri).search_runs([e.experiment_id])
-    ]
-    assert len(runs) == 3
+    assert len(all_runs(sqlite_uri)) == 3
     assert done.stdout.count("distilled student") == 1, "the first process alone speaks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,50 +12,42 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 REPORT = """
-import runpy, sys
-sys.argv = {argv!r}
-code = 0
-try:
-    runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
-except SystemExit as left:
-    code = left.code
-names = ("torch", "timm", "mlflow", "hydra", "optuna", "pandas", "matplotlib")
-print("exit", code, "loaded", *[name for name in names if name in sys.modules])
+import contextlib, io, json, runpy, sys
+for module, *arguments in {commands!r}:
+    sys.argv = [module, *arguments]
+    code = 0
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as left:
+            code = left.code
+    print(json.dumps([code, out.getvalue(), [*sys.modules]]))
 """
 
 
-def loaded(module: str, *arguments: str) -> tuple[str, list[str]]:
-    """What a step's process prints, and its exit code with the large packages that it has imported."""
-    code = REPORT.format(argv=[module, *arguments], module=module)
+def printed_by(code: str) -> list[str]:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    *lines, last = done.stdout.splitlines()
-    return "\n".join(lines), last.split()
+    return done.stdout.splitlines()
 
 
 def imported_by(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    (line,) = printed_by(f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})")
+    return set(line.split())
 
 
-@pytest.mark.parametrize("step", ["distill", "evaluate", "ablate", "sweep"])
-def test_help_needs_neither_torch_nor_mlflow(step: str) -> None:
-    text, ending = loaded(f"steps.{step}", "--help")
-    assert ending[:2] == ["exit", "0"]
-    assert not {"torch", "timm", "mlflow", "optuna"} & set(ending)
-    assert f"usage: python -m steps.{step} " in text
-
-
-def test_help_with_a_configuration_needs_no_torch() -> None:
-    _, ending = loaded("steps.distill", "--help", "cfg=quickstart", "method.tau=3")
-    assert ending[:2] == ["exit", "0"]
-    assert "torch" not in ending
-
-
-def test_bad_input_is_refused_before_torch_is_imported() -> None:
-    _, ending = loaded("steps.distill", "cfg=quickstart", "method.kd_alhpa=1")
-    assert ending[:2] == ["exit", "2"]
-    assert not {"torch", "timm", "mlflow"} & set(ending)
+def test_help_and_refusals_need_neither_torch_nor_mlflow() -> None:
+    helps = [(f"steps.{step}", "--help") for step in ("distill", "evaluate", "ablate", "sweep")]
+    composed = ("steps.distill", "--help", "cfg=quickstart", "method.tau=3")
+    misspelt = ("steps.distill", "cfg=quickstart", "method.kd_alhpa=1")
+    commands = [*helps, composed, misspelt]
+    lines = printed_by(REPORT.format(commands=commands))
+    assert len(lines) == len(commands)
+    for command, line in zip(commands, lines, strict=True):
+        code, text, modules = json.loads(line)
+        assert code == (2 if command is misspelt else 0)
+        assert not {"torch", "timm", "mlflow", "optuna"} & set(modules), command
+        if command in helps:
+            assert f"usage: python -m {command[0]} " in text
 
 
 @pytest.mark.slow

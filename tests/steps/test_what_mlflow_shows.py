@@ -8,36 +8,74 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
+import torch
 import yaml
+from mlflow.exceptions import MlflowException
+from PIL import Image
 
-from tests.steps.lab import CLASSES, Done, Lab, Seen, client, deliver, images, journal, points, run_id, see
+from models import weights, zoo
+from pipeline.compose.compose import compose
+from pipeline.config import Config, config_hash, flatten
+from pipeline.config.words import written
+from pipeline.data import sources
+from pipeline.distill import export
+from tests.steps.desk import to_onnx
+from tests.steps.lab import (
+    CLASSES,
+    STUDENT,
+    Done,
+    Lab,
+    Seen,
+    all_runs,
+    client,
+    deliver,
+    images,
+    journal,
+    points,
+    run_id,
+    see,
+)
 
-NETS = {"teacher_0": "cifar_resnet8", "teacher_1": "cifar_wrn_16_1"}
+NAME = "tiny-student"
+OWN = ("log_model=true", f"register={NAME}", "run_name=the main job")
 
 
-@pytest.fixture(scope="session")
-def tracked(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> tuple[Lab, Done, str, Seen]:
+@dataclass
+class Tracked:
+    """A step that has ended, and what its tracking store holds of it."""
+
+    lab: Lab
+    done: Done
+    uri: str
+    seen: Seen
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> Tracked:
     """The main job, tracked while it ran."""
-    import shutil
-
     lab = Lab(tmp_path_factory.mktemp("tracked"))
     store = lab.folder / "mlflow.db"
     shutil.copyfile(sqlite_template, store)
     uri = f"sqlite:///{store}"
-    done = lab.step("main", "tracking.mode=online", f"tracking.uri={uri}", "log_model=true", "run_name=the main job")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(export, "to_onnx", to_onnx)
+        done = lab.step("main", "tracking.mode=online", f"tracking.uri={uri}", *OWN)
     assert done.code == 0, done.err
-    return lab, done, uri, see(uri, run_id(done.folder))
+    return Tracked(lab, done, uri, see(uri, run_id(done.folder)))
 
 
-@pytest.fixture(scope="session")
-def seen(tracked: tuple[Lab, Done, str, Seen]) -> Seen:
-    return tracked[3]
+@pytest.fixture(scope="module")
+def seen(tracked: Tracked) -> Seen:
+    return tracked.seen
 
 
 def everyone(seen: Seen) -> dict[str, Seen]:
@@ -61,13 +99,9 @@ def test_the_main_job_is_a_run_with_nested_runs_that_all_finished(seen: Seen) ->
     }
 
 
-def test_the_parameters_are_the_whole_flattened_configuration(tracked: tuple[Lab, Done, str, Seen]) -> None:
-    from pipeline.config import Config, config_hash, flatten
-    from pipeline.config.words import written
-
-    _, done, _, seen = tracked
+def test_the_parameters_are_the_whole_flattened_configuration(tracked: Tracked, seen: Seen) -> None:
     for name, run in everyone(seen).items():
-        folder = done.folder if name == "main" else done.folder / name
+        folder = tracked.done.folder if name == "main" else tracked.done.folder / name
         config = Config.model_validate(yaml.safe_load((folder / "config.yaml").read_text()))
         assert run.params == {key: written(value) for key, value in flatten(config).items()}, name
         assert run.tags["asib.config_hash"] == config_hash(config)
@@ -77,12 +111,8 @@ def test_the_parameters_are_the_whole_flattened_configuration(tracked: tuple[Lab
     assert (alone["method.kd_alpha"], alone["method.ce_alpha"]) == ("0.0", "1.0")
 
 
-def test_the_tags_say_what_was_computed_from_what(tracked: tuple[Lab, Done, str, Seen]) -> None:
-    lab, _, _, seen = tracked
-    from pipeline.compose.compose import compose
-    from pipeline.data import sources
-
-    data = sources.load(compose(str(lab.cfg)).dataset)
+def test_the_tags_say_what_was_computed_from_what(tracked: Tracked, seen: Seen) -> None:
+    data = sources.load(compose(str(tracked.lab.cfg)).dataset)
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     for name, run in everyone(seen).items():
         if head.returncode == 0:
@@ -162,9 +192,9 @@ def test_the_summary_repeats_what_the_nested_runs_found(seen: Seen) -> None:
     assert last(seen, "final/teacher_1_acc") == last(children["teacher_1"], "final/acc_val_selected")
 
 
-def test_the_table_in_the_terminal_shows_the_same_numbers(tracked: tuple[Lab, Done, str, Seen]) -> None:
-    _, done, _, seen = tracked
-    shown = dict(line.rsplit(None, 1) for line in done.out.splitlines() if "(cifar" in line or "synergy" in line)
+def test_the_table_in_the_terminal_shows_the_same_numbers(tracked: Tracked, seen: Seen) -> None:
+    lines = tracked.done.out.splitlines()
+    shown = dict(line.rsplit(None, 1) for line in lines if "(cifar" in line or "synergy" in line)
     distilled = max((s, v) for (k, s), v in seen.metrics.items() if k == "final/acc_val_selected")[1][-1]
     assert float(shown["distilled student (cifar_resnet8)"]) == pytest.approx(distilled, abs=0.005)
     assert {"student alone (cifar_resnet8)", "teacher 0 (cifar_resnet8)", "synergy"} <= shown.keys()
@@ -187,8 +217,18 @@ def test_teachers_are_model_inputs_and_the_student_a_model_output(seen: Seen) ->
     assert children["student_alone"].models_out == []
 
 
-def test_the_artifacts_are_there(tracked: tuple[Lab, Done, str, Seen]) -> None:
-    _, done, uri, seen = tracked
+def test_the_student_is_registered_once_by_the_nested_run_that_made_it(tracked: Tracked, seen: Seen) -> None:
+    made_by = seen.children["distill"]
+    (version,) = client(tracked.uri).search_model_versions(f"name = '{NAME}'")
+    assert (version.run_id, version.source) == (made_by.id, f"models:/{made_by.models_out[0]}")
+    assert client(tracked.uri).get_model_version_by_alias(NAME, "challenger").version == version.version
+    same = ("asib.config_hash", "asib.teachers", "asib.git_sha", "asib.git_dirty", "asib.data_digest", "asib.weights")
+    assert {key: version.tags[key] for key in same} == {key: made_by.tags[key] for key in same}
+    (val_acc,) = (values for (name, _), values in made_by.metrics.items() if name == "final/val_acc")
+    assert float(version.tags["asib.val_acc"]) == pytest.approx(val_acc[0], abs=0.005)
+
+
+def test_the_artifacts_are_there(tracked: Tracked, seen: Seen) -> None:
     common = {"config.yaml", "results.json", "summary.csv", "run.log"}
     checkpoints = {"checkpoints/manifest.json"}
     children = seen.children
@@ -199,29 +239,27 @@ def test_the_artifacts_are_there(tracked: tuple[Lab, Done, str, Seen]) -> None:
     assert common | checkpoints | {"checkpoints/teacher.safetensors"} <= children["teacher_0"].artifacts
     assert common | {"confusion.png"} <= children["evaluate"].artifacts
     for name, run in everyone(seen).items():
-        folder = done.folder if name == "main" else done.folder / name
+        folder = tracked.done.folder if name == "main" else tracked.done.folder / name
         assert not [a for a in run.artifacts if a.endswith((".part", ".lock", "delivery.json", "journal.jsonl"))]
         for artifact in ("config.yaml", "results.json", "summary.csv"):
-            path = Path(client(uri).download_artifacts(run.id, artifact))
+            path = Path(client(tracked.uri).download_artifacts(run.id, artifact))
             assert path.read_bytes() == (folder / artifact).read_bytes()
 
 
-def test_the_servers_manifest_names_a_whole_checkpoint(tracked: tuple[Lab, Done, str, Seen]) -> None:
-    _, _, uri, seen = tracked
+def test_the_servers_manifest_names_a_whole_checkpoint(tracked: Tracked, seen: Seen) -> None:
     for name in ("distill", "teacher_0"):
-        folder = Path(client(uri).download_artifacts(seen.children[name].id, "checkpoints"))
+        folder = Path(client(tracked.uri).download_artifacts(seen.children[name].id, "checkpoints"))
         manifest = json.loads((folder / "manifest.json").read_text())
         assert hashlib.sha256((folder / manifest["file"]).read_bytes()).hexdigest() == manifest["sha256"]
 
 
-def test_results_and_summary_hold_the_columns_of_the_research_code(tracked: tuple[Lab, Done, str, Seen]) -> None:
-    _, done, _, seen = tracked
+def test_results_and_summary_hold_the_columns_of_the_research_code(tracked: Tracked, seen: Seen) -> None:
     distilled = seen.children["distill"]
-    results = json.loads((done.folder / "distill/results.json").read_text())
+    results = json.loads((tracked.done.folder / "distill/results.json").read_text())
     assert results["step"] == "distill"
     for name, value in results["metrics"].items():
         assert distilled.metrics[name, 3] == [value]
-    with (done.folder / "distill/summary.csv").open() as file:
+    with (tracked.done.folder / "distill/summary.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["final_student_acc"]) == pytest.approx(results["metrics"]["final/acc_val_selected"], abs=0.005)
     assert (row["num_classes"], row["batch_size"], row["kd_alpha"]) == ("4", "32", "0.5")
@@ -235,26 +273,17 @@ def test_results_and_summary_hold_the_columns_of_the_research_code(tracked: tupl
 
 
 @pytest.fixture(scope="module")
-def loaded(tracked: tuple[Lab, Done, str, Seen]) -> Any:
-    import mlflow
-
-    client(tracked[2])
-    return mlflow.pyfunc.load_model(f"models:/{tracked[3].children['distill'].models_out[0]}")
+def loaded(tracked: Tracked) -> Any:
+    client(tracked.uri)
+    return mlflow.pyfunc.load_model(f"models:/{tracked.seen.children['distill'].models_out[0]}")
 
 
 @pytest.fixture(scope="module")
-def expected(tracked: tuple[Lab, Done, str, Seen]) -> tuple[np.ndarray, np.ndarray]:
+def expected(tracked: Tracked) -> tuple[np.ndarray, np.ndarray]:
     """Test images, and the probabilities of the exported checkpoint."""
-    import torch
-
-    from models import weights, zoo
-    from pipeline.compose.compose import compose
-    from pipeline.data import sources
-
-    lab, done, _, _ = tracked
-    data = sources.load(compose(str(lab.cfg)).dataset)
+    data = sources.load(compose(str(tracked.lab.cfg)).dataset)
     net = zoo.create_model("cifar_resnet8", 4, pretrained=False, small_input=None, image_size=16, in_chans=3).eval()
-    weights.load_weights(net, done.folder / "distill/checkpoints/student.safetensors")
+    weights.load_weights(net, tracked.done.folder / "distill" / STUDENT)
     x, _ = images(8, seed=1000)
     mean, std = np.array(data.mean), np.array(data.std)
     prepared = torch.tensor((x / 255 - mean) / std, dtype=torch.float32).permute(0, 3, 1, 2)
@@ -266,17 +295,14 @@ def _probabilities(answers: list[dict[str, Any]]) -> np.ndarray:
     return np.array([[answer["probabilities"][name] for name in CLASSES] for answer in answers])
 
 
-def test_the_student_has_signature_and_input_example(tracked: tuple[Lab, Done, str, Seen], loaded: Any) -> None:
-    import mlflow
-
-    _, _, uri, seen = tracked
+def test_the_student_has_signature_and_input_example(tracked: Tracked, seen: Seen, loaded: Any) -> None:
     (model_id,) = seen.children["distill"].models_out
     info = mlflow.models.get_model_info(f"models:/{model_id}")
     assert info.signature is not None
     assert info.signature.inputs is not None
     assert info.signature.outputs is not None
     assert info.saved_input_example_info is not None
-    model = client(uri).get_logged_model(model_id)
+    model = client(tracked.uri).get_logged_model(model_id)
     assert model.name == "student"
     assert str(model.status) == "READY"
     assert {metric.key for metric in model.metrics} >= {"final/val_acc", "final/acc_val_selected"}
@@ -301,8 +327,6 @@ def test_the_student_gives_the_checkpoints_probabilities_for_lists_of_pixels(
 def test_the_student_gives_the_checkpoints_probabilities_for_png(
     loaded: Any, expected: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    from PIL import Image
-
     x, probabilities = expected
     texts = []
     for image in x:
@@ -324,10 +348,26 @@ def test_the_student_gives_the_checkpoints_probabilities_for_png(
     ],
 )
 def test_the_student_refuses_what_is_no_image(loaded: Any, given: Any, says: str) -> None:
-    from mlflow.exceptions import MlflowException
-
     with pytest.raises(MlflowException, match=says):
         loaded.predict(given)
+
+
+@pytest.mark.slow
+def test_a_sweep_registers_one_student(ready_lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "to_onnx", to_onnx)
+    space = ready_lab.folder / "space.yaml"
+    dimension = {"type": "categorical", "choices": [2.0, 4.0]}
+    space.write_text(yaml.safe_dump({"space": {"method.tau": dimension}, "trials": 2, "pruner": "none"}))
+    online = ["tracking.mode=online", f"tracking.uri={sqlite_uri}", "log_model=true", f"register={NAME}"]
+    done = ready_lab.step("sweep", f"sweep={space}", *online)
+    assert done.code == 0, done.err
+    found = see(sqlite_uri, run_id(done.folder))
+    (version,) = client(sqlite_uri).search_model_versions(f"name = '{NAME}'")
+    assert (version.run_id, version.source) == (found.id, f"models:/{found.models_out[0]}")
+    assert client(sqlite_uri).get_model_version_by_alias(NAME, "challenger").version == version.version
+    hashes = {child.tags["asib.config_hash"] for child in found.children.values()}
+    assert version.tags["asib.config_hash"] in hashes
+    assert len(version.tags["asib.teachers"].split(",")) == 2
 
 
 # off line, then delivered -----------------------------------------------------------------------------------------
@@ -361,9 +401,10 @@ def _without_slots(seen: Seen) -> set[str]:
 
 
 def test_an_offline_run_delivered_twice_equals_the_same_run_tracked_directly(
-    tracked: tuple[Lab, Done, str, Seen], lab: Lab, sqlite_uri: str
+    tracked: Tracked, lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = lab.step("main", "log_model=true", "run_name=the main job", f"dataset.path={tracked[0].data}")
+    monkeypatch.setattr(export, "to_onnx", to_onnx)
+    done = lab.step("main", *OWN, f"dataset.path={tracked.lab.data}")
     assert done.code == 0, done.err
     assert not (done.folder / "delivery.json").exists()
     deliver(sqlite_uri, done.folder)
@@ -372,14 +413,13 @@ def test_an_offline_run_delivered_twice_equals_the_same_run_tracked_directly(
     deliver(sqlite_uri, done.folder)
     later = see(sqlite_uri, run_id(done.folder))
     assert later == first
-    direct = tracked[3]
+    direct = tracked.seen
     compare(direct, later)
     for name in direct.children:
         compare(direct.children[name], later.children[name])
     distilled, evaluated = later.children["distill"], later.children["evaluate"]
     assert evaluated.models_in == distilled.models_out
-    experiments = client(sqlite_uri).search_experiments()
-    assert sum(len(client(sqlite_uri).search_runs([e.experiment_id])) for e in experiments) == 6
+    assert len(all_runs(sqlite_uri)) == 6
 
 
 # the run that `mlflow run` made ------------------------------------------------------------------------------------
@@ -426,23 +466,16 @@ def test_a_refusal_before_the_run_fails_the_run_that_mlflow_run_made(lab: Lab, a
 
 @pytest.mark.slow
 def test_a_resume_under_mlflow_run_leaves_the_new_run_empty(
-    ready_lab: Lab, sqlite_uri: str, adopted: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+    ready_lab: Lab, killed: Path, adopted: tuple[str, str, str]
 ) -> None:
-    from pipeline.distill import train
-    from tests.steps.lab import signal_at
-
     uri, shell, _ = adopted
-    with monkeypatch.context() as patched:
-        patched.delenv("MLFLOW_RUN_ID")
-        patched.setattr(train, "Loop", signal_at(4).loop)
-        killed = ready_lab.step("distill")
-    deliver(uri, killed.folder)
-    target = run_id(killed.folder)
+    deliver(uri, killed)
+    target = run_id(killed)
     done = ready_lab.step("distill", "tracking.mode=online", f"resume={target}")
     assert done.code == 0, done.err
     empty, whole = see(uri, shell), see(uri, target)
     assert empty.tags["asib.resumes"] == target
     assert (empty.status, empty.metrics, empty.artifacts) == ("FINISHED", {}, set())
     assert whole.status == "FINISHED"
-    assert whole.steady == points(killed.folder)
-    assert [e.kind for e in journal(killed.folder)].count("resume") == 1
+    assert whole.steady == points(killed)
+    assert [e.kind for e in journal(killed)].count("resume") == 1

@@ -5,42 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.distill import export, networks, results, train
+from pipeline.distill import export, networks, results
 from pipeline.files import release
 from pipeline.journal import folder as journal_files
 from pipeline.journal import read_header, take
-from tests.steps.lab import BATCHES, At, Done, Lab, client, ending, points, same_tensors, signal_at
-
-PER_EPOCH = BATCHES + 1
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def killed(ready_lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that ended in its second epoch."""
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "Loop", signal_at(PER_EPOCH + 2).loop)
-        done = ready_lab.step("distill")
-    assert done.code == 143
-    return done.folder
-
-
-def refused(done: Done, *needles: str) -> None:
-    assert done.code == 2, done.err
-    assert len(done.lines) == 1, done.err
-    for needle in needles:
-        assert needle in done.lines[0]
-
+from tests.steps.lab import PER_EPOCH, At, Done, Lab, all_runs, ending, refused, same_run, signal_at
+from tests.warm import Fork
 
 # two at once -------------------------------------------------------------------------------------------------------
 
@@ -56,11 +33,17 @@ def test_the_second_resume_is_one_line_and_changes_nothing(
     release(lock)
 
 
-def test_who_has_waited_does_not_train_a_finished_run_again(ready_lab: Lab, killed: Path, undisturbed: Done) -> None:
-    lock = take(killed)
+def test_who_has_waited_does_not_train_a_finished_run_again(
+    ready_lab: Lab, killed: Path, undisturbed: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, waits, acquire = take(killed), threading.Event(), journal_files.acquire
+
+    def waiting(*arguments: Any, **named: Any) -> int | None:
+        waits.set()
+        return acquire(*arguments, **named)
 
     def finish() -> None:
-        time.sleep(1)
+        waits.wait(60)
         for name in ("journal.jsonl", "checkpoints"):
             source = undisturbed.folder / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, killed / f"new-{name}")
@@ -69,6 +52,7 @@ def test_who_has_waited_does_not_train_a_finished_run_again(ready_lab: Lab, kill
             os.replace(killed / f"new-{name}", killed / name)
         release(lock)
 
+    monkeypatch.setattr(journal_files, "acquire", waiting)
     winner = threading.Thread(target=finish)
     winner.start()
     done = ready_lab.step("distill", f"resume={killed}")
@@ -80,37 +64,27 @@ def test_who_has_waited_does_not_train_a_finished_run_again(ready_lab: Lab, kill
 @pytest.mark.slow
 def test_of_two_resumes_at_once_one_trains(ready_lab: Lab, killed: Path, undisturbed: Done) -> None:
     """Real processes; ASIB_ROUNDS pairs."""
-    rounds, codes = int(os.environ.get("ASIB_ROUNDS", "2")), []
-    for number in range(rounds):
+    for number in range(int(os.environ.get("ASIB_ROUNDS", "2"))):
         folder = ready_lab.runs / f"pair{number}"
         shutil.copytree(killed, folder)
-        command = [sys.executable, "-m", "steps.distill", *ready_lab.arguments(f"resume={folder}")]
-        pair = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-        said = [process.communicate(timeout=300)[1] for process in pair]
-        codes.append(sorted(process.returncode for process in pair))
-        (loser,) = [text for process, text in zip(pair, said, strict=True) if process.returncode == 2]
-        assert len(loser.splitlines()) == 1, loser
-        assert points(folder) == points(undisturbed.folder)
-        assert {len(values) for values in points(folder).values()} == {1}
-        assert same_tensors(
-            folder / "checkpoints/student.safetensors", undisturbed.folder / "checkpoints/student.safetensors"
-        )
-    assert codes == [[0, 2]] * rounds
+        logs = [ready_lab.folder / f"{number}-{k}.log" for k in (0, 1)]
+        pair = {ready_lab.start("distill", f"resume={folder}", log=log): log for log in logs}
+        ended = {process.wait(300): log.read_text() for process, log in pair.items()}
+        assert ended.keys() == {0, 2}
+        assert len(ended[2].splitlines()) == 1, ended[2]
+        same_run(folder, undisturbed.folder)
 
 
 # what is in the way ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("question", [2, 4 * PER_EPOCH - 1])
-def test_a_folder_that_is_removed_while_training_is_an_error(
-    ready_lab: Lab, monkeypatch: pytest.MonkeyPatch, question: int
-) -> None:
+def test_a_folder_that_is_removed_while_training_is_an_error(ready_lab: Lab, question: int) -> None:
     def remove() -> None:
         (folder,) = ready_lab.run_folders()
         shutil.rmtree(folder)
 
-    monkeypatch.setattr(train, "Loop", At(question, remove).loop)
-    refused(ready_lab.step("distill"), str(ready_lab.runs))
+    refused(ready_lab.disturbed(At(question, remove), "distill"), str(ready_lab.runs))
     assert ready_lab.run_folders() == []
 
 
@@ -139,47 +113,45 @@ def test_damaged_neighbours_are_passed_over_with_a_line(ready_lab: Lab, killed: 
     assert {line.rsplit("-", 1)[1][:6] for line in done.lines} == {"aaaaaa", "bbbbbb", "cccccc", "dddddd", "eeeeee"}
 
 
-WRITERS: dict[str, tuple[Any, str]] = {
-    "weights": (networks, "save"),
-    "fusion": (export, "save_fusion"),
-    "curves": (results, "curves"),
-    "predictions": (results, "predictions"),
-    "confusion matrix": (results, "confusion"),
-    "results": (results, "write_results"),
-}
+WRITERS: list[tuple[Any, str]] = [
+    (networks, "save"),
+    (export, "save_fusion"),
+    (results, "curves"),
+    (results, "predictions"),
+    (results, "confusion"),
+    (results, "write_results"),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writer", WRITERS)
 def test_a_disk_that_is_full_at_any_write_is_one_line_and_the_run_goes_on_later(
-    bench: Lab,
-    undisturbed: Done,
-    small_disk: Callable[[float], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    writer: str,
+    bench: Lab, undisturbed: Done, small_disk: Callable[[float], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = small_disk(24)
     shutil.copytree(bench.runs / "teachers", disk / "teachers")
-    module, name = WRITERS[writer]
-    write = getattr(module, name)
+    there = f"output_dir={disk}"
+    ended = bench.disturbed(signal_at(4 * PER_EPOCH - 1), "distill", there)  # in time for all that comes after training
+    assert ended.code == 143, ended.err
+    (folder,) = disk.glob("*-distill-*")
+    for module, name in WRITERS:
+        write = getattr(module, name)
 
-    def filled(*arguments: Any, **named: Any) -> Any:
-        with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-            while True:
-                filler.write(b"x" * 4096)
-        return write(*arguments, **named)
+        def filled(*arguments: Any, write: Callable[..., Any] = write, **named: Any) -> Any:
+            with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+                while True:
+                    filler.write(b"x" * 4096)
+            return write(*arguments, **named)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(module, name, filled)
-        done = bench.step("distill", f"output_dir={disk}")
-    refused(done, "No space left on device", "output_dir", str(disk))
-    assert "Traceback" not in done.err
-    assert not list(disk.rglob("*.part"))
-    (folder,) = [p for p in disk.iterdir() if (p / "journal.jsonl").exists()]
-    (disk / "filler").unlink()
-    again = bench.step("distill", f"output_dir={disk}", f"resume={folder}")
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, filled)
+            done = bench.step("distill", there, f"resume={folder}")
+        refused(done, "No space left on device", "output_dir", str(disk))
+        assert "Traceback" not in done.err, name
+        assert not list(disk.rglob("*.part")), name
+        (disk / "filler").unlink()
+    again = bench.step("distill", there, f"resume={folder}")
     assert again.code == 0, again.err
-    assert points(folder) == points(undisturbed.folder)
+    same_run(folder, undisturbed.folder)
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_no_folder(
@@ -196,8 +168,8 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_folder(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("umask", [0o077, 0o002])
-def test_everything_a_run_leaves_has_the_permissions_that_the_umask_asks_for(lab: Lab, umask: int) -> None:
+def test_everything_a_run_leaves_has_the_permissions_that_the_umask_asks_for(lab: Lab) -> None:
+    umask = 0o027  # neither what temporary files have, nor the usual one
     before = os.umask(umask)
     try:
         uri = f"sqlite:///{lab.folder}/tracked/mlflow.db"
@@ -215,10 +187,10 @@ def test_everything_a_run_leaves_has_the_permissions_that_the_umask_asks_for(lab
     assert wrong == {}
 
 
-def test_a_refusal_leaves_no_run_on_the_server_either(lab: Lab, sqlite_uri: str) -> None:
+def test_a_refusal_leaves_no_run_on_the_server_either(lab: Lab, sqlite_uri: str, deliveries: list[Fork]) -> None:
     online = ("tracking.mode=online", f"tracking.uri={sqlite_uri}")
     refused(lab.step("baseline", *online, "model.student.name=cifar_resnet9"), "cifar_resnet9")
-    time.sleep(1)
-    found = client(sqlite_uri)
-    assert found.search_runs([e.experiment_id for e in found.search_experiments()]) == []
+    (delivery,) = deliveries
+    delivery.wait(60)
+    assert all_runs(sqlite_uri) == {}
     assert lab.run_folders() == []
