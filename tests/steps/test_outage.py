@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
-from pipeline.distill import train
 from tests.steps.lab import (
     BATCHES,
+    FUSION,
+    STUDENT,
     At,
     Done,
     Lab,
@@ -24,12 +22,14 @@ from tests.steps.lab import (
     deliver,
     journal,
     points,
+    refused,
     run_id,
     same_tensors,
     see,
     until,
 )
 from tests.team_server import Door, TeamServer
+from tests.warm import Fork
 
 pytestmark = pytest.mark.postgres
 CHECKPOINTS = {f"checkpoints/{name}" for name in ("manifest.json", "slot0.safetensors", "slot1.safetensors")}
@@ -48,12 +48,6 @@ NOTICED = {
     "artifact store": ATTEMPT,
 }
 """What delivery has met before the part comes back."""
-
-
-@pytest.fixture(autouse=True)
-def _deliveries_are_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`end_delivery` looks for them, and forks of another process are none."""
-    monkeypatch.setattr("tests.steps.lab.Fork", subprocess.Popen)
 
 
 def online(team: TeamServer, experiment: str, **more: object) -> list[str]:
@@ -84,9 +78,9 @@ def whole(team: TeamServer, folder: Path, undisturbed: Done, tmp_path: Path, sql
     assert found.datasets == expected.datasets
     assert found.params.keys() == expected.params.keys()
     mlflow = client(team.uri)
-    for name in ("student", "fusion"):
-        path = mlflow.download_artifacts(found.id, f"checkpoints/{name}.safetensors", str(tmp_path))
-        assert same_tensors(Path(path), undisturbed.folder / f"checkpoints/{name}.safetensors")
+    for name in (STUDENT, FUSION):
+        path = mlflow.download_artifacts(found.id, name, str(tmp_path))
+        assert same_tensors(Path(path), undisturbed.folder / name)
     experiment = mlflow.get_run(found.id).info.experiment_id
     assert len(mlflow.search_runs([experiment])) == 1 + len(found.children)
     return found
@@ -94,13 +88,7 @@ def whole(team: TeamServer, folder: Path, undisturbed: Done, tmp_path: Path, sql
 
 @pytest.mark.parametrize("part", PARTS)
 def test_what_comes_back_while_the_run_lives_is_brought_up_to_date(
-    ready_lab: Lab,
-    undisturbed: Done,
-    team: TeamServer,
-    sqlite_uri: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    part: str,
+    ready_lab: Lab, undisturbed: Done, team: TeamServer, sqlite_uri: str, tmp_path: Path, part: str
 ) -> None:
     stop, start = PARTS[part]
     back: list[float] = []
@@ -119,8 +107,8 @@ def test_what_comes_back_while_the_run_lives_is_brought_up_to_date(
         stop(team)
         repairing.start()
 
-    monkeypatch.setattr(train, "Loop", At(BATCHES + 3, break_it).loop)  # in the first B-epoch
-    done = ready_lab.step("distill", *online(team, f"outage of the {part}"))
+    in_the_first_b_epoch = At(BATCHES + 3, break_it)
+    done = ready_lab.disturbed(in_the_first_b_epoch, "distill", *online(team, f"outage of the {part}"))
     repairing.join()
     assert (done.code, done.lines) == (0, []), done.err
     assert max(trained(done.folder)) < back[0], "training went on while it was away"
@@ -128,15 +116,10 @@ def test_what_comes_back_while_the_run_lives_is_brought_up_to_date(
 
 
 def test_what_stays_away_to_the_end_is_delivered_later(
-    lab: Lab,
-    undisturbed: Done,
-    team: TeamServer,
-    sqlite_uri: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    lab: Lab, undisturbed: Done, team: TeamServer, sqlite_uri: str, tmp_path: Path, deliveries: list[Fork]
 ) -> None:
     """Everything is out of reach, from the first teacher's fine-tuning on."""
-    front = Door(team.port)
+    front = Door(team)
 
     def break_it() -> None:
         front.cut()
@@ -144,16 +127,17 @@ def test_what_stays_away_to_the_end_is_delivered_later(
         team.postgres.stop()
 
     try:
-        with monkeypatch.context() as patched:
-            patched.setattr(train, "Loop", At(2, break_it).loop)
-            done = lab.step("distill", *online(team, "outage of all", uri=front.uri, finish_seconds=1))
+        done = lab.disturbed(
+            At(2, break_it), "distill", *online(team, "outage of all", uri=front.uri, finish_seconds=1)
+        )
     finally:
         team.postgres.start()
         team.door.mend()
         front.mend()
     assert done.code == 0, done.err
     assert "python -m steps.deliver" in done.lines[-1]
-    end_delivery(done.folder)
+    for delivery in deliveries:  # it goes on trying as long as its trainer, this process, lives
+        delivery.kill()
     deliver(front.uri, done.folder)
     found = whole(team, done.folder, undisturbed, tmp_path, sqlite_uri)
     for name in ("teacher_0", "teacher_1"):
@@ -163,39 +147,28 @@ def test_what_stays_away_to_the_end_is_delivered_later(
     front.cut()
 
 
-def end_delivery(folder: Path) -> None:
-    """The run's own delivery goes on trying as long as its trainer, this process, lives."""
-    for child in psutil.Process().children():
-        if str(folder) in " ".join(child.cmdline()):
-            os.kill(child.pid, signal.SIGKILL)
-            child.wait()
-
-
 def test_a_database_that_restarts_again_and_again(
-    ready_lab: Lab,
-    undisturbed: Done,
-    team: TeamServer,
-    sqlite_uri: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    ready_lab: Lab, undisturbed: Done, team: TeamServer, sqlite_uri: str, tmp_path: Path
 ) -> None:
     """Delivery has moments in between, and its connections break wherever they are."""
     ended = threading.Event()
+
+    def met(times: int) -> bool:
+        return ended.is_set() or delivery_log(ready_lab.run_folders()[0]).count(ATTEMPT) >= times
 
     def restart() -> None:
         for times in range(1, 5):
             team.postgres.stop()
             try:
-                until(lambda n=times: ended.is_set() or delivery_log(ready_lab.run_folders()[0]).count(ATTEMPT) >= n)
+                until(partial(met, times))
             finally:
                 team.postgres.start()
             if ended.wait(0.5):
                 return
 
     restarting = threading.Thread(target=restart)
-    monkeypatch.setattr(train, "Loop", At(1, restarting.start).loop)
     try:
-        done = ready_lab.step("distill", *online(team, "restarts"))
+        done = ready_lab.disturbed(At(1, restarting.start), "distill", *online(team, "restarts"))
     finally:
         ended.set()
         restarting.join()
@@ -210,7 +183,7 @@ def test_a_database_that_is_away_at_the_start_is_said_before_training(ready_lab:
         done = ready_lab.step("distill", *online(team, "never"))
     finally:
         team.postgres.start()
-    assert done.code == 2
-    (line,) = done.lines
-    assert line == f"tracking server {team.uri} is out of order (error 503): see its log, or use tracking=offline"
+    assert (
+        refused(done) == f"tracking server {team.uri} is out of order (error 503): see its log, or use tracking=offline"
+    )
     assert done.new == []
