@@ -119,7 +119,7 @@ def test_what_stays_away_to_the_end_is_delivered_later(
     lab: Lab, undisturbed: Done, team: TeamServer, sqlite_uri: str, tmp_path: Path, deliveries: list[Fork]
 ) -> None:
     """Everything is out of reach, from the first teacher's fine-tuning on."""
-    front = Door(team)
+    front = Door(team.port)
 
     def break_it() -> None:
         front.cut()
