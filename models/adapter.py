@@ -3,7 +3,6 @@
 It sits on the wrapper as `distillation_adapter`. Teachers' adapters belong to the fusion, not to the teacher.
 """
 
-import torch
 from torch import nn
 
 
@@ -13,24 +12,8 @@ class DistillationAdapter(nn.Sequential):
     Args:
         in_dim: width of the network's pooled feature.
         out_dim: D, `distill_out_dim`.
-        hidden_dim: width between the two linear maps; `out_dim` when None.
-
-    Raises:
-        ValueError: a width below 1.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int | None = None) -> None:
-        hidden = out_dim if hidden_dim is None else hidden_dim
-        for name, width in (("in_dim", in_dim), ("out_dim", out_dim), ("hidden_dim", hidden)):
-            if width < 1:
-                raise ValueError(f"the adapter's {name} is {width}; it must be at least 1")
-        super().__init__(nn.Linear(in_dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out_dim))
-        self.in_dim = in_dim
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__(nn.Linear(in_dim, out_dim), nn.LayerNorm(out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
         self.out_dim = out_dim
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(…, in_dim) → (…, out_dim); ValueError when the last dimension is not in_dim."""
-        if input.shape[-1] != self.in_dim:
-            raise ValueError(f"the adapter takes features of width {self.in_dim}, got {tuple(input.shape)}")
-        result: torch.Tensor = super().forward(input)
-        return result

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from models.adapter import DistillationAdapter
+from pipeline.errors import first_line
 
 Pass = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """What `decompose` is."""
@@ -41,9 +42,6 @@ class FeatureNet(nn.Module):
 
     Attributes:
         feature_dim: C. num_classes: N. distillation_adapter: the adapter or None.
-
-    Raises:
-        ValueError: `net` has no such interface or no classifier.
     """
 
     def __init__(
@@ -54,14 +52,9 @@ class FeatureNet(nn.Module):
         small_input: bool = False,
     ) -> None:
         super().__init__()
-        missing = [m for m in ("forward_features", "forward_head", "get_classifier") if not hasattr(net, m)]
-        if missing:
-            raise ValueError(f"{_name(net)} is no timm classifier: it lacks {', '.join(missing)}")
-        self.num_classes = int(getattr(net, "num_classes", 0))
-        if self.num_classes < 1:
-            raise ValueError(f"{_name(net)} has {self.num_classes} classes; give num_classes of at least 1")
         self.net = net
-        self.feature_dim = int(getattr(net, "head_hidden_size", 0) or getattr(net, "num_features", 0))
+        self.num_classes = int(net.num_classes)  # type: ignore[arg-type]
+        self.feature_dim = _width(net)
         self.distillation_adapter = None if adapter_dim is None else DistillationAdapter(self.feature_dim, adapter_dim)
         self.architecture = architecture or _name(net)
         self.small_input = small_input
@@ -143,6 +136,11 @@ def _name(net: nn.Module) -> str:
     return str(cfg.get("architecture") or type(net).__name__)
 
 
+def _width(net: nn.Module) -> int:
+    """C, as timm declares it."""
+    return int(getattr(net, "head_hidden_size", 0) or getattr(net, "num_features", 0))
+
+
 def _grid(net: nn.Module, tokens: int) -> tuple[int, int]:
     """Rows and columns of the token grid: the patch embedding's, shrunk by pooling stages where there were any."""
     grid = getattr(getattr(net, "patch_embed", None), "grid_size", None) or (1, 1)
@@ -193,9 +191,8 @@ def check_head(net: nn.Module, input_size: tuple[int, int, int]) -> torch.Size:
             expected = net(x)
             raw, feat, logits = decompose(net, x)
         except (RuntimeError, AssertionError, TypeError, AttributeError, ValueError, IndexError) as error:
-            reason = str(error).strip().splitlines()
             raise ValueError(
-                f"{name} cannot be used with {size} input: {reason[0] if reason else type(error).__name__}; "
+                f"{name} cannot be used with {size} input: {first_line(error)}; "
                 "choose another size, small_input or architecture"
             ) from error
         shape = to_nchw(net, raw).shape
@@ -204,7 +201,7 @@ def check_head(net: nn.Module, input_size: tuple[int, int, int]) -> torch.Size:
         raise ValueError(f"{name}: its output is not one tensor of logits from one linear head; choose another model")
     if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * max(scale, 1e-3)):
         raise ValueError(f"{name}: classifier(pooled features) is not the network's output; choose another model")
-    width = int(getattr(net, "head_hidden_size", 0) or getattr(net, "num_features", 0))
+    width = _width(net)
     if feat.shape != (2, width):
         raise ValueError(f"{name}: pooled features are {tuple(feat.shape)}, its declared width is {width}")
     return shape

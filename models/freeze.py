@@ -7,16 +7,13 @@ finds nothing to act on is an error, and a later policy replaces an earlier one 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from models.features import FeatureNet
-
-LEVELS = (-1, 0, 1, 2)
-SCOPES = ("features_classifier",)
 
 # What timm's families call the layers between pooling and classifier that lie outside the classifier's module.
 # Only those in the classifier's own group count: EfficientNet's conv_head is before the pooling, in the last block.
@@ -50,9 +47,6 @@ class FreezePolicy:
         bn_head_only: normalisation layers and head train, nothing else; takes the place of `level` and `freeze_bn`.
         scope: "features_classifier": the whole network trains, its adapter does not. Takes the place of the parts
             that `level` names; `freeze_bn` acts as without it.
-
-    Raises:
-        ValueError: an unknown level or scope; `bn_head_only` together with a scope.
     """
 
     level: int = -1
@@ -60,45 +54,25 @@ class FreezePolicy:
     bn_head_only: bool = False
     scope: str | None = None
 
-    def __post_init__(self) -> None:
-        if type(self.level) is not int or self.level not in LEVELS:
-            raise ValueError(f"freeze level {self.level!r}; it must be one of {', '.join(map(str, LEVELS))}")
-        if self.scope is not None and self.scope not in SCOPES:
-            raise ValueError(f"unknown freeze scope {self.scope!r}; it must be one of {', '.join(SCOPES)}, or null")
-        if self.bn_head_only and self.scope is not None:
-            raise ValueError(f"bn_head_only and freeze scope {self.scope} name different parts to train; give one")
-
 
 @dataclass(frozen=True)
 class Frozen:
-    """A policy as it was applied to one network.
+    """What a policy holds in one network.
 
     Attributes:
-        policy: what was applied.
         held: names, in the wrapper, of the normalisation modules that stay in eval mode.
-        trainable, total: parameters, counted by element.
     """
 
-    policy: FreezePolicy
     held: tuple[str, ...]
-    trainable: int
-    total: int
 
     def hold(self, model: nn.Module) -> None:
         """Put the held modules into eval mode; to be called after every `model.train()`.
 
         Modules are found by name, so a copy works too, and a network after a SyncBatchNorm conversion.
-
-        Raises:
-            ValueError: `model` lacks one of them; it is another network, or wrapped (give DDP's `.module`).
         """
-        modules = dict(model.named_modules())
-        missing = [name for name in self.held if name not in modules]
-        if missing:
-            raise ValueError(f"the freeze policy was applied to another network: this one has no module {missing[0]}")
         for name in self.held:
             # Not eval(): a norm-act layer's dropout is no statistic.
-            modules[name].training = False
+            model.get_submodule(name).training = False
 
 
 def apply(model: FeatureNet, policy: FreezePolicy) -> Frozen:
@@ -115,8 +89,6 @@ def apply(model: FeatureNet, policy: FreezePolicy) -> Frozen:
         ValueError: fewer stages than the level needs, unknown stages, no classifier, `bn_head_only`
             without normalisation layers, nothing left to train. The model is then as it was.
     """
-    if not isinstance(model, FeatureNet):
-        raise ValueError(f"freezing needs a FeatureNet, got {type(model).__name__}; give the wrapper itself")
     norms = {f"net.{name}": module for name, module in model.net.named_modules() if _is_norm(module)}
     normal = {id(p) for module in norms.values() for p in module.parameters(recurse=False)}
     stopped = policy.freeze_bn and policy.level >= 0 and not policy.bn_head_only
@@ -138,20 +110,7 @@ def apply(model: FeatureNet, policy: FreezePolicy) -> Frozen:
             parameter.grad = None
     for module in norms.values():
         module.training = model.training and not stopped
-    return Frozen(policy, tuple(norms) if stopped else (), *count(model))
-
-
-def count(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters of a module, counted by element."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
-
-
-class _Layout(NamedTuple):
-    """Names of a network's parameters by part; what is in neither is the stem."""
-
-    head: frozenset[str]
-    stages: tuple[frozenset[str], ...]
+    return Frozen(tuple(norms) if stopped else ())
 
 
 def _trained_parts(model: FeatureNet, policy: FreezePolicy) -> set[str] | None:
@@ -180,8 +139,8 @@ def _is_norm(module: nn.Module) -> bool:
     return any(base.__module__ in NORM_MODULES for base in type(module).__mro__)
 
 
-def _layout(net: Any, name: str) -> _Layout:
-    """Head and stages of a timm network.
+def _layout(net: Any, name: str) -> tuple[set[str], list[set[str]]]:
+    """Names of the parameters of a timm network's head and stages; what is in neither is the stem.
 
     Stages are the groups of `group_matcher(coarse=True)` between stem and head; a network that has none (PiT,
     MetaFormer, RDNet) is cut at the modules of its `feature_info`. The head is what shares the classifier's
@@ -189,14 +148,14 @@ def _layout(net: Any, name: str) -> _Layout:
     a last convolution) is before the pooling and belongs to the last stage, as timm has it for most networks.
 
     Raises:
-        ValueError: no single classifier with parameters, or no stages.
+        ValueError: no classifier with parameters, or no stages.
     """
     order = [key for key, _ in net.named_parameters()]
     classifier = _classifier(net, name)
     groups, stems, unmatched = _timm_groups(net, classifier)
     last = {key for group in groups for key in group if classifier & set(group)} or set(order)
     roots = {key.split(".")[0] for key in classifier} | set(HEAD_PARTS)
-    head = frozenset(key for key in order if key in last and key.split(".")[0] in roots)
+    head = {key for key in order if key in last and key.split(".")[0] in roots}
     if groups:
         stages = [set(group) - head for group in groups if not stems.issuperset(group)]
         stages = _with_own_norms(net, [stage - unmatched for stage in stages if stage - unmatched])
@@ -207,7 +166,7 @@ def _layout(net: Any, name: str) -> _Layout:
     start = min(map(order.index, stages[-1]))
     # Before the last stage there are only such as all stages share (position tables): these count as stem.
     stages[-1] |= {key for key in order[start:] if key in unmatched - head}
-    return _Layout(head, tuple(map(frozenset, stages)))
+    return head, stages
 
 
 def _with_own_norms(net: nn.Module, groups: list[set[str]]) -> list[set[str]]:
@@ -229,10 +188,7 @@ def _with_own_norms(net: nn.Module, groups: list[set[str]]) -> list[set[str]]:
 
 def _classifier(net: Any, name: str) -> set[str]:
     """Names of the classifier's parameters."""
-    module = net.get_classifier()
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"{name} has {type(module).__name__} for a classifier; freezing needs one module")
-    own = {id(parameter) for parameter in module.parameters()}
+    own = {id(parameter) for parameter in net.get_classifier().parameters()}
     if not own:
         raise ValueError(f"{name} has no classifier with parameters, so no head that could train")
     return {key for key, parameter in net.named_parameters() if id(parameter) in own}

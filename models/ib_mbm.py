@@ -32,7 +32,7 @@ class IBMBM(nn.Module):
         feature_norm: "l2" scales each input feature vector to length 1 first; "none" leaves it.
 
     Raises:
-        ValueError: d_emb not divisible by n_head, a width or bound out of range, an unknown feature_norm.
+        AssertionError: torch's; d_emb is not divisible by n_head.
     """
 
     def __init__(
@@ -46,16 +46,6 @@ class IBMBM(nn.Module):
         learnable_q: bool = False,
         feature_norm: str = "none",
     ) -> None:
-        widths = {"kv_dim": kv_dim, "d_emb": d_emb, "n_head": n_head} | ({} if learnable_q else {"q_dim": q_dim})
-        for name, value in widths.items():
-            if value < 1:
-                raise ValueError(f"IB-MBM: {name} is {value}; it must be at least 1")
-        if d_emb % n_head:
-            raise ValueError(f"IB-MBM: d_emb {d_emb} is not divisible by n_head {n_head}; choose a divisor of {d_emb}")
-        if logvar_clip <= 0 or min_std < 0:
-            raise ValueError(f"IB-MBM: logvar_clip {logvar_clip} must be > 0 and min_std {min_std} must be >= 0")
-        if feature_norm not in ("none", "l2"):
-            raise ValueError(f"IB-MBM: feature_norm {feature_norm!r} is unknown; use 'none' or 'l2'")
         super().__init__()
         self.q_dim, self.kv_dim, self.d_emb = q_dim, kv_dim, d_emb
         self.logvar_clip, self.min_std = float(logvar_clip), float(min_std)
@@ -94,10 +84,8 @@ class IBMBM(nn.Module):
             They are float32 (or wider) also under autocast.
 
         Raises:
-            ValueError: shapes that do not fit (both are named), an unknown `sample`.
+            ValueError: shapes that do not fit; both are named.
         """
-        if sample not in ("auto", "always", "never"):
-            raise ValueError(f"IB-MBM: sample {sample!r} is unknown; use 'auto', 'always' or 'never'")
         kv = self.kv_norm(self.kv_proj(self._tokens(kv_feats)))
         q, single = self._query(q_feat, kv_feats)
         u, _ = self.attn(q, kv, kv, need_weights=False)
@@ -113,13 +101,8 @@ class IBMBM(nn.Module):
                 return mu, mu, logvar
             if eps is None:
                 eps = torch.randn_like(mu)
-            elif eps.shape != mu.shape:
-                raise ValueError(f"IB-MBM: eps is {tuple(eps.shape)}, μ is {tuple(mu.shape)}; they must be equal")
-            return mu + self.sigma(logvar) * eps.to(mu.dtype), mu, logvar
-
-    def sigma(self, logvar: torch.Tensor) -> torch.Tensor:
-        """σ = max(exp(logvar/2), min_std), in logvar's shape."""
-        return (0.5 * logvar).exp().clamp_min(self.min_std)
+            sigma = (0.5 * logvar).exp().clamp_min(self.min_std)
+            return mu + sigma * eps.to(mu.dtype), mu, logvar
 
     def _tokens(self, kv_feats: torch.Tensor) -> torch.Tensor:
         """Teachers' features as (B, tokens, kv_dim)."""
@@ -171,22 +154,14 @@ class SynergyHead(nn.Module):
         p: dropout rate, 0 ≤ p < 1.
         learnable_temp: logits are divided by max(exp(`log_temp`), 1e-4).
         temp_init: first value of `log_temp`; 0 is temperature 1.
-
-    Raises:
-        ValueError: p outside [0, 1), a width below 1.
     """
 
     def __init__(
         self, in_dim: int, num_classes: int, p: float = 0.0, learnable_temp: bool = False, temp_init: float = 0.0
     ) -> None:
-        if in_dim < 1 or num_classes < 1:
-            raise ValueError(f"synergy head: in_dim {in_dim} and num_classes {num_classes} must be at least 1")
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"synergy head: dropout rate {p} is outside [0, 1)")
         super().__init__()
         self.net = nn.Sequential(nn.LayerNorm(in_dim), nn.GELU(), nn.Dropout(p), nn.Linear(in_dim, num_classes))
-        self.p = float(p)
-        self.learnable_temp = learnable_temp
+        self.p, self.learnable_temp = p, learnable_temp
         if learnable_temp:
             self.log_temp = nn.Parameter(torch.tensor(float(temp_init)))
 
@@ -195,20 +170,14 @@ class SynergyHead(nn.Module):
 
         `keep` is a 0/1 mask of z's shape that takes the place of the dropout draw (scaled by 1/(1−p)) in
         training mode, for the same reason as `eps` in the fusion; without effect in eval mode or at p = 0.
-        ValueError when its shape is not z's.
         """
+        norm, act, dropout, linear = self.net
+        x = act(norm(z))
         if keep is None:
-            logits = self.net(z)
-        else:
-            if keep.shape != z.shape:
-                raise ValueError(
-                    f"synergy head: keep is {tuple(keep.shape)}, z is {tuple(z.shape)}; they must be equal"
-                )
-            norm, act, _, linear = self.net
-            x = act(norm(z))
-            if self.training and self.p > 0:
-                x = x * keep.to(x.dtype) / (1.0 - self.p)
-            logits = linear(x)
+            x = dropout(x)
+        elif self.training and self.p > 0:
+            x = x * keep.to(x.dtype) / (1.0 - self.p)
+        logits = linear(x)
         if self.learnable_temp:
             logits = logits / self.log_temp.exp().clamp_min(1e-4)
         return logits

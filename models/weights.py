@@ -18,6 +18,7 @@ from torch import nn
 
 from models import torch_files
 from models.features import FeatureNet
+from pipeline.errors import first_line
 from pipeline.files import replacing
 
 logger = logging.getLogger("asib")
@@ -84,7 +85,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({_first_line(error)}); is it whole?") from error
+        raise ValueError(f"{path} cannot be read as safetensors ({_name(first_line(error))}); is it whole?") from error
     if not isinstance(record, dict):
         return {}
     for key, (kind, words) in RECORDED.items():
@@ -188,7 +189,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     # on damaged files: SafetensorError, BadZipFile, UnpicklingError, IndexError, struct.error, …
     except Exception as error:
         kind = "as safetensors " if path.suffix == ".safetensors" else ""
-        raise ValueError(f"{path} cannot be read {kind}({_first_line(error)}); is it whole?") from error
+        raise ValueError(f"{path} cannot be read {kind}({_name(first_line(error))}); is it whole?") from error
 
 
 class Refused(ValueError):
@@ -317,8 +318,3 @@ def _name(text: str) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return _name(lines[0]) if lines else type(error).__name__

@@ -17,6 +17,7 @@ from torch import nn
 import models.cifar  # noqa: F401 - registers cifar_* with timm
 from models.features import FeatureNet, check_head
 from models.small_input import LAST_STAGE, adapt_conv_stem, is_patch_family, patch_arguments
+from pipeline.errors import first_line
 
 ANSWER_S = 5.0
 """How long the hub of timm's weights may take to say that it is there."""
@@ -102,8 +103,6 @@ def create_model(
         ValueError: unknown name, no stem adaptation known, weights not to be had, a network whose head is not one
             linear layer on pooled features.
     """
-    if num_classes < 1 or image_size < 1 or in_chans < 1:
-        raise ValueError(f"num_classes {num_classes}, image_size {image_size} and in_chans {in_chans} must be >= 1")
     full = resolve(name)
     own = full.startswith("cifar_")
     small = own or (image_size <= SMALL_IMAGE if small_input is None else small_input)
@@ -146,9 +145,9 @@ def _build(full: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     except Exception as error:
         # Whatever the hub, the cache or the network throws: without the weights there is no model.
         if not pretrained:
-            raise ValueError(f"{full} cannot be built with {kwargs}: {_first_line(error)}") from error
+            raise ValueError(f"{full} cannot be built with {kwargs}: {first_line(error)}") from error
         raise ValueError(
-            f"the pretrained weights of {full} could not be loaded ({_first_line(error)}): no network? "
+            f"the pretrained weights of {full} could not be loaded ({first_line(error)}): no network? "
             "use pretrained=false or give a checkpoint"
         ) from error
     return net
@@ -201,8 +200,3 @@ def _with_resampled_stem(full: str, kwargs: dict[str, Any]) -> nn.Module:
             "set small_input=false or pretrained=false"
         ) from error
     return net
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,6 +1,12 @@
 """Errors for people: one line that says what is wrong, which key, and what to do about it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error of a library, or its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class UserError(Exception):
     """Something the user can mend. Steps print it as one line and exit with code 2, without a traceback."""
 

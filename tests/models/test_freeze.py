@@ -63,19 +63,6 @@ def test_every_level_of_resnet8_by_name():
     assert trained(model) == everything
 
 
-def test_wide_resnets_last_block_has_its_final_norm():
-    model = bare("cifar_wrn_16_1", adapter=None)
-    head = {"net.fc.weight", "net.fc.bias"}
-    convs = {f"net.block{b}.layer.0.{c}.weight" for b in (2, 3) for c in ("conv1", "conv2", "convShortcut")}
-    convs |= {f"net.block{b}.layer.1.{c}.weight" for b in (2, 3) for c in ("conv1", "conv2")}
-    convs &= {name for name, _ in model.named_parameters()}
-    assert len(convs) >= 6
-    freeze.apply(model, FreezePolicy(2, freeze_bn=True))
-    assert trained(model) == head | convs
-    freeze.apply(model, FreezePolicy(1, freeze_bn=True))
-    assert trained(model) == head | {name for name in convs if "block3" in name}
-
-
 # name → (head, last block, the block before, what names of normalisation layers have in them)
 FAMILIES = {
     "resnet18": (("fc.",), ("layer4.",), ("layer3.",), (".bn", "downsample.1")),
@@ -108,6 +95,7 @@ FAMILIES = {
     "rdnet_tiny": (("head.",), ("dense_stages.6.",), tuple(f"dense_stages.{i}." for i in range(2, 6)), None),
     "cifar_mobilenetv2_half": (("classifier.",), ("blocks.6.", "conv2."), ("blocks.5.",), None),
     "cifar_shufflenet_v2": (("linear.",), ("layer3.", "conv2.", "bn2."), ("layer2.",), None),
+    "cifar_wrn_16_1": (("fc.",), ("block3.", "bn1."), ("block2.",), None),
     "cifar_vgg8": (("classifier.",), ("block4.",), ("block3.",), None),
 }
 
@@ -138,7 +126,7 @@ def test_levels_follow_the_networks_own_stages(name):
 
 
 OTHERS = [
-    *(name for name in timm.list_models("cifar_*") if name not in FAMILIES),
+    "cifar_resnet18", "cifar_resnet32x4", "cifar_shufflenet_v1", "cifar_wrn_16_2",
     "resnet50", "resnetv2_50", "vgg16_bn", "inception_v3", "legacy_xception", "poolformer_s12", "nf_resnet26",
     "hrnet_w18_small", "mobilevit_xxs", "maxvit_nano_rw_256", "repvgg_a0", "dpn68", "convnextv2_atto",
     "tf_efficientnetv2_b0", "swinv2_tiny_window8_256", "edgenext_xx_small", "rexnet_100", "visformer_tiny",
@@ -171,9 +159,7 @@ def test_the_head_is_what_runs_behind_the_feature_map_and_levels_are_nested(name
 # --- what a training step does ---
 
 
-@pytest.mark.parametrize(
-    "name", ["cifar_resnet8", "resnet18", "convnext_atto", "mobilenetv2_100", "vit_tiny_patch16_224"]
-)
+@pytest.mark.parametrize("name", ["cifar_resnet8", "test_resnet", "test_convnext", "test_efficientnet", "test_vit"])
 @pytest.mark.parametrize(
     "policy",
     [FreezePolicy(0, True), FreezePolicy(1), FreezePolicy(2, True), FreezePolicy(bn_head_only=True)],
@@ -191,30 +177,22 @@ def statistics(model):
     return {n: b.clone() for n, b in model.named_buffers() if "running" in n or "num_batches" in n}
 
 
-@pytest.mark.parametrize("name", ["cifar_wrn_16_1", "densenet121", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["cifar_wrn_16_1", "test_efficientnet"])
 def test_statistics_stand_still_with_freeze_bn_and_go_on_in_frozen_blocks_without(name):
     model = create_model(name, 10, adapter_dim=8)
     before = statistics(model)
     assert before
-    frozen = freeze.apply(model, FreezePolicy(1, freeze_bn=True))
-    model.train()
-    frozen.hold(model)
-    with torch.no_grad():
-        model(X)
-    after = statistics(model)
-    assert all(torch.equal(after[n], before[n]) for n in before)
-
-    frozen = freeze.apply(model, FreezePolicy(0))
-    model.train()
-    frozen.hold(model)
-    with torch.no_grad():
-        model(X)
-    after = statistics(model)
-    assert not any(torch.equal(after[n], before[n]) for n in before)
+    for policy, still in ((FreezePolicy(1, freeze_bn=True), True), (FreezePolicy(0), False)):
+        frozen = freeze.apply(model, policy)
+        model.train()
+        frozen.hold(model)
+        with torch.no_grad():
+            model(X)
+        assert {torch.equal(after, before[name]) for name, after in statistics(model).items()} == {still}
 
 
 def test_apply_sets_the_modes_itself_and_only_those_of_norm_layers():
-    model = create_model("efficientnet_b0", 10, adapter_dim=8, drop_rate=0.5).train()
+    model = create_model("test_efficientnet", 10, adapter_dim=8, drop_rate=0.5).train()
     frozen = freeze.apply(model, FreezePolicy(1, freeze_bn=True))
     still = {n for n, m in model.named_modules() if not m.training}
     assert still == set(frozen.held) == {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
@@ -225,7 +203,7 @@ def test_apply_sets_the_modes_itself_and_only_those_of_norm_layers():
 
 
 def test_the_adapters_norm_is_never_held():
-    model = create_model("convnext_atto", 10, adapter_dim=8).train()
+    model = create_model("test_convnext", 10, adapter_dim=8).train()
     frozen = freeze.apply(model, FreezePolicy(0, freeze_bn=True))
     assert model.distillation_adapter[1].training
     assert model.distillation_adapter[1].weight.requires_grad
@@ -234,7 +212,7 @@ def test_the_adapters_norm_is_never_held():
 
 
 def test_a_copy_can_be_held_and_only_its_norm_layers_are():
-    model = bare("efficientnet_b0")
+    model = bare("test_efficientnet")
     frozen = freeze.apply(model, FreezePolicy(1, freeze_bn=True))
     twin = copy.deepcopy(model).train()
     frozen.hold(twin)
@@ -270,20 +248,6 @@ def test_an_optimiser_moves_nothing_that_a_stage_froze():
         moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
         assert moved == trained(model)
     assert moved == under(model, "fc.", "layer3.0.conv", "layer3.0.downsample.0")
-
-
-def test_counts_are_the_formula():
-    model = bare("cifar_resnet8", adapter=8)
-    total = sum(p.numel() for p in model.parameters())
-    head = 64 * 10 + 10 + (64 * 8 + 8) + 2 * 8 + (8 * 8 + 8)
-    frozen = freeze.apply(model, FreezePolicy(0, freeze_bn=True))
-    assert (frozen.trainable, frozen.total) == freeze.count(model) == (head, total)
-    last = 9 * 32 * 64 + 9 * 64 * 64 + 32 * 64
-    assert freeze.apply(model, FreezePolicy(1, freeze_bn=True)).trainable == head + last
-    norms = 2 * (16 + 2 * 16 + 3 * 32 + 3 * 64)
-    assert freeze.apply(model, FreezePolicy(1)).trainable == head + last + norms
-    assert freeze.apply(model, FreezePolicy()).trainable == total
-    assert freeze.count(nn.ReLU()) == (0, 0)
 
 
 # --- refusals ---
@@ -361,29 +325,3 @@ def test_feature_info_alone_is_enough():
 def test_networks_without_norm_layers_can_have_freeze_bn():
     frozen = freeze.apply(bare("vgg11"), FreezePolicy(0, freeze_bn=True))
     assert frozen.held == ()
-
-
-@pytest.mark.parametrize("level", [-2, 3, True, 1.0, None])
-def test_unknown_levels_are_refused(level):
-    with pytest.raises(ValueError, match="must be one of -1, 0, 1, 2"):
-        FreezePolicy(level)
-
-
-def test_unknown_and_contradictory_scopes_are_refused():
-    with pytest.raises(ValueError, match="unknown freeze scope 'features'; it must be one of features_classifier"):
-        FreezePolicy(scope="features")
-    with pytest.raises(ValueError, match="bn_head_only and freeze scope"):
-        FreezePolicy(bn_head_only=True, scope="features_classifier")
-
-
-def test_other_objects_and_other_networks_are_refused():
-    with pytest.raises(ValueError, match="needs a FeatureNet, got Toy"):
-        freeze.apply(Toy(1), FreezePolicy())
-    frozen = freeze.apply(bare("cifar_resnet8"), FreezePolicy(0, freeze_bn=True))
-    with pytest.raises(ValueError, match="another network"):
-        frozen.hold(bare("convnext_atto"))
-
-
-def test_a_pair_of_classifiers_is_refused():
-    with pytest.raises(ValueError, match="has tuple for a classifier"):
-        freeze.apply(bare("deit_tiny_distilled_patch16_224"), FreezePolicy(0))

@@ -19,8 +19,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-def features(*shape):
-    return torch.randn(*shape)
+features = torch.randn
 
 
 # --- reference in float64, one scalar at a time ---
@@ -105,22 +104,6 @@ def constant_logvar(value, **kwargs):
     nn.init.zeros_(m.logvar.weight)
     nn.init.constant_(m.logvar.bias, value)
     return m
-
-
-@pytest.mark.parametrize(("raw", "clip", "expected"), [(30.0, 10.0, 10.0), (-30.0, 2.5, -2.5), (1.25, 10.0, 1.25)])
-def test_logvar_is_clamped(raw, clip, expected):
-    m = constant_logvar(raw, logvar_clip=clip)
-    assert (m(features(B, Q), features(B, K, F))[2] == expected).all()
-
-
-@pytest.mark.parametrize(
-    ("logvar", "min_std", "sigma"), [(-8.0, 1e-4, math.exp(-4)), (-8.0, 0.5, 0.5), (2.0, 0.5, math.e)]
-)
-def test_sigma_is_exp_half_logvar_with_a_floor(logvar, min_std, sigma):
-    m = constant_logvar(logvar, min_std=min_std).double()
-    eps = features(B, D).double()
-    z, mu, _ = m(features(B, Q).double(), features(B, K, F).double(), sample="always", eps=eps)
-    torch.testing.assert_close(z - mu, sigma * eps, rtol=0, atol=1e-14)
 
 
 def test_reparametrised_gradients_are_those_of_the_closed_form():
@@ -212,21 +195,6 @@ def test_learnable_query_replaces_the_student():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"d_emb": 8, "n_head": 3}, "not divisible"),
-        ({"q_dim": 0}, "q_dim is 0"),
-        ({"n_head": 0}, "n_head is 0"),
-        ({"logvar_clip": 0.0}, "logvar_clip"),
-        ({"feature_norm": "L1"}, "'L1'"),
-    ],
-)
-def test_impossible_fusions_are_refused(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        IBMBM(**{"q_dim": Q, "kv_dim": F, "d_emb": D, **kwargs})
-
-
-@pytest.mark.parametrize(
     ("student", "teachers", "named"),
     [
         ((B, Q), (B, K, F + 1), ["(4, 3, 6)", "(B, 5)"]),
@@ -245,15 +213,9 @@ def test_shapes_that_do_not_fit_are_named(student, teachers, named):
     assert "\n" not in str(caught.value)
 
 
-def test_bad_calls_are_refused():
-    m = IBMBM(Q, F, D)
-    s, t = features(B, Q), features(B, K, F)
-    with pytest.raises(ValueError, match="'sometimes'"):
-        m(s, t, sample="sometimes")
-    with pytest.raises(ValueError, match=r"eps is \(1, 8\), μ is \(4, 8\)"):
-        m(s, t, eps=features(1, D))
+def test_a_fusion_without_a_query_is_refused():
     with pytest.raises(ValueError, match="learnable_q"):
-        m(None, t)
+        IBMBM(Q, F, D)(None, features(B, K, F))
 
 
 # --- synergy head and adapter ---
@@ -288,27 +250,11 @@ def test_keep_mask_takes_the_place_of_the_dropout_draw():
     torch.testing.assert_close(head(z, keep), head(z))
 
 
-def test_bad_heads_are_refused():
-    for p in (1.0, -0.1):
-        with pytest.raises(ValueError, match="outside"):
-            SynergyHead(D, 10, p=p)
-    with pytest.raises(ValueError, match="num_classes 0"):
-        SynergyHead(D, 0)
-    with pytest.raises(ValueError, match="keep is"):
-        SynergyHead(D, 10, p=0.5)(features(B, D), torch.ones(B, 1))
-
-
 def test_adapter_is_linear_norm_gelu_linear():
-    adapter = DistillationAdapter(5, 3, hidden_dim=7)
+    adapter = DistillationAdapter(5, 3)
     x = features(B, 5)
-    h = nn.functional.layer_norm(x @ adapter[0].weight.T + adapter[0].bias, (7,))
-    expected = nn.functional.gelu(h) @ adapter[3].weight.T + adapter[3].bias
-    torch.testing.assert_close(adapter(x), expected)
-    assert DistillationAdapter(5, 3)[0].out_features == 3
-    with pytest.raises(ValueError, match="width 5"):
-        adapter(features(B, 6))
-    with pytest.raises(ValueError, match="out_dim is 0"):
-        DistillationAdapter(5, 0)
+    h = nn.functional.layer_norm(x @ adapter[0].weight.T + adapter[0].bias, (3,))
+    torch.testing.assert_close(adapter(x), nn.functional.gelu(h) @ adapter[3].weight.T + adapter[3].bias)
 
 
 # --- checkpoints of the research code ---

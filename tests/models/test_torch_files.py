@@ -10,6 +10,7 @@ import random
 import resource
 import struct
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,8 @@ def other_people(state: dict[str, Any]) -> dict[str, Any]:
         "model_best.pth.tar": {"state_dict": state, "arch": "resnet", "optimizer": optimizer.state_dict()},
         "last.ckpt": {"state_dict": lightning, "callbacks": {"early": Callback()}, "hyper_parameters": {"lr": 0.1}},
         "checkpoint": OrderedDict(state),
+        "backbone.pth": {f"backbone.{k}": v for k, v in state.items()},
+        "parallel.pth": {"net": {f"module.backbone.{k}": v for k, v in state.items()}, "opt": Namespace(lr=0.05)},
         "numpy.pth": {
             "model": state,
             "best_acc": np.float64(71.5),
@@ -72,7 +75,7 @@ def test_checkpoints_of_other_code_bases_are_told_by_their_content(
     for name, content in other_people(state).items():
         torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
         fresh = create_model("cifar_resnet8", CLASSES)
-        load_weights(fresh, tmp_path / name)
+        assert load_weights(fresh, tmp_path / name) == {}
         assert all(torch.equal(v, state[k]) for k, v in fresh.net.state_dict().items()), name
 
 
@@ -140,14 +143,6 @@ def with_value(number: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda value: value.clone().index_put_((torch.tensor(0), torch.tensor(0)), torch.tensor(number).to(value))
 
 
-def quantised(value: torch.Tensor) -> torch.Tensor:
-    return torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)
-
-
-def meta(value: torch.Tensor) -> torch.Tensor:
-    return value.to("meta")
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("make", "says"),
@@ -157,8 +152,8 @@ def meta(value: torch.Tensor) -> torch.Tensor:
         (lambda state: {**state, "fc.weight": state["fc.weight"].numpy()}, r"no state dict: fc\.weight is no tensor"),
         (changed(fc_weight=torch.Tensor.to_sparse), r"fc\.weight is sparse"),
         (changed(fc_weight=torch.Tensor.to_sparse_csr), r"fc\.weight is sparse"),
-        (changed(fc_weight=quantised), r"fc\.weight is quantised"),
-        (changed(fc_weight=meta), r"fc\.weight is a meta tensor"),
+        (changed(fc_weight=lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8)), r"fc\.weight is quantised"),
+        (changed(fc_weight=lambda v: v.to("meta")), r"fc\.weight is a meta tensor"),
         (changed(fc_weight=torch.Tensor.bool), r"fc\.weight is torch\.bool, and should be torch\.float32"),
         (changed(fc_weight=torch.Tensor.char), r"fc\.weight is torch\.int8, and should be"),
         (changed(fc_weight=lambda v: v.to(torch.complex64)), r"fc\.weight is torch\.complex64, and should be"),
@@ -234,18 +229,18 @@ def test_old_files_have_views_of_storages(tmp_path: Path) -> None:
 
 def bombs() -> dict[str, tuple[bytes, str]]:
     zeros = bytes(60 * 2**20)
-    deep = b"(" * 10 + b"".join(b"(" * 2 + b"t" * 2 for _ in range(20_000))
+    deep = b"(" * 10 + b"".join(b"(" * 2 + b"t" * 2 for _ in range(5_000))
     header = b'{"__metadata__":{"a":"' + b"x" * (17 * 2**20) + b'"}}'
     return {
         "deflated": (archive(tensor(15 * 2**20, (15 * 2**20,), (1,)), zeros, zipfile.ZIP_DEFLATED), "unpacks to more"),
         "larger than its storage": (archive(tensor(1, (30000, 30000), (30000, 1)), bytes(4)), "larger than what the"),
         "larger than what is there": (archive(tensor(9 * 10**8, (9 * 10**8,), (1,)), bytes(4)), "ends before its"),
         "stretched": (archive(tensor(1, (30000, 30000), (0, 0)), bytes(4)), "larger than what the file holds"),
-        "many objects": (archive(b"(" + b"}" * 300_000 + b"l."), "more than 250000 steps"),
-        "deep": (archive(b"(" * 90_000 + b"l" * 50_000 + b"."), "no state dict"),
+        "many objects": (archive(b"(" + b"}" * 30_000 + b"l."), "more than 25000 steps"),
+        "deep": (archive(b"(" * 14_000 + b"l" * 10_000 + b"."), "no state dict"),
         "deep tuples": (archive(deep + b"."), "no state dict"),
-        "tuples in tuples": (archive(b")" + b"\x85" * 200_000 + b"."), "no state dict"),
-        "a key of tuples": (archive(b"})" + b"\x85" * 200_000 + b"Ns."), "no state dict"),
+        "tuples in tuples": (archive(b")" + b"\x85" * 20_000 + b"."), "no state dict"),
+        "a key of tuples": (archive(b"})" + b"\x85" * 20_000 + b"Ns."), "no state dict"),
         "memo": (archive(b"}r\xff\xff\xff\x7f."), "no state dict"),
         "a long string": (archive(b"\x8d" + struct.pack("<Q", 2**40) + b"x."), "cannot be read"),
         "names": (struct.pack("<Q", len(header)) + header, "names of its tensors alone take 17 MB"),
@@ -262,7 +257,7 @@ def legacy(pickled: bytes, storage: bytes, told: int | None = None) -> bytes:
 
 def test_no_file_unpacks_to_more_than_itself(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest of these takes 3 GB where it is believed."""
-    monkeypatch.setattr(torch_files, "MAX_OPERATIONS", 250_000)
+    monkeypatch.setattr(torch_files, "MAX_OPERATIONS", 25_000)
     files = bombs()
     for name, (content, _) in files.items():
         (tmp_path / name).write_bytes(content)
