@@ -178,18 +178,8 @@ def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
 
 
 def check_continuation(run: Run, header: dict[str, Any]) -> None:
-    """A run continues with the same configuration, data and teachers. UserError names both hashes otherwise."""
+    """A run continues with the same data and teachers; its configuration was checked when it was opened. UserError."""
     before, name = run.state["header"], run.config.resume or run.folder.name
-    old, new = before["computation"], header["computation"]
-    changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
-    if run.config.extend:
-        _check_extension(name, old, new)
-        changed -= {"method.student_epochs_per_stage", "method.num_stages", "finetune.epochs"}
-    if changed:
-        raise UserError(
-            f"resume={name}: configuration {before['config_hash'][:12]} cannot be continued with "
-            f"{header['config_hash'][:12]}; they differ in {', '.join(sorted(changed)[:5])}"
-        )
     for key, words in (("data_digest", "data"), ("teachers", "teachers")):
         if before[key] != header[key]:
             raise UserError(f"resume={name}: {words} {before[key]} cannot be continued with {header[key]}")
@@ -202,22 +192,6 @@ def check_continuation(run: Run, header: dict[str, Any]) -> None:
         if before.get(key, False) != header[key]:
             change = "without" if before.get(key, False) else "with"
             logger.warning("continued %s %s, unlike before: results agree within rounding only", change, words)
-
-
-def _check_extension(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Epochs can only be added behind those that were trained."""
-    key = "method.student_epochs_per_stage"
-    old, new = before[key], after[key]
-    if len(new) < len(old) or new[: len(old) - 1] != old[:-1] or new[len(old) - 1] < old[-1]:
-        raise UserError(
-            f"resume={name}: extend=true adds epochs at the end: {key}={list(new)} does not begin with the "
-            f"{list(old)} that were trained"
-        )
-    if after["finetune.epochs"] < before["finetune.epochs"]:
-        raise UserError(
-            f"resume={name}: extend=true adds epochs: finetune.epochs={after['finetune.epochs']} is less than the "
-            f"{before['finetune.epochs']} that were trained"
-        )
 
 
 def cpu_name() -> str:

@@ -12,6 +12,7 @@ from pipeline.errors import NotThere, UserError
 from pipeline.files import locked, release
 from pipeline.journal import FILE, Carrier, Journal, NullJournal, read_entries, read_header, take
 from pipeline.paths import inside
+from pipeline.runs.continuation import check_computation
 from pipeline.runs.folders import ended, find_folder, fresh_folder, writable
 from pipeline.runs.run import CONFIG, Run, remove_unbegun
 from pipeline.runs.signals import Stop
@@ -165,12 +166,11 @@ def _from_tracking_server(step: str, config: Config, name: str, stop: Stop) -> R
     try:
         info = delivery.run_info(name)
         _check_resumable(name, step, info["tags"].get("asib.step"), info["status"] == "FINISHED", config.extend)
-        begun = fetch_checkpoint(delivery, name, folder)
+        if fetch_checkpoint(delivery, name, folder):
+            return _continue(step, config, folder, None, delivery, stop, distant=True)
     except UserError as error:
         remove_unbegun(folder, delivery)
         raise UserError(str(error) if str(error).startswith("resume=") else f"resume={name}: {error}") from error
-    if begun:
-        return _continue(step, config, folder, None, delivery, stop, distant=True)
     return _begin(step, config, folder, delivery, stop, info["tags"].get("asib.journal"), distant=True)
 
 
@@ -195,6 +195,7 @@ def _continue(
             _check_resumable(name, step, made_by, ended(folder), config.extend)
         if slots.manifest.exists():
             state, saved = slots.read()
+            check_computation(config, name, state["header"])  # before its record is touched
     except BaseException:
         release(lock)
         raise

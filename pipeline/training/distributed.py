@@ -26,6 +26,8 @@ def join() -> World:
     if size == 1:
         return World()
     if not dist.is_initialized():
+        if torch.cuda.is_available():  # `cuda` is from now on this process's own GPU
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return world()
 

@@ -154,8 +154,10 @@ def test_a_finished_run_goes_on_for_more_epochs_when_extended_at_its_end(ready_l
     longer = "method.student_epochs_per_stage=[1,3]"
     refused(ready_lab.step("distill", f"resume={folder}", longer), "extend=true")
     assert ending(folder) == ("FINISHED", "completed", 0)
+    record = (folder / "journal.jsonl").read_bytes()
     earlier = ("method.student_epochs_per_stage=[2,1]", "extend=true")
     refused(ready_lab.step("distill", f"resume={folder}", *earlier), "[2, 1]", "[1, 1]", "extend")
+    assert (folder / "journal.jsonl").read_bytes() == record
 
     extended = ready_lab.step("distill", f"resume={folder}", longer, "extend=true")
     assert (extended.code, extended.new) == (0, []), extended.err
