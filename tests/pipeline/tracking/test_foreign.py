@@ -39,7 +39,7 @@ def closing() -> dict[str, Any]:
 
 def model(**changes: Any) -> dict[str, Any]:
     names = {"kind": "model", "entry": "e" * 32, "folder": "model", "name": "student", "model_kind": "pyfunc"}
-    empty = {key: {} for key in ("artifacts", "params", "metrics", "tags")}
+    empty: dict[str, Any] = {key: {} for key in ("artifacts", "params", "metrics", "tags")}
     return {**names, **empty, "input_example": None, "model_type": None, "step": 0, **changes}
 
 

@@ -383,7 +383,7 @@ def test_an_older_sqlite_file_is_copied_and_migrated(sqlite_template: Path, tmp_
     config = utils._get_alembic_config(uri)
     scripts = ScriptDirectory.from_config(config)
     head = scripts.get_current_head()
-    older = scripts.get_revision(head).down_revision
+    older = str(scripts.get_revision(str(head)).down_revision)
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.downgrade(config, older)

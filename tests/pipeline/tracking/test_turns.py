@@ -121,13 +121,15 @@ QUOTED, INFINITE = '{"joined": "1", "seen": 2, "user": ""}', '{"joined": 1e400, 
 GARBAGE = ["abc", "", "[1]", "null", QUOTED, INFINITE, "[" * 4000]
 
 
-def test_garbage_in_the_queue_is_one_line_and_goes(client: MlflowClient, registry: Registry) -> None:
+def test_garbage_in_the_queue_is_one_line_and_goes(
+    client: MlflowClient, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number, value in enumerate(GARBAGE):
         client.set_registered_model_tag(NAME, f"asib.turn.{number:032x}", value)
     client.set_registered_model_tag(NAME, "asib.turn.me", '{"joined": 1, "seen": 2, "user": "x"}')
     mine = promotion(client)
     said: list[str] = []
-    registry.warn = said.extend  # type: ignore[method-assign]
+    monkeypatch.setattr(registry, "warn", said.extend)
     with queue.turn(registry, mine):
         assert entries(client) == {mine}
     assert len(said) == len(GARBAGE) + 1
