@@ -33,7 +33,7 @@ from tests.warm import Fork
 CLASSES = ("ash", "birch", "cedar", "date")
 SIZE, TRAIN, TEST, BATCH = 16, 160, 40, 32
 BATCHES = 4  # of an epoch: 128 training images (20 % are validation) in batches of 32
-PER_EPOCH = BATCHES + 1  # a loop's questions whether a signal has come
+PER_EPOCH = BATCHES  # a loop's questions whether a signal has come
 EPOCHS = ("a", "b", "a", "b")  # of a distillation
 STUDENT, FUSION = "checkpoints/student.safetensors", "checkpoints/fusion.safetensors"
 NOT_COMPARED = {"train/images_per_second", "cost/seconds", "cost/compile_seconds"}
@@ -206,7 +206,7 @@ def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
 
 
 class At:
-    """Acts at the n-th question of training loops for a signal: one after every batch and one after every epoch."""
+    """Acts at the n-th question of training loops for a signal: after every batch, or after the epoch for its last."""
 
     def __init__(self, question: int, act: Callable[[], Any]) -> None:
         self._question, self._act, self.asked = question, act, 0

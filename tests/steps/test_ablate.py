@@ -21,7 +21,7 @@ from tests.steps.lab import Done, Lab, ending, journal, points, run_id, see, sig
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = ("rungs=l0_baseline,l1_ib", "seeds=0,1")
-PER_L0, PER_L1, PER_TEACHER = 10, 20, 5  # questions that the loop asks for a signal
+PER_L0, PER_TEACHER = 8, 4  # questions that the loop asks for a signal
 
 
 @pytest.fixture(scope="module")

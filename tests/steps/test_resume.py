@@ -38,7 +38,7 @@ EVERY_BATCH = "checkpoint.every_seconds=1e-6"
     [
         pytest.param(2, "epoch 0, batch 2", id="in the first A-step"),
         pytest.param(PER_EPOCH, "epoch 1, batch 0", id="between two epochs"),
-        pytest.param(4 * PER_EPOCH - 1, "epoch 4, batch 0", id="after the last batch"),
+        pytest.param(4 * PER_EPOCH, "epoch 4, batch 0", id="after the last batch"),
     ],
 )
 def test_a_run_ended_by_sigterm_and_continued_equals_an_undisturbed_one(

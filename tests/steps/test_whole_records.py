@@ -78,7 +78,7 @@ def test_of_two_resumes_at_once_one_trains(ready_lab: Lab, killed: Path, undistu
 # what is in the way ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("question", [2, 4 * PER_EPOCH - 1])
+@pytest.mark.parametrize("question", [2, 4 * PER_EPOCH])
 def test_a_folder_that_is_removed_while_training_is_an_error(ready_lab: Lab, question: int) -> None:
     def remove() -> None:
         (folder,) = ready_lab.run_folders()
@@ -130,7 +130,7 @@ def test_a_disk_that_is_full_at_any_write_is_one_line_and_the_run_goes_on_later(
     disk = small_disk(24)
     shutil.copytree(bench.runs / "teachers", disk / "teachers")
     there = f"output_dir={disk}"
-    ended = bench.disturbed(signal_at(4 * PER_EPOCH - 1), "distill", there)  # in time for all that comes after training
+    ended = bench.disturbed(signal_at(4 * PER_EPOCH), "distill", there)  # in time for all that comes after training
     assert ended.code == 143, ended.err
     (folder,) = disk.glob("*-distill-*")
     for module, name in WRITERS:

@@ -49,7 +49,7 @@ from tests.steps.sweep_kills import only_study
 LAUNCHER = Plan.launcher
 VAL = TRAIN // 5  # the lab's dataset.val_fraction
 SHORT = ("method.num_stages=1", "method.student_epochs_per_stage=[1]")  # half a trial, where its length does not matter
-PER_TRIAL = 20  # questions that the loop asks for a signal
+PER_TRIAL = 16  # questions that the loop asks for a signal
 SPACE = {
     "method.kd_alpha": {"type": "float", "low": 0.1, "high": 0.9},
     "method.tau": {"type": "float", "low": 1, "high": 8},
