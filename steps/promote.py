@@ -15,7 +15,7 @@ from pipeline.promote import request
 from pipeline.promote.registered_model import Registry
 from pipeline.promote.request import Plan
 from pipeline.runs.step import Step
-from pipeline.tracking.client import Delivery
+from pipeline.tracking.pipe import Delivery
 
 
 def ask(plan: Plan, config: Config, delivery: Delivery) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def cited(page: str) -> Iterator[tuple[str, str]]:
     """(file, name) of a page's `Code:` paragraphs; the name is empty where the file alone is cited."""
-    for paragraph in re.findall(r"^Code: (.*?)\n\n", page, re.MULTILINE | re.DOTALL):
+    for paragraph in re.findall(r"^Code: (.*?)(?:\n\n|\Z)", page, re.MULTILINE | re.DOTALL):
         for part in paragraph.rstrip(".").split(";"):
             path, *names = re.findall(r"`([^`]+)`", part)
             yield from ((path, name) for name in names or [""])
@@ -33,7 +33,7 @@ def defined(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", ["method.md"])
+@pytest.mark.parametrize("page", ["method.md", "architecture.md"])
 def test_the_code_that_a_page_cites_is_there(page: str) -> None:
     found = list(cited((ROOT / "docs" / page).read_text()))
     assert len(found) > 10

@@ -137,7 +137,7 @@ def main() -> None:
     import mlflow  # noqa: F401  -- with all that it imports late
     from mlflow.store.tracking import sqlalchemy_store  # noqa: F401
 
-    from pipeline.tracking import client, follow, process, requests  # noqa: F401
+    from pipeline.tracking import follow, pipe, process, requests  # noqa: F401
 
     cut_no_power()
     if "steps" in sys.argv:
@@ -147,7 +147,7 @@ def main() -> None:
         from pipeline.runs import opening  # noqa: F401
 
         figures.pyplot()
-        client.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Child})  # type: ignore[assignment]
+        pipe.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Child})  # type: ignore[assignment]
     line = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks here
     while True:

@@ -1,7 +1,7 @@
 """The configuration: schema, rules between keys, hash and identity. Needs pydantic only."""
 
 from pipeline.config.base import Section, flatten, key
-from pipeline.config.dataset import AugmentConfig, DatasetConfig
+from pipeline.config.datasets import AugmentConfig, DatasetConfig
 from pipeline.config.identity import Identity, config_hash, source_digest
 from pipeline.config.inactive import inactive
 from pipeline.config.methods.asib import MethodConfig

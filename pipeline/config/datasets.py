@@ -1,8 +1,12 @@
-"""The data sets that `dataset.name` knows, a row each; pipeline/data/sources.py reads them."""
+"""Data sets, a row each (pipeline/data/sources.py reads them), and the keys of `dataset` and `augment`
+(docs/method.md section 3).
+"""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from pipeline.config.base import Section, key
+from pipeline.config.numbers import BatchSize, BelowOne, Deviation, Fraction, Pixels, Processes, Seed
 from pipeline.paths import user_path
 
 
@@ -36,3 +40,43 @@ DATASETS: dict[str, Torchvision | None] = {
     "image_folder": None,
 }
 """None: pipeline/data/sources.py has a function of its own for it."""
+
+
+class DatasetConfig(Section):
+    """The data set and its split into training and validation images."""
+
+    name: Literal[*DATASETS] = key("cifar100_sample", "data set; cifar100_sample is bundled")  # type: ignore[valid-type]
+    root: str = key(
+        "data", "folder in torchvision's layout; of an image_folder: that of train/<class>/ and val/<class>/"
+    )
+    path: str | None = key(None, "file of dataset.name=npz (x_train, y_train, x_test, y_test; uint8 NHWC)")
+    download: bool = key(False, "fetch a missing data set with torchvision")
+    image_size: Pixels = key(
+        224, "side in pixels to which images of an image_folder are resized", when="name=image_folder"
+    )
+    workers: Processes | None = key(
+        None,
+        "processes that decode an image_folder; null: one per thread, at most 8; 0: none",
+        when="name=image_folder",
+    )
+    mean: tuple[Fraction, ...] | None = key(
+        None, "mean of each channel, subtracted from images scaled to 0 … 1; null: the data set's own"
+    )
+    std: tuple[Deviation, ...] | None = key(
+        None, "standard deviation of each channel, by which images are divided; null: the data set's own"
+    )
+    batch_size: BatchSize = key(128, "images per update, over all processes")
+    eval_batch_size: BatchSize = key(500, "images per forward pass in evaluation")
+    val_fraction: BelowOne = key(
+        0.1, "share of the training images held out for validation; 0 for the published KD protocol"
+    )
+    split_seed: Seed = key(0, "seed of the validation split; with the data's digest, it fixes the images held out")
+    small_input: Literal["auto"] | bool = key("auto", "adapt network stems to small images; auto: up to 64 pixels")
+
+
+class AugmentConfig(Section):
+    """Augmentation of the training images."""
+
+    crop_flip: bool = key(True, "pad by 4, crop at random, flip horizontally at random")
+    pad_mode: Literal["zero", "reflect"] = key("zero", "what fills the padding", when="crop_flip")
+    randaugment: bool = key(False, "apply RandAugment")

@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 from pipeline import urls
-from pipeline.config.dataset import DatasetConfig
-from pipeline.config.datasets import DATASETS
+from pipeline.config.datasets import DATASETS, DatasetConfig
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.paths import user_path

@@ -4,7 +4,7 @@ import warnings
 from typing import Literal
 
 from pipeline.config.base import Section, key
-from pipeline.config.dataset import AugmentConfig, DatasetConfig
+from pipeline.config.datasets import AugmentConfig, DatasetConfig
 from pipeline.config.methods.asib import MethodConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.numbers import Gigabytes, Seed, Threads

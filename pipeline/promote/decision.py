@@ -156,7 +156,7 @@ def _move(
     after: dict[str, str | None] | None = None,
     past: list[str] | None = None,
 ) -> dict[str, Any]:
-    """A move as tracking/moves.py takes it; without `after` no alias moves, and the tags are set all or none."""
+    """A move as tracking/aliases.py takes it; without `after` no alias moves, and the tags are set all or none."""
     before = {alias: now.aliases.get(alias) for alias in (CHAMPION, PREVIOUS)}
     return {
         "before": before,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import NotThere
-from pipeline.tracking.client import Delivery
 from pipeline.tracking.model_tags import MOVE, PAST, read_champions, read_move
+from pipeline.tracking.pipe import Delivery
 
 logger = logging.getLogger("asib")
 

@@ -17,7 +17,7 @@ from pipeline.runs.folders import ended, find_folder, fresh_folder, writable
 from pipeline.runs.run import CONFIG, Run, remove_unbegun
 from pipeline.runs.signals import Stop
 from pipeline.tracking import start
-from pipeline.tracking.client import Delivery
+from pipeline.tracking.pipe import Delivery
 from pipeline.training.checkpoint import Slots
 
 

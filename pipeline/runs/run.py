@@ -22,7 +22,7 @@ from pipeline.runs.folders import ended
 from pipeline.runs.run_log import log_to
 from pipeline.runs.signals import Stop
 from pipeline.tracking import start
-from pipeline.tracking.client import DELIVER, Delivery
+from pipeline.tracking.pipe import DELIVER, Delivery
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
 

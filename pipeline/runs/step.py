@@ -33,7 +33,7 @@ from pipeline.runs.signals import Stop
 
 if TYPE_CHECKING:
     from pipeline.runs.run import Run
-    from pipeline.tracking.client import Delivery
+    from pipeline.tracking.pipe import Delivery
 
 logger = logging.getLogger("asib")
 Target = TypeVar("Target")

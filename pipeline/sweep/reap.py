@@ -11,7 +11,7 @@ from pipeline.journal import writer_alive
 from pipeline.runs.run import tracking_uri
 from pipeline.sweep.study.retry import history
 from pipeline.sweep.study.study import Study, studies
-from pipeline.tracking.client import Delivery
+from pipeline.tracking.pipe import Delivery
 
 logger = logging.getLogger("asib")
 ENDINGS = {

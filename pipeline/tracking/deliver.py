@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline import journal, urls
 from pipeline.errors import UserError
 from pipeline.tracking import server
-from pipeline.tracking.client import DELIVER
+from pipeline.tracking.pipe import DELIVER
 from pipeline.tracking.start import default_uri
 
 PATIENCE_S = 5.0

@@ -14,7 +14,7 @@ from typing import Any
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 MOVE = "asib.move"
-"""Tag of a registered model while its aliases are being moved: what is done, as JSON (see moves.py)."""
+"""Tag of a registered model while its aliases are being moved: what is done, as JSON (see aliases.py)."""
 PENDING = "asib.pending"
 """Tag of the version that a move is about: the tags that the move sets. A model's tag holds 5,000 characters."""
 PAST = "asib.champions"

@@ -22,8 +22,8 @@ from typing import IO, TYPE_CHECKING, Any
 from pipeline import secrets
 from pipeline.errors import UserError
 from pipeline.tracking import server
-from pipeline.tracking.client import DELIVER
 from pipeline.tracking.faults import lasting
+from pipeline.tracking.pipe import DELIVER
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -192,13 +192,13 @@ def answer_to(
     client: MlflowClient, loop: DeliveryLoop | None, ask: str, values: dict[str, Any], again: bool = False
 ) -> dict[str, Any]:
     """Answer a request; `again`: the process asked before was killed before it had answered."""
-    from pipeline.tracking import moves, requests  # MLflow, once its environment is prepared
+    from pipeline.tracking import aliases, requests  # MLflow, once its environment is prepared
 
     if ask == "forget":  # it asks nothing of the server
         if loop is not None:  # else nothing is followed
             loop.forget(Path(values["folder"]))
         return {"value": None}
-    if again and ask == "move" and moves.already_made(client, **values):
+    if again and ask == "move" and aliases.already_made(client, **values):
         return {"value": None}
     return requests.answer(client, ask, values)
 

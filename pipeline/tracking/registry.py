@@ -15,7 +15,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from pipeline.errors import NotThere, UserError
 from pipeline.journal import Entry
 from pipeline.served import bundle
-from pipeline.tracking import moves, server
+from pipeline.tracking import server
+from pipeline.tracking.aliases import there
 from pipeline.tracking.faults import Fault, classify, look
 from pipeline.tracking.model_tags import CHALLENGER, CHAMPION, PREVIOUS, TAG_LENGTH, garbled, is_version
 from pipeline.tracking.state import State
@@ -132,7 +133,7 @@ def overview(client: MlflowClient, name: str) -> dict[str, Any]:
     aliases = {alias: str(version) for alias, version in model.aliases.items()}
     said = []
     for alias in (CHAMPION, PREVIOUS, CHALLENGER):
-        if alias in aliases and not moves.there(client, name, aliases[alias]):
+        if alias in aliases and not there(client, name, aliases[alias]):
             said.append(f"alias {alias}={aliases.pop(alias)} names no version: ignored")
     return {"aliases": aliases, "tags": dict(model.tags), "said": said}
 

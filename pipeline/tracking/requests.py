@@ -21,7 +21,7 @@ from pipeline import urls
 from pipeline.errors import NotThere, UserError
 from pipeline.journal import check_end, now_ms
 from pipeline.served.bundle import REGISTERED, TAG
-from pipeline.tracking import looks, moves, registry, server, turns
+from pipeline.tracking import aliases, looks, registry, server, turns
 from pipeline.tracking._compat import model_name_and_version
 from pipeline.tracking.faults import lasting, look, permitted, unknown
 from pipeline.tracking.state import find_by_journal
@@ -213,7 +213,7 @@ def _classes(profile: str | None) -> int | None:
 
 
 RUNS = (fetch, run_info, read_runs, nested_runs, find_finished, log_files, running, reap)
-MODELS = (registry.overview, registry.version, registry.tag_manifest, moves.move, moves.repair, looks.count_look)
+MODELS = (registry.overview, registry.version, registry.tag_manifest, aliases.move, aliases.repair, looks.count_look)
 QUEUES = (turns.may_edit, turns.join, turns.beat, turns.leave, turns.queue, turns.mark_dead)
 """These and `MODELS` are about a registered model, whose `name` they all take."""
 REQUESTS: dict[str, Callable[..., Any]] = {each.__name__: each for each in (*RUNS, *MODELS, *QUEUES)}

@@ -20,8 +20,8 @@ from pipeline.errors import UserError
 from pipeline.files import locked
 from pipeline.journal import Entry
 from pipeline.tracking import checkpoints, turns
+from pipeline.tracking.mlflow_batches import Outbox
 from pipeline.tracking.models import log_dataset, log_model, log_model_input
-from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.registry import register
 from pipeline.tracking.server import run_url
 from pipeline.tracking.state import JOURNAL_TAG, STATE_FILE, State, find_by_journal

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from pipeline import urls
-from pipeline.tracking.client import Delivery
+from pipeline.tracking.pipe import Delivery
 
 
 def default_uri() -> str:

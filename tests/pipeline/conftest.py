@@ -23,4 +23,4 @@ def hearts_that_a_test_leaves_beating() -> Iterator[None]:
 def warm_deliveries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Delivery processes are forks of one that has imported MLflow already."""
     warm = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
-    monkeypatch.setattr("pipeline.tracking.client.subprocess", warm)
+    monkeypatch.setattr("pipeline.tracking.pipe.subprocess", warm)

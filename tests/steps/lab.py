@@ -193,7 +193,7 @@ def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patched:
             warm = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
-            patched.setattr("pipeline.tracking.client.subprocess", warm)
+            patched.setattr("pipeline.tracking.pipe.subprocess", warm)
             yield out, err
     finally:
         for number, handler in handlers.items():

@@ -11,9 +11,9 @@ from typing import Any
 from pipeline.errors import NotThere, UserError
 from pipeline.journal import Journal
 from pipeline.tracking import requests, server
-from pipeline.tracking.client import Delivery, Ready
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.follow import DeliveryLoop
+from pipeline.tracking.pipe import Delivery, Ready
 
 
 class LocalDelivery(Delivery):

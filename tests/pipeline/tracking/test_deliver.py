@@ -80,7 +80,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def warm(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process's deliveries are forks of one that has imported MLflow."""
     forks = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
-    monkeypatch.setattr("pipeline.tracking.client.subprocess", forks)
+    monkeypatch.setattr("pipeline.tracking.pipe.subprocess", forks)
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -20,9 +20,9 @@ from pipeline.errors import HelperFailed
 from pipeline.journal import FILE, Journal
 from pipeline.runs.ending import ending_of
 from pipeline.tracking import start
-from pipeline.tracking.client import STARTS, Delivery
 from pipeline.tracking.faults import lasting
 from pipeline.tracking.follow import DeliveryLoop
+from pipeline.tracking.pipe import STARTS, Delivery
 from pipeline.tracking.process import answer_to
 from pipeline.tracking.server import prepare_sqlite
 from tests.servers import steps
@@ -82,8 +82,8 @@ def test_a_delivery_that_is_killed_at_any_moment_goes_on(sqlite_uri: str, tmp_pa
 def test_one_that_always_dies_is_given_up_and_is_not_bad_input(
     sqlite_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.tracking.client.PAUSE_S", 0.05)
-    monkeypatch.setattr("pipeline.tracking.client.FRUITLESS_S", 0.5)
+    monkeypatch.setattr("pipeline.tracking.pipe.PAUSE_S", 0.05)
+    monkeypatch.setattr("pipeline.tracking.pipe.FRUITLESS_S", 0.5)
     delivery = start.start_delivery(tmp_path / "run", uri=sqlite_uri)
     Journal.create(tmp_path / "run", experiment="e").close()
     killed, given_up = set(), threading.Event()

@@ -16,7 +16,8 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import UserError
 from pipeline.journal import Journal
 from pipeline.promote.registered_model import Registry
-from pipeline.tracking import looks, moves, server
+from pipeline.tracking import looks, server
+from pipeline.tracking.aliases import move, repair
 from pipeline.tracking.deliver import deliver
 from pipeline.tracking.follow import DeliveryLoop
 from tests.pipeline.promote.local import Broken, Fragile, LocalDelivery, record, registered
@@ -144,26 +145,26 @@ def state(client: MlflowClient) -> Any:
 def test_a_move_that_breaks_off_anywhere_is_finished_by_the_next_call(
     client: MlflowClient, plan: dict[str, Any], undo: dict[str, Any], after: bool
 ) -> None:
-    moves.move(client, NAME, PLAN)
+    move(client, NAME, PLAN)
     assert state(client) == (
         {"champion": "2", "previous": "1"},
         {"asib.champions": '["1"]'},
         [{"asib.history": "replaced"}, {"asib.verdict": "promoted"}, {}],
     )
-    moves.move(client, NAME, BACK)
+    move(client, NAME, BACK)
     assert state(client)[:2] == ({"champion": "1"}, {"asib.champions": "[]"})
     start, goal = ({alias: version for alias, version in plan[when].items() if version} for when in ("before", "after"))
     broken = 0
     for step in range(1, 30):
         if aliases(client) != start:
-            moves.move(client, NAME, undo)
+            move(client, NAME, undo)
         try:
-            moves.move(Fragile(client, step, after), NAME, plan)
+            move(Fragile(client, step, after), NAME, plan)
             break
         except Broken:
             broken += 1
         assert aliases(client)["champion"] in ("1", "2"), "never without a champion"
-        repaired = moves.repair(client, NAME)["plan"]
+        repaired = repair(client, NAME)["plan"]
         if repaired is None:  # it had not begun, or lacked only the last answer
             assert aliases(client) in (start, goal)
             assert broken <= 2 or aliases(client) == goal
@@ -172,7 +173,7 @@ def test_a_move_that_breaks_off_anywhere_is_finished_by_the_next_call(
             found = dict(zip("123", state(client)[2], strict=True))
             assert all(found[number].items() >= values.items() for number, values in plan["tags"].items())
             assert aliases(client) == goal
-        assert moves.repair(client, NAME) == {"plan": None, "said": []}
+        assert repair(client, NAME) == {"plan": None, "said": []}
         assert "asib.move" not in client.get_registered_model(NAME).tags
     assert broken >= 5
     assert aliases(client) == goal
@@ -180,11 +181,11 @@ def test_a_move_that_breaks_off_anywhere_is_finished_by_the_next_call(
 
 def test_a_champion_set_by_hand_is_left_alone(client: MlflowClient) -> None:
     with pytest.raises(UserError, match="somebody else has moved it"):
-        moves.move(client, NAME, BACK)
+        move(client, NAME, BACK)
     with pytest.raises(Broken):
-        moves.move(Fragile(client, 3), NAME, PLAN)
+        move(Fragile(client, 3), NAME, PLAN)
     client.set_registered_model_alias(NAME, "champion", "3")
-    found = moves.repair(client, NAME)
+    found = repair(client, NAME)
     assert (found["plan"], len(found["said"])) == (None, 1)
     assert "set by hand" in found["said"][0]
     assert state(client)[:2] == ({"champion": "3"}, {})
@@ -206,7 +207,7 @@ def test_what_is_not_there_is_said_in_one_line(client: MlflowClient, sqlite_uri:
 def test_a_move_that_is_none_is_said_and_removed(client: MlflowClient) -> None:
     for value in ("abc", "[]", "null", '{"after": 3}', '{"before": {}, "after": {"champion": "x"}}'):
         client.set_registered_model_tag(NAME, "asib.move", value)
-        found = moves.repair(client, NAME)
+        found = repair(client, NAME)
         assert (found["plan"], len(found["said"])) == (None, 1)
         assert found["said"][0].startswith(f"tag asib.move={value!r} is nothing that a promotion writes")
         assert state(client)[:2] == ({"champion": "1"}, {})
@@ -215,11 +216,11 @@ def test_a_move_that_is_none_is_said_and_removed(client: MlflowClient) -> None:
 def test_past_champions_are_kept_as_far_as_they_can_be_read(client: MlflowClient) -> None:
     for value, kept in (("abc", []), ('{"1": 2}', []), ('["3", null, "x", 2, [1]]', ["3", "2"]), ("[" * 4000, [])):
         client.set_registered_model_tag(NAME, "asib.champions", value)
-        (line,) = moves.repair(client, NAME)["said"]
+        (line,) = repair(client, NAME)["said"]
         assert line.startswith("tag asib.champions=")
         assert "\n" not in line
         assert json.loads(client.get_registered_model(NAME).tags["asib.champions"]) == kept
-    assert moves.repair(client, NAME)["said"] == []
+    assert repair(client, NAME)["said"] == []
 
 
 UNDONE = "an interrupted move (version 2 promoted) is undone: version 2 is no longer there; "
@@ -236,13 +237,13 @@ def test_a_half_done_move_whose_version_was_deleted_is_completed_or_undone(
     client: MlflowClient, plan: dict[str, Any], deleted: str, said: str, champion: str | None
 ) -> None:
     if plan is BACK:
-        moves.move(client, NAME, PLAN)
+        move(client, NAME, PLAN)
     with pytest.raises(Broken):  # when everything was said, and nothing was moved
-        moves.move(Fragile(client, 3), NAME, plan)
+        move(Fragile(client, 3), NAME, plan)
     assert "asib.move" in client.get_registered_model(NAME).tags
     for number in deleted:
         client.delete_model_version(NAME, number)  # with its aliases
-    assert moves.repair(client, NAME)["said"] == [said]
+    assert repair(client, NAME)["said"] == [said]
     assert client.get_registered_model(NAME).tags == {"asib.champions": "[]"}
     if champion is not None:
         assert aliases(client) == {"champion": champion}
@@ -250,7 +251,7 @@ def test_a_half_done_move_whose_version_was_deleted_is_completed_or_undone(
         assert client.get_model_version(NAME, champion).tags == tags, "nothing was replaced"
     else:  # and nothing is in the way
         assert aliases(client) == {}
-        moves.move(client, NAME, PLAN | {"before": {"champion": None}, "after": {"champion": "3", "previous": None},
+        move(client, NAME, PLAN | {"before": {"champion": None}, "after": {"champion": "3", "previous": None},
                                          "tags": {}, "version": "3"})  # fmt: skip
         assert aliases(client) == {"champion": "3"}
 
@@ -260,7 +261,7 @@ def test_what_a_move_writes_on_the_model_fits_a_database(client: MlflowClient) -
     history = {"asib.history": "x" * 4500, "asib.verdict_reason": "y" * 4000}
     plan = PLAN | {"tags": {"1": history, "2": history}, "past": ["1234567"] * 100, "why": "z" * 3000}
     with mock.patch.object(client, "set_registered_model_tag", wraps=client.set_registered_model_tag) as written:
-        moves.move(client, NAME, plan)
+        move(client, NAME, plan)
     assert 0 < max(len(call.args[-1]) for call in written.call_args_list) <= 5000
     assert {n: dict(client.get_model_version(NAME, n).tags) for n in "12"} == plan["tags"]
 
@@ -281,11 +282,11 @@ class Forbidding:
 def test_who_may_not_delete_an_alias_leaves_it_at_the_champion(client: MlflowClient) -> None:
     """EDIT permission: it sets everything, and deletes no more than the model's own tags."""
     editor: Any = Forbidding(client, "delete_registered_model_alias", "delete_model_version_tag")
-    moves.move(editor, NAME, PLAN)
-    moves.move(editor, NAME, BACK)
+    move(editor, NAME, PLAN)
+    move(editor, NAME, BACK)
     assert aliases(client) == {"champion": "1", "previous": "1"}
     assert client.get_model_version(NAME, "2").tags["asib.pending"] == ""
-    assert moves.repair(client, NAME) == {"plan": None, "said": []}
+    assert repair(client, NAME) == {"plan": None, "said": []}
 
 
 # looks ---------------------------------------------------------------------------------------------------------------
