@@ -6,6 +6,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
+# modules are compiled once, not by every process of the tests
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test-unit test test-marked coverage lint house lock ui server bench check clean
 
