@@ -1,1 +1,1 @@
-"""What is fast, measured; results with the machine and the versions in results/."""
+"""Speed measurements; results/ holds the numbers with the machine and the versions they were taken on."""

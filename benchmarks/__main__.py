@@ -2,7 +2,7 @@
 
     python -m benchmarks [--quick] [--minutes 20]
 
-Alone on the machine: whatever else runs is measured with it. About `--minutes` on two cores, less on a GPU.
+Run it alone on the machine: anything else that runs is measured too. About `--minutes` on two cores, less on a GPU.
 """
 
 import subprocess
@@ -14,11 +14,11 @@ from benchmarks import harness
 from pipeline.paths import REPOSITORY
 
 STEPS_SHARE = 0.6
-"""Of the minutes that the steps get; epochs, overhead and start take about seven minutes on two cores."""
+"""The steps' share of the minutes; epochs, overhead and start take about seven minutes on two cores."""
 
 
 def run(module: str, *arguments: str) -> bool:
-    """Run a benchmark as a process of its own; whether it came to its end."""
+    """Run a benchmark in its own process; return whether it succeeded."""
     begun = time.perf_counter()
     print(f"\n== {module}", flush=True)
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *arguments], cwd=REPOSITORY, check=False)

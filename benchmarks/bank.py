@@ -1,10 +1,10 @@
-"""What the teacher bank saves a sweep: the same 20 trials over shared teachers with and without it, turn about.
+"""What the teacher bank saves a sweep: the same 20 trials over shared teachers with and without it, alternating.
 
     python -m benchmarks.bank [--rounds 1] [--trials 20] [--images 640] [--workers 1] [--amp] [--epochs 2]
 
-Real sweeps (`steps.sweep`, off line, no pruning) of temperature and weight of distillation: resnet32x4 and wrn_40_2,
-fine-tuned once before, teach resnet20 on synthetic images. Each round begins with an empty bank, whose making is part
-of its time. About 20 minutes on two cores, with nothing else on them. Writes benchmarks/results/bank.json.
+Real sweeps (`steps.sweep`, offline, no pruning) of temperature and weight of distillation: resnet32x4 and wrn_40_2,
+fine-tuned once before, teach resnet20 on synthetic images. Each round begins with an empty bank, and filling it is part
+of its time. About 20 minutes on two cores, with nothing else running. Writes benchmarks/results/bank.json.
 """
 
 import argparse
@@ -39,7 +39,7 @@ objectives:
 
 
 def study(root: Path, common: list[str], options: argparse.Namespace, bank: str) -> dict[str, Any]:
-    """One sweep: seconds of all of it and of each trial, size of its bank, what its trials cost."""
+    """One sweep: seconds in total and per trial, size of its bank, cost of its trials."""
     folder = Path(tempfile.mkdtemp(prefix=f"{bank}-", dir=root))
     seconds = harness.step(
         "sweep",
@@ -65,7 +65,7 @@ def study(root: Path, common: list[str], options: argparse.Namespace, bank: str)
 
 
 def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of both kinds, alternating which is first."""
+    """Rounds of both kinds; which one goes first alternates."""
     (root / "sweep.yaml").write_text(SWEEP)
     data = harness.write_images(root / "data.npz", options.images)
     epochs = f"method.student_epochs_per_stage=[{options.epochs}]"

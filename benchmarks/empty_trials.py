@@ -1,4 +1,4 @@
-"""What a trial costs outside training: many empty ones, claimed and completed by several processes.
+"""What a trial costs outside training: several processes claim and complete many empty ones.
 
     python -m benchmarks.empty_trials [--trials 1000] [--workers 4] [--postgres postgresql://…]
 
@@ -25,9 +25,9 @@ SPACE = {
     "method.ib_beta": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True},
     "method.tau": {"type": "float", "low": 1, "high": 8},
 }
-"""The default sweep's."""
+"""The search space of the default sweep."""
 EDGE = 100
-"""Trials at the beginning, and as many at the end, that show whether the cost grows with the study."""
+"""This many first and last trials are compared, to show whether the cost grows with the study."""
 
 
 def worker(url: str, name: str, start: Any) -> None:

@@ -1,4 +1,4 @@
-"""What an epoch costs beside its networks, against the number of images; and the memory that it takes.
+"""What an epoch costs besides its networks, by the number of images; and how much memory it takes.
 
     python -m benchmarks.epochs [--quick] [--sizes 10000 50000 200000 1000000] [--rounds 3]
 
@@ -44,7 +44,7 @@ class MeanColour(CifarNet):
         self.finish(3, [])
 
     def stem(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W), as it comes."""
+        """The images (B, 3, H, W), unchanged."""
         return x
 
 
@@ -72,20 +72,20 @@ class NullRun:
         self.loop = Loop(self.task, NullJournal(), None, {}, Precision(config.optim, device), device, watch=OneEpoch())
 
     def seconds(self) -> float:
-        """Of the next epoch."""
+        """Seconds of the next epoch."""
         next_epoch(self.loop)
         return self.task.window.seconds
 
 
 def memory_mb() -> float:
-    """The most that this process has had resident."""
+    """The peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(sizes: Sequence[int], rounds: int, batch: int) -> dict[str, Any]:
     """Seconds of each size's epochs, per image relative to 50,000 (or the second size), and memory."""
     device = harness.device()
-    NullRun(random_images(2 * batch), 2 * batch, 1, batch, device).seconds()  # what torch takes the first time
+    NullRun(random_images(2 * batch), 2 * batch, 1, batch, device).seconds()  # warm-up of torch
     before = memory_mb()
     data = random_images(max(sizes))
     runs = {count: NullRun(data, count, rounds + 1, batch, device) for count in sorted(sizes, reverse=True)}
@@ -114,7 +114,7 @@ def measure(sizes: Sequence[int], rounds: int, batch: int) -> dict[str, Any]:
             "peak_above_start_mb": round(peak, 1),
             "ratio": round(peak / held, 4),
             "of": "the sizes' first epochs; resident memory of the process",
-            # every size has its images there, the processor's memory holds them once
+            # every size has its own images on the card; the processor's memory holds them once
             "card_peak_mb": None if on_card is None else round(on_card, 1),
         },
     }

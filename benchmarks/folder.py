@@ -1,10 +1,10 @@
-"""What pictures in folders cost beside the network: an epoch by workers against its parts.
+"""What pictures in folders cost besides the network: an epoch with workers, compared with its parts.
 
     python -m benchmarks.folder [--jpegs <npz>] [--size 64] [--batch 64] [--batches 10] [--rounds 3]
 
 Three measures take turns: the loader alone (decode, crop, flip, resize), the network alone (forward, backward and
-optimiser of timm's resnet18, on images that lie on the device), and both as training has them. `--jpegs`: an npz file
-with `train_jpeg` (all files' bytes) and `train_offsets`; without it smooth noise is written as JPEG
+optimiser of timm's resnet18, on images that lie on the device), and both together, as in training. `--jpegs`: an npz
+file with `train_jpeg` (all files' bytes) and `train_offsets`; without it smooth noise is written as JPEG
 files of ImageNet's usual 500 × 375 pixels. Writes benchmarks/results/folder_<kind>.json.
 """
 
@@ -94,16 +94,16 @@ class Race:
         self.optimizer.step()
 
     def loader(self) -> None:
-        """An epoch of images."""
+        """Load an epoch's images."""
         deque(self._epoch(), maxlen=0)
 
     def network(self) -> None:
-        """As many updates."""
+        """Make as many updates as an epoch has, without loading."""
         for _ in range(len(self.batches)):
             self._update(self.x, self.y)
 
     def both(self) -> None:
-        """An epoch of training."""
+        """Train for an epoch."""
         for batch in self._epoch():
             self._update(batch.x, batch.y)
 

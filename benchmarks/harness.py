@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, what a number was taken on and with, results, steps as processes, images."""
+"""What the benchmarks share: options, description of the machine and versions, results, steps as processes, images."""
 
 import argparse
 import json
@@ -32,11 +32,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rounds": {"type": int, "default": 3},
     "workers": {"type": int, "default": 2, "help": "processes"},
 }
-"""Options that mean the same in several benchmarks."""
+"""Options with the same meaning in several benchmarks."""
 
 
 def parser(doc: str | None, *shared: str) -> argparse.ArgumentParser:
-    """A parser that introduces a module with its docstring and knows the `shared` ones of OPTIONS."""
+    """A parser described by a module's docstring, with the options of OPTIONS that `shared` names."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in shared:
         made.add_argument(f"--{name}", **OPTIONS[name])
@@ -44,7 +44,7 @@ def parser(doc: str | None, *shared: str) -> argparse.ArgumentParser:
 
 
 def device() -> torch.device:
-    """The GPU where there is one."""
+    """The GPU if there is one, else the processor."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -91,7 +91,7 @@ def write(name: str, result: dict[str, Any], output: Path | None) -> None:
 
 
 def step(name: str, *words: str, **environment: str) -> float:
-    """Run a step as a process of its own; its seconds, imports included."""
+    """Run a step in its own process; return its seconds, imports included."""
     begun = time.perf_counter()
     command = [sys.executable, "-m", f"steps.{name}", *words]
     environment = {**os.environ, **environment}
@@ -100,7 +100,7 @@ def step(name: str, *words: str, **environment: str) -> float:
 
 
 def distil(folder: Path, *words: str, **environment: str) -> Path:
-    """Run a distillation below `folder`; the run's own folder."""
+    """Run a distillation below `folder`; return the run's own folder."""
     before = set(folder.glob("*-distill-*"))
     step("distill", f"output_dir={folder}", *words, **environment)
     (made,) = set(folder.glob("*-distill-*")) - before
@@ -108,7 +108,7 @@ def distil(folder: Path, *words: str, **environment: str) -> Path:
 
 
 def write_images(path: Path, count: int) -> Path:
-    """Random images of ten classes, for benchmarks in which what is learned does not matter; 1/10 for testing."""
+    """Random images of ten classes, for benchmarks where what is learned does not matter; 1/10 for testing."""
     rng = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
     for split, n in (("train", count), ("test", count // 10)):

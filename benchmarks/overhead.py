@@ -1,12 +1,12 @@
-"""What evaluation, checkpoints and tracking take of an epoch of 50,000 images (45,000 trained, 5,000 for validation).
+"""What evaluation, checkpoints and tracking add to an epoch of 50,000 images (45,000 trained, 5,000 for validation).
 
     python -m benchmarks.overhead [--quick] [--rounds 3] [--validation 1000]
 
 The two-teacher pair in a tracked run of short epochs: evaluation (scaled to 5,000 images), what checkpoint and journal
-take of the training thread (it copies the state and writes the entries), and the processor time of what goes on beside
+take of the training thread (it copies the state and writes the entries), and the processor time of what runs beside
 it: the checkpoint's writer, a thread, and the delivery to MLflow (SQLite), a process of its own, which take that much
 from training where every core trains. An epoch's training is 45,000 images at the speed measured in the same run. The
-teachers' outputs on the validation images are made once per run and stated apart, and so are the seconds after which a
+teachers' outputs on the validation images, made once per run, are reported separately, as are the seconds after which a
 checkpoint is on disk. Writes benchmarks/results/overhead_<kind>.json.
 """
 

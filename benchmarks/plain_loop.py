@@ -1,10 +1,10 @@
-"""The loop as the research documents write it: what a reader of them would type in, without any of this project's care.
+"""The loop as the research documents write it: what their reader would type, without this project's optimisations.
 
 PIL transforms image by image in a DataLoader with two workers; images alone in channels-last; autocast where asked;
 `.item()` and `float()` of the loss in every step; the A-step runs the student three times on a batch (once for its
 features, twice more in the line of the concave-convex term) and computes penalties whose weight is zero; optimisers as
 torch makes them by default. Teachers and fusion see the mixed images, so that the student's training pass is the query.
-Own code after their description: what was wrong there for the result (docs/method.md, end of page) is left as it is.
+Written from their description: faults that spoil the result (docs/method.md, end of page) are left as they are.
 """
 
 import copy
@@ -128,7 +128,7 @@ class PlainLoop:
         ce = (cw * F.cross_entropy(z_syn, y, label_smoothing=m.label_smoothing, reduction="none")).mean()
         kd = (cw * self._divergence(z_syn, seen.logits, tau).sum(dim=1)).mean()
         ib = m.ib_beta * -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(dim=1).mean()
-        with torch.no_grad():  # as it stands there: is the output a tuple? then run it again for it
+        with torch.no_grad():  # as written there: if the output is a tuple, the network runs again to get it
             again = self.student(x).logits if isinstance(self.student(x), tuple) else self.student(x)
         cccp = m.kd_alpha * self._divergence(z_syn, again.detach(), tau).sum(dim=1).mean()
         penalty = torch.stack([p.pow(2).mean() for p in self.fusion.parameters()]).mean()

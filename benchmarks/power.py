@@ -2,10 +2,10 @@
 
     python -m benchmarks.power
 
-Exact, without simulation. Of n test images the challenger alone has X right, the champion alone Y, both or none the
+Exact, without simulation. Of n test images the challenger alone gets X right, the champion alone Y, both or neither the
 rest: a multinomial whose shares (d + g) / 2 and (d - g) / 2 follow from the disagreement d and the true gain g. The
-number D of images on which they differ is binomial (n, d), X given D is binomial (D, (d + g) / 2d); a challenger passes
-that is ahead with an exact two-sided p of at most the look's level. The other criteria of a gate can only lower it.
+number D of images on which they differ is binomial (n, d), X given D is binomial (D, (d + g) / 2d). A challenger that
+is ahead passes if its exact two-sided p is at most the look's level. The other criteria of a gate can only lower it.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ IMAGES = (500, 2_000, 10_000)
 GAINS = (1, 2, 3, 5)
 """Points of top-1."""
 DISAGREEMENTS = (0.08, 0.15, 0.30)
-"""Shares of images that one of the two alone has right: near copies, usual students, weak or very different ones."""
+"""Shares of images that only one of the two gets right: near copies, usual students, weak or very different ones."""
 LOOKS = (1, 5, 20)
 ALPHA = 0.05
 
@@ -26,7 +26,7 @@ def power(images: int, gain: float, disagreement: float, level: float) -> float:
     """The probability that a challenger that is `gain` points better passes at this level."""
     share = (disagreement + gain / 100) / (2 * disagreement)
     if share > 1:
-        return float("nan")  # who differs on so few images cannot be so much better
+        return float("nan")  # with so few differing images no student can be this much better
     differing = np.arange(images + 1)
     chance = binom.pmf(differing, images, disagreement)
     kept = np.flatnonzero(chance > 1e-12)
@@ -42,7 +42,7 @@ LEVELS = {"alpha not spent": ALPHA} | {f"look {k}": spending.level(ALPHA, k) for
 
 
 def row(images: int, gain: float) -> str:
-    """A line of the table: from the least to the greatest disagreement's power at each level."""
+    """A line of the table: the range of power over the disagreements at each level."""
     cells = []
     for level in LEVELS.values():
         found = [power(images, gain, d, level) for d in DISAGREEMENTS]

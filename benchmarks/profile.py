@@ -100,7 +100,7 @@ def main() -> None:
         closing(Ours(case, images, 2, Path(name), options.ours, window=window)) as ours,
     ):
         for which in case.pair.steps:
-            ours.seconds(which)  # what torch takes the first time
+            ours.seconds(which)  # warm-up of torch
         task = ours.task
         nets: dict[str, nn.Module | None] = {"student": task.student, "fusion": task.fusion}
         nets |= {f"teacher_{k}": t for k, t in enumerate(task.teachers)}

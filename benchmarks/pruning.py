@@ -67,7 +67,7 @@ def study(root: Path, seed: int, pruner: str, trials: int, workers: int) -> dict
 
 
 def _epochs(folder: Path) -> int:
-    """Epochs whose record a trial has left."""
+    """Number of epochs that a trial recorded."""
     entries = [entry.data for entry in read_entries(folder / "journal.jsonl")[0] if entry.kind == "metrics"]
     return len({data["step"] for data in entries if "train/images_per_second" in data["values"]})
 

@@ -17,7 +17,7 @@ PAGE = Path(__file__).resolve().parent / "README.md"
 BEGIN, END = "<!-- results: written by python -m benchmarks.render -->", "<!-- end of results -->"
 PICTURE = "speed.png"
 TARGET = 0.9
-"""Of ours against the limit."""
+"""The targeted ratio of ours to the limit."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -26,7 +26,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def read(name: str, kind: str, folder: Path) -> dict[str, Any] | None:
-    """A benchmark's result on a kind of machine; None where there is none."""
+    """A benchmark's result on a kind of machine; None if it was not measured."""
     path = folder / f"{name}_{kind}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -37,7 +37,7 @@ def spread_text(found: dict[str, Any], digits: int) -> str:
 
 
 def about(result: dict[str, Any]) -> str:
-    """What was measured on, in one line."""
+    """The machine and versions of a result, in one line."""
     machine, versions = result["machine"], result["versions"]
     card = result.get("rates", {}).get("name")
     where = f"{machine['cpu']}, {machine['cores']} cores" + (f", {card}" if card not in (None, "processor") else "")
@@ -79,7 +79,7 @@ def steps(result: dict[str, Any]) -> str:
 
 
 def epochs(result: dict[str, Any]) -> str:
-    """Cost of an epoch against its images."""
+    """Cost of an epoch by its number of images."""
     rows = []
     for epoch in result["epochs"]:
         row = [f"{epoch['images']:,}", spread_text(epoch["seconds"], 2), f"{epoch['images_per_second']:,}"]
@@ -93,7 +93,7 @@ def epochs(result: dict[str, Any]) -> str:
 
 
 def overhead(result: dict[str, Any]) -> str:
-    """What goes on beside training."""
+    """The costs besides training."""
     parts = {
         "training": "training",
         "evaluation": "evaluation",
@@ -115,7 +115,7 @@ def overhead(result: dict[str, Any]) -> str:
 
 
 def startup(result: dict[str, Any]) -> str:
-    """How long people wait."""
+    """How long users wait."""
     rows = [[what.replace("_", " "), spread_text(seconds, 2)] for what, seconds in result["seconds"].items()]
     first = result["training_first_use_seconds"]
     return f"{table(['', 'seconds'], rows)}\nFirst use of a tracking store: training begins after {first:g} s.\n"
@@ -170,7 +170,7 @@ def picture(wanted: Sequence[str], path: Path, folder: Path) -> bool:
 
 
 def placed(readme: str, results: str) -> str:
-    """The page with the results between its markers (at its end, where it has none yet)."""
+    """The page with the results between its markers (appended, if it has no markers yet)."""
     block = f"{BEGIN}\n\n{results.strip()}\n\n{END}"
     if BEGIN not in readme or END not in readme:
         return f"{readme.rstrip()}\n\n{block}\n" if readme.strip() else f"{block}\n"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving [--seconds 60] [--clients 8] [--images 1] [--model models:/<name>@champion]
 
-A real `mlflow models serve`, started as docs/serving.md says; every client has one connection, and sends the next
-request of base64 PNG images when the answer to the last has come and been found right. Without --model a student of the
+A real `mlflow models serve`, started as docs/serving.md says; every client has one connection, and sends its next
+request of base64 PNG images once the last answer has arrived and been checked. Without --model a student of the
 quickstart is trained for two epochs and registered in a store of its own. Uses all cores; writes
 benchmarks/results/serving.json.
 """
@@ -32,7 +32,7 @@ from tests.model_server import ModelServer
 
 NAME = "quickstart"
 BODIES = 64
-"""Different requests, taken in turn."""
+"""Number of different requests, sent in turn."""
 WARM_UP_S = 3.0
 ERRORS_SHOWN = 5
 
@@ -40,7 +40,7 @@ ERRORS_SHOWN = 5
 def client(
     port: int, bodies: list[bytes], expected: list[list[str]], first: int, until: float
 ) -> tuple[list[float], list[str]]:
-    """Ask until the clock says so, beginning with body `first`.
+    """Send requests until time is up, beginning with body `first`.
 
     Args:
         expected: the classes in the answer to each body.

@@ -1,9 +1,9 @@
-"""How long people wait: `--help`, a configuration error, and the moment when training begins.
+"""How long users wait: `--help`, a configuration error, and the moment when training begins.
 
     python -m benchmarks.startup [--quick] [--rounds 3]
 
-Each is a process of its own, as typed at a terminal; training begins when the step says that it is tracked (SQLite),
-directly before its first batch, and is then stopped. Writes benchmarks/results/startup_<kind>.json.
+Each runs in its own process, as typed at a terminal. Training counts as begun when the step says that it is tracked
+(SQLite), directly before its first batch, and is then stopped. Writes benchmarks/results/startup_<kind>.json.
 """
 
 import signal
@@ -30,7 +30,7 @@ ENDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "error_rule": (2, ("cfg=base", "method.num_stages=3", "tracking=offline")),
     "error_missing_data": (2, ("dataset=cifar100", "dataset.root=/nowhere", "tracking=offline")),
 }
-"""Exit code and words of what ends before it trains."""
+"""Exit code and arguments of commands that end before they train."""
 COMMAND = (sys.executable, "-m", "steps.distill")
 LONGEST = 300.0
 
@@ -64,7 +64,7 @@ def until_training(words: tuple[str, ...], folder: Path) -> float:
 
 
 def with_teachers(cfg: str, words: tuple[str, ...], folder: Path) -> tuple[str, ...]:
-    """The words, and checkpoints of untrained teachers: training would else begin with their fine-tuning."""
+    """The arguments plus checkpoints of untrained teachers: otherwise training would begin by fine-tuning them."""
     config = compose(cfg, words)
     data = train.images(config)
     found = []
@@ -76,7 +76,7 @@ def with_teachers(cfg: str, words: tuple[str, ...], folder: Path) -> tuple[str, 
 
 
 def measure(rounds: int, root: Path) -> dict[str, Any]:
-    """Seconds of each, in turn; the first use of a tracking store apart (its tables are made then)."""
+    """Seconds of each, in turn; the first use of a tracking store, which makes its tables, is measured separately."""
     with tempfile.TemporaryDirectory(prefix="asib-startup-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         training = {"training_quickstart": with_teachers("quickstart", (), folder)}

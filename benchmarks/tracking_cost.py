@@ -1,4 +1,4 @@
-"""What tracking over HTTP takes from training: the same distillation off line and on line, turn about.
+"""What tracking over HTTP takes from training: the same distillation offline and online, alternating.
 
     python -m benchmarks.tracking_cost [--rounds 3] [--seconds 10] [--threads 1]
 
@@ -51,17 +51,17 @@ def distil(folder: Path, data: Path, threads: int, *tracking: str) -> dict[str, 
 
 
 def measure(folder: Path, server: str, rounds: int, seconds: float, threads: int) -> dict[str, Any]:
-    """Rounds of both ways; the ratios are of their summed epochs, on line to off line."""
+    """Rounds of both ways; the ratios are of their summed epochs, online to offline."""
     small = distil(folder / "small", harness.write_images(folder / "small.npz", FEW), threads, "tracking=offline")
     speed = statistics.harmonic_mean(small["images_per_second"])
     count = max(FEW, round(speed * seconds / 0.9))  # a tenth is held out
     run = partial(distil, folder / "runs", harness.write_images(folder / "data.npz", count), threads)
     offline = partial(run, "tracking=offline")
-    offline()  # fine-tunes the teachers that the others find
+    offline()  # fine-tunes the teachers that the others reuse
     ways = {"offline": offline, "online": partial(run, "tracking.mode=online", f"tracking.uri={server}")}
     found = interleaved(ways, rounds)
     epochs = {way: [one["epochs"] for one in runs] for way, runs in found.items()}
-    # each epoch's best time over the rounds: what other programs on the machine took is left out as far as it goes
+    # each epoch's best time over the rounds: this leaves out most of what other programs on the machine took
     fastest = {way: sum(map(min, zip(*every, strict=True))) for way, every in epochs.items()}
     return {
         "images": count,

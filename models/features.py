@@ -15,7 +15,7 @@ from models.adapter import DistillationAdapter
 from pipeline.errors import first_line
 
 Pass = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""What `decompose` is."""
+"""The type of `decompose`."""
 
 
 class Features(NamedTuple):
@@ -37,7 +37,7 @@ class FeatureNet(nn.Module):
     Args:
         net: a classifier with timm's `forward_features`, `forward_head(pre_logits=True)`, `get_classifier`.
         adapter_dim: D; None for no adapter.
-        architecture: its name; None: timm's.
+        architecture: the network's name; None: the one that timm gives it.
         small_input: whether its stem is adapted to small images; both travel with checkpoints.
 
     Attributes:
@@ -63,12 +63,12 @@ class FeatureNet(nn.Module):
     def compile_pass(self, graphs: bool = False) -> None:
         """From now on passes go through torch.compile: compiled when they first run, for each mode and shape.
 
-        Not the module but its pass is compiled: counting hooks, copies and state dicts stay as they are.
+        The pass is compiled, not the module: counting hooks, copies and state dicts stay as they are.
 
         Args:
-            graphs: and recorded as CUDA graphs, to be replayed. On a GPU only.
+            graphs: also record it as CUDA graphs, to be replayed. On a GPU only.
         """
-        # each network, mode and shape takes one of the entries of the one code object that is compiled
+        # every network, mode and shape takes an entry in the cache of the one code object that is compiled
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self._pass = kept(torch.compile(decompose, mode="reduce-overhead")) if graphs else torch.compile(decompose)
 
@@ -92,11 +92,11 @@ def decompose(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def kept(replayed: Pass) -> Pass:
-    """A pass whose outputs are the caller's own: the next replay writes over those of a CUDA graph.
+    """A pass whose outputs belong to the caller: a CUDA graph's own are overwritten by its next replay.
 
-    With that, torch's own rule does: a compiled call begins an iteration unless a backward pass is still to come.
-    `torch.compiler.cudagraph_mark_step_begin` is for where it does not, and ends it for the whole process: then each
-    batch of an evaluation has to be marked too, or it is recorded behind the ones before.
+    With copies, torch's own rule suffices: a compiled call begins an iteration unless a backward pass is still to come.
+    `torch.compiler.cudagraph_mark_step_begin` is for other cases, and disables that rule for the whole process: each
+    batch of an evaluation would then have to be marked too, or it would be recorded behind the ones before.
     """
 
     def run(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -142,7 +142,7 @@ def _width(net: nn.Module) -> int:
 
 
 def _grid(net: nn.Module, tokens: int) -> tuple[int, int]:
-    """Rows and columns of the token grid: the patch embedding's, shrunk by pooling stages where there were any."""
+    """Rows and columns of the token grid: the patch embedding's, shrunk by any pooling stages."""
     grid = getattr(getattr(net, "patch_embed", None), "grid_size", None) or (1, 1)
     shrink = math.isqrt(max(1, grid[0] * grid[1] // max(tokens, 1)))
     for h, w in ((grid[0] // shrink, grid[1] // shrink), (math.isqrt(tokens),) * 2):
@@ -165,7 +165,7 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
 
 
 def check_head(net: nn.Module, input_size: tuple[int, int, int]) -> torch.Size:
-    """Make sure that the wrapper's decomposition is the network, on a batch of two.
+    """Check on a batch of two that the wrapper's decomposition computes what the network does.
 
     Args:
         net: a timm classifier.
@@ -175,7 +175,7 @@ def check_head(net: nn.Module, input_size: tuple[int, int, int]) -> torch.Size:
         The shape of feat_4d on that batch, (2, C', h, w).
 
     Raises:
-        ValueError: the network refuses the size, or head(pooled features) is not net(x), or feat_4d cannot be had.
+        ValueError: the network refuses the size, or head(pooled features) is not net(x), or there is no feat_4d.
     """
     name, size = _name(net), "×".join(map(str, input_size))
     weight = next(net.parameters())

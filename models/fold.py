@@ -1,6 +1,6 @@
 """Batch norms of frozen networks folded into the convolutions before them: the same function, fewer passes over memory.
 
-In eval mode a batch norm is an affine map of each channel, and so is what it makes of a convolution's weights:
+In eval mode a batch norm is an affine map of each channel, and so is what folding makes of a convolution's weights:
 w' = w g / sqrt(v + e), b' = (b - m) g / sqrt(v + e) + h for running mean m and variance v, scale g and shift h.
 """
 
@@ -14,17 +14,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.features import FeatureNet, Features, undisturbed
 
 TOLERANCE = 1e-4
-"""How far the folded network's outputs may be from the network's, relative to the largest; float32 rounding is 1e-6."""
+"""Allowed difference between folded and original outputs, relative to the largest; float32 rounding is 1e-6."""
 
 
 def folded(net: FeatureNet, input_size: tuple[int, int, int]) -> FeatureNet:
     """A copy of `net` for eval mode without gradients, its batch norms folded where that changes nothing.
 
-    Where a network uses a convolution's output for more than its batch norm the folded one would be another function:
-    the copy is compared with the network on a batch, and what cannot be folded is left.
+    If a network uses a convolution's output for more than its batch norm, folding would change the function: the copy
+    is compared with the network on a batch, and what cannot be folded is left alone.
 
     Args:
-        net: stays as it is.
+        net: the network, left unchanged.
         input_size: (in_chans, H, W).
     """
     weight = next(net.parameters())
@@ -36,7 +36,7 @@ def folded(net: FeatureNet, input_size: tuple[int, int, int]) -> FeatureNet:
         made = _fold(copy.deepcopy(net), pairs)
         if not _agree(expected, made(x)):
             made = copy.deepcopy(net)
-            for pair in pairs:  # one after the other: those that may not be are left
+            for pair in pairs:  # one by one: those that cannot be folded are left alone
                 tried = _fold(copy.deepcopy(made), [pair])
                 made = tried if _agree(expected, tried(x)) else made
     return made.requires_grad_(False)
@@ -56,10 +56,10 @@ def _fold(net: FeatureNet, pairs: list[tuple[str, str]]) -> FeatureNet:
 
 
 def _pairs(net: FeatureNet, x: Tensor) -> list[tuple[str, str]]:
-    """(convolution, batch norm) by name: the input of the one is the output of the other, which is called once."""
+    """(convolution, batch norm) by name: the convolution's output is the batch norm's input, and it is called once."""
     names = {module: name for name, module in net.named_modules()}
     calls: dict[nn.Module, int] = {}
-    made_by: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept: an id is not used twice then
+    made_by: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept alive, so that no id is reused
     found: list[tuple[nn.Module, nn.Module]] = []
 
     def convolved(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
@@ -87,7 +87,7 @@ def _is_affine(module: nn.Module) -> bool:
 
 
 def _rest(norm: nn.Module) -> nn.Module:
-    """What a batch norm does behind the normalisation: timm's have an activation."""
+    """What a batch norm does after normalising: timm's have an activation."""
     after = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(part, nn.Module)]
     kept = [part for part in after if not isinstance(part, nn.Identity)]
     return nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)

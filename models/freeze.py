@@ -1,4 +1,4 @@
-"""Partial freezing: which parts of a network train, and which normalisation layers stand still.
+"""Partial freezing: which parts of a network train, and which normalisation layers are fixed.
 
 Blocks are the network's own stages as timm declares them, never guessed from names like `layer4`; a policy that
 finds nothing to act on is an error, and a later policy replaces an earlier one completely.
@@ -36,17 +36,17 @@ NORM_MODULES = tuple(
 
 @dataclass(frozen=True)
 class FreezePolicy:
-    """What of a network trains.
+    """Which parts of a network train.
 
     Attributes:
         level: -1 everything · 0 the head · 1 the head and the last block · 2 the head and the last two blocks.
-            The head is the classifier, what lies between it and the pooling, and the distillation adapter.
+            The head is the classifier, everything between it and the pooling, and the distillation adapter.
         freeze_bn: at levels ≥ 0, all normalisation layers of the network stop, in trained blocks and in the head
             too: their statistics (eval mode) and their affine parameters. Without it all of them stay active, in
             frozen blocks too. No effect at level -1, nor on a network without normalisation layers.
-        bn_head_only: normalisation layers and head train, nothing else; takes the place of `level` and `freeze_bn`.
-        scope: "features_classifier": the whole network trains, its adapter does not. Takes the place of the parts
-            that `level` names; `freeze_bn` acts as without it.
+        bn_head_only: normalisation layers and head train, nothing else; replaces `level` and `freeze_bn`.
+        scope: "features_classifier": the whole network trains, its adapter does not. Replaces the parts
+            that `level` names; `freeze_bn` acts as usual.
     """
 
     level: int = -1
@@ -57,7 +57,7 @@ class FreezePolicy:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What a policy holds in one network.
+    """What a policy keeps fixed in one network.
 
     Attributes:
         held: names, in the wrapper, of the normalisation modules that stay in eval mode.
@@ -68,7 +68,7 @@ class Frozen:
     def hold(self, model: nn.Module) -> None:
         """Put the held modules into eval mode; to be called after every `model.train()`.
 
-        Modules are found by name, so a copy works too, and a network after a SyncBatchNorm conversion.
+        Modules are found by name, so this also works on a copy, and after a SyncBatchNorm conversion.
         """
         for name in self.held:
             # Not eval(): a norm-act layer's dropout is no statistic.
@@ -78,7 +78,7 @@ class Frozen:
 def apply(model: FeatureNet, policy: FreezePolicy) -> Frozen:
     """Set `requires_grad` of every parameter of the wrapper by `policy`, whatever was set before.
 
-    Normalisation modules get the wrapper's own mode, those that the policy holds eval mode. Parameters that no
+    Normalisation modules get the wrapper's own mode, or eval mode if the policy holds them. Parameters that no
     longer train lose their gradient, so that no optimiser applies a stale one.
 
     Args:
@@ -87,7 +87,7 @@ def apply(model: FeatureNet, policy: FreezePolicy) -> Frozen:
 
     Raises:
         ValueError: fewer stages than the level needs, unknown stages, no classifier, `bn_head_only`
-            without normalisation layers, nothing left to train. The model is then as it was.
+            without normalisation layers, nothing left to train. The model is then unchanged.
     """
     norms = {f"net.{name}": module for name, module in model.net.named_modules() if _is_norm(module)}
     normal = {id(p) for module in norms.values() for p in module.parameters(recurse=False)}
@@ -114,7 +114,7 @@ def apply(model: FeatureNet, policy: FreezePolicy) -> Frozen:
 
 
 def _trained_parts(model: FeatureNet, policy: FreezePolicy) -> set[str] | None:
-    """Names in the wrapper of what trains apart from normalisation layers; None for everything."""
+    """Names (in the wrapper) of the parameters that train, apart from normalisation layers; None: all."""
     level = 0 if policy.bn_head_only else policy.level
     if policy.scope is not None or level < 0:
         return None
@@ -140,12 +140,12 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _layout(net: Any, name: str) -> tuple[set[str], list[set[str]]]:
-    """Names of the parameters of a timm network's head and stages; what is in neither is the stem.
+    """Names of the parameters of a timm network's head and stages; the rest is the stem.
 
     Stages are the groups of `group_matcher(coarse=True)` between stem and head; a network that has none (PiT,
     MetaFormer, RDNet) is cut at the modules of its `feature_info`. The head is what shares the classifier's
-    top-level module (ConvNeXt's head.norm), and HEAD_PARTS. What else is behind the last stage (Swin's norm,
-    a last convolution) is before the pooling and belongs to the last stage, as timm has it for most networks.
+    top-level module (ConvNeXt's head.norm), and HEAD_PARTS. Anything else after the last stage (Swin's norm,
+    a last convolution) comes before the pooling and belongs to the last stage, as in timm for most networks.
 
     Raises:
         ValueError: no classifier with parameters, or no stages.
@@ -164,13 +164,13 @@ def _layout(net: Any, name: str) -> tuple[set[str], list[set[str]]]:
     if not stages:
         raise ValueError(f"{name} declares no stages (group_matcher, feature_info): it cannot be frozen partially")
     start = min(map(order.index, stages[-1]))
-    # Before the last stage there are only such as all stages share (position tables): these count as stem.
+    # Unmatched ones before the last stage are those that all stages share (position tables): they count as stem.
     stages[-1] |= {key for key in order[start:] if key in unmatched - head}
     return head, stages
 
 
 def _with_own_norms(net: nn.Module, groups: list[set[str]]) -> list[set[str]]:
-    """No group is normalisation alone (VGG's, where each layer is one): it joins its layer; in front, the stem."""
+    """Merge groups of normalisation only (in VGG each layer is a group) into the layer before, or else the stem."""
     norms = {
         f"{key}.{own}" if key else own
         for key, module in net.named_modules()
@@ -195,7 +195,7 @@ def _classifier(net: Any, name: str) -> set[str]:
 
 
 def _timm_groups(net: Any, classifier: set[str]) -> tuple[list[list[str]], set[str], set[str]]:
-    """(timm's coarse groups in order, those parameters that are stem, those that no pattern of timm's matches)."""
+    """(timm's coarse groups in order, the stem's parameters, the parameters that no pattern of timm's matches)."""
     if not hasattr(net, "group_matcher"):
         return [], set(), set()
     try:
@@ -204,7 +204,7 @@ def _timm_groups(net: Any, classifier: set[str]) -> tuple[list[list[str]], set[s
         return [], set(), set()
     groups = list(group_parameters(net, matcher).values())
     keys = [key for group in groups for key in group]
-    if not isinstance(matcher, dict):  # a function: the stem is number 0, what it does not know comes last
+    if not isinstance(matcher, dict):  # a function: the stem is number 0, parameters unknown to it come last
         return groups, set(groups[0]), next(set(group) for group in groups if classifier & set(group))
     stem = [p for part, spec in matcher.items() if part.startswith("stem") for p in _patterns(spec)]
     every = [p for spec in matcher.values() for p in _patterns(spec)]
@@ -221,7 +221,7 @@ def _patterns(spec: Any) -> Iterator[str]:
 
 
 def _cut_at_features(net: Any, keys: list[str], name: str) -> list[set[str]]:
-    """Stages from `feature_info`: each ends with its module, and reaches back to where the one before ends.
+    """Stages from `feature_info`: each ends with its module, and begins where the one before ends.
 
     Args:
         net: the network.
@@ -237,7 +237,7 @@ def _cut_at_features(net: Any, keys: list[str], name: str) -> list[set[str]]:
     for info in getattr(net, "feature_info", None) or ():
         own = [i for i, key in enumerate(keys) if key.startswith(info["module"] + ".")]
         if info["module"] not in modules or (own and own[0] < end):
-            raise ValueError(f"{name}: its feature_info names {info['module']}, which is no stage that can be told")
+            raise ValueError(f"{name}: its feature_info names {info['module']}, which cannot be identified as a stage")
         if own:
             stages.append(set(keys[end if stages else own[0] : own[-1] + 1]))
             end = own[-1] + 1

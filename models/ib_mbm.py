@@ -1,6 +1,6 @@
 """The fusion: information-bottleneck manifold-bridging module (IB-MBM) and the synergy head on top.
 
-The student's feature queries the teachers' features; what comes back is a Gaussian over the fused feature.
+The student's feature queries the teachers' features; the answer is a Gaussian over the fused feature.
 Sub-modules carry the names of the research code, so its `mbm.pth` loads with `strict=True`.
 """
 
@@ -75,7 +75,7 @@ class IBMBM(nn.Module):
         Args:
             q_feat: (B, q_dim) or (B, T, q_dim). With `learnable_q` it is not read and may be None.
             kv_feats: (B, K, F) with kv_dim = F (K tokens) or kv_dim = K·F (one token); (B, F); (B, C, h, w).
-            sample: "auto" draws z in training mode, "always" and "never" decide themselves.
+            sample: "auto" draws z in training mode only, "always" in both modes, "never" in neither.
             eps: standard normal noise of μ's shape to use instead of a draw (under DDP noise is drawn for the
                 global batch and sliced, so that the result does not depend on the number of processes).
 
@@ -168,8 +168,8 @@ class SynergyHead(nn.Module):
     def forward(self, z: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (…, N) of fused features (…, in_dim), before `synergy_logit_scale`.
 
-        `keep` is a 0/1 mask of z's shape that takes the place of the dropout draw (scaled by 1/(1−p)) in
-        training mode, for the same reason as `eps` in the fusion; without effect in eval mode or at p = 0.
+        `keep` is a 0/1 mask of z's shape that replaces the dropout draw (scaled by 1/(1−p)) in training
+        mode, for the same reason as `eps` in the fusion; it has no effect in eval mode or at p = 0.
         """
         norm, act, dropout, linear = self.net
         x = act(norm(z))

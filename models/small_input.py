@@ -11,7 +11,7 @@ from torch import nn
 
 LAST_STAGE = 4  # positions per side that patch networks keep
 
-# Where the entry point of a patch network lives → how much its stages shrink the map behind the stem.
+# Module of a patch network's entry point → how much its stages shrink the map after the stem.
 PATCH_FAMILIES = {
     "timm.models.convnext": 8,
     "timm.models.swin_transformer": 8,
@@ -39,7 +39,7 @@ def patch_arguments(module: str, name: str, image_size: int) -> dict[str, Any]:
         image_size: pixels per side.
 
     Raises:
-        ValueError: no patch size divides `image_size` so.
+        ValueError: no patch size does that for `image_size`.
     """
     shrink = PATCH_FAMILIES[module]
     named = re.search(r"patch(\d+)", name)
@@ -57,7 +57,7 @@ def patch_arguments(module: str, name: str, image_size: int) -> dict[str, Any]:
 
 
 def adapt_conv_stem(net: nn.Module, name: str) -> int:
-    """Stride 1 for the first convolution, no max-pool behind it; in place.
+    """Set the first convolution's stride to 1 and remove the max-pool after it; in place.
 
     `feature_info` of the network is corrected by the same factor.
 
@@ -65,16 +65,16 @@ def adapt_conv_stem(net: nn.Module, name: str) -> int:
         The factor by which feature maps have grown.
 
     Raises:
-        ValueError: the stem is none that this rule knows (its convolution is no 2× one and there is no pool).
+        ValueError: the rule does not cover this stem (its convolution has no stride of 2 and there is no pool).
     """
     factor = 1
     first = next(((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
-        raise ValueError(f"{name} has no convolutional stem; small_input is not known for it, set small_input=false")
+        raise ValueError(f"{name} has no convolutional stem; small_input does not support it, set small_input=false")
     conv = first[1]
     if max(conv.stride) > 2:
         raise ValueError(
-            f"{name} has a patch stem of stride {max(conv.stride)}; small_input is not known for it, "
+            f"{name} has a patch stem of stride {max(conv.stride)}; small_input does not support it, "
             "set small_input=false or choose a ResNet, EfficientNet, ConvNeXt, Swin or ViT"
         )
     if max(conv.stride) == 2:
@@ -82,7 +82,7 @@ def adapt_conv_stem(net: nn.Module, name: str) -> int:
         factor = 2
     factor *= _drop_pool(net, name)
     if factor == 1:
-        raise ValueError(f"{name} has a stem without stride; small_input is not known for it, set small_input=false")
+        raise ValueError(f"{name} has a stem without stride; small_input does not support it, set small_input=false")
     info = getattr(net, "feature_info", None)
     for entry in getattr(info, "info", info) or []:
         if isinstance(entry, dict) and "reduction" in entry:
@@ -91,7 +91,7 @@ def adapt_conv_stem(net: nn.Module, name: str) -> int:
 
 
 def _drop_pool(net: nn.Module, name: str) -> int:
-    """Replace the stem's pool, if there is one, by nothing; the factor by which maps have grown."""
+    """Remove the stem's pool, if there is one; return the factor by which maps have grown."""
     for path in STEM_POOLS:
         parent, _, leaf = path.rpartition(".")
         try:
@@ -99,9 +99,9 @@ def _drop_pool(net: nn.Module, name: str) -> int:
         except AttributeError:
             continue
         if not isinstance(pool, nn.Identity):
-            # A pool may be a Sequential (anti-aliased) with parameters of its own: these cannot go.
+            # A pool may be a Sequential (anti-aliased) with parameters of its own, which cannot be removed.
             if next(pool.parameters(), None) is not None:
-                raise ValueError(f"{name}: its stem pool has weights; small_input is not known for it")
+                raise ValueError(f"{name}: its stem pool has weights; small_input does not support it")
             stem = net.get_submodule(parent)
             setattr(stem, leaf, nn.Identity())
             if hasattr(stem, "pad"):  # BiT pads for its pool in a layer of its own

@@ -24,7 +24,7 @@ def asib_small_input(
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """timm's network `base` with stride 1 in its first convolution and no max-pool behind it.
+    """timm's network `base` with stride 1 in its first convolution and no max-pool after it.
 
     Args:
         pretrained: load the weights that `pretrained_cfg` names: those of an exported folder.

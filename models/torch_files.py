@@ -1,7 +1,7 @@
 """Files of `torch.save`, read without running anything that they name.
 
 Such a file is a pickle beside the bytes of its storages. The pickle is followed here by a machine that makes
-dictionaries, lists, tuples, numbers, strings and descriptions of tensors; whatever else it names (optimisers' and
+dictionaries, lists, tuples, numbers, strings and descriptions of tensors; anything else that it names (optimisers' and
 trainers' classes, numpy's scalars, code) stays a name. Nothing is imported or called, and nothing is allocated that
 the file does not hold: a tensor that is larger than its storage, or an archive that unpacks to more than itself, is
 refused by its description. Only the tensors that were asked for are read.
@@ -27,7 +27,7 @@ MAX_DIRECTORY = 4 * 2**20
 """Bytes of an archive's list of entries; fifty thousand tensors fill it."""
 ZIP = b"PK\x03\x04"
 MAGIC = 0x1950A86A20F9469CFC6C
-"""Begins the files of torch < 1.6, as a pickled number."""
+"""Files of torch < 1.6 begin with this number, pickled."""
 PROTOCOL = 1001
 
 DTYPES = {
@@ -74,7 +74,7 @@ class Opaque(NamedTuple):
 
 
 class Unusable(NamedTuple):
-    """A tensor that cannot be weights, and why."""
+    """A tensor that cannot hold weights, and why."""
 
     why: str
 
@@ -102,7 +102,7 @@ Fetch = Callable[[str], bytearray]
 
 
 def is_torch_file(head: bytes) -> bool:
-    """Whether a file that begins so (32 bytes) was written by torch.save."""
+    """Whether a file with these first 32 bytes was written by torch.save."""
     return head.startswith(ZIP) or (head[:1] == b"\x80" and MAGIC.to_bytes(10, "little") in head)
 
 
@@ -234,14 +234,14 @@ _MADE: dict[str, Callable[[], Any]] = {
 
 
 class _Reader:
-    """Follows one pickle. Its keys that are no strings, and what is done to opaque objects, are dropped."""
+    """Follows one pickle; drops keys that are not strings, and whatever is done to opaque objects."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[Any, Any] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.counts: dict[str, int] = {}
-        """Of each storage that was named."""
+        """Number of elements of each storage that was named."""
 
     def bytes_of(self, key: str) -> int:
         return self.counts[key] * self.dtypes[key].itemsize
@@ -326,7 +326,7 @@ class _Reader:
         return items[::-1]
 
     def storage(self, told: Any) -> Any:
-        """The storage that a persistent id tells of: ("storage", type, key, place, count[, (key, first, count)])."""
+        """The storage that a persistent id describes: ("storage", type, key, place, count[, (key, first, count)])."""
         if not (isinstance(told, tuple) and len(told) >= 5 and told[0] == "storage"):
             return Opaque("reference")
         kind, key, count = told[1], told[2], told[4]
@@ -367,7 +367,7 @@ class _Reader:
 
 
 def _with(target: dict[str, Any], items: list[Any]) -> dict[str, Any]:
-    """A dictionary with keys and values in turns; keys that are no strings are left out."""
+    """A dictionary from alternating keys and values; keys that are not strings are left out."""
     for key, value in zip(items[::2], items[1::2], strict=True):
         if isinstance(key, str):
             target[key] = value

@@ -35,12 +35,12 @@ RECORDED: dict[str, tuple[Any, str]] = {
     "mean": ((int, float), "numbers"),
     "std": ((int, float), "numbers"),
 }
-"""Of the metadata, what others' code relies on."""
-PREFIXES = ("module.", "backbone.", "net.", "model.", "_orig_mod.")  # what wrappers put before the names
+"""Metadata that code relies on, with the types it must have."""
+PREFIXES = ("module.", "backbone.", "net.", "model.", "_orig_mod.")  # prefixes that wrappers add to names
 
 
 def save_weights(model: FeatureNet, path: str | Path, metadata: Mapping[str, Any]) -> None:
-    """Write a network as safetensors, atomically: after a crash there is the old file, or the new one, whole.
+    """Write a network as safetensors, atomically: after a crash there is either the old file or the whole new one.
 
     Args:
         model: the wrapper; its adapter is saved with it.
@@ -74,7 +74,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """The record that `save_weights` wrote; empty for files of other code bases.
 
     Raises:
-        ValueError: no such file, not readable as safetensors, a record that cannot be.
+        ValueError: no such file, not readable as safetensors, an invalid record.
     """
     path = Path(path)
     if not path.is_file():
@@ -91,12 +91,12 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     for key, (kind, words) in RECORDED.items():
         value = record.get(key, [])
         if not (isinstance(value, list) and all(isinstance(v, kind) for v in value)):
-            raise ValueError(f"{path}: its record of {key} is {_short(value)}, no list of {words}")
+            raise ValueError(f"{path}: its record of {key} is {_short(value)}, not a list of {words}")
     return record
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its content; by its name where the content is cut off. ValueError: it is neither that nor torch.save's."""
+    """Decide by content, or by name if the content is cut off. Raises ValueError: neither that nor torch.save's."""
     with path.open("rb") as file:
         head, size = file.read(32), os.fstat(file.fileno()).st_size
     if torch_files.is_torch_file(head):
@@ -106,7 +106,7 @@ def _is_safetensors(path: Path) -> bool:
         raise ValueError(f"{path} cannot be read: the names of its tensors alone take {length >> 20} MB")
     if path.suffix == ".safetensors" or (head[8:9] == b"{" and length <= size):
         return True
-    raise ValueError(f"{path} cannot be read: it is no file of torch.save or safetensors, it begins with {head[:12]!r}")
+    raise ValueError(f"{path} cannot be read: it is not a torch.save or safetensors file, it begins with {head[:12]!r}")
 
 
 def load_weights(
@@ -125,9 +125,9 @@ def load_weights(
         model: the wrapper to fill; left as it was when an error is raised.
         path: the file.
         expect: values that the file's metadata must have where it records them; `num_classes`, `architecture` and
-            `small_input` are expected as the model has them unless given.
-        classes: names, in the order of the logits that the model is to have. Where the file records the same ones in
-            another order, the classifier's rows are put in this one.
+            `small_input` default to the model's own.
+        classes: names, in the order of the logits that the model is to have. If the file records the same ones in
+            another order, the classifier's rows are reordered to this one.
 
     Returns:
         The metadata record; empty for files of other code bases.
@@ -155,7 +155,7 @@ def load_weights(
                 f"{path}: {key} is {_short(found[key])} in the checkpoint, {_short(value)} here; "
                 "choose the matching checkpoint or configuration"
             )
-    state = checked(model.net, state, f"{path} is no checkpoint of {model.architecture}")
+    state = checked(model.net, state, f"{path} is not a checkpoint of {model.architecture}")
     if classes is not None and "classes" in record:
         _reorder(model, state, record["classes"], list(classes), path)
     if adapter and model.distillation_adapter is not None:
@@ -165,7 +165,7 @@ def load_weights(
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over sorted state-dict names, dtypes, shapes and bytes; the memory format has no part in it."""
+    """SHA-256 over sorted state-dict names, dtypes, shapes and bytes; independent of the memory format."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         tensor = value.detach().cpu().contiguous()
@@ -193,7 +193,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 class Refused(ValueError):
-    """A file that can be read, and holds no weights; the text names it."""
+    """The file can be read but holds no weights; the message names it."""
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, torch_files.Strided]:
@@ -205,19 +205,19 @@ def _state_dict(content: Any, path: Path) -> dict[str, torch_files.Strided]:
             break
         content = inner[0]
     if isinstance(content, torch_files.Opaque):
-        raise Refused(f"{path} holds an object ({_name(content.what)}), no state dict; save its state_dict() alone")
+        raise Refused(f"{path} holds an object ({_name(content.what)}), not a state dict; save its state_dict() alone")
     if not isinstance(content, dict) or not content:
         raise Refused(f"{path} holds no state dict, neither at its top nor under {', '.join(NESTED)}")
     for name, value in content.items():
         if isinstance(value, torch_files.Unusable):
             raise Refused(f"{path}: {_name(name)} is {value.why}; weights are plain tensors")
         if not isinstance(value, torch_files.Strided):
-            raise Refused(f"{path} holds no state dict: {_name(name)} is no tensor")
+            raise Refused(f"{path} holds no state dict: {_name(name)} is not a tensor")
     return content
 
 
 def _strip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Take off prefixes that all names (the adapter's apart) share."""
+    """Remove prefixes that all names share (apart from the adapter's)."""
     while True:
         names = [k for k in state if not k.startswith(ADAPTER)]
         prefix = next((p for p in PREFIXES if names and all(k.startswith(p) for k in names)), None)
@@ -253,7 +253,7 @@ def _classifier(model: FeatureNet) -> str:
 
 
 def _count_classes(model: FeatureNet, state: Mapping[str, torch.Tensor], default: Any) -> Any:
-    """Classes of a state dict, read off the classifier's weight; `default` where it is not found."""
+    """Number of classes of a state dict, read off the classifier's weight; `default` if it has none."""
     weight = state.get(f"{_classifier(model)}.weight")
     return default if weight is None or weight.dim() == 0 else weight.shape[0]
 

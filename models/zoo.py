@@ -20,7 +20,7 @@ from models.small_input import LAST_STAGE, adapt_conv_stem, is_patch_family, pat
 from pipeline.errors import first_line
 
 ANSWER_S = 5.0
-"""How long the hub of timm's weights may take to say that it is there."""
+"""Seconds that the hub of timm's weights has to respond."""
 SMALL_IMAGE = 64  # up to this size `small_input` is the default
 
 # Names of the research code and of the KD tables that timm does not know, or knows without weights.
@@ -44,7 +44,7 @@ ALIASES = {
     "ResNet18": "cifar_resnet18",
     "ResNet50": "cifar_resnet50",
 }
-# The research code told roles and initialisation in the name; here they are arguments.
+# The research code put roles and initialisation into the name; here they are arguments.
 ROLES = ("_pretrain_student", "_pretrain_teacher", "_pretrain", "_pretrained", "_scratch", "_student", "_teacher")
 
 
@@ -63,7 +63,7 @@ def resolve(name: str) -> str:
             return candidate
     known = [*timm.list_models(), *ALIASES]
     near = difflib.get_close_matches(base, known, n=4, cutoff=0.6)
-    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists what there is"
+    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all names"
     raise ValueError(f"unknown model {name!r}; {hint}")
 
 
@@ -91,7 +91,7 @@ def create_model(
     Args:
         name: a timm name, a `cifar_*` name, or an alias (`resolve`).
         num_classes: N.
-        pretrained: take timm's weights (ImageNet), the classifier replaced.
+        pretrained: take timm's weights (ImageNet) and replace the classifier.
         small_input: adapt the stem to small images; None: when `image_size` ≤ 64. The CIFAR networks are made for
             32 pixels: it changes nothing there and is recorded as true.
         image_size: pixels per side.
@@ -100,7 +100,7 @@ def create_model(
         adapter_dim: width D of the distillation adapter; None for none.
 
     Raises:
-        ValueError: unknown name, no stem adaptation known, weights not to be had, a network whose head is not one
+        ValueError: unknown name, no stem adaptation known, weights not available, a network whose head is not one
             linear layer on pooled features.
     """
     full = resolve(name)
@@ -125,7 +125,7 @@ def create_model(
     if patch and min(shape[2:]) < LAST_STAGE:  # a member of the family with another kind of stem
         raise ValueError(
             f"{full}: its last stage stays {shape[2]}×{shape[3]} at image size {image_size}; "
-            "small_input is not known for its stem, set small_input=false"
+            "small_input does not support its stem, set small_input=false"
         )
     return FeatureNet(net, adapter_dim, full, small)
 
@@ -143,7 +143,7 @@ def _build(full: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     except TypeError as error:
         raise ValueError(f"{full} does not take {', '.join(sorted(kwargs))}: {error}") from error
     except Exception as error:
-        # Whatever the hub, the cache or the network throws: without the weights there is no model.
+        # The hub, the cache or the network may raise anything: without the weights there is no model.
         if not pretrained:
             raise ValueError(f"{full} cannot be built with {kwargs}: {first_line(error)}") from error
         raise ValueError(
@@ -155,7 +155,7 @@ def _build(full: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
 
 @contextmanager
 def _answering_hub() -> Iterator[None]:
-    """Where the hub of the weights does not answer, its client looks into the cache alone: it would ask for minutes.
+    """If the hub of the weights does not answer, let its client use the cache only: it would retry for minutes.
 
     Raises:
         ConnectionError: they are not in the cache either.
@@ -168,7 +168,7 @@ def _answering_hub() -> Iterator[None]:
     if not offline:
         try:
             get_session().head(constants.ENDPOINT, timeout=ANSWER_S)
-        except Exception as error:  # the client's library, and so its errors, are others in other versions
+        except Exception as error:  # the client's HTTP library, and so its errors, depends on the version
             silent = error
     constants.HF_HUB_OFFLINE = offline or silent is not None  # what the environment variable sets, in 0.20 to 2.4
     try:
@@ -182,7 +182,7 @@ def _answering_hub() -> Iterator[None]:
 
 
 def _with_resampled_stem(full: str, kwargs: dict[str, Any]) -> nn.Module:
-    """Pretrained weights under a smaller patch stem, where timm does not resample by itself (ConvNeXt).
+    """Load pretrained weights under a smaller patch stem, where timm does not resample by itself (ConvNeXt).
 
     The patch kernel is resampled as in FlexiViT (Beyer et al. 2023), everything else is taken as it is.
     """

@@ -23,7 +23,7 @@ MARKS = {True: "ok  ", False: "FAIL", None: "note"}
 
 
 class Finding(NamedTuple):
-    """One line; `good` is None for what is worth knowing but stops no run."""
+    """One line; `good` is None for what is worth knowing but does not stop a run."""
 
     good: bool | None
     topic: str
@@ -97,7 +97,7 @@ def _tracking(config: Config) -> Iterator[Finding]:
     uri = tracking_uri(config)
     with tempfile.TemporaryDirectory() as folder:
         delivery = start.start_delivery(Path(folder), uri=uri, adopt="")
-        delivery.wait_connected(timeout=120)  # it answers, and its schema is there
+        delivery.wait_connected(timeout=120)  # it answers, and its schema exists
         delivery.finish(0.0)
     yield Finding(True, "tracking", f"{uri} answers; experiment {config.tracking.experiment!r}")
 

@@ -1,22 +1,22 @@
-"""Errors for people: one line that says what is wrong, which key, and what to do about it."""
+"""Errors for users: one line that says what is wrong, which key, and what to do about it."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error of a library, or its name where it says nothing."""
+    """The first line of a library's error message, or the error's name if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 class UserError(Exception):
-    """Something the user can mend. Steps print it as one line and exit with code 2, without a traceback."""
+    """Something the user can fix. Steps print it as one line and exit with code 2, without a traceback."""
 
 
 class NotThere(UserError):
-    """What was asked of the tracking server is not there, or cannot be read."""
+    """What was requested from the tracking server does not exist or cannot be read."""
 
 
 class HelperFailed(UserError):
-    """A helper process of this one has ended; nothing was wrong with what the user gave. Exit code 1."""
+    """A helper process of this one has ended; the user's input was not at fault. Exit code 1."""
 
 
 class Interrupted(BaseException):
@@ -40,4 +40,4 @@ class NonFinite(Exception):
 
 
 class Taken(Exception):
-    """Another worker has taken this trial over: nothing more of it may be written here."""
+    """Another worker has taken over this trial: nothing more of it may be written here."""

@@ -1,6 +1,6 @@
-"""Other people's words inside our files: a name is text in a spreadsheet and in Markdown, never a formula or a picture.
+"""Other people's text inside our files: a name is text in a spreadsheet and in Markdown, never a formula or a picture.
 
-Needs the standard library only. In HTML it is `html.escape`.
+Needs the standard library only. For HTML, use `html.escape`.
 """
 
 import re
@@ -10,9 +10,9 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?%?|[+-]?(inf|nan)", 
 
 
 def cell(value: Any) -> Any:
-    """A value for a CSV: a text that a spreadsheet would take for a formula gets a quotation mark in front.
+    """A value for a CSV: a text that a spreadsheet would take for a formula is prefixed with a quotation mark.
 
-    Numbers, also those written as text, stay what they are.
+    Numbers, including those written as text, are unchanged.
 
     Example:
         >>> [cell(v) for v in ("=1+1", "-1.5", -1.5, "cat", "@x", "+44 20")]
@@ -24,17 +24,17 @@ def cell(value: Any) -> Any:
 
 
 _STARTS = "=+-@\t\r\n＝＋－＠"
-"""With the wide forms, which some spreadsheets read alike."""
+"""Includes the full-width forms, which some spreadsheets treat alike."""
 
 
-_KEPT = r"\[[-+\d., ]*\](?![\[(:])"  # an interval or a list of numbers leads nowhere
+_KEPT = r"\[[-+\d., ]*\](?![\[(:])"  # an interval or a list of numbers is harmless
 _MARKUP = re.compile(rf"({_KEPT})|(&|<|\[|\]|\||`|\\|\*|@(?=[\w-]+\.\w)|:(?=//)|(?<=\bwww)\.)", re.IGNORECASE)
 
 
 def markdown(text: str) -> str:
-    """A name as text in a line or a table of Markdown: no HTML, link, picture, code, nor a second line.
+    """A name as text in a line or a table of Markdown: no HTML, link, picture, code or second line.
 
-    Entities, not backslashes: every dialect reads them alike.
+    It uses entities, not backslashes: every dialect reads them alike.
 
     Example:
         >>> markdown("![x](http://a.b/c.png)")

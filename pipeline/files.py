@@ -23,16 +23,16 @@ from pipeline.errors import UserError
 
 logger = logging.getLogger("asib")
 PART = ".part"
-"""Suffix of a file that is still being written; a leading dot and a process id make its name unmistakable."""
+"""Suffix of a file that is still being written; a leading dot and a process id make its name unique."""
 POLL_S = 0.05
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-"""Errors of a disk that takes no more data."""
+"""Errors of a disk that accepts no more data."""
 
 
 def write_atomically(path: Path, content: bytes | str, key: str = "output_dir") -> None:
     """Write, sync and rename: after a crash there is the old file or the new one, whole.
 
-    The file's folder must exist: one that was removed meanwhile must not come back half filled. Raises UserError, which
+    The file's folder must exist: one that was removed meanwhile must not reappear half filled. Raises UserError, which
     names the `key` that sets the place: the disk is full, or the file may not be written; the temporary file is gone.
     """
     data = content.encode() if isinstance(content, str) else content
@@ -53,7 +53,7 @@ def replacing(path: Path, key: str = "output_dir", size: int | None = None) -> I
             mode = os.fstat(fd).st_mode & 0o777
             os.close(fd)
             yield temporary
-            if temporary.stat().st_mode & 0o777 != mode:  # a writer that puts a file of its own there
+            if temporary.stat().st_mode & 0o777 != mode:  # the writer replaces the file with its own
                 temporary.chmod(mode)
             sync(temporary)
             os.replace(temporary, path)
@@ -66,9 +66,9 @@ def replacing(path: Path, key: str = "output_dir", size: int | None = None) -> I
 
 @contextmanager
 def explained(path: Path, key: str = "output_dir", size: int | None = None) -> Iterator[None]:
-    """Turn an OSError of writing `path` into a one-line UserError with its size, the free space and the key to change.
+    """Turn an OSError from writing `path` into a one-line UserError with its size, the free space, the key to change.
 
-    This includes exceptions of libraries not written in Python, which say «(os error 28)».
+    This includes exceptions from libraries that are not written in Python, which say «(os error 28)».
     """
     try:
         yield
@@ -127,7 +127,7 @@ def sync(path: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what killed writers left; nobody may be writing in `folder`."""
+    """Remove what killed writers left behind; nobody may be writing in `folder`."""
     for part in folder.glob(f".*{PART}"):
         part.unlink(missing_ok=True)
 
@@ -138,7 +138,7 @@ def remove_parts(folder: Path) -> None:
 def acquire(path: Path, *, shared: bool = False, patience: float | None = None) -> int | None:
     """Lock a file, created if missing and never replaced; the lock ends with `release` or with the process.
 
-    The package `filelock` would not do: here forked workers keep the lock of a killed trainer, readers share it, its
+    The package `filelock` falls short: here forked workers keep the lock of a killed trainer, readers share it, its
     descriptor passes from one journal to the next, and a file that was removed while we waited does not count.
 
     Args:
@@ -169,11 +169,11 @@ def acquire(path: Path, *, shared: bool = False, patience: float | None = None) 
             raise
         if _is(fd, path):
             return fd
-        os.close(fd)  # removed meanwhile, perhaps with its folder: a lock on it excludes nobody
+        os.close(fd)  # the file was removed meanwhile, perhaps with its folder: a lock on it excludes nobody
 
 
 def release(fd: int) -> None:
-    """Free the lock, also where forked processes have inherited the descriptor."""
+    """Free the lock, even if forked processes have inherited the descriptor."""
     fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
@@ -190,7 +190,7 @@ def locked(path: Path, *, shared: bool = False, patience: float | None = None) -
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process on this machine holds the lock exclusively; nobody holds that of a missing file."""
+    """Whether a process on this machine holds the lock exclusively; a missing file is not locked."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -231,5 +231,5 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 @lru_cache(maxsize=1000)
 def warn_once(line: str) -> None:
-    """Warn once about a file of another run, however often all of them are read."""
+    """Warn only once about a file of another run, however often the runs are read."""
     logger.warning("%s", line)

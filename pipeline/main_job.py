@@ -43,7 +43,7 @@ def main(run: Run) -> float | None:
 
 
 def _evaluate_distilled(run: Run) -> float | None:
-    # late: training alone needs neither pandas nor scikit-learn
+    # imported late: training alone needs neither pandas nor scikit-learn
     from pipeline.evaluate.evaluate import evaluate
     from pipeline.evaluate.request import Request
 
@@ -55,7 +55,7 @@ def _evaluate_distilled(run: Run) -> float | None:
 
 
 def _nested(parent: Run, step: str, key: str, config: Config, job: Callable[[Run], float | None]) -> dict[str, float]:
-    """Run a job as a nested run, unless an earlier, interrupted start has finished it; its results."""
+    """Run a job as a nested run, unless it finished before an interruption; return its results."""
     done = parent.finished_child(key)
     if done is None:
         run = opening.child(parent, step, key, config)

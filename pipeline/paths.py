@@ -1,5 +1,5 @@
-"""Names of files: what others wrote down is a name inside a known folder, what the user gives is a usable path, or
-it is refused.
+"""Names of files: others' names must lie inside a known folder, and the user's paths must be usable; anything else
+is refused.
 """
 
 import errno
@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 from pipeline.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-"""The checkout that runs: conf/ lies there, and the sources that identify a result."""
+"""The running checkout: it holds conf/, and the sources that identify a result."""
 
 
 def inside(folder: Path, name: object) -> Path:
-    """The file of `folder` that `name` means, where `name` comes from JSON, YAML or a server.
+    """The file of `folder` that `name` refers to, where `name` comes from JSON, YAML or a server.
 
     The file need not exist. Symbolic links are followed: one that leads out of the folder is refused too.
 
@@ -22,13 +22,13 @@ def inside(folder: Path, name: object) -> Path:
         name: a relative POSIX path, such as `checkpoints/slot0.safetensors`.
 
     Raises:
-        UserError: `name` is no text, empty, absolute, holds `..` or a NUL, or leads out of the folder.
+        UserError: `name` is not a text, is empty, absolute, holds `..` or a NUL, or leads out of the folder.
 
     Example:
         >>> inside(Path("/runs/1"), "checkpoints/manifest.json").as_posix()
         '/runs/1/checkpoints/manifest.json'
     """
-    refusal = UserError(f"{folder}: a file there names {name!r:.200}, which is no file inside this folder; refused")
+    refusal = UserError(f"{folder}: a file there names {name!r:.200}, which is not a file inside this folder; refused")
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         raise refusal
     pure = PurePosixPath(name)
@@ -38,7 +38,7 @@ def inside(folder: Path, name: object) -> Path:
     try:
         if _leads_out(path, folder):
             raise refusal
-    except (OSError, ValueError):  # a name the file system does not take
+    except (OSError, ValueError):  # a name that the file system does not accept
         raise refusal from None
     return path
 
@@ -48,9 +48,9 @@ def _leads_out(path: Path, folder: Path) -> bool:
 
 
 def tree_inside(folder: Path, name: object) -> Path:
-    """The same for a file or folder that is to be sent: nothing below it leads out of `folder` either.
+    """As `inside`, for a file or folder that is to be sent: nothing below it leads out of `folder` either.
 
-    Raises UserError: as `inside`; or something there is neither a file nor a folder: a pipe would be read for ever.
+    Raises UserError: as `inside`; or something there is neither a file nor a folder (a pipe would be read forever).
     """
     path = inside(folder, name)
     below = [Path(top, one) for top, folders, files in os.walk(path) for one in (*folders, *files)]
@@ -67,7 +67,7 @@ LONGEST_NAME = 255
 def user_path(given: str, key: str) -> Path:
     """The file or folder that the user names under `key`, with `~` expanded; it need not exist.
 
-    What is there can be looked at: `exists`, `is_file` and `is_dir` of the path do not raise.
+    The path can be inspected: its `exists`, `is_file` and `is_dir` do not raise.
 
     Raises:
         UserError: `given` is empty, is not UTF-8, holds a NUL, is too long for the file system, names the home of an
@@ -84,7 +84,7 @@ def user_path(given: str, key: str) -> Path:
     if not given.strip():
         raise refuse("the path is empty; give a file or folder")
     if "\0" in given:
-        raise refuse("a path holds no NUL character; give another one")
+        raise refuse("a path cannot hold a NUL character; give another one")
     if not is_utf8(given):
         raise refuse("this name is not valid UTF-8; rename the file or folder")
     try:
@@ -100,7 +100,7 @@ def user_path(given: str, key: str) -> Path:
         dangling = next((p for p in (path, *path.parents) if p.is_symlink() and not os.path.exists(p)), None)
         if dangling is not None:
             target = printable(os.readlink(dangling))
-            raise refuse(f"{dangling} is a link to {target}, which is not there; mend or remove the link") from None
+            raise refuse(f"{dangling} is a link to {target}, which is not there; repair or remove the link") from None
     except OSError as error:
         reasons = {
             errno.ELOOP: "its links lead in a circle; name the file or folder itself",
@@ -121,12 +121,12 @@ def is_utf8(text: str) -> bool:
 
 
 def is_plain(text: str) -> bool:
-    """Whether records and names can hold it: UTF-8, and no control characters but spaces and line breaks."""
+    """Whether records and names can hold it: UTF-8, and no control characters except tabs and line breaks."""
     return is_utf8(text) and not any(c < " " and c not in "\t\n\r" for c in text)
 
 
 def printable(text: str, length: int = 200) -> str:
-    """The text on one line of a message: what cannot be printed is escaped, what is too long is cut.
+    """The text on one line of a message: unprintable characters are escaped, long texts are cut.
 
     Example:
         >>> printable("caf\\udce9\\n")

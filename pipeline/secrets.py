@@ -1,4 +1,4 @@
-"""Recognise secrets by their name or shape, and mask them in texts. Needs the standard library only.
+"""Recognise secrets by their name or shape, and mask them in text. Needs the standard library only.
 
 A masked value reads `***`. False alarms are cheap (a masked line still says which key it was), a miss is not.
 """
@@ -29,7 +29,7 @@ _HARMLESS = re.compile(
 )
 
 
-@lru_cache(maxsize=4096)  # asked of the whole environment for every line of a record
+@lru_cache(maxsize=4096)  # called for the whole environment on every line of a record
 def looks_secret(name: str) -> bool:
     """Whether a value of this name (an environment variable, a key of a file) is likely to be a secret.
 
@@ -114,7 +114,7 @@ _BEGIN, _END = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"), re.compile(r"-----E
 def mask_lines(text: str) -> str:
     """Mask everything that looks like a secret in a text of many lines, such as a diff.
 
-    Masked: values assigned to secret-looking names (to the end of the line where they are not in quotation marks),
+    Masked: values assigned to secret-looking names (to the end of the line if they are not in quotation marks),
     well-known shapes of tokens, private keys, passwords in URLs, and values of secret-looking environment variables.
     The number of lines is unchanged.
     """

@@ -16,7 +16,7 @@ DATABASES = ("postgresql", "mysql", "mssql")
 FORMS = "sqlite:///<file>, http(s)://<server>, or tracking=offline"
 MLFLOWS = {"experiments", "runs", "metrics", "params"}
 PROBE_S = 2.0
-"""How long a look into a SQLite file waits for a writer; later use waits longer, and says so."""
+"""How long a first look into a SQLite file waits for a writer; later use waits longer, and says so."""
 
 
 def tracking(uri: str, key: str = "tracking.uri") -> str:
@@ -40,7 +40,7 @@ def tracking(uri: str, key: str = "tracking.uri") -> str:
     if uri.startswith(SQLITE):
         file = sqlite(uri, key)
         found = tables(sqlite_path(file)) or set()
-        if found and not found & MLFLOWS:  # not all of them: a migration takes one away for a moment
+        if found and not found & MLFLOWS:  # not all of them: a migration removes one briefly
             owner = "a study's (storage=)" if "studies" in found else "another program's"
             raise refuse(f"this is {owner} database, not MLflow's; name another file")
         return file
@@ -55,9 +55,11 @@ def tracking(uri: str, key: str = "tracking.uri") -> str:
         parts = urlsplit(uri)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise refuse(f"no valid address ({str(error)[:80]}); give such as https://mlflow.example.org:5000") from None
+        raise refuse(
+            f"not a valid address ({str(error)[:80]}); give for example https://mlflow.example.org:5000"
+        ) from None
     if "://" not in uri or not (host or (parts.path.strip("/") and scheme not in ("http", "https"))):
-        raise refuse("the address names no server; give such as https://mlflow.example.org:5000")
+        raise refuse("the address names no server; give for example https://mlflow.example.org:5000")
     if scheme in ("http", "https") and parts.fragment:
         raise refuse(f"this is a page of the server; give its address alone, {uri.partition('#')[0]}")
     if scheme not in ("http", "https") and not parts.path.strip("/"):
@@ -84,13 +86,13 @@ def sqlite(url: str, key: str) -> str:
         if not _allowed(above, os.W_OK | os.X_OK):
             raise refuse(f"cannot make a file in {above} (permission denied, or read-only); name another folder")
     elif not file.is_file():
-        raise refuse("this is no ordinary file; name another")
+        raise refuse("this is not a regular file; name another")
     elif not _allowed(file, os.R_OK | os.W_OK):
         raise refuse("the database cannot be read and written (permission denied, or read-only); ask its owner")
     elif not _allowed(file.parent, os.W_OK | os.X_OK):
         raise refuse(f"SQLite has to write beside it, and {file.parent} does not allow that; ask its owner")
     elif tables(file) is None:
-        raise refuse("the file is no SQLite database; name another")
+        raise refuse("the file is not a SQLite database; name another")
     return f"{SQLITE}{file}{mark}{query}"
 
 
@@ -104,9 +106,9 @@ def sqlite_path(url: str) -> Path:
 
 
 def hidden(url: str) -> str:
-    """The URL without passwords, also where one with / or @ makes it unparsable.
+    """The URL without passwords, even if one with / or @ makes it unparsable.
 
-    SQLAlchemy's own `render_as_string` takes 0.6 s to import, and shows what follows an @ in a password.
+    SQLAlchemy's own `render_as_string` takes 0.6 s to import, and shows the part of a password after an @.
     """
     return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url))
 

@@ -13,7 +13,7 @@ from benchmarks.steps.cases import PAIRS, Case, cases, real_images
 from benchmarks.steps.measure import measure
 
 SHARE = 0.6
-"""Of a case's time that is left for its rounds: networks, trials of the limit and MLflow's start take the rest."""
+"""The rounds' share of a case's time: networks, trials of the limit and MLflow's start take the rest."""
 WEIGHTS = {"fp32": 1.5, "bf16": 1.0}
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("asib").setLevel(logging.WARNING)
     gpu = harness.device().type == "cuda"
-    # the large batch takes minutes on a processor: there in bf16 alone
+    # the large batch takes minutes on a processor, so there it runs in bf16 only
     large = [p for p in options.precisions if (p == "bf16" or gpu) and not options.quick]
     todo = cases(options.pairs, options.precisions, large)
     rounds = options.rounds or (2 if options.quick else 5 if gpu else 3)
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _weight(case: Case) -> float:
-    """How much of the time a case gets: slower ones more, so that all have rounds of more than a batch or two."""
+    """A case's weight in sharing out the time: slower ones get more, so that a round has more than a batch or two."""
     slow = 3.0 if "resnet50" in case.pair.name else 1.5 if case.batch > 64 else 1.0
     return slow * WEIGHTS[case.precision]
 

@@ -14,7 +14,7 @@ from pipeline.training import costs
 def rates(device: torch.device) -> dict[str, Any]:
     """10¹² operations a second (float32 as torch is set, bfloat16) in matrix products and convolutions; GB/s of a copy.
 
-    `dense`, the faster of the two, is what shares are taken of: torch's float32 product (MKL) is less than half as fast
+    Shares are taken of `dense`, the faster of the two: torch's float32 product (MKL) is less than half as fast
     on an AMD processor as its convolutions (oneDNN), so a share of the product's rate alone would exceed 1.
     """
     gpu = device.type == "cuda"
@@ -45,7 +45,7 @@ def _conv(channels: int, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _seconds(act: Callable[[], object]) -> float:
-    """Of one call: the median over half a second."""
+    """Seconds of one call: the median over half a second."""
     timer = Timer("act()", globals={"act": act}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=0.5).median)
 

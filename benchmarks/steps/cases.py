@@ -58,7 +58,7 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of autocast; None: off."""
+        """The type that autocast uses; None: off."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
     def config(self, folder: Path, rounds: int, more: Sequence[str] = ()) -> Config:
@@ -84,7 +84,7 @@ class Case:
                 *more,
             ],
         )
-        # without what was not set: derived values, such as widths for small students, follow from this pair
+        # unset keys left out: derived values, such as widths for small students, then follow from this pair
         sections: dict[str, Any] = composed.model_dump(exclude_unset=True)
         teachers: list[dict[str, Any]] = [{"name": name, "pretrained": False} for name in self.pair.teachers]
         for k, teacher in enumerate(teachers):
@@ -108,21 +108,21 @@ def cases(pairs: list[str], precisions: list[str], large: list[str]) -> list[Cas
 
 
 def real_images(root: Path) -> ImageData:
-    """CIFAR-100 below `root` (torchvision's layout), or the bundled sample of it where it is not there."""
+    """CIFAR-100 below `root` (torchvision's layout), or the bundled sample of it if that is missing."""
     if (root / "cifar-100-python").is_dir():
         return load(compose(None, ["dataset=cifar100", f"dataset.root={root}"]).dataset)
     return load(compose(None, ["dataset=cifar100_sample"]).dataset)
 
 
 def by_class(data: ImageData) -> ImageData:
-    """The training images in rounds of one of each class: whatever part is taken has all classes alike."""
+    """The training images in rounds of one per class, so that any slice has all classes about equally."""
     rank = pandas.Series(range(len(data.train_y))).groupby(data.train_y.numpy()).cumcount()
     order = torch.from_numpy(np.lexsort((data.train_y, rank)))
     return replace(data, train_x=data.train_x[order], train_y=data.train_y[order])
 
 
 def first_images(data: ImageData, count: int) -> ImageData:
-    """As many training images, repeated where there are fewer, and a few test images."""
+    """The first `count` training images, repeated where there are fewer, and a few test images."""
     at = torch.arange(count) % len(data.train_x)
     test = slice(0, FEW_TEST_IMAGES)
     return replace(

@@ -16,14 +16,14 @@ from pipeline.training.allocator import MMAP_MAX, TRIM_THRESHOLD, keep_freed_mem
 K = TypeVar("K")
 T = TypeVar("T")
 MMAP_THRESHOLD = -3
-"""Of mallopt(3)."""
+"""Parameter of mallopt(3)."""
 QUIET_SECONDS, QUIET_USE = 0.2, 0.02
 """Processes started here are at rest when, for QUIET_SECONDS, they use at most QUIET_USE seconds of processor time."""
 LONGEST_WAIT = 8.0
 
 
 class Window:
-    """Seconds between `open` and `shut`, at both of which the device has done what it was given."""
+    """Seconds between `open` and `shut`; both wait until the device has finished its work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, 0.0
@@ -32,7 +32,7 @@ class Window:
         self._begun = self._now()
 
     def shut(self) -> float:
-        """The seconds."""
+        """Close the window and return its seconds."""
         self.seconds = self._now() - self._begun
         return self.seconds
 
@@ -53,7 +53,7 @@ def timed(device: torch.device, act: Callable[[], object], times: int = 1) -> fl
 
 @contextmanager
 def algorithms(deterministic: bool) -> Iterator[None]:
-    """Whether torch takes only deterministic kernels; the bare limit and the plain loop are not held to that."""
+    """Set whether torch uses deterministic kernels only; the bare limit and the plain loop need not."""
     before, searched = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
@@ -85,7 +85,7 @@ def untouched_memory(device: torch.device) -> Iterator[None]:
 
 
 def in_turn(names: Iterable[K], number: int) -> list[K]:
-    """The order of a round: each begins with another contestant, so that drift hits all alike."""
+    """The order of a round: each begins with a different contestant, so that drift affects all alike."""
     order = deque(names)
     order.rotate(-number)
     return list(order)
@@ -111,7 +111,7 @@ def spread(values: Sequence[float], digits: int = 2) -> dict[str, Any]:
 
 
 def ratios(values: Sequence[float], to: Sequence[float]) -> dict[str, Any]:
-    """Of two contestants, round by round."""
+    """Ratios of two contestants, round by round."""
     return spread([value / other for value, other in zip(values, to, strict=True)], 4)
 
 

@@ -126,7 +126,7 @@ class Limit:
 
     @torch.no_grad()
     def _teachers(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Logits and features of each."""
+        """Each teacher's logits and features."""
         return [net(x) for name, net in self.run.items() if name.startswith("teacher_")]
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ def _unmark() -> None:
 def best(
     case: Case, make: Callable[[str], Limit], compile_: bool, steps: int
 ) -> tuple[dict[str, Limit], dict[str, dict[str, Any]]]:
-    """The fastest kind for each step, and what each kind took per step in a short trial (seconds, or why it failed).
+    """The fastest kind for each step, and each kind's seconds per step in a short trial (or why it failed).
 
     Args:
         compile_: try the compiled kind too.
@@ -196,11 +196,11 @@ def best(
             for which in case.pair.steps:
                 limits[kind].seconds(
                     which, 3 if kind == "compiled" else 1
-                )  # not counted: first times, recordings of graphs
+                )  # not counted: warm-up, recordings of graphs
             tried[kind] = {which: round(limits[kind].seconds(which, steps) / steps, 5) for which in case.pair.steps}
         except Exception as error:
             if kind != "compiled":
                 raise
-            tried[kind] = {"failed": f"{type(error).__name__}: {error}"[:200]}  # the other kinds stand
+            tried[kind] = {"failed": f"{type(error).__name__}: {error}"[:200]}  # the other kinds still count
     fastest_kind = {which: min(tried, key=lambda k: tried[k].get(which, inf)) for which in case.pair.steps}
     return {which: limits[kind] for which, kind in fastest_kind.items()}, tried

@@ -97,7 +97,7 @@ def measure(
 
 
 def batches_of(case: Case, tried: Mapping[str, Mapping[str, Any]], rounds: int, seconds: float) -> int:
-    """As many in every round as the seconds allow, the same for all."""
+    """Batches per round: as many as the seconds allow, the same for all contestants."""
     fastest = {which: min(t[which] for t in tried.values() if which in t) for which in case.pair.steps}
     # three contestants, and ours' first epochs, which are not counted
     return max(1, min(MOST, round(seconds / (sum(fastest.values()) * (3 * rounds + 1)))))
@@ -106,7 +106,7 @@ def batches_of(case: Case, tried: Mapping[str, Mapping[str, Any]], rounds: int, 
 def _rounds(
     case: Case, turns: Mapping[str, Callable[[str], float]], ours: Ours, rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds in rounds of one A-step's and one B-step's contestants: ours goes through its plan, A and B alternating.
+    """Seconds in rounds of one A-step's and one B-step's contestants: ours follows its plan, A and B alternating.
 
     Returns:
         By step and contestant; and ours' `evaluation` and `saving` outside its turn.
@@ -132,12 +132,12 @@ def plain_seconds(plain: PlainLoop, which: str, batches: int) -> float:
         wait_until_quiet()
         seconds = timed(plain.device, lambda: plain.step(which, next(iterator)), batches)
         for _ in iterator:
-            pass  # made in advance: nobody works for plain in another's turn
+            pass  # made in advance: plain's workers are idle in the others' turns
     return seconds
 
 
 def _summary(seconds: Mapping[str, list[float]], images: int) -> dict[str, Any]:
-    """Images per second of each contestant, their ratios round by round, what ours does beside."""
+    """Images per second of each contestant, their ratios round by round, what ours does besides."""
     speed = {name: [images / value for value in seconds[name]] for name in ("limit", "ours", "plain")}
     return {
         "images_per_second": {name: spread(values) for name, values in speed.items()},

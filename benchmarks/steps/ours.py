@@ -50,7 +50,7 @@ class ClockedDistillation(Distillation):
 class ClockedSlots(Slots):
     """A run's checkpoints, with a clock in the thread that writes them and one around the waiting for it.
 
-    A loop that is stopped after every epoch has to wait; one that goes on does not.
+    A loop that is stopped after every epoch has to wait; one that continues does not.
     """
 
     writing_seconds = writer_processor_seconds = waiting_seconds = 0.0
@@ -70,7 +70,7 @@ class ClockedSlots(Slots):
 
 
 class OneEpoch:
-    """A watch that ends every epoch as a pruner would: its checkpoint is written, and `Loop.run` goes on from there."""
+    """A watch that ends every epoch like a pruner: its checkpoint is written, and `Loop.run` continues from there."""
 
     reason = "the benchmark's next contestant"
 
@@ -100,7 +100,7 @@ class Ours:
     Attributes:
         evaluation_seconds, saving_seconds: of the last epoch: its evaluation; what its checkpoint and journal take of
             the training thread.
-        slots: whose clocks say what the last checkpoint took of its writer.
+        slots: its clocks say how long the writer of the last checkpoint took.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Ours:
         self.images = len(self.task.data.train.indices)
 
     def seconds(self, which: str) -> float:
-        """Of the training in the run's next epoch, which must be of the phase `which`."""
+        """Seconds of training in the run's next epoch, which must be of the phase `which`."""
         epoch = self.task.plan[self.loop.epoch]
         if epoch.phase != which:
             raise ValueError(f"the plan continues with an {epoch.phase}-epoch, not with {which}")

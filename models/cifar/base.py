@@ -1,4 +1,4 @@
-"""What all CIFAR networks share: timm's classifier interface, initialisation, and registration.
+"""What all CIFAR networks share: timm's classifier interface, initialisation and registration.
 
 A family supplies its layers, `stem`, and where it needs them `stage` and `tail`; everything timm expects of a
 classifier is here, once.
@@ -77,7 +77,7 @@ class CifarNet(nn.Module):
         return out
 
     def tail(self, x: torch.Tensor) -> torch.Tensor:
-        """From the last stage to the map that is pooled."""
+        """From the last stage's output to the map that is pooled."""
         return x
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -179,7 +179,7 @@ def register(module: str, family: type[CifarNet], variants: Mapping[str, Mapping
 
 def _entry(name: str, family: type[CifarNet], settings: Mapping[str, Any]) -> Callable[..., Any]:
     def build(pretrained: bool = False, **kwargs: Any) -> Any:
-        # The getter goes through forward_intermediates: activations between stages are not modules here.
+        # The getter uses forward_intermediates: activations between stages are not modules here.
         cfg = {"feature_cls": "getter"}
         return build_model_with_cfg(family, name, pretrained, feature_cfg=cfg, **{**settings, **kwargs})
 

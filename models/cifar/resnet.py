@@ -83,7 +83,7 @@ class CifarResNet(CifarNet):
 
 
 class CifarResNetFourStage(CifarResNet):
-    """ImageNet's stage widths on a CIFAR stem; its published checkpoints call things `shortcut` and `linear`."""
+    """ImageNet's stage widths on a CIFAR stem; its published checkpoints use the names `shortcut` and `linear`."""
 
     head_name = "linear"
     shortcut_name = "shortcut"

@@ -43,11 +43,11 @@ class CifarVGG(CifarNet):
         nn.init.zeros_(linear.bias)
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:
-        """Nothing: the first block sees the image."""
+        """The image itself: the first block sees it."""
         return x
 
     def stage(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Block `index`; the last one is pooled before only where the map is larger than the 4×4 of 32-pixel images."""
+        """Block `index`; a pool precedes the last one only if the map is larger than the 4×4 of 32-pixel images."""
         if 0 < index < 4 or (index == 4 and x.shape[-1] > 4):
             x = F.max_pool2d(x, 2)
         return F.relu(super().stage(index, x))

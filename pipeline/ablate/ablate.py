@@ -1,4 +1,4 @@
-"""The ablation: a nested run for each rung and seed, finished ones reused, and their comparison."""
+"""The ablation: a nested run for each rung and seed, reusing finished ones, and their comparison."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ logger = logging.getLogger("asib")
 
 @dataclass
 class Child:
-    """One rung with one seed. `folder` and `run_id`: where its results are, once there are any."""
+    """One rung with one seed. `folder` and `run_id`: where its results are, once it has any."""
 
     config: Config
     identity: str
@@ -47,7 +47,7 @@ class Child:
 
     @property
     def key(self) -> str:
-        """The name of its folder: another identity has another folder, so that stale results are never continued."""
+        """The name of its folder: each identity has its own, so that stale results are never continued."""
         return f"{self.config.rung}-seed{self.config.seed}-{self.identity[:8]}"
 
 
@@ -84,7 +84,7 @@ def ablate(run: Run, plan: Plan) -> float | None:
 
 
 def _identified(run: Run, plan: Plan, data: ImageData) -> list[Child]:
-    """Every child with the identity of its result; missing teachers are fine-tuned first."""
+    """All children, each with the identity of its result; missing teachers are fine-tuned first."""
     config, hashes = run.config, tuple[str, ...]()
     device = networks.device_of(config)
     for child in plan.configs:

@@ -63,7 +63,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
         "sources": source_digest(REPOSITORY),
         "to": [config.tracking.mode, config.tracking.uri, config.tracking.experiment],
         "force": str(force).lower(),
-        "amp": config.optim.use_amp,  # no part of the hash, and another identity
+        "amp": config.optim.use_amp,  # not part of the hash, but it changes the identity
     }
     digest = hashlib.sha256(canonical(what).encode()).hexdigest()
     if config.resume is None:

@@ -1,1 +1,1 @@
-"""Finished runs beside each other: which may be pooled, what differs, by how much."""
+"""Finished runs side by side: which may be pooled, what differs, and by how much."""

@@ -42,9 +42,9 @@ class Comparison:
     def references(self) -> dict[str, float]:
         """Lines to compare with: mean test top-1 of each teacher and of their average, for each set of teachers.
 
-        A number is a mean over runs that agree in what it follows from: the teachers' weights, which fine-tuning in
-        A-steps changes from run to run, and for the average `teacher_weights`. (The synergy's follows from the
-        configuration: it is in the table.)
+        A number is a mean over runs that agree in what determines it: the teachers' weights, which fine-tuning in
+        A-steps changes from run to run, and for the average `teacher_weights`. (The synergy's depends on the
+        configuration, so it is in the table.)
         """
         found: dict[tuple[str, str], list[float]] = {}
         for one in self.groups:
@@ -75,9 +75,9 @@ class Comparison:
 
 
 def compare(runs: Sequence[Record], anyway: bool = False) -> Comparison:
-    """Group the runs and compare the groups; `anyway`: also where teachers, student, epochs, data or split differ.
+    """Group the runs and compare the groups; `anyway`: even if teachers, student, epochs, data or split differ.
 
-    Raises UserError: runs that are not finished or have no student's accuracy, of different classes; an unfair
+    Raises UserError: runs that are unfinished, lack a student's accuracy or differ in their classes; an unfair
     comparison.
     """
     _refuse(runs, anyway)
@@ -101,7 +101,7 @@ def compare(runs: Sequence[Record], anyway: bool = False) -> Comparison:
 
 
 def _code(groups: Sequence[Group]) -> list[str]:
-    """A note if the runs were made by different sources."""
+    """A note if different versions of the sources made the runs."""
     by: dict[str, list[str]] = {}
     for one in groups:
         by.setdefault(one.facts[CODE] or "unknown", []).append(one.name)
@@ -145,7 +145,7 @@ def _differing(groups: Sequence[Group]) -> pd.DataFrame:
 
 
 def paired(one: Group, other: Group) -> Difference | None:
-    """Difference of test top-1 in points on the seeds and images that both have; None without any."""
+    """Difference of test top-1 in points on the seeds and images that both have; None if they share none."""
     a, b = ({r.seed: r for r in g.records} for g in (one, other))
     seeds = sorted(a.keys() & b.keys())
     pairs = [(a[s].correct, b[s].correct) for s in seeds if a[s].digest == b[s].digest]
@@ -168,12 +168,12 @@ def _columns(column: str, one: Group, other: Group | None, found: Difference | N
 
 
 def _cost(one: Group, name: str) -> float:
-    """The cost per run; 0 for work that runs with cost counters did not do."""
+    """The cost per run; 0 if the runs have cost counters but did no such work."""
     return one.mean(name) if one.values(name) or not one.values("cost/seconds") else 0.0
 
 
 def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[str]]:
-    """A row for each group, and notes on differences that no comparison is about."""
+    """A row for each group, and notes on differences that are not the point of a comparison."""
     forwards = sorted({k for g in groups for r in g.records for k in r.metrics if k.startswith("cost/forward_images/")})
     names = {g.rung.name for g in groups if g.rung is not None}
     first = groups[0]
@@ -184,7 +184,7 @@ def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[st
     compared_with: dict[tuple[str, str], Difference] = {}
     notes: dict[str, None] = {}
     for one in groups:
-        # a rung's parent is the next rung below it that was run in its pair
+        # a rung's parent is the nearest lower rung that was run with its pair
         below = [rung.name for rung in reversed(rungs.lineage(one.rung.name)[:-1])] if one.rung else []
         parent = pools.reference(groups, one, below, anyway)
         row: dict[str, object] = {"group": one.name, "pair": one.pair} if several else {"group": one.name}
@@ -222,7 +222,7 @@ def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[st
 def _adjust(
     rows: Sequence[dict[str, object]], columns: Sequence[str], found: Mapping[tuple[str, str], Difference]
 ) -> None:
-    """Holm's p over all comparisons of the table, of which one that stands in two columns is one."""
+    """Holm's p over all comparisons of the table; one that appears in two columns counts once."""
     adjusted = dict(zip(found, statistics.holm([d.p for d in found.values()]), strict=True))
     for row in rows:
         for column in columns:

@@ -37,7 +37,7 @@ def _is_folder(name: str) -> bool:
 
 
 def read(run: Run, names: Sequence[str]) -> list[records.Record]:
-    """Folders are read as they are; ids from the server, offline from what lies in output_dir."""
+    """Folders are read as they are; ids are looked up on the server, or offline in output_dir."""
     folders = {name: user_path(name, "runs") for name in names if _is_folder(name)}
     found: dict[str, records.Record] = {name: records.from_folder(folder) for name, folder in folders.items()}
     ids = [name for name in names if name not in found]
@@ -54,7 +54,7 @@ def read(run: Run, names: Sequence[str]) -> list[records.Record]:
 
 
 def _nested(run: Run, parent: str) -> list[records.Record]:
-    """The parent's own distillations and those that it reused; what has not finished is named and left out."""
+    """The parent's own distillations and those that it reused; unfinished ones are named and left out."""
     if run.delivery is not None and not _is_folder(parent):
         reused = _reused(run.delivery.run_info(parent)["tags"])
         seen = read(run, [*run.delivery.ask("nested_runs", run_id=parent), *reused])

@@ -16,16 +16,16 @@ from pipeline.runs.records import Record
 
 VALIDATION = "final/val_acc"
 ROUNDING = ("optim.use_amp", "optim.compile", "bank")
-"""Keys outside of the configuration's hash that can still change a result."""
+"""Keys outside the configuration's hash that can still change a result."""
 NOT_COMPARED = ("seed", *(key for key in NOT_COMPUTATION if key not in ROUNDING))
 TEACHERS, CODE, DATA = "teachers", "code", "data"
-"""What of a run's identity is no key of its configuration."""
+"""Parts of a run's identity that are not keys of its configuration."""
 OF_TEACHERS = ("teachers", "model.teachers.", "finetune.")
 NONE = "none"
 EPOCHS = "method.student_epochs_per_stage"
 SPLIT = ("dataset.val_fraction", "dataset.split_seed")
 SHOWN = 4
-"""Differences that a line names."""
+"""How many differences a line names."""
 
 
 def facts(run: Record) -> dict[str, str]:
@@ -60,7 +60,7 @@ class Group:
 
     @property
     def pair(self) -> str:
-        """Teachers and student, for people."""
+        """Teachers and student, as users read them."""
         names = [v for k, v in sorted(self.facts.items()) if re.fullmatch(r"model\.teachers\.\d+\.name", k)]
         hashes = [h[:6] for h in self.facts[TEACHERS].split(",") if h and h != NONE]
         teachers = f"{' + '.join(names)} ({', '.join(hashes)})" if hashes else " + ".join(names)
@@ -71,7 +71,7 @@ class Group:
         return any(r.tags.get("asib.val_contaminated") == "true" for r in self.records)
 
     def values(self, metric: str) -> list[float]:
-        """Of the runs that have the metric."""
+        """The metric's values, from the runs that have it."""
         return [r.metrics[metric] for r in self.records if metric in r.metrics]
 
     def mean(self, metric: str) -> float:
@@ -79,7 +79,7 @@ class Group:
         return float(np.mean(values)) if values else math.nan
 
     def std(self, metric: str) -> float:
-        """Over seeds, with n - 1; NaN for one seed."""
+        """Standard deviation over seeds, with n - 1; NaN for one seed."""
         values = self.values(metric)
         return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
@@ -140,13 +140,13 @@ def about(one: Group, other: Group) -> set[str] | None:
 
 
 def beside(one: Group, other: Group) -> Differences:
-    """Differences between two groups that their comparison is not about."""
+    """Differences between two groups other than the one that their comparison is about."""
     keys, found = about(one, other), differences(one, other)
     return {k: v for k, v in found.items() if (k == CODE if keys is None else k not in keys)}
 
 
 def unfair(one: Group, other: Group) -> list[str]:
-    """Differences, for people, that make a comparison of methods unfair: teachers, student, epochs, data, split."""
+    """Differences, in words, that make a comparison of methods unfair: teachers, student, epochs, data, split."""
     found = differences(one, other)
     said = []
     if TEACHERS in found or any(re.fullmatch(r"model\.teachers\.\d+\.name", k) for k in found):
@@ -174,16 +174,16 @@ def named(found: Differences) -> str:
 
 
 def reference(groups: Sequence[Group], one: Group, names: Sequence[str], anyway: bool) -> Group | None:
-    """The group of the first of these rungs that may be compared with `one`, the one that differs least beside.
+    """The group of the first of these rungs that may be compared with `one`, the one that differs least otherwise.
 
-    Raises UserError: there are some, but each comparison would be unfair; `anyway` takes the first of them.
+    Raises UserError: there are candidates, but each comparison would be unfair; `anyway` takes the first of them.
     """
     refused: list[Group] = []
     for name in names:
         candidates = [g for g in groups if g is not one and g.rung is not None and g.rung.name == name]
         fair = [g for g in candidates if not unfair(one, g)]
         if fair:
-            # two students alone of two pairs may be alike: the own pair's is taken
+            # students alone of two pairs may be identical: the own pair's is taken
             return min(
                 fair, key=lambda g: (len(beside(one, g)), sum(one.facts.get(k) != v for k, v in g.facts.items()))
             )

@@ -1,4 +1,4 @@
-"""A comparison for people: terminal, CSV, Markdown, a picture, one HTML page, and the note of a parent run."""
+"""A comparison as users read it: terminal, CSV, Markdown, a picture, one HTML page, and the note of a parent run."""
 
 import html
 import json
@@ -54,7 +54,7 @@ def log(run: Run, found: Comparison, to: str) -> list[Path]:
 
 
 def shown(found: Comparison) -> pd.DataFrame:
-    """The table with one text for each number: `61.25 ± 0.40`, `+0.80 [-0.10, 1.65]`, counts with thousands."""
+    """The table with its numbers as text: `61.25 ± 0.40`, `+0.80 [-0.10, 1.65]`, counts with thousands."""
     table, columns = found.table, dict[str, list[str]]()
     for name in ("pair", "parent"):
         if name in table and table[name].any():

@@ -1,4 +1,4 @@
-"""What `-e compare` is asked for: the step's own keys, checked before torch is imported."""
+"""The request of `-e compare`: the step's own keys, checked before torch is imported."""
 
 from dataclasses import dataclass
 

@@ -22,7 +22,7 @@ class Command:
     Attributes:
         overrides: in the order given, for `compose`.
         help: what `--help` was given to explain: "" for the step, "all", or a group of keys; None without `--help`.
-        own: the step's own keys, which the schema does not know.
+        own: the step's own keys, which are not in the schema.
     """
 
     cfg: str | None = None
@@ -84,7 +84,7 @@ def _take(texts: Sequence[str], own: Collection[str]) -> tuple[dict[str, str], l
     prefixes = tuple(key for key in own if key.endswith("."))
     for text in texts:
         key, _, value = text.partition("=")
-        is_section = key in Config.model_fields and value.startswith("{")  # model={…} is never a model's name
+        is_section = key in Config.model_fields and value.startswith("{")  # model={…} cannot be a model's name
         if (key in own or key.startswith(prefixes)) and not is_section:
             taken[key] = value.strip().strip("'\"")
         else:
@@ -132,7 +132,7 @@ def choice(own: Mapping[str, str], key: str, known: Sequence[str]) -> str:
 
 
 def settings(own: Mapping[str, str], key: str) -> dict[str, str]:
-    """What is set of a section: `gate.alpha=0.01` -> `{"alpha": "0.01"}` for the key `gate`."""
+    """The keys given for a section: `gate.alpha=0.01` -> `{"alpha": "0.01"}` for the key `gate`."""
     return {name.removeprefix(f"{key}."): value for name, value in own.items() if name.startswith(f"{key}.")}
 
 
@@ -164,7 +164,7 @@ def split_overrides(text: str) -> list[str]:
     for before, char in zip(" " + text, text + " ", strict=True):
         if quote:
             quote = "" if char == quote and before != "\\" else quote
-        elif char in "'\"" and (not word or before in "=[{(,: "):  # an apostrophe within a word is none
+        elif char in "'\"" and (not word or before in "=[{(,: "):  # an apostrophe within a word is not a quote
             quote = char
         elif char in _BRACKETS.values():
             opened.append(char)

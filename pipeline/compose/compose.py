@@ -1,4 +1,4 @@
-"""Composition: Hydra groups of conf/, a file of the user's and overrides become one validated `Config`.
+"""Composition: Hydra groups of conf/, a user's file and overrides become one validated `Config`.
 
 Group choices go to Hydra; values are set on what it composed, because Hydra's overrides neither reach into lists
 nor take values such as `a=b` or `it's.pt` without quoting. Imports no torch: composing takes well under a second.
@@ -63,9 +63,9 @@ def compose(
             configuration, with or without a Hydra defaults list. None: the defaults. Of a fetched file
             (`runs:/…`) only what changes the computation is used.
         overrides: `method.tau=2`, `model.teachers.0.checkpoint=x`, group choices such as `dataset=cifar100`;
-            Hydra's `~key`, `+key` and `++key` work too. The last one wins; what is given here wins over `cfg`.
+            Hydra's `~key`, `+key` and `++key` work too. The last one wins; they win over `cfg`.
         fetch: downloads `runs:/<id>/best.yaml` and returns its path.
-        presets: values that follow from what groups and `cfg` make; they win over these, and `overrides` over them.
+        presets: values derived from what groups and `cfg` yield; they win over both, and `overrides` over them.
 
     Raises:
         UserError: one line with the key, its value and what to give instead.
@@ -168,7 +168,7 @@ def _split(text: str) -> tuple[str, str, str | None]:
     match = re.match(r"\s*(\+\+|\+|~|)([^\s=+~]+)\s*(?:=(.*))?$", text, re.DOTALL)
     if match is None or (match[3] is None and match[1] != "~"):
         raise UserError(
-            f"{text!r} is no override: write key=value, such as method.kd_alpha=0.5 (quote values with spaces)"
+            f"{text!r} is not an override: write key=value, such as method.kd_alpha=0.5 (quote values with spaces)"
         )
     return match[1], re.sub(r"\[(\d+)\]", r".\1", match[2]), match[3]
 
@@ -196,7 +196,7 @@ def _setting(prefix: str, key: str, value: str | None) -> Setting:
     text = value or ""
     parsed = _parse(key, text)
     element = parsed.value() if parsed is not None and parsed.value_type == ValueType.ELEMENT else None
-    if is_text(found[0]):  # literally what was written: 12e4567 is a run, not a number
+    if is_text(found[0]):  # taken literally: 12e4567 is a run, not a number
         quoted = parsed is not None and isinstance(parsed._value, QuotedString)
         null = parsed is not None and parsed.value_type == ValueType.ELEMENT and element is None
         return Setting(key, element if quoted else None if null else text.strip())
@@ -208,7 +208,7 @@ def _setting(prefix: str, key: str, value: str | None) -> Setting:
 
 
 def _parse(key: str, text: str) -> Override | None:
-    """The value by Hydra's grammar; None where that refuses it, and it is meant literally."""
+    """The value by Hydra's grammar; None if that refuses it, and the text is meant literally."""
     try:
         parsed: Override = _PARSER.parse_override(f"key={text}")
     except HydraException:
@@ -306,8 +306,8 @@ def _one_line(source: str) -> Iterator[None]:
     """Errors of YAML, OmegaConf and Hydra as one line."""
     try:
         yield
-    except (yaml.YAMLError, UnicodeDecodeError) as error:  # of another file that the defaults list names
-        raise UserError(f"{source}: no valid YAML: {_flat(str(error))}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:  # the error is in another file that the defaults list names
+        raise UserError(f"{source}: not valid YAML: {_flat(str(error))}") from error
     except RecursionError as error:
         raise UserError(f"{source}: refers to itself without end") from error
     except (HydraException, OmegaConfBaseException) as error:  # before OSError, which some of Hydra's are too
@@ -323,7 +323,7 @@ def _flat(message: str) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """Texts such that OmegaConf reads them literally: `${` would be an interpolation."""
+    """Escape texts so that OmegaConf reads them literally: `${` would be an interpolation."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 
 FOREIGN_GROUPS = ("dataset", "model/student", "model/teacher", "method", "optim", "schedule", "augment")
 NUMERICS = ("threads", "bank", "optim.use_amp", "optim.compile", "dataset.eval_batch_size")
-"""Not in the configuration's hash, yet they decide a result's last bits; they name no place and no program."""
+"""Keys outside the configuration's hash that still decide a result's last bits; they name no place or program."""
 _RUN = re.compile(r"runs:/[0-9a-f]{32}(/(?!\.+(/|$))[\w.-]+)*")
 
 
@@ -41,7 +41,7 @@ def foreign(path: Path, source: str, given: Collection[str] = ()) -> tuple[str, 
     defaults = content.pop("defaults", None)
     left_out: dict[str, Any] = {}
     kept = _kept(content, "", left_out, source)
-    for key, value in left_out.items():  # without its teachers the computation would be another one
+    for key, value in left_out.items():  # without its teachers it would be a different computation
         if key.endswith(".checkpoint") and not {key, "model.teachers", "model/teacher"}.intersection(given):
             raise UserError(
                 f"{source}: {key}={value} is a file on another machine: say where it is here, with {key}=<file>"
@@ -54,7 +54,7 @@ def foreign(path: Path, source: str, given: Collection[str] = ()) -> tuple[str, 
 
 
 def _kept(value: Any, key: str, left_out: dict[str, Any], source: str) -> Any:
-    """What stays of a value; `left_out` gets the keys that do not."""
+    """The part of a value that is kept; the other keys go to `left_out`."""
     if isinstance(value, list):
         return [_kept(item, f"{key}.{i}", left_out, source) for i, item in enumerate(value)]
     if not isinstance(value, dict):
@@ -101,4 +101,4 @@ def _known(defaults: Any, source: str) -> Iterator[Any]:
             if group in FOREIGN_GROUPS and option in options.get(group, []):
                 yield {f"override /{group}": option}
                 continue
-        raise UserError(f"{source}: defaults: {entry!s:.100} is no choice of {', '.join(FOREIGN_GROUPS)}")
+        raise UserError(f"{source}: defaults: {entry!s:.100} is not a choice of {', '.join(FOREIGN_GROUPS)}")

@@ -11,7 +11,7 @@ CONF = REPOSITORY / "conf"
 STUDENTS = "models:/<name>@<alias>, models:/<name>/<version>, runs:/<id>, or a logged model's folder"
 """How a step's `model=` names a logged student."""
 NOT_GROUPS = ("sweep", "cluster", "promotion")
-"""Folders of conf/ that are no part of a run's configuration: search spaces, clusters, gates."""
+"""Folders of conf/ that are not part of a run's configuration: search spaces, clusters, gates."""
 
 
 def groups() -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 
 WIDTH = 100
 COLUMN = 48
-"""Where the words about a key begin."""
+"""The column where a key's description begins."""
 USUAL = (
     "model.student.name",
     "dataset.name",
@@ -33,7 +33,7 @@ USUAL = (
 """Keys that matter most to a step that trains."""
 WHERE = ("tracking.uri", "tracking.experiment")
 ELSEWHERE = ("device", "output_dir", "run_name", *WHERE)
-"""Those of steps that train nothing."""
+"""The same for steps that train nothing."""
 ALL = "all"
 
 
@@ -49,7 +49,7 @@ class Key(NamedTuple):
 def step_help(step: str, about: str, own: Mapping[str, str], keys: Sequence[str], command: Command) -> str:
     """What `--help` prints, in 100 columns.
 
-    Without a topic: what the step does, its own keys and the ones that matter most, on one screen. With `all`, a group
+    Without a topic: what the step does, its own keys and the most important others, on one screen. With `all`, a group
     or a key (`--help method`, `--help tracking.uri`) or a configuration: the keys with types, defaults and, given a
     configuration, its values. Raises UserError: the topic is neither a group nor a key, or the configuration is wrong.
 
@@ -152,7 +152,7 @@ def _keys(section: BaseModel, prefix: str = "") -> Iterator[Key]:
 
 
 def _described(key: Key) -> list[str]:
-    """Key and value in the left column, words in the right one."""
+    """Key and value in the left column, the description in the right one."""
     name, field, value, words = key
     if field is None:
         top = "." not in name

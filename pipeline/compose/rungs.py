@@ -21,7 +21,7 @@ from pipeline.config.words import suggestion, why, written
 from pipeline.errors import UserError
 
 ROOT, LOWEST, HIGHEST = "base", "l0_baseline", "l4_full"
-"""What the lowest rung's file is written over; the ends of the ladder."""
+"""What the lowest rung's file builds on; the ends of the ladder."""
 
 FROM_CFG: Mapping[tuple[str, str], Callable[[Config], Any]] = {
     ("l0k_aver", "method.kd_alpha"): lambda cfg: cfg.method.kd_alpha,
@@ -38,9 +38,9 @@ class Rung:
 
     name: str
     parent: str | None
-    """None of the lowest one."""
+    """None for the lowest rung."""
     sets: Mapping[str, Any]
-    """Its dotted keys and their values: all that it may change of its parent."""
+    """Its dotted keys and their values: all that it may change relative to its parent."""
 
 
 def known() -> dict[str, Rung]:
@@ -59,10 +59,10 @@ def _known(folder: Path) -> dict[str, Rung]:
 
 
 def _read(file: Path) -> Rung | str | None:
-    """The rung in a file; the name for which the file is an alias; None: neither."""
+    """The rung in a file, or the name of the rung that the file is an alias of; None: neither."""
     try:
         content = read_data(file, str(file))
-    except UserError:  # a user's own file, which is refused when it is used
+    except UserError:  # a broken file of the user's, which is refused once it is used
         return None
     if not isinstance(content, dict):
         return None
@@ -104,8 +104,8 @@ def _named(word: str) -> str:
         if isinstance(other, str) and other in known():
             return other
         raise UserError(
-            f"rungs={word}: {file} is none: write rung: {word}, defaults: [<the rung below it>, _self_], and the keys "
-            "that it changes"
+            f"rungs={word}: {file} is not one: write rung: {word}, defaults: [<the rung below it>, _self_], and the "
+            "keys that it changes"
         )
     hint = suggestion(word, [*known(), "ladder", "all"])
     raise UserError(f"rungs={word}: no such rung; {hint}there are ladder, all and {', '.join(known())}")

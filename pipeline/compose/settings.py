@@ -1,4 +1,4 @@
-"""Settings files: YAML read with bounds, and a section of the schema made of a file and the command line.
+"""Settings files: YAML read with bounds, and a section of the schema built from a file and the command line.
 
 A user's own file may refer to its other values and to the environment (`${…}`), except for variables whose names look
 like secrets. Somebody else's file may not: see `foreign.py`.
@@ -32,7 +32,7 @@ def read_yaml(path: Path, source: str) -> DictConfig | ListConfig:
 
 
 def parse_yaml(text: str, source: str) -> DictConfig | ListConfig:
-    """The same for a text."""
+    """As `read_yaml`, for a text."""
     data = parse_data(text, source)
     if data is not None and not isinstance(data, dict | list):
         raise UserError(f"{source}: holds a single value, not groups of keys")
@@ -48,16 +48,16 @@ def read_data(path: Path, source: str) -> Any:
 
 
 def parse_data(text: str, source: str) -> Any:
-    """The same for a text: a value of the command line, too."""
+    """As `read_data`, for a text, which may also be a value of the command line."""
     return yaml_data.parse(text, source, get_yaml_loader())
 
 
 # sections ------------------------------------------------------------------------------------------------------------
 
 OURS = ("name", "changes")
-"""What a section's reader fills in: no keys of its file."""
+"""Fields that a section's reader fills in; its file may not set them."""
 TAGS = ("kind", "name", "type")
-"""Keys that choose between groups of keys. They are set first, for they drop the keys of the group not chosen."""
+"""Keys that choose between groups of keys. They are set first, because they drop the keys of the group not chosen."""
 
 
 def read_section(
@@ -75,8 +75,8 @@ def read_section(
         schema: a pydantic model, or a union of models that one of their keys tells apart.
         key, given: what the command line calls the section, and a name or a path, for errors: `cluster=slurm`.
         overrides: `{"partition": "gpu", "space.method.tau.high": "6"}`. Another `kind`, `name` or `type` drops the keys
-            that only the former one has; `null` removes an entry of a group whose names are free.
-        normal: writes short forms in full; may raise ValueError.
+            that only the previous one has; `null` removes an entry of a group whose names are free.
+        normal: expands short forms; may raise ValueError.
         own: values of `OURS`.
 
     Raises:
@@ -170,18 +170,18 @@ def _entry(node: Mapping[str, Any], place: Place, walked: str, rest: str) -> tup
     return rest, ""
 
 
-# a schema, place by place --------------------------------------------------------------------------------------------
+# places in a schema --------------------------------------------------------------------------------------------
 
 
 class Place(NamedTuple):
     """What the schema has at a path."""
 
     type: Any
-    """Without `Annotated`."""
+    """The annotation without `Annotated`."""
     tag: str = ""
-    """Of a union of sections, the key that tells them apart; else empty."""
+    """The key that tells the sections of a union apart; empty for anything else."""
     field: FieldInfo | None = None
-    """The section's field that leads here or into which it leads; None at the root."""
+    """The section's field at this place or around it; None at the root."""
 
     @classmethod
     def of(cls, annotation: Any, tag: Any = None, field: FieldInfo | None = None) -> Place:
@@ -193,12 +193,12 @@ class Place(NamedTuple):
 
     @property
     def kinds(self) -> dict[str, type[BaseModel]]:
-        """The sections of a union by what the tag says."""
+        """The sections of a union by their tag."""
         return {kind.model_fields[self.tag].default: kind for kind in get_args(self.type)} if self.tag else {}
 
     @property
     def is_free(self) -> bool:
-        """Whether it is a group of keys that may have any names."""
+        """Whether it is a group of keys with arbitrary names."""
         return get_origin(self.type) is dict
 
     @property
@@ -215,13 +215,13 @@ class Place(NamedTuple):
         return get_origin(self.type) is tuple
 
     def section(self, value: Any) -> type[BaseModel] | None:
-        """The model of a value here; None for anything but a section, or where its tag names none."""
+        """The model of a value here; None if it is not a section, or its tag names none."""
         if self.tag:
             return self.kinds.get(str(value.get(self.tag)))
         return self.type if isinstance(self.type, type) and issubclass(self.type, BaseModel) else None
 
     def inside(self, part: str, value: Any = None) -> Place:
-        """The place that a part of a path leads to from here; of a union, the tag of `value` says in which section."""
+        """The place that a part of a path leads to from here; in a union, the tag of `value` selects the section."""
         if self.is_free or self.is_list:
             return self.items
         section = self.section(value)
@@ -230,7 +230,7 @@ class Place(NamedTuple):
 
     @property
     def example(self) -> str:
-        """What may be written here, of a section or a union of such: `{type: float, low: …, high: …}`."""
+        """An example of a value for a section or a union of sections: `{type: float, low: …, high: …}`."""
         if self.tag:
             name, kind = next(iter(self.kinds.items()))
             needed = [key for key, field in kind.model_fields.items() if field.is_required()]
@@ -268,15 +268,15 @@ def _problem(problem: Any, union: Place, place: Place, key: str) -> tuple[str, s
     """The key that a problem of pydantic's is about, and the line that says so; `union`: what `place` may be one of."""
     outer, name = place, key
     for part in map(str, problem["loc"]):
-        if place.tag:  # pydantic names the section chosen
+        if place.tag:  # pydantic names the chosen section
             union, place = place, Place(place.kinds[part])
         elif place.holds_keys or (place.is_list and place.items.holds_keys):
             outer, place, name = place, place.inside(part), f"{name}.{part}"
         else:
-            break  # an item of a plain list, or which member of a union
+            break  # an item of a plain list, or the member of a union
     what, value = problem["type"], problem["input"]
     section = outer.section({})
-    if what == "value_error":  # raised by a rule, which says all
+    if what == "value_error":  # raised by a rule, whose message is complete
         return name, f"{name}.{problem['ctx']['error']}"
     if what == "extra_forbidden" and section is not None:
         return name, _unknown(section, union, *name.rsplit(".", 1))

@@ -1,9 +1,9 @@
-"""The research code's shortcuts for batch jobs: variables of the environment that stand for overrides in every step.
+"""The research code's shortcuts for batch jobs: environment variables that act as overrides in every step.
 
     TEACHER_PAIR="t1,t2"   the two networks that teach     STUDENT=<network>   the network that is kept
     METHOD=<name>          how it is distilled             SEED=<number>       of every random stream of the run
 
-They win over `cfg`, and an override of the same key on the command line wins over them. An empty variable is none.
+They win over `cfg`, and an override of the same key on the command line wins over them. Empty ones are ignored.
 MLflow's own MLFLOW_EXPERIMENT_NAME names the experiment where neither `cfg` nor an override does.
 Names of networks are those of the zoo, which needs torch: it is imported only when a variable names one.
 """
@@ -31,7 +31,7 @@ class Shortcuts:
     """What the environment asks for.
 
     Attributes:
-        overrides: to stand before those of the command line, none of which sets the same key.
+        overrides: to be put before those of the command line, none of which sets the same key.
         teachers: the two networks of TEACHER_PAIR, or none.
         experiment: MLFLOW_EXPERIMENT_NAME, or none.
     """
@@ -41,7 +41,7 @@ class Shortcuts:
     experiment: str = ""
 
     def presets(self, composed: DictConfig) -> list[Setting]:
-        """The experiment, unless a file names one, and the pair in the place of the composed teachers."""
+        """The experiment, unless a file names one, and the pair in place of the composed teachers."""
         named = OmegaConf.select(composed, "tracking.experiment") is not None
         found = [Setting("tracking.experiment", self.experiment)] if self.experiment and not named else []
         if self.teachers:
@@ -123,14 +123,14 @@ _SHORTCUTS: dict[str, tuple[tuple[str, ...], Callable[[str], tuple[str, ...]]]] 
     "METHOD": (("method", "method.name"), _method),
     "SEED": (("seed",), lambda text: (f"seed={whole('SEED', text, 0, MOST_SEED, where=' in the environment')}",)),
 }
-"""Variable -> the keys it stands for, and what reads it."""
+"""Variable -> the keys it sets, and what reads it."""
 
 
 # -------------------------------------------------------------------------------------------------- networks
 
 
 def _network(text: str, source: str) -> str:
-    """A network's name as a configuration would have it: `resnet8x4_scratch` of the research code is cifar_resnet8x4.
+    """A network's name as configurations use it: the research code's `resnet8x4_scratch` is cifar_resnet8x4.
 
     Raises UserError, with the nearest name: no such network.
     """
@@ -139,7 +139,7 @@ def _network(text: str, source: str) -> str:
     from models import zoo
 
     name = text
-    for role in zoo.ROLES:  # there the name told role and initialisation, which are keys of their own here
+    for role in zoo.ROLES:  # there the name included role and initialisation, which are separate keys here
         name = name.removesuffix(role) or name
     try:
         full = zoo.resolve(name)
@@ -169,7 +169,7 @@ def _has_weights(name: Any) -> bool:
 
 
 def _entries(composed: DictConfig) -> list[dict[str, Any]]:
-    """The composed teachers, which stand in a list or are numbered."""
+    """The composed teachers, which may be a list or numbered keys."""
     teachers = OmegaConf.select(composed, "model.teachers")
     plain: Any = OmegaConf.to_container(teachers) if OmegaConf.is_config(teachers) else []
     items = list(plain.values()) if isinstance(plain, dict) else plain
@@ -179,9 +179,9 @@ def _entries(composed: DictConfig) -> list[dict[str, Any]]:
 def _in_place_of(before: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """The teachers of these names.
 
-    A network that is already among those before stays as it is, with its checkpoint. Another one takes over the
-    settings of the teacher in its place, except its checkpoint; it is pretrained if it has weights, unless the teacher
-    in its place has some too and was not to use them.
+    A network that is already among the teachers stays as it is, with its checkpoint. Any other takes over the settings
+    of the teacher that it replaces, except its checkpoint; it is pretrained if it has weights, unless the replaced
+    teacher has some too and was told not to use them.
     """
     left = list(before)
     teachers = []

@@ -1,4 +1,4 @@
-"""What a group of keys is made of: `Section`, `key`, and the conditions under which a key acts."""
+"""What groups of keys are built from: `Section`, `key`, and the conditions under which a key acts."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from pipeline.config.words import written
 from pipeline.paths import is_plain
 
 Condition = Callable[[Any, str], str | None]
-"""Given a section and its prefix (`method.`): why a key of that section cannot act, or None if it can."""
+"""Takes a section and its prefix (`method.`); says why a key of that section cannot act, None if it can."""
 
 
 def key(default: Any, words: str, when: str | Condition | tuple[str | Condition, ...] = ()) -> Any:

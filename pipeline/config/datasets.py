@@ -39,7 +39,7 @@ DATASETS: dict[str, Torchvision | None] = {
     "npz": None,
     "image_folder": None,
 }
-"""None: pipeline/data/sources.py has a function of its own for it."""
+"""None: pipeline/data/sources.py has a separate function for it."""
 
 
 class DatasetConfig(Section):

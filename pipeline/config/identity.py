@@ -42,7 +42,7 @@ ONLY_WHERE_SET = ("dataset.mean", "dataset.std")
 
 
 def listed(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted key, or the section that it names, is among `names`, in which `tracking.` stands for a section.
+    """Whether a dotted key, or the section that it names, is among `names`, in which `tracking.` means a whole section.
 
     Example:
         >>> [listed(key, ["seed", "tracking."]) for key in ("seed", "seeds", "tracking.uri", "tracking")]
@@ -93,7 +93,7 @@ def source_digest(root: Path) -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes two results the same: it decides on reuse of finished runs, study names and resuming."""
+    """What makes two results the same: it decides on reusing finished runs, on study names and on resuming."""
 
     config_hash: str
     amp_dtype: str
@@ -101,7 +101,7 @@ class Identity:
     data_digest: str
     sources: str
     part: str = ""
-    """Which of several results of one configuration: `teacher_0` of a fine-tuning."""
+    """Which of several results of one configuration it is: `teacher_0` of a fine-tuning."""
     bank: bool = False
     """Whether teachers' outputs came from the bank, whose fp16 rounding changes the bits."""
     compiled: bool = False

@@ -1,4 +1,4 @@
-"""Keys that were changed from their default and cannot act in a configuration: named once, at the start."""
+"""Keys that differ from their default but cannot act in a configuration: named once, at the start."""
 
 import math
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def _conditions_not_met(config: Sections) -> Iterator[str]:
 
 
 def _epochs(config: Sections) -> Iterator[str]:
-    """Warm-ups that outlast the run, and epochs that never come."""
+    """Keys for warm-ups that outlast the run, or for epochs that it never reaches."""
     m = config.method
     b_epochs = sum(m.student_epochs_per_stage)
     a_epochs = m.num_stages * m.teacher_adapt_epochs if m.uses_fusion else 0

@@ -1,7 +1,7 @@
-"""The kinds of numbers that keys take: a range for each, and a sentence that explains its upper bound.
+"""The kinds of numbers that keys take, each with a range and a sentence that explains its upper bound.
 
 The bounds are generous. They catch slips (workers=100000, a zero too many) that would otherwise take a machine down, or
-end an hour later in some library's error.
+fail an hour later with an error of some library.
 """
 
 import re
@@ -67,7 +67,7 @@ def whole(key: str, text: str, low: int = 1, high: int = MILLION, why: str = "",
 
     Args:
         why: the reason for the upper bound.
-        where: what follows the value in the error.
+        where: text after the value in the error.
 
     Raises:
         UserError: not a whole number, or out of range.

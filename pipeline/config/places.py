@@ -15,7 +15,7 @@ DISTILLING = ("main", "distill", "ablate", "sweep")
 
 
 def check_there(config: Config, step: str) -> None:
-    """Raise UserError for the first file or folder on this machine that a step will need and that is not there."""
+    """Raise UserError for the first file or folder on this machine that a step will need and that is missing."""
     checkpoints = {f"model.teachers.{i}.checkpoint": t.checkpoint for i, t in enumerate(config.model.teachers)}
     given = {
         "output_dir": config.output_dir,
@@ -31,7 +31,7 @@ def check_there(config: Config, step: str) -> None:
             user_path(text, key)
     server = os.environ.get("MLFLOW_TRACKING_URI")
     if config.tracking.mode == "online" and config.tracking.uri:
-        urls.tracking(config.tracking.uri)  # whether it answers shows later
+        urls.tracking(config.tracking.uri)  # whether it answers is seen later
     elif config.tracking.mode == "online" and server:
         urls.tracking(server, "MLFLOW_TRACKING_URI")
     if output_dir(config).is_file():
@@ -53,7 +53,7 @@ def is_uri(text: str) -> bool:
 
 
 def check_data(dataset: DatasetConfig) -> None:
-    """Raise UserError if the data set is not there and `dataset.download` will not fetch it."""
+    """Raise UserError if the data set is missing and `dataset.download` will not fetch it."""
     if dataset.name == "image_folder":
         folder = user_path(dataset.root, "dataset.root")
         for names in (("train",), ("val", "test")):
@@ -72,7 +72,7 @@ def check_data(dataset: DatasetConfig) -> None:
 
 
 def check_file(given: str, key: str) -> Path:
-    """Return the path of a weights file on this machine. Raises UserError, naming `key`, if it is not there."""
+    """Return the path of a weights file on this machine. Raises UserError, naming `key`, if it is missing."""
     path = user_path(given, key)
     if not path.is_file():
         raise UserError(f"{key}: no such file; give a weights file or runs:/<id>")

@@ -21,7 +21,7 @@ MIN_TEMPERATURE = 1e-4
 """Floor of the synergy head's learned temperature (models/ib_mbm.py)."""
 
 MAX_REGISTERED_NAME = 256
-"""Length of the registry's column."""
+"""Length of the column in the registry's database."""
 
 
 def derive(data: Any) -> Any:
@@ -40,7 +40,7 @@ def derive(data: Any) -> Any:
 
 
 def _as_dict(section: Any) -> dict[str, Any] | None:
-    """Return a section given as nothing, YAML or an object; None for what validation will refuse."""
+    """Return a section that was omitted or given as YAML or an object; None if validation will refuse it."""
     if isinstance(section, BaseModel):
         return section.model_dump(exclude_unset=True)
     return {} if section is None else section if isinstance(section, dict) else None
@@ -299,14 +299,14 @@ def registered_name_fault(name: str) -> str | None:
 
     Example:
         >>> registered_name_fault("cifar/student")
-        'the registry takes no / and no : in a name; give such as cifar-student'
+        'the registry allows no / or : in a name; give for example cifar-student'
     """
     if not name.strip():
-        return "the name is empty; give such as cifar100-student"
+        return "the name is empty; give for example cifar100-student"
     if "/" in name or ":" in name:
-        return f"the registry takes no / and no : in a name; give such as {name.replace('/', '-').replace(':', '-')}"
+        return f"the registry allows no / or : in a name; give for example {name.replace('/', '-').replace(':', '-')}"
     if name != name.strip() or posixpath.normpath(name) != name or name == "." or name.startswith(".."):
-        return "the registry takes no name that begins or ends with a space, is . or begins with .."
+        return "the registry allows no name that begins or ends with a space, is . or begins with .."
     if len(name) > MAX_REGISTERED_NAME:
         return f"a name has at most {MAX_REGISTERED_NAME} characters, this one {len(name)}"
     if not name.isprintable() or any(character in name for character in "'\"`%?#@"):

@@ -12,9 +12,9 @@ from pipeline.errors import UserError
 
 
 class Config(Sections):
-    """The whole effective configuration, validated once and immutable: the only one that the code sees."""
+    """The whole effective configuration, validated once and immutable; the code sees no other."""
 
-    # again: pydantic would take abc's class method of this name for the inherited default
+    # repeated: pydantic would take abc's class method of this name for the inherited default
     register: str | None = Sections.model_fields["register"]  # type: ignore[assignment]
 
     @model_validator(mode="before")
@@ -50,7 +50,7 @@ def explain(error: ValidationError) -> str:
 
 
 class UnknownKey(UserError):
-    """A key that the configuration does not have; the message names the nearest of its keys and of the step's `own`."""
+    """The error for an unknown key; the message names the nearest of the configuration's keys and the step's `own`."""
 
     def __init__(self, name: str, own: Collection[str] = ()) -> None:
         self.name = name

@@ -10,12 +10,12 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.numbers import Gigabytes, Seed, Threads
 from pipeline.config.training import CheckpointConfig, FinetuneConfig, OptimConfig, ScheduleConfig, TrackingConfig
 
-# abc gives every model class a method named register, which an instance's key may well hide
+# abc gives every model class a method named register; an instance's key may safely hide it
 warnings.filterwarnings("ignore", message='Field name "register" in')
 
 
 class Sections(Section):
-    """The keys of no section, and the sections."""
+    """The keys outside any section, and the sections."""
 
     seed: Seed = key(0, "seed of every random stream of the run")
     device: str = key("auto", "auto, cpu, mps, cuda or cuda:<n>")

@@ -1,4 +1,4 @@
-"""Keys in words: what they are called, what they take, and a validation error as one line that says what to do."""
+"""Keys in words: their names, what they take, and validation errors as one line that says what to do."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,7 +50,7 @@ OLD_NAMES = {
 """Names of the research code, and what they are called here."""
 
 MAX_PROBLEMS = 3
-"""Nobody reads more than these."""
+"""Problems that an error names; nobody reads more."""
 
 
 def near_miss(given: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -78,7 +78,7 @@ def key_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """Return the one-line message for a key that the schema does not have."""
     known = list(known)
-    by_last = {key.rpartition(".")[2]: key for key in reversed(known)}  # of several, the first
+    by_last = {key.rpartition(".")[2]: key for key in reversed(known)}  # the first of several
     last = name.rpartition(".")[2]
     if last in OLD_NAMES and (last == name or last not in by_last):  # finetune.small_input is misplaced, not old
         return f"{name}: this key is now {OLD_NAMES[last]}"
@@ -126,7 +126,7 @@ def is_text(field: FieldInfo) -> bool:
 
 
 def expects(field: FieldInfo, full: bool = False) -> str:
-    """Say what a key takes: `a number above 0, or null`; `full`: with bounds that are there only to catch slips."""
+    """Say what a key takes: `a number above 0, or null`; `full`: include bounds that only catch slips."""
     if is_list_of_sections(field):
         return "a list of {name: …, pretrained: …, checkpoint: …}"
     return _words(field.annotation, field.metadata, full)
@@ -220,7 +220,7 @@ def one_line(problems: Iterable[tuple[str, str]]) -> str:
 
 
 def _explain(problem: Any, path: list[str | int], root: type[BaseModel]) -> tuple[str, str]:
-    if problem["type"] == "value_error":  # raised by a rule, which says all
+    if problem["type"] == "value_error":  # raised by a rule, whose message is complete
         message = str(problem["ctx"]["error"])
         return message, message
     if problem["type"] == "extra_forbidden":
@@ -240,7 +240,8 @@ def _explain(problem: Any, path: list[str | int], root: type[BaseModel]) -> tupl
     if section is not None and not is_list_of_sections(field):
         return (
             key,
-            f"{key} is a group of keys, got {shown(value)}; give such as {key}.{next(iter(section.model_fields))}=…",
+            f"{key} is a group of keys, got {shown(value)}; "
+            f"give for example {key}.{next(iter(section.model_fields))}=…",
         )
     where = f", entry {inside[-1]}" if inside and isinstance(inside[-1], int) and problem["type"] != "missing" else ""
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()

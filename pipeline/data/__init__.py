@@ -1,1 +1,1 @@
-"""Images: sources, splits, augmentations and batches on the device. Knows no model and no outside system."""
+"""Images: sources, splits, augmentations and batches on the device. Independent of models and outside systems."""

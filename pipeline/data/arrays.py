@@ -1,4 +1,4 @@
-"""Check that four arrays are a classification data set; every fault has its one-line error.
+"""Check that four arrays are a classification data set; every fault has a one-line error of its own.
 
 All sources go through the same checks: a user's npz file and files that torchvision has read.
 """
@@ -55,8 +55,8 @@ def read_npz(path: Path, key: str) -> dict[str, NDArray[Any]]:
 def check(arrays: dict[str, NDArray[Any]], where: str, classes: tuple[str, ...] | None = None) -> Arrays:
     """Validates `arrays` (keys x_train, y_train, x_test, y_test and, optionally, class_names).
 
-    Images are uint8 (N,H,W,C) or, grey, (N,H,W); labels are integers (N,). The number of classes is what the training
-    labels say. `where` opens every message (the key and its value); `classes` are names known from elsewhere.
+    Images are uint8 (N,H,W,C) or, grey, (N,H,W); labels are integers (N,). The training labels determine the number
+    of classes. `where` opens every message (the key and its value); `classes` are names known from elsewhere.
     Raises UserError.
     """
     missing = [name for name in ARRAYS if name not in arrays]
@@ -72,7 +72,7 @@ def check(arrays: dict[str, NDArray[Any]], where: str, classes: tuple[str, ...] 
     for split, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         if len(x) != len(y):
             raise UserError(
-                f"{where}: x_{split} has {len(x)} images and y_{split} {len(y)} labels; they must be as many"
+                f"{where}: x_{split} has {len(x)} images and y_{split} {len(y)} labels; the numbers must agree"
             )
     if "class_names" in arrays:
         classes = _names(arrays["class_names"], where)

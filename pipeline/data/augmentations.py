@@ -1,6 +1,6 @@
 """Augmentations of whole batches, as pure functions of the images and of random numbers drawn beforehand.
 
-Drawing and applying are apart, so that an epoch's randomness is known before its first batch: a resumed run, another
+Drawing is separate from applying, so that an epoch's randomness is known before its first batch: a resumed run, another
 process and the teacher bank see the very same crops, flips and mixtures.
 """
 
@@ -55,7 +55,7 @@ def crop_flip(x: Tensor, draw: CropFlip, pad: int = PAD, pad_mode: PadMode = "ze
 def _pad(x: Tensor, pad: int, mode: PadMode) -> Tensor:
     if mode == "zero":
         return F.pad(x, (pad, pad, pad, pad))
-    # torch's reflection does not take uint8 on every device; index lists take anything
+    # torch's reflection does not support uint8 on every device; index lists work for any type
     for dim in (2, 3):
         size = x.shape[dim]
         if pad >= size:

@@ -2,9 +2,9 @@
 
 Images live on the device as uint8, without workers; or they are files, which workers decode ahead of time.
 
-All random numbers of an epoch are drawn before it begins (`TrainBatches.draw`), for the global batch. So resuming
-within an epoch is skipping batches, and a process of several computes its rows of exactly the batch that one process
-would see.
+All random numbers of an epoch are drawn before it begins (`TrainBatches.draw`), for the global batch. Resuming
+within an epoch therefore means skipping batches, and each of several processes computes its rows of exactly the batch
+that a single process would see.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,19 +33,19 @@ from pipeline.errors import UserError
 
 
 class Seen(NamedTuple):
-    """A frozen teacher's outputs for n images, float32 on the device: those that the bank keeps."""
+    """A frozen teacher's outputs for n images, float32 on the device, as the bank keeps them."""
 
     logits: Tensor
-    """(n,N)."""
+    """Shape (n,N)."""
     feat_2d: Tensor
-    """(n,C)."""
+    """Shape (n,C)."""
 
     def take(self, rows: Tensor | slice) -> "Seen":
         return Seen(self.logits[rows], self.feat_2d[rows])
 
 
 Known = Callable[[Tensor | None], Sequence[Seen]]
-"""Every teacher's outputs for some rows of a batch, None: for all; looked up (or computed) when it is called."""
+"""Returns every teacher's outputs for some rows of a batch (None: all), looked up or computed when called."""
 
 
 class Batch(NamedTuple):
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     x: Tensor
     """float32 (b,C,H,W): augmented, normalised, unmixed («clean»)."""
     x_mixed: Tensor
-    """x after MixUp or CutMix; x itself without."""
+    """x after MixUp or CutMix; x itself without mixing."""
     y: Tensor
     """int64 (b,): labels of x."""
     y_b: Tensor
@@ -74,9 +74,9 @@ class Batch(NamedTuple):
     x_second: Tensor | None = None
     """float32 (b,C,H,W): the same images under a second, independent augmentation; None where none was drawn."""
     known: Known | None = None
-    """The teacher bank's outputs for x; None without a bank: the teachers have to run."""
+    """The teacher bank's outputs for x; None without a bank, when the teachers have to run."""
     known_second: Known | None = None
-    """The same of `x_second`."""
+    """The same for `x_second`."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,9 @@ class TrainBatches:
         """Draw an epoch's random numbers, for the global batches.
 
         `generators` gives a CPU generator for each of the names permutation, crop_flip, crop_flip_2, randaugment and
-        mix. The streams are separate: switching mixing on or off changes neither order nor crops. What is switched off
-        is not asked for. `two_views`: every image also has a second, independent augmentation. Files have a seed for
-        each image instead of corners in the padded image.
+        mix. The streams are separate: switching mixing on or off changes neither order nor crops. No stream is
+        requested for what is switched off. `two_views`: every image also has a second, independent augmentation. Files
+        have a seed for each image instead of corners in the padded image.
         """
         n, augment = len(self.indices), self.augment
         by_seed = isinstance(self.images, ImageFiles)
@@ -199,7 +199,7 @@ class TrainBatches:
     def epoch(self, draws: EpochDraws, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from batch `start` on; those before it cost nothing."""
         one = torch.ones((), device=self.device)
-        plans, ahead = tee(self._plans(draws, start))  # workers are asked ahead of the batch that is yielded
+        plans, ahead = tee(self._plans(draws, start))  # workers get requests ahead of the batch that is yielded
         made = self._views(asked for plan in ahead for asked in plan.asked)
         for plan in plans:
             yield self._batch(plan, made, one)
@@ -209,7 +209,7 @@ class TrainBatches:
         # one transfer per epoch and tensor: within the loop nothing waits for the device
         order = self.indices[draws.permutation.to(self.device)]
         mixes = _to_device(draws.mixes, self.device)
-        # where images are files, who asks for them does not ask the device
+        # requests for files are made without the device
         resident, place = isinstance(self.images, Tensor), self.images.device
         at_images = order if resident else self.indices.to(place)[draws.permutation]
         crops = [None if view is None else view.to(place) for view in (draws.crop_flip, draws.second)]
@@ -221,14 +221,14 @@ class TrainBatches:
             asked = [first.take(at).take(rows)]
             if draws.two_views:
                 asked.append(second.take(at).take(rows))
-            if mixture is not None and self.world_size > 1:  # partners may lie in other processes: made here
+            if mixture is not None and self.world_size > 1:  # partners may be other processes', so they are made here
                 source = mixture if resident else draws.mixes[number]
                 assert source is not None
                 asked.append(first.take(at).take(source.partner[rows]))
             yield _Plan(order[at], rows, mixture, draws.two_views, asked)
 
     def _views(self, asked: Iterator["_Asked"]) -> Iterator[Tensor]:
-        """What is asked for, augmented and normalised: float32 (b,C,H,W) on the device."""
+        """The requested images, augmented and normalised: float32 (b,C,H,W) on the device."""
         if isinstance(self.images, Tensor):
             yield from (self.view(*one) for one in asked)
         else:
@@ -251,7 +251,7 @@ class TrainBatches:
 
 
 class _Asked(NamedTuple):
-    """Images in one view each, where the images are; seeds on the CPU."""
+    """A request for images in one view each: tensors where the images are, seeds on the CPU."""
 
     indices: Tensor
     crops: CropFlip | None
@@ -273,7 +273,7 @@ class _Plan(NamedTuple):
     mixture: Mix | None
     two_views: bool
     asked: list[_Asked]
-    """The clean view, the second one, and the mixing partners, as far as they are to be made."""
+    """The clean view, the second one and the mixing partners, as far as each is needed."""
 
 
 class EvalBatches:

@@ -1,8 +1,8 @@
 """Images that stay files, in the layout of torchvision's ImageFolder (ImageNet's): decoded, cropped and flipped by
 worker processes, with torchvision's v2 transforms, some batches ahead of the training.
 
-What is not resident is random by seed: each image of an epoch has its own, so that its crop depends neither on its
-batch nor on the worker that makes it.
+Images that are not resident are augmented by seed: each image of an epoch has its own, so that its crop depends
+neither on its batch nor on the worker that makes it.
 """
 
 import atexit
@@ -34,9 +34,9 @@ from pipeline.served.pictures import Refused, read, square
 
 logger = logging.getLogger("asib")
 CROP_PCT = 0.875
-"""Of the shorter side, what the centre crop of evaluation shows: 224 of 256 (He et al. 2016)."""
+"""Share of the shorter side that evaluation's centre crop shows: 224 of 256 (He et al. 2016)."""
 AT_ONCE = 64
-"""Images that evaluation asks for together, at most: what is made ahead lies in shared memory, which may be scarce."""
+"""Images that evaluation requests at once, at most: prefetched ones lie in shared memory, which may be scarce."""
 MOST_WORKERS = 8
 MORE_ROOM = "give fewer workers, or more memory (in containers: shared memory, docker run --shm-size=8g)"
 GRACE_S = 30
@@ -48,9 +48,9 @@ class Wanted(NamedTuple):
     """Some images of a data set in one view each."""
 
     indices: NDArray[np.int64]
-    """(n,)."""
+    """Shape (n,)."""
     seeds: NDArray[np.int64] | None = None
-    """(n,): each image's, for its crop, flip and RandAugment; None: the centre of each image."""
+    """(n,): each image's seed, for its crop, flip and RandAugment; None: the centre of each image."""
     crop_flip: bool = True
     """RandomResizedCrop and mirroring; without it, seeds serve RandAugment alone."""
     randaugment: bool = False
@@ -77,7 +77,7 @@ class ImageFiles:
         self._asked = _Asked()
         self._loader: DataLoader[Tensor | str] | None = None
         self._copying: Any = None
-        """The CUDA stream of the copies: one, since freed memory is used again on the stream that took it."""
+        """The CUDA stream of the copies: only one, since freed memory is reused on the stream that allocated it."""
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -87,13 +87,13 @@ class ImageFiles:
         return _checked(self._decoder[Wanted(torch.arange(len(self))[index].numpy())])
 
     def to(self, device: torch.device | str) -> "ImageFiles":
-        """Itself: files have no device."""
+        """Return itself: files have no device."""
         return self
 
     def views(self, wanted: Iterable[Wanted], device: torch.device) -> Iterator[Tensor]:
         """For each of `wanted` its images, uint8 (n,3,size,size) on the device.
 
-        One at a time: whoever asks again has ended what was asked before. Copies to a GPU overlap with its work.
+        Only one request at a time: a new one ends the one before. Copies to a GPU overlap with its work.
 
         Raises:
             UserError: an image cannot be read, a worker was killed.
@@ -121,11 +121,11 @@ class ImageFiles:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # it draws seeds that nobody uses: not from the run's stream
+            generator=torch.Generator(),  # it draws seeds that nobody uses; keep them out of the run's stream
         )
 
     def close(self) -> None:
-        """Let the workers go; asked again, there will be others."""
+        """End the workers; the next request starts new ones."""
         iterator = getattr(self._loader, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()  # also where a suspended generator still holds it
@@ -136,11 +136,11 @@ class ImageFiles:
             answer = signal.getsignal(signal.SIGCHLD)
             held = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_ALL)
             try:
-                made = iter(loader)  # a worker is forked with them held: none ends it before it has begun
+                made = iter(loader)  # forked with these blocked: no signal ends a worker before it has begun
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, held)
             if threading.current_thread() is threading.main_thread():
-                # torch's would raise of a dead worker wherever this process is; `next` says it too, here
+                # torch's handler would raise for a dead worker anywhere in this process; `next` raises too, but here
                 signal.signal(signal.SIGCHLD, answer)
             yield from made
         except (RuntimeError, OSError, MemoryError) as error:
@@ -152,12 +152,12 @@ class ImageFiles:
 
 
 _open: "weakref.WeakSet[ImageFiles]" = weakref.WeakSet()
-"""Those that may have workers."""
+"""Image files that may have workers."""
 
 
 @functools.cache
 def _close_at_exit() -> None:
-    """Before multiprocessing's own end, which would wait for workers that nobody has told."""
+    """End all workers before multiprocessing's own exit, which would wait for workers that nobody has stopped."""
 
     @atexit.register
     def close_all() -> None:
@@ -182,7 +182,7 @@ class _Decoder(Dataset[Tensor | str]):
     """What runs in the workers: `Wanted` → uint8 (n,3,size,size), or a message about an image that cannot be read."""
 
     def __init__(self, paths: Sequence[str], size: int, key: str, workers: str) -> None:
-        # one buffer: workers that count references to strings would copy the pages that they share with the parent
+        # one buffer: counting references to strings would make workers copy the pages shared with the parent
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self._size, self._key, self._workers = size, key, workers
 
@@ -205,12 +205,12 @@ class _Decoder(Dataset[Tensor | str]):
         return made if get_worker_info() is None else self._shared(made)
 
     def _shared(self, made: Tensor) -> Tensor | str:
-        """The images where the training sees them; the thread that sends them could only print that it has no room."""
+        """The images in shared memory; moved here, because the thread that sends them could only print a failure."""
         try:
             return made.share_memory_()
         except RuntimeError as error:
             return (
-                f"{self._workers}: {made.numel() / 1e6:.1f} MB of images find no room in shared memory "
+                f"{self._workers}: {made.numel() / 1e6:.1f} MB of images do not fit into shared memory "
                 f"({str(error).rpartition(': ')[2]}); {MORE_ROOM}"
             )
 
@@ -237,7 +237,7 @@ _TO_ALL = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 
 def _begin_worker(index: int) -> None:
-    """Signals to all processes of a job are the training's to answer: it still needs its workers for a last batch.
+    """Leave signals to a whole job to the training process: it still needs its workers for a last batch.
 
     SIGTERM ends a worker all the same, some seconds later: that is how one that hangs is stopped.
     """
@@ -245,12 +245,12 @@ def _begin_worker(index: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_ALL)
-    # what cannot be sent would otherwise be printed and left out, and the training would wait for it for ever
+    # what cannot be sent would otherwise be printed and dropped, and the training would wait for it forever
     Queue._on_queue_feeder_error = staticmethod(_leave)  # type: ignore[attr-defined]
 
 
 def _leave(error: BaseException, item: object) -> None:
-    """The training sees within seconds that this worker has gone."""
+    """Exit at once: the training process notices within seconds that this worker is gone."""
     os._exit(1)
 
 
@@ -311,8 +311,8 @@ def scan(root: Path, key: str) -> Folder:
     )
     try:
         digest = _digest(root, [*train_paths, *test_paths])
-    except OSError as error:  # a link to nothing, a file that is not ours to read
-        raise UserError(f"{key}: {error.filename}: {error.strerror}; mend or remove it") from error
+    except OSError as error:  # a dangling link, a file without read permission
+        raise UserError(f"{key}: {error.filename}: {error.strerror}; repair or remove it") from error
     return Folder(train_paths, y_train, test_paths, y_test, tuple(train), digest)
 
 

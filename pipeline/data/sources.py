@@ -1,6 +1,6 @@
 """Where images come from: the bundled sample, torchvision's data sets, a user's npz file, or folders of pictures.
 
-Whatever the source, the result is one `ImageData`: checked images and the digest by which results know them.
+Whatever the source, the result is one `ImageData`: checked images, and the digest that identifies them in results.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ class ImageData:
 
     train_x, test_x: uint8 (N,C,H,W), H = W, or files of such; train_y, test_y: int64 (N,) in 0..num_classes-1, every
     class occurring in training. mean, std: per channel, for images scaled to [0, 1]. digest: SHA-256 (hex) over shapes,
-    types and bytes of the four arrays and the class names, or over files. source: where it was read, for people.
-    crop_pct: the share of a picture's shorter side that its square shows; None: other shapes are squeezed.
+    types and bytes of the four arrays and the class names, or over files. source: where it was read from, in words.
+    crop_pct: the share of a picture's shorter side that its square shows; None: pictures are squeezed into a square.
     """
 
     name: str
@@ -73,7 +73,7 @@ def load(config: DatasetConfig) -> ImageData:
     data = OWN[config.name](config) if row is None else _torchvision(config, row)
     for key, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != data.in_chans:
-            raise UserError(f"dataset.{key}={list(values)}: the images have {data.in_chans} channels; give as many")
+            raise UserError(f"dataset.{key}={list(values)}: the images have {data.in_chans} channels; give one each")
     return replace(data, mean=config.mean or data.mean, std=config.std or data.std)
 
 
@@ -128,7 +128,7 @@ def _torchvision(config: DatasetConfig, row: Torchvision) -> ImageData:
     name, place, root = row.class_name, row.below(config.root), str(user_path(config.root, "dataset.root"))
     try:
         train, test = (getattr(datasets, name)(root, train=part, download=config.download) for part in (True, False))
-    # torchvision's own RuntimeError, failed downloads (OSError), and whatever reading a cut file gives
+    # torchvision's own RuntimeError, failed downloads (OSError), and anything that reading a truncated file raises
     except (RuntimeError, OSError, ValueError, EOFError, AssertionError, LookupError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if config.download:
@@ -187,4 +187,4 @@ def statistics(images: NDArray[np.uint8]) -> Statistics:
 
 
 OWN = {"cifar100_sample": _sample, "npz": _npz, "image_folder": _image_folder}
-"""How the data sets are read that torchvision does not know."""
+"""Readers of the data sets that torchvision does not have."""

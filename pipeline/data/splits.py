@@ -62,6 +62,6 @@ def _shares(sizes: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def _keys(count: int, digest: str, seed: int) -> np.ndarray:
-    """One random number per image. Raw PCG64 output, because numpy promises that stream for ever (and no other)."""
+    """One random number per image. Raw PCG64 output, because numpy guarantees that stream forever (and no other)."""
     state = int.from_bytes(hashlib.sha256(f"validation split {seed} of {digest}".encode()).digest(), "big")
     return np.random.PCG64(state).random_raw(count)

@@ -20,7 +20,7 @@ class Views:
 
     @classmethod
     def of(cls, augment: AugmentConfig) -> "Views":
-        """Those of a configuration without RandAugment, whose views cannot be enumerated."""
+        """The views under a configuration without RandAugment (whose views cannot be enumerated)."""
         return cls(augment.crop_flip, augment.pad_mode if augment.crop_flip else "zero")
 
     @property
@@ -29,11 +29,11 @@ class Views:
 
     @property
     def name(self) -> str:
-        """Their name in a bank's key."""
+        """The views' name in a bank's key."""
         return f"crop-flip pad {PAD} {self.pad_mode}" if self.crop_flip else "plain"
 
     def numbers(self, draw: CropFlip | None, n: int) -> Tensor:
-        """int64 (n,), 0 … count − 1: the view that each of n images is drawn in; `draw` lies on the CPU."""
+        """int64 (n,), 0 … count − 1: the view drawn for each of n images; `draw` is on the CPU."""
         if draw is None:
             return torch.zeros(n, dtype=torch.int64)
         return (draw.top * CORNERS + draw.left) * 2 + draw.flip.long()

@@ -1,4 +1,4 @@
-"""The teacher bank of a run: whether there is one, where it is, what is computed ahead (docs/method.md section 8)."""
+"""The teacher bank of a run: whether it has one, where it is, what is computed ahead (docs/method.md section 8)."""
 
 import logging
 from collections.abc import Sequence

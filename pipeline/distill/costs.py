@@ -1,4 +1,4 @@
-"""What a training costs: multiply-accumulates of its networks and of all its passes."""
+"""What training costs: multiply-accumulates of its networks and of all its passes."""
 
 from collections.abc import Mapping
 
@@ -14,8 +14,8 @@ from pipeline.training.methods.asib.task import Distillation
 def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]) -> dict[str, float]:
     """`cost/macs_per_image/<network>`, and `cost/gmacs`: 10⁹ multiply-accumulates of the whole training.
 
-    A forward pass counts once, a training pass three times (forward, and backward for inputs and for weights); early
-    ends of the backward pass under partial freezing are not taken off. Evaluation does not count, as for the images.
+    A forward pass counts once, a training pass three times (forward, and backward for inputs and for weights); backward
+    passes cut short by partial freezing are counted in full. Evaluation does not count, as for the images.
     """
     x = networks.blank(task.config, data)
     nets = {"student": task.student} | {f"teacher_{k}": t for k, t in enumerate(task.teachers)}

@@ -39,7 +39,7 @@ def distill(run: Run) -> float | None:
 
 
 def trial(run: Run, watch: Watch) -> dict[str, float]:
-    """Distil as `distill` does, for a sweep: the test split stays unseen, and of the student only weights are kept.
+    """Distil as `distill` does, for a sweep: the test split stays unseen, and only the student's weights are kept.
 
     Returns every metric's last value. Raises Pruned, Taken: as `watch` decided.
     """
@@ -55,7 +55,7 @@ def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Lo
     config = run.config
     prepare(config, threads_of(run))
     device = networks.device_of(config)
-    check_device(config, device)  # before teachers are fine-tuned
+    check_device(config, device)  # checked before teachers are fine-tuned
     for sentence in inactive(config):
         logger.info("has no effect here: %s", sentence)
     data = load_data(run)
@@ -79,7 +79,7 @@ def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Lo
 
 
 def _conclude(data: ImageData, task: Distillation, loop: Loop, test: bool = True) -> dict[str, float]:
-    """The final metrics, which are then in the run's record."""
+    """The final metrics, which are also written to the run's record."""
     found = task.results(test)
     found |= macs_found(task, data, found)
     if "cost/compile_seconds" in found:

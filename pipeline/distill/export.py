@@ -1,4 +1,4 @@
-"""The student as others use it: an ONNX file with a pyfunc around it, a folder for timm, and the fusion's weights."""
+"""The student in exported form: an ONNX file with a pyfunc around it, a folder for timm, and the fusion's weights."""
 
 import copy
 import json
@@ -24,9 +24,9 @@ from pipeline.served import code as served
 from pipeline.training.methods.asib.fusion import Fusion
 
 OUTPUTS = ("probabilities", "logits")
-"""Of the ONNX file, both (n, N)."""
+"""Outputs of the ONNX file, both (n, N)."""
 TOLERANCE = 1e-4
-"""How far the ONNX file's answers may be from PyTorch's: probabilities absolutely, logits relative to the largest."""
+"""Allowed difference between the ONNX file and PyTorch: probabilities absolute, logits relative to the largest."""
 CHECKED = 32
 """Images of the test split on which they are compared."""
 
@@ -59,7 +59,7 @@ class Served(nn.Module):
 
 
 def plain(net: FeatureNet) -> nn.Module:
-    """A copy of the timm network inside, as exports take it: on the CPU, in eval mode, weights contiguous."""
+    """A copy of the wrapped timm network, ready for export: on the CPU, in eval mode, weights contiguous."""
     copied: nn.Module = copy.deepcopy(net.net).cpu().to(memory_format=torch.contiguous_format)
     return copied.float().eval()
 
@@ -109,7 +109,7 @@ def check_onnx(path: Path, net: nn.Module, data: ImageData) -> dict[str, float]:
             wanted = expected[name][:count]
             difference = float(np.abs(found - wanted).max())
             allowed = TOLERANCE * max(1.0, float(np.abs(wanted).max()))
-            if not difference <= allowed:  # nor where either is NaN
+            if not difference <= allowed:  # the comparison is also false if either is NaN
                 raise RuntimeError(
                     f"the exported student is not logged: on {count} test images the {name} of its ONNX file differ "
                     f"from PyTorch's by up to {difference:.3g}, allowed are {allowed:.3g}"
@@ -135,7 +135,7 @@ def to_timm(net: nn.Module, model: FeatureNet, data: ImageData, folder: Path) ->
     changed = model.small_input and not base.startswith("cifar_")
     if changed and not is_patch_family(model_entrypoint(base).__module__):
         config |= {"pretrained_cfg": {"architecture": stem_timm.NAME}, "model_args": {"base": base.partition(".")[0]}}
-    # what the served model does with pictures of other sizes
+    # how the served model resizes pictures
     shape = {"crop_pct": data.crop_pct or 1.0, "crop_mode": "center" if data.crop_pct else "squash"}
     shown = {"mean": data.mean, "std": data.std, "interpolation": "bicubic", **shape}
     save_for_hf(net, str(folder), config, safe_serialization=True, data_config={"input_size": size, **shown})

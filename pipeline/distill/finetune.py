@@ -25,7 +25,7 @@ def finetune(run: Run) -> float | None:
     check_device(config, networks.device_of(config))
     found = [teachers.finetune(run, k) for k in todo]
     means = {f"final/teacher_{k}_acc": r["final/acc_val_selected"] for k, r in zip(todo, found, strict=True)}
-    run.journal.hold()  # they are written together with the end, so that a resume does not repeat them
+    run.journal.hold()  # written together with the end, so that a resume does not repeat them
     run.journal.metrics(means, 0)
     names = [config.model.teachers[k].name for k in todo]
     rows = [(name, f"{acc:.2f}") for name, acc in zip(names, means.values(), strict=True)]

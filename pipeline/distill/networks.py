@@ -21,7 +21,7 @@ from pipeline.training.devices import device_of as device_of
 from pipeline.training.rng import Streams
 
 PREPARED_ALIKE = 1e-3
-"""How far a recorded mean or deviation may be from the data's: rounded and computed ones are the same."""
+"""Allowed difference of a recorded mean or deviation from the data's: a rounded one still counts as the same."""
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def placed(net: FeatureNet, config: Config) -> FeatureNet:
 
 
 def blank(config: Config, data: ImageData) -> Tensor:
-    """A black image (1, C, H, W), where and as `placed` puts networks."""
+    """A black image (1, C, H, W), on the device and in the format of `placed`."""
     image = torch.zeros(1, data.in_chans, data.image_size, data.image_size, device=device_of(config))
     return image.contiguous(memory_format=_memory_format(config))
 
@@ -94,13 +94,13 @@ def eval_batches(
 def build_student(config: Config, data: ImageData) -> FeatureNet:
     """The student, fresh or pretrained; with an adapter where its `distill_feat` is used."""
     s, m = config.model.student, config.method
-    adapts = m.feat_kd_alpha > 0 and m.feat_kd_key == "distill_feat"  # else nothing would train it
+    adapts = m.feat_kd_alpha > 0 and m.feat_kd_key == "distill_feat"  # otherwise nothing would train it
     width = m.distill_out_dim if adapts else None
     return build(config, data, s.name, s.pretrained, "model.student.name", config.seed, adapter_dim=width)
 
 
 def build_teacher(config: Config, data: ImageData, index: int) -> FeatureNet:
-    """A teacher as fine-tuning starts it; EfficientNets get their dropout."""
+    """A teacher as fine-tuning starts from it; EfficientNets get their dropout."""
     t: TeacherConfig = config.model.teachers[index]
     dropout = t.efficientnet_dropout if "efficientnet" in t.name else 0.0
     pretrained = t.pretrained and t.checkpoint is None
@@ -111,8 +111,8 @@ def build_teacher(config: Config, data: ImageData, index: int) -> FeatureNet:
 def load(net: FeatureNet, path: Path, key: str, data: ImageData) -> dict[str, Any]:
     """Fill a network from a checkpoint file; return the file's metadata.
 
-    Classes that the file records must be the data's, in its order; a recorded mean and deviation must be those that
-    the data is prepared with. Raises UserError, which names `key`.
+    Classes that the file records must be the data's, in its order; a recorded mean and deviation must equal those
+    that the data is prepared with. Raises UserError, which names `key`.
     """
     with user_error(key):
         check_prepared(weights.read_metadata(path), data)
@@ -124,7 +124,7 @@ def check_prepared(record: Mapping[str, Any], data: ImageData) -> None:
     for name in ("mean", "std"):
         theirs, ours = record.get(name, []), getattr(data, name)
         alike = len(theirs) == len(ours) and np.allclose(theirs, ours, rtol=0, atol=PREPARED_ALIKE)
-        if theirs and not alike:  # nor where one is NaN
+        if theirs and not alike:  # a NaN is not alike either
             told = ", ".join(f"{value:.6g}" for value in theirs)
             raise ValueError(
                 f"it was trained on images prepared with {name} [{told}], and here it is "
@@ -133,7 +133,7 @@ def check_prepared(record: Mapping[str, Any], data: ImageData) -> None:
 
 
 def saw_validation(record: Mapping[str, Any], config: Config, data: ImageData) -> bool:
-    """Whether a network may have been trained on this run's validation images: its record is of another split."""
+    """Whether a network may have been trained on this run's validation images: its record names another split."""
     d = config.dataset
     ours = {"data_digest": data.digest, "val_fraction": d.val_fraction, "split_seed": d.split_seed}
     return any(record.get(key) != value for key, value in ours.items())

@@ -16,7 +16,7 @@ MODEL = "student"
 
 
 def student(run: Run, config: Config, data: ImageData, results: Mapping[str, float]) -> None:
-    """Note in the run's record that its student is to be registered, where its configuration asks for that.
+    """Note in the run's record that its student is to be registered, if its configuration asks for that.
 
     Delivery makes the version once the model is on the server, and moves the alias challenger to it. `config`: what the
     student was trained with; a sweep's differs from its best trial's.
@@ -32,7 +32,7 @@ def student(run: Run, config: Config, data: ImageData, results: Mapping[str, flo
 
 
 def _tags_of(journal: Journal) -> dict[str, str]:
-    """The tags in a run's record so far, those that wait for a checkpoint too."""
+    """The tags in a run's record so far, including those that wait for a checkpoint."""
     found: dict[str, str] = {}
     for line in journal.snapshot().splitlines():
         entry = json.loads(line)

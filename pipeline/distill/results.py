@@ -1,4 +1,4 @@
-"""What a person sees of a run: tables in the terminal, pictures, `results.json` and `summary.csv`."""
+"""What users see of a run: tables in the terminal, pictures, `results.json` and `summary.csv`."""
 
 import json
 import time
@@ -143,7 +143,7 @@ def confusion(run: Run, predicted: Tensor, y: Tensor, classes: tuple[str, ...]) 
 
 
 def draw_confusion(counts: NDArray[np.int64], classes: tuple[str, ...], path: Path) -> None:
-    """Counts (N, N) as shares of each label's images: rows are labels, columns predictions; numbers where they fit."""
+    """Counts (N, N) as shares of each label's images: rows are labels, columns predictions; numbers if they fit."""
     from matplotlib.colors import PowerNorm
 
     n = len(classes)

@@ -1,4 +1,4 @@
-"""Where a distillation's teachers come from: a checkpoint, those fine-tuned here before, or a nested fine-tuning."""
+"""Where a distillation's teachers come from: a checkpoint, an earlier fine-tuning, or a nested fine-tuning."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ class Teacher:
 
     Attributes:
         hash: of its weights.
-        made_by: the run that fine-tuned it, where there is one, by its journal's or MLflow's id.
+        made_by: the run that fine-tuned it, if any, by its journal's or MLflow's id.
         saw_validation: it is not known to have been trained without this run's validation images.
     """
 
@@ -50,12 +50,12 @@ class Teacher:
 
 
 def identity(config: Config, data: ImageData, index: int) -> str:
-    """SHA-256 (hex) of all that determines a fine-tuned teacher's weights."""
+    """SHA-256 (hex) of everything that determines a fine-tuned teacher's weights."""
     teacher, o = config.model.teachers[index], config.optim
     keys = {k: v for k, v in computation(config).items() if k.startswith(FINETUNE_KEYS)}
     keys |= {f"teacher.{k}": v for k, v in teacher.model_dump(exclude={"checkpoint"}).items()}
     keys |= {"index": index, "data": data.digest, "sources": source_digest(REPOSITORY)}
-    # of the student's optimiser only what fine-tuning takes too, and only where it acts
+    # of the student's optimiser, only what fine-tuning also uses, and only where it acts
     if config.finetune.optimizer == "sgd":
         keys["optim.momentum"] = o.momentum
     if o.use_amp:
@@ -74,21 +74,21 @@ def obtain(
 ) -> list[Teacher]:
     """All teachers of a run's configuration, or of `config`, in order; unsuitable ones are refused before fine-tuning.
 
-    `test`: False where the test split must not be seen: those fine-tuned here are not evaluated on it.
+    `test`: False if the test split must not be seen: teachers fine-tuned here are then not evaluated on it.
 
     Raises UserError: a checkpoint is missing or does not fit, or the teachers cannot be fused.
     """
     config = config or run.config
     nets = _build(config, data, student)
     found: dict[int, Teacher] = {}
-    order = sorted(range(len(nets)), key=lambda k: config.model.teachers[k].checkpoint is None)  # what is given first
+    order = sorted(range(len(nets)), key=lambda k: config.model.teachers[k].checkpoint is None)  # checkpoints first
     for index in order:
         found[index] = _obtain(run, config, data, index, nets[index], test)
     return [found[index] for index in range(len(nets))]
 
 
 def validate_early(config: Config, data: ImageData) -> None:
-    """Refuse now what `obtain` would refuse later, as far as that needs no run. Raises UserError."""
+    """Refuse now whatever `obtain` would refuse later, as far as that needs no run. Raises UserError."""
     nets = _build(config, data, networks.build_student(config, data))
     for index, (net, spec) in enumerate(zip(nets, config.model.teachers, strict=True)):
         if spec.checkpoint is not None and not spec.checkpoint.startswith("runs:/"):
@@ -133,7 +133,7 @@ def _obtain(run: Run, config: Config, data: ImageData, index: int, net: FeatureN
 
 
 def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | None]:
-    """A weights file on this machine for a path or `runs:/<id>[/artifact]`, and the run it is of."""
+    """A weights file on this machine for a path or `runs:/<id>[/artifact]`, and the run that made it."""
     if source.startswith("runs:/"):
         parts = source.removeprefix("runs:/").strip("/").split("/", 1)
         name = parts[1] if len(parts) == 2 else artifact

@@ -34,7 +34,7 @@ ALL_THREADS = torch.get_num_threads()
 
 
 def prepare(config: Config, threads: int | None = None) -> None:
-    """Threads and determinism, before the first tensor. UserError: a network that nobody knows."""
+    """Threads and determinism, before the first tensor. Raises UserError: an unknown network."""
     networks.check_names(config)
     torch.set_num_threads(threads or config.threads or ALL_THREADS)
     if config.optim.deterministic:
@@ -85,7 +85,7 @@ def train(
     Args:
         teachers: hashes of the teachers' weights.
         part: which of several results of this configuration the run makes.
-        watch: may end the run after an epoch.
+        watch: it may end the run after an epoch.
         bank: whether teachers' outputs come from the bank.
 
     Raises:
@@ -144,13 +144,13 @@ def _state_identity(run: Run, header: dict[str, Any], part: str) -> None:
 
 
 def _check_lock(run: Run, before: str) -> None:
-    """The configuration is what it was when the run began (docs/method.md section 6)."""
+    """Check that the configuration is what it was when the run began (docs/method.md section 6)."""
     if run.config_hash != before:
         raise RuntimeError(f"the configuration changed during the run: {before} before, {run.config_hash} now")
 
 
 def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
-    """SAFE-RETRY: once, from the last good checkpoint (or the start), with AMP off; the loop that came to the end."""
+    """SAFE-RETRY: once, from the last good checkpoint (or the start), with AMP off; return the loop that finished."""
     start, record = pack(loop.state_dict()), run.journal.snapshot()
     try:
         loop.run()
@@ -160,10 +160,10 @@ def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
         reason = str(error)
     header = loop.header | {"amp_dtype": "float32", "safe_retry": True}
     _check_lock(run, header["config_hash"])
-    distributed.barrier()  # the first process has written what it was writing
+    distributed.barrier()  # the first process has finished writing
     good = run.slots.read_good() if run.slots.manifest.exists() else None
     state = unpack(start) if good is None else good[0]
-    distributed.barrier()  # everybody has read what the first process is about to write over
+    distributed.barrier()  # every process has read what the first one is about to overwrite
     if good is None:
         run.rewind(record, None)
     else:
@@ -178,7 +178,7 @@ def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
 
 
 def check_continuation(run: Run, header: dict[str, Any]) -> None:
-    """A run continues with the same data and teachers; its configuration was checked when it was opened. UserError."""
+    """Raise UserError for other data or teachers than before; the configuration was checked when the run was opened."""
     before, name = run.state["header"], run.config.resume or run.folder.name
     for key, words in (("data_digest", "data"), ("teachers", "teachers")):
         if before[key] != header[key]:
@@ -202,5 +202,5 @@ def cpu_name() -> str:
 
 
 def threads_of(run: Run) -> int | None:
-    """A continued run takes the threads it began with, so that it ends bit-identical."""
+    """The threads that a continued run began with, so that it ends bit-identical; None: not continued, or set."""
     return run.state["header"]["threads"] if run.state is not None and run.config.threads is None else None

@@ -1,1 +1,1 @@
-"""What a trained network is worth: its measures on a split, its pictures, its speed, and the job that logs them."""
+"""How good a trained network is: its measures on a split, its pictures, its speed, and the job that logs them."""

@@ -17,7 +17,8 @@ def write(
     evaluation: Evaluation, index: NDArray[np.int64], data_digest: str, classes: tuple[str, ...], path: Path
 ) -> None:
     """A row for each image: its position among the data set's test (or training) images, its label, the prediction
-    (both as numbers of classes), whether they agree, and its probability. The file's metadata, under "asib": the rest.
+    (both as numbers of classes), whether they agree, and the prediction's probability. The file's
+    metadata, under "asib", holds everything else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {

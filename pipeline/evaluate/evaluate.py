@@ -18,15 +18,15 @@ from pipeline.runs.run import Run
 PAIRS = 50
 """Most-confused pairs in the table."""
 SHOWN = 8
-"""Those on the image sheet."""
+"""Most-confused pairs on the image sheet."""
 
 
 def evaluate(run: Run, request: Request | None = None, source: Source | None = None) -> float:
     """Evaluate what `request` asks for (the configuration's `student` on the test split) and log everything.
 
-    `source`: the model, where it is known; by default what `student` names.
+    `source`: the model, if already known; by default what `student` names.
 
-    Returns top-1 in percent on the split, on the test split of both.
+    Returns top-1 in percent on the split; of both splits, on the test split.
 
     Raises UserError: the model or fusion does not exist, or does not fit the data.
     """
@@ -50,7 +50,7 @@ def evaluate(run: Run, request: Request | None = None, source: Source | None = N
         if not run.follower:
             shown += write(run, data, evaluation, part)
     run.journal.tags(tables.logged(shown))
-    run.journal.hold()  # written together with the end
+    run.journal.hold()  # written together with the run's end
     run.journal.metrics(found, 0)
     results.write_results(run, found)
     if not run.follower:
@@ -110,7 +110,7 @@ def _describe(run: Run, request: Request, subject: Subject) -> None:
 
 
 def _saw_validation(subject: Subject) -> bool:
-    """Whether anything evaluated may have been trained on these validation images."""
+    """Whether anything that is evaluated may have been trained on these validation images."""
     model = subject.source is not None and networks.saw_validation(subject.record, subject.config, subject.data)
     return model or (subject.mode != "single" and any(teacher.saw_validation for teacher in subject.teachers))
 

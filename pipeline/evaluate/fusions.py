@@ -26,7 +26,7 @@ from pipeline.training.methods.asib.fusion import Fusion
 logger = logging.getLogger("asib")
 MBM, HEAD, OURS = "mbm.pth", "synergy_head.pth", "fusion.safetensors"
 GATE = "gate/open"
-"""A metric of every B-epoch of a run with a fusion, and of no other run."""
+"""A metric of every B-epoch in runs with a fusion, and in no other runs."""
 DECIDING = (
     "ib_mbm_query_key",
     "ib_mbm_n_head",
@@ -65,7 +65,7 @@ def find(run: Run, given: str | None, student: Source | None) -> Source:
 
 
 def _had_fusion(run: Run, run_id: str) -> bool:
-    """Whether a run has trained with a fusion; one that nobody can be asked about is taken to have."""
+    """Whether a run trained with a fusion; assumed true if there is no server to ask."""
     try:
         return run.delivery is None or GATE in run.delivery.run_info(run_id)["metrics"]
     except UserError:
@@ -95,9 +95,9 @@ def _local(path: Path, key: str) -> Source:
 
 
 def load(run: Run, place: Source, fusion: Fusion, hashes: Sequence[str], data: ImageData) -> None:
-    """Fill the fusion, which is going to fuse the teachers with these hashes.
+    """Load the fusion's weights; it will fuse the teachers with these hashes.
 
-    Raises UserError: it is another configuration's, or was trained with other teachers, or on other classes.
+    Raises UserError: it belongs to another configuration, or was trained with other teachers or on other classes.
     """
     _check_origin(run, place, hashes)
     key = f"fusion={place.path}"
@@ -107,7 +107,7 @@ def load(run: Run, place: Source, fusion: Fusion, hashes: Sequence[str], data: I
             if record.get("classes", list(data.classes)) != list(data.classes):
                 raise ValueError("it was trained on other classes, or on these in another order; choose its data set")
             networks.check_prepared(record, data)
-            fill(fusion, read_state(place.path), "it is no fusion of this configuration")
+            fill(fusion, read_state(place.path), "it is not a fusion of this configuration")
         else:
             _load_research_code(run, place.path, fusion)
 
@@ -115,11 +115,11 @@ def load(run: Run, place: Source, fusion: Fusion, hashes: Sequence[str], data: I
 def _load_research_code(run: Run, folder: Path, fusion: Fusion) -> None:
     """`mbm.pth` and `synergy_head.pth`; the teachers' adapters lie in the teachers' own checkpoints there."""
     mbm, head = read_state(folder / MBM), read_state(folder / HEAD)
-    if not any(name.startswith("net.") for name in head):  # taken for a wrapper's prefix, as every name has it
+    if not any(name.startswith("net.") for name in head):  # shared by all names, so taken for a wrapper's prefix
         head = {f"net.{name}": value for name, value in head.items()}
     fusion.ib_mbm = _as_wide_as(mbm, fusion.ib_mbm, len(fusion.adapters), run.config)
-    fill(fusion.ib_mbm, mbm, f"{MBM} is no IB-MBM of this configuration")
-    fill(fusion.head, head, f"{HEAD} is no synergy head of this configuration")
+    fill(fusion.ib_mbm, mbm, f"{MBM} is not an IB-MBM of this configuration")
+    fill(fusion.head, head, f"{HEAD} is not a synergy head of this configuration")
     for index, adapter in enumerate(fusion.adapters):
         if isinstance(adapter, DistillationAdapter):
             state = _adapter(run, index)
@@ -127,7 +127,7 @@ def _load_research_code(run: Run, folder: Path, fusion: Fusion) -> None:
 
 
 def _as_wide_as(state: Mapping[str, Tensor], module: IBMBM, count: int, config: Config) -> IBMBM:
-    """An IB-MBM that takes the teachers' features as one token, where the checkpoint's does."""
+    """An IB-MBM that takes the teachers' features as one token, if the checkpoint's does."""
     weight = state.get("kv_proj.weight")
     if weight is None or weight.dim() != 2 or weight.shape[1] != count * module.kv_dim:
         return module
@@ -160,7 +160,7 @@ def _adapter(run: Run, index: int) -> dict[str, Tensor]:
 
 
 def _check_origin(run: Run, place: Source, hashes: Sequence[str]) -> None:
-    """The run that trained the fusion computed with it what is computed here, and from these teachers."""
+    """Check that the run that trained the fusion computed with it what is computed here, and from these teachers."""
     method, trained_with = _origin(run, place)
     ours = run.config.method
     for name in DECIDING:

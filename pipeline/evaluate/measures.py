@@ -19,7 +19,7 @@ from pipeline.training.evaluation import accuracy
 from pipeline.training.methods.asib import targets
 
 BINS = 15
-"""Of the calibration error, as in Guo et al., «On calibration of modern neural networks», 2017."""
+"""Bins of the calibration error, as in Guo et al., «On calibration of modern neural networks», 2017."""
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -116,7 +116,7 @@ def calibration(confidence: Floats, correct: Bools, bins: int = BINS) -> pd.Data
 def calibration_error(bins: pd.DataFrame) -> float:
     """ECE = sum_m n_m/n |accuracy_m - confidence_m|, a fraction."""
     gaps = (bins["accuracy"] - bins["confidence"]).abs()
-    return float((gaps * bins["images"]).sum() / bins["images"].sum())  # empty bins are NaN, and left out
+    return float((gaps * bins["images"]).sum() / bins["images"].sum())  # empty bins are NaN and are left out
 
 
 def superclass_accuracy(labels: Ints, predicted: Ints, groups: Sequence[str]) -> float:

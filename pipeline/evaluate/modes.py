@@ -85,8 +85,8 @@ class Subject:
     """What is evaluated.
 
     Attributes:
-        student: the model; in mode average, and under a learned query, a fresh network that nothing runs.
-        source: where the model comes from, or None.
+        student: the model; in mode average, and with a learned query, a fresh network that is never run.
+        source: the weights that the model comes from, or None.
         record: what travelled with the model's weights.
         teachers: in mode single only for comparison.
     """
@@ -107,7 +107,7 @@ class Subject:
 
     @property
     def module(self) -> nn.Module:
-        """From normalised images to logits, as one module."""
+        """One module from normalised images to logits."""
         if self.mode == "average":
             return Averaged(self.nets, self.config.method.averaging_weights)
         if self.fusion is not None:
@@ -116,7 +116,7 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """What is evaluated, in words."""
         names = " + ".join(t.name for t in self.config.model.teachers)
         student = self.config.model.student.name
         return {"single": student, "synergy": f"synergy of {names}", "average": f"average of {names}"}[self.mode]
@@ -135,7 +135,7 @@ class Subject:
             return _averaged([out.logits for out in seen], method.averaging_weights).cpu(), members
         if self.fusion is not None and method.learnable_q:
             return synergy_logits(self.fusion, None, seen).cpu(), members
-        # the model's own preprocessing, whatever statistics this data has
+        # the model's own preprocessing, regardless of this data's statistics
         mean, std = self.record.get("mean", data.mean), self.record.get("std", data.std)
         student = outputs(self.student, self._batches(part, mean, std), "student")
         if self.fusion is None:
@@ -150,9 +150,9 @@ class Subject:
 def subject(run: Run, data: ImageData, request: Request, source: Source | None = None) -> Subject:
     """Networks, weights and fusion that a request asks for; what does not fit is refused before teachers are sought.
 
-    `source`: the model, where it is known; by default what the configuration's `student` names.
+    `source`: the model, if already known; by default what the configuration's `student` names.
 
-    Raises UserError: something is not there, or does not belong to this data.
+    Raises UserError: something is missing, or does not belong to this data.
     """
     config, mode = run.config, request.mode
     key = f"{request.named}={config.student if source is None else source.path}"
@@ -184,7 +184,7 @@ def subject(run: Run, data: ImageData, request: Request, source: Source | None =
 
 
 def _check_query(config: Config, source: Source | None, key: str) -> None:
-    """A query that goes through the student's adapter needs an adapter that was trained."""
+    """Refuse a query through the student's adapter if that was never trained."""
     if source is None or config.method.ib_mbm_query_key != "distill_feat":
         return
     with networks.user_error(key):
@@ -208,6 +208,6 @@ def _at_hand(run: Run, data: ImageData, student: FeatureNet) -> list[Teacher]:
 
 
 def _averaged(logits: Sequence[Tensor], weights: list[float] | None) -> Tensor:
-    """Log of the mean probabilities (B, N) of logits (B, N); what has underflowed stays finite."""
+    """Log of the mean probabilities (B, N) of logits (B, N); underflow stays finite."""
     p = targets.averaged(list(logits), weights, tau=1.0)
     return p.clamp_min(torch.finfo(p.dtype).tiny).log()

@@ -18,7 +18,7 @@ COLUMNS = 10
 
 
 def reliability(evaluation: Evaluation, path: Path) -> None:
-    """Accuracy over confidence, bin by bin, with the gaps that the calibration error adds up; the images below."""
+    """Accuracy over confidence, bin by bin, with the gaps that the calibration error sums; below, shares of images."""
     bins = evaluation.bins
     middle, width = (bins["low"] + bins["high"]) / 2, float(bins["high"][0] - bins["low"][0])
     made, (upper, lower) = figures.figure(2, 1, 5.5, 6.5, sharex=True, height_ratios=(3, 1))

@@ -41,7 +41,7 @@ class Request:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that `split` stands for; the step's result is of the last one."""
+        """The splits that `split` names; the step's result is that of the last one."""
         return SPLITS[self.split]
 
 

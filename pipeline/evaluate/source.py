@@ -19,7 +19,7 @@ FORMS = "runs:/<id>, models:/<name>@<alias>, models:/<name>/<version> or a weigh
 PREFERRED = ("student.safetensors", "teacher.safetensors")
 """Weights in a folder that holds several: a logged model's, a run's."""
 PARTS = ("mbm.pth", "synergy_head.pth", "fusion.safetensors")
-"""Files that hold a fusion, which is no model of its own."""
+"""Files that hold a fusion, which is not a model by itself."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Source:
     """Weights on this machine.
 
     Attributes:
-        path: of safetensors or torch.save, whatever its name.
-        made_by: the run that made them, by its MLflow or its journal's id; None where that is not known.
-        folder: that run's folder, where it is on this machine.
+        path: a file of safetensors or torch.save, under any name.
+        made_by: the run that made them, by its MLflow or its journal's id; None if unknown.
+        folder: that run's folder, if it is on this machine.
         version: `models:/<name>/<version>`, or `models:/<id>`, for a registered or logged model.
     """
 
@@ -40,9 +40,9 @@ class Source:
 
 
 def find(run: Run, given: str, key: str) -> Source:
-    """What `model=` names (`FORMS`, or a run's folder), fetched where it is not on this machine.
+    """What `model=` names (`FORMS`, or a run's folder), fetched if it is not on this machine.
 
-    Raises UserError, which names `key`: it is not there, or it is no model.
+    Raises UserError, which names `key`: it does not exist, or is not a model.
     """
     if given.startswith("models:/"):
         return _registered(run, given, key)
@@ -62,7 +62,7 @@ def local(path: Path, key: str) -> Source:
     if not path.is_file():
         raise UserError(f"{key}: no such file; give {FORMS}")
     if path.name in PARTS:
-        raise UserError(f"{key} is a fusion, no model: give mode=synergy model=<the student> fusion={path.parent}")
+        raise UserError(f"{key} is a fusion, not a model: give mode=synergy model=<the student> fusion={path.parent}")
     return Source(path, *_made_by(path))
 
 
@@ -85,7 +85,7 @@ def check_fits(source: Source, data: ImageData, key: str) -> dict[str, Any]:
 
 
 def weights_in(folder: Path, key: str) -> Path:
-    """The weights in a folder, or in one below it. Raises UserError: none, or which of several is not clear."""
+    """The weights in a folder, or in one below it. Raises UserError: it holds none, or no clear choice."""
     found = sorted(p for p in folder.rglob("*.safetensors") if p.name not in PARTS)
     for name in PREFERRED:
         chosen = [p for p in found if p.name == name]
@@ -105,7 +105,7 @@ def fetch(run: Run, uri: str, key: str) -> Path:
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(key) else f"{key}: {text.removeprefix(uri).lstrip(': ')}") from error
-    return to if run.follower and not found.exists() else found  # another process than the one that fetched
+    return to if run.follower and not found.exists() else found  # not the process that fetched
 
 
 def _of_run(run: Run, given: str, key: str) -> Source:

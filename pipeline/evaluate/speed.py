@@ -17,7 +17,7 @@ REPEATS = {1: 100, 256: 20}
 PATIENCE_S = 30.0
 """A batch that would take longer than this is not measured."""
 WARM_UP = 16
-"""Images of the call that wakes threads and kernels before a large batch, which itself may take seconds."""
+"""Images in the call that warms up threads and kernels before a large batch, which itself may take seconds."""
 
 
 def size(net: nn.Module, image: Tensor) -> dict[str, float]:
@@ -31,7 +31,7 @@ def latency(net: nn.Module, image: Tensor) -> dict[str, float]:
 
     Medians over repeated calls after warm-up, with torch's present number of threads; images (1, C, H, W) are already
     on the device, normalised, in the memory format of evaluation. A batch too slow to be repeated within its budget is
-    measured by its one call.
+    measured by a single call.
     """
     found: dict[str, float] = {}
     with undisturbed(net):

@@ -1,1 +1,1 @@
-"""Kept for one release: the place from which `deliver` was called (CHANGELOG.md)."""
+"""Kept for one release: where `deliver` used to be called from (CHANGELOG.md)."""

@@ -1,4 +1,4 @@
-"""The record of a run on disk: an append-only file of JSON lines that training writes and delivery reads."""
+"""The record of a run on disk: an append-only file of JSON lines, written by training and read by delivery."""
 
 from pipeline.journal.entries import (
     FILE,

@@ -1,4 +1,4 @@
-"""The lines of a journal: made and read, as entries."""
+"""The lines of a journal: written and read as entries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILE = "journal.jsonl"
 VERSION = 1
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 DAMAGED = "damaged"
-"""The kind of an entry that stands for a corrupted line."""
+"""The kind of entry that replaces a corrupted line."""
 CHECK = b', "crc": "'
 """Ends every line, with the CRC-32 (8 hexadecimal digits) of the object before it, and `"}`."""
 OUTCOMES = ("completed", "killed", "failed", "pruned", "refused", "promoted")
@@ -30,7 +30,7 @@ OUTCOMES = ("completed", "killed", "failed", "pruned", "refused", "promoted")
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a journal. `time`: ms since 1970. `end`: the byte offset just behind the line."""
+    """One line of a journal. `time`: ms since 1970. `end`: the byte offset just after the line."""
 
     kind: str
     time: int
@@ -40,7 +40,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Carrier:
-    """The run that a carrier journal stands for; the run's own journal and delivery are elsewhere.
+    """The run that a carrier journal represents; the run's own journal and delivery are elsewhere.
 
     Attributes:
         run: its MLflow run id; "" if it has none yet.
@@ -87,7 +87,7 @@ def check_end(status: str, outcome: str) -> None:
 
 
 def read_entries(path: Path, offset: int = 0) -> tuple[list[Entry], int]:
-    """The entries from byte `offset` on, and the offset behind the last of them.
+    """The entries from byte `offset` on, and the offset after the last of them.
 
     A journal ends at its last line break: a writer killed mid-line leaves a tail without one, and the next writer cuts
     it off. A line whose checksum does not match is an entry of the kind `DAMAGED`; `damage` names it.
@@ -120,7 +120,7 @@ def _entry(line: bytes, end: int) -> Entry:
 
 
 _STRUCTURE = ("journal", "generation", "path", "folder", "to", "sha256", "parent", "carrier", "entry", "python_model")
-"""Values that are never masked: names of our own, which must stay as they are."""
+"""Values that are never masked: our own names, which must stay intact."""
 
 
 def line_of(kind: str, **values: Any) -> str:
@@ -194,7 +194,7 @@ def writer_alive(folder: Path) -> bool:
 
 
 def parse_header(line: str, path: Path) -> Entry:
-    """The first entry, which is `line` of the journal `path`. Raises UserError: it is none that this version reads."""
+    """The first entry, which is `line` of the journal `path`. Raises UserError: this version cannot read it."""
     entry = _entry(line.rstrip("\n").encode(), len(line.encode()))
     version = entry.data.get("version")
     if entry.kind == "open" and isinstance(version, int) and version > VERSION:

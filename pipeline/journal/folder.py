@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.files import acquire, explained
 
 LOCK = "run.lock"
-"""Held by the process that writes the run; unlike the journal, this file is never replaced."""
+"""Locked by the process that writes the run; unlike the journal, this file is never replaced."""
 PATIENCE_S = 10.0
 """How long to wait for the previous writer: a killed trainer's worker processes hold its lock for some seconds."""
 

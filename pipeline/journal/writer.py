@@ -57,12 +57,12 @@ class Journal:
         self._fd = -1
         self._folder_lock: int | None = lock
         self._pending: list[str] | None = None
-        """Lines that wait for the file to be made; None once it exists."""
+        """Lines waiting for the file to be made; None once it exists."""
         self._lock = threading.RLock()
         self._holding = False
         self._held: list[str] = []
         self._covered = 0
-        """How many of them, from the first, the last snapshot contains."""
+        """How many of the held lines, from the first, the last snapshot contains."""
 
     @classmethod
     def create(
@@ -87,7 +87,7 @@ class Journal:
             tags: set when the run is created.
             parent: the folder of the run that this one is nested in, or of a carrier of that run.
             journal: the journal's id, if another machine has begun this run; None makes a new one.
-            carrier: the journal is not a run of its own: it stands for this one, and only its children count. Thus a
+            carrier: the journal is not a run of its own: it represents this one, and only its children count. Thus a
                 process without access to a run's journal can add nested runs to it.
             pending: write no file until `begin`: the run may still be refused.
 
@@ -105,7 +105,7 @@ class Journal:
             usual_name=usual_name,
             experiment=experiment,
             tags=dict(tags or {}),
-            # Starting a known run again makes another writer than the one that began it.
+            # Starting a known run again makes a different writer from the one that began it.
             generation=uuid.uuid4().hex if journal else None,
             parent=None if parent is None else parent_link(parent, folder),
             carrier=carrier and carrier.link(folder),
@@ -192,7 +192,7 @@ class Journal:
 
         Args:
             folder: may be on another machine than the snapshot's.
-            checkpoint: (path, sha256, slot) of the checkpoint that held the text. It takes the place that
+            checkpoint: (path, sha256, slot) of the checkpoint that held the text. Its entry fills the place that
                 `snapshot` left for it, so that delivery uploads it before the entries that it covers.
             lock: as for `reopen`.
 
@@ -232,7 +232,7 @@ class Journal:
         self._add("tags", values={str(key): str(value) for key, value in values.items()})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record values of one step, stamped with the present time, which they keep wherever they are sent."""
+        """Record values of one step, stamped with the current time, which they keep wherever they are sent."""
         self._add("metrics", step=int(step), values={key: encode_number(value) for key, value in values.items()})
 
     def artifact(self, path: Path, to: str = "") -> None:
@@ -252,7 +252,7 @@ class Journal:
                 if os.fstat(self._fd).st_nlink == 0:
                     raise FileNotFoundError(errno.ENOENT, "removed", str(self.folder / FILE))
 
-    # What steps record beside these
+    # What steps record besides
 
     def dataset(self, name: str, digest: str, context: str, source: str, profile: Mapping[str, Any]) -> None:
         """Record a data set that the run reads; `context` is training, validation or test, `source` a path or a URL."""
@@ -283,7 +283,7 @@ class Journal:
             python_model: a file that ends with `mlflow.models.set_model(…)`.
             artifacts: name -> file, as `context.artifacts` gives them to the model.
             input_example: a .json or .npy file.
-            metrics: those that the run has too are linked to its points.
+            metrics: those that the run also has are linked to its points.
 
         Raises:
             ValueError: a path lies outside.
@@ -317,7 +317,7 @@ class Journal:
         self._add("register", entry=entry, registered=registered, alias=alias, tags=dict(tags or {}))
 
     def _model_entry(self, name: str) -> str:
-        """A model's key: the same when it is logged again."""
+        """A model's key, the same when it is logged again."""
         return hashlib.sha256(f"{self.id}/{name}/0".encode()).hexdigest()[:32]
 
     # Checkpoints
@@ -359,7 +359,7 @@ class Journal:
     # The end, and what runs beside
 
     def child(self, folder: Path) -> None:
-        """Record a nested run's folder, whose journal the same delivery follows; never held."""
+        """Record a nested run's folder, whose journal the same delivery follows; this entry is never held."""
         folder = folder.absolute()
         inside = folder.is_relative_to(self.folder)
         with self._lock:
@@ -367,7 +367,7 @@ class Journal:
             self._write([line_of("child", folder=str(folder.relative_to(self.folder) if inside else folder))])
 
     def end(self, status: str, outcome: str, exit_code: int, message: str | None = None) -> None:
-        """Write held entries and the end in one write, sync, and close the journal; `check_end` says what it may be."""
+        """Write held entries and the end in one write, sync, and close the journal; `check_end` lists valid ends."""
         check_end(status, outcome)
         with self._lock:
             self.begin()
@@ -377,18 +377,18 @@ class Journal:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a file."""
+        """Whether the journal's file exists."""
         return self._pending is None
 
     def close(self) -> None:
-        """Close without an end: readers will take the run for killed. Held entries are lost."""
+        """Close without an end: readers will assume that the run was killed. Held entries are lost."""
         with self._lock:
             lock = self.hand_over()
             if lock is not None:
                 release(lock)
 
     def hand_over(self) -> int | None:
-        """Close the journal and return its lock for `reopen` or `restore`, so that nobody slips in between."""
+        """Close the journal and return its lock for `reopen` or `restore`, so that nobody takes it in between."""
         with self._lock:
             if self._fd >= 0:
                 os.close(self._fd)

@@ -1,1 +1,1 @@
-"""A student at work: classes for a folder of pictures, and an HTTP service."""
+"""Using a student: classes for a folder of pictures, and an HTTP service."""

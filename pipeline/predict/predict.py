@@ -1,4 +1,4 @@
-"""Predictions for a folder of pictures, with a logged student: its ONNX file, and the preprocessing of the server."""
+"""Predictions for a folder of pictures, with a logged student: its ONNX file and the server's preprocessing."""
 
 import hashlib
 import logging
@@ -37,7 +37,7 @@ SHOWN = 10
 def predict(run: "Run", request: Request) -> float | None:
     """Write the table, log it, and link the model; pictures that cannot be read are listed and left out.
 
-    Raises UserError: no such model, a model that is no student, no picture that can be read.
+    Raises UserError: no such model, a model that is not a student, no readable picture.
     """
     if run.follower:
         return None  # one process is enough
@@ -120,7 +120,7 @@ def table(names: Sequence[str], probabilities: NDArray[np.float32], classes: Seq
 
 
 def _write(run: "Run", request: Request, parts: Sequence["pandas.DataFrame"]) -> Path:
-    """The table in the run's folder, as an artifact, and where it was asked for; that path."""
+    """Write the table to the run's folder, as an artifact, and where it was requested; return that path."""
     import pandas
 
     everything = pandas.concat(parts, ignore_index=True)
@@ -140,7 +140,7 @@ def _write(run: "Run", request: Request, parts: Sequence["pandas.DataFrame"]) ->
 
 
 def _tell(run: "Run", request: Request, skipped: Mapping[str, str]) -> Path:
-    """Warn of files left out, and list all of them in `skipped.csv`, which is made where there are some; its path."""
+    """Warn of files left out, and list all of them in `skipped.csv`, if there are any; return its path."""
     import pandas
 
     path = run.folder / "skipped.csv"
@@ -159,9 +159,9 @@ def _tell(run: "Run", request: Request, skipped: Mapping[str, str]) -> Path:
 
 
 def load(source: str, fetch: Callable[[str, Path], Path], to: Path) -> tuple[bundle.Student, Classifier]:
-    """The student that `model=` names, and its network; `fetch` brings what lies on a server into the folder `to`.
+    """The student that `model=` names, and its network; `fetch` downloads from a server into the folder `to`.
 
-    Raises UserError: it is not there, or no student as it was registered.
+    Raises UserError: it does not exist, or is not a student as it was registered.
     """
     student = bundle.read(_folder(source, fetch, to), f"model={source}")
     return student, bundle.load(student, f"model={source}")

@@ -1,4 +1,4 @@
-"""What `-e predict` is asked for: the step's own keys, checked before the model is fetched."""
+"""The request of `-e predict`: the step's own keys, checked before the model is fetched."""
 
 import os
 from dataclasses import dataclass

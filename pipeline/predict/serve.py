@@ -1,7 +1,7 @@
-"""A student over HTTP without its version's code: the answers of `mlflow models serve`, by this project's own.
+"""A student over HTTP without its version's code: the answers of `mlflow models serve`, from this project's own code.
 
-`/ping`, `/health`, `/version` and `/invocations` as MLflow 3 has them for a student. What is too large, too deep or too
-slow is refused here; `Limits` says when.
+`/ping`, `/health`, `/version` and `/invocations` as MLflow 3 has them for a student. Requests that are too large, too
+deeply nested or too slow are refused; see `Limits`.
 """
 
 import asyncio
@@ -39,9 +39,9 @@ from pipeline.tracking import start
 
 MOST = 1 << 31
 CONNECTIONS = 256
-"""At once; further ones are answered with 503."""
+"""Simultaneous connections; further ones are answered with 503."""
 LINGER_S, LINGER_BYTES = 1.0, 64 << 20
-"""How long a refused body is still taken, so that its sender reads the refusal and not a broken connection."""
+"""How long and how much of a refused body is still read, so that its sender sees the refusal, not a reset."""
 
 logger = logging.getLogger("asib")
 
@@ -56,7 +56,7 @@ class Limits:
 
 
 class Refusal(Response):
-    """As MLflow 3.17 writes it, byte for byte. `last`: nothing more is read of this connection's requests."""
+    """An error as MLflow 3.17 writes it, byte for byte. `last`: no further request of this connection is read."""
 
     def __init__(self, message: str, status: int = 400, code: str = "INVALID_PARAMETER_VALUE", last: bool = False):
         said = {"error_code": code, "message": message}
@@ -137,7 +137,7 @@ def _content_type(headers: Mapping[str, str]) -> Response | None:
 
 
 async def _body(request: Request, limits: Limits) -> bytes | Response:
-    """A request's body, or what refuses it."""
+    """A request's body, or the refusal of it."""
     large = f"more than {limits.body} bytes"
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limits.body:
@@ -159,13 +159,13 @@ async def _body(request: Request, limits: Limits) -> bytes | Response:
 
 
 def answer(classifier: Classifier, body: bytes) -> str:
-    """A request's JSON as that of its answer. Raises Refused."""
+    """From a request's JSON to the answer's. Raises Refused."""
     try:
         asked = json.loads(body)
     except RecursionError as error:
         raise Refused("the JSON is nested too deeply") from error
-    except ValueError as error:  # also what is no UTF-8, and numbers of thousands of digits
-        raise Refused(f"no valid JSON: {error!s:.100}") from error
+    except ValueError as error:  # also raised for invalid UTF-8 and numbers of thousands of digits
+        raise Refused(f"not valid JSON: {error!s:.100}") from error
     if not isinstance(asked, dict) or not isinstance(asked.get("inputs"), list):
         raise Refused('send a JSON object whose key "inputs" is a list of images')
     return json.dumps({"predictions": answers(classifier, asked["inputs"])})
@@ -175,7 +175,7 @@ def answer(classifier: Classifier, body: bytes) -> str:
 
 
 class Patient(H11Protocol):
-    """A connection that is closed when no whole header has come within `idle` seconds, which uvicorn waits for."""
+    """A connection that is closed if no whole header arrives within `idle` seconds; uvicorn alone would wait."""
 
     def __init__(self, idle: float, **values: Any) -> None:
         super().__init__(**values)
@@ -196,7 +196,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def server(app: Starlette, limits: Limits) -> uvicorn.Server:
-    """To be run with `run(sockets=[…])`."""
+    """The server, to be run with `run(sockets=[…])`."""
     protocol: Any = functools.partial(Patient, limits.idle)
     usual: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_level": "warning"}
     return uvicorn.Server(uvicorn.Config(app, http=protocol, limit_concurrency=CONNECTIONS, **usual))

@@ -1,1 +1,1 @@
-"""From a registered version to the champion, or not: the gate, the queue, the decision."""
+"""Whether a registered version becomes the champion: the gate, the queue, the decision."""

@@ -31,16 +31,16 @@ TOLERANCE = 1e-4
 """Largest difference allowed between a served probability and that of the weights."""
 LATENCY = "speed/latency_ms_1"
 ROUNDS = 2
-"""Rounds of timing, in which the networks take turns, so that a busy machine slows all of them alike."""
+"""Rounds of timing; the networks take turns, so that a busy machine slows all of them alike."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A version: what is served of it, and the network with its weights.
+    """A version: the part that is served, and the network with its weights.
 
     Attributes:
         meta: `meta.json` of the logged model.
-        manifest: of its files, if it was registered without one; else empty.
+        manifest: that of its files, if it was registered without one; else empty.
     """
 
     version: Version
@@ -70,7 +70,7 @@ def same_images(name: str, version: Version, data: ImageData, config: Config) ->
 def fetch(registry: Registry, version: Version, data: ImageData, config: Config, to: Path) -> Contender:
     """Download a version, check it, load what is served, and build its network; then delete the download.
 
-    Raises UserError: files not registered, foreign code, no student, or other classes or images than those of `data`.
+    Raises UserError: unregistered files, foreign code, not a student, or classes or images that differ from `data`.
     """
     where = f"version {version.number} of {registry.name}"
     folder = registry.fetch(version.number, to)
@@ -139,7 +139,7 @@ def judge(contenders: list[Contender], data: ImageData, config: Config) -> list[
 
 
 class Served(torch.nn.Module):
-    """What a server runs, ONNX through onnxruntime with its own threads: uint8 (n, H, W, C) -> probabilities (n, N)."""
+    """What a server runs: ONNX through onnxruntime with its own threads: uint8 (n, H, W, C) -> probabilities (n, N)."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -165,11 +165,11 @@ def served(one: Contender, images: EvalBatches) -> torch.Tensor:
         answers = torch.cat([network(_sent(images.images[i : i + BATCH])) for i in starts])
     except Refused as error:
         raise UserError(f"version {one.version.number}: test images {error}; not promoted") from error
-    # TF32, which cuDNN takes by default, has three digits
+    # TF32, cuDNN's default, has only three digits
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         expected = torch.softmax(outputs(one.net, images, f"version {one.version.number}").logits, dim=1).cpu()
     difference = (answers - expected).abs().max(dim=1).values
-    wrong = ~(difference <= TOLERANCE)  # where either is NaN, too
+    wrong = ~(difference <= TOLERANCE)  # true for NaN, too
     if bool(wrong.any()):
         raise UserError(
             f"version {one.version.number}: what is served of it (ONNX) differs from its weights on "

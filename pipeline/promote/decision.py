@@ -1,7 +1,7 @@
-"""What follows from a verdict: the tags that record it with its versions, and the moves of the aliases. Pure functions.
+"""The consequences of a verdict: the tags that record it on its versions, and the moves of the aliases. Pure functions.
 
 Past champions form a stack: a promotion pushes the outgoing champion, a rollback pops the top one. So two rollbacks in
-a row go back two champions, and the second never restores what the first has just removed.
+a row go back two champions, and the second never restores the champion that the first removed.
 """
 
 from collections.abc import Mapping
@@ -33,9 +33,9 @@ class Occasion:
 
 
 def champions(overview: Overview) -> list[str]:
-    """Former champions, the latest last."""
+    """Past champions, the latest last."""
     kept, previous = overview.past, overview.aliases.get(PREVIOUS)
-    stands_for_none = previous == overview.aliases.get(CHAMPION)  # a user who may not delete aliases leaves it there
+    stands_for_none = previous == overview.aliases.get(CHAMPION)  # left there by a user who may not delete aliases
     if previous is not None and not stands_for_none and kept[-1:] != [previous]:  # moved by hand: it counts
         kept.append(previous)
     return kept
@@ -47,7 +47,7 @@ def champions(overview: Overview) -> list[str]:
 def verdict_tags(
     verdict: Verdict, champion: Version | None, gate: str, why: Occasion, reason: str, looks: str = ""
 ) -> dict[str, str]:
-    """The tags of a judged version; `gate`, `reason` of the verdict and `looks` at the test images are words."""
+    """The tags of a judged version; `gate`, the verdict's `reason` and `looks` at the test images are texts."""
     tags = {
         "asib.verdict": "promoted" if verdict.passed else "refused",
         "asib.verdict_reason": reason,
@@ -95,7 +95,7 @@ def promotion(
     line = f"promoted {over}, gate {tags['asib.gate']}"
     marks = {challenger.number: {**tags, **history(challenger, why, line)}}
     if challenger.tags.get(ROLLED_BACK):
-        marks[challenger.number][ROLLED_BACK] = ""  # not any more
+        marks[challenger.number][ROLLED_BACK] = ""  # it no longer is
     if champion is not None:
         past.append(champion.number)
         marks[champion.number] = history(champion, why, f"replaced as champion by version {challenger.number}")
@@ -156,7 +156,7 @@ def _move(
     after: dict[str, str | None] | None = None,
     past: list[str] | None = None,
 ) -> dict[str, Any]:
-    """A move as tracking/aliases.py takes it; without `after` no alias moves, and the tags are set all or none."""
+    """A move as tracking/aliases.py takes it; without `after` no alias moves; all tags are set or none."""
     before = {alias: now.aliases.get(alias) for alias in (CHAMPION, PREVIOUS)}
     return {
         "before": before,

@@ -46,7 +46,7 @@ class Measured:
 @dataclass(frozen=True)
 class Criterion:
     """One line of the verdict. `value` and `limit` are in `unit`. `at_least`: the value must reach the limit; else it
-    must not exceed it. `note`: what the numbers alone do not say.
+    must not exceed it. `note`: what the numbers alone do not show.
     """
 
     name: str

@@ -85,7 +85,7 @@ def _act(run: Run, plan: Plan, registry: Registry, why: Occasion, mended: dict[s
 
 
 def _as_if_finished(now: Overview, move: dict[str, Any]) -> Overview:
-    """What a dry run would find after the repair, which it does not make."""
+    """What a dry run would find after the repair, which it does not carry out."""
     aliases = {k: v for k, v in {**now.aliases, **move["after"]}.items() if v is not None}
     return Overview(aliases, {**now.tags, PAST: json.dumps(move["past"])})
 
@@ -115,7 +115,7 @@ def _promote(
     measured = dict(zip(both, contender.judge(found, data, run.config), strict=True))
     for judged in found:
         number, manifest = judged.version.number, judged.manifest
-        if manifest and not plan.dry_run:  # registered without one
+        if manifest and not plan.dry_run:  # it was registered without one
             registry.ask("tag_manifest", number=number, manifest=manifest)
             logger.info("wrote the manifest of version %s (tag %s)", number, bundle.TAG)
     labels = data.test_y.numpy()
@@ -137,7 +137,7 @@ def _promote(
 def _fetched(
     run: Run, registry: Registry, now: Overview, side: str, version: Version, data: ImageData
 ) -> contender.Contender:
-    """Fetch a version. Raises UserError: its files are gone, and what to do about it; or they are no student's."""
+    """Fetch a version. Raises UserError: its files are gone (and what to do about it), or are not a student's."""
     try:
         return contender.fetch(registry, version, data, run.config, run.folder / "fetched" / version.number)
     except NotThere as error:
@@ -150,7 +150,7 @@ def _fetched(
 
 
 def _test_digest(data: ImageData) -> str:
-    """SHA-256 (hex) of the test split alone: other training images do not make a fresh test set."""
+    """SHA-256 (hex) of the test split alone: changing the training images does not make a fresh test set."""
     hashed = hashlib.sha256(data.test_y.numpy().tobytes())
     if isinstance(data.test_x, ImageFiles):
         for path in data.test_x.paths:
@@ -213,7 +213,7 @@ def _move(plan: Plan, registry: Registry, move: dict[str, Any]) -> None:
 def _rollback(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasion) -> None:
     versions: dict[str, Version] = {}
     for number in sorted({*decision.champions(now), *filter(None, [now.aliases.get(CHAMPION)])}):
-        with suppress(NotThere):  # deleted in MLflow
+        with suppress(NotThere):  # it was deleted in MLflow
             versions[number] = registry.version(number)
     gone = [number for number in decision.champions(now) if number not in versions]
     if gone:

@@ -2,8 +2,8 @@
 
 A promotion joins with a tag of its own (tracking/turns.py), then reads the others. It gives up if an older one is
 alive, and waits for younger ones, which may have read the queue before it joined. Two promotions that read at the same
-time see each other, so never do both proceed; an older one never waits for a still older one, so nobody waits forever.
-The times in the tags decide which is older, so that both agree, however their clocks differ.
+time see each other, so they never both proceed; an older one never waits for a still older one, so none waits forever.
+The times in the tags decide which is older, so that both agree even if their clocks differ.
 """
 
 import logging
@@ -19,9 +19,9 @@ logger = logging.getLogger("asib")
 
 BEAT_S = 10.0
 SILENT_S = 60.0
-"""A promotion that has been silent for longer, or whose clock is further off, is watched."""
+"""A promotion that has been silent for longer than this, or whose clock is further off, is watched."""
 WATCH_S = 2.5 * BEAT_S
-"""If it stays silent for this long, too, it is dead."""
+"""If it stays silent for this long while it is watched, it is dead."""
 POLL_S = 0.5
 WAIT_S = 600.0
 """The longest wait for a younger promotion that read the queue too early."""
@@ -43,13 +43,13 @@ def turn(registry: Registry, run_id: str, user: str = "") -> Iterator[None]:
     finally:
         ended.set()
         beat.join(2 * BEAT_S)
-        with suppress(UserError):  # others then find it silent
+        with suppress(UserError):  # others then see that it is silent
             registry.ask("leave", run_id=run_id)
 
 
 def _beat(registry: Registry, run_id: str, ended: threading.Event) -> None:
     while not ended.wait(BEAT_S):
-        with suppress(UserError):  # reported where it matters: an outage, or having been taken for dead
+        with suppress(UserError):  # an outage, or being taken for dead, is reported where it matters
             registry.ask("beat", run_id=run_id)
 
 
@@ -96,7 +96,7 @@ def words(name: str, other: Waiting) -> str:
 
 
 def living(registry: Registry, run_id: str, sleep: Callable[[float], None] = time.sleep) -> Sequence[Waiting]:
-    """The queue without dead promotions, of which `run_id` is none; a silent one is watched for a while."""
+    """The queue without dead promotions; `run_id` counts as alive, and a silent one is watched for a while."""
     before = registry.queue()
     doubtful = {other.run_id: other.seen for other in before if other.run_id != run_id and other.silent_s > SILENT_S}
     if not doubtful:

@@ -26,18 +26,18 @@ class Overview:
 
     @property
     def past(self) -> list[str]:
-        """Versions that the tag `PAST` names, as far as it can be read."""
+        """Versions named by the tag `PAST`, as far as it is readable."""
         return read_champions(self.tags.get(PAST, ""))[0]
 
     @property
     def move(self) -> dict[str, Any] | None:
-        """The move that is under way or was interrupted, without the tags that it sets."""
+        """The move that is in progress or was interrupted, without the tags that it sets."""
         return read_move(self.tags.get(MOVE, ""))
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version; `run_id` and `model_id` are empty where MLflow does not know what it was made of."""
+    """One version; `run_id` and `model_id` are empty if MLflow does not know what it was made from."""
 
     number: str
     run_id: str = ""
@@ -50,8 +50,8 @@ class Version:
 class Waiting:
     """A promotion in the queue.
 
-    `joined` and `seen`, when it last said that it lives: by its own machine's clock; `now`: when that was read, by this
-    one's. All in ms since 1970.
+    `joined` and `seen` (its last sign of life) are by its own machine's clock; `now`, when they were read, is by this
+    machine's. All in ms since 1970.
     """
 
     run_id: str
@@ -74,7 +74,7 @@ class Registry:
         self._delivery = delivery
 
     def ask(self, what: str, **values: Any) -> Any:
-        """A request that is about this model: a row of `pipeline.tracking.requests.REQUESTS`."""
+        """A request about this model: a row of `pipeline.tracking.requests.REQUESTS`."""
         return self._delivery.ask(what, name=self.name, **values)
 
     def overview(self) -> Overview:
@@ -85,20 +85,20 @@ class Registry:
         return Version(**self.ask("version", number=number))
 
     def repair(self) -> dict[str, Any] | None:
-        """Finish what a promotion has left half done and return its plan; warns of what was amiss."""
+        """Finish what a promotion left half done and return its plan; warn of anything that was wrong."""
         found = self.ask("repair")
         self.warn(found["said"])
         plan: dict[str, Any] | None = found["plan"]
         return plan
 
     def queue(self) -> list[Waiting]:
-        """Promotions of this model, first come, first served; warns of entries that are none."""
+        """Promotions of this model in order of arrival; warns of invalid entries."""
         found = self.ask("queue")
         self.warn(found["said"])
         return [Waiting(**values) for values in found["waiting"]]
 
     def look(self, digest: str, data: str, pair: str, turn: bool) -> int:
-        """Count a look at the test set, as tracking/looks.py says; which one it is, from 1."""
+        """Count a look at the test set, as tracking/looks.py describes; return its number, from 1."""
         found = self.ask("count_look", digest=digest, data=data, pair=pair, turn=turn)
         self.warn(found["said"])
         if not found["counted"]:
@@ -106,13 +106,13 @@ class Registry:
         return int(found["number"])
 
     def fetch(self, number: str, to: Path) -> Path:
-        """Download a version's files; their folder, for `bundle.read`. Raises NotThere: they are gone."""
+        """Download a version's files; return their folder, for `bundle.read`. Raises NotThere: they are gone."""
         folder = self._delivery.fetch(f"models:/{self.name}/{number}", to)
-        if not any(path.is_file() for path in folder.rglob("*")):  # a store says no more of what is gone
+        if not any(path.is_file() for path in folder.rglob("*")):  # all that a store shows when files are gone
             raise NotThere(f"models:/{self.name}/{number} has no files")
         return folder
 
     def warn(self, lines: Iterable[str]) -> None:
-        """Log what is not as it should be in the registry, each in one line."""
+        """Log everything that is wrong in the registry, one line each."""
         for line in lines:
             logger.warning("%s: %s", self.name, line)

@@ -1,4 +1,4 @@
-"""A verdict for people: terminal, note of the run, MLflow table, picture of the paired differences."""
+"""A verdict as users read it: terminal, note of the run, MLflow table, picture of the paired differences."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def looks(verdict: Verdict, gate: Gate) -> str:
 
 
 def warning(verdict: Verdict, gate: Gate) -> str:
-    """A warning about a test set that is used up; else empty."""
+    """A warning about a test set that is used up; empty otherwise."""
     k = int(verdict.numbers.get("promotion/look", 0))
     if gate.alpha is None or not spending.used_up(k):
         return ""
@@ -81,7 +81,7 @@ def warning(verdict: Verdict, gate: Gate) -> str:
 
 def note(title: str, verdict: Verdict, conclusion: str, *remarks: str) -> str:
     """Markdown for the run's description."""
-    title, conclusion, *told = [escape.markdown(text) for text in (title, conclusion, *remarks)]  # they hold names
+    title, conclusion, *told = [escape.markdown(text) for text in (title, conclusion, *remarks)]  # with names in them
     table = tables.markdown(COLUMNS, [list(map(escape.markdown, row)) for row in rows(verdict)], left=len(COLUMNS))
     return "\n\n".join([f"**{title}**", table, *told, f"**{conclusion}**"])
 
@@ -107,7 +107,7 @@ def _draw(path: Path, gate: Gate, labels: Ints, classes: tuple[str, ...], challe
     found = statistics.pairs(challenger, champion)
     made, (left, right) = figures.figure(1, 2, 13, min(max(4.0, 0.16 * len(classes)), 16))
     drawn = statistics.replicates_of_pairs(found, gate.replicates)
-    # replicates are multiples of one image's weight: bins that hold different numbers of them would look like a comb
+    # replicates are multiples of one image's weight: bins that cover unequal numbers of them would look like a comb
     width = 100.0 / found.images * max(1, int(np.ptp(drawn) * found.images / 100.0 / 50))
     edges = np.arange(drawn.min() - width / 2, drawn.max() + width, width)
     left.hist(drawn, bins=edges.tolist(), color="tab:blue", alpha=0.7)

@@ -52,7 +52,7 @@ class Plan:
 def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     """Read the step's own keys; the configuration gets the run's name.
 
-    Raises UserError: no name, keys that exclude each other, a bad gate, tracking=offline.
+    Raises UserError: no name, mutually exclusive keys, a bad gate, tracking=offline.
     """
     own = command.own
     name = own.get("name", "")
@@ -83,7 +83,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     if len(reason) > LONGEST_REASON:
         raise UserError(f"reason has {len(reason)} characters: give at most {LONGEST_REASON}")
     if action != "promote" and (own.get("gate") or settings):
-        raise UserError(f"{action} asks no gate: leave gate and gate.* out")
+        raise UserError(f"{action} needs no gate: leave out gate and gate.*")
     plan = Plan(action, name, version or retire, gate, cli.flag(own, "dry_run"), reason)
     return cli.named(config, f"{action} {name}"), plan
 
@@ -91,7 +91,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
 def check(plan: Plan, registry: Registry) -> list[Version]:
     """Check the request against the registry, before a run exists.
 
-    Returns the versions to judge, as far as known: an interrupted move is finished first.
+    Returns the versions to judge, as far as they are known: an interrupted move is finished first.
 
     Raises UserError: no such model or version, a challenger that must not be promoted, no permission, or somebody
     else's promotion under way.

@@ -1,4 +1,4 @@
-"""The one set-up of matplotlib: figures drawn without a display, written as PNG."""
+"""The only set-up of matplotlib: figures drawn without a display, written as PNG."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,7 @@ DPI = 110
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot on a backend that needs no display; imported late, for it takes half a second."""
+    """matplotlib.pyplot on a backend that needs no display; imported late, since it takes half a second."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,7 +24,7 @@ def figure(rows: int, columns: int, width: float, height: float, **layout: Any) 
 
 
 def png(made: Any, **options: Any) -> bytes:
-    """The bytes of a figure, which is closed; `options`: of `savefig`. Equal figures give equal bytes."""
+    """The bytes of a figure, which is then closed; `options`: of `savefig`. Equal figures give equal bytes."""
     buffer = io.BytesIO()
     made.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, **options)
     pyplot().close(made)
@@ -32,6 +32,6 @@ def png(made: Any, **options: Any) -> bytes:
 
 
 def save(made: Any, path: Path) -> None:
-    """Write a figure as PNG and close it; the folder is made."""
+    """Write a figure as PNG and close it; the folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(made))

@@ -26,7 +26,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def table(frame: "pandas.DataFrame", corner: str | None = None) -> str:
-    """A table that scrolls where it is too wide; `corner`: what the index is called, which is left out without."""
+    """A table that scrolls if it is too wide; `corner`: the name of the index, which is left out without one."""
     named = frame if corner is None else frame.rename_axis(index=None, columns=corner)
     return f"<div>{named.to_html(border=0, escape=True, index=corner is not None)}</div>"
 
@@ -38,5 +38,5 @@ def image(png: bytes, words: str) -> str:
 
 
 def first_that_fits(notes: Sequence[str]) -> str:
-    """The first note that a tag holds whole, or the beginning of the last one."""
+    """The first note that fits into a tag, or else the beginning of the last one."""
     return next((note for note in notes if len(note) <= NOTE_LENGTH), notes[-1][:NOTE_LENGTH])

@@ -57,7 +57,7 @@ def percentiles(found: Array, level: float) -> tuple[float, float]:
 
 
 class Pairs(NamedTuple):
-    """How n images fall: both classifiers right, one alone, the other alone, or neither."""
+    """How n images are classified: both classifiers right, one alone, the other alone, or neither."""
 
     both: int
     one_alone: int
@@ -70,7 +70,7 @@ class Pairs(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """Points of top-1 by which the one is above the other."""
+        """Points of top-1 by which one is above the other."""
         return 100.0 * (self.one_alone - self.other_alone) / self.images
 
 
@@ -87,8 +87,8 @@ def pairs(one: Bools, other: Bools) -> Pairs:
 def mcnemar(found: Pairs) -> float:
     """p of the exact two-sided McNemar test: were the images on which the two differ a fair coin?
 
-    Under the null hypothesis the number that the one alone has right is binomial with 1/2 among those that exactly one
-    has right (McNemar 1947, with the exact distribution instead of chi-squared). 1 where they never differ.
+    Under the null hypothesis the number that one alone gets right is binomial with 1/2 among those that exactly one
+    gets right (McNemar 1947, with the exact distribution instead of chi-squared). 1 where they never differ.
     """
     from scipy import stats  # late: no other command needs it
 
@@ -111,7 +111,7 @@ def replicates_of_pairs(found: Pairs, count: int, seed: int = 0) -> Array:
 # tests ---------------------------------------------------------------------------------------------------------------
 
 ENOUGH = 5
-"""Seeds from which the bootstrap's interval stands alone."""
+"""Number of seeds from which on the bootstrap's interval stands alone."""
 
 
 class Difference(NamedTuple):
@@ -121,14 +121,14 @@ class Difference(NamedTuple):
     p: float
     seeds: int
     student: Interval | None
-    """Over the seeds alone, where there are 2 or more and fewer than `ENOUGH`."""
+    """Student's interval over the seeds alone, for 2 or more seeds and fewer than `ENOUGH`."""
 
 
 def paired(one: Array, other: Array) -> Difference:
     """Compare two methods on the same seeds and images, both (S, n).
 
     With S >= 5 the p is the bootstrap's, with 2 to 4 seeds that of Student's paired test over the seeds' means, since
-    so few rows cannot be resampled to say much about others; with one seed it speaks of other images alone.
+    resampling so few rows says little about other seeds; with one seed it is about other images only.
     """
     values = one - other
     found = interval(values)
@@ -153,7 +153,7 @@ def paired_t(differences: Array) -> tuple[Interval, float]:
 def bootstrap_p(values: Array, count: int = REPLICATES, seed: int = 0) -> float:
     """Two-sided p of a mean of 0: twice the smaller share of replicates on one side of it (Efron & Tibshirani 1993).
 
-    Never below 2 / (count + 1): what `count` replicates did not show is not impossible.
+    Never below 2 / (count + 1): what does not occur in `count` replicates is not impossible.
     """
     found = replicates(values, count, seed)
     side = min(int((found <= 0).sum()), int((found >= 0).sum()))

@@ -1,4 +1,4 @@
-"""Tables for the terminal, for Markdown, as CSV and as MLflow shows them. A name in a cell is text, never a formula."""
+"""Tables for the terminal, Markdown, CSV and MLflow. A name in a cell is text, never a formula."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -43,7 +43,7 @@ def write_csv(table: "pandas.DataFrame", path: Path, **options: Any) -> None:
 
 
 def write_json(table: "pandas.DataFrame", path: Path) -> None:
-    """A table as `mlflow.log_table` writes it; what is no number in a column of numbers is null."""
+    """A table as `mlflow.log_table` writes it; anything but a number in a column of numbers is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_json(path, orient="split", index=False)
 

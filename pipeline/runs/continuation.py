@@ -1,4 +1,4 @@
-"""What a run may be continued with: the same computation, or with `extend` more epochs of it."""
+"""How a run may be continued: with the same computation or, with `extend`, more epochs of it."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def check_computation(config: Config, name: str, header: dict[str, Any]) -> None
 
 
 def _check_extension(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Epochs can only be added behind those that were trained."""
+    """Epochs can only be added after those that were trained."""
     key = "method.student_epochs_per_stage"
     old, new = before[key], after[key]
     if len(new) < len(old) or new[: len(old) - 1] != old[:-1] or new[len(old) - 1] < old[-1]:

@@ -22,7 +22,7 @@ COMPLETED = Ending("FINISHED", "completed", 0)
 
 
 def ending_of(error: BaseException) -> Ending:
-    """How a run ends whose job raised `error`."""
+    """The ending of a run whose job raised `error`."""
     match error:
         case Interrupted():
             return Ending("KILLED", "killed", 128 + error.signum)

@@ -16,7 +16,7 @@ from pipeline.paths import user_path
 
 STUDENT = "checkpoints/student.safetensors"
 FUSION = "checkpoints/fusion.safetensors"
-"""In a run's folder, and among its artifacts."""
+"""Names in a run's folder and among its artifacts."""
 
 
 def fresh_folder(config: Config, step: str, mark: str | None = None) -> Path:
@@ -26,7 +26,7 @@ def fresh_folder(config: Config, step: str, mark: str | None = None) -> Path:
 
 @contextmanager
 def writable(config: Config) -> Iterator[None]:
-    """Turn an OSError on a new run folder into a one-line UserError."""
+    """Turn an OSError about a new run folder into a one-line UserError."""
     try:
         yield
     except OSError as error:
@@ -78,7 +78,7 @@ def interrupted(root: Path, step: str, tag: str, value: str) -> Path | None:
 
 
 def tagged(root: Path, step: str, tag: str, value: str, alive: bool = False) -> Iterator[Path]:
-    """Runs of `step` in `root` with the tag, finished or not, newest first; `alive`: those a process is writing."""
+    """Runs of `step` in `root` with the tag, finished or not, newest first; `alive`: only those being written."""
     for folder in sorted((p.parent for p in root.glob("*/journal.jsonl")), reverse=True):
         header = header_of(folder)
         if header is None or header.data["tags"].get("asib.step") != step or writer_alive(folder) != alive:

@@ -12,8 +12,8 @@ from pathlib import Path
 def kill_mlflow_run_parent() -> int | None:
     """Send SIGTERM to the `mlflow run` that started this step, directly or through shells; return its process id.
 
-    It would overwrite the run's status with FAILED when its child ends with a code other than 0. Call this just before
-    leaving, when the status is on the server.
+    Otherwise it would overwrite the run's status with FAILED if its child exits with a code other than 0. Call this
+    just before leaving, when the status is on the server.
     """
     pid = os.getppid()
     for _ in range(4):
@@ -44,7 +44,7 @@ def _command(pid: int) -> list[str]:
 
 def _parent_of(pid: int) -> int:
     try:
-        # The command's name, in brackets, may hold spaces; the parent is the second field behind it.
+        # The command's name, in brackets, may hold spaces; the parent is the second field after it.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError, IndexError):
         return 0

@@ -25,11 +25,11 @@ def open_run(step: str, config: Config, delivery: Delivery | None = None, stop: 
     """Start a run, or continue the one that `resume` names; delivery starts at once, beside this process's imports.
 
     Args:
-        delivery: that of a new run's folder, where it was started before.
-        stop: what the process's signals are kept in; None: signals are not asked for.
+        delivery: that of a new run's folder, if it was already started.
+        stop: records the process's signals; None: signals are not checked.
 
     Raises:
-        UserError: what `resume` names cannot be continued.
+        UserError: the run that `resume` names cannot be continued.
     """
     stop = stop or Stop()
     if config.resume is not None:
@@ -39,14 +39,14 @@ def open_run(step: str, config: Config, delivery: Delivery | None = None, stop: 
 
 
 def follow(step: str, config: Config, folder: Path, parent: Run | None = None, stop: Stop | None = None) -> Run:
-    """The first process's run, seen from another."""
+    """The first process's run, as another process sees it."""
     slots = Slots(folder / "checkpoints")
     state = slots.read()[0] if slots.manifest.exists() else None
     return Run(step, config, folder, NullJournal(), None, state, parent, stop=stop)
 
 
 def carrier(config: Config, folder: Path, stands_for: Carrier, stop: Stop) -> Run:
-    """What a sweep's worker has in the place of a run: its nested runs become those of `stands_for`."""
+    """What a sweep's worker has instead of a run: its nested runs become those of `stands_for`."""
     with writable(config):
         journal = Journal.create(folder, experiment=stands_for.experiment, name=None, carrier=stands_for)
     return Run("sweep", config, folder, journal, _deliver(config, folder), stands_for=stands_for.journal, stop=stop)
@@ -61,18 +61,18 @@ def child(
     folder: Path | None = None,
     distant: bool = False,
 ) -> Run:
-    """A nested run in `<parent's folder>/<key>`; what an interrupted parent left there is continued.
+    """A nested run in `<parent's folder>/<key>`; one that an interrupted parent left there is continued.
 
     Args:
         name: its name; the folder's by default.
-        folder: where it is instead.
-        distant: look for it on the server where it is not on this machine, as for the children of a distant parent.
+        folder: its folder, if it is elsewhere.
+        distant: look for it on the server if it is not on this machine, as for the children of a distant parent.
     """
     folder = folder or parent.folder / key
     if parent.follower:
         return follow(step, config, folder, parent)
     if (folder / FILE).exists() or (folder / "checkpoints" / "manifest.json").exists():
-        # begun by another worker, a copy of what that has left, or by this parent, killed before it had named it
+        # a copy of what another worker left, or begun by this parent, which was killed before it had named it
         parent.journal.child(folder)
         return _continue(step, config, folder, parent)
     delivery = parent.delivery if distant or parent.distant else None
@@ -82,7 +82,7 @@ def child(
     parent.journal.child(folder)
     run = Run(step, config, folder, journal, parent.delivery, None, parent, distant=delivery is not None)
     run.describe()
-    # by its journal's id delivery has found what there is of it on the server
+    # if the server has it, delivery has found it by its journal's id
     if delivery is not None and fetch_checkpoint(delivery, delivery.child_ready(folder), folder):
         run.journal.close()
         return _continue(step, config, folder, parent, distant=True)
@@ -103,7 +103,7 @@ def _begin(
 ) -> Run:
     """Start an outermost run, whose record stays pending until it is `ready`.
 
-    `known_as`: the journal id that the server has of it, where it has no checkpoint to continue from.
+    `known_as`: its journal id on the server, if there is no checkpoint there to continue from.
     """
     journal = _create(step, config, folder, config.run_name, delivery, journal=known_as, pending=True)
     try:
@@ -144,7 +144,7 @@ def _deliver(config: Config, folder: Path) -> Delivery | None:
 def _resume(step: str, config: Config, name: str, stop: Stop) -> Run:
     root = output_dir(config)
     folder = find_folder(root, name)
-    if folder is None:  # unknown to this machine: only the tracking server may have it
+    if folder is None:  # unknown on this machine: only the tracking server may have it
         if config.tracking.mode == "offline":
             raise UserError(f"resume={name}: no such run in output_dir={config.output_dir}, and tracking is offline")
         if "/" in name:
@@ -152,7 +152,7 @@ def _resume(step: str, config: Config, name: str, stop: Stop) -> Run:
         with writable(config):
             root.mkdir(parents=True, exist_ok=True)
         with locked(root / f".{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"):
-            folder = find_folder(root, name)  # another process may have brought it here meanwhile
+            folder = find_folder(root, name)  # another process may have downloaded it meanwhile
             if folder is None:
                 return _from_tracking_server(step, config, name, stop)
     return _continue(step, config, folder, stop=stop)
@@ -183,11 +183,11 @@ def _continue(
     stop: Stop | None = None,
     distant: bool = False,
 ) -> Run:
-    """Continue the run in `folder` from its last checkpoint, or from the start; `delivery` may have brought it here."""
+    """Continue the run in `folder` from its last checkpoint, or from the start; `delivery` may have downloaded it."""
     name = config.resume or folder.name
     slots = Slots(folder / "checkpoints")
     state: Any = None
-    lock = take(folder)  # before anything is read: another process may be writing it, or may just have finished it
+    lock = take(folder)  # before anything is read: another process may be writing the run, or may just have finished it
     try:
         if parent is None and delivery is None:
             header = read_header(folder)
@@ -195,7 +195,7 @@ def _continue(
             _check_resumable(name, step, made_by, ended(folder), config.extend)
         if slots.manifest.exists():
             state, saved = slots.read()
-            check_computation(config, name, state["header"])  # before its record is touched
+            check_computation(config, name, state["header"])  # checked before its record is touched
     except BaseException:
         release(lock)
         raise
@@ -212,7 +212,7 @@ def _continue(
     if state is None:
         entries, _ = read_entries(folder / FILE)
         if not any(entry.kind == "artifact" and entry.data["path"] == CONFIG for entry in entries):
-            run.describe()  # it was killed before it had stated what it is
+            run.describe()  # it was killed before it had recorded what it is
     journal.tags({"asib.resumed_from": position})
     return run
 

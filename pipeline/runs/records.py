@@ -27,7 +27,7 @@ class Record:
 
     Attributes:
         id: MLflow run id; offline the journal's.
-        config: dotted key -> value, as written in an override.
+        config: dotted key -> value, written as in an override.
         metrics: the last value of each.
         histories: (epoch, value) of each metric in `HISTORIES`.
         correct: (n,) whether each test image was classified correctly; None for runs that stored no predictions.

@@ -31,12 +31,12 @@ CONFIG = "config.yaml"
 
 
 def tracking_uri(config: Config) -> str:
-    """Where runs go; never a relative path."""
+    """The tracking URI that runs go to; never a relative path."""
     return urls.tracking(config.tracking.uri) if config.tracking.uri else start.default_uri()
 
 
 def remove_unbegun(folder: Path, delivery: Delivery | None) -> None:
-    """Leave nothing of a run that has not begun."""
+    """Remove every trace of a run that has not begun."""
     if delivery is not None:
         delivery.finish(0.0)
     shutil.rmtree(folder, ignore_errors=True)
@@ -48,9 +48,9 @@ class Run:
     Attributes:
         folder: everything the run leaves on this machine.
         journal: its record.
-        state: the checkpoint that it continues from, None at a fresh start.
-        stop: asked whether a signal has arrived; a nested run has its parent's.
-        distant: whether it was begun on another machine: its nested runs may be on the server, and not here.
+        state: the checkpoint that it continues from; None: a fresh start.
+        stop: knows whether a signal has arrived; a nested run has its parent's.
+        distant: whether it was begun on another machine: its nested runs may be on the server only.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Run:
         stop: Stop | None = None,
         distant: bool = False,
     ) -> None:
-        """`stands_for`: the journal id of the run that nested runs belong to, where that is another one."""
+        """`stands_for`: the journal id of the run that nested runs belong to, if it is another one."""
         self.step, self.config, self.folder, self.journal = step, config, folder, journal
         self.delivery, self.state, self.parent, self.distant = delivery, state, parent, distant
         self.stop: Stop = stop if stop is not None else parent.stop if parent is not None else Stop()
@@ -74,9 +74,9 @@ class Run:
         self.started = time.monotonic()
         self._run_id: str | None = None
         self._refused = False
-        """Whether the server did not take it when it was new: a reader's, say."""
+        """Whether the server refused it when it was new, for example a reader's."""
         self._nesting = stands_for or journal.id
-        """What the journal ids of its nested runs are derived from."""
+        """The id that its nested runs' journal ids are derived from."""
 
     @property
     def config_hash(self) -> str:
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def follower(self) -> bool:
-        """Whether this is another process than the first of several: it trains, and leaves the record to the first."""
+        """Whether this is one of several processes but not the first, which alone keeps the record."""
         return isinstance(self.journal, NullJournal)
 
     def nested_id(self, key: str) -> str:
@@ -108,7 +108,7 @@ class Run:
         diff = git.difference() if self.config.tracking.git_diff else ""
         if diff:
             self.write("git.diff", secrets.mask_lines(diff))
-        self.write(CONFIG, compose.dump(self.config))  # the last: with it the description is whole
+        self.write(CONFIG, compose.dump(self.config))  # last: it completes the description
 
     def restate(self) -> None:
         """Record the configuration of a run that is extended; its parameters in MLflow cannot change."""
@@ -128,7 +128,7 @@ class Run:
         fresh = self.pending
         if fresh:
             if self.delivery is not None:
-                self.delivery.wait_connected()  # a server that refuses us leaves no run behind
+                self.delivery.wait_connected()  # if the server refuses us, no run is left behind
             self.journal.begin()
         if self.delivery is not None and self._run_id is None:
             try:
@@ -164,7 +164,7 @@ class Run:
         return path
 
     def rewind(self, text: str, checkpoint: tuple[Path, str, int] | None) -> None:
-        """Make the snapshot in a checkpoint (path, sha256, slot) the record again; what came later is given up."""
+        """Make the snapshot in a checkpoint (path, sha256, slot) the record again; later entries are dropped."""
         if isinstance(self.journal, Journal):
             self.journal = Journal.restore(self.folder, text, checkpoint, self.journal.hand_over())
 
@@ -181,7 +181,7 @@ class Run:
 
     @contextmanager
     def nested(self) -> Iterator[None]:
-        """Log a nested run inside, and end its record as the block ends."""
+        """Log a nested run within the block, and end its record the way the block ends."""
         with nullcontext() if self.follower else log_to(self.folder):
             try:
                 yield
@@ -197,14 +197,14 @@ class Run:
             self.close()
 
     def abandon(self) -> None:
-        """Write and send nothing more of this nested run, nor its end: another process has taken it over."""
+        """Stop writing and sending this nested run, its end included: another process has taken it over."""
         self.journal.close()
         if self.delivery is not None:
             self.delivery.forget(self.folder)
 
     @property
     def pending(self) -> bool:
-        """Whether nothing counts yet, here or on the server, so that the run can be refused without a trace."""
+        """Whether nothing is recorded yet, here or on the server, so that the run can be refused without a trace."""
         return isinstance(self.journal, Journal) and (self._refused or not self.journal.begun)
 
     def discard(self) -> None:
@@ -215,7 +215,7 @@ class Run:
     def close(self, ending: Ending = COMPLETED) -> None:
         """End the record; the outermost run waits for its delivery and says what was left undelivered.
 
-        Raises UserError: the end of a FINISHED run cannot be written. (Others say first what has ended them.)
+        Raises UserError: the end of a FINISHED run cannot be written. (Other runs report what ended them first.)
         """
         try:
             self._end_record(ending)
@@ -236,7 +236,7 @@ class Run:
 
     def _end_record(self, ending: Ending) -> None:
         if ending.status != "FINISHED" and isinstance(self.journal, Journal):
-            # metrics that no checkpoint covers are given up: a resume measures them again, and they would come twice
+            # metrics that no checkpoint covers are dropped: a resume measures them again, and they would appear twice
             self.journal.begin()
             self.journal = Journal.reopen(self.folder, self.journal.hand_over())
         if ending.tags:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, as a run takes them."""
+"""How a run handles SIGTERM and SIGINT."""
 
 import logging
 import signal
@@ -12,7 +12,7 @@ logger = logging.getLogger("asib")
 
 
 class Stop:
-    """The signal that arrived, 0 before: the training loop asks between batches; elsewhere it ends the step at once."""
+    """The signal that arrived, or 0: the training loop checks between batches; elsewhere it ends the step at once."""
 
     def __init__(self) -> None:
         self.signum = 0

@@ -1,7 +1,7 @@
 """The life of a step's process: arguments, configuration, the run, signals, and the exit code that says how it ended.
 
-Torch is imported only after the configuration is known to be good (or when a variable of the environment names a
-network, which the zoo alone knows).
+Torch is imported only after the configuration is known to be good (or when an environment variable names a network,
+since only the zoo knows those).
 """
 
 import logging
@@ -45,18 +45,18 @@ class Step:
     """A step, as its file in steps/ declares it. References are "module:name" and imported late, or functions.
 
     Attributes:
-        name: for folders, tags and `--help`.
+        name: used for folders, tags and `--help`.
         about: what `--help` begins with: the docstring of the step's file.
-        own: the step's own keys, with words; one that ends with a dot stands for every key that begins so.
-        request: makes of the configuration and the command line the run's configuration, and what the job is asked for
-            besides it (None: nothing); raises UserError.
-        job: takes the run, and the request where there is one; an `Ending` that it returns is the run's.
-        words: of a request, printed by DRY_RUN=1 below the configuration.
-        ask: asks the tracking server, given request, configuration and delivery, what it alone knows of bad input,
-            before there is a run; raises UserError.
-        act: does what makes no run, given the configuration and the command line, and returns the exit code; None:
-            there is a run to make.
-        keys: of the configuration, for `--help`.
+        own: the step's own keys, with descriptions; one that ends with a dot covers every key with that prefix.
+        request: turns the configuration and the command line into the run's configuration and the job's request
+            (None: no request); raises UserError.
+        job: takes the run, and the request if there is one; an `Ending` that it returns is the run's.
+        words: describes a request; DRY_RUN=1 prints it below the configuration.
+        ask: given request, configuration and delivery, checks the input against the tracking server before there is
+            a run; raises UserError.
+        act: given the configuration and the command line, does work that needs no run and returns the exit code;
+            None: a run is needed.
+        keys: those of the configuration that `--help` shows.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Step:
             code = None if self.act is None else _late(self.act)(config, command)
             return self._run(config, command) if code is None else code
         except Interrupted as error:
-            return 128 + error.signum  # before the run, or after its end: nothing is lost
+            return 128 + error.signum  # before the run or after its end, so nothing is lost
         except Exception as error:
             said = as_user_error(error, Path.cwd())
             if isinstance(said, UserError):
@@ -136,7 +136,7 @@ def _late(target: "Late[Target]") -> "Target":
 
 
 def configuration(command: cli.Command, own: Collection[str] = ()) -> Config:
-    """What a command line asks for, and the environment's shortcuts beneath it. Raises UserError.
+    """The configuration from the command line, with the environment's shortcuts beneath it. Raises UserError.
 
     `own`: the step's own keys, for suggestions when one is misspelt.
     """
@@ -154,7 +154,7 @@ def configuration(command: cli.Command, own: Collection[str] = ()) -> Config:
 
 
 def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
-    """A file of a run for `cfg`, from where the overrides say that runs go. Raises UserError: it is not there."""
+    """A file of a run for `cfg`, from wherever the overrides send runs. Raises UserError: it does not exist."""
     from pipeline.tracking import start
 
     if re.fullmatch(r"runs:/+[^/]+/.*[^/]", uri) is None:
@@ -172,7 +172,7 @@ def _fetch(uri: str, overrides: Sequence[str], folder: Path) -> Path:
 
 
 def _asked(step: str, config: Config, ask: "Callable[[Delivery], None]") -> "Delivery":
-    """Start a new run's delivery, and ask it; where the answer is a refusal, nothing is left. Raises UserError."""
+    """Start a new run's delivery and ask it; a refusal leaves nothing behind. Raises UserError."""
     from pipeline.runs.folders import fresh_folder, writable
     from pipeline.tracking import start
 
@@ -189,7 +189,7 @@ def _asked(step: str, config: Config, ask: "Callable[[Delivery], None]") -> "Del
 
 
 def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> int:
-    """Run the job, end the run as the job has ended, and return the exit code."""
+    """Run the job, end the run the way the job ended, and return the exit code."""
     from pipeline.training import distributed
 
     try:
@@ -215,7 +215,7 @@ def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> int
 
 
 def _follow(step: str, config: Config, stop: Stop, job: "Callable[[Run], Ending | float | None]") -> int:
-    """Train along in another process than torchrun's first, which alone keeps the record and speaks."""
+    """Train in a process other than torchrun's first, which alone keeps the record and prints."""
     from pipeline.runs.opening import follow
     from pipeline.training import distributed
 
@@ -230,7 +230,7 @@ def _follow(step: str, config: Config, stop: Stop, job: "Callable[[Run], Ending 
 
 
 def _refuse(step: str, error: UserError, debug: bool) -> int:
-    """Report bad input in one line, before there is a run; a run that `mlflow run` has made ends FAILED with it."""
+    """Report bad input in one line, before there is a run; a run that `mlflow run` made ends FAILED with that line."""
     if debug:
         traceback.print_exception(error)
     logger.error("%s", error)
@@ -244,7 +244,7 @@ def _refuse(step: str, error: UserError, debug: bool) -> int:
 
 
 def _fail_adopted_run(step: str, message: str) -> None:
-    """A record of the refusal alone: there is no configuration whose parameters it could state."""
+    """Record the refusal alone: there is no configuration whose parameters could be logged."""
     from pipeline.journal import Journal
     from pipeline.tracking import start
 

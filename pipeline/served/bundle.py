@@ -1,5 +1,5 @@
 """A registered student as one bundle: which files it consists of, whether they are those that were registered, and
-whether what a server would run of them is this project's own.
+whether the code that a server would run is this project's own.
 
 Nothing here runs, unpickles or executes a file of a model. MLflow does: `mlflow.pyfunc.load_model` and `mlflow models
 serve` run the Python file of the version (docs/serving.md).
@@ -40,17 +40,17 @@ FORMER = frozenset(
         "0248b73a3e0048efaab47b7e2f49815c7f5248f7a71f944dfc8c76b0757195ab",
     }
 )
-"""SHA-256 of what `served.CODE` was in earlier versions of this project, the oldest first."""
+"""SHA-256 of the served code in earlier versions of this project, the oldest first."""
 FLAVOR = {"loader_module": "mlflow.pyfunc.loaders.code_model", "code": None, "streamable": False}
-"""What MLflow's flavor of a student says, besides its artifacts, its environment and versions."""
+"""Contents of MLflow's flavor of a student, besides its artifacts, its environment and versions."""
 DESCRIBED = {"artifacts", "cloudpickle_version", "env", "model_code_path", "python_version", *FLAVOR}
 ARTIFACTS = {"net": "artifacts/student.onnx", "meta": "artifacts/meta.json"}
-"""What is served, where MLflow puts it."""
+"""The served files, by where MLflow puts them."""
 ENVIRONMENT = re.compile(
     r"(mlflow|numpy|onnxruntime|pillow|python|pip|setuptools|wheel)([<=]=?[\w.+!]+)?"
     r"|[\d.]+|-r requirements\.txt|conda-forge|mlflow-env"
 )
-"""All that the files for `--env-manager` of a student say."""
+"""Everything that a student's files for `--env-manager` may contain."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Student:
     Attributes:
         folder: the logged model.
         net, meta, weights: student.onnx, meta.json, student.safetensors.
-        run_id, model_id, version: where it comes from, `models:/<name>/<version>`; "" where the folder does not say.
+        run_id, model_id, version: where it comes from, `models:/<name>/<version>`; "" if the folder does not say.
         bound: whether its files were compared with its version's manifest.
     """
 
@@ -92,7 +92,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 def read(folder: Path, where: str) -> Student:
     """What a logged model's folder holds, as MLflow stores it or as its run has prepared it, after `check`.
 
-    Raises UserError, which begins with `where`: other files than were registered, or no student.
+    Raises UserError, which begins with `where`: files other than those registered, or not a student.
     """
     version, bound = check(folder, where)
     net, meta, weights = (folder / name for name in ("student.onnx", "meta.json", "student.safetensors"))
@@ -115,9 +115,9 @@ def check(folder: Path, where: str) -> tuple[str, bool]:
     """Compare a fetched version's files with the manifest in its tag; nothing has been read of them before.
 
     Returns `models:/<name>/<version>`, "" for anything else; and whether there was a manifest. Without one, a warning
-    says how to continue.
+    says what to do.
 
-    Raises UserError: a file is another than was registered, is missing, or was not registered.
+    Raises UserError: a file was changed after registration, is missing, or was not registered.
     """
     if not (folder / REGISTERED).exists():
         return "", False
@@ -145,7 +145,7 @@ def _compare(folder: Path, tag: str, version: str, where: str) -> None:
     except (ValueError, RecursionError):
         expected = None
     if not isinstance(expected, dict):
-        raise UserError(f"{where}: the tag {TAG} of {version} is no manifest of files: register the student again")
+        raise UserError(f"{where}: the tag {TAG} of {version} is not a manifest of files: register the student again")
     found = _hashes(folder)
     names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     if names:
@@ -162,7 +162,7 @@ def _compare(folder: Path, tag: str, version: str, where: str) -> None:
 
 
 def check_servable(student: Student, where: str) -> None:
-    """Raise UserError for a version of which a server would run, install or read anything but this project's own."""
+    """Raise UserError for a version that would make a server run, install or read anything but this project's own."""
     told = _yaml(student.folder / "MLmodel", where).get("flavors") or {}
     flavor = told.get("python_function") or {}
     artifacts = flavor.get("artifacts") or {}
@@ -175,7 +175,7 @@ def check_servable(student: Student, where: str) -> None:
     code = Path(str(flavor.get("model_code_path"))).name
     python = [path for path in sorted(student.folder.rglob("*")) if path.suffix.startswith((".py", ".so"))]
     if code != PYTHON or python != [student.folder / PYTHON]:
-        raise UserError(f"{where}: it brings other code than {PYTHON}; it is not promoted")
+        raise UserError(f"{where}: it contains other code than {PYTHON}; it is not promoted")
     if hashlib.sha256(python[0].read_bytes()).hexdigest() not in {*FORMER, shipped()}:
         raise UserError(
             f"{where}: its {PYTHON}, which a server runs, is none that this project has had; it is not promoted: "
@@ -189,7 +189,7 @@ def check_servable(student: Student, where: str) -> None:
 
 
 def shipped() -> str:
-    """SHA-256 of the Python file that students get now."""
+    """SHA-256 of the Python file that new students get."""
     return hashlib.sha256(served.CODE.encode()).hexdigest()
 
 
@@ -222,21 +222,21 @@ def describe(student: Student, where: str) -> dict[str, Any]:
 
 
 def load(student: Student, where: str) -> Classifier:
-    """The network, ready. Raises UserError: its files are damaged, or it would read files outside of its own."""
+    """The network, ready. Raises UserError: its files are damaged, or it would read files other than its own."""
     try:
         check_net(student.net)
         return Classifier(str(student.net), str(student.meta))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    except Exception as error:  # onnxruntime has no common class for what it raises
+    except Exception as error:  # onnxruntime has no common class for its exceptions
         reason = str(error).strip().split("\n", 1)[0]
         raise UserError(f"{where}: its files cannot be read ({reason}); fetch or log it again") from error
 
 
 def check_net(path: Path) -> None:
-    """Raise UserError for an ONNX file with tensors in other files, which it may name wherever they lie.
+    """Raise UserError for an ONNX file with tensors in other files, since it may name any path.
 
-    Any other Exception: it is no ONNX file.
+    Any other Exception: it is not an ONNX file.
     """
     import onnx
 

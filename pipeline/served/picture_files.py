@@ -78,4 +78,4 @@ def told(ignored: Sequence[str], root: Path) -> str:
     """One line about what was skipped."""
     shown = ", ".join(os.path.relpath(path, root) for path in ignored[:3])
     more = ", …" if len(ignored) > 3 else ""
-    return f"{len(ignored)} ignored: hidden files and folders, or links that lead round ({shown}{more})"
+    return f"{len(ignored)} ignored: hidden files and folders, or links that form a loop ({shown}{more})"

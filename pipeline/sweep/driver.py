@@ -36,7 +36,7 @@ from pipeline.training.compiling import check_device
 
 logger = logging.getLogger("asib")
 Made = Sequence[Mapping[str, Any]]
-"""Fine-tuned teachers as a study's facts have them: file, run_id, hash."""
+"""Fine-tuned teachers as a study's facts list them: file, run_id, hash."""
 TICK_S = 1.0
 BEST = "best.yaml"
 OF_THE_RUN = ("config", "config_hash", "parent_run", "parent_journal", "folder", "host", "teachers", "parents")
@@ -57,7 +57,7 @@ def sweep(run: Run, plan: Plan) -> float | None:
     run.journal.params(request.params(plan))
     run.journal.tags({STUDY_TAG: plan.name})
     run.ready()
-    base = run.config.model_copy(update={"resume": None, "extend": False, "run_name": None})  # what trials start from
+    base = run.config.model_copy(update={"resume": None, "extend": False, "run_name": None})  # for the trials
     study, found = _study(run, plan, base, data)
     reap.reap(plan.storage, run.delivery, except_run=run.run_id)
     left = study.total - study.requeue_stale().ended
@@ -71,7 +71,7 @@ def sweep(run: Run, plan: Plan) -> float | None:
 
 
 def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, list[teachers.Teacher]]:
-    """Create or continue the study, with all that a worker needs to know; fine-tune missing teachers first, once."""
+    """Create or continue the study, with everything a worker needs to know; fine-tune missing teachers first, once."""
     found: list[teachers.Teacher] = []
     before = Study.refuse_other(plan.storage, plan.name, plan.digest, plan.sweep)
     if before.get("data", data.digest) != data.digest:
@@ -163,7 +163,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Driver:
-    """Keep workers busy until every trial has ended, and the parent run up to date."""
+    """Keep workers busy until every trial has ended, and keep the parent run up to date."""
 
     def __init__(self, run: Run, plan: Plan, study: Study) -> None:
         self.run, self.plan, self.study = run, plan, study
@@ -188,7 +188,7 @@ class _Driver:
                 time.sleep(TICK_S)
                 counts = self.study.counts()
                 due = time.monotonic() > next_requeue
-                if due or counts.ended >= self.study.total:  # a trial that is just being requeued looks failed
+                if due or counts.ended >= self.study.total:  # a trial that is being requeued briefly looks failed
                     counts = self.study.requeue_stale()
                 if due:
                     self.study.note(driver_seen=time.time())
@@ -199,7 +199,7 @@ class _Driver:
             self._wait_for_workers()
 
     def _start_missing(self, counts: Counts) -> None:
-        """Start as many workers as there are open trials, counting those that are only starting."""
+        """Start as many workers as there are open trials, counting those that are still starting."""
         alive = self.launcher.alive()
         open_trials = max(0, self.study.total - counts.used) + counts.waiting
         missing = min(self.plan.workers - alive, open_trials - max(0, alive - counts.running))
@@ -276,7 +276,7 @@ def _finish(run: Run, plan: Plan, study: Study, base: Config, data: ImageData) -
     repeated = _with_teachers(config, study, data).model_copy(update={"log_model": base.log_model})
     run.write(BEST, compose.dump(repeated))
     stated, metric = records.from_folder(run.folder), plan.sweep.objectives[0].metric
-    if stated.metrics.get(metric) != best.values[0]:  # running the same command again doubles nothing
+    if stated.metrics.get(metric) != best.values[0]:  # running the same command again duplicates nothing
         run.journal.metrics({metric: float(best.values[0])}, 0)
     if stated.tags.get(KEPT) != str(best.number):
         _keep_best(run, study, best, config, data)

@@ -1,4 +1,4 @@
-"""The other processes of torchrun, which train along what a worker's first process has claimed."""
+"""The other processes of torchrun, which help train what a worker's first process has claimed."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ def tell(trial: dict[str, Any] | None) -> None:
 
 
 def follow(stop: Stop) -> int:
-    """Train what the first process has claimed until nothing is left."""
+    """Help train whatever the first process claims, until nothing is left."""
     from pipeline.distill import distill
     from pipeline.runs import opening
     from pipeline.training import distributed

@@ -1,4 +1,4 @@
-"""Ends runs in MLflow that no process works on any more: trials and sweeps whose heartbeat is gone."""
+"""End runs in MLflow that no process works on any more: trials and sweeps whose heartbeat has stopped."""
 
 import logging
 import time
@@ -24,7 +24,7 @@ ENDINGS = {
 
 
 def reap(storage: str, delivery: Delivery | None, except_run: str | None = None) -> list[str]:
-    """Fail stale trials of every study in `storage`, end the runs that are left RUNNING, and return these' ids.
+    """Fail stale trials of every study in `storage`, end the runs that are left RUNNING, and return their ids.
 
     Args:
         delivery: None offline.
@@ -34,12 +34,12 @@ def reap(storage: str, delivery: Delivery | None, except_run: str | None = None)
     for name in studies(storage):
         try:
             study = Study.open(storage, name)
-        except UserError as error:  # made by another version: no reason to refuse this one
+        except UserError as error:  # made by another version, which is no reason to refuse this sweep
             logger.warning("%s: its runs are left as they are", error)
             continue
         study.requeue_stale()
         states: dict[int, str] = {}
-        for trial in study.trials():  # earlier attempts at a trial take the state of the last one
+        for trial in study.trials():  # earlier attempts at a trial get the state of the last one
             states |= dict.fromkeys([*history(trial), trial.number], trial.state.name)
         for run in delivery.ask("running", study=name) if delivery is not None else ():
             ending = _ending(study, run["tags"], states)
@@ -55,7 +55,7 @@ def reap(storage: str, delivery: Delivery | None, except_run: str | None = None)
 
 
 def reap_all(storage: str, config: Config) -> list[str]:
-    """`reap` as a command of its own. Raises UserError: database or tracking server cannot be reached."""
+    """`reap` as a separate command. Raises UserError: database or tracking server cannot be reached."""
     if config.tracking.mode == "offline":
         return reap(storage, None)
     delivery = Delivery(tracking_uri(config), [], None)

@@ -32,12 +32,12 @@ logger = logging.getLogger("asib")
 STUDY_TAG = "asib.study"
 DEFAULT = "kd_ib_tau"
 LAUNCHERS: dict[str, type[Launcher]] = {"local": Here, "slurm": Slurm}
-"""By the cluster's kind."""
+"""Launchers by kind of cluster."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`storage`: URL of the database. `name`: of the study. `digest`: of everything that decides its results."""
+    """`storage`: the database's URL. `name`: the study's name. `digest`: of everything that decides its results."""
 
     sweep: SweepConfig
     cluster: ClusterConfig
@@ -79,7 +79,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
 
 
 def storage_url(given: str | None, config: Config) -> str:
-    """URL of the database; never a relative path, which means another file to another process."""
+    """URL of the database; never a relative path, which may mean another file to another process."""
     url = given or os.environ.get("ASIB_STORAGE") or f"sqlite:///{output_dir(config).absolute() / 'studies.db'}"
     return urls.sqlite(url, "storage") if url.startswith(urls.SQLITE) else url
 
@@ -114,8 +114,8 @@ def _prepared(config: Config, plan: Plan) -> Config:
 
 
 def _of_this_study(folder: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether a sweep's run belongs to the study in this database: another database may have one of that name."""
-    if not facts:  # it ended before it created the study, while it fine-tuned the teachers
+    """Whether a sweep's run belongs to the study in this database: others may have a study of the same name."""
+    if not facts:  # it ended while fine-tuning the teachers, before it created the study
         return not any((folder / name).exists() for name in ("launched", "trials"))
     header = header_of(folder)
     return header is not None and header.data["journal"] in (facts.get("parent_journal"), *facts.get("parents", ()))

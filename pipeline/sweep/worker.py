@@ -41,7 +41,7 @@ STORAGE = "ASIB_STORAGE"
 HOPELESS = 3
 """Failures in a row after which a worker leaves: the next trials would fail too."""
 LINK_S = 30.0
-"""How long a finished trial waits for its run's id: once it has ended, it takes no more notes."""
+"""How long a finished trial waits for its run's id: once it has ended, it accepts no more notes."""
 
 
 def work(
@@ -53,7 +53,7 @@ def work(
         storage: URL of the study's database; None: as the environment variable `STORAGE` says, where no
             file shows its password.
         overrides: what differs on this machine, such as dataset.root; nothing that changes what is computed.
-        joined: by hand, perhaps somebody else's study.
+        joined: whether it joined by hand, perhaps somebody else's study.
 
     Returns:
         0 when there was nothing left to do, 1 after `HOPELESS` failures, 128 + its number after a signal.
@@ -83,7 +83,7 @@ def configuration(study: Study, overrides: Sequence[str]) -> Config:
     """Compose the study's base configuration on this machine. UserError: overrides that change what is computed."""
     with tempfile.TemporaryDirectory(prefix="asib-study-") as folder:
         file = Path(folder) / "study.yaml"
-        check_refers_to_nothing(study.facts["config"], f"study {study.name}")  # others write to its database
+        check_refers_to_nothing(study.facts["config"], f"study {study.name}")  # others can write to its database
         file.write_text(study.facts["config"])
         config = compose(str(file), [*overrides])
     if config_hash(config) != study.facts["config_hash"]:
@@ -115,7 +115,7 @@ class Worker:
         self.run_ = opening.carrier(base, self.home / "workers" / self.name, stands_for, stop)
         self._failures = 0
         self._together = False
-        """Whether torchrun's other processes are in the middle of the trial too."""
+        """Whether torchrun's other processes are in the middle of the trial, too."""
 
     def run(self) -> int:
         """Take trials until none is left."""
@@ -124,9 +124,9 @@ class Worker:
         distributed.join()
         self._refuse_other_data()
         fetch_teachers(self.study.facts["teachers"], self.run_)
-        self.run_.ready()  # a server that refuses us must not cost a trial
+        self.run_.ready()  # a server that refuses us must not use up a trial
         while True:
-            with self.stop.between_batches():  # a claim must not be cut in the middle
+            with self.stop.between_batches():  # a claim must not be interrupted
                 claim = None if self.stop() else self.study.claim(self.name)
             if self.stop():
                 if claim is not None:
@@ -173,7 +173,7 @@ class Worker:
             with contextlib.suppress(Taken):
                 claim.fail(str(error))
             free_memory()
-        except Exception as error:  # whatever a configuration does, the others get their turn
+        except Exception as error:  # however a configuration fails, the others get their turn
             if self.stop():  # the signal reached another process of the group first
                 _release(claim)
                 raise Interrupted(self.stop()) from error
@@ -201,7 +201,7 @@ class Worker:
         folder, distant = self._folder(claim)
         results = finished(folder, digest)
         if results is not None:
-            self.run_.journal.child(folder)  # what the lost worker did not deliver
+            self.run_.journal.child(folder)  # deliver what the lost worker did not
             self._link(claim, folder)
         else:
             results = self._distil(claim, config, folder, distant)
@@ -287,7 +287,7 @@ class TrialWatch:
             if not self._linked:
                 self._linked = _note_run(self._claim, self._folder)
             value = metrics.get(self._metric) if self._metric else None
-            if value is None or not math.isfinite(value):  # a mean spoilt by one skipped step says nothing
+            if value is None or not math.isfinite(value):  # a mean spoilt by one skipped step is meaningless
                 self._claim.check()
                 return Verdict.GO_ON
             self._claim.report(value, epoch)
@@ -307,9 +307,9 @@ class TrialWatch:
 
 
 def trial_config(config: Config, threads: int | None) -> Config:
-    """A trial's configuration: it computes what `config` does, and states the threads so that it can be repeated.
+    """A trial's configuration: it computes what `config` does, and records the threads so that it can be repeated.
 
-    Trials share their teachers, and so the bank.
+    Trials share their teachers, and therefore the bank.
     """
     own = {"log_model": False, "register": None, "resume": None, "extend": False, "run_name": None, "rung": None}
     return shared(config.model_copy(update={**own, "threads": threads}))
@@ -330,13 +330,13 @@ def finished(folder: Path, config_hash: str) -> dict[str, float] | None:
 
 
 def _release(claim: Claim) -> None:
-    with contextlib.suppress(Taken):  # its end was written before the signal came
+    with contextlib.suppress(Taken):  # its end was written before the signal arrived
         claim.release()
 
 
 def _metric(results: Mapping[str, float], name: str) -> float:
     if name not in results:
-        raise UserError(f"{name} is no metric of a trial; it has {', '.join(sorted(results))}")
+        raise UserError(f"{name} is not a metric of a trial; it has {', '.join(sorted(results))}")
     return results[name]
 
 

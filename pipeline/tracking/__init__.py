@@ -1,1 +1,1 @@
-"""The one home of MLflow: the delivery process, what talks to it, and what it brings to the server."""
+"""The only user of MLflow: the delivery process, its clients, and what it delivers to the server."""

@@ -1,4 +1,4 @@
-"""What MLflow keeps to itself and this project uses anyway: here alone, checked with MLflow 3.17.
+"""MLflow's private API, as far as this project uses it: only here, checked with MLflow 3.17.
 
 Tests of each: tests/pipeline/tracking. Importing this module is cheap; MLflow is imported by the functions.
 """
@@ -27,7 +27,7 @@ def migrate(uri: str) -> None:
 
 
 def make_store(uri: str, artifacts: str) -> None:
-    """First use of a database: its schema, where it has none, and the default experiment, with artifacts there."""
+    """First use of a database: make its schema, if it has none, and the default experiment, with artifacts there."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     SqlAlchemyStore(uri, artifacts).engine.dispose()
@@ -37,7 +37,7 @@ def rewrite_params(uri: str, run_id: str, values: Mapping[str, str]) -> None:
     """Correct parameters of a run in MLflow's own database, in its table `params`.
 
     Raises:
-        sqlalchemy.exc.SQLAlchemyError: the database is busy or away.
+        sqlalchemy.exc.SQLAlchemyError: the database is busy or unreachable.
     """
     from sqlalchemy import column, create_engine, table
 

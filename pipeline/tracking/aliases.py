@@ -1,4 +1,4 @@
-"""Move a registered model's aliases: a move happens whole or, after a crash, is finished by the next promotion.
+"""Move a registered model's aliases: a move is completed, if not at once then by the next promotion after a crash.
 
 A move is announced before any alias changes. `PENDING`, a tag of the version concerned, holds the tags that the move
 sets; then `MOVE`, a tag of the registered model, holds the rest. Every step can be repeated, and `MOVE` is removed
@@ -39,8 +39,8 @@ def move(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> None:
     """Move aliases as planned, at once or, after a crash, by the next `repair`; there is always a champion.
 
     Args:
-        plan: `before` and `after`: version (or None) of champion and previous, the same for a decision that moves none;
-            `past`: the later value of `PAST`, a list; `tags`: version -> tags to set; `version`: what it is about;
+        plan: `before` and `after`: version (or None) of champion and previous, equal for a decision that moves none;
+            `past`: the new value of `PAST`, a list; `tags`: version -> tags to set; `version`: the one it is about;
             `run`: the run that decided it; `why`: in words.
 
     Raises:
@@ -76,7 +76,7 @@ def _champion(model: RegisteredModel) -> str | None:
 def repair(client: MlflowClient, name: str) -> dict[str, Any]:
     """Finish an interrupted move, and repair other broken tags of promotions.
 
-    A champion that is neither the one before nor the one after was set by hand: then nothing is moved.
+    A champion that is neither the plan's old nor its new one was set by hand: then nothing is moved.
 
     Returns:
         `plan`: the move, None if there was none to finish. `said`: one sentence for each thing that was wrong.
@@ -95,12 +95,12 @@ def repair(client: MlflowClient, name: str) -> dict[str, Any]:
 
 
 def already_made(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> bool:
-    """Whether a process that was killed meanwhile has made this move, or had begun it and it is finished now."""
+    """Whether a process that has since been killed made this move, or began it and it is finished now."""
     try:
         repair(client, name)
         champion = _champion(client.get_registered_model(name))
     except Exception:
-        return False  # whatever it is, the move itself will say it
+        return False  # whatever the error is, the move itself will raise it
     return plan["after"] != plan["before"] and champion == plan["after"][CHAMPION]
 
 
@@ -136,12 +136,12 @@ def _interrupted(client: MlflowClient, name: str, said: list[str]) -> dict[str, 
 
 
 def _finish(client: MlflowClient, name: str, plan: Mapping[str, Any]) -> list[str]:
-    """Do a move's steps, each of which can be repeated, and remove `MOVE` last; return what did not go as planned."""
+    """Make a move's steps, each of which can be repeated, and remove `MOVE` last; return what did not go to plan."""
     champion, previous = plan["after"][CHAMPION], plan["after"][PREVIOUS]
     past, marks, said = list(plan["past"]), dict(plan["tags"]), []
     moves = plan["after"] != plan["before"]
     if moves and champion is not None and not there(client, name, champion):
-        gone, marks = champion, {}  # they say that the move has happened
+        gone, marks = champion, {}  # these tags say that the move has happened
         stack = [number for number in [*past, plan["before"][CHAMPION]] if number is not None]
         living = [number for number in dict.fromkeys(stack) if number != gone and there(client, name, number)]
         champion, past = (living[-1], living[:-1]) if living else (None, [])
@@ -173,7 +173,7 @@ def tag(client: MlflowClient, name: str, number: str, tags: Mapping[str, str]) -
 
 
 def _point(client: MlflowClient, name: str, alias: str, version: str | None, champion: str | None) -> None:
-    """Set an alias or remove it; without the right to delete, which EDIT lacks, point it at the champion."""
+    """Set an alias or remove it; without the right to delete, which EDIT does not include, point it at the champion."""
     if version is not None:
         client.set_registered_model_alias(name, alias, version)
     elif alias in client.get_registered_model(name).aliases:
@@ -184,7 +184,7 @@ def _point(client: MlflowClient, name: str, alias: str, version: str | None, cha
 
 
 def _loose_aliases(client: MlflowClient, name: str) -> list[str]:
-    """Remove aliases of ours that name no version, if permitted; MLflow does so itself on deleting a version."""
+    """Remove our aliases that name no version, if permitted; MLflow does so itself when a version is deleted."""
     said = []
     for alias, number in client.get_registered_model(name).aliases.items():
         if alias in (CHAMPION, PREVIOUS) and not there(client, name, str(number)):
@@ -200,7 +200,7 @@ def _protect(client: MlflowClient, name: str, champion: str) -> None:
         return
     try:
         client.set_tag(found.run_id, KEEP, f"champion of {name}: version {champion}")
-    except Exception as error:  # another's experiment, or a deleted run: the promotion does not depend on it
+    except Exception as error:  # someone else's experiment, or a deleted run: the promotion does not depend on it
         log.warning("run %s is not protected: %s", found.run_id, error)
 
 
@@ -209,7 +209,7 @@ def _forget_pending(client: MlflowClient, name: str, number: object) -> None:
     if found is None or not found.tags.get(PENDING):
         return
     if not permitted(client.delete_model_version_tag, name, str(number), PENDING):
-        client.set_model_version_tag(name, str(number), PENDING, "")  # EDIT does not delete
+        client.set_model_version_tag(name, str(number), PENDING, "")  # EDIT does not include deleting
 
 
 def _version(client: MlflowClient, name: str, number: object) -> ModelVersion | None:

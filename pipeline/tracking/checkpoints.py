@@ -59,7 +59,7 @@ def bring(client: MlflowClient, state: State, folder: Path, entries: Sequence[En
         with staging(folder) as stage:
             if not _take(folder, entry, stage / "taken"):
                 continue
-            # When checkpoints were skipped the same slot comes twice running: the file in the manifest stays whole
+            # If checkpoints were skipped, the same slot comes twice in a row: the file in the manifest stays whole
             # until a newer one is complete.
             path = Path(entry.data["path"])
             name = f"slot{1 - entry.data['slot']}{path.suffix}" if known.get("file") == path.name else path.name
@@ -82,7 +82,7 @@ def bring(client: MlflowClient, state: State, folder: Path, entries: Sequence[En
 
 
 def _take(folder: Path, entry: Entry, to: Path) -> bool:
-    """Whether the entry's file still exists; a hard link keeps it while it is sent."""
+    """Whether the entry's file still exists; a hard link preserves it while it is sent."""
     try:
         source = inside(folder, entry.data["path"])
         if entry.data["slot"] not in (0, 1):

@@ -30,15 +30,15 @@ class Delivered:
     url: str
     complete: bool
     refused: int
-    """How many things the server will never take (see delivery.log)."""
+    """Number of items that the server will never accept (see delivery.log)."""
     damage: list[str]
     """A line for each damaged line of its journals."""
 
 
 def deliver(folders: Sequence[Path], uri: str | None = None) -> list[Delivered]:
-    """Deliver the journals in these folders and of their nested runs; imports MLflow into this process.
+    """Deliver the journals in these folders, nested runs included; imports MLflow into this process.
 
-    A folder whose trainer still writes keeps its run RUNNING; one that has no end and no writer ends KILLED.
+    The run of a folder whose trainer still writes stays RUNNING; one with no end and no writer ends KILLED.
 
     Raises:
         UserError: no journal, or the server refuses or does not answer: repeat the call later to continue.

@@ -1,6 +1,6 @@
 """What an error of MLflow's client means: the one place that judges the tracking server's answers.
 
-A 400 or 404 that is not in MLflow's own format is some proxy's page, and says nothing about the request.
+A 400 or 404 that is not in MLflow's own format is a proxy's page, and says nothing about the request.
 Importing this module is cheap; MLflow is imported by the functions that need it.
 """
 
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 class Fault(Enum):
-    """How a call failed."""
+    """Ways in which a call can fail."""
 
     NOT_THERE = "not there"
     NOT_ALLOWED = "not allowed"
-    """The server knows who is asking. Users other than the administrator are told so of missing objects too."""
+    """Permission denied to a known user. Users other than the administrator get this for missing objects, too."""
     REFUSED = "refused"
-    """The same call never succeeds."""
+    """The same call will never succeed."""
     AWAY = "gone for now"
     """No answer, an overloaded server, a locked file, a proxy's page, a changed password: it may succeed later."""
 
@@ -39,11 +39,11 @@ WRONG = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "I
 LOCAL = (UserError, FileNotFoundError, PermissionError, ValueError, TypeError, LookupError, AttributeError, Refusal)
 """Errors on this side; anything else unknown (an object store's own exceptions) is worth a retry."""
 NO_ANSWER = json.JSONDecodeError
-"""A page with status 200 in the place of an answer."""
+"""A page with status 200 instead of an answer."""
 PASSING = (401, 403, 408, 425, 429)
 """The 4xx that may be temporary."""
 FORBIDDEN = "Permission denied"
-"""The whole body of MLflow's 403: under basic authentication it is no JSON."""
+"""The whole body of MLflow's 403: under basic authentication it is not JSON."""
 _PAGE = re.compile(
     r"API request to endpoint \S+ failed with error code (\d+) != \d+\. Response body: '(.*)'", re.DOTALL
 )
@@ -52,7 +52,7 @@ _PAGE = re.compile(
 def classify(error: BaseException) -> Fault:
     """What the error of a call of MLflow's client, or of keeping delivery's own state, means."""
     if isinstance(error, UserError) and isinstance(error.__cause__, OSError):
-        return Fault.AWAY  # the disk is full; room is made again
+        return Fault.AWAY  # the disk is full; room may be made
     status, signed, code = _answer(error)
     if status == 403:
         return Fault.NOT_ALLOWED if signed else Fault.AWAY
@@ -64,23 +64,23 @@ def classify(error: BaseException) -> Fault:
         return Fault.NOT_ALLOWED
     if code in WRONG:
         return Fault.REFUSED
-    if status is not None:  # of an artifact, with words of MLflow's own
+    if status is not None:  # for an artifact, with MLflow's own text
         return Fault.REFUSED if 400 <= status < 500 and status not in PASSING else Fault.AWAY
     return Fault.REFUSED if not code and isinstance(error, LOCAL) and not isinstance(error, NO_ANSWER) else Fault.AWAY
 
 
 def lasting(error: BaseException) -> bool:
-    """Whether the same call would get the same answer: not there, or refused. What is not allowed may be one day."""
+    """Whether the same call would get the same answer: not there, or refused. A permission may be granted later."""
     return classify(error) in (Fault.NOT_THERE, Fault.REFUSED)
 
 
 def unknown(error: BaseException) -> bool:
-    """Whether what was asked for by its id is not there, as far as this user is told; a malformed id is none."""
+    """Whether an object requested by its id is missing, as far as this user can see; so is one with a malformed id."""
     return classify(error) in (Fault.NOT_THERE, Fault.NOT_ALLOWED) or _answer(error)[2] == "INVALID_PARAMETER_VALUE"
 
 
 def look(call: Callable[[], T]) -> T | None:
-    """What a look-up finds, None where that is not there or not for this user."""
+    """The result of a look-up; None if the object does not exist or this user may not see it."""
     try:
         return call()
     except Exception as error:
@@ -101,13 +101,13 @@ def permitted(call: Callable[..., object], *arguments: Any) -> bool:
 
 
 def ask(call: Callable[[], T], uri: str) -> T:
-    """Make a call; a 4xx that MLflow has not signed counts where its server is there and the same comes again.
+    """Make a call; a 4xx that is not MLflow's own is final only if its server is up and the answer repeats.
 
-    So a proxy's upper limit, or an older server without that call, refuses for good, and a proxy that stands alone
-    for a while does not.
+    So a proxy's upper limit, or an older server without that call, refuses for good, while a proxy whose server is
+    down for a while does not.
 
     Raises:
-        Refusal: that.
+        Refusal: such a final answer.
         Exception: the client's.
     """
     for again in (False, True):
@@ -128,14 +128,14 @@ def ask(call: Callable[[], T], uri: str) -> T:
 
 
 def identifies_itself(uri: str) -> bool:
-    """Whether an MLflow server answers at this address: it says its version."""
+    """Whether an MLflow server answers at this address with its version."""
     if not uri.startswith("http"):
         return True
     return re.fullmatch(r"\d+\.\d+\.\S{1,40}", (says_version(uri) or "").strip()) is not None
 
 
 def _answer(error: BaseException) -> tuple[int | None, bool, str]:
-    """Status of an HTTP answer, whether MLflow has signed it, and MLflow's error code.
+    """Status of an HTTP answer, whether it is MLflow's own, and MLflow's error code.
 
     The status is None for errors that carry no status: MLflow's own JSON, its client's or its database's own errors.
     """
@@ -161,6 +161,6 @@ def _answer(error: BaseException) -> tuple[int | None, bool, str]:
 
 
 def _signed(content: Any) -> bool:
-    """Whether JSON is MLflow's: a proxy's has no error code, or one of its own."""
+    """Whether JSON comes from MLflow: a proxy's has no error code, or a different one."""
     code = content.get("error_code") if isinstance(content, dict) else None
     return isinstance(code, str) and is_error_code(code)

@@ -29,7 +29,7 @@ class DeliveryLoop:
     """Delivery of the run in `folder` and of its nested runs; `run_once` until it says done.
 
     Args:
-        folder: the run's folder; its journal may come later.
+        folder: the run's folder; its journal may appear later.
         client: a connected client; made by default.
         adopt, resume, live: as for `RunDelivery`.
         patience: seconds to wait while another delivery has the folder.
@@ -58,7 +58,7 @@ class DeliveryLoop:
         self._locks: dict[Path, int] = {}
         self._elsewhere: set[Path] = set()
         self._asked: set[Path] = set()  # folders that another delivery still holds
-        self._past = [0, 0]  # refused and progress of runs no longer followed
+        self._past = [0, 0]  # `refused` and `progress` of runs that are no longer followed
         self._parents: dict[Path, RunDelivery] = {}
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} does not exist: the run was refused, or its folder removed")
@@ -97,7 +97,7 @@ class DeliveryLoop:
         return (self.folder / TAKEOVER).exists()
 
     def give_way(self, trainer_dead: bool) -> None:
-        """Release the nested runs that a newer delivery asks for: its trainer writes them, or ours is dead."""
+        """Release the nested runs that a newer delivery asks for: its trainer is writing them, or ours is dead."""
         for folder in [folder for folder in self.runs if folder != self.folder]:
             with contextlib.suppress(OSError):
                 request = (folder / TAKEOVER).read_text()
@@ -122,7 +122,7 @@ class DeliveryLoop:
         queue = [self.folder]
         for folder in queue:
             if folder != self.folder and folder not in self._parents:
-                continue  # retired with its parent
+                continue  # it was retired with its parent
             run = self._follow(folder)
             if run is None:
                 continue
@@ -135,7 +135,7 @@ class DeliveryLoop:
         return self.top.state.ended and all(self._finished(folder) for folder in queue)
 
     def _deliver_children(self, parent: RunDelivery) -> None:
-        """Deliver what the parent's nested runs hold now: the parent's next entry may refer to it."""
+        """Deliver what the parent's nested runs hold now, since the parent's next entry may refer to it."""
         for folder in parent.children:
             self._parents.setdefault(folder, parent)
             run = self._follow(folder)
@@ -168,7 +168,7 @@ class DeliveryLoop:
                 return None
             if not self._lock(folder, 0.0):
                 if self._live and parent is not None and parent.carrier:
-                    # Our trainer continues what another worker had begun.
+                    # Our trainer continues a run that another worker began.
                     self._asked.add(folder)
                     with contextlib.suppress(OSError):
                         (folder / TAKEOVER).write_text(WRITER)
@@ -176,7 +176,7 @@ class DeliveryLoop:
                     log.info("%s is delivered by another process", folder)
                     self._elsewhere.add(folder)
                 return None
-            self._withdraw(folder)  # also a request by a process that was killed meanwhile
+            self._withdraw(folder)  # including a request by a process that was killed meanwhile
             run = self._run_delivery(folder, parent=parent)
             self.runs[folder] = run
         if not run.attached:

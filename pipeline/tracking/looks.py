@@ -24,10 +24,10 @@ def count_look(client: MlflowClient, name: str, digest: str, data: str, pair: st
     Args:
         digest: of the test images; `data`: of the whole data set, which versions are tagged with.
         pair: challenger and champion, such as 7-3.
-        turn: whether this promotion has the model's turn.
+        turn: whether this promotion has its turn in the model's queue.
 
     Returns:
-        `number`: which look this is, from 1. `counted`: whether later looks will know; False without write permission.
+        `number`: which look this is, from 1. `counted`: whether later looks see it; False without write permission.
         `said`: one sentence for each invalid tag.
     """
     short = digest[:DIGEST_LENGTH]
@@ -74,6 +74,6 @@ def _judged(client: MlflowClient, name: str, data: str) -> list[str]:
 
 
 def _fitting(pairs: list[str]) -> str:
-    """The list as a tag, shortened from its old end to what a tag holds."""
+    """The list as a tag; its oldest pairs are dropped if a tag cannot hold them all."""
     text = " ".join(pairs)
     return text if len(text) <= TAG_LENGTH else text[-TAG_LENGTH - 1 :].partition(" ")[2]

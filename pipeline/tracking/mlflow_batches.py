@@ -35,7 +35,7 @@ class Outbox:
         self.refused = 0
         self._client, self._uri, self._run_id, self._folder = client, uri, run.info.run_id, folder
         self._there: dict[str, str] = dict(run.data.params)
-        self._new: dict[str, str] = {}  # params in the batch
+        self._new: dict[str, str] = {}  # parameters in the batch
         self._rewrites = adopted and can_rewrite(uri)
         self._changed: dict[str, str] = {}
         self._batch: list[Metric | Param | RunTag] = []
@@ -45,7 +45,7 @@ class Outbox:
         return len(self._batch)
 
     def params(self, values: Mapping[str, str]) -> None:
-        """Add parameters. MLflow lets none change; in a database of one's own, a wrong one is corrected.
+        """Add parameters. MLflow does not let them change; with access to its database, a wrong one is corrected.
 
         `mlflow run` logs «4» for 4.0, and «'[1]'», in quotation marks, for [1].
         """
@@ -104,7 +104,7 @@ class Outbox:
             log.warning("%s: artifact %s is not there", self._folder, path)
 
     def attempt(self, call: Any, *arguments: Any) -> Any:
-        """Make a call; raise an error that a retry may fix, log any other and return None."""
+        """Make a call; raise an error that a retry may fix, log any other error and return None."""
         try:
             return ask(partial(call, *arguments), self._uri)
         except Exception as error:

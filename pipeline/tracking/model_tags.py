@@ -1,7 +1,7 @@
-"""Tags of a registered model and of its versions, read as what they are: texts that anybody with EDIT may have written.
+"""Tags of a registered model and of its versions, treated as texts that anybody with EDIT may have written.
 
-Needs the standard library only: steps and delivery read them alike. A tag that is not what a promotion writes is never
-an error: `garbled` makes the one line about it, and whoever has the model's turn repairs it.
+Needs the standard library only: steps and delivery read them alike. A tag that a promotion could not have written is
+never an error: `garbled` makes one line about it, and the promotion that has its turn repairs it.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 MOVE = "asib.move"
-"""Tag of a registered model while its aliases are being moved: what is done, as JSON (see aliases.py)."""
+"""Tag of a registered model while its aliases are being moved: the plan, as JSON (see aliases.py)."""
 PENDING = "asib.pending"
 """Tag of the version that a move is about: the tags that the move sets. A model's tag holds 5,000 characters."""
 PAST = "asib.champions"
 """Tag of a registered model: versions that were champion before the present one, as JSON, the latest last."""
 TURN = "asib.turn."
-"""Begins the name of a registered model's tag, which the id of a waiting promotion's run completes (see turns.py)."""
+"""Prefix of a registered model's tags, each completed by the id of a waiting promotion's run (see turns.py)."""
 LOOKS, LOOK = "asib.looks.", "asib.look."
-"""Begin the names of a registered model's tags that count looks at a test set (see looks.py)."""
+"""Prefixes of a registered model's tags that count looks at a test set (see looks.py)."""
 QUEUE = "asib.promote"
 """Tag of a promotion's run: the registered model that it is about."""
 KEEP = "asib.keep"
-"""Tag of a run that is not to be cleaned up: it has made a champion."""
+"""Tag of a run that must not be cleaned up: it made a champion."""
 TAG_LENGTH = 5000
-"""What a registered model's tag holds in a database; a version's holds more."""
+"""Characters that a registered model's tag holds in a database; a version's holds more."""
 MOST_PAST = 100
-"""Champions that a rollback can go back."""
+"""Number of past champions that rollbacks can reach."""
 
 _VERSION = re.compile(r"[1-9][0-9]{0,9}")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -47,9 +47,9 @@ class Turn:
 
 
 def garbled(tag: str, value: str, done: str) -> str:
-    """The one line about a tag that is not what a promotion writes; `done`: what became of it."""
+    """The one line about a tag that no promotion writes; `done`: what became of it."""
     shown = value if len(value) <= 60 else f"{value[:60]}…"
-    return f"tag {tag}={shown!r} is nothing that a promotion writes: {done}"
+    return f"tag {tag}={shown!r} is not what a promotion writes: {done}"
 
 
 def is_version(value: object) -> bool:
@@ -58,7 +58,7 @@ def is_version(value: object) -> bool:
 
 
 def read_move(text: str) -> dict[str, Any] | None:
-    """The plan in `MOVE`; None if it is no plan."""
+    """The plan in `MOVE`; None if it is not a plan."""
     plan = _json(text)
     if not isinstance(plan, dict):
         return None
@@ -78,7 +78,7 @@ def read_move(text: str) -> dict[str, Any] | None:
 
 
 def read_pending(text: str, run: str) -> dict[str, dict[str, str]] | None:
-    """Version -> tags in `PENDING`, as the promotion `run` has left them; None if it has not."""
+    """Version -> tags in `PENDING`, as left by the promotion `run`; None if it left none."""
     found = _json(text)
     good = isinstance(found, dict) and found.get("run") == run and _are_version_tags(found.get("tags"))
     return found["tags"] if good else None
@@ -96,7 +96,7 @@ def read_champions(text: str) -> tuple[list[str], bool]:
 
 
 def read_turn(tag: str, text: str) -> Turn | None:
-    """What a tag of the queue says; None if it is no promotion's."""
+    """The promotion in a tag of the queue; None if it is not a promotion's."""
     found = _json(text)
     if _RUN_ID.fullmatch(tag.removeprefix(TURN)) is None or not isinstance(found, dict):
         return None
@@ -117,7 +117,7 @@ def is_look(pair: str) -> bool:
 
 
 def unique(items: Iterable[str]) -> list[str]:
-    """Each once, in their order."""
+    """Each item once, in the order given."""
     return list(dict.fromkeys(items))
 
 

@@ -51,7 +51,7 @@ def log_dataset(client: MlflowClient, run_id: str, entry: Entry) -> None:
 def log_model_input(client: MlflowClient, run_id: str, entry: Entry) -> None:
     """Log the newest model of the run that the entry names (by run or journal id) as an input of this one."""
     wanted = entry.data["run_id"]
-    # Most ids are journals' of this machine: asking for a run of such an id is forbidden to all but administrators.
+    # Most ids are those of journals on this machine; only administrators may ask for a run with such an id.
     teacher = find_by_journal(client, wanted, None) or look(lambda: client.get_run(wanted))
     known = _models(client, teacher.info.experiment_id, teacher.info.run_id) if teacher else []
     models = [found for found in known if str(found.status) == "READY"]
@@ -62,13 +62,13 @@ def log_model_input(client: MlflowClient, run_id: str, entry: Entry) -> None:
     inputs = client.get_run(run_id).inputs.model_inputs
     if model.model_id in [known.model_id for known in inputs]:
         return
-    # MLflow asks for EDIT on the model's own experiment: who may use others' models need not have that
+    # MLflow requires EDIT on the model's own experiment, which users of others' models need not have
     if not permitted(client.log_inputs, run_id, None, [LoggedModelInput(model.model_id)]):
         log.warning("run %s: model %s is not linked, its experiment is read-only here", run_id, model.model_id)
 
 
 def log_model(client: MlflowClient, state: State, folder: Path, entry: Entry) -> str:
-    """Make the entry's LoggedModel, once, or complete what an earlier attempt left.
+    """Make the entry's LoggedModel, once, or complete what an earlier attempt left behind.
 
     Returns:
         Its model id.

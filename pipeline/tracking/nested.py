@@ -22,12 +22,12 @@ def check_own_files(folder: Path) -> None:
 def belongs(folder: Path, parent: Path, live: bool) -> bool:
     """Whether the nested run that `parent`'s journal names may be delivered with it.
 
-    It lies inside the parent's folder; or its own journal names the parent's journal (or the run that this one
-    carries) as its parent, as a sweep's trials do, and is of the same user. So a journal cannot name a stranger's run.
+    Either it lies inside the parent's folder, or its own journal names the parent's journal (or the run that this one
+    represents) as its parent, as a sweep's trials do, and has the same user. So a journal cannot name a stranger's run.
 
     Args:
-        live: a trainer of ours writes the parent's journal. It may continue a trial of another user's worker, and a
-            ladder may reuse a run that this user has made in the same output folder.
+        live: our own trainer writes the parent's journal. It may continue a trial of another user's worker, and a
+            ladder may reuse a run that this user made in the same output folder.
     """
     try:
         check_own_files(folder)

@@ -1,6 +1,6 @@
 """The trainer's end of the pipes to its delivery process: requests and events as JSON lines.
 
-Delivery survives a kill of that process, usually by a kernel that is out of memory: it is restarted, and sent every
+Delivery survives the killing of that process, usually by a kernel that is out of memory: it is restarted and gets every
 unanswered request again. Imports no MLflow; the delivery process does.
 """
 
@@ -32,11 +32,11 @@ DELIVER = "python -m steps.deliver"
 """The command that brings a run's folder to a server later."""
 LOG = "delivery.log"
 ANSWER_S, TRANSFER_S = 120.0, 600.0
-"""How long an answer, or an answer with files, is waited for."""
+"""How long to wait for an answer, or for an answer with files."""
 STARTS = 50
 """Maximum number of starts."""
 FRUITLESS, FRUITLESS_S = 3, 25.0
-"""Give up after this many starts in a row, over at least these seconds, that never reached the server."""
+"""Give up after this many starts in a row, over at least this many seconds, that never reached the server."""
 PAUSE_S = 0.5
 
 
@@ -88,7 +88,7 @@ class Delivery:
                 stderr=log,
                 text=True,
                 env=_environment(self._uri),
-                start_new_session=True,  # Ctrl-C reaches the trainer alone
+                start_new_session=True,  # Ctrl-C reaches only the trainer
             )
 
     def wait_connected(self, timeout: float = 300.0) -> None:
@@ -148,7 +148,7 @@ class Delivery:
         return [Path(path) for path in found]
 
     def forget(self, folder: Path) -> None:
-        """Leave a nested run to another worker: send nothing more of it, and do not end it.
+        """Leave a nested run to another worker: send nothing more from it, and do not end it.
 
         Call it after closing the run's journal. A later `Journal.child` for the same folder resumes its delivery.
 
@@ -216,10 +216,10 @@ class Delivery:
                     with contextlib.suppress(OSError):  # unread data is lost with the process
                         assert pipe is not None
                         pipe.close()
-            # A process that exits by itself has said why, here or in its log; the next would say the same.
+            # A process that exits by itself has reported why, here or in its log; the next would report the same.
             if code >= 0 or self._finished.done() or not self._start_again():
                 break
-        # The process is gone: release everyone who waits for it.
+        # The process is gone: release all waiting threads.
         with self._lock:
             reason = (
                 f"the delivery process was killed by signal {-code}" if code < 0 else "the delivery process has ended"
@@ -273,6 +273,6 @@ class Delivery:
 
 def _environment(uri: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
-    # The trainer's cores and its GPU are the trainer's.
+    # The trainer's cores and GPU are for the trainer alone.
     ours = {"PYTHONPATH": path, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **ours}

@@ -1,6 +1,6 @@
 """The delivery process: `MLFLOW_TRACKING_URI=… python -m pipeline.tracking.process --trainer <pid> [<folder>]`.
 
-Started by `client.Delivery` in a session of its own. It imports MLflow so that the trainer need not, serves the
+Started by `client.Delivery` in its own session. It imports MLflow so that the trainer need not, serves the
 trainer over pipes (JSON lines: requests on stdin, events on stdout), and outlives it until the journal is delivered.
 """
 
@@ -36,11 +36,11 @@ log = logging.getLogger("asib.delivery")
 POLL_S = 0.2
 BACKOFF_S = (0.5, 30.0)
 START_ATTEMPTS = 3
-QUIET_S = 30.0  # give up a journal that a process holds open but nobody has written to for this long
+QUIET_S = 30.0  # give up on a journal that a process holds open but has not written to for this long
 
 
 class Trainer:
-    """The other end of the pipes, and whether it still lives."""
+    """The other end of the pipes, and whether it is still alive."""
 
     def __init__(self, pid: int, events: IO[str]) -> None:
         self._pid = pid
@@ -53,7 +53,7 @@ class Trainer:
         return os.getppid() != self._pid
 
     def tell(self, event: str, **values: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+        with contextlib.suppress(OSError, ValueError):  # nobody is listening any more
             self._events.write(json.dumps({"event": event, **values}) + "\n")
             self._events.flush()
 
@@ -69,7 +69,7 @@ class Process:
     def __init__(self, options: argparse.Namespace, trainer: Trainer) -> None:
         self.options = options
         self.trainer = trainer
-        self._uri: str = options.uri  # as `start_delivery` has checked it
+        self._uri: str = options.uri  # already checked by `start_delivery`
         self._finishing = False
         self._leave_by = float("inf")
         self._client: MlflowClient | None = None
@@ -78,7 +78,7 @@ class Process:
 
     def run(self) -> int:
         try:
-            # a restarted process does not give up its run over an outage
+            # a restarted process does not abandon its run over an outage
             self._client = server.connect(self._uri, answers=not self.options.again)
             self.trainer.tell("connected")
             if self.options.folder is None:
@@ -194,8 +194,8 @@ def answer_to(
     """Answer a request; `again`: the process asked before was killed before it had answered."""
     from pipeline.tracking import aliases, requests  # MLflow, once its environment is prepared
 
-    if ask == "forget":  # it asks nothing of the server
-        if loop is not None:  # else nothing is followed
+    if ask == "forget":  # needs no answer from the server
+        if loop is not None:  # otherwise nothing is followed
             loop.forget(Path(values["folder"]))
         return {"value": None}
     if again and ask == "move" and aliases.already_made(client, **values):
@@ -215,13 +215,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="the run was on the server before this start")
     parser.add_argument("--forgotten", nargs=2, action="append", default=[], metavar=("FOLDER", "OFFSET"))
     options = parser.parse_args(arguments)
-    # Events have the real stdout for themselves; whatever a library prints goes into the log.
+    # The real stdout is for events only; anything that a library prints goes into the log.
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(secrets.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # Ctrl-C, a job's SIGTERM and Slurm's warning, which reaches every process of a job's step, are for the trainer,
+    # Ctrl-C, a job's SIGTERM and Slurm's warning, which reach every process of a job's step, are for the trainer,
     # which then writes its last entries.
     for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Interpreter shutdown waits for MLflow's threads, and nothing of ours is left to lose.
+    # Interpreter shutdown would wait for MLflow's threads, and we have nothing left to lose.
     code = main()
     logging.shutdown()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""The model registry as delivery sees it: versions made of a run's models, and what is asked of them."""
+"""The model registry as delivery sees it: versions made from a run's models, and requests about them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ANNOUNCED = "asib.announced"
 
 
 def register(client: MlflowClient, state: State, entry: Entry) -> str:
-    """Make a version of the entry's registered model from its LoggedModel, once, and set the alias, once.
+    """Make a version of the entry's registered model from its LoggedModel and set the alias, each only once.
 
     Returns:
         Its number.
@@ -72,7 +72,7 @@ def _make_version(client: MlflowClient, data: Any, run_id: str, model_id: str) -
     except Exception as error:
         if classify(error) is not Fault.NOT_ALLOWED:
             raise
-        # What follows, above all the run's end, must not wait for someone's permission.
+        # Later entries, above all the run's end, must not wait for someone's permission.
         raise ValueError(f"permission denied (403): ask for EDIT permission on the model {name}") from error
 
 
@@ -84,7 +84,7 @@ def _made_of(client: MlflowClient, name: str, run_id: str, model_id: str) -> Mod
 
 
 def _model_of(version: ModelVersion) -> str:
-    """The id of the LoggedModel behind a version; MLflow's database keeps it in the source only."""
+    """The id of the LoggedModel behind a version; MLflow's database stores it only in the source."""
     return str(version.model_id or str(version.source).partition("models:/")[2])
 
 

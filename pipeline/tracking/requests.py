@@ -1,7 +1,7 @@
 """Everything that steps may ask of the tracking server through their delivery process: functions called by name.
 
-`Delivery.ask(name, **values)` names a row of `REQUESTS`; the row's function gets the client and these values. What goes
-over the pipe is JSON: paths are text, and so is what comes back.
+`Delivery.ask(name, **values)` names a row of `REQUESTS`; the row's function gets the client and these values. The
+pipe carries JSON: paths are text, in both directions.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def answer(client: MlflowClient, name: str, values: Mapping[str, Any]) -> dict[s
 def fetch(client: MlflowClient, uri: str, dest: str) -> str:
     """Download `runs:/<id>/<path>` or `models:/…` into the folder `dest`; the local path.
 
-    Beside a registered version's files lies `REGISTERED`, with the manifest in the version's tag: whatever the
-    artifacts hold under that name is not taken.
+    A registered version's folder also gets `REGISTERED`, with the manifest from the version's tag; any artifact of
+    that name is ignored.
 
     Raises:
         NotThere: the server does not have it, or refuses it for good.
@@ -74,20 +74,20 @@ def _download(client: MlflowClient, uri: str, dest: Path) -> str:
     told = {}
     if uri.startswith("models:/"):
         name, *number = model_name_and_version(client, uri)
-        if number:  # else it is a LoggedModel's id
+        if number:  # otherwise it is a LoggedModel's id
             version = client.get_model_version(name, number[0])
             told = {"model_name": name, "model_version": str(version.version), TAG: version.tags.get(TAG, "")}
             uri = f"models:/{name}/{version.version}"  # an alias may move meanwhile
     path = Path(download_artifacts(artifact_uri=uri, dst_path=str(dest), tracking_uri=client.tracking_uri))
     if path.is_dir():
         (path / REGISTERED).unlink(missing_ok=True)
-        if told and any(file.is_file() for file in path.rglob("*")):  # else they are gone, and whoever asked says so
+        if told and any(file.is_file() for file in path.rglob("*")):  # otherwise they are gone, and the caller says so
             (path / REGISTERED).write_text(json.dumps(told))
     return str(path)
 
 
 def _missing(client: MlflowClient, uri: str) -> bool:
-    """Whether a run has no such artifact. MLflow's download says of all failures that they are internal errors."""
+    """Whether a run has no such artifact. MLflow's download reports every failure as an internal error."""
     run_id, _, path = uri.removeprefix("runs:/").strip("/").partition("/")
     if not uri.startswith("runs:/"):
         return False
@@ -112,7 +112,7 @@ def read_runs(client: MlflowClient, runs: Sequence[str], dest: str, histories: S
 
 
 def _read(client: MlflowClient, run_id: str, dest: Path, histories: Sequence[str]) -> str:
-    # an id that an offline parent has stated is its journal's
+    # an id that an offline parent recorded is its journal's
     run = look(lambda: client.get_run(run_id)) or find_by_journal(client, run_id, None)
     if run is None:
         raise UserError(f"no run {run_id} on the tracking server, or none that you may read: check the id")
@@ -143,7 +143,7 @@ def nested_runs(client: MlflowClient, run_id: str) -> list[str]:
 
 
 def find_finished(client: MlflowClient, identities: Sequence[str]) -> dict[str, str]:
-    """Identity -> newest FINISHED run that has it, where there is one."""
+    """Identity -> newest FINISHED run that has it, if there is one."""
     experiments = server.all_experiments(client)
     found: dict[str, str] = {}
     for identity in identities:
@@ -154,7 +154,7 @@ def find_finished(client: MlflowClient, identities: Sequence[str]) -> dict[str, 
 
 
 def log_files(client: MlflowClient, run_id: str, files: Sequence[str], to: str) -> None:
-    """Add artifacts to a run that is not this delivery's."""
+    """Add artifacts to a run other than this delivery's."""
     for path in files:
         client.log_artifact(run_id, path, to or None)
 
@@ -169,7 +169,7 @@ def running(client: MlflowClient, study: str | None) -> list[dict[str, Any]]:
 
 
 def reap(client: MlflowClient, runs: Mapping[str, Sequence[Any]]) -> list[str]:
-    """End the runs of any process that are still RUNNING.
+    """End runs that are still RUNNING, whichever process made them.
 
     Args:
         runs: run id -> status, outcome, exit code and message, as for `Journal.end`.
@@ -203,7 +203,7 @@ def _record(run: Run) -> dict[str, Any]:
 
 
 def _classes(profile: str | None) -> int | None:
-    """The number of classes that a data set's profile states; None where it states none, or is not one of ours."""
+    """The number of classes that a data set's profile states; None if it states none, or is not one of ours."""
     try:
         stated = json.loads(profile or "null")
     except ValueError:

@@ -39,15 +39,15 @@ log = logging.getLogger("asib.delivery")
 
 RESUMES_TAG = "asib.resumes"
 MILESTONES = ("model", "register", "resume", "end")
-"""Entries that find everything before them on the server: a model is linked to the run's metrics."""
+"""Entries that need everything before them on the server: a model is linked to the run's metrics."""
 BATCH = 5000  # entities between two commits of the offset; the client cuts them into requests
 
 
 class RunDelivery:
     """The delivery of the journal in `folder`: `attach` once, then `deliver` any number of times.
 
-    A carrier's journal stands for another run, which has a delivery of its own: nothing of that run is changed here,
-    it only becomes the parent of the children.
+    A carrier's journal represents another run, which has a delivery of its own: that run is not changed here, it only
+    becomes the parent of the children.
 
     Args:
         live: whether a trainer is writing; the run is then set to RUNNING.
@@ -75,13 +75,13 @@ class RunDelivery:
         self.state = State()
         self.attached = False
         self.carrier = False
-        self.children: list[Path] = []  # the one named last comes last
+        self.children: list[Path] = []  # the most recently named one comes last
         self._path = folder / journal.FILE
         self._adopt, self._resume, self._live, self._parent = adopt, resume, live, parent
         self._deliver_children = deliver_children
         self._inode = -1
         self._generations: list[str] = []
-        self._forgotten: dict[Path, int] = {}  # up to which offset the journal named it in vain
+        self._forgotten: dict[Path, int] = {}  # the offset up to which naming it had no effect
         self._last_time = 0
         self._outbox: Outbox | None = None
 
@@ -101,7 +101,7 @@ class RunDelivery:
         header = journal.read_header(self.folder)
         if header is None:
             return False
-        # the steps of one `mlflow run` may start together: the first has its run
+        # the steps of one `mlflow run` may start together: the first one gets its run
         with locked(self.folder.parent / ".adopt.lock") if self._adopt else contextlib.nullcontext():
             self._attach(header)
         return True
@@ -172,7 +172,7 @@ class RunDelivery:
         try:
             run = get_run(self.client, self.uri, self.state.run_id)
         except UserError:
-            # The server is new: what was sent is lost with the old one.
+            # The server is new: everything sent to the old one is lost.
             log.warning("run %s of %s is no longer there", self.state.run_id, self.folder)
             self.state = State(uri=self.state.uri, journal=self.state.journal)
             return None
@@ -225,7 +225,7 @@ class RunDelivery:
             UserError: the run was deleted meanwhile.
         """
         if final and self._live and not self.state.ended and self._taken_over():
-            return  # the run continues elsewhere from its checkpoint: what lies beyond it is void
+            return  # the run continues elsewhere from its checkpoint: entries beyond it are void
         entries = self._read()
         saved = [entry for entry in entries if entry.kind == "checkpoint"]
         final = final or any(entry.kind == "end" for entry in entries)
@@ -241,7 +241,7 @@ class RunDelivery:
                 if brought is not None:
                     covered = brought
                 elif not final:
-                    # Its file was replaced and the newer one's entry is not there yet.
+                    # Its file was replaced, and the newer one's entry has not arrived yet.
                     return
                 else:
                     log.warning("%s: no checkpoint file is intact; its entries go without", self.folder)
@@ -267,7 +267,7 @@ class RunDelivery:
         return entries
 
     def _survey(self) -> None:
-        """Read a new text from its start: who has written it, and what was already delivered."""
+        """Read a new text from its start: who wrote it, and what has already been delivered."""
         self._inode = self._path.stat().st_ino
         everything, _ = journal.read_entries(self._path)
         self._generations = journal.generations(everything)
@@ -356,7 +356,7 @@ class RunDelivery:
         return mark is not None and mark not in self._generations
 
     def kill(self) -> None:
-        """End a run whose trainer died without an `end` entry, unless another has taken it over."""
+        """End a run whose trainer died without an `end` entry, unless another process has taken it over."""
         if self.carrier:
             return
         if self._taken_over():
@@ -367,7 +367,7 @@ class RunDelivery:
         turns.left_behind(self.client, self.state.run_id)
         self.state.ended = False  # the journal has no end: a trainer that comes back continues it
         self.state.save(self.folder)
-        if self._taken_over():  # between the question and the end
+        if self._taken_over():  # it was taken over between the question and the end
             self.client.update_run(self.state.run_id, status="RUNNING")
 
     def _end(self, status: str, outcome: str, exit_code: int, message: str | None, at: int) -> None:

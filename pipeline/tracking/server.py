@@ -29,7 +29,7 @@ log = logging.getLogger("asib.delivery")
 
 PATIENCE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 FIRST_S, LATER_S = "8", "60"
-"""How long a call may take: a refusal at the start comes in seconds; later a slow upload deserves patience."""
+"""How long a call may take: at the start a refusal should come within seconds; later, slow uploads need more time."""
 SETTINGS = {
     # The loop's own back-off does the rest. MLflow's defaults hold a single call for four minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -46,8 +46,8 @@ SETTINGS = {
 BUSY_S = 10.0
 """How long to wait for another process's lock on the SQLite file; a write takes milliseconds."""
 CONNECT_S = 10
-"""The same for a database server; MLflow itself would try for two minutes."""
-# What `mlflow run` sets for its step: the client API is told explicitly, and MLflow's fluent code must not act on it.
+"""How long to wait for a database server; MLflow itself would try for two minutes."""
+# Set by `mlflow run` for its step: the client API gets it explicitly, and MLflow's fluent API must not act on it.
 ADOPTION = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
 
 
@@ -104,7 +104,7 @@ def connect(uri: str, answers: bool = True) -> MlflowClient:
 def prepare_sqlite(uri: str) -> None:
     """Create or migrate the schema of a SQLite file under a lock: simultaneous first use crashes MLflow.
 
-    A file that is ready costs one query. Before a migration the file is copied beside itself.
+    A file that is ready costs one query. Before a migration a copy is made beside the file.
 
     Raises:
         UserError: it cannot be created, or another program keeps it locked; MLflow itself would try for minutes.
@@ -132,7 +132,7 @@ def _make_current(uri: str, path: Path) -> None:
     if path.exists() and path.stat().st_size:
         make_store(uri, artifacts)
         return
-    # Built aside: MLflow cannot complete half of a schema, which a killed process would leave.
+    # Built aside: MLflow cannot complete half a schema, which a killed process would leave behind.
     for part in path.parent.glob(f".{path.name}.*"):
         part.unlink()
     with replacing(path, "tracking.uri") as temporary:
@@ -172,7 +172,7 @@ def explain(error: BaseException, uri: str) -> str:
     text = str(error).replace(password, "***") if password else str(error)
     code = getattr(error, "error_code", "")
     at = f"tracking server {urls.hidden(uri)}"
-    # not within a port or an id
+    # not as part of a port or an id
     if code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED") or re.search(r"\b401\b", text[:200]):
         return f"{at}: wrong user name or password (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     if re.search(r"too many 429 |\b429 Client Error|error code 429", text):
@@ -206,7 +206,7 @@ def _revision(path: Path) -> tuple[str | None, bool]:
             ready = db.execute("select 1 from experiments where experiment_id = 0").fetchone()
             return (str(row[0]) if row else None), ready is not None
     except sqlite3.OperationalError:
-        return None, False  # another process is at it: the lock will tell
+        return None, False  # another process is working on it: the lock will show
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path} is not a SQLite database ({error}): name another file") from error
 
@@ -220,7 +220,9 @@ def _check_answers(uri: str) -> None:
                 db.execute("begin immediate")
                 db.rollback()
         except sqlite3.DatabaseError as error:
-            raise UserError(f"tracking.uri={uri}: {error}; end what else uses the file, or name another one") from error
+            raise UserError(
+                f"tracking.uri={uri}: {error}; end whatever else uses the file, or name another one"
+            ) from error
     elif uri.startswith("postgresql"):
         import sqlalchemy
 

@@ -1,4 +1,4 @@
-"""Starting a delivery process: beside a run, or for one file; and the server that is used where none is named.
+"""Starting a delivery process, beside a run or for one file; and the default server.
 
 Imports no MLflow: the delivery process does.
 """
@@ -50,7 +50,7 @@ def start_delivery(
 
 
 def fetch_now(uri: str, run_uri: str, dest: Path) -> Path:
-    """Download one artifact without a run, in a process of its own, as `Delivery.fetch` does."""
+    """Download one artifact without a run, in a separate process, as `Delivery.fetch` does."""
     delivery = Delivery(urls.tracking(uri), [], None)
     try:
         return delivery.fetch(run_uri, dest)

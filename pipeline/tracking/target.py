@@ -22,7 +22,7 @@ TAG_LENGTH = 8000
 
 
 def find_run(client: MlflowClient, run_id: str) -> Run | None:
-    """The run; None if the server does not know it, or does not show it to this user. Raises UserError: deleted."""
+    """The run; None if the server does not know it or does not show it to this user. Raises UserError: deleted."""
     run = look(lambda: client.get_run(run_id))
     if run is not None and run.info.lifecycle_stage == "deleted":
         raise UserError(f"run {run_id} is deleted: `mlflow runs restore --run-id {run_id}` brings it back")
@@ -43,7 +43,7 @@ def no_run(uri: str, run_id: str) -> str:
 
 
 def carried_run(client: MlflowClient, uri: str, folder: Path, link: dict[str, Any], experiment: str) -> Run:
-    """The run that a carrier stands for, or that a carrier's nested run belongs to.
+    """The run that a carrier represents, or that a carrier's nested run belongs to.
 
     Args:
         link: its journal, folder and run, from the header of the journal in `folder`.
@@ -64,7 +64,7 @@ def parent_place(client: MlflowClient, uri: str, folder: Path, header: Entry) ->
     """The parent of a run whose journal is delivered alone; None without a parent, or if it is still unknown.
 
     Raises:
-        UserError: the parent of a carrier's nested run is not there.
+        UserError: the parent of a carrier's nested run is missing.
     """
     above, experiment = header.data["parent"], header.data["experiment"]
     if above is None:

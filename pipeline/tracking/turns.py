@@ -1,7 +1,7 @@
 """The queue of promotions, as tags of the registered model: only who may promote can write them.
 
 `asib.turn.<run id>` belongs to one promotion: MLflow has no compare-and-swap, and two promotions that wrote the same
-tag would overwrite each other. A tag of a run would not do: anyone who may log a run anywhere could join.
+tag would overwrite each other. A tag of a run would not suffice: anyone who may log a run anywhere could join.
 `pipeline.promote.queue` says how a promotion waits for its turn.
 """
 
@@ -24,7 +24,7 @@ log = logging.getLogger("asib.delivery")
 
 
 def may_edit(client: MlflowClient, name: str) -> None:
-    """Raise the server's refusal if this user may not promote: removing a tag that does not exist changes nothing."""
+    """Raise the server's refusal if this user may not promote; it tries to remove a tag that does not exist."""
     client.delete_registered_model_tag(name, f"{TURN}nobody")
 
 
@@ -79,7 +79,7 @@ def mark_dead(client: MlflowClient, name: str, run_id: str) -> None:
         run = client.get_run(run_id)
         if run.data.tags.get(QUEUE) == name and run.info.status == "RUNNING":
             end_run(client, run_id, "KILLED", "killed", 137, "no sign of life: its machine is gone", now_ms())
-    except Exception as error:  # another's experiment
+    except Exception as error:  # someone else's experiment
         log.warning("run %s of a dead promotion stays as it is: %s", run_id, error)
 
 

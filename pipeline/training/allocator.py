@@ -7,14 +7,14 @@ pages then come one fault at a time, zeroed, for every layer of every pass (benc
 import ctypes
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
-"""Of mallopt(3)."""
+"""Parameters of mallopt(3)."""
 MOST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Reuse freed memory from now on instead of returning it to the system; whether glibc accepted it.
+    """Reuse freed memory from now on instead of returning it to the system; return whether glibc accepted that.
 
-    To be called once all data is in memory: what loading freed should go back. Allocators other than glibc's
+    To be called once all data is in memory: what loading freed should be returned first. Allocators other than glibc's
     (jemalloc, musl, macOS) are left alone.
     """
     try:

@@ -1,7 +1,7 @@
 """Checkpoints: a tree of state in one safetensors file, two alternating slots, a manifest written last.
 
 No pickle: tensors are stored as such, everything else as JSON in the file's header. Files are written atomically, so
-that a slot is either whole or the one before. Training continues meanwhile.
+that a slot holds either the whole new checkpoint or the one before. Training continues meanwhile.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ FORMAT = "asib-checkpoint-1"
 
 
 def _split(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for `tree`; copies of its tensors go to `tensors` under the name that stands in their place."""
+    """JSON for `tree`; copies of its tensors go to `tensors`, under the names that replace them."""
     if isinstance(tree, Tensor):
         name = f"{len(tensors)}{name}"  # paths alone may coincide: {1: …} and {"1": …}
         tensors[name] = tree.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
@@ -54,7 +54,7 @@ def _join(node: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 class Copy:
-    """A tree of state on the CPU, as it was when it was copied, whatever is trained later.
+    """A tree of state on the CPU, as it was when it was copied, unaffected by later training.
 
     Args:
         tree: dicts with str or int keys, lists, numbers, tensors.
@@ -99,21 +99,21 @@ class Saved(NamedTuple):
 class Slots:
     """Two alternating checkpoint files in `folder`, and `manifest.json`, which names the whole ones.
 
-    A thread writes them. Until it is done the state is in memory once more: as the copy that was taken of it, then as
-    the bytes of its file (and, while these are made of it, as both).
+    A thread writes them. Until it is done, a second copy of the state is in memory: as tensors, then as
+    the bytes of its file (and, during the conversion, as both).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = folder / "manifest.json"
         self._whole: int | None = None
-        """The slot of the newest checkpoint that is whole: never written over."""
+        """The slot of the newest whole checkpoint, which is never overwritten."""
         self._writer = futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: futures.Future[Saved] | None = None
-        """What is being written, or was, and is not settled."""
+        """The checkpoint that is being written, or was written but is not settled."""
 
     def _content(self, record: dict[str, Any]) -> bytes | None:
-        """The bytes of a recorded checkpoint; None where they are missing or torn."""
+        """The bytes of a recorded checkpoint; None if they are missing or torn."""
         path = self.folder / f"slot{record['slot']}.safetensors"
         content = path.read_bytes() if path.exists() else b""
         return content if hashlib.sha256(content).hexdigest() == record["sha256"] else None
@@ -139,7 +139,7 @@ class Slots:
         self._pending = self._writer.submit(self._write, Copy(tree))
 
     def settle(self, wait: bool = True) -> Saved | None:
-        """The pending checkpoint once it is written; None where nothing is pending or, without `wait`, not finished.
+        """The pending checkpoint once it is written; None if nothing is pending or, without `wait`, finished.
 
         Raises:
             UserError: the disk is full; the checkpoints before it are as they were.
@@ -147,7 +147,7 @@ class Slots:
         pending = self._pending
         if pending is None or not (wait or pending.done()):
             return None
-        futures.wait([pending])  # before it is forgotten: a signal's exception may end the waiting
+        futures.wait([pending])  # before the pending write is forgotten: a signal's exception may end the waiting
         self._pending = None
         return pending.result()
 
@@ -170,10 +170,10 @@ class Slots:
         return Saved(path, sha256, slot)
 
     def adopt(self, path: Path, sha256: str) -> None:
-        """Make a checkpoint file that came from elsewhere the newest one of this folder, if it is what was announced.
+        """Make a checkpoint file from elsewhere the newest one of this folder, if its hash is the announced one.
 
         Raises:
-            UserError: its bytes have another hash; it stays where it is.
+            UserError: its hash differs; the file is not moved.
         """
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -195,7 +195,7 @@ class Slots:
     def read_good(self) -> tuple[Any, Saved] | None:
         """The newest whole checkpoint that is finite throughout and was not written amid non-finite steps, or None.
 
-        The sums of an epoch's terms do not count: they say what skipped steps had.
+        The sums of an epoch's terms do not count: they include skipped steps.
         """
         for state, saved in self._whole_ones():
             if state["position"]["streak"] == 0 and is_finite({k: v for k, v in state.items() if k != "sums"}):

@@ -10,7 +10,7 @@ LONG = 40
 
 
 def check_device(config: Config, device: torch.device) -> None:
-    """Raise UserError where `optim.compile` asks for something that the device lacks."""
+    """Raise UserError if `optim.compile` asks for something that the device lacks."""
     if config.optim.compile == "graphs" and device.type != "cuda":
         raise UserError(
             f"optim.compile=graphs: CUDA graphs are a GPU's, and device={config.device} is {device.type} here; use "

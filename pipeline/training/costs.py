@@ -35,7 +35,7 @@ class Costs:
     """Count forward images and updates inside `counting`: evaluation is not part of a method's cost.
 
     Args:
-        networks: name -> network; each of its forward calls is counted, whoever makes it.
+        networks: name -> network; each of its forward calls is counted, no matter who makes it.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
@@ -48,7 +48,7 @@ class Costs:
 
     @contextmanager
     def counting(self, active: bool = True) -> Iterator[None]:
-        """Count forward calls made inside; with `active` False, do not."""
+        """Count forward calls made inside the block, unless `active` is False."""
         before, self._active = self._active, active
         try:
             yield
@@ -58,7 +58,7 @@ class Costs:
     def asked(self, name: str, images: int) -> None:
         """Count images in a forward call, or in what the teacher bank supplied instead.
 
-        A method's cost does not depend on which run filled the bank; `bank/computed` shows that.
+        A method's cost does not depend on which run filled the bank; for that, see `bank/computed`.
         """
         if self._active:
             self.images[name] += images

@@ -21,12 +21,12 @@ class World(NamedTuple):
 
 
 def join() -> World:
-    """Join the process group that torchrun describes in the environment; one process where it did not."""
+    """Join the process group that torchrun describes in the environment; without torchrun, one process."""
     size = processes(os.environ)[1]
     if size == 1:
         return World()
     if not dist.is_initialized():
-        if torch.cuda.is_available():  # `cuda` is from now on this process's own GPU
+        if torch.cuda.is_available():  # from now on `cuda` means this process's own GPU
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return world()
@@ -62,7 +62,7 @@ def anyone(flag: bool) -> bool:
 
 
 def gather_rows(rows: Tensor, at: slice | Tensor, size: int) -> Tensor:
-    """The global batch's (size, ...) from every process's own rows, which lie `at` it; zero where nobody has one."""
+    """The global batch's (size, ...) from every process's own rows, which lie `at` it; zero where no one has any."""
     if not dist.is_initialized() and len(rows) == size:
         return rows
     everything = rows.new_zeros((size, *rows.shape[1:]))
@@ -71,7 +71,7 @@ def gather_rows(rows: Tensor, at: slice | Tensor, size: int) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has arrived."""
     if dist.is_initialized():
         dist.barrier()
 

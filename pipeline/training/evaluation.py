@@ -35,7 +35,7 @@ def accuracy(scores: Tensor, y: Tensor) -> float:
 
 
 def nll(logits: Tensor, y: Tensor, name: str = "network") -> float:
-    """Mean negative log-likelihood, in nats. Raises NonFinite where it is not finite."""
+    """Mean negative log-likelihood, in nats. Raises NonFinite if it is not finite."""
     loss = F.cross_entropy(logits.float(), y)
     require_finite(loss[None], name, "mean losses")
     return loss.item()

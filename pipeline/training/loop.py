@@ -33,7 +33,7 @@ class Watch(Protocol):
     """Why the run was pruned."""
 
     def __call__(self, epoch: int, metrics: Mapping[str, float]) -> "Verdict":
-        """`epoch`: the one that `metrics` are logged under. Asked in the first process only."""
+        """`epoch`: the one that `metrics` are logged under. Called in the first process only."""
 
     def still_ours(self) -> bool:
         """Whether this process may still write the run's record."""
@@ -45,7 +45,7 @@ class Verdict(IntEnum):
     GO_ON = 0
     PRUNE = 1
     LEAVE = 2
-    """Another worker has the trial: nothing more may be written."""
+    """Another worker has the trial: leave without writing anything more."""
 
 
 def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -117,7 +117,7 @@ class Loop:
         self.task.load_state_dict(state["task"])
 
     def _save(self, metrics: dict[str, float] | None, step: int) -> None:
-        """Begin a checkpoint of this moment that covers the metrics; it is written while training continues."""
+        """Begin a checkpoint of the current state that covers the metrics; it is written while training continues."""
         if self.slots is None:
             return
         self._settle()
@@ -138,7 +138,7 @@ class Loop:
     # running ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the end of the plan. However it is left, no checkpoint is still being written.
+        """Train to the end of the plan. However this ends, no checkpoint is still being written afterwards.
 
         Raises:
             Interrupted, NonFinite, Pruned, Taken.
@@ -157,7 +157,7 @@ class Loop:
                     self._run_epoch(plan[self.epoch], bar)
             except Taken:
                 if self.slots is not None:
-                    self.slots.settle()  # and not recorded: the record is another's now
+                    self.slots.settle()  # but not recorded: the record belongs to another process now
                 raise
             finally:
                 self._settle()
@@ -184,7 +184,7 @@ class Loop:
             add(self.sums, output)
             bar.update()
             self._settle(wait=False)
-            # several processes must agree on when to stop, which costs time: they do every 20 batches
+            # several processes must agree on when to stop; since that costs time, they do so every 20 batches
             if self.batch == len(task.batches) or (distributed.world().size > 1 and self.batch % 20):
                 continue
             if distributed.anyone(bool(self.stop()) or time.monotonic() - saved > self.every_seconds):
@@ -224,7 +224,7 @@ class Loop:
                 raise Taken
 
     def _clock(self, begun: float) -> float:
-        """Add the training seconds since `begun` to the costs; the present time."""
+        """Add the training seconds since `begun` to the costs; return the current time."""
         now = time.perf_counter()
         self.task.costs.seconds += now - begun
         return now
@@ -260,7 +260,7 @@ class Loop:
             yield total
 
     def _watch(self, bad: Tensor, epoch: Epoch, terms: dict[str, Tensor], index: Tensor) -> None:
-        """End the run after `safe_retry_patience` bad steps in a row; GPUs are asked only that often."""
+        """End the run after `safe_retry_patience` bad steps in a row; a GPU is synchronised only that often."""
         patience, done = self.task.optim.safe_retry_patience, self.batch + 1
         self._streak = (self._streak + 1) * bad
         if self.device.type != "cpu" and done % patience and done < len(self.task.batches):

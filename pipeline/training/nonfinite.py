@@ -1,4 +1,4 @@
-"""Keep non-finite steps from leaving traces or passing for results (docs/method.md section 5)."""
+"""Keep non-finite steps from leaving traces or being taken for results (docs/method.md section 5)."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ def statistics(module: nn.Module) -> list[Tensor]:
 
 
 class Kept:
-    """Tensors of one device as they were before a step, put back where it is skipped; nothing waits for the device."""
+    """Tensors of one device as they were before a step, restored if it is skipped; nothing waits for the device."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         groups: dict[torch.dtype, list[Tensor]] = {}
@@ -30,7 +30,7 @@ class Kept:
 
     @torch.no_grad()
     def save(self) -> None:
-        """Remember the present values."""
+        """Save the current values."""
         self._before = self._flat()
 
     @torch.no_grad()
@@ -45,18 +45,18 @@ class Kept:
 
     @torch.no_grad()
     def put_back(self, skipped: Tensor) -> None:
-        """Where the bool scalar `skipped` is true, the saved values; else the present ones, bit for bit."""
+        """Restore the saved values if the bool scalar `skipped` is true; else keep the current ones, bit for bit."""
         for group, before, now in zip(self._groups, self._before, self._flat(), strict=True):
             parts = torch.where(skipped, before, now).split([t.numel() for t in group])
             torch._foreach_copy_(group, [part.view(t.shape) for part, t in zip(parts, group, strict=True)])
 
     def _flat(self) -> list[Tensor]:
-        """One vector for each type: a few kernels instead of a few for each tensor."""
+        """One vector per type: a few kernels in total instead of a few per tensor."""
         return [torch.cat([t.reshape(-1) for t in group]) for group in self._groups]
 
 
 def is_finite(tree: Any) -> bool:
-    """Whether a tree of state (dicts, lists, numbers, tensors) is free of NaN, and its tensors of infinities too.
+    """Whether a tree of state (dicts, lists, numbers, tensors) is free of NaN, and its tensors of infinities, too.
 
     Numbers may be infinite: «no accuracy yet» is minus infinity.
     """

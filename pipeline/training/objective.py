@@ -15,7 +15,7 @@ from pipeline.training.losses import cross_entropy
 
 
 class Moment(NamedTuple):
-    """Where in the run a batch stands: the key of its random streams."""
+    """A batch's position in the run: the key of its random streams."""
 
     phase: str
     epoch: int
@@ -54,7 +54,7 @@ class Objective(TrainingTask):
         return self
 
     def refreeze(self, trainable: nn.Module, frozen: Frozen) -> None:
-        """Train `trainable` as far as `frozen` leaves it free; what wrapped it for several processes is gone."""
+        """Train `trainable` as far as `frozen` allows; any wrapper for several processes is removed."""
         self.trainable_module, self.held = trainable, [(frozen, trainable)]
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "Objective":
@@ -73,7 +73,7 @@ class Objective(TrainingTask):
 def teacher_outputs(
     teachers: Sequence[nn.Module], x: Tensor, known: Known | None, rows: Tensor | None = None
 ) -> Sequence[Seen]:
-    """The outputs of frozen teachers for images x (n,C,H,W): the bank's of these rows of a batch, else each runs."""
+    """The outputs of frozen teachers for images x (n,C,H,W): from the bank for these rows, or by running each."""
     if known is not None:
         return known(rows)
     return [Seen(out.logits, out.feat_2d) for out in (teacher(x) for teacher in teachers)]

@@ -23,7 +23,7 @@ def optimizer(name: str, groups: list[tuple[nn.Module, float]], weight_decay: fl
     """A fused torch optimiser over all trainable parameters of each module at its learning rate, all of them decayed.
 
     timm would spare biases and norms from decay; the KD tables do not. Fused optimisers skip an update whose
-    `found_inf` is set without asking the device (see `update`).
+    `found_inf` is set, without a sync (see `update`).
     """
     made_of = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": lr} for m, lr in groups]
     parameters = [p for group in made_of for p in group["params"]]  # type: ignore[attr-defined]
@@ -37,7 +37,7 @@ def optimizer(name: str, groups: list[tuple[nn.Module, float]], weight_decay: fl
         fused=True,
     )
     if name == "sgd" and momentum > 0:
-        # torch makes these in the first step, uninitialised, and a skipped first step would leave them so
+        # torch allocates these uninitialised in the first step, and skipping that step would leave them so
         for p in parameters:
             made.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return made
@@ -76,7 +76,7 @@ class Precision:
 
     @property
     def name(self) -> str:
-        """The type actually used, as it enters a result's identity."""
+        """The type actually used, which is part of a result's identity."""
         return "float32" if self.dtype is None else str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -84,9 +84,9 @@ class Precision:
 
 
 def update(phase: Phase, loss: Tensor, precision: Precision, kept: Kept | None = None) -> Tensor:
-    """Make one optimiser update; a non-finite one is skipped, and `kept`, what else the forward pass changed, put back.
+    """Make one optimiser update; a non-finite one is skipped, and `kept`, whatever else the pass changed, restored.
 
-    Return whether it was skipped, as a tensor, without a sync.
+    Returns whether it was skipped, as a tensor, without a sync.
     """
     optimizer = phase.optimizer
     optimizer.zero_grad(set_to_none=True)
@@ -102,14 +102,14 @@ def update(phase: Phase, loss: Tensor, precision: Precision, kept: Kept | None =
     bad = ~torch.isfinite(norm) | ~torch.isfinite(loss.detach())
     if kept is not None:
         bad = bad | kept.broken()
-    if distributed.world().size > 1:  # all processes skip the step, or none
+    if distributed.world().size > 1:  # either all processes skip the step or none does
         bad = distributed.total(bad.float()) > 0
     # fused optimisers skip the step where found_inf is 1, as they do for GradScaler
     optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
     optimizer.step()
     if precision.scaler is not None:
         precision.scaler.update()
-    if kept is not None and (bad.is_cuda or bad):  # on a GPU, do not wait for the answer
+    if kept is not None and (bad.is_cuda or bad):  # on a GPU, do not wait for the result
         kept.put_back(bad)
     return bad
 

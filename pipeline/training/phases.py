@@ -17,7 +17,7 @@ class Epoch(NamedTuple):
     stage: int
     in_stage: int
     in_phase: int
-    """a, b, or the fine-tuning epoch: the counter that random streams and schedules go by."""
+    """a, b, or the fine-tuning epoch: the counter that random streams and schedules use."""
     overall: int
     """e: the step under which its metrics are logged."""
     first: bool

@@ -26,7 +26,7 @@ class Streams:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def generator(self, stream: str, *where: str | int) -> torch.Generator:
-        """A generator on the CPU: draws are made there and moved, so that they agree between devices."""
+        """A generator on the CPU: draws are made there and moved, so that they agree on all devices."""
         return torch.Generator().manual_seed(self.derive(stream, *where))
 
     def normal(self, shape: tuple[int, ...], stream: str, *where: str | int) -> Tensor:

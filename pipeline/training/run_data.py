@@ -1,5 +1,5 @@
 """What fine-tuning and distillation share: the resident data of a run, the choice of the epoch that is kept, and what
-the loop asks of both.
+the loop needs from both.
 """
 
 import logging
@@ -30,7 +30,7 @@ logger = logging.getLogger("asib")
 class RunData:
     """Training, evaluation and test batches of one run: resident on the device, or files.
 
-    Per-epoch evaluation is on the validation split; on the test split only where there is no validation split, and then
+    Per-epoch evaluation is on the validation split; on the test split only if there is no validation split, and then
     nothing is selected by it (docs/method.md section 3).
     """
 
@@ -65,7 +65,7 @@ class RunData:
 
 @dataclass
 class Selection:
-    """The weights of the epoch that validation chose; the last epoch's where there is no validation split."""
+    """The weights of the epoch that validation chose; the last epoch's if there is no validation split."""
 
     net: nn.Module
     by_validation: bool
@@ -95,8 +95,8 @@ class Task:
     """What the loop drives: a network that is trained in phases, and selected by validation.
 
     Args:
-        net: the network; `name`: what metrics and errors call it.
-        seed: of its random streams.
+        net: the network; `name`: its name in metrics and errors.
+        seed: that of its random streams.
     """
 
     plan: list[Epoch]
@@ -113,7 +113,7 @@ class Task:
         self.batches = self.data.train
         self.streams = Streams(seed)
         self._last: dict[str, Tensor] = {}
-        """The last epoch's weights, from which a checkpoint continues, once `results` has put others in their place."""
+        """The last epoch's weights, from which a checkpoint continues, once `results` has replaced them."""
 
     def two_views(self, epoch: Epoch) -> bool:
         """Whether its images also have a second, independent augmentation."""
@@ -133,10 +133,10 @@ class Task:
         return self.batches.epoch(self.draws(epoch), start)
 
     def begin_phase(self, epoch: Epoch) -> None:
-        """Called before the first batch of a phase; what it decides is part of the state."""
+        """Called before the first batch of a phase; its decisions are part of the state."""
 
     def begin_epoch(self, epoch: Epoch) -> None:
-        """Called before every epoch, also a continued one: set what follows from counters and state."""
+        """Called before every epoch, even a continued one: set whatever follows from counters and state."""
 
     def end_epoch(self, epoch: Epoch) -> dict[str, float]:
         """Called after an epoch's last batch: evaluate, and return metrics."""
@@ -158,7 +158,7 @@ class Task:
         """Final accuracies, in percent, and costs; the network holds the selected weights afterwards.
 
         Args:
-            test: False where the test split must not be seen: in a sweep.
+            test: False if the test split must not be seen, as in a sweep.
         """
         found: dict[str, float] = {}
         val, tests = self.data.eval, self.data.test

@@ -149,7 +149,10 @@ def with_value(number: float) -> Callable[[torch.Tensor], torch.Tensor]:
     [
         (circular, "no state dict"),
         (lambda state: [state], "no state dict"),
-        (lambda state: {**state, "fc.weight": state["fc.weight"].numpy()}, r"no state dict: fc\.weight is no tensor"),
+        (
+            lambda state: {**state, "fc.weight": state["fc.weight"].numpy()},
+            r"no state dict: fc\.weight is not a tensor",
+        ),
         (changed(fc_weight=torch.Tensor.to_sparse), r"fc\.weight is sparse"),
         (changed(fc_weight=torch.Tensor.to_sparse_csr), r"fc\.weight is sparse"),
         (changed(fc_weight=lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8)), r"fc\.weight is quantised"),
@@ -178,8 +181,8 @@ def test_safetensors_are_held_to_the_same(tmp_path: Path, model: Any, state: dic
     save_file(changed(fc_weight=torch.Tensor.bool)(state), tmp_path / "b.safetensors")
     refused(model, tmp_path / "b.safetensors", r"fc\.weight is torch\.bool")
     for record, says in (
-        ({"classes": 5}, "record of classes is 5, no list of names"),
-        ({"mean": ["a"]}, "no list of numbers"),
+        ({"classes": 5}, "record of classes is 5, not a list of names"),
+        ({"mean": ["a"]}, "not a list of numbers"),
         (None, "is it whole"),
     ):
         text = "[" * 10**5 if record is None else json.dumps(record)

@@ -80,7 +80,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     refused(
         model,
         tmp_path / "f.pt",
-        r"holds an object \(models\.features\.FeatureNet\), no state dict; save its state_dict",
+        r"holds an object \(models\.features\.FeatureNet\), not a state dict; save its state_dict",
     )
 
 
@@ -107,7 +107,7 @@ def test_another_architecture_is_refused(tmp_path):
     save_weights(small(name="cifar_resnet14"), tmp_path / "s.safetensors", {})
     refused(small(), tmp_path / "s.safetensors", "architecture is 'cifar_resnet14' in the checkpoint, 'cifar_resnet8'")
     torch.save(small(name="cifar_resnet14").net.state_dict(), tmp_path / "t.pt")
-    refused(small(), tmp_path / "t.pt", r"no checkpoint of cifar_resnet8: 36 unexpected \(layer1\.1\.")
+    refused(small(), tmp_path / "t.pt", r"not a checkpoint of cifar_resnet8: 36 unexpected \(layer1\.1\.")
     torch.save(small(name="cifar_resnet8x4").net.state_dict(), tmp_path / "u.pt")
     refused(small(), tmp_path / "u.pt", r"mis-shaped \(conv1\.weight \(32, 3, 3, 3\) instead of \(16, 3, 3, 3\)")
     torch.save({"conv9.weight": torch.ones(1)}, tmp_path / "v.pt")

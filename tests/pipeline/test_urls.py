@@ -26,7 +26,7 @@ def here(tmp_path: Path) -> Path:
 
 
 WRONG = {
-    "http://[::1": "no valid address",
+    "http://[::1": "not a valid address",
     "http://": "names no server",
     "http:///page": "names no server",
     "https://host:99999": "Port out of range",
@@ -45,11 +45,11 @@ WRONG = {
     "sqlite:///{here}/folder": "is a folder; name a file in it",
     "sqlite:///{here}/text": "no SQLite database",
     "sqlite:///{here}/text/m.db": "is a file, and so holds none",
-    "sqlite:///{here}/pipe": "no ordinary file",
+    "sqlite:///{here}/pipe": "not a regular file",
     "sqlite:///{here}/other.db": "another program's database",
     "sqlite:///{here}/study.db": "a study's",
     "sqlite:///~nobody-of-this-name/m.db": "no home folder",
-    "http://user:secret@[::1": "no valid address",
+    "http://user:secret@[::1": "not a valid address",
 }
 
 

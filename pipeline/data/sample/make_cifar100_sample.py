@@ -37,7 +37,7 @@ def read(root: Path, name: str) -> dict[str, Any]:
 
 
 def choose(fine: NDArray[np.int64], coarse: NDArray[np.int64], names: list[str]) -> list[str]:
-    """Of each super-class the alphabetically first class; sorted, their positions are the sample's labels."""
+    """The alphabetically first class of each super-class, sorted; their positions are the sample's labels."""
     return sorted(min(names[label] for label in np.unique(fine[coarse == group])) for group in np.unique(coarse))
 
 
@@ -51,7 +51,7 @@ def pack(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """An npz file without the time of its making."""
+    """Write an npz file without time stamps."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, array in arrays.items():
             member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))

@@ -1,1 +1,1 @@
-"""The one home of submitit: workers on this machine, or through Slurm."""
+"""The only user of submitit: workers on this machine, or through Slurm."""

@@ -25,7 +25,7 @@ from pipeline.config.numbers import (
 
 
 class ClusterConfig(Section):
-    """What every kind of cluster has; `name` is the file's, without its folder and suffix."""
+    """The keys of every kind of cluster; `name` is the file's, without its folder and suffix."""
 
     kind: Literal["local", "slurm"]
     name: str = Field(default="", exclude=True)
@@ -33,7 +33,7 @@ class ClusterConfig(Section):
 
 
 class LocalCluster(ClusterConfig):
-    """Processes of this machine."""
+    """Workers that are processes of this machine."""
 
     kind: Literal["local"] = "local"
     gpus: Literal["auto"] | tuple[Index, ...] = key("auto", "GPUs to use; auto: all that this machine shows")
@@ -41,7 +41,7 @@ class LocalCluster(ClusterConfig):
 
 
 class SlurmCluster(ClusterConfig):
-    """Jobs of a Slurm array; what is null is left to the cluster's own defaults."""
+    """Workers that are jobs of a Slurm array; null leaves a key to the cluster's own defaults."""
 
     kind: Literal["slurm"] = "slurm"
     partition: str | None = key(None, "of sinfo")

@@ -1,6 +1,6 @@
 """What a worker's process does around its work: devices, signals, and queueing its job again after a preemption.
 
-Imports little: the work's own module, with torch, is imported once the environment is what it has to be.
+Imports little: the work's own module, with torch, is imported once the environment is set up.
 """
 
 import importlib
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from submitit import JobEnvironment
 
 PREEMPTION = signal.SIGUSR2
-"""The signal before a preemption and before the time limit."""
+"""The signal sent before a preemption and before the time limit."""
 PREEMPTED = 128 + PREEMPTION
-"""The work's return value after that signal, as after any other; only after this one its job is queued again."""
+"""The work's return value after that signal (128 + its number, as for any other); only this one requeues the job."""
 
 
 def enter(
@@ -32,18 +32,18 @@ def enter(
 
     Args:
         work: "module:function", called with index=`index` and the `arguments`.
-        folder: of the launcher; the process writes down there who it is.
-        devices: GPUs of the worker's processes, one each; empty: none. None: as the scheduler has set them.
+        folder: the launcher's; the process records its identity there.
+        devices: GPUs of the worker's processes, one each; empty: none. None: as the scheduler set them.
         requeue: whether to requeue a preempted job.
     """
     from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment
 
-    # submitit ignores SIGTERM from here on: until the work has a handler of its own, it is to end the process
+    # submitit would ignore SIGTERM from here on: until the work installs its own handler, SIGTERM ends the process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     job = JobEnvironment()
     if job.cluster == "local":
-        os.setsid()  # no terminal's signals, whatever handlers the work installs
+        os.setsid()  # no signals from a terminal, whichever handlers the work installs
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     _see_one_device(job, devices)
     if job.num_tasks > 1:
@@ -66,7 +66,7 @@ def _see_one_device(job: "JobEnvironment", devices: Sequence[str] | None) -> Non
 
 
 def _requeue() -> None:
-    """Queue this job again, and leave without a result: Slurm ends it now, perhaps in the middle of writing one."""
+    """Queue this job again, and exit without a result: Slurm ends it now, perhaps in the middle of writing one."""
     command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
     try:
         subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Start, count and stop a sweep's workers; what they run on is `Here`'s or `Slurm`'s.
+"""Start, count and stop a sweep's workers; the subclasses `Here` and `Slurm` say where they run.
 
 The launcher's folder records what was started, so that the next launcher of the same folder, after a driver was
 killed, counts and stops those workers too.
@@ -17,9 +17,9 @@ from pipeline.sweep.launch.cluster import ClusterConfig
 from pipeline.sweep.launch.entry import enter
 
 Handle = dict[str, Any]
-"""What a kind of cluster finds a worker by later; JSON."""
+"""What a kind of cluster uses to find a worker again; JSON."""
 AGAIN_S = 2.0
-"""A process that is only just starting may lose a signal: it is sent again."""
+"""Interval of sending a signal again: a process that is just starting may lose one."""
 KILL_S = 30.0
 
 
@@ -43,7 +43,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raises UserError where these workers could not be started: one line, before anything is."""
+        """Raise UserError, in one line and before anything is started, if these workers could not be started."""
 
     @abstractmethod
     def plan(self) -> str:
@@ -51,19 +51,19 @@ class Launcher(ABC):
 
     @abstractmethod
     def begin(self, works: Sequence[Callable[..., int]]) -> list[Handle]:
-        """Start a worker for each of `works`, calls of `enter` that lack the devices and whether to requeue."""
+        """Start a worker for each of `works`: calls of `enter` that still lack `devices` and `requeue`."""
 
     @abstractmethod
     def present(self, handles: list[Handle]) -> list[Handle]:
-        """Those of the workers that are pending, running or requeued."""
+        """The workers among these that are pending, running or requeued."""
 
     @abstractmethod
     def terminate(self, handles: list[Handle]) -> None:
-        """Send SIGTERM to the processes that work."""
+        """Send SIGTERM to the working processes."""
 
     @abstractmethod
     def kill(self, handles: list[Handle]) -> None:
-        """Send SIGKILL to all that belongs to the workers."""
+        """Send SIGKILL to everything that belongs to the workers."""
 
     def start(self, work: Callable[..., int], count: int, **arguments: Any) -> list[Handle]:
         """Start `count` workers; call it from the main thread.
@@ -91,13 +91,13 @@ class Launcher(ABC):
         return self.present(self._started())
 
     def alive(self) -> int:
-        """How many these are."""
+        """The number of living workers."""
         return len(self.living())
 
     def stop(self, grace_seconds: float = 60.0) -> None:
-        """End all workers: SIGTERM to the processes that work, and, for those still there after a while, SIGKILL.
+        """End all workers: SIGTERM to the working processes, then SIGKILL to those that remain after a while.
 
-        Return when none is left, or half a minute after SIGKILL.
+        Returns when none is left, or half a minute after SIGKILL.
         """
         for send, seconds in ((self.terminate, grace_seconds), (self.kill, KILL_S)):
             end, again = time.monotonic() + seconds, 0.0
@@ -114,6 +114,6 @@ class Launcher(ABC):
         for line in self._ledger.read_text(errors="replace").splitlines():
             try:
                 found.append(json.loads(line)["handle"])
-            except (ValueError, TypeError, KeyError):  # a driver was killed in the middle of it
+            except (ValueError, TypeError, KeyError):  # a driver was killed while writing it
                 warn_once(f"{self._ledger}: a line is damaged: skipped")
         return found

@@ -1,4 +1,4 @@
-"""Workers as processes of this machine, each below a process of submitit's that watches it."""
+"""Workers as processes of this machine, each under a process of submitit that watches it."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ class Here(Launcher):
 
     def __init__(self, cluster: LocalCluster, folder: Path, workers: int) -> None:
         super().__init__(cluster, folder, workers)
-        self._jobs: list[Any] = []  # of this process's own children, which it has to wait for
+        self._jobs: list[Any] = []  # this process's own children, which it has to wait for
 
     def check(self) -> None:
         have, wanted = visible_gpus(), self.cluster.gpus
@@ -71,8 +71,8 @@ class Here(Launcher):
         return handles
 
     def present(self, handles: list[Handle]) -> list[Handle]:
-        """Those whose watching processes live; they end with what they watch."""
-        self._jobs = [job for job in self._jobs if not job.done()]  # waits for those that have ended
+        """The workers whose watching processes are alive; a watching process ends with what it watches."""
+        self._jobs = [job for job in self._jobs if not job.done()]  # reaps those that have ended
         return [handle for handle in handles if processes.lives(handle)]
 
     def terminate(self, handles: list[Handle]) -> None:
@@ -95,7 +95,7 @@ class Here(Launcher):
         return tuple(gpus[(slot * count + k) % len(gpus)] for k in range(count)) if gpus else ()
 
     def _threads(self) -> int:
-        """This process's cores, divided; a smaller OMP_NUM_THREADS that was set for the command is kept."""
+        """This process's cores, divided among the workers; a smaller OMP_NUM_THREADS set for the command is kept."""
         share = max(1, cores() // (self.workers * self.cluster.processes_per_trial))
         given = os.environ.get("OMP_NUM_THREADS", "")
         return min(share, int(given)) if given.isdecimal() and int(given) > 0 else share
@@ -107,7 +107,7 @@ def cores() -> int:
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """Names of this machine's GPUs; where CUDA_VISIBLE_DEVICES is set, those that it leaves. Needs no torch."""
+    """Names of this machine's GPUs; if CUDA_VISIBLE_DEVICES is set, those that it leaves. Needs no torch."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
         command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
@@ -120,7 +120,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 @contextmanager
 def _deaf_to_the_terminal() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C, Ctrl-\\ and the terminal's end: what is ignored stays so after exec."""
+    """Processes started inside ignore Ctrl-C, Ctrl-\\ and the terminal's end: exec keeps signals ignored."""
     numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
     before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:

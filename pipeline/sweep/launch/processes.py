@@ -1,4 +1,4 @@
-"""Processes identified by more than their number, which the system reuses, and the environment of new ones."""
+"""Processes identified by more than their ids, which the system reuses, and the environment of new ones."""
 
 import os
 import signal
@@ -11,18 +11,18 @@ from typing import Any
 
 
 def identity(pid: int) -> dict[str, Any]:
-    """What tells a process from a later one with its number, on this host and on others."""
+    """What distinguishes a process from a later one with the same id, on this host and on others."""
     return {"pid": pid, "started": _started(pid), "host": socket.gethostname()}
 
 
 def lives(process: Mapping[str, Any]) -> bool:
-    """Whether the process that `identity` described runs on this machine; one that waits for its parent has ended."""
+    """Whether the process that `identity` described runs on this machine; a zombie counts as ended."""
     started = _started(int(process["pid"])) if process["host"] == socket.gethostname() else ""
     return bool(started) and started == process["started"]
 
 
 def send(process: Mapping[str, Any], number: signal.Signals) -> None:
-    """Send a signal to it, if it lives."""
+    """Send a signal to the process, if it is alive."""
     if lives(process):
         try:
             os.kill(int(process["pid"]), number)
@@ -32,7 +32,7 @@ def send(process: Mapping[str, Any], number: signal.Signals) -> None:
 
 @contextmanager
 def environment(**changes: str | None) -> Iterator[None]:
-    """Change variables for the processes started inside; None: they do not see it."""
+    """Change variables for the processes started inside; None removes a variable."""
     before = {name: os.environ.pop(name, None) for name in changes}
     try:
         os.environ.update({name: value for name, value in changes.items() if value is not None})
@@ -45,9 +45,9 @@ def environment(**changes: str | None) -> Iterator[None]:
 
 
 def _started(pid: int) -> str:
-    """When it was started, in whatever the system counts; empty for one that has ended."""
+    """When it was started, in the system's own units; empty for one that has ended."""
     try:
-        # Behind the command's name, in brackets, which may hold spaces: the state first, the start as number 20.
+        # After the command's name, in brackets, which may hold spaces: first the state, and the start as number 20.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
     except OSError:

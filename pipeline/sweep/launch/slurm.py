@@ -1,4 +1,4 @@
-"""Workers as jobs of a Slurm array. Without accounting submitit cannot tell their state: squeue does."""
+"""Workers as jobs of a Slurm array. Without accounting submitit does not know their state, so squeue is asked."""
 
 import logging
 import math
@@ -35,10 +35,10 @@ class Slurm(Launcher):
 
     def __init__(self, cluster: SlurmCluster, folder: Path, workers: int) -> None:
         super().__init__(cluster, folder, workers)
-        self._present: set[str] = set()  # as squeue said when it last answered
+        self._present: set[str] = set()  # what squeue said when it last answered
 
     def check(self) -> None:
-        """Raises UserError: no Slurm here, an unknown partition, more than a node has, what Slurm refuses."""
+        """Raise UserError: no Slurm here, an unknown partition, more than a node has, anything that Slurm refuses."""
         where = f"cluster={self.cluster.name}"
         absent = [program for program in PROGRAMS if shutil.which(program) is None]
         if absent:
@@ -56,7 +56,7 @@ class Slurm(Launcher):
             raise UserError(f"{where}: Slurm refuses such a job: {_why(test)}; see `DRY_RUN=1` for all of its options")
 
     def _check_partition(self, partitions: dict[str, tuple[int, float]]) -> None:
-        """`partitions`: the most GPUs of a node, and the time limit in minutes. Slurm would leave some jobs waiting."""
+        """Refuse jobs that Slurm would leave waiting. `partitions`: most GPUs of a node, time limit in minutes."""
         partition, wanted = self.cluster.partition, self.cluster.gpus_per_node
         asked = partition.split(",") if partition else [*partitions]
         unknown = [p for p in asked if p not in partitions]
@@ -79,7 +79,7 @@ class Slurm(Launcher):
         return _compat_script(self.folder / "jobs", self.workers, self._parameters())
 
     def begin(self, works: Sequence[Callable[..., int]]) -> list[Handle]:
-        """One array of all."""
+        """Submit all workers as one array."""
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -96,12 +96,12 @@ class Slurm(Launcher):
         return [{"id": job.job_id} for job in jobs]
 
     def present(self, handles: list[Handle]) -> list[Handle]:
-        """Those that squeue lists: pending, running, completing, or queued again."""
+        """The workers that squeue lists: pending, running, completing, or queued again."""
         if handles:
             listed = _run("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
             if listed is not None and listed.returncode == 0:
                 self._present = set(listed.stdout.split())
-            else:  # a controller that restarts has lost nobody
+            else:  # a restarting controller has not lost any job
                 logger.debug("squeue does not answer: %s", _why(listed))
         return [handle for handle in handles if handle["id"] in self._present]
 
@@ -116,7 +116,7 @@ class Slurm(Launcher):
         _run("scancel", "--quiet", *(handle["id"] for handle in handles))
 
     def _parameters(self) -> dict[str, Any]:
-        """submitit's, as its SlurmExecutor names them."""
+        """The job's options, as submitit's SlurmExecutor names them."""
         cluster = self.cluster
         own = cluster.model_dump(include={"partition", "account", "qos", "constraint", "comment", "cpus_per_task"}) | {
             "job_name": "asib",
@@ -140,7 +140,7 @@ class Slurm(Launcher):
 
 
 def _compat_script(folder: Path, workers: int, parameters: dict[str, Any]) -> str:
-    """The script that submitit submits for an array, which it keeps private. Checked with submitit 1.5.4."""
+    """The script that submitit submits for an array: private API, checked with submitit 1.5.4."""
     from submitit.slurm import slurm
 
     command = f"python -u -m submitit.core._submit {shlex.quote(str(folder))}"
@@ -148,9 +148,9 @@ def _compat_script(folder: Path, workers: int, parameters: dict[str, Any]) -> st
 
 
 def _own_settings_only() -> AbstractContextManager[None]:
-    """Without the variables that Slurm's programs take for options, before the script's #SBATCH lines.
+    """Hide variables that Slurm's programs read as options, and that override the script's #SBATCH lines.
 
-    A sweep that is itself started within a job inherits that job's size and number, and SBATCH_* of a user's profile
+    A sweep that is itself started within a job inherits that job's size and number, and SBATCH_* from a user's profile
     would overrule the cluster's file. SLURM_CONF stays: it locates Slurm.
     """
     taken = [name for name in os.environ if name.startswith(INHERITED) and name != "SLURM_CONF"]

@@ -19,8 +19,8 @@ def apply(base: Config, values: Mapping[str, Any]) -> Config:
 
     A list replaces a list, a group of keys is merged into the group, and distillation widths that only followed from
     the student follow from the new one. It depends only on the two arguments' values, so that every worker of a
-    study makes the same configuration, whichever way `base` came to it; weights that `renorm_ce_kd` has rescaled in
-    `base` are what is rescaled again.
+    study makes the same configuration, however it got `base`; weights that `renorm_ce_kd` has rescaled in
+    `base` are rescaled again from there.
 
     Raises:
         UserError: one line that names the key and what to give instead.
@@ -36,7 +36,7 @@ def validated(base: Config, values: Mapping[str, Any]) -> Config:
     plain: dict[str, Any] = base.model_dump(mode="json")
     if any(_reaches(key, source) for key in values for source in _WIDTHS_FOLLOW):
         _forget_widths(plain)
-    for key in sorted(values):  # a group before what is in it
+    for key in sorted(values):  # a group before its contents
         _put(plain, key, values[key])
     return Config.model_validate(plain)
 

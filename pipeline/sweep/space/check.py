@@ -20,7 +20,7 @@ from pipeline.sweep.space.dimensions import IntRange, Range
 
 logger = logging.getLogger("asib")
 COMBINATIONS = 64
-"""Points of the space that are tried against the rules between keys, besides each key's own limits."""
+"""Number of points that are tried against the rules between keys, besides each key's own limits."""
 RANDOM_STATE = 0
 
 METRICS = re.compile(
@@ -37,7 +37,7 @@ USUAL = (
     *(VALIDATION, "student/acc", "synergy/acc", "train/images_per_second", "cost/gmacs", "cost/seconds"),
     *("parameters/student_total", "cost/macs_per_image/student", "cost/updates/b"),
 )
-"""Suggestions for a misspelt metric."""
+"""Names to suggest for a misspelt metric."""
 TEST_SPLIT = re.compile(
     r"test/.*|final/(acc_last|acc_val_selected|acc_best|teacher_(\d+|avg)_acc|synergy_acc|student_alone_acc)"
 )
@@ -167,7 +167,7 @@ def _check_metrics(source: str, sweep: SweepConfig) -> None:
 
 
 def _check_values(source: str, sweep: SweepConfig, base: Config) -> list[tuple[Mapping[str, Any], Config]]:
-    """Each key's own limits, then points of the space against the rules between keys.
+    """Check each key's own limits, then points of the space against the rules between keys.
 
     Returns:
         Valid points with their configurations.

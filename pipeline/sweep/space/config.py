@@ -1,4 +1,4 @@
-"""What a sweep is asked for: its space, sampler, pruner, objectives, constraints. Needs no torch."""
+"""A sweep's settings: its space, sampler, pruner, objectives, constraints. Needs no torch."""
 
 import math
 import re
@@ -29,8 +29,8 @@ class Row(NamedTuple):
     Attributes:
         optuna: its class.
         keys: key of the sweep's file -> (argument of the class, type, default).
-        fixed: arguments that nobody chooses.
-        wraps: the pruner that it asks, whose keys it takes too.
+        fixed: arguments that users cannot choose.
+        wraps: the pruner that it wraps, whose keys it takes too.
     """
 
     optuna: str
@@ -60,7 +60,7 @@ SAMPLERS = {
         QUIET,
     ),
     "random": Row("RandomSampler"),
-    "grid": Row("GridSampler"),  # not used itself: see study/samplers.py
+    "grid": Row("GridSampler"),  # not used directly: see study/samplers.py
 }
 PRUNERS = {
     "median": Row(
@@ -85,14 +85,14 @@ PRUNERS = {
 
 
 def _model(name: str, row: Row, **common: Any) -> type[Part]:
-    """The keys of a sampler or pruner, checked."""
+    """A model that checks the keys of a sampler or pruner."""
     keys = {**row.keys, **(row.wraps.keys if row.wraps else {})}
     fields: dict[str, Any] = {key: (kind, default) for key, (_, kind, default) in keys.items()}
     return create_model(name, __base__=Part, **{"name": (Literal[name], name), **common, **fields})
 
 
 def _one_of(rows: Mapping[str, Row], **common: Any) -> Any:
-    """The keys of the one that `name` says."""
+    """A union of the rows' models, of which `name` selects one."""
     models = [_model(name, row, **common) for name, row in rows.items()]
     return Annotated[reduce(or_, models), Field(discriminator="name")]
 
@@ -115,7 +115,7 @@ class Objective(Part):
 
     @property
     def reported(self) -> str | None:
-        """The metric of an epoch that stands for it while the trial runs, for pruning; None without one."""
+        """The per-epoch metric that represents it while the trial runs, for pruning; None without one."""
         if self.metric == VALIDATION:
             return "student/acc"
         return self.metric if self.metric.startswith("student/") else None
@@ -137,7 +137,7 @@ class Constraint(Part):
         return self
 
     def violation(self, value: float) -> float:
-        """How far a value lies beyond the bounds; up to 0: it satisfies them. A value that is no number does not."""
+        """How far a value lies beyond the bounds; 0 or less satisfies them. NaN never does."""
         if math.isnan(value):
             return math.inf
         beyond = [] if self.max is None else [value - self.max]
@@ -202,7 +202,7 @@ class SweepConfig(Part):
         if self.grace_seconds <= self.heartbeat_seconds:
             raise ValueError(
                 f"grace_seconds={self.grace_seconds} is not above heartbeat_seconds={self.heartbeat_seconds}: "
-                f"living trials would be taken for dead; give such as {4 * self.heartbeat_seconds}"
+                f"living trials would be taken for dead; give for example {4 * self.heartbeat_seconds}"
             )
         if self.sampler.name == "grid":
             self._check_grid()
@@ -224,7 +224,7 @@ class SweepConfig(Part):
 
 
 def short_forms(data: dict[str, Any]) -> dict[str, Any]:
-    """`pruner: none` and `{seed: 1}` in full, `a[0]` as `a.0`; several objectives, which nothing can prune, without
+    """`pruner: none` and `{seed: 1}` in full, `a[0]` as `a.0`; several objectives, which cannot be pruned, get no
     pruner unless one is named.
     """
     data = dict(data)
@@ -256,7 +256,7 @@ def load(name_or_path: str, settings: Mapping[str, str] = MappingProxyType({})) 
 
     Args:
         settings: by key of the sweep, as texts: `{"trials": "10", "space.method.tau.high": "6", "pruner": "none"}`.
-            Another `sampler.name`, `pruner.name` or `type` drops the file's knobs that it does not have; a dimension
+            Another `sampler.name`, `pruner.name` or `type` drops the file's keys that it does not have; a dimension
             set to null leaves the space.
 
     Raises:

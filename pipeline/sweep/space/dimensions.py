@@ -1,4 +1,4 @@
-"""The dimensions of a search space: ranges of numbers, and values one by one. Needs pydantic only."""
+"""The dimensions of a search space: ranges of numbers, and listed values. Needs pydantic only."""
 
 import math
 from collections.abc import Sequence
@@ -44,13 +44,13 @@ class FloatRange(_Range):
     step: Positive | None = None
 
     def size(self) -> int | None:
-        """How many values there are; None: endless."""
+        """How many values there are; None: infinitely many."""
         if self.step is None:
             return 1 if self.low == self.high else None
         return int((_decimal(self.high) - _decimal(self.low)) // _decimal(self.step)) + 1
 
     def at(self, index: int) -> float:
-        """The value at a place of a finite range, as it is written: 0.3, where low + 2·step is 0.30000000000000004."""
+        """The value at a position in a finite range, as written: 0.3, although low + 2·step is 0.30000000000000004."""
         return float(_decimal(self.low) + index * _decimal(self.step or 0))
 
     def nearest(self, value: float) -> float:
@@ -88,7 +88,7 @@ class IntRange(_Range):
 
 
 class _Listed(Part):
-    """Values one by one, under the key `word`; a list or a group of keys is a value too, and Optuna sees its text."""
+    """Listed values, under the key `word`; a list or a group of keys is a value too, and Optuna sees its text."""
 
     word: ClassVar[str]
 
@@ -113,11 +113,11 @@ class _Listed(Part):
         return len(self.listed())
 
     def labels(self) -> list[Any]:
-        """What stands for each value in Optuna, which takes only numbers, texts, true, false and null."""
+        """What represents each value in Optuna, which takes only numbers, texts, true, false and null."""
         return [canonical_text(v) if isinstance(v, list | dict) else v for v in self.listed()]
 
     def value(self, label: Any) -> Any:
-        """The value that a label stands for."""
+        """The value that a label represents."""
         return self.listed()[self.labels().index(label)]
 
 
@@ -142,7 +142,7 @@ Dimension = Annotated[FloatRange | IntRange | Categorical | GridValues, Field(di
 
 
 def _check_value(word: str, value: Any) -> None:
-    """Only what a configuration file may hold, at any depth."""
+    """Allow only what a configuration file may hold, at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{word} holds {value}: give numbers")
     if isinstance(value, int | float) and abs(value) > EXACT:

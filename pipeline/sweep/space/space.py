@@ -1,6 +1,6 @@
 """The search space of a sweep: its values as Optuna sees them and as a configuration takes them, and its digest.
 
-config.py has the models and reads them, check.py refuses what cannot run. Needs no torch.
+config.py has the models and reads them, check.py refuses anything that cannot run. Needs no torch.
 """
 
 import hashlib
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 __all__ = ["Objective", "SweepConfig", "apply", "check", "digest", "grid", "load", "study_name", "suggest"]
 
 SEARCH = ("space", "sampler", "pruner", "objectives", "constraints")
-"""What of a sweep makes another study; how many trials and how often they are retried does not."""
+"""Parts of a sweep whose change makes another study, unlike the number of trials and retries."""
 
 
 def suggest(trial: "optuna.Trial", sweep: SweepConfig) -> dict[str, Any]:
     """The trial's values, as `apply` takes them: numbers of a range with steps as they are written, lists as lists.
 
-    Keys are asked for in sorted order, so that the order in the file changes nothing.
+    Keys are suggested in sorted order, so that the order in the file changes nothing.
     """
     return {key: _suggest(trial, key, sweep.space[key]) for key in sorted(sweep.space)}
 
 
 def _suggest(trial: "optuna.Trial", key: str, dimension: Any) -> Any:
     if isinstance(dimension, FloatRange):
-        ends = dimension.extremes  # Optuna warns of a high that no step reaches
+        ends = dimension.extremes  # Optuna warns about an upper end that no step reaches
         found = trial.suggest_float(key, ends["low"], ends["high"], log=dimension.log, step=dimension.step)
         return dimension.nearest(found)
     if isinstance(dimension, IntRange):

@@ -1,1 +1,1 @@
-"""The one home of Optuna: storage, claims, retries, samplers, pictures and tables of a study."""
+"""The only user of Optuna: storage, claims, retries, samplers, pictures and tables of a study."""

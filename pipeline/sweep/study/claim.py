@@ -20,14 +20,14 @@ ERROR_LENGTH = 2000
 
 
 class Claim:
-    """A RUNNING trial of ours; made by `Study.claim`, which has written its first heartbeat.
+    """A RUNNING trial of this worker; made by `Study.claim`, which has written its first heartbeat.
 
     Every method raises `Taken` once the trial is no longer RUNNING: we were silent for longer than the grace time, and
-    another worker has it. A database that is away for a moment loses reports, which the pruner can do without; the
+    another worker has it. A brief outage of the database loses reports, which the pruner can do without; the
     methods that end the trial wait for it (`Database.patiently`).
 
     Attributes:
-        number: the trial's own. origin: the number of its first attempt; attempt: how many there were before this one.
+        number: the trial's own. origin: the number of its first attempt; attempt: how many attempts preceded this one.
         values: what to apply to the configuration. notes: its user attributes, inherited by the next attempt.
         reached: the last epoch that earlier attempts have reported.
     """
@@ -77,7 +77,7 @@ class Claim:
         return next((t for t in trials if t.user_attrs.get("config_hash") == config_hash), None)
 
     def report(self, value: float, epoch: int) -> None:
-        """State the one objective after `epoch` (from 0), for the pruner."""
+        """Report the single objective after `epoch` (from 0), for the pruner."""
         self.check()
         self._epoch = epoch
         try:
@@ -89,12 +89,12 @@ class Claim:
             self._ignore_outage(error)
 
     def should_prune(self) -> bool:
-        """The pruner's answer after the last report, or for what earlier attempts have reported."""
+        """The pruner's answer after the last report, or on what earlier attempts have reported."""
         try:
             trial = self._frozen()
             if trial.state != TrialState.RUNNING:
                 raise self._taken()
-            if self._epoch is not None:  # an earlier attempt may have got further than the checkpoint we went on from
+            if self._epoch is not None:  # an earlier attempt may have got further than our checkpoint
                 reported = trial.intermediate_values.items()
                 trial.intermediate_values = {epoch: value for epoch, value in reported if epoch <= self._epoch}
             return self._study.pruner.prune(self._study, trial)
@@ -105,7 +105,7 @@ class Claim:
             return False
 
     def check(self) -> None:
-        """Raise `Taken` when the trial is another worker's by now."""
+        """Raise `Taken` if another worker has the trial now."""
         try:
             running = self._database.state(self._id) == TrialState.RUNNING
         except Exception as error:
@@ -148,7 +148,7 @@ class Claim:
         self._end(lambda: self._study.tell(self.number, state=TrialState.PRUNED), TrialState.PRUNED)
 
     def fail(self, error: str) -> None:
-        """End it as the configuration's own fault: not retried, and counted towards the total."""
+        """End it as failed through its own configuration: it is not retried, and counts towards the total."""
         self.note(**{OUTCOME: FAILED, ERROR: error[:ERROR_LENGTH]})
         self._end(lambda: self._study.tell(self.number, state=TrialState.FAIL), TrialState.FAIL)
 
@@ -173,14 +173,14 @@ class Claim:
         self._end(end, TrialState.COMPLETE)
 
     def _end(self, end: Callable[[], object], state: TrialState) -> None:
-        """Write the end under the lock: nobody may take the trial over between our look at its state and the write."""
+        """Write the end under the lock: nobody may take over the trial between our look at its state and the write."""
         tried = False
 
         def locked() -> None:
             nonlocal tried
             with self._database.lock(self._study.study_name):
                 present = self._database.state(self._id)
-                if tried and present == state:  # it was written, and only the answer was lost
+                if tried and present == state:  # the end was written, and only the answer was lost
                     return
                 if present != TrialState.RUNNING:
                     raise self._taken()
@@ -201,7 +201,7 @@ class Claim:
         return Taken(f"trial {self.number} of {self._study.study_name} is another worker's by now")
 
     def _ignore_outage(self, error: Exception) -> None:
-        """Continue without a database that is away; raise anything else."""
+        """Continue despite an outage of the database; raise anything else."""
         if not is_away(error):
             raise error
         logger.warning("trial %d continues without its study: %s", self.number, self._database.explain(error))
@@ -211,6 +211,6 @@ class Claim:
             try:
                 self._database.rdb.record_heartbeat(self._id)
                 self._database.rest()
-            except Exception as error:  # the next one may arrive
+            except Exception as error:  # the next heartbeat may get through
                 logger.warning("heartbeat of trial %d: %s", self.number, self._database.explain(error))
         self._database.rdb.remove_session()

@@ -1,4 +1,4 @@
-"""Which trials are the best of a study: decided here alone."""
+"""Which trials of a study are the best; decided only here."""
 
 import optuna
 from optuna.trial import FrozenTrial

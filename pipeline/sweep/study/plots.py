@@ -1,4 +1,4 @@
-"""Pictures of a study with our words on them, each drawn once, for PNG files and the HTML page.
+"""Pictures of a study with our own labels, each drawn once, for PNG files and the HTML page.
 
 What cannot be drawn yet is left out: a picture never ends a sweep.
 """
@@ -37,9 +37,9 @@ LABELS = {
     "cost/gmacs": "training cost in GMACs",
     "cost/macs_per_image/student": "student's MACs per image",
 }
-"""What metrics are called on axes; any other goes by its name."""
+"""Axis labels of metrics; any other metric is labelled with its name."""
 FEWEST = 5
-"""Finished trials from which importances say anything: they compare the best tenth with the rest."""
+"""Finished trials needed for importances to mean anything: they compare the best tenth with the rest."""
 GREY = "#999999"
 LINES: dict[str, dict[str, Any]] = {
     "finished": {"color": "tab:blue", "alpha": 0.5, "linewidth": 1},
@@ -47,11 +47,11 @@ LINES: dict[str, dict[str, Any]] = {
     "pruned": {"color": "tab:red", "alpha": 0.5, "linewidth": 0.9, "marker": "x", "markersize": 5},
     "best": {"color": "black", "linewidth": 2.2, "zorder": 5},
 }
-"""How the curve of a trial is drawn."""
+"""Style of a trial's curve."""
 
 
 class Picture(NamedTuple):
-    """One plot. name: stem of its file; title: for people."""
+    """One plot. name: stem of its file; title: shown above it."""
 
     name: str
     title: str
@@ -59,7 +59,7 @@ class Picture(NamedTuple):
 
 
 def label(metric: str) -> str:
-    """What a metric is called on an axis."""
+    """The label of a metric on an axis."""
     return LABELS.get(metric, metric)
 
 
@@ -82,7 +82,7 @@ def draw(study: optuna.Study, sweep: "SweepConfig") -> Iterator[Picture]:
     for name, title, paint in _possible(_Shown(study, sweep)):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of axes without extent, and that importances are for low values
+                warnings.simplefilter("ignore")  # about axes without extent, and importances being for low values
                 figure = paint()
                 _set_title(figure, title)
                 picture = Picture(name, title, figures.png(figure, bbox_inches="tight"))
@@ -93,7 +93,7 @@ def draw(study: optuna.Study, sweep: "SweepConfig") -> Iterator[Picture]:
 
 
 class _Column(NamedTuple):
-    """Where the trials lie on an axis; of choices `texts` are what the places 0, 1, … stand for."""
+    """The trials' positions on an axis; for choices, `texts` label the positions 0, 1, …"""
 
     places: np.ndarray
     texts: Sequence[str] = ()
@@ -131,7 +131,7 @@ class _Shown:
 
 
 def _possible(shown: _Shown) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """The name, the title and the function of each picture that there are enough trials for."""
+    """Name, title and function of each picture for which there are enough trials."""
     several, done = len(shown.labels) > 1, len(shown.done)
     infeasible = " (grey: infeasible)" if not shown.good.all() else ""
     for index, metric in enumerate(shown.labels):
@@ -214,7 +214,7 @@ def _parallel(shown: _Shown) -> Any:
     for at, column in enumerate(columns.values()):
         side = axis.twinx()
         side.spines["right"].set_position(("data", at))
-        side.set_ylim(column.places.min(), column.places.max())  # equal ones are set apart
+        side.set_ylim(column.places.min(), column.places.max())  # equal values are spread apart
         if column.texts:
             side.set_yticks(range(len(column.texts)), column.texts)
         elif column.log:
@@ -254,7 +254,7 @@ def _importances(shown: _Shown, varied: list[int]) -> Any:
 
 
 def _curves(shown: _Shown, kinds: dict[int, str]) -> Any:
-    """A line for each trial: the best thick, those that were pruned end in a cross."""
+    """A line for each trial: the best is thick, pruned ones end in a cross."""
     figure, axis = _axes(1, 9, 5)
     words = {"best": f"best, trial {min(shown.best, default=0)}"}
     for trial in shown.trials:
@@ -299,7 +299,7 @@ def _axes(columns: int, width: float, height: float, **layout: Any) -> tuple[Any
 
 
 def _set_title(figure: Any, title: str) -> None:
-    """Over the panels where there are several, else over the one."""
+    """Set the title above all panels if there are several, else above the only one."""
     panels = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
     text = "\n".join(textwrap.wrap(title, int(figure.get_size_inches()[0] * 9)))
     if len(panels) > 1:

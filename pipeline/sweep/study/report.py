@@ -1,4 +1,4 @@
-"""A study as people read it: table, terminal, the note of the sweep's run, pictures, and one HTML page."""
+"""A study as users read it: table, terminal, the note of the sweep's run, pictures, and one HTML page."""
 
 import html
 import math
@@ -64,7 +64,7 @@ def table(study: optuna.Study, sweep: SweepConfig) -> pd.DataFrame:
     metrics = [o.metric for o in sweep.objectives]
 
     def place(row: dict[str, Any]) -> tuple[int, bool, float, int]:
-        value = math.nan if len(metrics) > 1 else row[metrics[0]]  # the front's members are equally good
+        value = math.nan if len(metrics) > 1 else row[metrics[0]]  # members of the front are equally good
         cost = math.inf if math.isnan(value) else -value if study.direction == StudyDirection.MAXIMIZE else value
         return ORDER.index(row["state"]), row["number"] not in best, cost, row["number"]
 
@@ -99,7 +99,7 @@ def _row(trial: FrozenTrial, sweep: SweepConfig, by_number: dict[int, FrozenTria
 
 
 def _number(value: Any) -> str:
-    """Four digits for people; whole and large numbers in full; nothing for what is not there."""
+    """A number in four digits; whole and large numbers in full; empty if it is missing."""
     if isinstance(value, bool | str):
         return str(value)
     if value is None or pd.isna(value):
@@ -176,7 +176,7 @@ def _markdown(found: pd.DataFrame, sweep: SweepConfig, experiment: str) -> str:
     head += ["epochs", "attempts", "seconds"]
     lines = []
     for row in found.to_dict("records"):
-        run = quote(str(row["run_id"]), safe="")  # of the study's database, where others write too
+        run = quote(str(row["run_id"]), safe="")  # from the study's database, where others write too
         trial = (
             f"[{row['number']}](#/experiments/{experiment}/runs/{run})" if experiment and run else f"{row['number']}"
         )

@@ -1,7 +1,7 @@
 """Trials whose worker is gone: found, failed, and queued again; and how many trials of each kind there are.
 
-Everything here is called with the study's lock held, and may die between any two statements: `requeue_stale` finds the
-rest.
+Everything here is called with the study's lock held, and may be killed between any two statements: `requeue_stale`
+finishes the rest.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 OUTCOME = "asib.outcome"
-"""Note, written by a trial's own worker just before it ends it: one of these, pruned or repeated."""
+"""Note, written by a trial's own worker just before ending it: one of these, pruned or repeated."""
 FAILED, RELEASED = "failed", "released"
 WORKER = "asib.worker"
 """Note: who runs it. Written after the last parameter was suggested: without it the parameters may be incomplete."""
 REPEATS = "asib.repeats"
-"""Note: the number of the trial of the same configuration, whose result this one has got without running."""
+"""Note: the number of the trial of the same configuration, whose result this one got without running."""
 ERROR = "asib.error"
 OF_ATTEMPT = (OUTCOME, REPEATS, ERROR, "asib.reason", "asib.epoch")
 """Notes that a retry does not inherit."""
@@ -33,7 +33,7 @@ STATES = {
     TrialState.WAITING: "waiting",
     TrialState.FAIL: "failed",
 }
-"""What a trial's state is called."""
+"""Names of trial states."""
 CRASHES = "asib:crashes"
 """System attribute: how many of a trial's attempts before this one have died."""
 
@@ -71,12 +71,12 @@ def history(trial: FrozenTrial) -> list[int]:
 
 
 def replaced(trials: Iterable[FrozenTrial]) -> set[int]:
-    """The numbers of those that a later attempt goes on from."""
+    """The numbers of the trials that a later attempt continues."""
     return {number for trial in trials for number in history(trial)}
 
 
 def count(trials: Sequence[FrozenTrial]) -> Counts:
-    """Each trial counted once, in the state that it has."""
+    """Count each trial once, by its state."""
     old = replaced(trials)
     return Counts(**Counter("retried" if t.number in old else STATES[t.state] for t in trials))
 
@@ -101,7 +101,7 @@ def requeue_stale(study: optuna.Study, rdb: RDBStorage, max_retry: int) -> list[
 
 def _may_retry(trial: FrozenTrial, max_retry: int) -> bool:
     outcome = trial.user_attrs.get(OUTCOME)
-    # One that was to be pruned, and is FAIL, has died in between.
+    # A trial that was to be pruned but is FAIL died in between.
     return outcome == RELEASED or (outcome != FAILED and _crashes(trial) < max_retry)
 
 
@@ -111,12 +111,12 @@ def _crashes(trial: FrozenTrial) -> int:
 
 def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
     """Add a WAITING trial with what `trial` had, through Optuna's own callback."""
-    again = copy.deepcopy(trial)  # what Optuna gave is its cache
+    again = copy.deepcopy(trial)  # Optuna returned its own cache
     crashed = trial.user_attrs.get(OUTCOME) != RELEASED
     again.user_attrs = {key: value for key, value in again.user_attrs.items() if key not in OF_ATTEMPT}
     again.system_attrs = {k: v for k, v in again.system_attrs.items() if not k.startswith("constraints")}
     if WORKER not in trial.user_attrs:
-        # It died while its parameters were suggested: all are suggested again, from the same random numbers.
+        # Its worker died while parameters were suggested: all are suggested again, from the same random numbers.
         again.params, again.distributions = {}, {}
         kept = ("failed_trial", "retry_history", "fixed_params", CRASHES)
         again.system_attrs = {key: again.system_attrs[key] for key in kept if key in again.system_attrs}

@@ -16,7 +16,7 @@ from pipeline.sweep.space.space import SweepConfig, grid
 def sampler(sweep: SweepConfig, place: int) -> BaseSampler:
     """The sampler of the configuration at `place` (from 0) in the study."""
     name, seed = sweep.sampler.name, sweep.sampler.seed
-    if name == "grid":  # Optuna's own goes by trial numbers, some of which go to retries
+    if name == "grid":  # Optuna's own uses trial numbers, some of which are retries
         keys, points = grid(sweep), [*itertools.product(*grid(sweep).values())]
         point = points[np.random.default_rng(seed).permutation(len(points))[place]]
         return PartialFixedSampler(dict(zip(keys, point, strict=True)), RandomSampler())

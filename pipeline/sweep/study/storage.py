@@ -23,10 +23,10 @@ from pipeline.tracking.server import sqlite_file
 
 logger = logging.getLogger("asib.study")
 PATIENCE_S = 120.0
-"""How long a call waits for a database that is away; a trial's result is worth more than these seconds."""
+"""How long a call waits for an unreachable database; a trial's result is worth more than these seconds."""
 CONNECT_S = 10
 BUSY_S = 60
-"""How long SQLite waits for the writers before it."""
+"""How long SQLite waits for other writers."""
 SESSION = "-c timezone=UTC -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
 """For PostgreSQL: heartbeats are compared across clients, and the lock of a machine that lost its power is freed."""
 STATE = sqlalchemy.text("SELECT state FROM trials WHERE trial_id = :trial")
@@ -52,7 +52,7 @@ def database_url(url: str) -> str:
 
 
 def shown_url(url: str) -> str:
-    """The URL as the user may have written it, without passwords."""
+    """The URL in the form that the user would write, without passwords."""
     return urls.hidden(url).replace("postgresql+psycopg://", "postgresql://")
 
 
@@ -64,7 +64,7 @@ class Database:
         create: make the tables, and a SQLite file, where they are missing; any number of processes may do so at once.
 
     Raises:
-        UserError: it cannot be reached, is not there, or holds another program's tables.
+        UserError: it cannot be reached, does not exist, or holds another program's tables.
     """
 
     def __init__(self, url: str, *, create: bool) -> None:
@@ -96,7 +96,7 @@ class Database:
         self.engine = self.rdb.engine
 
     def close(self) -> None:
-        """Give the connections back; more are made when they are needed."""
+        """Release the connections; new ones are made when needed."""
         self.engine.dispose()
 
     @contextlib.contextmanager
@@ -122,12 +122,12 @@ class Database:
                 connection.close()
 
     def rest(self) -> None:
-        """Give idle connections to a server back: it has a hundred by default, for all workers together."""
+        """Release idle connections to a server: it allows a hundred by default, for all workers together."""
         if self.file is None:
             self.engine.dispose()
 
     def patiently(self, call: Callable[[], T]) -> T:
-        """The call's result; while the database is away it is called again, for `PATIENCE_S`.
+        """The call's result; while the database is unreachable the call is retried, for `PATIENCE_S`.
 
         Raises:
             UserError: the database has not come back.
@@ -161,7 +161,7 @@ class Database:
         if "does not exist" in text and "database" in text:
             return f"storage={self.shown}: {text}: make it with createdb"
         if "not a database" in text:
-            return f"storage={self.shown}: the file is no SQLite database: name another"
+            return f"storage={self.shown}: the file is not a SQLite database: name another"
         hint = "check the path" if self.file else "check the address, and that the server runs"
         return f"storage={self.shown}: {text}: {hint}"
 
@@ -186,11 +186,11 @@ class Database:
         arguments: dict[str, Any] = {"connect_timeout": CONNECT_S, "application_name": "asib"}
         if "options=" not in self.url:
             arguments["options"] = SESSION
-        # One for the lock and one for the work under it: new ones for every claim would double its time.
+        # One for the lock and one for the work under it: new connections for every claim would double its time.
         return {"pool_pre_ping": True, "pool_size": 2, "max_overflow": 3, "connect_args": arguments}
 
     def _refuse_others(self) -> None:
-        """MLflow too keeps its version in a table `alembic_version`: in one database, each would break the other."""
+        """Refuse MLflow's database: it and Optuna keep their versions in one table, so each would break the other."""
         tables = set(sqlalchemy.inspect(self.engine).get_table_names())
         if "alembic_version" in tables and "studies" not in tables:
             owner = "MLflow's" if "experiments" in tables else "another program's"

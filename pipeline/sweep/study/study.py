@@ -1,4 +1,4 @@
-"""A sweep's study: the one home of Optuna. Any number of workers on any machines claim its trials, never too many.
+"""A sweep's study. Any number of workers on any machines claim its trials, but never too many of them.
 
     study = Study.create(url, name, sweep, facts)      # the driver; continues an existing one
     study = Study.open(url, name)                      # a worker
@@ -29,7 +29,7 @@ from pipeline.sweep.study.storage import Database, database_url
 from pipeline.tracking.server import sqlite_file
 
 SWEEP, DIGEST = "sweep", "digest"
-"""The facts by which a study is known as ours; the digest is written last."""
+"""The facts that identify a study as this program's; the digest is written last."""
 
 
 class Study:
@@ -58,11 +58,11 @@ class Study:
         """Create the study, or continue the existing one. Any number of processes may call this at once.
 
         Args:
-            facts: JSON values, kept in the study; `digest` (`space.digest`) is its identity. A study that is
-                there keeps its facts, and takes from `sweep` what the digest does not cover: trials, retries, seconds.
+            facts: JSON values, kept in the study; `digest` (`space.digest`) is its identity. A study that exists
+                keeps its facts, and takes from `sweep` what the digest does not cover: trials, retries, seconds.
 
         Raises:
-            UserError: the database cannot be reached; the study that is there is another sweep's.
+            UserError: the database cannot be reached; the existing study is another sweep's.
         """
         database = Database(url, create=True)
         directions = [objective.direction for objective in sweep.objectives]
@@ -72,7 +72,7 @@ class Study:
             except optuna.exceptions.DuplicatedStudyError:
                 study = _load(database, name)
             present = study.user_attrs
-            # One that died between making its study and stating the facts has left it bare.
+            # A process that died between creating the study and writing the facts left it bare.
             bare = DIGEST not in present and not study.get_trials(deepcopy=False)
             if bare and [d.name.lower() for d in study.directions] == directions:
                 for key, value in facts.items():
@@ -87,7 +87,7 @@ class Study:
 
     @staticmethod
     def refuse_other(url: str, name: str, digest: str, sweep: SweepConfig) -> dict[str, Any]:
-        """The study's facts, none where there is no such study yet.
+        """The study's facts; empty if there is no such study yet.
 
         Raises:
             UserError: where `create` would: the database cannot be reached, or has this study for another sweep.
@@ -101,11 +101,11 @@ class Study:
         database.close()
         return facts
 
-    # what it knows ---------------------------------------------------------------------------------------------------
+    # reading ----------------------------------------------------------------------------------------------------------
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What `create` and `note` wrote, read from the database."""
+        """The facts that `create` and `note` wrote, read from the database."""
         return self._database.patiently(lambda: self.optuna.user_attrs)
 
     def note(self, **values: Any) -> None:
@@ -142,11 +142,11 @@ class Study:
         return self._database.patiently(lambda: front(self.optuna))
 
     def values_of(self, trial: FrozenTrial) -> dict[str, Any]:
-        """What a trial's configuration has in place of the sweep's base: `Claim.values` of the past."""
+        """The values that a trial's configuration has instead of the sweep's base, as in `Claim.values`."""
         return suggest(cast(optuna.Trial, optuna.trial.FixedTrial(trial.params)), self.sweep)
 
     def source_of(self, trial: FrozenTrial) -> FrozenTrial:
-        """The trial that ran: another one's where this trial has taken over its result (`Claim.repeat`)."""
+        """The trial that actually ran: another one if this trial took over its result (`Claim.repeat`)."""
         twin = trial.user_attrs.get(REPEATS)
         return trial if twin is None else self.trials()[twin]
 
@@ -155,17 +155,17 @@ class Study:
         errors = [t.user_attrs[ERROR] for t in self.trials() if ERROR in t.user_attrs]
         return errors[-1] if errors else None
 
-    # what workers and the driver do ----------------------------------------------------------------------------------
+    # what workers and the driver call --------------------------------------------------------------------------------
 
     def claim(self, worker: str) -> Claim | None:
-        """Claim the next trial: a waiting one, else a new one while there are fewer than `self.total`.
+        """Claim the next trial: a waiting one, or a new one while there are fewer than `self.total`.
 
-        Return None when there is nothing to do now; a trial that runs may still die, and then waits.
+        Returns None when there is nothing to do now; a running trial may still die, and then waits.
         """
         return self._database.patiently(lambda: self._claim(worker))
 
     def requeue_stale(self) -> Counts:
-        """Fail the trials of dead workers and queue them again, as every claim does. Safe to repeat, and to die in."""
+        """Fail the trials of dead workers and queue them again, as every claim does. Safe to repeat or interrupt."""
 
         def locked() -> Counts:
             with self._database.lock(self.name):
@@ -174,7 +174,7 @@ class Study:
         return self._database.patiently(locked)
 
     def close(self) -> None:
-        """Give the connections back; claims that have not ended continue without them."""
+        """Release the connections; claims that have not ended continue without them."""
         self._database.close()
 
     def _claim(self, worker: str) -> Claim | None:
@@ -199,7 +199,7 @@ class Study:
 
     @property
     def total(self) -> int:
-        """Number of trials: the sweep's, at most the points of a grid."""
+        """Number of trials: the sweep's, or the number of points of a grid if that is smaller."""
         if self.sweep.sampler.name == "grid":
             return min(self.sweep.trials, math.prod(len(values) for values in grid(self.sweep).values()))
         return self.sweep.trials
@@ -214,7 +214,7 @@ def _place(trials: Sequence[FrozenTrial]) -> int:
 
 
 def studies(url: str) -> list[str]:
-    """The names of this program's studies in the database; none where there is no such SQLite file.
+    """The names of this program's studies in the database; none if there is no such SQLite file.
 
     Raises UserError: the database cannot be reached.
     """

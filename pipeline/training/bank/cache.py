@@ -1,7 +1,7 @@
 """The folder of all teacher banks: content-addressed, checked when opened, limited in size.
 
-A bank's folder is named by the SHA-256 of its key (what was computed, of which data, in which views), which is also in
-its `header.json`. Opening, evicting and granting space happen under one lock of the folder.
+A bank's folder is named by the SHA-256 of its key (what was computed, from which data, in which views), which is also
+in its `header.json`. Opening, evicting and granting space happen under one lock of the folder.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ logger = logging.getLogger("asib")
 FORMAT = "asib-bank-1"
 HEADER = "header.json"
 RESERVE = 10**9
-"""Free bytes of the disk that are left for checkpoints and others."""
+"""Free bytes of the disk that are reserved for checkpoints and other files."""
 STRIDE = 64 * 2**20
 """Bytes granted at a time: how far each of several processes may exceed the limit."""
 
@@ -32,7 +32,7 @@ class BankCache:
         self.folder, self.limit = folder.absolute(), limit
 
     def open(self, key: Mapping[str, Any], cells: int, width: int) -> Bank:
-        """Open the bank of a key; create it where it is missing.
+        """Open the bank of a key; create it if it is missing.
 
         A folder with a wrong header or index is discarded and recreated.
 
@@ -55,14 +55,14 @@ class BankCache:
             return Bank(path, cells, width, self._grant)
 
     def used(self) -> int:
-        """Bytes on disk; holes do not count."""
+        """Bytes on disk, not counting holes."""
         return sum(file.stat().st_blocks * 512 for path in self._banks() for file in path.iterdir())
 
     def _banks(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.exists() else []
 
     def _grant(self, needed: int) -> int:
-        """Bytes that may be written: at least `needed`, or 0 where there is no room."""
+        """Bytes that may be written: at least `needed`, or 0 if there is no room."""
         with self._locked():
             room = self._room()
             if room < needed:
@@ -94,13 +94,13 @@ def _make(path: Path, header: str, cells: int) -> None:
     """Create an empty bank. The header comes last: without one, a bank is incomplete and is recreated."""
     path.mkdir()
     with (path / INDEX).open("wb") as file:
-        file.truncate(4 * cells)  # a hole: it takes room as it is filled
+        file.truncate(4 * cells)  # a hole: it takes up space only as it is filled
     (path / HEADER).write_text(header)
 
 
 def _is_whole(path: Path, header: str, cells: int) -> bool:
     try:
-        # as bytes: a damaged header need not be text
+        # read as bytes: a damaged header may not be text
         return (path / HEADER).read_bytes() == header.encode() and (path / INDEX).stat().st_size == 4 * cells
     except OSError:
         return False

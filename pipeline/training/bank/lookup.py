@@ -1,7 +1,7 @@
 """The teacher bank in training: frozen teachers' outputs for a run's batches, looked up instead of computed again.
 
-Several batches are looked up together when the first of them asks; what no run has asked for yet goes through the
-teachers in one large batch. Within such a window nothing waits for the device.
+Several batches are looked up together when the first of them asks; outputs that no run has needed yet are computed by
+the teachers in one large batch. Within such a window nothing waits for the device.
 """
 
 import logging
@@ -35,7 +35,7 @@ Cells = NDArray[np.int64]
 
 @dataclass
 class Counts:
-    """Images times teachers: `served` from the bank, `computed` because it had none."""
+    """Images times teachers: `served` from the bank, `computed` because the bank lacked them."""
 
     served: int = 0
     computed: int = 0
@@ -43,15 +43,15 @@ class Counts:
 
 @dataclass
 class BankedTeachers:
-    """Frozen teachers and their banks, one for each precision that they are asked in.
+    """Frozen teachers and their banks, one for each precision that is requested.
 
     Args:
         cache: where the banks are.
-        data: what `train` is made of.
+        data: the data that `train` is made from.
         train: the run's training images.
         teachers: in eval mode, frozen.
         hashes: of their weights.
-        costs: counts what a method asks for, whoever computed it.
+        costs: counts what a method asks for, no matter who computed it.
     """
 
     cache: BankCache
@@ -61,7 +61,7 @@ class BankedTeachers:
     hashes: Sequence[str]
     costs: Costs = field(default_factory=lambda: Costs({}))
     epoch: Counts = field(default_factory=Counts)
-    """Since the last call of `metrics`."""
+    """Counts since the last call of `metrics`."""
     total: Counts = field(default_factory=Counts)
     _banks: dict[str, Sequence[Bank | NoBank]] = field(default_factory=dict)
 
@@ -90,7 +90,7 @@ class BankedTeachers:
     # batches ---------------------------------------------------------------------------------------------------------
 
     def complete(self, batches: Iterator[Batch], draws: EpochDraws, start: int) -> Iterator[Batch]:
-        """The batches of an epoch from batch `start` on, each with what the bank has of it."""
+        """The batches of an epoch from batch `start` on, each with what the bank has for it."""
         first, second = (self._cells_of(draws, view) for view in (draws.crop_flip, draws.second))
         step = max(1, WINDOW // self.train.batch_size)
         for at in range(start, len(self.train.bounds), step):
@@ -128,7 +128,7 @@ class BankedTeachers:
             held[missing] = bank.add(cells[missing], computed.half().cpu().numpy())
         found = torch.from_numpy(held).to(self.train.device).float()
         if len(missing):
-            # what half precision cannot hold is used in full
+            # what half precision cannot hold is used in full precision
             rows = torch.from_numpy(missing).to(found.device)
             found[rows] = torch.where(found[rows].isfinite().all(dim=1, keepdim=True), found[rows], computed)
         return Seen(found[:, : teacher.num_classes], found[:, teacher.num_classes :])
@@ -157,7 +157,7 @@ class BankedTeachers:
         return self._banks[computed]
 
     def _open(self, computed: str) -> list[Bank]:
-        """Each teacher's bank, by everything that determines its outputs for an image and a view."""
+        """Each teacher's bank, keyed by everything that determines its outputs for an image and a view."""
         key = {
             "timm": timm.__version__,
             "data": self.data.digest,
@@ -187,13 +187,13 @@ class BankedTeachers:
             views = (draws.crop_flip, draws.second) if draws.two_views else (draws.crop_flip,)
             parts += [self._cells_of(draws, view) for view in views]
         asked = np.concatenate(parts)
-        # in the order in which they will be asked for, which is then that of the file
+        # in the order in which they will be needed, which then is the order of the file
         cells = asked[np.sort(np.unique(asked, return_index=True)[1])]
         for at in range(world.rank * WINDOW, len(cells), world.size * WINDOW):
             if stop():
                 raise Interrupted(stop())
             self.look_up(cells[at : at + WINDOW])
-        self.epoch.served = self.total.served = 0  # nobody was served yet
+        self.epoch.served = self.total.served = 0  # nothing was served yet
         distributed.barrier()
 
 

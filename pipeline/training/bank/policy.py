@@ -1,6 +1,6 @@
 """Whether a run uses the teacher bank (docs/method.md section 8), as its configuration alone decides.
 
-So a run that is continued, repeated or looked for decides as it did before; whether a bank exists has no part in it.
+So a run that is continued, repeated or looked up decides as it did before; whether a bank exists does not matter.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ PAYS = 0.25
 
 @dataclass(frozen=True)
 class BankUse:
-    """How the bank is used, and why where it is off."""
+    """How the bank is used and, if it is off, why."""
 
     mode: Literal["ahead", "lazy", "off"]
     reason: str = ""
@@ -42,15 +42,15 @@ def bank_use(config: Config) -> BankUse:
 
 
 def shared(config: Config) -> Config:
-    """The configuration for one of several runs with the same teachers: what one computes the others find.
+    """The configuration for one of several runs with the same teachers: what one computes, the others find.
 
-    Streams of random numbers go by the seed: runs that differ in something else ask for the very same views.
+    Random streams depend on the seed only: runs that differ in something else ask for the very same views.
     """
     return config.model_copy(update={"bank": "lazy"}) if config.bank == "auto" else config
 
 
 def not_enumerable(config: Config) -> str | None:
-    """Why the teachers' outputs cannot be kept; None where they can."""
+    """Why the teachers' outputs cannot be kept; None if they can."""
     m = config.method
     if not config.method.distils:
         return "nothing is distilled"
@@ -66,9 +66,9 @@ def not_enumerable(config: Config) -> str | None:
 
 
 def saved_alone(config: Config) -> float:
-    """The share of its teachers' forward passes that one run saves with a bank that begins empty; below 0: it adds.
+    """The share of its teachers' forward passes that one run saves with an initially empty bank; below 0: it adds some.
 
-    Without a bank, a sample gate lets the teachers see a part of the images; with one they see all.
+    Without a bank, a sample gate shows the teachers only part of the images; with one they see all.
     """
     m = config.method
     views = VIEWS if config.augment.crop_flip else 1
@@ -81,7 +81,7 @@ def saved_alone(config: Config) -> float:
     if m.kd_sample_gate:
         most = m.kd_sample_max_ratio
         mixes = m.kd_view == "clean" and (m.cutmix_alpha_distill > 0 or m.mixup_alpha > 0)
-        needed = 1 - (1 - most) ** 2 if mixes else most  # with the mix partners
+        needed = 1 - (1 - most) ** 2 if mixes else most  # including the mix partners
     draws = adapted + distilled + second
     without = adapted + needed * (distilled + second)
     return 1 - different(views, draws) / without if without > 0 else 0.0

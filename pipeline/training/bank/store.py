@@ -31,7 +31,7 @@ class Bank:
     Args:
         folder: with the files.
         cells: how many there are: images × views.
-        width: values in a record.
+        width: number of values in a record.
         grant: asked for disk space before the file grows: bytes needed -> bytes that may be written; fewer than were
             asked for: none.
     """
@@ -67,7 +67,7 @@ class Bank:
     # reading ---------------------------------------------------------------------------------------------------------
 
     def read(self, cells: Cells) -> tuple[Values, NDArray[np.bool_]]:
-        """Read `cells` (n,): values (n, width), and (n,) whether each is held; values are 0 where it is not."""
+        """Read `cells` (n,): values (n, width), and (n,) whether each is held; missing cells have values 0."""
         rows = self._index[cells].astype(np.int64) - 1
         mapped = self._records_up_to(int(rows.max(initial=-1)) + 1)
         there = (rows >= 0) & (rows < len(mapped))
@@ -79,7 +79,7 @@ class Bank:
         return values, there
 
     def _records_up_to(self, count: int) -> NDArray[np.uint64]:
-        """A mapping with at least `count` records where the file has them."""
+        """A mapping with at least `count` records, if the file has that many."""
         if count > len(self._mapped):
             whole = os.fstat(self._records_fd).st_size // self.record_bytes
             if whole > len(self._mapped):
@@ -90,7 +90,7 @@ class Bank:
     def _check(self, records: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """(n,): a multilinear hash of cell and values modulo 2^64; with odd factors no changed word escapes it."""
         sums = (records[:, 1:] * self._factors[1:]).sum(axis=1, dtype=np.uint64)
-        return np.asarray(sums + self._factors[0], np.uint64)  # an empty page is no record
+        return np.asarray(sums + self._factors[0], np.uint64)  # an empty page is not a record
 
     # writing ---------------------------------------------------------------------------------------------------------
 
@@ -125,13 +125,13 @@ class Bank:
                 self._stop("has reached bank_gb, or the disk's last gigabyte")
                 return
         self._granted -= records.nbytes
-        first = os.fstat(self._records_fd).st_size // self.record_bytes  # a torn record at the end is written over
+        first = os.fstat(self._records_fd).st_size // self.record_bytes  # a torn record at the end is overwritten
         try:
             _write_all(self._records_fd, records.tobytes(), first * self.record_bytes)
             for number, cell in enumerate(cells.tolist(), start=first + 1):
                 _write_all(self._index_fd, np.uint32(number).tobytes(), 4 * cell)
         except OSError:
-            # index entries that are left over lead to no record, or to one whose cell is another
+            # stale index entries lead to no record, or to one of a different cell
             os.ftruncate(self._records_fd, first * self.record_bytes)
             raise
 

@@ -109,7 +109,7 @@ def test_the_last_override_wins_and_a_list_item_follows_its_list() -> None:
         ("model/techer=none", "model/techer: no such group; did you mean model/teacher?"),
         ("~optim", "optim cannot be left out"),
         ("dataset@x=cifar10", "packages (@)"),
-        ("foo", "'foo' is no override: write key=value"),
+        ("foo", "'foo' is not an override: write key=value"),
         ("experiment=base", "experiment=base and cfg=quickstart name the same thing"),
         ("model.teachers.2.name=x", "model.teachers has 2 entries, numbered from 0"),
         ("schedule.milestones.0=2", "schedule.milestones has 0 entries"),
@@ -219,9 +219,9 @@ def test_what_is_chosen_wins_over_a_dumped_configuration(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("method: [1\n", "no valid YAML in line"),
-        (b"\xff\xfe\x00\x01", "no valid YAML"),
-        ("method: {tau: 1}\nmethod: {tau: 2}\n", "no valid YAML"),
+        ("method: [1\n", "not valid YAML in line"),
+        (b"\xff\xfe\x00\x01", "not valid YAML"),
+        ("method: {tau: 1}\nmethod: {tau: 2}\n", "not valid YAML"),
         ("- 1\n", "holds a list"),
         ("3\n", "single value"),
         ("defaults:\n  - override /dataset: cifar1000\n", "cifar1000"),

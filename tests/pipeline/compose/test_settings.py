@@ -35,7 +35,7 @@ BAD = {
         "nested deeper than 40",
     ),
     "a large file": ("a: " + "x" * 1_100_000, "larger than 1 MB"),
-    "a tag that runs code": ("a: !!python/object/apply:os.system ['true']\n", "no valid YAML"),
+    "a tag that runs code": ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
 }
 
 

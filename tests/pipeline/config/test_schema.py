@@ -120,7 +120,7 @@ def test_gate_threshold_that_means_nothing_is_refused(bad: Any) -> None:
         ({"method": {"synergy_temp_init": math.inf}}, "method.synergy_temp_init: got inf; "
              "give a number from -20 to 20 (it is the logarithm of a temperature)"),
         ({"dataset": {"small_input": "x"}}, "dataset.small_input: got 'x'; give auto, or true or false"),
-        ({"method": 3}, "method is a group of keys, got 3; give such as method.name=…"),
+        ({"method": 3}, "method is a group of keys, got 3; give for example method.name=…"),
         ({"method": {"tua": 1}}, "method.tua: unknown key; did you mean method.tau?"),
         ({"tau": 1}, "tau: unknown key; did you mean method.tau?"),
         ({"optim": {"tau": 1}}, "optim.tau: unknown key; did you mean method.tau?"),

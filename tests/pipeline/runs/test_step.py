@@ -104,7 +104,7 @@ def test_a_configuration_of_a_run(
     assert config_hash(config) == config_hash(expected)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri)
     monkeypatch.setenv("DRY_RUN", "1")
-    for path, words in (("missing.yaml", "cannot be fetched from sqlite:///"), ("broken.yaml", "no valid YAML")):
+    for path, words in (("missing.yaml", "cannot be fetched from sqlite:///"), ("broken.yaml", "not valid YAML")):
         err.truncate(err.seek(0))
         assert Step("distill", job=never).main([f"cfg=runs:/{run_id}/{path}"]) == 2
         assert err.getvalue().startswith(f"cfg=runs:/{run_id}/{path}")

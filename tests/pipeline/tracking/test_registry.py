@@ -209,7 +209,7 @@ def test_a_move_that_is_none_is_said_and_removed(client: MlflowClient) -> None:
         client.set_registered_model_tag(NAME, "asib.move", value)
         found = repair(client, NAME)
         assert (found["plan"], len(found["said"])) == (None, 1)
-        assert found["said"][0].startswith(f"tag asib.move={value!r} is nothing that a promotion writes")
+        assert found["said"][0].startswith(f"tag asib.move={value!r} is not what a promotion writes")
         assert state(client)[:2] == ({"champion": "1"}, {})
 
 

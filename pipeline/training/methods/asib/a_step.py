@@ -33,7 +33,7 @@ class ALoss:
     penalties: bool = True
     """Whether trained parameters are penalised; not in CE-only epochs."""
     bound: float | None = None
-    """Of the total loss; None: not clamped."""
+    """Bound of the total loss; None: not clamped."""
 
 
 def a_loss(
@@ -133,7 +133,7 @@ class AStep(Objective):
 
     @torch.no_grad()
     def look(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
-        """What is held fixed for a batch: the student's query, logits and feature, and frozen teachers' features."""
+        """What stays fixed for a batch: the student's query, logits and feature, and frozen teachers' features."""
         m, w = self.method, self.weights
         logits = w.kd > 0 or w.cccp > 0
         feature = w.feat > 0

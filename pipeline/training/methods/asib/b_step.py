@@ -35,7 +35,7 @@ class BLoss:
     ratio: float | None = None
     """Bound of the KD term relative to cross-entropy; None: not bounded."""
     bound: float | None = None
-    """Of the total loss; None: not clamped."""
+    """Bound of the total loss; None: not clamped."""
     dkd: float = 1.0
     """DKD's own warm-up."""
 
@@ -74,7 +74,7 @@ class BStep(Objective):
         return self.weights.synergy and (fused or m.feat_kd_alpha > 0)
 
     def _weighs_uncertainty(self) -> bool:
-        """Whether a target's entropy weighs anything: the hybrid term alone has no sample weights."""
+        """Whether a target's entropy affects any weight: the hybrid term alone has no sample weights."""
         m = self.method
         return m.kd_uncertainty_weight > 0 and (m.kd_alpha > 0 or m.feat_kd_alpha > 0)
 
@@ -128,7 +128,7 @@ class BStep(Objective):
     def _target(
         self, logits: list[Tensor], syn: Tensor | None, picked: Tensor | None, tau: float, tau_syn: float
     ) -> Tensor:
-        """The target (n, N). `picked`: where `auto_min` takes the synergy, whatever the temperature."""
+        """The target (n, N). `picked`: where `auto_min` takes the synergy, at any temperature."""
         m = self.method
         if m.kd_target == "weighted_conf":
             return targets.confidence_weighted(logits, tau)
@@ -140,7 +140,7 @@ class BStep(Objective):
             return torch.where(picked[:, None], p, average)
         return torch.lerp(p, average, self.weights.averaged_share)
 
-    # which images, which views ---------------------------------------------------------------------------------------
+    # images and views ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _chosen(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -167,7 +167,7 @@ class BStep(Objective):
     def teach(self, batch: Batch, seen_logits: Tensor, seen_query: Tensor, moment: Moment) -> tuple[Lesson, Tensor]:
         """The lesson for this process's rows, mixed as the images are, and (b,) 1 for samples that are distilled.
 
-        Teachers and fusion run on the distilled samples and the mix partners that those need, nothing else.
+        Teachers and fusion run only on the distilled samples and the mix partners that those need.
         """
         m, size, start = self.method, batch.global_size, batch.rows.start
         clean_mix = batch.partner is not None and m.kd_view == "clean"
@@ -221,7 +221,7 @@ class BStep(Objective):
         return found
 
     def _widths(self) -> dict[str, tuple[int, ...]]:
-        """The parts of a lesson in this epoch, the same in every process: also where it taught nobody."""
+        """The parts of a lesson in this epoch: the same in every process, even in one that taught no sample."""
         m = self.method
         (student,) = self._student
         n = (student.num_classes,)
@@ -260,7 +260,7 @@ class BStep(Objective):
             left = share_a + share_b
             mixed["guard"] = left
             share = share_a / left.clamp_min(TINY)
-            # where both views are closed the target is never used, but must be finite
+            # if both views are closed the target is never used, but it must be finite
             share = torch.where(left > 0, share, lam)
         else:
             share = lam.expand(len(next(iter(a.values())))) if a else lam
@@ -336,7 +336,7 @@ class BStep(Objective):
         return total
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
-        """What is read of targets is a mean over the distilled samples, not over all: gates leave it comparable."""
+        """Average readings of targets over the distilled samples, not over all, so that gates leave them comparable."""
         share = means.get("sample_gate", 0.0)
         return {k: v / share if k in ("target_entropy", "label_guard") and share > 0 else v for k, v in means.items()}
 

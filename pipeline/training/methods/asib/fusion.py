@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 
 
 class Synergy(NamedTuple):
-    """What the fusion makes of a batch: logits z_syn (B, N), mean and log variance (B, D)."""
+    """The fusion's outputs for a batch: logits z_syn (B, N), mean and log variance (B, D)."""
 
     logits: Tensor
     mu: Tensor
@@ -29,7 +29,7 @@ class Fusion(nn.Module):
     """Fuses K teachers' `feat_2d`, of widths `teacher_dims`, under a query from the student, of width `query_dim`.
 
     Raises:
-        UserError: teachers of different width without adapters, a query of another width than was asked for.
+        UserError: teachers of different widths without adapters, a query of another width than requested.
     """
 
     def __init__(self, method: MethodConfig, teacher_dims: list[int], query_dim: int, num_classes: int) -> None:

@@ -60,9 +60,9 @@ class Monitor:
     def __init__(self, method: MethodConfig, data: RunData, teachers: list[FeatureNet], fusion: Fusion | None) -> None:
         self.method, self.data, self.teachers, self.fusion = method, data, teachers, fusion
         self.accuracy: float | None = None
-        """The synergy's, in percent, with the weights in use; None: not known yet."""
+        """The synergy's accuracy in percent, with the weights in use; None: not known yet."""
         self.smoothed: float | None = None
-        """Its moving average, which starts at the first value; epochs without evaluation leave it alone."""
+        """The accuracy's moving average; starts at the first value and is unchanged by epochs without evaluation."""
         self.gate_open = False
         self.share = 0.0
         """c: share of the averaged teachers in `auto` targets."""
@@ -79,7 +79,7 @@ class Monitor:
         return self._outputs[split]
 
     def forget_teachers(self) -> None:
-        """Drop their outputs; to be called after the teachers have changed."""
+        """Drop the teachers' stored outputs; to be called after the teachers have changed."""
         self._outputs.clear()
 
     def average(self, split: str) -> Tensor:
@@ -93,16 +93,16 @@ class Monitor:
         return synergy_logits(self.fusion, query, self.teachers_on(split), chosen)
 
     def synergy_accuracy(self, student: Outputs) -> float:
-        """In percent, on the evaluation split."""
+        """The synergy's accuracy in percent on the evaluation split."""
         logits = self.synergy_on("eval", student, self.method.synergy_eval_teacher_indices)
         return distributed.first_process_says(accuracy(logits, self.data.eval.labels))
 
     def average_accuracy(self) -> float:
-        """Of the averaged teachers, in percent, on the evaluation split."""
+        """The averaged teachers' accuracy in percent on the evaluation split."""
         return distributed.first_process_says(accuracy(self.average("eval"), self.data.eval.labels))
 
     def teachers_found(self) -> dict[str, float]:
-        """The teachers on the evaluation split, and how often they disagree."""
+        """The teachers' accuracies on the evaluation split, and how often they disagree."""
         seen, y = self.teachers_on("eval"), self.data.eval.labels
         differ, both_wrong = targets.disagreement([s.logits for s in seen], y)
         found = {f"teacher/{k}/acc": accuracy(s.logits, y) for k, s in enumerate(seen)}
@@ -112,7 +112,7 @@ class Monitor:
     # A-steps ---------------------------------------------------------------------------------------------------------
 
     def begin_a_step(self) -> None:
-        """Start over: the best snapshot is that of one A-step."""
+        """Start over: the best snapshot belongs to a single A-step."""
         self.snapshot = {}
 
     def update(self, acc: float) -> None:
@@ -150,13 +150,13 @@ class Monitor:
     # the gate --------------------------------------------------------------------------------------------------------
 
     def decide(self, student: FeatureNet, trained: bool) -> None:
-        """Decide, before a B-step, whether synergy targets are taught, and `auto`'s share of the averaged teachers.
+        """Decide before a B-step whether synergy targets are taught, and `auto`'s share of the averaged teachers.
 
         Args:
             trained: whether the fusion has been trained at all.
         """
         if not self.data.has_validation:
-            # the schema allows no threshold then, and the test split must not decide
+            # the schema then allows no threshold, and the test split must not decide
             self.gate_open = trained
             return
         m = self.method

@@ -1,4 +1,4 @@
-"""What follows from the epoch: the plan of stages, temperature, weights of the bottleneck and of distillation.
+"""Everything that depends on the epoch: the plan of stages, temperature, weights of the bottleneck and of distillation.
 
 Counters (docs/method.md): a = A-epochs so far, b = B-epochs so far, e = a + b, all from 0.
 """
@@ -52,7 +52,7 @@ def two_views(method: MethodConfig, b: int) -> bool:
 def make_plan(method: MethodConfig, a_steps: bool) -> list[Epoch]:
     """The run's epochs: `num_stages` times an A-step (skipped at 0 epochs, or without fusion), then a B-step.
 
-    An A-step that only B-epochs without distillation follow (`kd_cooldown_epochs`) is skipped: nothing would use it.
+    An A-step followed only by B-epochs without distillation (`kd_cooldown_epochs`) is skipped: nothing would use it.
     """
     plan: list[Epoch] = []
     counts = {"a": 0, "b": 0}

@@ -26,7 +26,7 @@ def averaged_share(known: float, threshold: float, average: float, least: float,
     """c of `auto` behind an open gate (docs/method.md section 3).
 
     Falls linearly from `most` at the gate's threshold to `least` at the averaged teachers' accuracy, clamped; straight
-    to `least` where the threshold is not below that accuracy. Accuracies in one unit.
+    to `least` if the threshold is not below that accuracy. All accuracies are in the same unit.
     """
     if threshold >= average:
         return least
@@ -38,7 +38,7 @@ def best_of(p_synergy: Tensor, p_average: Tensor, y: Tensor) -> tuple[Tensor, Te
     """`auto_min`: which of two targets (B, N) has the lower cross-entropy against the label y (B,).
 
     Returns:
-        (B,) bool: whether it is the synergy's, and (B,) bool, the label guard: whether one has the label on top.
+        (B,) bool: whether it is the synergy's, and (B,) bool, the label guard: whether either has the label on top.
     """
     picked = (p_synergy.gather(1, y[:, None]) >= p_average.gather(1, y[:, None])).squeeze(1)
     return picked, (p_synergy.argmax(dim=1) == y) | (p_average.argmax(dim=1) == y)
@@ -91,7 +91,7 @@ def select(confidence: Tensor, threshold: float, min_ratio: float, max_ratio: fl
     """Rows (n,), ascending, of the samples that the student is least sure of.
 
     Samples whose confidence is below `threshold`, least confident first, at least `min_ratio` and at most `max_ratio`
-    of the batch; ties go to the earlier row, so that all processes choose alike.
+    of the batch; ties go to the earlier row, so that all processes choose the same.
 
     Args:
         confidence: max softmax of the student, (B,), of the global batch.

@@ -47,7 +47,7 @@ def check_student(config: Config, student: FeatureNet, num_classes: int) -> None
 
 
 def _freeze(net: FeatureNet, policy: freeze.FreezePolicy, key: str) -> freeze.Frozen:
-    """Apply a policy. Raises a UserError that names `key` where the network cannot be frozen like that."""
+    """Apply a policy. Raises a UserError that names `key` if the network cannot be frozen like that."""
     try:
         return freeze.apply(net, policy)
     except ValueError as error:
@@ -55,7 +55,7 @@ def _freeze(net: FeatureNet, policy: freeze.FreezePolicy, key: str) -> freeze.Fr
 
 
 def _trainable(name: str, module: nn.Module) -> dict[str, float]:
-    """Trainable and all parameters of what a step trains."""
+    """Numbers of trainable and of all parameters of what a step trains."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return {
         f"parameters/{name}_trainable": trained,
@@ -64,14 +64,14 @@ def _trainable(name: str, module: nn.Module) -> dict[str, float]:
 
 
 OpenBank = Callable[[TrainBatches, Sequence[FeatureNet], Costs], BankedTeachers | None]
-"""The bank of some teachers and training images, which counts what it serves."""
+"""A bank for given teachers and training images, which counts what it serves."""
 
 
 class Distillation(Task):
-    """The loop's task for a student: K >= 0 teachers, a fusion where targets need one, stages.
+    """The loop's task for a student: K >= 0 teachers, a fusion if targets need one, stages.
 
     Args:
-        student: trained in B-steps; with an adapter where its `distill_feat` is used.
+        student: trained in B-steps; with an adapter if its `distill_feat` is used.
         teachers: frozen, or fine-tuned in A-steps.
         open_bank: gives a bank of the teachers' outputs for the training images, or None.
     """
@@ -142,7 +142,7 @@ class Distillation(Task):
         return fusion.to(device)
 
     def _freeze_teachers(self) -> list[tuple[freeze.Frozen, nn.Module]]:
-        """Freeze the teachers; those that are fine-tuned, with what stays frozen of them."""
+        """Freeze the teachers; of those that are fine-tuned, the parts that stay frozen."""
         m = self.method
         held: list[tuple[freeze.Frozen, nn.Module]] = []
         for net in self.teachers:
@@ -163,7 +163,7 @@ class Distillation(Task):
         return freeze.FreezePolicy(level, m.student_freeze_bn)
 
     def _try_student_levels(self) -> None:
-        """Refuse before training what a later stage could not freeze; the student is unfrozen again afterwards."""
+        """Refuse before training whatever a later stage could not freeze; the student is unfrozen again afterwards."""
         if self.method.use_partial_freeze:
             for stage in range(self.method.num_stages):
                 policy = self._student_policy(stage)
@@ -220,7 +220,7 @@ class Distillation(Task):
             self.monitor.decide(self.student, trained=epoch.overall > 0)
 
     def _check_average(self) -> None:
-        """Raise UserError where the moving average would never be updated and yet exported."""
+        """Raise UserError if the moving average would be exported without ever being updated."""
         o, updates = self.optim, self._b_epochs() * len(self.batches) * self.method.cccp_ns
         if o.select_weights == "ema" and o.ema_update_every > updates:
             raise UserError(
@@ -275,7 +275,7 @@ class Distillation(Task):
         return self.method.kd_ens_alpha if b < self.method.teacher_adapt_kd_warmup else 0.0
 
     def _freeze_student(self, stage: int) -> None:
-        """Freeze the student as its stage says, and wrap it again for several processes."""
+        """Freeze the student as its stage requires, and wrap it again for several processes."""
         m = self.method
         if not m.use_partial_freeze or stage == self._stage:
             return

@@ -124,7 +124,7 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"space: {{{TAU}}}\nspace: {{{TAU}}}", "no valid YAML in line 2, column 1: found duplicate key space"),
+        (f"space: {{{TAU}}}\nspace: {{{TAU}}}", "not valid YAML in line 2, column 1: found duplicate key space"),
         (f"space:\n  {TAU}\n  {TAU}", "found duplicate key method.tau"),
         ("space: {'a[0]': {type: int, low: 1, high: 2}, a.0: {type: int, low: 1, high: 2}}", "space.a.0 is"),
         ("- 1", "holds no groups of keys"),
