@@ -43,7 +43,7 @@ WRONG = {
     "sqlite:///": "name a file",
     "sqlite:///:memory:": "name a file",
     "sqlite:///{here}/folder": "is a folder; name a file in it",
-    "sqlite:///{here}/text": "no SQLite database",
+    "sqlite:///{here}/text": "not a SQLite database",
     "sqlite:///{here}/text/m.db": "is a file, and so holds none",
     "sqlite:///{here}/pipe": "not a regular file",
     "sqlite:///{here}/other.db": "another program's database",

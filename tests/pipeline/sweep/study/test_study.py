@@ -208,7 +208,7 @@ def test_bad_databases_are_named_in_one_line(tmp_path: Path) -> None:
     for url, words in {
         "mysql://a:secret@b/c": "give sqlite:///<file>, or postgresql://",
         "sqlite://": "give sqlite:///<file>",
-        f"sqlite:///{tmp_path}/text.db": "no SQLite database",
+        f"sqlite:///{tmp_path}/text.db": "not a SQLite database",
         f"sqlite:///{tmp_path}/mlflow.db": "is MLflow's database: give the studies one of their own",
         f"sqlite:///{tmp_path}/a_file/x.db": "a_file",
         "postgresql://u:secret@127.0.0.1:9/d": "Connection refused",
