@@ -65,7 +65,7 @@ def find(run: Run, given: str | None, student: Source | None) -> Source:
 
 
 def _had_fusion(run: Run, run_id: str) -> bool:
-    """Whether a run trained with a fusion; assumed true if there is no server to ask."""
+    """Whether a run trained with a fusion; assumed true if that cannot be looked up."""
     try:
         return run.delivery is None or GATE in run.delivery.run_info(run_id)["metrics"]
     except UserError:

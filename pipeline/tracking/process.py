@@ -49,7 +49,7 @@ class Trainer:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def dead(self) -> bool:
-        """The parent changes at once when the trainer dies, however it dies."""
+        """Whether the trainer is dead: the parent process changes at once, however it dies."""
         return os.getppid() != self._pid
 
     def tell(self, event: str, **values: Any) -> None:

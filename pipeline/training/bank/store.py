@@ -32,8 +32,8 @@ class Bank:
         folder: with the files.
         cells: how many there are: images × views.
         width: number of values in a record.
-        grant: asked for disk space before the file grows: bytes needed -> bytes that may be written; fewer than were
-            asked for: none.
+        grant: asked for disk space before the file grows: bytes needed -> bytes that may be written; fewer than
+            needed: nothing may be written.
     """
 
     def __init__(self, folder: Path, cells: int, width: int, grant: Callable[[int], int]) -> None:
