@@ -106,7 +106,7 @@ def _is_safetensors(path: Path) -> bool:
         raise ValueError(f"{path} cannot be read: the names of its tensors alone take {length >> 20} MB")
     if path.suffix == ".safetensors" or (head[8:9] == b"{" and length <= size):
         return True
-    raise ValueError(f"{path} cannot be read: it is not a torch.save or safetensors file, it begins with {head[:12]!r}")
+    raise ValueError(f"{path} cannot be read: it is not a torch.save or safetensors file; it begins with {head[:12]!r}")
 
 
 def load_weights(

@@ -73,7 +73,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         refused(model, tmp_path / name, "cannot be read")
     (tmp_path / "d.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    refused(model, tmp_path / "d.pth", r"no file of torch\.save or safetensors, it begins with b'version http")
+    refused(model, tmp_path / "d.pth", r"not a torch\.save or safetensors file; it begins with b'version http")
     torch.save({"epoch": 3}, tmp_path / "e.pt")
     refused(model, tmp_path / "e.pt", "no state dict")
     torch.save(model, tmp_path / "f.pt")
