@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from models.features import FeatureNet
 from models.weights import ADAPTER, read_state, weights_hash
-from pipeline.config import Config, MethodConfig
+from pipeline.config import Config
+from pipeline.config.methods.asib.settings import AsibConfig
 from pipeline.data.batches import EvalBatches
 from pipeline.data.image_files import Images
 from pipeline.data.sources import ImageData
@@ -22,8 +23,8 @@ from pipeline.evaluate import fusions
 from pipeline.evaluate.request import Request
 from pipeline.evaluate.source import Source, check_fits, find
 from pipeline.runs.run import Run
+from pipeline.training import samples
 from pipeline.training.evaluation import outputs
-from pipeline.training.methods.asib import targets
 from pipeline.training.methods.asib.fusion import Fusion
 from pipeline.training.methods.asib.monitor import synergy_logits
 from pipeline.training.methods.asib.task import query_width
@@ -67,9 +68,7 @@ class Averaged(nn.Module):
 class Fused(nn.Module):
     """Images (B, C, H, W) → synergy logits (B, N); the student runs where its feature is the query."""
 
-    def __init__(
-        self, student: FeatureNet, members: Sequence[FeatureNet], fusion: Fusion, method: MethodConfig
-    ) -> None:
+    def __init__(self, student: FeatureNet, members: Sequence[FeatureNet], fusion: Fusion, method: AsibConfig) -> None:
         super().__init__()
         self.members, self.fusion, self.key = nn.ModuleList(members), fusion, method.ib_mbm_query_key
         self.student = None if method.learnable_q else student
@@ -209,5 +208,5 @@ def _at_hand(run: Run, data: ImageData, student: FeatureNet) -> list[Teacher]:
 
 def _averaged(logits: Sequence[Tensor], weights: list[float] | None) -> Tensor:
     """Log of the mean probabilities (B, N) of logits (B, N); underflow stays finite."""
-    p = targets.averaged(list(logits), weights, tau=1.0)
+    p = samples.averaged(list(logits), weights, tau=1.0)
     return p.clamp_min(torch.finfo(p.dtype).tiny).log()

@@ -26,8 +26,7 @@ def compiles(config: Config, device: torch.device) -> bool:
     asked = config.optim.compile
     if asked != "auto":
         return bool(asked)
-    m = config.method
-    epochs = sum(m.student_epochs_per_stage) + m.num_stages * m.teacher_adapt_epochs
+    epochs = config.method.b_epochs + config.method.a_epochs
     return device.type == "cuda" and epochs >= LONG
 
 
