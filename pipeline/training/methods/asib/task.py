@@ -45,7 +45,8 @@ class AsibDistillation(Distillation):
             if width != m.ib_mbm_out_dim:
                 raise UserError(
                     f"method.feat_kd_alpha={m.feat_kd_alpha}: the student's {m.feat_kd_key} has width {width}, the "
-                    f"fusion method.ib_mbm_out_dim={m.ib_mbm_out_dim}: set it to the student's, or feat_kd_key=distill_feat"
+                    f"fusion method.ib_mbm_out_dim={m.ib_mbm_out_dim}: set it to the student's, or "
+                    "feat_kd_key=distill_feat"
                 )
 
     @staticmethod
