@@ -77,7 +77,8 @@ class FeatureNet(nn.Module):
         Args:
             graphs: also record it as CUDA graphs, to be replayed. On a GPU only.
         """
-        # every network, mode and shape takes an entry in the cache of the one code object that is compiled
+        # every network, mode and shape takes an entry in the cache of the one code object that is compiled;
+        # private API, checked with torch 2.14.1
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self._pass = kept(torch.compile(decompose, mode="reduce-overhead")) if graphs else torch.compile(decompose)
 

@@ -79,7 +79,7 @@ class Fused(nn.Module):
         return logits
 
 
-@dataclass
+@dataclass(frozen=True)
 class Subject:
     """What is evaluated.
 
@@ -160,26 +160,28 @@ def subject(run: Run, data: ImageData, request: Request, source: Source | None =
         assert config.student is not None
         source = find(run, config.student, key)
     student = networks.build_student(config, data)
-    found = Subject(config, data, mode, student, source if wanted else None)
+    record: dict[str, Any] = {}
+    members: list[Teacher] = []
+    fusion = None
     if wanted and source is not None:
-        found.record = check_fits(source, data, key)
-        networks.load(student, source.path, key, networks.prepared_as(data, found.record))
+        record = check_fits(source, data, key)
+        networks.load(student, source.path, key, networks.prepared_as(data, record))
     elif config.student is not None:
         logger.info("has no effect here: %s", key)
     if mode == "synergy":
         _check_query(config, source, key)
         place = fusions.find(run, request.fusion, source)
-        found.teachers = teachers.obtain(run, data, student)
-        widths, query = [net.feature_dim for net in found.nets], query_width(config.method, student)
+        members = teachers.obtain(run, data, student)
+        widths, query = [member.net.feature_dim for member in members], query_width(config.method, student)
         with networks.user_error("fusion"):
             made = Fusion(config.method, widths, query, data.num_classes)
-        found.fusion = made.to(networks.device_of(config)).eval()
-        fusions.load(run, place, found.fusion, [t.hash for t in found.teachers], data)
+        fusion = made.to(networks.device_of(config)).eval()
+        fusions.load(run, place, fusion, [member.hash for member in members], data)
     elif mode == "average" or request.teachers == "true":
-        found.teachers = teachers.obtain(run, data, student)
+        members = teachers.obtain(run, data, student)
     elif request.teachers == "auto":
-        found.teachers = _at_hand(run, data, student)
-    return found
+        members = _at_hand(run, data, student)
+    return Subject(config, data, mode, student, source if wanted else None, record, members, fusion)
 
 
 def _check_query(config: Config, source: Source | None, key: str) -> None:
