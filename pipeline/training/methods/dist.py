@@ -56,6 +56,6 @@ class Dist(StudentStep):
         within = within_classes(whole(q, batch), whole(p, batch), tau)
         return {"dist_between": between_classes(q, p, tau), "dist_within": within}
 
-    def weights(self) -> dict[str, float]:
+    def term_weights(self) -> dict[str, float]:
         m = self.method
         return {"dist_between": m.kd_alpha * m.beta, "dist_within": m.kd_alpha * m.gamma}

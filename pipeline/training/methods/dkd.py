@@ -30,5 +30,5 @@ class Dkd(StudentStep):
         return {"p": F.softmax(self.compared(seen[0].logits) / self.method.tau, dim=1), "y": y}
 
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        m = self.method
-        return {"dkd": losses.dkd(self.compared(student.logits), lesson["p"], lesson["y"], m.tau, m.alpha, m.beta)}
+        m, y = self.method, lesson["y"].long()  # lessons of gated samples arrive as floats
+        return {"dkd": losses.dkd(self.compared(student.logits), lesson["p"], y, m.tau, m.alpha, m.beta)}

@@ -40,13 +40,13 @@ def ebkd(logits: Tensor, targets: Tensor, weights: Tensor, tau: float) -> Tensor
 
 
 class Ebkd(StudentStep):
-    """Lesson: `p` (n, K, N), softmax(t_k / tau), and `weight` (n, K), of the logits as they are."""
+    """Lesson: `p` (n, K, N), softmax(t_k / tau), and `share` (n, K), the weights, of the logits as they are."""
 
     method: EbkdConfig
 
     def lesson(self, seen: Sequence[Features], y: Tensor) -> Lesson:
         p = losses.softened([self.compared(s.logits) for s in seen], self.method.tau)
-        return {"p": p, "weight": entropy_weights([s.logits for s in seen], self.method.as_published)}
+        return {"p": p, "share": entropy_weights([s.logits for s in seen], self.method.as_published)}
 
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        return {"ebkd": ebkd(self.compared(student.logits), lesson["p"], lesson["weight"], self.method.tau)}
+        return {"ebkd": ebkd(self.compared(student.logits), lesson["p"], lesson["share"], self.method.tau)}

@@ -44,5 +44,5 @@ class Nkd(StudentStep):
         return {"t": self.compared(seen[0].logits), "y": y}
 
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        m = self.method
-        return {"nkd": nkd(self.compared(student.logits), lesson["t"], lesson["y"], m.tau, m.gamma)}
+        m, y = self.method, lesson["y"].long()  # lessons of gated samples arrive as floats
+        return {"nkd": nkd(self.compared(student.logits), lesson["t"], y, m.tau, m.gamma)}

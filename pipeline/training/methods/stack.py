@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.features import Features
 from pipeline.config.methods.stack import StackConfig
 from pipeline.data.batches import Batch
-from pipeline.training import losses
+from pipeline.training import distributed, losses
 from pipeline.training.evaluation import outputs
 from pipeline.training.methods.simplex import on_simplex
 from pipeline.training.objective import Moment
@@ -73,21 +73,18 @@ class Stack(StudentStep):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self._teachers, self._held_out = tuple(setup.teachers), setup.data.eval
+        self._held_out = setup.data.eval
         self._combination = (Combination(len(setup.teachers), setup.device),)
         (self.own["combination"],) = self._combination
         self._ready = False
 
     def _weights(self) -> Tensor:
-        """The weights, fitted unless a checkpoint had them.
-
-        Every process fits its own, from the same images: not all of them need have samples to be taught at first.
-        """
+        """The weights, fitted unless a checkpoint had them; those of the first process in all."""
         (combination,) = self._combination
         if not self._ready and combination.weights.isnan().any():
             y = self._held_out.labels
             logits = [outputs(t, self._held_out, f"teacher {k}").logits for k, t in enumerate(self._teachers)]
-            found = fitted(logits, y)
+            found = distributed.first_process_says(fitted(logits, y))
             combination.weights.copy_(found)
             equal = torch.full_like(found, 1 / len(found))
             logger.info(

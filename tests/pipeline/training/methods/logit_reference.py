@@ -138,7 +138,7 @@ def check_step(settings: Callable[..., MethodConfig], loss: Loss, k: int = 1) ->
 
 
 def _weighted(step: Any, s: Tensor, ts: list[Tensor], y: Tensor) -> Tensor:
-    terms, weights = terms_of(step, s, ts, y), step.weights()
+    terms, weights = terms_of(step, s, ts, y), step.term_weights()
     assert terms.keys() == weights.keys()
     return torch.stack([weights[name] * term.mean() for name, term in terms.items()]).sum()
 
