@@ -1,11 +1,13 @@
 """Every method on logits in the step that all share: batches, samples that are left out, mixed images, repeats."""
 
+from copy import deepcopy
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.methods.base import MethodConfig
@@ -14,7 +16,18 @@ from pipeline.training.objective import Moment
 from pipeline.training.run_data import RunData
 from pipeline.training.step import Weights
 from tests.pipeline.training.builders import CLASSES, CPU, config, image_data
-from tests.pipeline.training.methods.logit_reference import step_of
+from tests.pipeline.training.methods import (
+    test_aekd,
+    test_aver,
+    test_dist,
+    test_dkd,
+    test_ebkd,
+    test_kd,
+    test_nkd,
+    test_ttm,
+    test_wttm,
+)
+from tests.pipeline.training.methods.logit_reference import Loss, relative_error, step_of
 
 SINGLE = ("kd", "dkd", "dist", "ttm", "wttm", "nkd")
 SEVERAL = ("aver", "ebkd", "aekd", "stack")
@@ -114,3 +127,45 @@ def test_with_one_teacher_the_step_is_that_of_plain_distillation(name: str) -> N
     )
     torch.testing.assert_close(out["loss"], plain["loss"])
     torch.testing.assert_close(slope, plain_slope)
+
+
+@pytest.mark.step  # seconds each
+@pytest.mark.parametrize(
+    ("name", "k", "keys", "loop"),
+    [
+        ("kd", 1, {}, test_kd.loop),
+        ("dkd", 1, {}, test_dkd.loop),
+        ("dist", 1, {"gamma": test_dist.GAMMA}, test_dist.loop),
+        ("ttm", 1, {}, test_ttm.loop),
+        ("wttm", 1, {}, test_wttm.loop),
+        ("nkd", 1, {"tau": 2.0}, test_nkd.loop),
+        ("aver", 3, {}, test_aver.loop),
+        ("ebkd", 3, {}, test_ebkd.loop),
+        ("aekd", 3, {}, test_aekd.loop),
+    ],
+)
+def test_fifty_updates_are_those_of_a_plain_float64_loop(name: str, k: int, keys: dict[str, Any], loop: Loss) -> None:
+    step = step_of(settings(name, ce_alpha=0.5, kd_alpha=1.0, **keys), k)
+    step.begin_epoch(Weights(1.0))
+    step.train()
+    plain = deepcopy(step.trainable_module).double()
+    teachers = [deepcopy(teacher).double() for teacher in step._teachers]
+    first, second = (torch.optim.SGD(n.parameters(), 0.02, momentum=0.9) for n in (step.trainable_module, plain))
+    start = deepcopy(plain.state_dict())
+    x = torch.randn((50, 6, 3, 8, 8), generator=torch.Generator().manual_seed(7))
+    for i, images in enumerate(x):
+        y = torch.arange(i, i + 6) % CLASSES
+        given = Batch(images, images, y, y, torch.ones(()), torch.arange(6), slice(0, 6), 6, None, None)
+        first.zero_grad()
+        step(given, Moment("b", 0, i))["loss"].backward()
+        first.step()
+        with torch.no_grad():
+            taught = [teacher.eval()(images.double()).logits for teacher in teachers]
+        s = plain(images.double()).logits
+        second.zero_grad()
+        (0.5 * F.cross_entropy(s, y) + loop(s, taught, y).mean()).backward()
+        second.step()
+    for key, value in plain.state_dict().items():
+        if value.is_floating_point():
+            assert relative_error(step.trainable_module.state_dict()[key], value) < 1e-4, key
+    assert relative_error(plain.net.fc.weight.detach(), start["net.fc.weight"]) > 0.01, "it has learned something"
