@@ -38,6 +38,16 @@ def kd(student_logits: Tensor, target_logits: Tensor, tau: float) -> Tensor:
     return kl_to(student_logits, F.softmax(target_logits.detach().float() / tau, dim=1), tau)
 
 
+def softened(logits: Sequence[Tensor], tau: float) -> Tensor:
+    """softmax(t_k / tau) of each of K teachers, (B, K, N) from K logits (B, N)."""
+    return torch.stack([F.softmax(t.float() / tau, dim=1) for t in logits], dim=1)
+
+
+def kl_to_each(logits: Tensor, targets: Tensor, tau: float) -> Tensor:
+    """`kl_to` for each of K teachers, (B, K), from logits (B, N) and their probability vectors (B, K, N)."""
+    return torch.stack([kl_to(logits, p, tau) for p in targets.unbind(dim=1)], dim=1)
+
+
 def dkd(logits: Tensor, target: Tensor, y: Tensor, tau: float, alpha: float, beta: float) -> Tensor:
     """Decoupled distillation, tau^2 (alpha TCKD + beta NCKD) per sample (Zhao et al. 2022, eq. 7).
 
