@@ -31,8 +31,8 @@ class Regressor(nn.Sequential):
             conv = nn.Conv2d(c_s, c_t, (h, w))
         else:
             raise UserError(
-                f"no regressor leads from the student's map {_words(student)} to the teacher's {_words(teacher)}: choose "
-                "a stage or networks whose maps are as large, larger, or half as large as the teacher's"
+                f"no regressor leads from the student's map {_words(student)} to the teacher's {_words(teacher)}: "
+                "choose a stage or networks whose maps are as large, larger, or half as large as the teacher's"
             )
         super().__init__(conv, nn.BatchNorm2d(c_t), nn.ReLU())
 
