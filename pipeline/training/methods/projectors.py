@@ -1,11 +1,25 @@
 """What several methods put between two networks' feature maps. Trained with the student, and thrown away after."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
 
 Shape = tuple[int, int, int]
 """(C, h, w) of a feature map."""
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation that takes its running statistics where a batch has one value per channel.
+
+    Torch refuses to train on that; a process's slice of a last batch may be one image, and a map one place.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        y: Tensor = super().forward(x)
+        return y
 
 
 class Regressor(nn.Sequential):
@@ -34,11 +48,7 @@ class Regressor(nn.Sequential):
                 f"no regressor leads from the student's map {_words(student)} to the teacher's {_words(teacher)}: "
                 "choose a stage or networks whose maps are as large, larger, or half as large as the teacher's"
             )
-        super().__init__(conv, nn.BatchNorm2d(c_t), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)
-        return y
+        super().__init__(conv, BatchNorm(c_t), nn.ReLU())
 
 
 def _words(shape: Shape) -> str:
