@@ -11,6 +11,7 @@ class FtConfig(MethodConfig):
     """Factor transfer (Kim et al. 2018)."""
 
     step: ClassVar[str] = "pipeline.training.methods.ft:Ft"
+    task: ClassVar[str] = "pipeline.training.methods.ft:FactorTransfer"
     maps: ClassVar[bool] = True
 
     name: Literal["ft"] = key("ft", "distillation method")
@@ -18,3 +19,8 @@ class FtConfig(MethodConfig):
     paraphraser_ratio: Positive = key(0.5, "channels of a factor per channel of the teacher's map")
     paraphraser_epochs: Epoch = key(30, "epochs in which the paraphraser learns to reconstruct the teacher's map")
     paraphraser_lr: Positive = key(0.01, "learning rate of the paraphraser")
+
+    @property
+    def a_epochs(self) -> int:
+        """Epochs of the paraphraser; none where nothing is distilled."""
+        return self.paraphraser_epochs if self.distils else 0

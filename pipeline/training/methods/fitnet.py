@@ -22,7 +22,7 @@ class Fitnet(StudentStep):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        stage, stages = setup.method.hint_stage, len(setup.student_maps)
+        stage, stages = self.method.hint_stage, len(setup.student_maps)
         if stage > stages:
             raise UserError(
                 f"method.hint_stage={stage}: student and teacher share {stages} stages; choose 1 to {stages}"

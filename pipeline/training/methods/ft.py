@@ -2,16 +2,21 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.features import FeatureNet, Features
+from pipeline.config import ScheduleConfig
 from pipeline.data.batches import Batch
+from pipeline.training import optim
 from pipeline.training.methods.maps import attention, same_size
 from pipeline.training.methods.projectors import BatchNorm
 from pipeline.training.objective import Moment, Objective, batch_mean
+from pipeline.training.phases import Epoch, Phase
 from pipeline.training.step import Lesson, Setup, StudentStep
+from pipeline.training.student import Distillation, b_epochs_after
 
 SLOPE = 0.1
 """Of the leaky ReLUs."""
@@ -84,14 +89,53 @@ class Ft(StudentStep):
     """Acts on the last stage; the translator is trained with the student, the paraphraser before it."""
 
     def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
         channels = setup.teacher_maps[0][-1][0]
-        factor = max(1, int(channels * setup.method.paraphraser_ratio))
-        self.paraphraser = Paraphraser(channels, factor).requires_grad_(False).eval()
+        method: Any = setup.method
+        factor = max(1, int(channels * method.paraphraser_ratio))
+        paraphraser = Paraphraser(channels, factor).to(setup.device)
+        super().__init__(setup, frozen=[paraphraser])
+        self._paraphraser = (paraphraser,)  # a tuple: not registered, for it is not trained here
         self.own["translator"] = Translator(setup.student_maps[-1][0], factor)
 
+    @property
+    def paraphraser(self) -> Paraphraser:
+        return self._paraphraser[0]
+
     def lesson(self, seen: Sequence[Features], y: Tensor) -> Lesson:
-        return {"factor": self.paraphraser.encoder(seen[0].maps[-1].float())}
+        return {"factor": self.paraphraser.encoder(seen[0].maps[-1])}
 
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         return {"ft": factor_distance(self.own["translator"](student.maps[-1]), lesson["factor"])}
+
+
+class FactorTransfer(Distillation):
+    """The paraphraser's epochs, then the student's."""
+
+    b_step: Ft
+
+    def make_plan(self) -> list[Epoch]:
+        n = self.method.a_epochs
+        return b_epochs_after([Epoch("paraphrase", 0, i, i, i, i == 0, i == n - 1) for i in range(n)], self.method)
+
+    def own_phases(self) -> dict[str, Phase]:
+        m, o = self.method, self.optim
+        if m.a_epochs == 0:
+            return {}
+        objective = Paraphrase(self.b_step.paraphraser, self.teachers[0], self.device)
+        groups = [(objective.trainable_module, m.paraphraser_lr)]
+        optimizer = optim.optimizer(o.optimizer, groups, o.student_weight_decay, o.momentum)
+        constant = optim.lr_schedule(optimizer, ScheduleConfig(type="step"), m.a_epochs, len(self.batches))
+        return {"paraphrase": Phase("paraphraser", objective, optimizer, constant)}
+
+    def own_networks(self) -> dict[str, nn.Module]:
+        found = super().own_networks()
+        return found | ({"paraphraser": self.b_step.paraphraser.encoder} if self.teachers else {})
+
+    def own_state(self) -> dict[str, Any]:
+        state = super().own_state()
+        return state | ({"paraphraser": self.b_step.paraphraser.state_dict()} if self.teachers else {})
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        super().load_own_state(state)
+        if self.teachers:
+            self.b_step.paraphraser.load_state_dict(state["paraphraser"])

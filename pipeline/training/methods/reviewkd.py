@@ -104,7 +104,7 @@ class Reviewkd(StudentStep):
         (teacher,) = setup.teachers
         student_shapes = [*setup.student_maps, (setup.student.feature_dim, 1, 1)]
         teacher_shapes = [*setup.teacher_maps[0], (teacher.feature_dim, 1, 1)]
-        self.own["review"] = Review(student_shapes, teacher_shapes, setup.method.fusion_width)
+        self.own["review"] = Review(student_shapes, teacher_shapes, self.method.fusion_width)
 
     def lesson(self, seen: Sequence[Features], y: Tensor) -> Lesson:
         return to_lesson(_with_pooled(seen[0]))

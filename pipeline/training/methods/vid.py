@@ -67,7 +67,7 @@ class Vid(StudentStep):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self.own["stages"] = Stages(setup.student_maps, setup.teacher_maps[0], setup.method.init_variance)
+        self.own["stages"] = Stages(setup.student_maps, setup.teacher_maps[0], self.method.init_variance)
 
     def lesson(self, seen: Sequence[Features], y: Tensor) -> Lesson:
         return to_lesson(seen[0].maps)
