@@ -1,9 +1,11 @@
 """The methods on feature maps as steps: each teaches the teacher's maps, and trains all that is its own."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from models.features import Features
@@ -31,6 +33,7 @@ from tests.pipeline.training.builders import CLASSES, CPU, net
 from tests.pipeline.training.methods.feature_maps import maps
 
 SHAPES = [(4, 8, 8), (6, 4, 4)], [(3, 8, 8), (7, 4, 4)]
+ROOT = Path(__file__).resolve().parents[4]
 MOMENT = Moment("b", 0, 0)
 ALL: list[tuple[type[StudentStep], type[MethodConfig]]] = [
     (At, AtConfig), (Fitnet, FitnetConfig), (Ft, FtConfig), (Nst, NstConfig), (Reviewkd, ReviewkdConfig),
@@ -121,7 +124,9 @@ def test_a_variance_below_its_floor_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("kind", "settings"), ALL)
-def test_published_values_are_the_defaults(kind: type[StudentStep], settings: type[MethodConfig]) -> None:
+def test_the_method_s_file_has_the_published_weight(kind: type[StudentStep], settings: type[MethodConfig]) -> None:
     weights = {"at": 1000, "fitnet": 100, "ft": 200, "nst": 50, "reviewkd": 1, "sp": 3000, "vid": 1}
-    assert settings().kd_alpha == weights[settings().name]
-    assert settings().ce_alpha == 1
+    name = settings().name
+    chosen = settings.model_validate(yaml.safe_load((ROOT / f"conf/method/{name}.yaml").read_text()))
+    assert (chosen.name, chosen.kd_alpha, chosen.ce_alpha) == (name, weights[name], 1)
+    assert chosen == settings(kd_warmup_epochs=20 if name == "reviewkd" else 0), "all else are the defaults"
