@@ -113,6 +113,7 @@ class CifarNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"CIFAR networks give NCHW maps, not {output_fmt!r}")
+        # private API, checked with timm 1.0.31
         take, last = feature_take_indices(len(self.feature_info), indices)
         maps = []
         x = self.stem(x)

@@ -66,6 +66,12 @@ def dkd(logits: Tensor, target: Tensor, y: Tensor, tau: float, alpha: float, bet
     return tau**2 * (alpha * tckd + beta * nckd)
 
 
+def standardised(logits: Tensor) -> Tensor:
+    """z = (x - mean) / (std + 1e-7) of each sample, with the unbiased deviation, (B, N) (Sun et al. 2024, eq. 10)."""
+    x = logits.float()
+    return (x - x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-7)
+
+
 def feature_distance(feature: Tensor, mu: Tensor, beta: float, clip: float | None) -> Tensor:
     """sum_d huber(feature - mu) per sample, bounded by `clip`; (B,) from (B, D) (docs/method.md section 3).
 
