@@ -96,5 +96,5 @@ class CaMkd(StudentStep):
         ce = [batch.lam * cross_entropy(t, batch.y) + (1 - batch.lam) * cross_entropy(t, batch.y_b) for t in logits]
         return confidence_weights(torch.stack(ce))
 
-    def weights(self) -> dict[str, float]:
+    def term_weights(self) -> dict[str, float]:
         return {"ca_mkd_kd": self.method.kd_alpha, "ca_mkd_feat": self.method.feat_alpha}

@@ -160,7 +160,7 @@ class Crd(StudentStep):
         self._others = (Others(labels).to(setup.device),)
         self._row = torch.zeros(len(train.labels), dtype=torch.int64, device=setup.device)
         self._row[train.indices] = torch.arange(n, device=setup.device)
-        self._seen: tuple[Tensor, ...] | None = None
+        self._seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def lesson(self, seen: Sequence[Features], y: Tensor) -> Lesson:
         return {"feature": seen[0].feat_2d}
@@ -171,8 +171,8 @@ class Crd(StudentStep):
         rows, seed = self._row[batch.index], self.streams.derive("crd_negatives", *moment)
         bits = counted_bits(seed, batch.rows, self.method.negatives, s.device)
         loss, log_z = self.own["memory"](s, t, rows, self._others[0](batch.y, bits))
-        everyone = (distributed.gather_rows(v, batch.rows, batch.global_size) for v in (s.detach(), t.detach(), rows))
-        self._seen = (*everyone, log_z)
+        s, t, rows = (distributed.gather_rows(v.detach(), batch.rows, batch.global_size) for v in (s, t, rows))
+        self._seen = s, t, rows, log_z
         return {"crd": loss}
 
     def updated(self, skipped: Tensor) -> None:

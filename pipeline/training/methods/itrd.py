@@ -59,6 +59,6 @@ class Itrd(StudentStep):
             "itrd_mutual": mutual(plain, teacher),
         }
 
-    def weights(self) -> dict[str, float]:
+    def term_weights(self) -> dict[str, float]:
         m = self.method
         return {"itrd_corr": m.kd_alpha * m.lambda_corr, "itrd_mutual": m.kd_alpha * m.lambda_mutual}

@@ -1,12 +1,17 @@
 """CA-MKD's two terms and their weights against loops over samples and teachers."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config.methods.ca_mkd import CaMkdConfig
+from pipeline.errors import UserError
 from pipeline.training.losses import kd
 from pipeline.training.methods.ca_mkd import (
+    CaMkd,
     Projector,
     classify,
     confidence_weights,
@@ -15,6 +20,7 @@ from pipeline.training.methods.ca_mkd import (
 )
 from tests.pipeline.training.builders import ce, kl, net, softmax
 from tests.pipeline.training.methods.against import errors, finite, random
+from tests.pipeline.training.methods.stepping import batches, first, gradients, made, outputs, terms
 
 B, N, TAU = 6, 5, 4.0
 Y = torch.arange(B) % N
@@ -142,3 +148,81 @@ def test_a_teachers_classifier_reads_the_map_averaged() -> None:
     with torch.no_grad():
         out = teacher(random(3, 3, 8, 8))
     torch.testing.assert_close(classify(teacher, out.feat_4d), out.logits)
+
+
+# the step ------------------------------------------------------------------------------------------------------------
+
+
+def parts(step: Any, batch: Any) -> tuple[Any, list[Any], list[Tensor]]:
+    """Student's and teachers' outputs, and the student's last map as each projector has it."""
+    student = outputs(step.trainable_module, batch.x)
+    taught = [outputs(t, batch.x) for t in step._teachers]
+    return student, taught, [step.own[f"projector_{k}"](student.maps[-1]) for k in range(len(taught))]
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+def test_the_step_weighs_logits_and_maps_by_cross_entropy(standardise: bool) -> None:
+    step, batch = made(CaMkd, CaMkdConfig(standardise=standardise), 3), first(batches())
+    student, taught, projected = parts(step, batch)
+    found = terms(step, batch)
+
+    def weights(logits: list[Tensor]) -> Tensor:
+        return confidence_weights(torch.stack([F.cross_entropy(v, batch.y, reduction="none") for v in logits]))
+
+    by_map = weights([t.net.fc(p.mean((2, 3))) for t, p in zip(step._teachers, projected, strict=True)])
+    distances = torch.stack([(p - t.maps[-1]).square().mean((1, 2, 3)) for p, t in zip(projected, taught, strict=True)])
+    torch.testing.assert_close(found["ca_mkd_feat"], (by_map * distances).sum(0))
+    targets = torch.stack([step.compared(t.logits) for t in taught])
+    expected = weighted_kd(step.compared(student.logits), targets, weights([t.logits for t in taught]), 4.0)
+    torch.testing.assert_close(found["ca_mkd_kd"], expected)
+    assert step.term_weights() == {"ca_mkd_kd": 1.0, "ca_mkd_feat": 50.0}
+    assert gradients(step, batch)["projector_2.block.0.weight"].abs().max() > 0
+
+
+def test_one_teacher_is_distilled_as_by_kd_and_one_hint() -> None:
+    step, batch = made(CaMkd, CaMkdConfig(), 1), first(batches())
+    student, (teacher,), (projected,) = parts(step, batch)
+    found = terms(step, batch)
+    torch.testing.assert_close(found["ca_mkd_kd"], kd(student.logits, teacher.logits, 4.0))
+    torch.testing.assert_close(found["ca_mkd_feat"].mean(), F.mse_loss(projected, teacher.maps[-1]))
+
+
+@pytest.mark.parametrize("teachers", [1, 3])
+def test_as_published_both_terms_are_divided_by_k_once_more(teachers: int) -> None:
+    batch = first(batches())
+    formula, code = (terms(made(CaMkd, CaMkdConfig(as_published=p), teachers), batch) for p in (False, True))
+    for name, value in formula.items():
+        torch.testing.assert_close(code[name], value / teachers)
+
+
+def test_weights_are_held_fixed_unless_as_published() -> None:
+    """sum w d with w fixed has the gradient of w d; the public code's has that of d w as well."""
+    batch = first(batches())
+    for published in (False, True):
+        step = made(CaMkd, CaMkdConfig(as_published=published), 2)
+        _, taught, projected = parts(step, batch)
+        logits = [t.net.fc(p.mean((2, 3))) for t, p in zip(step._teachers, projected, strict=True)]
+        by_map = confidence_weights(torch.stack([F.cross_entropy(v, batch.y, reduction="none") for v in logits]))
+        by_map = by_map / 2 if published else by_map.detach()
+        distance = weighted_distance(projected, [t.maps[-1] for t in taught], by_map).mean()
+        weight = step.own["projector_0"].block[0].weight
+        (expected,) = torch.autograd.grad(distance, weight)
+        (found,) = torch.autograd.grad(terms(step, batch)["ca_mkd_feat"].mean(), weight)
+        torch.testing.assert_close(found, expected)
+
+
+def test_mixed_samples_are_weighed_by_both_labels() -> None:
+    step, batch = made(CaMkd, CaMkdConfig(), 2), first(batches())
+    mixed = batch._replace(y_b=(batch.y + 1) % 4, lam=torch.tensor(0.3))
+    logits = [t(batch.x).logits for t in step._teachers]
+    losses = [
+        0.3 * F.cross_entropy(v, batch.y, reduction="none") + 0.7 * F.cross_entropy(v, mixed.y_b, reduction="none")
+        for v in logits
+    ]
+    torch.testing.assert_close(CaMkd._weights(logits, mixed), confidence_weights(torch.stack(losses)))
+    assert torch.isfinite(terms(step, mixed)["ca_mkd_kd"]).all()
+
+
+def test_a_teacher_whose_classifier_reads_something_else_is_refused() -> None:
+    with pytest.raises(UserError, match=r"last map to its classifier, which reads 5 features, not the map's 9"):
+        made(CaMkd, CaMkdConfig(), 1, channels=9)

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchdistill.losses.mid_level import CCKDLoss
 
-from pipeline.training.methods.cc import FORMS, kernel, neighbours, published
+from pipeline.config.methods.cc import CcConfig
+from pipeline.training.methods.cc import FORMS, Cc, kernel, neighbours, published
 from tests.pipeline.training.methods.against import errors, finite, graded, random
+from tests.pipeline.training.methods.stepping import batches, first, gradients, made, terms
 
 
 def neighbours_loop(student: Tensor, teacher: Tensor) -> Tensor:
@@ -89,3 +91,14 @@ def test_only_the_published_form_forgets_what_correlation_is() -> None:
     s, turn = random(6, 4, seed=8), torch.linalg.qr(random(4, 4, seed=9))[0]
     assert neighbours(s, s @ turn).item() == pytest.approx(0.0, abs=1e-5)
     assert published(s, s @ turn).item() > 0.1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_step_trains_both_embeddings(form: str) -> None:
+    step, batch = made(Cc, CcConfig(form=form, embed_dim=9)), first(batches())
+    s = step.own["embed_student"](step.trainable_module(batch.x).feat_2d)
+    t = step.own["embed_teacher"](step._teachers[0](batch.x).feat_2d)
+    assert terms(step, batch)["cc"].item() == FORMS[form](s, t).item()
+    found = gradients(step, batch)
+    for name in ("embed_student.weight", "embed_teacher.weight", "net.conv.weight"):
+        assert found[name].abs().max() > 0

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchdistill.losses.mid_level import CRDLoss
 
-from pipeline.training.methods.crd import Memory, Others, counted_bits, nce
+from pipeline.config.methods.crd import CrdConfig
+from pipeline.errors import UserError
+from pipeline.training.methods.crd import Crd, Memory, Others, counted_bits, nce
 from pipeline.training.rng import Streams
 from tests.pipeline.training.methods.against import errors, finite, graded, random
+from tests.pipeline.training.methods.stepping import MOMENT, batches, first, gradients, made, terms
 
 TAU, N, M, B, WIDTH = 0.07, 64, 20, 6, 16
 LABELS = torch.arange(N) % 5 % 4  # classes of different sizes
@@ -244,3 +247,65 @@ def test_memory_stays_in_eval_mode_and_has_nothing_to_train() -> None:
     assert not list(holder.parameters())
     s, t, rows, negatives = batch()
     assert graded(lambda a: memory()(a, t, rows, negatives)[0], s)[1].abs().min() > 0
+
+
+# the step ------------------------------------------------------------------------------------------------------------
+
+
+def crd(**keys: Any) -> CrdConfig:
+    return CrdConfig(negatives=10, embed_dim=9, **keys)
+
+
+def test_the_step_contrasts_each_image_of_a_split_with_its_own_row() -> None:
+    """Rows count the training images, whatever their places in the data set."""
+    train = batches(indices=torch.arange(3, 44, 2))
+    step, seen = made(Crd, crd(), train=train), first(train)
+    kept: Any = step.own["memory"]
+    assert kept.student.shape == (21, 9)
+    s, t = (
+        F.normalize(step.own[name](network(seen.x).feat_2d), dim=1)
+        for name, network in (("embed_student", step.trainable_module), ("embed_teacher", step._teachers[0]))
+    )
+    rows = (seen.index - 3) // 2
+    labels = train.labels[train.indices]
+    bits = counted_bits(Streams(0).derive("crd_negatives", *MOMENT), slice(0, 7), 10, CPU)
+    expected, _ = kept(s, t, rows, Others(labels)(labels[rows], bits))
+    found = terms(step, seen)["crd"]
+    assert torch.equal(found, expected)
+    assert step.term_weights() == {"crd": 0.8}
+    before = kept.student.clone()
+    step.updated(torch.tensor(False))
+    changed = (kept.student != before).any(dim=1).nonzero().flatten()
+    assert torch.equal(changed, rows.sort().values)
+    step.updated(torch.tensor(False))  # an epoch in which nothing is distilled
+    graded_names = gradients(step, seen)
+    for name in ("embed_student.weight", "embed_teacher.weight", "net.conv.weight"):
+        assert graded_names[name].abs().max() > 0
+
+
+def test_the_step_leaves_the_memory_alone_when_an_update_is_skipped() -> None:
+    step, seen = made(Crd, crd()), first(batches())
+    state = {k: v.clone() for k, v in step.own_state()["memory"].items()}
+    terms(step, seen)
+    step.updated(torch.tensor(True))
+    assert all(torch.equal(v, state[k]) for k, v in step.own_state()["memory"].items())
+
+
+def test_other_moments_have_other_negatives_and_a_resumed_step_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, seen = made(Crd, crd()), first(batches())
+    drawn = []
+    forward = Others.forward
+    monkeypatch.setattr(Others, "forward", lambda self, y, bits: drawn.append(forward(self, y, bits)) or drawn[-1])
+    for moment in (MOMENT, MOMENT._replace(batch=1), MOMENT._replace(epoch=1), MOMENT):
+        lesson = {"feature": step._teachers[0](seen.x).feat_2d}
+        step.terms(step.trainable_module(seen.x), lesson, seen, moment)
+    assert torch.equal(drawn[0], drawn[3])
+    assert len({tuple(d.flatten().tolist()) for d in drawn}) == 3
+
+
+def test_as_many_negatives_as_images_and_a_single_class_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^method\.negatives=44 with 44 training images: set it to at most 43$"):
+        made(Crd, CrdConfig(negatives=44))
+    made(Crd, CrdConfig(negatives=43))
+    with pytest.raises(UserError, match="contrasts classes, and all training images are of one"):
+        made(Crd, crd(), train=batches(indices=torch.arange(0, 44, 4)))

@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.training.methods.fitnet_mkd import mean_hint
+from pipeline.config.methods.fitnet_mkd import FitnetMkdConfig
+from pipeline.errors import UserError
+from pipeline.training.methods.fitnet_mkd import FitnetMkd, mean_hint
 from pipeline.training.methods.projectors import Regressor
 from tests.pipeline.training.methods.against import errors, finite, random
+from tests.pipeline.training.methods.stepping import batches, first, gradients, made, outputs, terms
 
 SHAPES = [(3, 4, 4), (5, 2, 2)]
 
@@ -64,3 +67,23 @@ def test_one_sample_and_large_or_half_precision_maps() -> None:
     finite(ours, random(2, 5, 4, 4, scale=1e4), random(2, 5, 4, 4, seed=1, scale=1e4))
     s, f = random(2, 5, 4, 4).half(), random(2, 5, 4, 4, seed=1).half()
     assert torch.equal(finite(ours, s, f), ours(s.float(), f.float()))
+
+
+@pytest.mark.parametrize("teachers", [1, 3])
+def test_the_step_regresses_the_hint_stage_on_every_teacher(teachers: int) -> None:
+    step, batch = made(FitnetMkd, FitnetMkdConfig(), teachers), first(batches())
+    found = terms(step, batch)["fitnet_mkd"]
+    student = outputs(step.trainable_module, batch.x).maps[1]
+    pairs = [(step.own[f"regressor_{k}"](student), outputs(t, batch.x).maps[1]) for k, t in enumerate(step._teachers)]
+    expected = sum(F.mse_loss(r, f) for r, f in pairs) / teachers
+    assert found.shape == (len(batch.y),)
+    assert found.mean().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert step.term_weights() == {"fitnet_mkd": 100.0}
+    graded = gradients(step, batch)
+    for name in ["net.conv.weight", *(f"regressor_{k}.0.weight" for k in range(teachers))]:
+        assert graded[name].abs().max() > 0, "the hint has no gradient"
+
+
+def test_a_hint_stage_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^method\.hint_stage=3 and 2 stages that .* share: give one from 1 to 2$"):
+        made(FitnetMkd, FitnetMkdConfig(hint_stage=3), 2)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.training.methods.itrd import correlation, mutual
+from pipeline.config.methods.itrd import ItrdConfig
+from pipeline.training.methods.itrd import Itrd, correlation, mutual
 from tests.pipeline.training.methods.against import errors, finite, graded, random
+from tests.pipeline.training.methods.stepping import batches, first, gradients, made, terms
 
 
 def corr(student: Tensor, teacher: Tensor) -> Tensor:
@@ -88,3 +90,16 @@ def test_small_batches_equal_samples_and_large_or_half_precision_features() -> N
         s, t = random(6, 8).half(), random(6, 8, seed=1).half()
         assert finite(loss, s, t) == finite(loss, s.float(), t.float())
     assert finite(corr, random(1, 4), random(1, 4, seed=1)).item() == pytest.approx(2.0), "nothing correlates"
+
+
+def test_the_step_embeds_the_student_for_both_terms_unless_the_widths_are_the_teachers() -> None:
+    step, batch = made(Itrd, ItrdConfig()), first(batches())
+    plain, teacher = step.trainable_module(batch.x).feat_2d, step._teachers[0](batch.x).feat_2d
+    embedded = step.own["embed"](plain)
+    found = terms(step, batch)
+    assert found["itrd_corr"].item() == corr(embedded, teacher).item()
+    assert found["itrd_mutual"].item() == mutual(embedded, teacher).item()
+    assert step.term_weights() == {"itrd_corr": 2.0, "itrd_mutual": 1.0}
+    assert gradients(step, batch)["embed.weight"].abs().max() > 0
+    step.same_width = True
+    assert terms(step, batch)["itrd_mutual"].item() == mutual(plain, teacher).item()

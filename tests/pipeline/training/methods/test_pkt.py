@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 from torchdistill.losses.mid_level import PKTLoss
 
-from pipeline.training.methods.pkt import affinities, pkt
+from pipeline.config.methods.pkt import PktConfig
+from pipeline.training.methods.pkt import Pkt, affinities, pkt
 from tests.pipeline.training.methods.against import errors, finite, graded, random
+from tests.pipeline.training.methods.stepping import batches, first, gradients, made, terms
 
 
 def loop(student: Tensor, teacher: Tensor) -> Tensor:
@@ -70,3 +72,11 @@ def test_small_large_and_half_precision_features(scale: float) -> None:
     finite(pkt, random(6, 8, scale=scale), random(6, 8, seed=1, scale=scale))
     s, t = random(6, 8).half(), random(6, 8, seed=1).half()
     assert finite(pkt, s, t) == finite(pkt, s.float(), t.float())
+
+
+def test_the_step_compares_pooled_features() -> None:
+    step, batch = made(Pkt, PktConfig()), first(batches())
+    expected = pkt(step.trainable_module(batch.x).feat_2d, step._teachers[0](batch.x).feat_2d)
+    assert terms(step, batch)["pkt"].item() == expected.item()
+    assert step.term_weights() == {"pkt": 30_000.0}
+    assert gradients(step, batch)["net.conv.weight"].abs().max() > 0

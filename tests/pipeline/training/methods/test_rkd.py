@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 from torchdistill.losses.mid_level import RKDLoss
 
-from pipeline.training.methods.rkd import rkd
+from pipeline.config.methods.rkd import RkdConfig
+from pipeline.training.methods.rkd import Rkd, rkd
 from tests.pipeline.training.methods.against import errors, finite, graded, random
+from tests.pipeline.training.methods.stepping import batches, first, gradients, made, terms
 
 
 def total(student: Tensor, teacher: Tensor) -> Tensor:
@@ -102,3 +104,17 @@ def test_small_large_and_half_precision_features(scale: float) -> None:
     finite(total, random(6, 8, scale=scale), random(6, 8, seed=1, scale=scale))
     s, t = random(6, 8).half(), random(6, 8, seed=1).half()
     assert finite(total, s, t) == finite(total, s.float(), t.float())
+
+
+def test_the_step_relates_pooled_features_and_leaves_out_what_weighs_nothing() -> None:
+    step, batch = made(Rkd, RkdConfig()), first(batches())
+    student, teacher = step.trainable_module(batch.x).feat_2d, step._teachers[0](batch.x).feat_2d
+    found, expected = terms(step, batch), rkd(student, teacher, 1.0, 1.0)
+    assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
+    assert step.term_weights() == {"rkd_distance": 25.0, "rkd_angle": 50.0}
+    without = made(Rkd, RkdConfig(kd_alpha=0.5, angle_alpha=0.0))
+    assert terms(without, batch).keys() == without.term_weights().keys() == {"rkd_distance"}
+    assert without.term_weights() == {"rkd_distance": 12.5}
+    assert "net.conv.weight" in gradients(without, batch)
+    with pytest.raises(ValueError, match="leave nothing to distil: set one of them above 0"):
+        RkdConfig(distance_alpha=0.0, angle_alpha=0.0)
