@@ -40,7 +40,9 @@ def schema(method: str = "asib", module: str | None = None) -> type[Config]:
     settings = methods.settings(method, module)
     if settings is Config.model_fields["method"].annotation:
         return Config
-    made: type[Config] = create_model("Config", __base__=Config, __module__=__name__, method=(settings, settings()))
+    register = Config.model_fields["register"]  # repeated, as in Config
+    fields: Any = {"method": (settings, settings()), "register": (register.annotation, register)}
+    made: type[Config] = create_model("Config", __base__=Config, __module__=__name__, **fields)
     return made
 
 
