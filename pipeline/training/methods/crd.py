@@ -131,12 +131,18 @@ class Memory(nn.Module):
         return (torch.stack(sums) / count * len(self.student)).log().float()
 
     @torch.no_grad()
-    def write(self, student: Tensor, teacher: Tensor, rows: Tensor, log_z: Tensor, skipped: Tensor) -> None:
-        """Move the global batch's memory towards its embeddings (B, width), and fix Z; nothing where `skipped`."""
+    def write(
+        self, student: Tensor, teacher: Tensor, rows: Tensor, taught: Tensor, log_z: Tensor, skipped: Tensor
+    ) -> None:
+        """Move the global batch's memory towards its embeddings (B, width), and fix Z; nothing where `skipped`.
+
+        `taught`: (B,), 0 where the teacher has not seen the sample.
+        """
+        left = (skipped | (taught == 0))[:, None]
         for bank, new in ((self.student, student), (self.teacher, teacher)):
             old = bank[rows]
             moved = F.normalize(self.momentum * old + (1 - self.momentum) * new, dim=1)
-            bank[rows] = torch.where(skipped, old, moved)
+            bank[rows] = torch.where(left, old, moved)
         self.log_z.copy_(torch.where(skipped | self.begun, self.log_z, log_z))
         self.begun.logical_or_(~skipped)
 
@@ -160,10 +166,11 @@ class Crd(StudentStep):
         self._others = (Others(labels).to(setup.device),)
         self._row = torch.zeros(len(train.labels), dtype=torch.int64, device=setup.device)
         self._row[train.indices] = torch.arange(n, device=setup.device)
-        self._seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._seen: dict[str, Tensor] = {}
 
     def lesson(self, seen: Sequence[Features], y: Tensor) -> Lesson:
-        return {"feature": seen[0].feat_2d}
+        # where the sample gate is closed, a lesson is 0
+        return {"feature": seen[0].feat_2d, "taught": torch.ones(len(y), device=self.device)}
 
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         s = F.normalize(self.own["embed_student"](student.feat_2d), dim=1)
@@ -171,11 +178,12 @@ class Crd(StudentStep):
         rows, seed = self._row[batch.index], self.streams.derive("crd_negatives", *moment)
         bits = counted_bits(seed, batch.rows, self.method.negatives, s.device)
         loss, log_z = self.own["memory"](s, t, rows, self._others[0](batch.y, bits))
-        s, t, rows = (distributed.gather_rows(v.detach(), batch.rows, batch.global_size) for v in (s, t, rows))
-        self._seen = s, t, rows, log_z
+        own = {"student": s.detach(), "teacher": t.detach(), "rows": rows, "taught": lesson["taught"]}
+        everyone = {name: distributed.gather_rows(v, batch.rows, batch.global_size) for name, v in own.items()}
+        self._seen = everyone | {"log_z": log_z}
         return {"crd": loss}
 
     def updated(self, skipped: Tensor) -> None:
-        if self._seen is not None:
-            self._memory[0].write(*self._seen, skipped.bool())
-        self._seen = None
+        if self._seen:
+            self._memory[0].write(**self._seen, skipped=skipped.bool())
+        self._seen = {}

@@ -41,6 +41,6 @@ class FitnetMkd(StudentStep):
         return {f"map_{k}": features.maps[self.at] for k, features in enumerate(seen)}
 
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        teachers = range(len(lesson))
+        teachers = range(len(self._teachers))
         regressed = [self.own[f"regressor_{k}"](student.maps[self.at]) for k in teachers]
         return {"fitnet_mkd": mean_hint(regressed, [lesson[f"map_{k}"] for k in teachers])}

@@ -19,7 +19,7 @@ from tests.pipeline.training.methods.stepping import MOMENT, batches, first, gra
 TAU, N, M, B, WIDTH = 0.07, 64, 20, 6, 16
 LABELS = torch.arange(N) % 5 % 4  # classes of different sizes
 CPU = torch.device("cpu")
-GO, SKIP = torch.tensor(False), torch.tensor(True)
+GO, SKIP, ALL = torch.tensor(False), torch.tensor(True), torch.ones(B)
 
 
 def unit(*shape: int, seed: int) -> Tensor:
@@ -183,7 +183,7 @@ def test_an_update_moves_the_batchs_rows_half_way_and_leaves_the_others() -> Non
     kept, before = memory(), memory()
     _, log_z = kept(s, t, rows, negatives)
     assert torch.equal(kept.student, before.student), "not before the update"
-    kept.write(s, t, rows, log_z, GO)
+    kept.write(s, t, rows, ALL, log_z, GO)
     for bank, old, new in ((kept.student, before.student, s), (kept.teacher, before.teacher, t)):
         expected = old.clone()
         for row, embedding in zip(rows.tolist(), new, strict=True):
@@ -196,7 +196,7 @@ def test_z_is_that_of_the_first_update() -> None:
     s, t, rows, negatives = batch()
     kept = memory()
     _, first = kept(s, t, rows, negatives)
-    kept.write(s, t, rows, first, GO)
+    kept.write(s, t, rows, ALL, first, GO)
     _, second = kept(*batch(2))
     assert torch.equal(second, first)
     assert torch.equal(kept.log_z, first)
@@ -211,7 +211,7 @@ def test_z_is_that_of_the_first_update() -> None:
 def test_a_skipped_step_leaves_no_trace() -> None:
     s, t, rows, negatives = batch()
     kept = memory()
-    kept.write(s * math.nan, t, rows, torch.full((2,), math.nan), SKIP)
+    kept.write(s * math.nan, t, rows, ALL, torch.full((2,), math.nan), SKIP)
     for name, value in memory().state_dict().items():
         assert torch.equal(kept.state_dict()[name], value), name
     value, log_z = kept(s, t, rows, negatives)
@@ -226,7 +226,7 @@ def test_memory_continues_from_its_state_bit_for_bit() -> None:
         for number in numbers:
             s, t, rows, negatives = batch(number)
             loss, log_z = kept(s, t, rows, negatives)
-            kept.write(s, t, rows, log_z, GO)
+            kept.write(s, t, rows, ALL, log_z, GO)
             found.append(loss)
         return found
 
@@ -291,13 +291,26 @@ def test_the_step_leaves_the_memory_alone_when_an_update_is_skipped() -> None:
     assert all(torch.equal(v, state[k]) for k, v in step.own_state()["memory"].items())
 
 
+def test_samples_behind_the_gate_leave_no_trace_in_the_memory() -> None:
+    """Their lesson is 0, which would be written as the teacher's embedding of nothing."""
+    step, seen = made(Crd, crd()), first(batches())
+    before = step.own["memory"].state_dict()["teacher"].clone()
+    lesson = {k: v.detach().clone() for k, v in step.lesson([step._teachers[0](seen.x)], seen.y).items()}
+    for value in lesson.values():
+        value[[1, 4]] = 0.0
+    step.terms(step.trainable_module(seen.x), lesson, seen, MOMENT)
+    step.updated(torch.tensor(False))
+    moved = (step.own["memory"].state_dict()["teacher"] != before).any(dim=1)
+    assert moved[seen.index].tolist() == [True, False, True, True, False, True, True]
+
+
 def test_other_moments_have_other_negatives_and_a_resumed_step_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     step, seen = made(Crd, crd()), first(batches())
     drawn = []
     forward = Others.forward
     monkeypatch.setattr(Others, "forward", lambda self, y, bits: drawn.append(forward(self, y, bits)) or drawn[-1])
     for moment in (MOMENT, MOMENT._replace(batch=1), MOMENT._replace(epoch=1), MOMENT):
-        lesson = {"feature": step._teachers[0](seen.x).feat_2d}
+        lesson = step.lesson([step._teachers[0](seen.x)], seen.y)
         step.terms(step.trainable_module(seen.x), lesson, seen, moment)
     assert torch.equal(drawn[0], drawn[3])
     assert len({tuple(d.flatten().tolist()) for d in drawn}) == 3
