@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.features import FeatureNet
-from pipeline.config import Config
+from pipeline.config import Config, configure
 from pipeline.data.batches import Batch
 from pipeline.data.sources import ImageData
 from pipeline.errors import Interrupted
@@ -139,7 +139,7 @@ def config(**sections: Any) -> Config:
     }
     top = {k: v for k, v in sections.items() if not isinstance(v, dict)}
     merged = {k: {**base.get(k, {}), **sections.get(k, {})} for k in {*base, *sections} - set(top)}
-    return Config.model_validate({**merged, **top, "device": "cpu"})
+    return configure({**merged, **top, "device": "cpu"})
 
 
 ONE_STAGE: dict[str, Any] = {"num_stages": 1, "student_epochs_per_stage": (1,), "teacher_adapt_epochs": 1}

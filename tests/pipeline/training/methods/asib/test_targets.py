@@ -133,7 +133,7 @@ def test_targets_of_huge_logits_are_probabilities() -> None:
 def test_the_share_of_the_averaged_teachers_falls_with_the_synergys_accuracy(
     known: float, threshold: float, average: float, expected: float
 ) -> None:
-    assert samples.averaged_share(known, threshold, average, least=0.25, most=0.8) == pytest.approx(expected)
+    assert targets.averaged_share(known, threshold, average, least=0.25, most=0.8) == pytest.approx(expected)
 
 
 def test_auto_min_picks_by_the_label_and_the_guard_closes_where_neither_knows_it() -> None:
