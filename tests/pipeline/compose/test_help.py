@@ -12,7 +12,8 @@ import yaml
 import steps
 from pipeline.compose.cli import parse
 from pipeline.compose.help import USUAL, step_help
-from pipeline.config import known_names
+from pipeline.config import Config, methods
+from pipeline.config.words import key_names, written
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,11 +60,22 @@ def test_mlflow_run_knows_every_key_that_a_step_has_of_its_own() -> None:
 def test_all_names_every_key() -> None:
     text = printed("all")
     assert max(map(len, text.splitlines())) <= 100
-    for name in known_names():
+    for name in key_names(Config):
         if not name.startswith("model.teachers.1"):
             assert f" {name} = " in text, name
     assert "  own        " in text
     assert "TEACHER_PAIR=t1,t2 STUDENT METHOD SEED" in text
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_a_method_names_its_keys_with_their_published_values_though_it_has_no_teachers(method: str) -> None:
+    """The values are those of conf/method, which states its source."""
+    words = printed(f"method={method}").split()
+    for key in methods.settings(method).model_fields:
+        assert f"method.{key}" in words
+    for key, value in yaml.safe_load((ROOT / "conf" / "method" / f"{method}.yaml").read_text()).items():
+        told = words[words.index(f"method.{key}") + 2]
+        assert told == written(value) or float(told) == float(value)
 
 
 def test_a_group_is_its_section_alone() -> None:

@@ -500,7 +500,8 @@ PICTURES = {"dataset.name": "image_folder", "dataset.root": "{here}/pictures", "
 TORCHVISION = {"dataset.name": "cifar10", "dataset.root": "{here}/nothing"}
 
 SEEN_IN_THE_STUDENT = {
-    "seed": 1, "dataset.batch_size": 6, "dataset.val_fraction": 0.5, "method.name": "fitnet", "method.module": "nobody.nothing",
+    "seed": 1, "dataset.batch_size": 6, "dataset.val_fraction": 0.5, "method.name": "fitnet",
+    "method.module": "nobody.nothing",
     "method.synergy_only_epochs": 1, "method.ce_alpha": 0.1, "method.kd_alpha": 0.9, "method.renorm_ce_kd": True,
     "method.kd_target": "weighted_conf", "method.kd_loss": "dkd", "method.tau": 2.0, "method.tau_schedule": [4.0, 1.0],
     "method.tau_syn": 1.0, "method.synergy_logit_scale": 0.3, "method.use_mu_for_kd": False, "method.hybrid_beta": 0.5,
