@@ -37,7 +37,7 @@ from pipeline.runs.opening import open_run
 from pipeline.training.evaluation import outputs
 from pipeline.training.loop import Loop
 from pipeline.training.methods.asib import monitor
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.optim import Precision
 from pipeline.training.run_data import Task
 from tests.pipeline.training.builders import (

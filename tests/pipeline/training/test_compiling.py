@@ -14,7 +14,7 @@ from pipeline.training.compiling import LONG, check_device, compile_seconds, com
 from pipeline.training.evaluation import outputs
 from pipeline.training.loop import Loop
 from pipeline.training.methods.asib import task as stages
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.objective import Moment
 from pipeline.training.optim import Precision
 from tests.pipeline.training.builders import CPU, config, distillation, image_data

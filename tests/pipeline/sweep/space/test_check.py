@@ -11,7 +11,7 @@ from pydantic import create_model
 
 from pipeline.compose.compose import compose
 from pipeline.compose.groups import NOT_GROUPS, groups, names
-from pipeline.config import Config
+from pipeline.config import Config, methods
 from pipeline.config.base import Section
 from pipeline.errors import UserError
 from pipeline.sweep.space.changes import takes
@@ -47,7 +47,8 @@ def refusal(space: Any, *overridden: str, base: Config = BASE, **rest: Any) -> s
 @pytest.mark.parametrize("name", names("sweep"))
 def test_every_sweep_fits_the_quickstart(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="asib")
-    check(load(name), BASE, ["dataset.download", "tracking.uri"])
+    chosen = [f"method={name}", "model/teacher=resnet56"] if name in methods.names() else []  # named for its method
+    check(load(name), compose("quickstart", chosen), ["dataset.download", "tracking.uri"])
     assert caplog.messages == []
 
 
@@ -164,8 +165,15 @@ def test_the_keys_are_those_of_the_chosen_method() -> None:
         takes("method.tau_syn", base)
     with pytest.raises(UserError, match=r"method\.negatvies: unknown key; did you mean method\.negatives\?"):
         takes("method.negatvies", base)
-    with pytest.raises(UserError, match=r"method\.negatives: unknown key"):
+    with pytest.raises(UserError, match=r"method\.negatives: method=asib has no such key; leave"):
         takes("method.negatives", BASE)
+
+
+def test_a_method_that_lacks_a_key_of_the_space() -> None:
+    base = compose("quickstart", ["method=kd", "model/teacher=resnet56"])
+    alpha = {"method.alpha": ranged(0.5, 2)}
+    assert "space: method.alpha: method=kd has no such key; did you mean method.kd_alpha?" in refusal(alpha, base=base)
+    check(sweep(alpha), compose("quickstart", ["method=dkd", "model/teacher=resnet56"]), ())
 
 
 def test_more_seeds_than_there_are() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.training.methods.asib.a_step import AStep
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.objective import Moment
 from pipeline.training.optim import update
 from tests.pipeline.training.builders import (
