@@ -20,7 +20,7 @@ class Config(Sections):
     This class has ASIB's keys under `method`; `schema` gives the subclass for another method, `configure` chooses.
     """
 
-    # repeated: pydantic would take abc's class method of this name for the inherited default
+    # repeated, here and in `schema`: pydantic would take abc's class method of this name for the inherited default
     register: str | None = Sections.model_fields["register"]  # type: ignore[assignment]
 
     @model_validator(mode="before")
@@ -34,13 +34,17 @@ class Config(Sections):
         return self
 
 
+REGISTER = (str | None, Sections.model_fields["register"])
+
+
 @cache
 def schema(method: str = "asib", module: str | None = None) -> type[Config]:
     """The configuration with a method's keys. Raises UserError: no such method."""
     settings = methods.settings(method, module)
     if settings is Config.model_fields["method"].annotation:
         return Config
-    made: type[Config] = create_model("Config", __base__=Config, __module__=__name__, method=(settings, settings()))
+    fields: dict[str, Any] = {"method": (settings, settings()), "register": REGISTER}
+    made: type[Config] = create_model("Config", __base__=Config, __module__=__name__, **fields)
     return made
 
 

@@ -37,7 +37,7 @@ def test_the_average_is_of_weighted_logits_with_weights_that_sum_to_one(
 
 def test_half_precision_teachers_are_averaged_in_float32() -> None:
     a, b = logits(seed=0).half(), logits(seed=1).half()
-    assert torch.equal(samples.averaged([a, b], None, 4.0), targets.averaged([a.float(), b.float()], None, 4.0))
+    assert torch.equal(samples.averaged([a, b], None, 4.0), samples.averaged([a.float(), b.float()], None, 4.0))
 
 
 def test_the_synergy_has_its_own_temperature() -> None:
@@ -133,7 +133,7 @@ def test_targets_of_huge_logits_are_probabilities() -> None:
 def test_the_share_of_the_averaged_teachers_falls_with_the_synergys_accuracy(
     known: float, threshold: float, average: float, expected: float
 ) -> None:
-    assert targets.averaged_share(known, threshold, average, least=0.25, most=0.8) == pytest.approx(expected)
+    assert samples.averaged_share(known, threshold, average, least=0.25, most=0.8) == pytest.approx(expected)
 
 
 def test_auto_min_picks_by_the_label_and_the_guard_closes_where_neither_knows_it() -> None:
