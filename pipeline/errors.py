@@ -1,5 +1,7 @@
 """Errors for users: one line that says what is wrong, which key, and what to do about it."""
 
+from typing import Literal
+
 
 def first_line(error: BaseException) -> str:
     """The first line of a library's error message, or the error's name if the message is empty."""
@@ -28,11 +30,14 @@ class Interrupted(BaseException):
 
 
 class Pruned(Exception):
-    """The pruner ended a trial after `epoch`, whose record and checkpoint are complete."""
+    """The pruner ended a trial after an epoch, or after a whole seed, whose record and checkpoint are complete.
 
-    def __init__(self, epoch: int, reason: str) -> None:
-        super().__init__(f"pruned after epoch {epoch}: {reason}")
-        self.epoch, self.reason = epoch, reason
+    `at`: the number of that epoch or seed; `unit`: which of them.
+    """
+
+    def __init__(self, at: int, reason: str, unit: Literal["epoch", "seed"] = "epoch") -> None:
+        super().__init__(f"pruned after {unit} {at}: {reason}")
+        self.at, self.reason, self.unit = at, reason, unit
 
 
 class NonFinite(Exception):

@@ -17,6 +17,7 @@ MILLION = 1_000_000
 YEAR_S = 31_536_000
 MOST_SEED = 2**63 - 1
 MOST_TRIALS = 100_000
+MOST_SEEDS = 100
 EXACT = 2**53
 """Studies store numbers as floats, which skip whole numbers beyond this."""
 
@@ -54,6 +55,7 @@ InputWidth = Annotated[int, Field(ge=0, le=65_536), "a square layer of that widt
 Index = Annotated[int, Field(ge=0, le=999), "no run has that many"]
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED), "random streams take 63 bits"]
 ShortSeed = Annotated[int, Field(ge=0, le=2**32 - 1), "samplers take 32 bits"]
+Seeds = Annotated[int, Field(ge=1, le=MOST_SEEDS), "each is a whole training"]
 Trials = Annotated[int, Field(ge=1, le=MOST_TRIALS), "a larger study answers too slowly"]
 Parameters = Annotated[int, Field(ge=1, le=10**12), "no network has that many"]
 Whole = Annotated[int, Field(ge=-EXACT, le=EXACT), "floats, in which studies keep numbers, skip some beyond"]

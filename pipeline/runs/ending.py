@@ -27,7 +27,7 @@ def ending_of(error: BaseException) -> Ending:
         case Interrupted():
             return Ending("KILLED", "killed", 128 + error.signum)
         case Pruned():
-            tags = {"asib.pruned_epoch": str(error.epoch), "asib.pruned_reason": error.reason}
+            tags = {f"asib.pruned_{error.unit}": str(error.at), "asib.pruned_reason": error.reason}
             return Ending("KILLED", "pruned", 0, tags=tags)
         case HelperFailed() | NonFinite():
             return Ending("FAILED", "failed", 1, str(error))

@@ -30,7 +30,7 @@ from pipeline.sweep import ahead, reap, request, worker
 from pipeline.sweep.request import STUDY_TAG, Plan
 from pipeline.sweep.space.changes import apply
 from pipeline.sweep.study import report
-from pipeline.sweep.study.retry import REPEATS, replaced
+from pipeline.sweep.study.retry import REPEATS, SEEDS, replaced
 from pipeline.sweep.study.study import Counts, Study
 from pipeline.training.compiling import check_device
 
@@ -60,10 +60,12 @@ def sweep(run: Run, plan: Plan) -> float | None:
     base = run.config.model_copy(update={"resume": None, "extend": False, "run_name": None})  # for the trials
     study, found = _study(run, plan, base, data)
     reap.reap(plan.storage, run.delivery, except_run=run.run_id)
-    left = study.total - study.requeue_stale().ended
+    counts = study.requeue_stale()
+    left = study.goal(counts) - counts.ended
     study.note(driver_seen=time.time())
     if found and ahead.pays(base, plan, left):
-        ahead.build(base, data, found, run.stop)
+        for index in range(plan.sweep.seeds):
+            ahead.build(worker.of_seed(base, index), data, found, run.stop)
     del found
     worker.free_memory()  # the workers' GPUs are this process's
     _Driver(run, plan, study).drive()
@@ -181,14 +183,15 @@ class _Driver:
         ):
             counts, progress = self.study.requeue_stale(), self.study.progress()
             next_requeue = 0.0
-            while counts.ended < self.study.total:
+            while counts.ended < self.study.goal(counts):
                 if self.run.stop():
                     self._stop()
                 self._start_missing(counts)
                 time.sleep(TICK_S)
                 counts = self.study.counts()
                 due = time.monotonic() > next_requeue
-                if due or counts.ended >= self.study.total:  # a trial that is being requeued briefly looks failed
+                over = counts.ended >= self.study.goal(counts)
+                if due or over:  # a trial that is being requeued briefly looks failed
                     counts = self.study.requeue_stale()
                 if due:
                     self.study.note(driver_seen=time.time())
@@ -197,11 +200,13 @@ class _Driver:
                     progress, self.idle_starts = now, 0
                 self._show(counts, bar)
             self._wait_for_workers()
+        if reason := self.study.stopped():
+            logger.info("the study stops after %d of %d trials: %s", counts.used, self.study.total, reason)
 
     def _start_missing(self, counts: Counts) -> None:
         """Start as many workers as there are open trials, counting those that are still starting."""
         alive = self.launcher.alive()
-        open_trials = max(0, self.study.total - counts.used) + counts.waiting
+        open_trials = max(0, self.study.goal(counts) - counts.used) + counts.waiting
         missing = min(self.plan.workers - alive, open_trials - max(0, alive - counts.running))
         if missing <= 0:
             return
@@ -236,7 +241,7 @@ class _Driver:
         if best is not None:
             bar.set_postfix_str(f"best {best.values[0]:.4g} (trial {best.number})")
         self._state(counts)
-        left = self.study.total - counts.ended
+        left = self.study.goal(counts) - counts.ended
         if not self._said_time_left and (words := time_left(self.study.trials(), left, self.plan.workers)):
             self._said_time_left = True
             logger.info("%s", words)
@@ -312,21 +317,27 @@ def _name_undelivered(run: Run, study: Study) -> None:
     old = replaced(trials)  # a later attempt may continue in a copy
     for trial in trials:
         folder = Path(trial.user_attrs.get("folder", "/nowhere"))
-        if trial.number not in old and (folder / "journal.jsonl").exists() and not records.delivered_whole(folder):
+        folders = [folder, *(Path(seed["folder"]) for seed in trial.user_attrs.get(SEEDS, ()))]
+        here = [found for found in folders if (found / "journal.jsonl").exists()]
+        if trial.number not in old and folder in here and not all(map(records.delivered_whole, here)):
             run.journal.child(folder)
 
 
 def _keep_best(run: Run, study: Study, best: FrozenTrial, config: Config, data: ImageData) -> None:
-    """Log the best trial's student as the sweep's model."""
+    """Log the best trial's student as the sweep's model; of several seeds the first, as `best.yaml` repeats it."""
     attrs = study.source_of(best).user_attrs
-    weights = Path(attrs.get("folder", "")) / STUDENT
+    trained, value = attrs, float(best.values[0])
+    if SEEDS in attrs:
+        trained = attrs[SEEDS][0]
+        value = trained["metrics"][study.sweep.objectives[0].metric]
+    weights = Path(trained.get("folder", "")) / STUDENT
     if not weights.is_file():
-        if run.delivery is None or not attrs.get("run_id"):
+        if run.delivery is None or not trained.get("run_id"):
             where = attrs.get("host", "another machine")
             logger.warning("the best trial's weights are on %s: no model is logged", where)
             return
         try:
-            weights = run.fetch(f"runs:/{attrs['run_id']}/{STUDENT}", run.folder / "fetched")
+            weights = run.fetch(f"runs:/{trained['run_id']}/{STUDENT}", run.folder / "fetched")
         except UserError as error:
             logger.warning("%s: no model is logged; the same command tries again", error)
             return
@@ -336,7 +347,7 @@ def _keep_best(run: Run, study: Study, best: FrozenTrial, config: Config, data: 
     networks.save(net, kept, config, data)
     run.journal.artifact(kept, "checkpoints")
     if run.config.log_model:
-        results = {"final/val_acc": float(best.values[0])}
+        results = {"final/val_acc": value}
         export.log_student(run, net, data, results, config_hash(config))
         register.student(run, config, data, results)
     run.journal.tags({KEPT: str(best.number)})

@@ -12,7 +12,7 @@ from pipeline.compose import cli
 from pipeline.compose.compose import keys_of
 from pipeline.compose.shortcuts import wants_dry_run
 from pipeline.config import Config
-from pipeline.config.numbers import MOST_TRIALS, WORKERS, whole
+from pipeline.config.numbers import MOST_SEEDS, MOST_TRIALS, WORKERS, whole
 from pipeline.config.places import output_dir
 from pipeline.config.words import why
 from pipeline.errors import UserError
@@ -52,7 +52,9 @@ class Plan:
 
     def words(self) -> str:
         """What DRY_RUN=1 shows: the study, and the jobs that would run its trials."""
-        head = f"study {self.name} in {shown_url(self.storage)}: {self.sweep.trials} trials, {self.workers} at a time"
+        each = f" of {self.sweep.seeds} seeds" if self.sweep.seeds > 1 else ""
+        where = f"study {self.name} in {shown_url(self.storage)}"
+        head = f"{where}: {self.sweep.trials} trials{each}, {self.workers} at a time"
         return f"{head}\n{self.launcher(Path()).plan()}"
 
 
@@ -65,9 +67,9 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     own = command.own
     cli.one_process("sweep", "several for each trial are cluster.processes_per_trial=2")
     settings = cli.settings(own, "sweep")
-    if own.get("trials"):
-        most = why(SweepConfig.model_fields["trials"])
-        settings["trials"] = str(whole("trials", own["trials"], high=MOST_TRIALS, why=most))
+    for key, most in (("trials", MOST_TRIALS), ("seeds", MOST_SEEDS)):
+        if own.get(key):
+            settings[key] = str(whole(key, own[key], high=most, why=why(SweepConfig.model_fields[key])))
     sweep = space.load(own.get("sweep") or DEFAULT, settings)
     space.check(sweep, config, keys_of(command.overrides))
     workers = whole("workers", own.get("workers") or "1", high=WORKERS, why="each is a process or a cluster's job")
@@ -124,5 +126,6 @@ def _of_this_study(folder: Path, facts: Mapping[str, Any]) -> bool:
 def params(plan: Plan) -> dict[str, str]:
     """Parameters of the parent run besides the base configuration."""
     keys = {f"sweep.space.{key}": str(d.model_dump(exclude_defaults=True)) for key, d in plan.sweep.space.items()}
-    others = {f"sweep.{key}": str(value) for key, value in plan.sweep.model_dump(exclude={"space"}).items()}
+    unset = {"seeds", "stop"} - plan.sweep.model_dump(exclude_defaults=True).keys()
+    others = {f"sweep.{key}": str(value) for key, value in plan.sweep.model_dump(exclude={"space", *unset}).items()}
     return keys | others | {"sweep.storage": shown_url(plan.storage)}

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipeline.compose.compose import compose
 from pipeline.compose.foreign import check_refers_to_nothing
 from pipeline.config import Config, config_hash
@@ -29,6 +31,7 @@ from pipeline.sweep import followers
 from pipeline.sweep.launch.entry import PREEMPTION
 from pipeline.sweep.space.space import SweepConfig, apply
 from pipeline.sweep.study.claim import Claim
+from pipeline.sweep.study.retry import SEEDS, STD
 from pipeline.sweep.study.study import Study
 from pipeline.training.bank.policy import shared
 
@@ -199,7 +202,7 @@ class Worker:
             claim.repeat(twin)
             return
         folder, distant = self._folder(claim)
-        results = finished(folder, digest)
+        results: Mapping[str, float] | None = finished(folder, digest)
         if results is not None:
             self.run_.journal.child(folder)  # deliver what the lost worker did not
             self._link(claim, folder)
@@ -220,64 +223,154 @@ class Worker:
             return before, bool(claim.attempt) and not (before / "journal.jsonl").exists()
         copy = first.with_name(f"{first.name}-{claim.attempt}-{claim.number}")
         copy.mkdir(parents=True)
-        if (before / "checkpoints" / "manifest.json").exists():
-            shutil.copytree(before / "checkpoints", copy / "checkpoints", ignore=_links)
+        several = self.study.sweep.seeds > 1
+        kept = Path(seed_key(len(claim.notes.get(SEEDS, ()))) if several else "", "checkpoints")
+        if (before / kept / "manifest.json").exists():
+            shutil.copytree(before / kept, copy / kept, ignore=_links)
         return copy, False
 
-    def _distil(self, claim: Claim, config: Config, folder: Path, distant: bool) -> dict[str, float] | None:
+    def _distil(self, claim: Claim, config: Config, folder: Path, distant: bool) -> Mapping[str, float] | None:
         """The trial's metrics; None when it was pruned."""
-        from pipeline.distill import distill
-        from pipeline.runs import opening
-
-        name = f"trial {claim.origin}"
-        run = opening.child(self.run_, "distill", f"trial-{claim.origin}", config, name, folder, distant)
-        run.journal.tags({"asib.study": self.study.name, "asib.trial": str(claim.number)})
+        several = self.study.sweep.seeds > 1
+        run = self._run(self.run_, claim, f"trial-{claim.origin}", config, f"trial {claim.origin}", folder, distant)
         me = {"host": socket.gethostname(), "pid": os.getpid(), "threads": config.threads}
         claim.note(folder=str(folder), journal=run.journal.id, **me)
         try:
             with run.nested():
-                if claim.attempt and claim.should_prune():
-                    raise Pruned(claim.reached or 0, "its worker ended while pruning it")
-                self._together = True
-                followers.tell({"config": config.model_dump(mode="json"), "folder": str(folder)})
-                results = distill.trial(run, TrialWatch(claim, self.study.sweep, folder))
+                if several:
+                    results = self._distil_seeds(claim, run)
+                else:
+                    if claim.attempt and claim.should_prune():
+                        raise Pruned(claim.reached or 0, "its worker ended while pruning it")
+                    results = self._train(claim, run, folder)
         except Pruned as error:
             self._together = False
             self._link(claim, folder)
-            claim.prune(error.reason, error.epoch)
+            claim.prune(error.reason, error.at, error.unit)
             return None
-        self._together = False
         self._link(claim, folder)
         return results
+
+    def _run(
+        self, parent: "Run", claim: Claim, key: str, config: Config, name: str, folder: Path, distant: bool
+    ) -> "Run":
+        """The nested run of a trial, or of one of its seeds, begun or continued."""
+        from pipeline.runs import opening
+
+        step = "trial" if parent is self.run_ and self.study.sweep.seeds > 1 else "distill"
+        run = opening.child(parent, step, key, config, name, folder, distant)
+        run.journal.tags({"asib.study": self.study.name, "asib.trial": str(claim.number)})
+        return run
+
+    def _train(self, claim: Claim, run: "Run", folder: Path) -> dict[str, float]:
+        """Distil in `run`, together with torchrun's other processes. `folder`: the trial's."""
+        from pipeline.distill import distill
+
+        self._together = True
+        followers.tell({"config": run.config.model_dump(mode="json"), "folder": str(run.folder)})
+        results = distill.trial(run, TrialWatch(claim, self.study.sweep, folder))
+        self._together = False
+        return results
+
+    # several seeds ---------------------------------------------------------------------------------------------------
+
+    def _distil_seeds(self, claim: Claim, run: "Run") -> dict[str, float]:
+        """Distil seeds s, s + 1, … in runs nested in the trial's; the means of the metrics that the sweep names.
+
+        Seeds that have ended are noted in the study, where the next attempt finds them. Raises Pruned: after a seed.
+        """
+        sweep = self.study.sweep
+        ended = [*claim.notes.get(SEEDS, ())]
+        begun = len(ended) if claim.attempt else None  # the seed that a lost worker may have left on the server only
+        for index in range(sweep.seeds):
+            if index == len(ended):
+                if self.stop():
+                    raise Interrupted(self.stop())
+                ended.append(self._distil_seed(claim, run, index, index == begun))
+                claim.note(**{SEEDS: ended})
+            elif (there := Path(ended[index]["folder"])).exists() and not there.is_relative_to(run.folder):
+                run.journal.child(there)  # this trial continues in a copy
+            metric = sweep.objectives[0].metric
+            values = [seed["metrics"][metric] for seed in ended[: index + 1]]
+            if len(sweep.objectives) > 1 or not math.isfinite(values[-1]):
+                continue
+            claim.report(values[-1], index)
+            if index + 1 < sweep.seeds and claim.should_prune():
+                found = f"{metric} {np.mean(values):.4g} over {len(values)} seeds"
+                reason = f"{found} was worse than the best trial's for the {sweep.pruner.name} pruner"
+                raise Pruned(run.config.seed + index, reason, "seed")
+        return self._averaged(claim, run, [seed["metrics"] for seed in ended])
+
+    def _distil_seed(self, claim: Claim, run: "Run", index: int, distant: bool) -> dict[str, Any]:
+        """Distil one seed, unless a lost worker has; what the study notes of it."""
+        config, folder = of_seed(run.config, index), run.folder / seed_key(index)
+        results = finished(folder, config_hash(config))
+        if results is None:
+            seed = self._run(run, claim, seed_key(index), config, f"seed {config.seed}", folder, distant)
+            with seed.nested():
+                results = self._train(claim, seed, run.folder)
+        sweep = self.study.sweep
+        named = [*(o.metric for o in sweep.objectives), *(c.metric for c in sweep.constraints)]
+        metrics = {name: _metric(results, name) for name in named}
+        logger.info("trial %d, seed %d: %s", claim.number, config.seed, _values(sweep, results))
+        seconds = results.get("cost/seconds", 0.0)
+        return {"metrics": metrics, "seconds": seconds, "folder": str(folder), "run_id": self._run_id(folder)}
+
+    def _averaged(self, claim: Claim, run: "Run", seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The means over the seeds, also in the trial's record, with the objectives' standard deviations."""
+        from pipeline.distill.results import write_results
+        from pipeline.runs import records
+
+        means = {name: float(np.mean([seed[name] for seed in seeds])) for name in seeds[0]}
+        objectives = [o.metric for o in self.study.sweep.objectives]
+        spread = {name: float(np.std([seed[name] for seed in seeds], ddof=1)) for name in objectives}
+        claim.note(**{STD: spread})
+        found = means | {f"{name}_std": value for name, value in spread.items()}
+        stated = records.from_folder(run.folder).metrics  # by a worker that died before the run's end
+        run.journal.metrics({name: value for name, value in found.items() if stated.get(name) != value}, 0)
+        write_results(run, found)
+        return found
+
+    # its run's id, and its end ---------------------------------------------------------------------------------------
 
     def _link(self, claim: Claim, folder: Path) -> None:
         """Note the trial's MLflow run; a short trial may end before delivery has created it."""
         if self.run_.delivery is None or _note_run(claim, folder):
             return
+        if run_id := self._run_id(folder):
+            claim.note(run_id=run_id)
+
+    def _run_id(self, folder: Path) -> str | None:
+        """The MLflow run of a folder, waiting for it; None offline, and if delivery does not answer in time."""
+        if self.run_.delivery is None:
+            return None
         try:
-            claim.note(run_id=self.run_.delivery.child_ready(folder, LINK_S))
+            return self.run_.delivery.child_ready(folder, LINK_S)
         except UserError as error:
-            logger.warning("trial %d ended without its run's id: %s", claim.number, error)
+            logger.warning("%s ended without its run's id: %s", folder, error)
+            return None
 
     def _complete(self, claim: Claim, results: Mapping[str, float]) -> None:
         sweep = self.study.sweep
-        claim.note(seconds=results.get("cost/seconds"))
+        of_seeds = claim.notes.get(SEEDS)
+        claim.note(seconds=sum(s["seconds"] for s in of_seeds) if of_seeds else results.get("cost/seconds"))
         claim.complete(
             [_metric(results, o.metric) for o in sweep.objectives],
             [_metric(results, c.metric) for c in sweep.constraints],
         )
-        logger.info(
-            "trial %d: %s", claim.number, ", ".join(f"{o.metric} {results[o.metric]:.4g}" for o in sweep.objectives)
-        )
+        logger.info("trial %d: %s", claim.number, _values(sweep, results))
 
 
 class TrialWatch:
-    """Report a trial's epochs to the study, and tell when it is pruned or taken by another worker."""
+    """Report a trial's epochs to the study, and tell when it is pruned or taken by another worker.
+
+    Of a trial with several seeds no epochs are reported: its pruner compares whole seeds.
+    """
 
     def __init__(self, claim: Claim, sweep: SweepConfig, folder: Path) -> None:
         self.reason = ""
         self._claim, self._folder, self._linked = claim, folder, False
-        self._metric = sweep.objectives[0].reported if len(sweep.objectives) == 1 else None
+        self._metric = sweep.objectives[0].reported if len(sweep.objectives) == sweep.seeds == 1 else None
         self._pruner = sweep.pruner.name
 
     def __call__(self, epoch: int, metrics: Mapping[str, float]) -> "Verdict":
@@ -315,6 +408,16 @@ def trial_config(config: Config, threads: int | None) -> Config:
     return shared(config.model_copy(update={**own, "threads": threads}))
 
 
+def seed_key(index: int) -> str:
+    """The folder of a trial's seed, from 0."""
+    return f"seed_{index}"
+
+
+def of_seed(config: Config, index: int) -> Config:
+    """The configuration of one of a trial's seeds, from 0."""
+    return config.model_copy(update={"seed": config.seed + index})
+
+
 def finished(folder: Path, config_hash: str) -> dict[str, float] | None:
     """The last value of every metric of a trial whose run finished in `folder` although its worker died.
 
@@ -332,6 +435,10 @@ def finished(folder: Path, config_hash: str) -> dict[str, float] | None:
 def _release(claim: Claim) -> None:
     with contextlib.suppress(Taken):  # its end was written before the signal arrived
         claim.release()
+
+
+def _values(sweep: SweepConfig, results: Mapping[str, float]) -> str:
+    return ", ".join(f"{o.metric} {results[o.metric]:.4g}" for o in sweep.objectives)
 
 
 def _metric(results: Mapping[str, float], name: str) -> float:

@@ -157,3 +157,29 @@ def test_another_machine_joins_and_continues_from_the_server_alone(
     assert {len(values) for values in trial.metrics.values()} == {1}
     assert before.items() <= dict(trial.steady.items()).items()
     assert "epoch 0, batch 0" not in trial.tags["asib.resumed_from"]
+
+
+@pytest.mark.slow
+def test_a_worker_killed_within_a_seed_is_replaced_there(ready_lab: Lab, sqlite_uri: str, tmp_path: Path) -> None:
+    """Its second seed is point for point that of an undisturbed sweep of this seed alone."""
+    lab, epochs = ready_lab, "method.student_epochs_per_stage=[8,8]"
+    other = Lab(tmp_path / "undisturbed")
+    shutil.copytree(lab.runs / "teachers", other.runs / "teachers")
+    finish(other, start(other, sqlite_uri, epochs, "seed=1", trials=1))
+    driver = start(lab, sqlite_uri, epochs, "seeds=2", trials=1)
+    until(lambda: list(lab.runs.glob("*-sweep-*/trials/0000/seed_1/checkpoints/manifest.json")), 300)
+    (worker,) = sweep_kills.Sweep(lab, sqlite_uri, local(lab), 1).workers_alive()
+    os.kill(worker, signal.SIGKILL)
+    finish(lab, driver)
+    study = sweep_kills.only_study(local(lab))
+    assert states(study) == {"COMPLETE": 1, "FAIL": 1}
+    first, second = (parent(lab) / "trials" / "0000" / f"seed_{index}" for index in range(2))
+    assert points(second) == points(parent(other) / "trials" / "0000")
+    found = see(sqlite_uri, run_id(parent(lab))).children["trial 0"]
+    assert {found.status, *(run.status for run in found.children.values())} == {"FINISHED"}
+    assert {len(values) for run in (found, *found.children.values()) for values in run.metrics.values()} == {1}
+    assert "asib.resumed_from" not in found.children["seed 0"].tags, "it had ended"
+    assert found.children["seed 1"].tags["asib.resumed_from"].startswith("epoch ")
+    last = {name: values[0] for name, values in points(first).items() if name[0] == "final/val_acc"}
+    last_too = {name: values[0] for name, values in points(second).items() if name[0] == "final/val_acc"}
+    assert study.best_value == pytest.approx((sum(last.values()) + sum(last_too.values())) / 2)

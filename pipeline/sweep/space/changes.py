@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config, configure, explain, known_names, methods, schema_for
 from pipeline.config.rules import derive
-from pipeline.config.words import field_at, unknown_key
+from pipeline.config.words import field_at, key_names, near_miss, unknown_key
 from pipeline.errors import UserError
 
 _WIDTHS = ("ib_mbm_out_dim", "distill_out_dim")
@@ -37,22 +37,31 @@ def validated(base: Config, values: Mapping[str, Any]) -> Config:
     if any(_reaches(key, source) for key in values for source in _WIDTHS_FOLLOW):
         _forget_widths(plain)
     for key in sorted(values):  # a group before its contents
-        _put(plain, key, values[key])
+        _put(plain, key, values[key], base)
     return configure(plain)
 
 
-def takes(key: str) -> tuple[Any, list[str]]:
-    """The schema's field that a dotted key names, and the parts of the key that lead into its list (or none).
+def takes(key: str, base: Config) -> tuple[Any, list[str]]:
+    """The field of `base` that a dotted key names, and the parts of the key that lead into its list (or none).
 
     Raises:
-        UserError: there is no such key; the nearest one is named.
+        UserError: there is no such key, or the chosen method lacks it; the nearest one is named.
     """
     path = key.split(".")
-    found = field_at(path, Config)
+    found = field_at(path, type(base))
     rest = [] if found is None else path[found[1] :]
-    if found is None or (rest and not (len(rest) == 1 and rest[0].isdecimal() and "tuple" in str(found[0].annotation))):
-        raise UserError(unknown_key(key, known_names()))
-    return found[0], rest
+    if found is not None and (not rest or (len(rest) == 1 and rest[0].isdecimal() and _is_list(found[0]))):
+        return found[0], rest
+    own = [*key_names(type(base))]
+    if key in known_names():  # another method's
+        near = near_miss(path[-1], [name.removeprefix("method.") for name in own if name.startswith("method.")])
+        hint = f"did you mean method.{near}? " if near else ""
+        raise UserError(f"{key}: method={base.method.name} has no such key; {hint}leave it out, or set another method")
+    raise UserError(unknown_key(key, own))
+
+
+def _is_list(field: Any) -> bool:
+    return "tuple" in str(field.annotation)
 
 
 def _reaches(key: str, other: str) -> bool:
@@ -72,8 +81,8 @@ def _forget_widths(plain: dict[str, Any]) -> None:
             plain["method"] = without
 
 
-def _put(plain: dict[str, Any], key: str, value: Any) -> None:
-    takes(key)
+def _put(plain: dict[str, Any], key: str, value: Any, base: Config) -> None:
+    takes(key, base)
     *parents, last = key.split(".")
     node: Any = plain
     for depth, part in enumerate([*parents, last]):

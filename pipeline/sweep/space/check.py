@@ -61,8 +61,13 @@ def check(sweep: SweepConfig, base: Config, overridden: Collection[str]) -> None
     given = {re.sub(r"\[(\d+)\]", r".\1", key) for key in overridden}
     for key in sweep.space:
         where = f"{source}: space.{key}"
-        _check_key(where, key, sweep.space, given)
-        _check_kind(where, key, sweep)
+        _check_key(where, key, sweep.space, given, base)
+        _check_kind(where, key, sweep, base)
+    if sweep.seeds > 1:
+        try:
+            validated(base, {"seed": base.seed + sweep.seeds - 1})
+        except ValidationError as error:
+            raise UserError(f"{source}: seeds={sweep.seeds} from seed={base.seed} on: {explain(error)}") from None
     _check_metrics(source, sweep)
     _check_weights(source, sweep, base)
     _log_inactive(sweep, _check_values(source, sweep, base))
@@ -72,12 +77,12 @@ def check(sweep: SweepConfig, base: Config, overridden: Collection[str]) -> None
 # keys ----------------------------------------------------------------------------------------------------------------
 
 
-def _check_key(where: str, key: str, space: Collection[str], given: Collection[str]) -> None:
+def _check_key(where: str, key: str, space: Collection[str], given: Collection[str], base: Config) -> None:
     """A key of the schema that changes what is computed, and not what is measured, and that nothing else sets."""
     if key in groups() and key not in Config.model_fields:
         raise UserError(f"{where}: {key} is a group of files; a space names keys, such as {_example(key)}")
     try:
-        takes(key)
+        takes(key, base)
     except UserError as error:
         raise UserError(f"{where.removesuffix(key)[:-1]}: {error}") from None
     if key.split(".")[0] == "dataset" and key != "dataset.batch_size":
@@ -103,12 +108,12 @@ def _example(group: str) -> str:
     return next((k for k in flatten(Config()) if k.startswith(f"{name}.")), f"{name}.name")
 
 
-def _check_kind(where: str, key: str, sweep: SweepConfig) -> None:
+def _check_kind(where: str, key: str, sweep: SweepConfig, base: Config) -> None:
     """Ranges are for numbers, and ranges of fractions not for whole numbers."""
     dimension = sweep.space[key]
     if not isinstance(dimension, Range):
         return
-    field, rest = takes(key)
+    field, rest = takes(key, base)
     annotation = field.annotation
     if rest:
         items = next(get_args(a) for a in (annotation, *get_args(annotation)) if get_origin(a) is tuple)

@@ -12,7 +12,7 @@ from pydantic import Field, create_model, model_validator
 
 from pipeline.compose.groups import locate
 from pipeline.compose.settings import read_section
-from pipeline.config.numbers import AtLeastOne, Count, NonNegative, Real, ShortSeed, Trials
+from pipeline.config.numbers import AtLeastOne, Count, Fraction, NonNegative, Real, Seeds, ShortSeed, Trials
 from pipeline.sweep.space.dimensions import AtLeastTwo, Dimension, Part
 
 VALIDATION = "final/val_acc"
@@ -31,12 +31,14 @@ class Row(NamedTuple):
         keys: key of the sweep's file -> (argument of the class, type, default).
         fixed: arguments that users cannot choose.
         wraps: the pruner that it wraps, whose keys it takes too.
+        judges: what a pruner compares trials by.
     """
 
     optuna: str
     keys: Mapping[str, tuple[str, Any, Any]] = {}
     fixed: Mapping[str, Any] = {}
     wraps: "Row | None" = None
+    judges: Literal["epochs", "seeds", "nothing"] = "epochs"
 
 
 Population = AtLeastTwo | None
@@ -80,7 +82,12 @@ PRUNERS = {
         {"patience": ("patience", Count, 3), "min_delta": ("min_delta", NonNegative, 0.0)},
         wraps=Row("MedianPruner", MEDIAN),
     ),
-    "none": Row("NopPruner"),
+    "wilcoxon": Row(  # a signed-rank test against the best trial, seed by seed
+        "WilcoxonPruner",
+        {"p_threshold": ("p_threshold", Fraction, 0.3), "startup_seeds": ("n_startup_steps", Count, 2)},
+        judges="seeds",
+    ),
+    "none": Row("NopPruner", judges="nothing"),
 }
 
 
@@ -144,6 +151,17 @@ class Constraint(Part):
         return max(beyond if self.min is None else [*beyond, self.min - value])
 
 
+class Stop(Part):
+    """When a study ends before its last trial: as soon as one of the rules holds.
+
+    `patience`: so many trials in a row have completed without improvement. `terminator`: Optuna's bound of what can
+    still be gained has fallen below the noise of the best trial's mean over its seeds; it judges from 20 trials on.
+    """
+
+    patience: AtLeastOne | None = None
+    terminator: bool = False
+
+
 class SweepConfig(Part):
     """A search over configurations; `name` is the stem of its file. Keys of `space` are dotted keys of the schema."""
 
@@ -154,6 +172,8 @@ class SweepConfig(Part):
     objectives: tuple[Objective, ...] = Field((Objective(),), strict=False)
     constraints: tuple[Constraint, ...] = Field((), strict=False)
     trials: Trials = 30
+    seeds: Seeds = 1
+    stop: Stop = Stop()
     max_retry: Count = 2
     heartbeat_seconds: AtLeastOne = 15
     grace_seconds: AtLeastOne = 60
@@ -161,7 +181,7 @@ class SweepConfig(Part):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, data: Any) -> Any:
-        return short_forms(data) if isinstance(data, dict) else data
+        return _with_pruner(short_forms(data)) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _rules(self) -> "SweepConfig":
@@ -194,7 +214,25 @@ class SweepConfig(Part):
                 f"sampler.name=cmaes with {len(self.objectives)} objectives: it searches for a single one; "
                 "use tpe, gp or random"
             )
-        if self.pruner.name != "none" and self.objectives[0].reported is None:
+        if several and self.stop.terminator:
+            raise ValueError(
+                f"stop.terminator=true with {len(self.objectives)} objectives: it bounds what a single one can still "
+                "gain; use stop.patience=10"
+            )
+        if self.stop.terminator and self.seeds == 1:
+            raise ValueError(
+                "stop.terminator=true with seeds=1: it weighs what can still be gained against the spread of a trial's "
+                "seeds; set seeds=3, or use stop.patience=10"
+            )
+        judges = PRUNERS[self.pruner.name].judges
+        if self.seeds > 1:
+            self._check_seeds(judges)
+        elif judges == "seeds":
+            raise ValueError(
+                f"pruner.name={self.pruner.name} with seeds=1: it compares the seeds of two trials; set seeds=3, or "
+                "pruner.name=median"
+            )
+        elif judges == "epochs" and self.objectives[0].reported is None:
             raise ValueError(
                 f"pruner.name={self.pruner.name} with the objective {self.objectives[0].metric}, which is not known "
                 f"before a trial's end: set pruner.name=none, or maximise {VALIDATION}"
@@ -206,6 +244,30 @@ class SweepConfig(Part):
             )
         if self.sampler.name == "grid":
             self._check_grid()
+
+    def _check_seeds(self, judges: str) -> None:
+        """Refuse what would act on a single training, and a test that could never end a trial before its last seed."""
+        if "seed" in self.space:
+            raise ValueError(f"space.seed with seeds={self.seeds}: each trial trains seeds of its own; leave one out")
+        if judges == "epochs":
+            raise ValueError(
+                f"pruner.name={self.pruner.name} with seeds={self.seeds}: it compares the epochs of trials with one "
+                "seed; set pruner.name=wilcoxon or none"
+            )
+        if judges == "nothing":
+            return
+        tested, least = self.seeds - 1, 0.5 ** (self.seeds - 1)  # the last seed saves nothing; all are worse
+        if tested < max(2, self.pruner.startup_seeds):
+            raise ValueError(
+                f"pruner.name={self.pruner.name} with seeds={self.seeds}: it prunes after "
+                f"{max(2, self.pruner.startup_seeds)} seeds at the earliest, which leaves none to save; give more "
+                "seeds, or set pruner.name=none"
+            )
+        if least >= self.pruner.p_threshold:
+            raise ValueError(
+                f"pruner.p_threshold={self.pruner.p_threshold} with seeds={self.seeds}: no p of {tested} seeds is "
+                f"below {least:.3g}, so that nothing would be pruned; give a p_threshold above it, or more seeds"
+            )
 
     def _check_grid(self) -> None:
         points = 1
@@ -224,21 +286,29 @@ class SweepConfig(Part):
 
 
 def short_forms(data: dict[str, Any]) -> dict[str, Any]:
-    """`pruner: none` and `{seed: 1}` in full, `a[0]` as `a.0`; several objectives, which cannot be pruned, get no
-    pruner unless one is named.
-    """
+    """`pruner: none` and `{seed: 1}` in full, `a[0]` as `a.0`."""
     data = dict(data)
-    for part, default in (("sampler", "tpe"), ("pruner", "median")):
+    for part, default in (("sampler", "tpe"), ("pruner", _usual_pruner(data))):
         if part in data:
             given = "none" if data[part] is None else data[part]
             given = {"name": given} if isinstance(given, str) else given
             data[part] = {"name": default, **given} if isinstance(given, dict) else given
-    objectives = data.get("objectives")
-    if "pruner" not in data and isinstance(objectives, list | tuple) and len(objectives) > 1:
-        data["pruner"] = {"name": "none"}
     if isinstance(data.get("space"), dict):
         data["space"] = _dotted_keys(data["space"])
     return data
+
+
+def _usual_pruner(data: Mapping[str, Any]) -> str:
+    """The pruner of a sweep with several seeds, and of any other one."""
+    seeds = data.get("seeds", 1)
+    return "median" if not isinstance(seeds, int) or seeds < 2 else "wilcoxon" if seeds > 2 else "none"
+
+
+def _with_pruner(data: dict[str, Any]) -> dict[str, Any]:
+    """Name the pruner that is not given: none for several objectives, which cannot be pruned."""
+    objectives = data.get("objectives")
+    several = isinstance(objectives, list | tuple) and len(objectives) > 1
+    return {"pruner": {"name": "none" if several else _usual_pruner(data)}, **data}
 
 
 def _dotted_keys(space: dict[Any, Any]) -> dict[str, Any]:

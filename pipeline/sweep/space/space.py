@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Objective", "SweepConfig", "apply", "check", "digest", "grid", "load", "study_name", "suggest"]
 
-SEARCH = ("space", "sampler", "pruner", "objectives", "constraints")
-"""Parts of a sweep whose change makes another study, unlike the number of trials and retries."""
+SEARCH = ("space", "sampler", "pruner", "objectives", "constraints", "seeds")
+"""Parts of a sweep whose change makes another study, unlike the number of trials and retries, and when to stop."""
 
 
 def suggest(trial: "optuna.Trial", sweep: SweepConfig) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def digest(sweep: SweepConfig, base: Config) -> str:
     """SHA-256 (hex) of what is searched: two studies with the same digest are the same study.
 
     It covers the computation that `base` asks for without the keys of the space, mixed precision, the teachers'
-    checkpoints, the space, sampler, pruner, objectives, constraints, and the sources; not the totals and times.
+    checkpoints, the space, sampler, pruner, objectives, constraints, seeds, and the sources; not the totals and times.
     """
     what = {
         "base": _kept(computation(base), sweep),

@@ -12,7 +12,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import Taken
 from pipeline.sweep.space.space import SweepConfig
-from pipeline.sweep.study.retry import ERROR, FAILED, OUTCOME, RELEASED, REPEATS, history, queue_again
+from pipeline.sweep.study.retry import ERROR, FAILED, OUTCOME, RELEASED, REPEATS, SEEDS, STD, history, queue_again
+from pipeline.sweep.study.stopping import report_scores
 from pipeline.sweep.study.storage import Database, is_away
 
 logger = logging.getLogger("asib.study")
@@ -77,7 +78,7 @@ class Claim:
         return next((t for t in trials if t.user_attrs.get("config_hash") == config_hash), None)
 
     def report(self, value: float, epoch: int) -> None:
-        """Report the single objective after `epoch` (from 0), for the pruner."""
+        """Report the single objective after `epoch` (from 0), for the pruner; with several seeds after each seed."""
         self.check()
         self._epoch = epoch
         try:
@@ -130,7 +131,8 @@ class Claim:
 
     def repeat(self, twin: FrozenTrial) -> None:
         """End as `twin`, which has the same configuration, has ended: same state, values and constraints."""
-        self.note(**{OUTCOME: "repeated", REPEATS: twin.number})
+        of_seeds = {name: twin.user_attrs[name] for name in (SEEDS, STD) if name in twin.user_attrs}
+        self.note(**{OUTCOME: "repeated", REPEATS: twin.number}, **of_seeds)
         if twin.state == TrialState.COMPLETE:
             self._complete(list(twin.values), list(twin.constraints.values()))
             return
@@ -142,9 +144,9 @@ class Claim:
 
         self._end(end, TrialState.PRUNED)
 
-    def prune(self, reason: str, epoch: int) -> None:
-        """End it as pruned after `epoch`."""
-        self.note(**{OUTCOME: "pruned", "asib.reason": reason, "asib.epoch": epoch})
+    def prune(self, reason: str, at: int, unit: str = "epoch") -> None:
+        """End it as pruned after an epoch or a seed."""
+        self.note(**{OUTCOME: "pruned", "asib.reason": reason, f"asib.{unit}": at})
         self._end(lambda: self._study.tell(self.number, state=TrialState.PRUNED), TrialState.PRUNED)
 
     def fail(self, error: str) -> None:
@@ -165,9 +167,12 @@ class Claim:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _complete(self, values: Sequence[float], constraints: Sequence[float]) -> None:
+        metric = self._sweep.objectives[0].metric
+
         def end() -> None:
             for i, value in enumerate(constraints):
                 self._trial.set_constraint(str(i), value)
+            report_scores(self._trial, [seed["metrics"][metric] for seed in self.notes.get(SEEDS, ())])
             self._study.tell(self.number, list(values))
 
         self._end(end, TrialState.COMPLETE)

@@ -77,6 +77,11 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: ending(key) for key in keys}
 
 
+def steps(sweep: "SweepConfig") -> str:
+    """What trials report: epochs, or whole seeds."""
+    return "epochs" if sweep.seeds == 1 else "seeds"
+
+
 def draw(study: optuna.Study, sweep: "SweepConfig") -> Iterator[Picture]:
     """Every picture that can be made of the study as it is now."""
     for name, title, paint in _possible(_Shown(study, sweep)):
@@ -105,12 +110,13 @@ class _Shown:
 
     Attributes:
         done: finished trials whose values are finite. values: theirs, (trials, objectives).
-        good: which of them satisfy the constraints. names: of the space's keys.
+        good: which of them satisfy the constraints. names: of the space's keys. step: epoch or seed, as reported.
         labels: of the objectives. signs: -1 for those to be maximised.
     """
 
     def __init__(self, study: optuna.Study, sweep: "SweepConfig") -> None:
         self.study, self.space, self.names = study, sweep.space, short_names(list(sweep.space))
+        self.step = steps(sweep).removesuffix("s")
         self.trials = study.get_trials(deepcopy=False)
         finished = [t for t in self.trials if t.state == TrialState.COMPLETE]
         self.done = [t for t in finished if all(map(math.isfinite, t.values))]
@@ -150,7 +156,7 @@ def _possible(shown: _Shown) -> Iterator[tuple[str, str, Callable[[], Any]]]:
         yield "importances", words, partial(_importances, shown, varied)
     kinds = {t.number: _kind(t, shown) for t in shown.trials if t.intermediate_values}
     if any(kinds.values()):
-        yield "intermediate_values", f"{shown.labels[0]} by epoch", partial(_curves, shown, kinds)
+        yield "intermediate_values", f"{shown.labels[0]} by {shown.step}", partial(_curves, shown, kinds)
     if len(shown.labels) in (2, 3) and done:
         yield "pareto_front", " against ".join(shown.labels), partial(_pareto, shown)
 
@@ -268,7 +274,7 @@ def _curves(shown: _Shown, kinds: dict[int, str]) -> Any:
     handles, names = axis.get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))
     axis.legend(once.values(), once.keys(), loc="lower right", fontsize=9)
-    axis.set(xlabel="epoch", ylabel=shown.labels[0])
+    axis.set(xlabel=shown.step, ylabel=shown.labels[0])
     _whole_numbers(axis.xaxis)
     return figure
 

@@ -20,15 +20,16 @@ from pipeline.reporting import pages, tables
 from pipeline.sweep.space.space import SweepConfig
 from pipeline.sweep.study import retry
 from pipeline.sweep.study.front import feasible, front
-from pipeline.sweep.study.plots import Picture, draw, label, short_names
+from pipeline.sweep.study.plots import Picture, draw, label, short_names, steps
+from pipeline.sweep.study.stopping import stopped
 
 TOP = 10
 ORDER = ("complete", "infeasible", "pruned", "running", "waiting", "failed", "retried")
 """States in the order of the table."""
 EXPLAINED = (
     "infeasible: finished, but beyond a constraint. retried: its worker died or was stopped, and a later trial "
-    "continues it. last: the value reported in the last epoch that it reached. attempts: how often it was started. "
-    "seconds: of training, without evaluation."
+    "continues it. last: the value reported in the last epoch or seed that it reached. attempts: how often it was "
+    "started. seconds: of training, without evaluation. std: standard deviation over the seeds."
 )
 
 
@@ -53,9 +54,10 @@ def write(study: optuna.Study, folder: Path, sweep: SweepConfig) -> list[Path]:
 def table(study: optuna.Study, sweep: SweepConfig) -> pd.DataFrame:
     """A row for each trial: with one objective the best first, with several the Pareto front first; then by state.
 
-    Columns: number, state (one of `ORDER`), a column for each objective (finished trials only), `last` (the value that
-    was last reported while it ran), a column for each key of the space, epochs (how many were reached), attempts,
-    seconds, run_id (of the trial that it repeats, where it does), same_as (the number of that trial).
+    Columns: number, state (one of `ORDER`), a column for each objective (finished trials only; with several seeds also
+    its standard deviation over them, `<metric> std`), `last` (the value that was last reported while it ran), a column
+    for each key of the space, epochs, or seeds if there are several (how many were reached), attempts, seconds, run_id
+    (of the trial that it repeats, where it does), same_as (the number of that trial).
     """
     trials = study.get_trials(deepcopy=False)
     replaced = retry.replaced(trials)
@@ -69,13 +71,19 @@ def table(study: optuna.Study, sweep: SweepConfig) -> pd.DataFrame:
         return ORDER.index(row["state"]), row["number"] not in best, cost, row["number"]
 
     rows = [_row(trial, sweep, by_number, trial.number in replaced) for trial in trials]
-    columns = ["number", "state", *metrics, "last", *sweep.space, "epochs", "attempts", "seconds", "run_id", "same_as"]
-    found = pd.DataFrame(sorted(rows, key=place), columns=columns)
-    return found.astype({"number": "int64", "epochs": "int64", "attempts": "int64", "same_as": "Int64"})
+    unit = steps(sweep)
+    columns = ["number", "state", *metrics, *_spreads(sweep), "last", *sweep.space, unit, "attempts", "seconds"]
+    found = pd.DataFrame(sorted(rows, key=place), columns=[*columns, "run_id", "same_as"])
+    return found.astype({"number": "int64", unit: "int64", "attempts": "int64", "same_as": "Int64"})
+
+
+def _spreads(sweep: SweepConfig) -> list[str]:
+    """Columns of the objectives' standard deviations over seeds."""
+    return [f"{o.metric} std" for o in sweep.objectives] if sweep.seeds > 1 else []
 
 
 def _row(trial: FrozenTrial, sweep: SweepConfig, by_number: dict[int, FrozenTrial], replaced: bool) -> dict[str, Any]:
-    attrs, steps = trial.user_attrs, trial.intermediate_values
+    attrs, reported = trial.user_attrs, trial.intermediate_values
     done = trial.state == TrialState.COMPLETE
     state = "retried" if replaced else retry.STATES[trial.state]
     same_as = attrs.get("same_as", attrs.get("asib.repeats"))
@@ -85,9 +93,10 @@ def _row(trial: FrozenTrial, sweep: SweepConfig, by_number: dict[int, FrozenTria
         "number": trial.number,
         "state": "infeasible" if done and not feasible(trial) else state,
         **{o.metric: value for o, value in zip(sweep.objectives, values, strict=True)},
-        "last": steps[max(steps)] if steps else math.nan,
+        **{name: attrs.get(retry.STD, {}).get(name.removesuffix(" std"), math.nan) for name in _spreads(sweep)},
+        "last": reported[max(reported)] if reported else math.nan,
         **{key: trial.params.get(key) for key in sweep.space},
-        "epochs": max(steps) + 1 if steps else 0,
+        steps(sweep): max(reported) + 1 if reported else 0,
         "attempts": len(retry.history(trial)) + (trial.state != TrialState.WAITING),
         "seconds": math.nan if attrs.get("seconds") is None else float(attrs["seconds"]),
         "run_id": attrs.get("run_id") or source.user_attrs.get("run_id") or "",
@@ -108,15 +117,18 @@ def _number(value: Any) -> str:
 
 
 def _values(trial: FrozenTrial, sweep: SweepConfig) -> str:
-    return ", ".join(f"{o.metric} {_number(v)}" for o, v in zip(sweep.objectives, trial.values, strict=True))
+    spread = {name: f" ± {_number(value)}" for name, value in trial.user_attrs.get(retry.STD, {}).items()}
+    pairs = zip(sweep.objectives, trial.values, strict=True)
+    return ", ".join(f"{o.metric} {_number(v)}{spread.get(o.metric, '')}" for o, v in pairs)
 
 
 def _counted(study: optuna.Study, sweep: SweepConfig) -> str:
-    """`30 of 30 trials: 12 complete, 17 pruned, 1 failed (2 retried)`."""
+    """`30 of 30 trials: 12 complete, 17 pruned, 1 failed (2 retried)`, and why the study has stopped, if it has."""
     counts = retry.count(study.get_trials(deepcopy=False))
     words = ", ".join(f"{n} {name}" for name, n in asdict(counts).items() if n and name != "retried") or "none yet"
     again = f" ({counts.retried} retried)" if counts.retried else ""
-    return f"{counts.used} of {sweep.trials} trials: {words}{again}"
+    why = stopped(study, sweep)
+    return f"{counts.used} of {sweep.trials} trials: {words}{again}" + (f"; stopped: {why}" if why else "")
 
 
 def text(study: optuna.Study, sweep: SweepConfig) -> str:
@@ -173,14 +185,14 @@ def _markdown(found: pd.DataFrame, sweep: SweepConfig, experiment: str) -> str:
     names = short_names(list(sweep.space))
     metrics = [o.metric for o in sweep.objectives]
     head = ["trial", *map(escape.markdown, metrics), *(escape.code(names[key]) for key in sweep.space)]
-    head += ["epochs", "attempts", "seconds"]
+    head += [steps(sweep), "attempts", "seconds"]
     lines = []
     for row in found.to_dict("records"):
         run = quote(str(row["run_id"]), safe="")  # from the study's database, where others write too
         trial = (
             f"[{row['number']}](#/experiments/{experiment}/runs/{run})" if experiment and run else f"{row['number']}"
         )
-        cells = [*metrics, *sweep.space, "epochs", "attempts", "seconds"]
+        cells = [*metrics, *sweep.space, steps(sweep), "attempts", "seconds"]
         lines.append([trial, *(escape.markdown(_number(row[str(name)])) for name in cells)])
     return tables.markdown(head, lines, left=0)
 

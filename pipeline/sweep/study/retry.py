@@ -24,7 +24,11 @@ WORKER = "asib.worker"
 REPEATS = "asib.repeats"
 """Note: the number of the trial of the same configuration, whose result this one got without running."""
 ERROR = "asib.error"
-OF_ATTEMPT = (OUTCOME, REPEATS, ERROR, "asib.reason", "asib.epoch")
+SEEDS = "seeds"
+"""Note of trials with several seeds: `metrics`, `seconds`, `folder`, `run_id` of each seed that has ended."""
+STD = "std"
+"""Note of trials with several seeds: the standard deviation of each objective over them."""
+OF_ATTEMPT = (OUTCOME, REPEATS, ERROR, "asib.reason", "asib.epoch", "asib.seed")
 """Notes that a retry does not inherit."""
 STATES = {
     TrialState.COMPLETE: "complete",

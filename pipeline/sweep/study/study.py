@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from pipeline.config.words import near_miss, shown
 from pipeline.errors import UserError
 from pipeline.sweep.space.space import SEARCH, SweepConfig, grid, suggest
-from pipeline.sweep.study import retry, samplers
+from pipeline.sweep.study import retry, samplers, stopping
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.front import front
 from pipeline.sweep.study.retry import ERROR, REPEATS, WORKER, Counts
@@ -45,6 +45,7 @@ class Study:
         self._cache = optuna.storages.get_storage(database.rdb)
         self.optuna = optuna.load_study(study_name=name, storage=self._cache, pruner=samplers.pruner(sweep))
         database.expect_heartbeats(sweep.heartbeat_seconds, sweep.grace_seconds)
+        self._stopping = stopping.Stopping(self.optuna, sweep)
 
     @classmethod
     def open(cls, url: str, name: str) -> "Study":
@@ -158,7 +159,7 @@ class Study:
     # what workers and the driver call --------------------------------------------------------------------------------
 
     def claim(self, worker: str) -> Claim | None:
-        """Claim the next trial: a waiting one, or a new one while there are fewer than `self.total`.
+        """Claim the next trial: a waiting one, or, unless the study has stopped, a new one up to `self.total`.
 
         Returns None when there is nothing to do now; a running trial may still die, and then waits.
         """
@@ -181,7 +182,7 @@ class Study:
         with self._database.lock(self.name):
             trials = self._requeue_stale()
             counts = retry.count(trials)
-            if counts.waiting == 0 and counts.used >= self.total:
+            if counts.waiting == 0 and (counts.used >= self.total or self._stopping.decide()):
                 return None
             sampler = samplers.sampler(self.sweep, _place(trials))
             trial = optuna.load_study(study_name=self.name, storage=self._cache, sampler=sampler).ask()
@@ -196,6 +197,14 @@ class Study:
 
     def _requeue_stale(self) -> list[FrozenTrial]:
         return retry.requeue_stale(self.optuna, self._database.rdb, self.sweep.max_retry)
+
+    def stopped(self) -> str | None:
+        """Why the study stopped before its last trial, in one line; None unless it did."""
+        return self._database.patiently(lambda: stopping.stopped(self.optuna, self.sweep))
+
+    def goal(self, counts: Counts) -> int:
+        """How many trials the study will have had: of a stopped one, those that have begun."""
+        return counts.used if self.stopped() else self.total
 
     @property
     def total(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.plots import draw
 from pipeline.sweep.study.study import Study
 from tests.steps.lab import (
+    STUDENT,
     TEST,
     TRAIN,
     Done,
@@ -40,6 +42,7 @@ from tests.steps.lab import (
     journal,
     points,
     run_id,
+    same_tensors,
     see,
     signal_at,
     write_npz,
@@ -396,6 +399,109 @@ def test_several_objectives_leave_a_front(lab: Lab) -> None:
     assert {path.name for path in parent(lab).glob("front_*.yaml")} == {f"front_{t.number:04d}.yaml" for t in front}
 
 
+# several seeds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single_seeds(tmp_path_factory: pytest.TempPathFactory, teachers: Path) -> list[Lab]:
+    """The same two trials with one seed each, in three sweeps: where the numbers of several seeds come from."""
+    labs = []
+    for seed in range(3):
+        lab = Lab(tmp_path_factory.mktemp("single") / str(seed))
+        shutil.copytree(teachers, lab.runs / "teachers")
+        swept(lab, *SHORT, f"seed={seed}", trials=2)
+        labs.append(lab)
+    return labs
+
+
+def assert_trials_are_means(lab: Lab, single: list[Lab]) -> None:
+    """Two trials over the seeds of `single`, each of whose runs is point for point the one of a single seed."""
+    done = [trial for trial in study(lab).trials if trial.state.name == "COMPLETE"]
+    assert len(done) == 2
+    for place, trial in enumerate(done):
+        alone = [study(other).trials[place] for other in single]
+        assert [trial.params] * len(single) == [other.params for other in alone]
+        values = [float(other.value or 0) for other in alone]
+        assert trial.intermediate_values == dict(enumerate(values))
+        mean = math.fsum(values) / len(values)
+        std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+        assert trial.value == pytest.approx(mean)
+        assert trial.user_attrs["std"] == {"final/val_acc": pytest.approx(std)}
+        folder = Path(trial.user_attrs["folder"])
+        written = {name: values for (name, _), values in points(folder).items()}
+        assert written == {
+            "final/val_acc": [trial.value],
+            "final/val_acc_std": [trial.user_attrs["std"]["final/val_acc"]],
+        }
+        for index, other in enumerate(single):
+            assert points(folder / f"seed_{index}") == points(trials(other)[place])
+            assert ending(folder / f"seed_{index}") == ("FINISHED", "completed", 0)
+
+
+def test_a_trial_of_several_seeds_is_their_mean(lab: Lab, single_seeds: list[Lab], sqlite_uri: str) -> None:
+    done = swept(lab, *SHORT, "seeds=3", "sweep.pruner=none", trials=2)
+    assert_trials_are_means(lab, single_seeds)
+    best = study(lab).best_trial
+    assert f"best: final/val_acc {best.value:.4g} ± {best.user_attrs['std']['final/val_acc']:.4g}" in done.out
+    first = Path(best.user_attrs["folder"]) / "seed_0"
+    assert same_tensors(parent(lab) / STUDENT, first / STUDENT)
+    deliver(sqlite_uri, parent(lab))
+    found = see(sqlite_uri, run_id(parent(lab)))
+    assert found.metrics["sweep/best_value", 2] == [best.value]
+    for trial in study(lab).trials:
+        run = found.children[f"trial {trial.number}"]
+        assert (run.status, set(run.children)) == ("FINISHED", {"seed 0", "seed 1", "seed 2"})
+        assert {seed.tags["asib.trial"] for seed in run.children.values()} == {str(trial.number)}
+
+
+@pytest.mark.parametrize("place", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_interrupted_trial_is_continued_at_its_seed(
+    lab: Lab, single_seeds: list[Lab], before_each_trial: Any, place: int
+) -> None:
+    """The worker leaves in the middle of the given run of six: every seed before it is not looked at again."""
+    begun: list[tuple[str, str]] = []
+
+    def leave(run: Run) -> None:
+        begun.append((run.parent.folder.name if run.parent else "", run.folder.name))
+        if len(begun) == place + 1:
+            raise Interrupted(15)
+
+    before_each_trial(leave)
+    swept(lab, *SHORT, "seeds=3", "sweep.pruner=none", trials=2)
+    second = "0001" if place > 2 else "0002"  # the retry has a number too
+    whole = [(trial, f"seed_{seed}") for trial in ("0000", second) for seed in range(3)]
+    assert begun == [*whole[: place + 1], *whole[place:]]
+    assert states(lab).count("FAIL") == 1
+    assert_trials_are_means(lab, single_seeds)
+
+
+def test_a_trial_that_is_worse_on_its_first_seeds_is_pruned(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Claim, "should_prune", lambda claim: (claim.number, claim._epoch) == (1, 1))
+    swept(lab, *SHORT, "seeds=3", "seed=4", pruner="wilcoxon", trials=2)
+    assert states(lab) == ["COMPLETE", "PRUNED"]
+    pruned = study(lab).trials[1]
+    assert set(pruned.intermediate_values) == {0, 1}
+    assert pruned.user_attrs["asib.seed"] == 5
+    assert "over 2 seeds was worse than the best trial's for the wilcoxon pruner" in pruned.user_attrs["asib.reason"]
+    assert [path.name for path in sorted(trials(lab)[1].glob("seed_*"))] == ["seed_0", "seed_1"]
+    tags = [entry.data["values"] for entry in journal(trials(lab)[1]) if entry.kind == "tags"]
+    assert {"asib.pruned_seed": "5"}.items() <= tags[-1].items()
+
+
+def test_a_sweep_stops_when_it_no_longer_improves(lab: Lab) -> None:
+    space = {"method.tau": {"type": "int", "low": 4, "high": 4}}  # nothing can improve on the first trial
+    done = swept(lab, *SHORT, "sweep.stop.patience=2", space=space, trials=9)
+    assert states(lab) == ["COMPLETE"] * 3
+    reason = "the last 2 completed trials brought no improvement (stop.patience=2)"
+    assert f"the study stops after 3 of 9 trials: {reason}" in done.err
+    assert f"stopped: {reason}" in done.out
+    assert states(lab) == ["COMPLETE"] * 3
+    swept(lab, *SHORT, "sweep.stop.patience=2", space=space, trials=9)
+    assert len(states(lab)) == 3
+    swept(lab, *SHORT, space=space, trials=4)
+    assert len(states(lab)) == 4
+
+
 @pytest.fixture
 def stopped_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may train."""
@@ -411,6 +517,8 @@ def stopped_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["workers=0"], "workers=0"),
         (["trials=0"], "trials=0"),
+        (["seeds=0"], "seeds=0"),
+        (["seeds=3", "sweep.pruner=median"], "sweep.pruner.name=median with seeds=3"),
         (["method.tau=2"], "method.tau"),
         (["storage=postgresql://nobody:secret@127.0.0.1:1/none"], "127.0.0.1"),
         (["cluster=slrum"], "slurm"),

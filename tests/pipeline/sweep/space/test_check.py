@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import create_model
 
 from pipeline.compose.compose import compose
 from pipeline.compose.groups import NOT_GROUPS, groups, names
-from pipeline.config import Config
+from pipeline.config import Config, methods
+from pipeline.config.base import Section
 from pipeline.errors import UserError
+from pipeline.sweep.space.changes import takes
 from pipeline.sweep.space.check import check
 from pipeline.sweep.space.config import SweepConfig, load
 
@@ -44,7 +47,8 @@ def refusal(space: Any, *overridden: str, base: Config = BASE, **rest: Any) -> s
 @pytest.mark.parametrize("name", names("sweep"))
 def test_every_sweep_fits_the_quickstart(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="asib")
-    check(load(name), BASE, ["dataset.download", "tracking.uri"])
+    chosen = [f"method={name}", "model/teacher=resnet56"] if name in methods.names() else []  # named for its method
+    check(load(name), compose("quickstart", chosen), ["dataset.download", "tracking.uri"])
     assert caplog.messages == []
 
 
@@ -143,6 +147,39 @@ def test_rescaled_weights_are_varied_both_or_not() -> None:
     kd, ce = {"method.kd_alpha": ranged(0.1, 0.9)}, {"method.ce_alpha": ranged(0.1, 0.9)}
     assert "method.renorm_ce_kd=true has already rescaled" in refusal(kd, base=base)
     check(sweep(kd | ce), base, ())
+
+
+class OtherMethod(Section):
+    """A method with a key of its own, and without most of ASIB's."""
+
+    name: str = "other"
+    tau: float = 4.0
+    negatives: int = 16
+
+
+def test_the_keys_are_those_of_the_chosen_method() -> None:
+    schema: Any = create_model("Config", __base__=Config, method=(OtherMethod, OtherMethod()))
+    base = schema.model_construct(**{**dict(BASE), "method": OtherMethod()})
+    assert takes("method.negatives", base)[0].annotation is int
+    with pytest.raises(UserError, match=r"method\.tau_syn: method=other has no such key; did you mean method\.tau\?"):
+        takes("method.tau_syn", base)
+    with pytest.raises(UserError, match=r"method\.negatvies: unknown key; did you mean method\.negatives\?"):
+        takes("method.negatvies", base)
+    with pytest.raises(UserError, match=r"method\.negatives: method=asib has no such key; leave"):
+        takes("method.negatives", BASE)
+
+
+def test_a_method_that_lacks_a_key_of_the_space() -> None:
+    base = compose("quickstart", ["method=kd", "model/teacher=resnet56"])
+    alpha = {"method.alpha": ranged(0.5, 2)}
+    assert "space: method.alpha: method=kd has no such key; did you mean method.kd_alpha?" in refusal(alpha, base=base)
+    check(sweep(alpha), compose("quickstart", ["method=dkd", "model/teacher=resnet56"]), ())
+
+
+def test_more_seeds_than_there_are() -> None:
+    base = compose("quickstart", [f"seed={2**63 - 2}"])
+    check(sweep({"method.tau": ranged(1, 2)}, seeds=2), base, ())
+    assert "seeds=3 from seed=9223372036854775806 on: seed" in refusal({"method.tau": ranged(1, 2)}, base=base, seeds=3)
 
 
 # rules between keys --------------------------------------------------------------------------------------------------

@@ -52,6 +52,13 @@ def test_several_objectives_are_not_pruned_by_default(tmp_path: Path) -> None:
     assert load(written(tmp_path, text)).pruner.name == "none"
 
 
+@pytest.mark.parametrize(("seeds", "pruner"), [(1, "median"), (2, "none"), (3, "wilcoxon")])
+def test_the_pruner_of_several_seeds(tmp_path: Path, seeds: int, pruner: str) -> None:
+    file = written(tmp_path, f"space: {{{TAU}}}\nseeds: {seeds}")
+    assert load(file).pruner.name == pruner
+    assert load(file, {"seeds": "1"}).pruner.name == "median", "as if the file had never named it"
+
+
 # settings ------------------------------------------------------------------------------------------------------------
 
 
@@ -70,6 +77,7 @@ def test_several_objectives_are_not_pruned_by_default(tmp_path: Path) -> None:
         ("objectives.0.metric", "student/acc", lambda s: s.objectives[0].metric == "student/acc"),
         ("objectives[0].direction", "minimize", lambda s: s.objectives[0].direction == "minimize"),
         ("constraints", "[{metric: cost/gmacs, max: 1e3}]", lambda s: s.constraints[0].max == 1000),
+        ("stop.patience", "5", lambda s: (s.stop.patience, s.stop.terminator) == (5, False)),
     ],
 )
 def test_settings(key: str, text: str, found: Any) -> None:
@@ -167,6 +175,17 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
         (f"space: {{{TAU}}}\nsampler: grid", "space.method.tau has endlessly many values, and sampler.name=grid"),
         ("space: {seed: {type: int, low: 0, high: 100000}}\nsampler: grid", "this grid has 100,001 points"),
         (f"space: {{{TAU}}}\npruner: median\nobjectives: [{{metric: cost/gmacs}}]", "set pruner.name=none"),
+        (f"space: {{{TAU}}}\nseeds: 0", "sweep.seeds: got 0; give a whole number from 1"),
+        (f"space: {{{TAU}}}\npruner: wilcoxon", "wilcoxon with seeds=1: it compares the seeds of two trials"),
+        (f"space: {{{TAU}}}\nseeds: 3\npruner: median", "with seeds=3: it compares the epochs of trials with one"),
+        (f"space: {{{TAU}}}\nseeds: 2\npruner: wilcoxon", "it prunes after 2 seeds at the earliest"),
+        (f"space: {{{TAU}}}\nseeds: 4\npruner: {{startup_seeds: 4}}", "it prunes after 4 seeds at the earliest"),
+        (f"space: {{{TAU}}}\nseeds: 4\npruner: {{p_threshold: 0.125}}", "no p of 3 seeds is below 0.125"),
+        ("space: {seed: {type: int, low: 0, high: 9}}\nseeds: 3", "space.seed with seeds=3: each trial trains seeds"),
+        (f"space: {{{TAU}}}\nstop: {{terminator: true}}", "stop.terminator=true with seeds=1: it weighs"),
+        (f"space: {{{TAU}}}\nstop: {{patience: 0}}", "stop.patience: got 0; give"),
+        (f"space: {{{TAU}}}\nstop: {{patiense: 3}}", "patiense: unknown key; did you mean sweep.stop.patience?"),
+        (f"space: {{{TAU}}}\nstop: {{terminator: true}}\nobjectives: [{{metric: a}}, {{metric: b}}]", "2 objectives"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_refused(tmp_path: Path, text: str, message: str) -> None:

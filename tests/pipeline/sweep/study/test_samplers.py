@@ -124,3 +124,22 @@ def test_hyperband_promotes_the_best_third(study_url: str) -> None:
     # of up to five the best alone is promoted, of six the two best
     assert [second for _, second in asked] == [False, True, False, True, False, False]
     assert not any(first for first, _ in asked)
+
+
+def test_wilcoxon_prunes_what_is_worse_on_every_seed(study_url: str) -> None:
+    """Two seeds that are both worse have p = 1/4, three that all are 1/8; one of three that is better, at least 1/4."""
+    pruner = {"name": "wilcoxon", "p_threshold": 0.2, "startup_seeds": 2}
+    study = Study.create(study_url, "s", sweep(pruner=pruner, seeds=4), FACTS)
+    claim = claimed(study)
+    for seed, value in enumerate((50, 60, 70, 80)):
+        claim.report(value, seed)
+    claim.complete([65])
+    assert decisions(study, {0: 49, 1: 57, 2: 65}) == [False, False, True]
+    assert decisions(study, {0: 49, 1: 61, 2: 65}) == [False, False, False]
+    assert decisions(study, {0: 51, 1: 62, 2: 73}) == [False, False, False]
+    looser = Study.create(study_url, "t", sweep(pruner={**pruner, "p_threshold": 0.26}, seeds=4), FACTS)
+    claim = claimed(looser)
+    for seed, value in enumerate((50, 60, 70, 80)):
+        claim.report(value, seed)
+    claim.complete([65])
+    assert decisions(looser, {0: 49, 1: 57}) == [False, True]
