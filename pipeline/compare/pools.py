@@ -238,7 +238,7 @@ ALIKE = 0.05
 def at_equal_cost(groups: Sequence[Group], one: Group, baseline: str) -> Group | None:
     """The baseline of the same pair that was trained until it cost as much as `one`; None if no run did.
 
-    Nothing but the number of its epochs may make the comparison unfair.
+    Only the number of its epochs may make the comparison unfair.
     """
     cost = one.mean(GMACS)
     if one.called(baseline) or not cost > 0:
