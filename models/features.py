@@ -4,7 +4,7 @@ Everything downstream (fusion, feature distillation, teacher bank) reads these f
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ from torch import nn
 from models.adapter import DistillationAdapter
 from pipeline.errors import first_line
 
-Pass = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]
+Pass = Callable[[nn.Module, torch.Tensor, tuple[int, ...]], Parts]
 """The type of `decompose`."""
 
 
@@ -29,6 +30,8 @@ class Features(NamedTuple):
     """(B, C', h, w), the last feature map; a view of it where the network computes NHWC or tokens."""
     distill_feat: torch.Tensor | None
     """(B, D), or None without an adapter."""
+    maps: tuple[torch.Tensor, ...] = ()
+    """(B, C, h, w) of each recorded stage, first to last (`FeatureNet.record`)."""
 
 
 class FeatureNet(nn.Module):
@@ -58,7 +61,13 @@ class FeatureNet(nn.Module):
         self.distillation_adapter = None if adapter_dim is None else DistillationAdapter(self.feature_dim, adapter_dim)
         self.architecture = architecture or _name(net)
         self.small_input = small_input
+        self.stages: tuple[int, ...] = ()
+        """The recorded stages."""
         self._pass: Pass = decompose
+
+    def record(self, stages: Sequence[int]) -> None:
+        """From now on `maps` holds these stages' outputs, numbered as timm's `forward_intermediates` numbers them."""
+        self.stages = tuple(stages)
 
     def compile_pass(self, graphs: bool = False) -> None:
         """From now on passes go through torch.compile: compiled when they first run, for each mode and shape.
@@ -68,27 +77,32 @@ class FeatureNet(nn.Module):
         Args:
             graphs: also record it as CUDA graphs, to be replayed. On a GPU only.
         """
-        # every network, mode and shape takes an entry in the cache of the one code object that is compiled
+        # every network, mode and shape takes an entry in the cache of the one code object that is compiled;
+        # private API, checked with torch 2.14.1
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self._pass = kept(torch.compile(decompose, mode="reduce-overhead")) if graphs else torch.compile(decompose)
 
     def forward(self, x: torch.Tensor) -> Features:
         """(B, in_chans, H, W) → Features; the network runs once."""
-        raw, feat, logits = self._pass(self.net, x)
+        raw, feat, logits, maps = self._pass(self.net, x, self.stages)
         adapted = None if self.distillation_adapter is None else self.distillation_adapter(feat)
-        return Features(logits, feat, to_nchw(self.net, raw), adapted)
+        return Features(logits, feat, to_nchw(self.net, raw), adapted, maps)
 
 
-def decompose(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(unpooled features in the network's own layout, pooled feature (B, C), logits (B, N)) in one pass."""
-    raw = net.forward_features(x)  # type: ignore[operator]
+def decompose(net: nn.Module, x: torch.Tensor, stages: tuple[int, ...] = ()) -> Parts:
+    """(unpooled features in the network's own layout, pooled feature (B, C), logits (B, N), maps) in one pass."""
+    maps: list[torch.Tensor] = []
+    if stages:
+        raw, maps = net.forward_intermediates(x, list(stages))  # type: ignore[operator]
+    else:
+        raw = net.forward_features(x)  # type: ignore[operator]
     feat = net.forward_head(raw, pre_logits=True)  # type: ignore[operator]
     classifier = net.get_classifier()  # type: ignore[operator]
     if isinstance(classifier, nn.Conv2d):  # a 1×1 convolution as the head (BiT)
         logits = classifier(feat.reshape(*feat.shape[:2], 1, 1)).flatten(1)
     else:
         logits = classifier(feat)
-    return raw, feat.flatten(1), logits
+    return raw, feat.flatten(1), logits, tuple(maps)
 
 
 def kept(replayed: Pass) -> Pass:
@@ -99,9 +113,9 @@ def kept(replayed: Pass) -> Pass:
     batch of an evaluation would then have to be marked too, or it would be recorded behind the ones before.
     """
 
-    def run(net: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        raw, feat, logits = replayed(net, x)
-        return raw.clone(), feat.clone(), logits.clone()
+    def run(net: nn.Module, x: torch.Tensor, stages: tuple[int, ...] = ()) -> Parts:
+        raw, feat, logits, maps = replayed(net, x, stages)
+        return raw.clone(), feat.clone(), logits.clone(), tuple(m.clone() for m in maps)
 
     return run
 
@@ -151,6 +165,43 @@ def _grid(net: nn.Module, tokens: int) -> tuple[int, int]:
     raise ValueError(f"{_name(net)} yields {tokens} tokens, which form no grid; it cannot give a feature map")
 
 
+MOST_STAGES = 4
+"""Stages that are compared at most: the KD tables leave out whatever comes before a network's last four."""
+
+
+def paired_maps(
+    student: FeatureNet, teachers: Sequence[FeatureNet], size: tuple[int, int, int]
+) -> tuple[list[tuple[int, int, int]], list[list[tuple[int, int, int]]]]:
+    """Record the last stages of all networks, as many as each has, at most `MOST_STAGES`; pairs from the end.
+
+    Args:
+        size: (in_chans, H, W).
+
+    Returns:
+        (C, h, w) of the student's maps, first to last, and those of each teacher.
+
+    Raises:
+        ValueError: a network gives no maps of stages.
+    """
+    count = min(MOST_STAGES, *(_stages(net) for net in (student, *teachers)))
+    shapes = []
+    for net in (student, *teachers):
+        total = _stages(net)
+        net.record(range(total - count, total))
+        x = torch.zeros(1, *size, device=next(net.parameters()).device)
+        with undisturbed(net):
+            shapes.append([(int(m.shape[1]), int(m.shape[2]), int(m.shape[3])) for m in net(x).maps])
+    return shapes[0], shapes[1:]
+
+
+def _stages(net: FeatureNet) -> int:
+    """How many stages `forward_intermediates` knows."""
+    info = getattr(net.net, "feature_info", None)
+    if not hasattr(net.net, "forward_intermediates") or not info:
+        raise ValueError(f"{net.architecture} gives no maps of its stages; choose another network")
+    return len(info)
+
+
 @contextmanager
 def undisturbed(net: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; on leaving, every sub-module's mode and torch's CPU generator are as before."""
@@ -189,7 +240,7 @@ def check_head(net: nn.Module, input_size: tuple[int, int, int]) -> torch.Size:
     with undisturbed(net):
         try:
             expected = net(x)
-            raw, feat, logits = decompose(net, x)
+            raw, feat, logits, _ = decompose(net, x)
         except (RuntimeError, AssertionError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"{name} cannot be used with {size} input: {first_line(error)}; "

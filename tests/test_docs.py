@@ -1,4 +1,4 @@
-"""The pages of docs/ name files and functions that exist."""
+"""The pages of docs/, and the docstrings of pipeline/, name files and functions that exist."""
 
 import ast
 import re
@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import Config
+
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("pipeline", "models", "steps")
+NOT_MODULES = {*Config.model_fields, "asib"}
+"""Sections of the configuration and the prefix of our tags, which some modules are called too."""
+SUFFIXES = ("bin", "html", "json", "parquet", "py", "safetensors")
 
 
 def cited(page: str) -> Iterator[tuple[str, str]]:
@@ -43,3 +49,44 @@ def test_the_code_that_a_page_cites_is_there(page: str) -> None:
         if not file.exists() or (name and name not in defined(file)):
             missing.append(f"{path}: {name}")
     assert missing == []
+
+
+def owners() -> dict[str, set[str]]:
+    """Folders, modules and classes by their names, each with what lies in it; namesakes share an entry."""
+    found: dict[str, set[str]] = {}
+    for file in (file for room in ROOMS for file in (ROOT / room).rglob("*.py")):
+        found.setdefault(file.parent.name, set()).add(file.stem)
+        found.setdefault(file.parent.parent.name, set()).add(file.parent.name)
+        found.setdefault(file.stem, set()).update(defined(file))
+        for made in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef)):
+            inside = found.setdefault(made.name, set())
+            for node in ast.walk(made):
+                if isinstance(node, ast.FunctionDef):
+                    inside.add(node.name)
+                elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    inside.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return found
+
+
+def dotted(file: Path) -> Iterator[str]:
+    """What docstrings of a file name: `module.name`, `Class.name`, or a path from `pipeline` on."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            for name in re.findall(r"`([A-Za-z_]+(?:\.\w+)+)(?:\([^`]*\))?`", node.value.value):
+                first, *rest = name.split(".")
+                if first in ROOMS or (len(rest) == 1 and first not in NOT_MODULES and rest[0] not in SUFFIXES):
+                    yield name
+
+
+def test_what_a_docstring_names_is_there() -> None:
+    known, missing, checked = owners(), [], 0
+    for file in sorted((ROOT / "pipeline").rglob("*.py")):
+        for name in dotted(file):
+            *_, owner, member = name.split(".")
+            ours = owner in known
+            checked += ours
+            # a module that is gone is noticed by its class
+            if (ours and member not in known[owner]) or (not ours and owner.islower() and member[0].isupper()):
+                missing.append(f"{file.relative_to(ROOT)}: {name}")
+    assert missing == []
+    assert checked > 30

@@ -39,7 +39,7 @@ class Bare(nn.Module):
         self.net = copy.deepcopy(net.net)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _, feature, logits = decompose(self.net, x)
+        _, feature, logits, _ = decompose(self.net, x)
         return logits, feature
 
 

@@ -23,7 +23,7 @@ from pipeline.errors import Pruned
 from pipeline.runs.opening import open_run
 from pipeline.training.checkpoint import Copy, Saved, Slots
 from pipeline.training.loop import Loop, Verdict
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.optim import Precision
 from pipeline.training.phases import Epoch
 

@@ -41,10 +41,12 @@ class CifarMobileNetV2(CifarNet):
     head_name = "classifier.0"
     stem_names = r"^conv1\."
     block_names = r"^blocks\.(\d+)"
+    tail_names = ("conv2",)
+    reductions = (2, 4, 8, 16)
 
     def __init__(self, width: float, **common: Any) -> None:
         super().__init__(**common)
-        in_chs, reduction, stages = int(32 * width), 2, []
+        in_chs, stages = int(32 * width), []
         self.conv1 = _conv_bn_relu(conv3x3(self.in_chans, in_chs, stride=2))
         self.blocks = nn.ModuleList()
         for i, (expand, full, count, stride) in enumerate(SETTING):
@@ -54,9 +56,8 @@ class CifarMobileNetV2(CifarNet):
                 group.append(InvertedResidual(in_chs, out_chs, stride if j == 0 else 1, expand))
                 in_chs = out_chs
             self.blocks.append(group)
-            reduction *= stride
             if i in STAGE_ENDS:
-                stages.append((f"blocks.{i}", out_chs, reduction))
+                stages.append((f"blocks.{i}", out_chs))
         features = max(1280, int(1280 * width))
         self.conv2 = _conv_bn_relu(conv1x1(in_chs, features))
         self.classifier = nn.Sequential(nn.Identity())
@@ -72,12 +73,15 @@ class CifarMobileNetV2(CifarNet):
         out: torch.Tensor = self.conv1(x)
         return out
 
-    def stage(self, index: int, x: torch.Tensor) -> torch.Tensor:
+    def parts(self, index: int) -> list[str]:
         """The groups between two entries of `feature_info`."""
         first = STAGE_ENDS[index - 1] + 1 if index else 0
-        for group in self.blocks[first : STAGE_ENDS[index] + 1]:
-            x = group(x)
-        return x
+        return [f"blocks.{i}" for i in range(first, STAGE_ENDS[index] + 1)]
+
+    def stage_preact(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A stage's output is linear: it is its own pre-activation."""
+        x = self.stage(index, x)
+        return x, x
 
     def tail(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 320·width, h, w) → (B, num_features, h, w)."""

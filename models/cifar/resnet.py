@@ -41,12 +41,17 @@ class Residual(nn.Module):
         )
         self.add_module(shortcut, projection)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One block; see the class."""
+    def preact(self, x: torch.Tensor) -> torch.Tensor:
+        """The block without its last ReLU."""
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.conv3 is not None and self.bn3 is not None:
             y = self.bn3(self.conv3(F.relu(y)))
-        return F.relu(y + getattr(self, self.shortcut_name)(x))
+        out: torch.Tensor = y + getattr(self, self.shortcut_name)(x)
+        return out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One block; see the class."""
+        return F.relu(self.preact(x))
 
 
 class CifarResNet(CifarNet):
@@ -59,6 +64,7 @@ class CifarResNet(CifarNet):
     """
 
     shortcut_name: ClassVar[str] = "downsample"
+    reductions: ClassVar[tuple[int, ...]] = (1, 2, 4)
 
     def __init__(
         self, blocks: tuple[int, ...], widths: tuple[int, ...], bottleneck: bool = False, **common: Any
@@ -74,7 +80,7 @@ class CifarResNet(CifarNet):
                 layer.append(Residual(in_chs, width, stride, bottleneck, self.shortcut_name))
                 in_chs = width * (4 if bottleneck else 1)
             self.add_module(f"layer{i + 1}", layer)
-            stages.append((f"layer{i + 1}", in_chs, 2**i))
+            stages.append((f"layer{i + 1}", in_chs))
         self.finish(in_chs, stages)
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,6 +93,7 @@ class CifarResNetFourStage(CifarResNet):
 
     head_name = "linear"
     shortcut_name = "shortcut"
+    reductions = (1, 2, 4, 8)
 
 
 def _six_n_plus_two(depth: int, widths: tuple[int, ...]) -> dict[str, Any]:

@@ -39,13 +39,17 @@ class GroupedUnit(nn.Module):
         self.conv3 = conv1x1(mid, branch, groups=groups)
         self.bn3 = nn.BatchNorm2d(branch)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One unit; see the class. Published with a ReLU after the depthwise convolution, unlike the paper."""
+    def preact(self, x: torch.Tensor) -> torch.Tensor:
+        """The unit without its last ReLU. Published with one after the depthwise convolution, unlike the paper."""
         y = channel_shuffle(F.relu(self.bn1(self.conv1(x))), self.groups)
         y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
         if self.stride == 2:
-            return F.relu(torch.cat([y, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1))
-        return F.relu(y + x)
+            return torch.cat([y, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1)
+        return y + x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One unit; see the class."""
+        return F.relu(self.preact(x))
 
 
 class SplitUnit(nn.Module):
@@ -61,11 +65,20 @@ class SplitUnit(nn.Module):
         self.conv3 = conv1x1(half, half)
         self.bn3 = nn.BatchNorm2d(half)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, chs, h, w) → the same shape."""
+    def halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, chs, h, w) → the half that passes by, and the other before its last ReLU; both (B, chs/2, h, w)."""
         passed, y = x.chunk(2, dim=1)
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(y)))))
-        return channel_shuffle(torch.cat([passed, F.relu(self.bn3(self.conv3(y)))], dim=1), 2)
+        return passed, self.bn3(self.conv3(y))
+
+    def preact(self, x: torch.Tensor) -> torch.Tensor:
+        """The unit without its last ReLU; what passes by has had one. (B, chs, h, w) → the same shape."""
+        return channel_shuffle(torch.cat(self.halves(x), dim=1), 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, chs, h, w) → the same shape."""
+        passed, y = self.halves(x)
+        return channel_shuffle(torch.cat([passed, F.relu(y)], dim=1), 2)
 
 
 class DownUnit(nn.Module):
@@ -97,6 +110,7 @@ class _ShuffleNet(CifarNet):
     """Stem and three stages; `unit(in_chs, out_chs, first)` makes the units of a stage."""
 
     head_name = "linear"
+    reductions = (2, 4, 8)
 
     def __init__(self, widths: tuple[int, ...], repeats: tuple[int, ...], **common: Any) -> None:
         super().__init__(**common)
@@ -107,7 +121,7 @@ class _ShuffleNet(CifarNet):
             units = [self.unit(in_chs if j == 0 else width, width, first=j == 0) for j in range(count)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*units))
             in_chs = width
-        self.stages = [(f"layer{i + 1}", width, 2 ** (i + 1)) for i, width in enumerate(widths)]
+        self.stages = [(f"layer{i + 1}", width) for i, width in enumerate(widths)]
 
     def unit(self, in_chs: int, out_chs: int, first: bool) -> nn.Module:
         """A unit; the first of a stage halves the map."""
@@ -136,6 +150,8 @@ class CifarShuffleNetV1(_ShuffleNet):
 
 class CifarShuffleNetV2(_ShuffleNet):
     """Stages of 4, 8, 4 units and a 1×1 convolution to `features`; the last map is 4×4 at 32 pixels."""
+
+    tail_names = ("conv2", "bn2")
 
     def __init__(self, widths: tuple[int, ...], features: int, **common: Any) -> None:
         super().__init__(widths, (4, 8, 4), **common)

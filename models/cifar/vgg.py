@@ -23,6 +23,7 @@ class CifarVGG(CifarNet):
     head_name = "classifier"
     stem_names = r"^$"  # none: the first block sees the image
     block_names = r"^block(\d+)"
+    reductions = (1, 2, 4, 8, 8)
 
     def __init__(self, convs: tuple[int, ...], **common: Any) -> None:
         super().__init__(**common)
@@ -35,7 +36,8 @@ class CifarVGG(CifarNet):
                 block.append(nn.Conv2d(in_chs, width, kernel_size=3, padding=1)).append(nn.BatchNorm2d(width))
                 in_chs = width
             self.add_module(f"block{i}", block)
-        self.finish(WIDTHS[-1], [(f"block{i}", WIDTHS[i], min(2**i, 8)) for i in range(5)])
+            self.add_module(f"act{i}", nn.ReLU())
+        self.finish(WIDTHS[-1], [(f"act{i}", width) for i, width in enumerate(WIDTHS)])
 
     def init_head(self, linear: nn.Linear) -> None:
         """N(0, 0.01²), zero bias."""
@@ -46,11 +48,30 @@ class CifarVGG(CifarNet):
         """The image itself: the first block sees it."""
         return x
 
+    def parts(self, index: int) -> list[str]:
+        """The block and its last ReLU; pools have no module."""
+        return [f"block{index}", f"act{index}"]
+
     def stage(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Block `index`; a pool precedes the last one only if the map is larger than the 4×4 of 32-pixel images."""
-        if 0 < index < 4 or (index == 4 and x.shape[-1] > 4):
-            x = F.max_pool2d(x, 2)
-        return F.relu(super().stage(index, x))
+        """Block `index` after its pool, if there is one, and the last ReLU."""
+        return self.stage_preact(index, x)[1]
+
+    def stage_preact(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block `index` before and after its last ReLU."""
+        if index:
+            x = F.max_pool2d(x, 2) if index < 4 else pooled_to_4(x)
+        block, act = map(self.get_submodule, self.parts(index))
+        preact: torch.Tensor = block(x)
+        return preact, act(preact)
+
+
+@torch.fx.wrap
+def pooled_to_4(x: torch.Tensor) -> torch.Tensor:
+    """The pool before the last block, only if the map is larger than the 4×4 of 32-pixel images.
+
+    torch.fx takes it for one operation and leaves the choice to the size of the map.
+    """
+    return F.max_pool2d(x, 2) if x.shape[-1] > 4 else x
 
 
 register(

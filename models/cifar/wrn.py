@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.cifar.base import CifarNet, conv1x1, conv3x3, register
 
@@ -48,6 +49,8 @@ class CifarWideResNet(CifarNet):
 
     stem_names = r"^conv1\."
     block_names = r"^block(\d+)"
+    tail_names = ("bn1",)
+    reductions = (1, 2, 4)
 
     def __init__(self, depth: int, widen: int, **common: Any) -> None:
         super().__init__(**common)
@@ -57,7 +60,7 @@ class CifarWideResNet(CifarNet):
             group = Group((depth - 4) // 6, widths[i], widths[i + 1], stride=1 if i == 0 else 2)
             self.add_module(f"block{i + 1}", group)
         self.bn1 = nn.BatchNorm2d(widths[3])
-        self.finish(widths[3], [(f"block{i + 1}", widths[i + 1], 2**i) for i in range(3)])
+        self.finish(widths[3], [(f"block{i + 1}", widths[i + 1]) for i in range(3)])
 
     def init_head(self, linear: nn.Linear) -> None:
         """Zero bias."""
@@ -67,6 +70,15 @@ class CifarWideResNet(CifarNet):
         """(B, in_chans, H, W) → (B, 16, H, W)."""
         out: torch.Tensor = self.conv1(x)
         return out
+
+    def stage_preact(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The map before a ReLU is the next BatchNorm's output; that layer's running statistics stay as they are."""
+        x = self.stage(index, x)
+        last = index + 1 == len(self.feature_info)
+        norm = self.get_submodule("bn1" if last else f"block{index + 2}.layer.0.bn1")
+        assert isinstance(norm, _BatchNorm)
+        mean, var = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+        return F.batch_norm(x, mean, var, norm.weight, norm.bias, norm.training, eps=norm.eps), x
 
     def tail(self, x: torch.Tensor) -> torch.Tensor:
         """The activation that the last block leaves out."""

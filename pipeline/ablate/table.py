@@ -14,7 +14,7 @@ from pipeline.compose import cli, rungs, shortcuts
 from pipeline.compose.compose import Setting, compose, keys_of
 from pipeline.compose.groups import locate
 from pipeline.compose.settings import read_section
-from pipeline.config import Config, TeacherConfig, config_hash, explain, student_alone
+from pipeline.config import Config, TeacherConfig, config_hash, configure, explain, student_alone
 from pipeline.config.words import suggestion
 from pipeline.errors import UserError
 
@@ -149,14 +149,8 @@ def _cells(
 
 
 def _decided(key: str) -> bool:
-    """Whether pairs, methods or the recipe decide on a key, so that neither an override nor a single row may."""
-    return key.startswith(("model.", "model/", "dataset.")) or key in (
-        "model",
-        "method",
-        "method.name",
-        "dataset",
-        "rung",
-    )
+    """Whether pairs and methods decide on a key, so that no override may."""
+    return key.startswith(("model.", "model/")) or key in ("model", "method", "method.name", "rung")
 
 
 def _configuration(
@@ -173,7 +167,7 @@ def _configuration(
     own = table.methods[of]
     of_method = ([] if of == ALONE else [f"method={of}"]) if own is None else list(own)
     for key in keys_of(of_method):
-        if key != "method" and _decided(key):
+        if key.startswith("dataset") or (key != "method" and _decided(key)):
             raise UserError(f"table={table.name}: methods.{method} sets {key}, which all rows share; leave it out")
     try:
         config = compose(
@@ -201,7 +195,7 @@ def _check(table: TableConfig, cells: Sequence[Cell], anyway: bool) -> None:
 
 
 def _epochs(config: Config) -> int:
-    return sum(config.method.student_epochs_per_stage)
+    return config.method.b_epochs
 
 
 def _longer(baseline: str, results: Sequence[tuple[Cell, "Record"]]) -> list[Cell]:
@@ -245,6 +239,6 @@ def stretched(config: Config, epochs: int) -> Config:
     values["method"]["student_epochs_per_stage"] = stages
     values["schedule"]["milestones"] = [round(m * epochs / sum(usual)) for m in config.schedule.milestones]
     try:
-        return Config.model_validate(values)
+        return configure(values)
     except ValidationError as error:
-        raise UserError(f"{epochs} epochs: {explain(error)}") from error
+        raise UserError(f"{epochs} epochs: {explain(error, values)}") from error

@@ -28,8 +28,9 @@ from pydantic.fields import FieldInfo
 from pipeline.compose.foreign import foreign
 from pipeline.compose.groups import CONF, NOT_GROUPS, groups, locate
 from pipeline.compose.settings import read_yaml
-from pipeline.config import Config, UnknownKey, explain, flatten
-from pipeline.config.words import field_at, is_list_of_sections, is_text, section_of, suggestion, written
+from pipeline.config import Config, UnknownKey, configure, explain, field_of, flatten
+from pipeline.config.methods.base import PROTOCOL
+from pipeline.config.words import is_list_of_sections, is_text, section_of, suggestion, written
 from pipeline.errors import UserError
 from pipeline.paths import printable
 
@@ -98,9 +99,9 @@ def compose(
         plain: Any = OmegaConf.to_container(composed, resolve=True)
     sections = {name: value for name, value in plain.items() if value is not None or name not in _SECTIONS}
     try:
-        return Config.model_validate(sections)
+        return configure(sections)
     except ValidationError as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, sections)) from error
 
 
 def dump(config: Config) -> str:
@@ -185,7 +186,12 @@ def _option(group: str, value: str, options: dict[str, list[str]]) -> str:
 
 def _setting(prefix: str, key: str, value: str | None) -> Setting:
     path = key.split(".")
-    found = field_at(path, Config)
+    found = field_of(path)
+    if (
+        found is None and path[0] == "method" and len(path) == 2 and prefix != "~"
+    ):  # of a method from outside, or refused in the end
+        parsed = _parse(key, value or "")
+        return Setting(key, (value or "").strip() if parsed is None else parsed.value())
     if found is None:
         raise UnknownKey(key)
     beyond = path[found[1] :]  # at most the number of an item: schedule.milestones.0
@@ -236,7 +242,7 @@ def _apply(composed: DictConfig, setting: Setting) -> None:
         if not OmegaConf.is_config(child := node._get_node(index)) or child._is_none():
             if setting.delete:
                 return
-            field = field_at(path[: depth + 1], Config)
+            field = field_of(path[: depth + 1])
             if field is not None and _is_list(field[0]):
                 what = "are no entries" if is_list_of_sections(field[0]) else "is no list"
                 raise UserError(f"{setting.key}: there {what} yet; set the whole {'.'.join(path[: field[1]])}=[…]")
@@ -261,7 +267,8 @@ def _is_list(field: FieldInfo) -> bool:
 def _compose_groups(file: Path | None, theirs: str | None, choices: dict[str, str]) -> DictConfig:
     """What Hydra makes of the groups, the file (or somebody else's text) and the choices.
 
-    Explicit choices come last: they win over the file, a dumped configuration included, which names every key.
+    Explicit choices come last: they win over the file, a dumped configuration included, which names every key. Of the
+    file's method, another one that is chosen takes over how long and on what the student is trained (`PROTOCOL`).
     """
     with (
         _HYDRA_IS_GLOBAL,
@@ -272,6 +279,12 @@ def _compose_groups(file: Path | None, theirs: str | None, choices: dict[str, st
         experiment = [f"{_EXPERIMENT}@_global_={name}"] if name else []
         composed = hydra_compose("config", overrides=[*paths, *chosen, *experiment])
         again = hydra_compose(None, overrides=[f"+{choice}" for choice in chosen]) if name and chosen else {}
+        if name and "method" in choices:
+            others = [f"{group}={option}" for group, option in choices.items() if group != "method"]
+            before = hydra_compose("config", overrides=[*paths, *others, *experiment]).method
+            if before.get("name") != again["method"]["name"]:  # the file's keys are another method's
+                OmegaConf.set_struct(composed, False)
+                composed.method = {key: before[key] for key in PROTOCOL if key in before}
     OmegaConf.set_struct(composed, False)
     merged = OmegaConf.merge(composed, again)
     OmegaConf.set_struct(merged, False)

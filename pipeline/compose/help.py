@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from pipeline.compose.cli import Command
-from pipeline.compose.groups import groups
-from pipeline.config import Config
+from pipeline.compose.groups import CONF, groups
+from pipeline.compose.settings import parse_data
+from pipeline.config import Config, methods, schema
 from pipeline.config.words import expects, is_list_of_sections, is_text, section_of, suggestion, written
 from pipeline.errors import UserError
 
@@ -58,12 +59,13 @@ def step_help(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]
         own: the step's own keys, with words.
         keys: keys of the configuration that matter most here.
     """
-    config = None
-    if command.cfg or command.overrides:
+    config, topic = None, command.help
+    if not command.cfg and len(command.overrides) == 1 and command.overrides[0].startswith("method="):
+        config, topic = _of_method(command.overrides[0].partition("=")[2]), topic or "method"
+    elif command.cfg or command.overrides:
         from pipeline.compose.compose import compose
 
-        config = compose(command.cfg, command.overrides)
-    topic = command.help or (ALL if config is not None else "")
+        config, topic = compose(command.cfg, command.overrides), topic or ALL
     if not topic:
         return _screen(step, about, own, keys)
     every = list(_keys(config or Config()))
@@ -79,6 +81,13 @@ def step_help(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]
     for key in found:
         lines += _described(key)
     return "\n".join(lines).strip("\n") + "\n"
+
+
+def _of_method(name: str) -> Config:
+    """The defaults with a method and the values of its file; not validated, since it may need teachers."""
+    chosen = schema(name)
+    method = methods.settings(name)(**parse_data((CONF / "method" / f"{name}.yaml").read_text(), f"method={name}"))
+    return chosen.model_construct(method=method)
 
 
 def _usage(step: str) -> str:

@@ -137,6 +137,8 @@ def delta(rung: Rung, cfg: Config) -> dict[str, Any]:
 
 def configuration(cfg: Config, name: str, seed: int) -> Config:
     """The rung over `cfg`, from L0 up. Raises UserError: the rung does not fit this configuration."""
+    if cfg.method.name != "asib":
+        raise UserError(f"method={cfg.method.name}: the rungs are ASIB's; compare methods with python -m steps.table")
     values = cfg.model_dump()
     for rung in lineage(name):
         for key, value in delta(rung, cfg).items():
@@ -152,7 +154,7 @@ def configuration(cfg: Config, name: str, seed: int) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"rung {name}: {explain(error)}") from error
+        raise UserError(f"rung {name}: {explain(error, values)}") from error
 
 
 def configurations(cfg: Config, names: Iterable[str], seeds: Sequence[int]) -> list[Config]:
@@ -177,7 +179,7 @@ def check(rung: Rung, parent: Config, child: Config) -> None:
     differing = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     below = rung.parent or "its cfg"
     # with renorm_ce_kd, cross-entropy's weight follows from that of distillation, before the lock
-    follows = {"method.ce_alpha"} if parent.method.renorm_ce_kd else set()
+    follows = {"method.ce_alpha"} if getattr(parent.method, "renorm_ce_kd", False) else set()
     for key in sorted(differing - set(rung.sets) - follows):
         raise UserError(
             f"rung {rung.name} differs from {below} in {key} ({written(before.get(key))} -> "

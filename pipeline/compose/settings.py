@@ -48,7 +48,10 @@ def read_data(path: Path, source: str) -> Any:
 
 
 def parse_data(text: str, source: str) -> Any:
-    """As `read_data`, for a text, which may also be a value of the command line."""
+    """As `read_data`, for a text, which may also be a value of the command line.
+
+    `get_yaml_loader` is private API of omegaconf, checked with 2.3.1.
+    """
     return yaml_data.parse(text, source, get_yaml_loader())
 
 

@@ -4,9 +4,19 @@ from pipeline.config.base import Section, flatten, key
 from pipeline.config.datasets import AugmentConfig, DatasetConfig
 from pipeline.config.identity import Identity, config_hash, source_digest
 from pipeline.config.inactive import inactive
-from pipeline.config.methods.asib import MethodConfig
+from pipeline.config.methods.base import MethodConfig
 from pipeline.config.model import TeacherConfig
-from pipeline.config.schema import Config, UnknownKey, explain, known_names, student_alone
+from pipeline.config.schema import (
+    Config,
+    UnknownKey,
+    configure,
+    explain,
+    field_of,
+    known_names,
+    schema,
+    schema_for,
+    student_alone,
+)
 from pipeline.config.training import FinetuneConfig, OptimConfig, ScheduleConfig
 
 __all__ = [
@@ -22,11 +32,15 @@ __all__ = [
     "TeacherConfig",
     "UnknownKey",
     "config_hash",
+    "configure",
     "explain",
+    "field_of",
     "flatten",
     "inactive",
     "key",
     "known_names",
+    "schema",
+    "schema_for",
     "source_digest",
     "student_alone",
 ]

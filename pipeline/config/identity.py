@@ -37,8 +37,9 @@ NOT_COMPUTATION = (
     "tracking.",
 )
 """Keys, and prefixes of keys, that do not change what is computed."""
-ONLY_WHERE_SET = ("dataset.mean", "dataset.std")
-"""Keys added later, which the hash leaves out while they are null so that earlier results keep their hash."""
+ONLY_WHERE_SET = ("dataset.mean", "dataset.std", "method.module", "method.plus", "method.standardise")
+"""Keys added later, which the hash leaves out while they are null, false or empty: earlier results keep their hash."""
+_OF_PLUS = ("method.plus_alpha", "method.plus_tau")
 
 
 def listed(key: str, names: Iterable[str]) -> bool:
@@ -57,7 +58,8 @@ def computation(config: Config) -> dict[str, Any]:
         name: value
         for name, value in flatten(config).items()
         if not name.endswith(".checkpoint")
-        and not (value is None and name in ONLY_WHERE_SET)
+        and not (not value and name in ONLY_WHERE_SET)
+        and not (name in _OF_PLUS and not config.method.plus)
         and not listed(name, NOT_COMPUTATION)
     }
 

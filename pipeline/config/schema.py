@@ -1,26 +1,32 @@
 """The configuration: all keys and the rules between them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
 
-from pipeline.config import words
+from pipeline.config import methods, words
+from pipeline.config.methods.base import PROTOCOL
 from pipeline.config.rules import check, derive
 from pipeline.config.sections import Sections
 from pipeline.errors import UserError
 
 
 class Config(Sections):
-    """The whole effective configuration, validated once and immutable; the code sees no other."""
+    """The whole effective configuration, validated once and immutable; the code sees no other.
 
-    # repeated: pydantic would take abc's class method of this name for the inherited default
+    This class has ASIB's keys under `method`; `schema` gives the subclass for another method, `configure` chooses.
+    """
+
+    # repeated, here and in `schema`: pydantic would take abc's class method of this name for the inherited default
     register: str | None = Sections.model_fields["register"]  # type: ignore[assignment]
 
     @model_validator(mode="before")
     @classmethod
     def _derived_defaults(cls, data: Any) -> Any:
-        return derive(data)
+        return derive(data, cls)
 
     @model_validator(mode="after")
     def _rules(self) -> "Config":
@@ -28,25 +34,59 @@ class Config(Sections):
         return self
 
 
-ALONE = ("num_stages", "student_epochs_per_stage", "ce_label_smoothing", "mixup_alpha", "cutmix_alpha_distill")
-"""Keys of `method` that act without teachers."""
+REGISTER = (str | None, Sections.model_fields["register"])
+
+
+@cache
+def schema(method: str = "asib", module: str | None = None) -> type[Config]:
+    """The configuration with a method's keys. Raises UserError: no such method."""
+    settings = methods.settings(method, module)
+    if settings is Config.model_fields["method"].annotation:
+        return Config
+    fields: dict[str, Any] = {"method": (settings, settings()), "register": REGISTER}
+    made: type[Config] = create_model("Config", __base__=Config, __module__=__name__, **fields)
+    return made
+
+
+def schema_for(data: Any) -> type[Config]:
+    """The configuration with the keys of the method that unvalidated data names. Raises UserError: no such method."""
+    method = data.get("method") if isinstance(data, Mapping) else None
+    if not isinstance(method, Mapping):
+        return Config
+    name, module = method.get("name", "asib"), method.get("module")
+    if not isinstance(name, str) or not isinstance(module, str | None):
+        return Config  # whose validation says what is wrong
+    return schema(name, module)
+
+
+def configure(data: Any) -> Config:
+    """Validate a configuration of any method. Raises ValidationError; UserError: no such method."""
+    return schema_for(data).model_validate(data)
 
 
 def student_alone(config: Config) -> Config:
     """Drop the teachers: the same B-epochs with cross-entropy only, all other keys of the method at their defaults."""
-    method = {name: getattr(config.method, name) for name in ALONE} | {"kd_target": "avg", "teacher_adapt_epochs": 0}
+    method = {name: getattr(config.method, name) for name in PROTOCOL} | {"kd_target": "avg", "teacher_adapt_epochs": 0}
     model = {"student": config.model.student.model_dump()}
     return Config.model_validate(config.model_dump() | {"method": method, "model": model})
 
 
+def field_of(path: Sequence[str]) -> tuple[FieldInfo, int] | None:
+    """`words.field_at` in the schema of the first method that has such a key, ASIB's first."""
+    roots: list[type[Config]] = [Config]
+    roots += [schema(name) for name in methods.names() if path[0] == "method"]
+    return next(filter(None, (words.field_at(path, root) for root in roots)), None)
+
+
 def known_names() -> list[str]:
-    """Every dotted key of the configuration."""
-    return list(words.key_names(Config))
+    """Every dotted key of the configuration, those of all methods included."""
+    every = [*words.key_names(Config), *(key for name in methods.names() for key in words.key_names(schema(name)))]
+    return list(dict.fromkeys(every))
 
 
-def explain(error: ValidationError) -> str:
-    """Explain a refused configuration in one line: key, value, what to do."""
-    return words.explain(error, Config)
+def explain(error: ValidationError, data: Any = None) -> str:
+    """Explain a refused configuration in one line: key, value, what to do. `data`: what was validated."""
+    return words.explain(error, schema_for(data))
 
 
 class UnknownKey(UserError):

@@ -1,11 +1,11 @@
 """All keys, before the rules between them: every key of docs/method.md section 10."""
 
 import warnings
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.base import Section, key
 from pipeline.config.datasets import AugmentConfig, DatasetConfig
-from pipeline.config.methods.asib import MethodConfig
+from pipeline.config.methods.asib.settings import AsibConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.numbers import Gigabytes, Seed, Threads
 from pipeline.config.training import CheckpointConfig, FinetuneConfig, OptimConfig, ScheduleConfig, TrackingConfig
@@ -41,7 +41,10 @@ class Sections(Section):
 
     dataset: DatasetConfig = DatasetConfig()
     model: ModelConfig = ModelConfig()
-    method: MethodConfig = MethodConfig()
+    if TYPE_CHECKING:
+        method: Any = None  # a MethodConfig; code of one method reads keys of its own
+    else:
+        method: AsibConfig = AsibConfig()  # the schema of another method has that one's settings here
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -128,7 +128,8 @@ class ImageFiles:
         """End the workers; the next request starts new ones."""
         iterator = getattr(self._loader, "_iterator", None)
         if iterator is not None:
-            iterator._shutdown_workers()  # also where a suspended generator still holds it
+            # private API, checked with torch 2.14.1; also where a suspended generator still holds the iterator
+            iterator._shutdown_workers()
         self._loader = None
 
     def _watched(self, loader: "DataLoader[Tensor | str]") -> Iterator[Tensor | str]:
@@ -245,7 +246,8 @@ def _begin_worker(index: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_ALL)
-    # what cannot be sent would otherwise be printed and dropped, and the training would wait for it forever
+    # What cannot be sent would otherwise be printed and dropped, and the training would wait for it forever.
+    # Private API of multiprocessing, checked with Python 3.11.
     Queue._on_queue_feeder_error = staticmethod(_leave)  # type: ignore[attr-defined]
 
 

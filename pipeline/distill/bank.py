@@ -16,8 +16,8 @@ from pipeline.training.bank.cache import BankCache
 from pipeline.training.bank.lookup import BankedTeachers
 from pipeline.training.bank.policy import bank_use
 from pipeline.training.costs import Costs
-from pipeline.training.methods.asib.task import Distillation, OpenBank
 from pipeline.training.optim import Precision
+from pipeline.training.student import Distillation, OpenBank
 
 logger = logging.getLogger("asib")
 

@@ -2,13 +2,10 @@
 
 from collections.abc import Mapping
 
-import torch
-
 from pipeline.data.sources import ImageData
 from pipeline.distill import networks
 from pipeline.training import costs
-from pipeline.training.methods.asib.fusion import query_width
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.student import Distillation
 
 
 def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]) -> dict[str, float]:
@@ -20,17 +17,11 @@ def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]
     x = networks.blank(task.config, data)
     nets = {"student": task.student} | {f"teacher_{k}": t for k, t in enumerate(task.teachers)}
     found = {name: costs.macs(net, x) for name, net in nets.items()}
-    if task.fusion is not None:
-        query = torch.zeros(1, query_width(task.method, task.student), device=task.device)
-        features = [torch.zeros(1, t.feature_dim, device=task.device) for t in task.teachers]
-        found["fusion"] = costs.macs(task.fusion, None if task.method.learnable_q else query, features)
+    found |= task.own_macs()
     total = sum(found[name] * results[f"cost/forward_images/{name}"] for name in found)
     epochs = {phase: sum(e.phase == phase for e in task.plan) for phase in task.phases}
     images = len(task.data.train.indices)
-    for phase, names in (("a", ["fusion"]), ("b", ["student"])):
-        if phase in task.phases:
-            if phase == "a" and task.method.use_teacher_finetuning:
-                names += [f"teacher_{k}" for k in range(len(task.teachers))]
-            passes = images * epochs[phase] * task.phases[phase].repeats
-            total += 2 * passes * sum(found[name] for name in names)
+    for phase in task.phases:
+        passes = images * epochs[phase] * task.phases[phase].repeats
+        total += 2 * passes * sum(found[name] for name in task.trained_in(phase) if name in found)
     return {f"cost/macs_per_image/{name}": float(n) for name, n in found.items()} | {"cost/gmacs": total / 1e9}

@@ -13,7 +13,7 @@ from pipeline.runs.run import Run
 from pipeline.training.bank.policy import bank_use
 from pipeline.training.compiling import check_device
 from pipeline.training.loop import Loop, Watch
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.student import Distillation, task_of
 
 logger = logging.getLogger("asib")
 
@@ -63,7 +63,9 @@ def _trained(run: Run, watch: Watch | None) -> tuple[ImageData, Distillation, Lo
     test = watch is None  # a sweep never looks at the test split
     taught = teachers.obtain(run, data, student, test) if config.method.distils else []
     hashes = [t.hash for t in taught]
-    task = Distillation(config, data, student, [t.net for t in taught], device, bank.opener(config, data, hashes))
+    task = task_of(config.method)(
+        config, data, student, [t.net for t in taught], device, bank.opener(config, data, hashes)
+    )
     run.journal.tags({"asib.eval_split": task.data.eval_split})
     if any(t.saw_validation for t in taught) and task.data.has_validation:
         run.journal.tags({"asib.val_contaminated": "true"})

@@ -92,10 +92,8 @@ def eval_batches(
 
 
 def build_student(config: Config, data: ImageData) -> FeatureNet:
-    """The student, fresh or pretrained; with an adapter where its `distill_feat` is used."""
-    s, m = config.model.student, config.method
-    adapts = m.feat_kd_alpha > 0 and m.feat_kd_key == "distill_feat"  # otherwise nothing would train it
-    width = m.distill_out_dim if adapts else None
+    """The student, fresh or pretrained; with an adapter where its method uses one."""
+    s, width = config.model.student, config.method.adapter_dim
     return build(config, data, s.name, s.pretrained, "model.student.name", config.seed, adapter_dim=width)
 
 

@@ -24,7 +24,7 @@ SMOKE = "smoke test: cannot rank methods"
 
 def print_results(config: Config, results: dict[str, float]) -> None:
     """Student alone, each teacher, their average, the synergy, the distilled student: test top-1 in percent."""
-    student, trained = config.model.student.name, "distilled" if config.method.kd_alpha > 0 else "trained"
+    student, trained = config.model.student.name, "distilled" if config.method.distils else "trained"
     known = [
         (f"student alone ({student})", "final/student_alone_acc"),
         *((f"teacher {k} ({t.name})", f"final/teacher_{k}_acc") for k, t in enumerate(config.model.teachers)),
@@ -87,10 +87,7 @@ def _experiment_logger(run: Run, results: dict[str, float], seconds: float) -> d
         "batch_size": config.dataset.batch_size,
         "ce_alpha": m.ce_alpha,
         "kd_alpha": m.kd_alpha,
-        "use_ib": m.use_ib,
-        "ib_beta": m.ib_beta,
-        "ib_epochs_per_stage": "" if m.ib_epochs_per_stage is None else m.ib_epochs_per_stage,
-        "use_cccp": m.use_cccp,
+        **{key: _or_empty(getattr(m, key, None)) for key in ("use_ib", "ib_beta", "ib_epochs_per_stage", "use_cccp")},
         "optimizer": o.optimizer,
         "student_lr": o.student_lr,
         "student_weight_decay": o.student_weight_decay,
@@ -98,6 +95,10 @@ def _experiment_logger(run: Run, results: dict[str, float], seconds: float) -> d
     row |= {f"student_ep{i + 1}_acc": v for i, (_, v) in enumerate(history.get("student/acc", []))}
     row |= {f"teacher_ep{step + 1}_syn_acc": v for step, v in history.get("synergy/acc", [])}
     return row
+
+
+def _or_empty(value: Any) -> Any:
+    return "" if value is None else value
 
 
 # pictures ------------------------------------------------------------------------------------------------------------

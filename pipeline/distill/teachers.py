@@ -7,8 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from models.features import FeatureNet
 from models.weights import weights_hash
 from pipeline.config import Config
@@ -24,9 +22,8 @@ from pipeline.paths import REPOSITORY
 from pipeline.runs import opening
 from pipeline.runs.run import Run
 from pipeline.training import distributed
-from pipeline.training.methods.asib.fusion import Fusion, query_width
-from pipeline.training.methods.asib.task import check_student
-from pipeline.training.methods.finetune import FineTuning
+from pipeline.training.finetune import FineTuning
+from pipeline.training.student import task_of
 
 logger = logging.getLogger("asib")
 FINETUNE_KEYS = ("finetune.", "augment.", "dataset.", "optim.use_channels_last", "optim.deterministic")
@@ -101,11 +98,9 @@ def _build(config: Config, data: ImageData, student: FeatureNet) -> list[Feature
     # an impossible split would otherwise be refused only after fine-tuning
     split(data.train_y, dataset.val_fraction, data.digest, dataset.split_seed)
     nets = [networks.build_teacher(config, data, index) for index in range(len(config.model.teachers))]
-    check_student(config, student, data.num_classes)
-    if config.method.uses_fusion:
-        with torch.random.fork_rng(devices=[]):
-            widths = [net.feature_dim for net in nets]
-            Fusion(config.method, widths, query_width(config.method, student), data.num_classes)
+    task = task_of(config.method)
+    task.check(config, student, data.num_classes)
+    task.check_teachers(config, student, nets, data.num_classes)
     return nets
 
 

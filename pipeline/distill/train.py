@@ -108,7 +108,7 @@ def train(
         "cpu": cpu_name(),
     }
     _state_identity(run, header, part)
-    require_space(run.folder, [p.objective.trainable_module for p in task.phases.values()])
+    require_space(run.folder, [p.objective.trained for p in task.phases.values()])
     loop = Loop(
         task,
         run.journal,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline.data.sources import ImageData
 from pipeline.evaluate.superclasses import superclasses
+from pipeline.training import samples
 from pipeline.training.evaluation import accuracy
-from pipeline.training.methods.asib import targets
 
 BINS = 15
 """Bins of the calibration error, as in Guo et al., «On calibration of modern neural networks», 2017."""
@@ -183,11 +183,11 @@ def agreement(split: str, logits: Tensor, teachers: Sequence[Tensor], labels: Te
     found: dict[str, float] = {}
     for k, teacher in enumerate(teachers):
         name = f"{split}/teacher_{k}"
-        differ, both_wrong = targets.disagreement([logits, teacher], labels)
+        differ, both_wrong = samples.disagreement([logits, teacher], labels)
         found[f"{name}/acc"] = accuracy(teacher, labels)
         found |= {f"{name}/agreement": 1.0 - differ.item(), f"{name}/both_wrong": both_wrong.item()}
     if teachers:
-        differ, both_wrong = targets.disagreement(list(teachers), labels)
+        differ, both_wrong = samples.disagreement(list(teachers), labels)
         found[f"{split}/teachers/agreement"] = 1.0 - differ.item()
         found[f"{split}/teachers/both_wrong"] = both_wrong.item()
     return found

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from models.features import FeatureNet
 from models.weights import ADAPTER, read_state, weights_hash
-from pipeline.config import Config, MethodConfig
+from pipeline.config import Config
+from pipeline.config.methods.asib.settings import AsibConfig
 from pipeline.data.batches import EvalBatches
 from pipeline.data.image_files import Images
 from pipeline.data.sources import ImageData
@@ -22,8 +23,8 @@ from pipeline.evaluate import fusions
 from pipeline.evaluate.request import Request
 from pipeline.evaluate.source import Source, check_fits, find
 from pipeline.runs.run import Run
+from pipeline.training import samples
 from pipeline.training.evaluation import outputs
-from pipeline.training.methods.asib import targets
 from pipeline.training.methods.asib.fusion import Fusion
 from pipeline.training.methods.asib.monitor import synergy_logits
 from pipeline.training.methods.asib.task import query_width
@@ -67,9 +68,7 @@ class Averaged(nn.Module):
 class Fused(nn.Module):
     """Images (B, C, H, W) → synergy logits (B, N); the student runs where its feature is the query."""
 
-    def __init__(
-        self, student: FeatureNet, members: Sequence[FeatureNet], fusion: Fusion, method: MethodConfig
-    ) -> None:
+    def __init__(self, student: FeatureNet, members: Sequence[FeatureNet], fusion: Fusion, method: AsibConfig) -> None:
         super().__init__()
         self.members, self.fusion, self.key = nn.ModuleList(members), fusion, method.ib_mbm_query_key
         self.student = None if method.learnable_q else student
@@ -80,7 +79,7 @@ class Fused(nn.Module):
         return logits
 
 
-@dataclass
+@dataclass(frozen=True)
 class Subject:
     """What is evaluated.
 
@@ -161,26 +160,28 @@ def subject(run: Run, data: ImageData, request: Request, source: Source | None =
         assert config.student is not None
         source = find(run, config.student, key)
     student = networks.build_student(config, data)
-    found = Subject(config, data, mode, student, source if wanted else None)
+    record: dict[str, Any] = {}
+    members: list[Teacher] = []
+    fusion = None
     if wanted and source is not None:
-        found.record = check_fits(source, data, key)
-        networks.load(student, source.path, key, networks.prepared_as(data, found.record))
+        record = check_fits(source, data, key)
+        networks.load(student, source.path, key, networks.prepared_as(data, record))
     elif config.student is not None:
         logger.info("has no effect here: %s", key)
     if mode == "synergy":
         _check_query(config, source, key)
         place = fusions.find(run, request.fusion, source)
-        found.teachers = teachers.obtain(run, data, student)
-        widths, query = [net.feature_dim for net in found.nets], query_width(config.method, student)
+        members = teachers.obtain(run, data, student)
+        widths, query = [member.net.feature_dim for member in members], query_width(config.method, student)
         with networks.user_error("fusion"):
             made = Fusion(config.method, widths, query, data.num_classes)
-        found.fusion = made.to(networks.device_of(config)).eval()
-        fusions.load(run, place, found.fusion, [t.hash for t in found.teachers], data)
+        fusion = made.to(networks.device_of(config)).eval()
+        fusions.load(run, place, fusion, [member.hash for member in members], data)
     elif mode == "average" or request.teachers == "true":
-        found.teachers = teachers.obtain(run, data, student)
+        members = teachers.obtain(run, data, student)
     elif request.teachers == "auto":
-        found.teachers = _at_hand(run, data, student)
-    return found
+        members = _at_hand(run, data, student)
+    return Subject(config, data, mode, student, source if wanted else None, record, members, fusion)
 
 
 def _check_query(config: Config, source: Source | None, key: str) -> None:
@@ -209,5 +210,5 @@ def _at_hand(run: Run, data: ImageData, student: FeatureNet) -> list[Teacher]:
 
 def _averaged(logits: Sequence[Tensor], weights: list[float] | None) -> Tensor:
     """Log of the mean probabilities (B, N) of logits (B, N); underflow stays finite."""
-    p = targets.averaged(list(logits), weights, tau=1.0)
+    p = samples.averaged(list(logits), weights, tau=1.0)
     return p.clamp_min(torch.finfo(p.dtype).tiny).log()

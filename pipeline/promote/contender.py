@@ -112,7 +112,7 @@ def _network(where: str, weights: Path, meta: dict[str, Any], data: ImageData, c
     return networks.placed(net, config)
 
 
-def judge(contenders: list[Contender], data: ImageData, config: Config) -> list[Measured]:
+def measure(contenders: list[Contender], data: ImageData, config: Config) -> list[Measured]:
     """Evaluate every contender on the test split, and time them in turns."""
     metrics: list[dict[str, float]] = []
     correct = []

@@ -112,9 +112,9 @@ def _promote(
     if champion is not None:  # a dry run shows the same numbers, so it counts too
         pair = f"{challenger.number}-{champion.number}"
         look = registry.look(_test_digest(data), data.digest, pair, turn=not plan.dry_run)
-    measured = dict(zip(both, contender.judge(found, data, run.config), strict=True))
-    for judged in found:
-        number, manifest = judged.version.number, judged.manifest
+    measured = dict(zip(both, contender.measure(found, data, run.config), strict=True))
+    for each in found:
+        number, manifest = each.version.number, each.manifest
         if manifest and not plan.dry_run:  # it was registered without one
             registry.ask("tag_manifest", number=number, manifest=manifest)
             logger.info("wrote the manifest of version %s (tag %s)", number, bundle.TAG)

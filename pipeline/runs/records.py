@@ -108,7 +108,7 @@ def from_folder(folder: Path) -> Record:
 
 
 def from_server(folder: Path) -> Record:
-    """Read a run that `Delivery.read` has downloaded to `folder`."""
+    """Read a run that `Delivery.read_runs` has downloaded to `folder`."""
     values = json.loads((folder / "record.json").read_text())
     return Record(
         id=values["id"],

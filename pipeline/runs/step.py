@@ -1,7 +1,7 @@
 """The life of a step's process: arguments, configuration, the run, signals, and the exit code that says how it ended.
 
-Torch is imported only after the configuration is known to be good (or when an environment variable names a network,
-since only the zoo knows those).
+Torch is imported only after the configuration has been checked, as far as that needs neither data nor networks (or
+when an environment variable names a network, since only the zoo knows those).
 """
 
 import logging

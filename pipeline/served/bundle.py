@@ -24,7 +24,7 @@ logger = logging.getLogger("asib")
 TAG = "asib.bundle"
 """Tag of a version and of a LoggedModel: SHA-256 of all its files, as compact JSON (1.1 kB for a student)."""
 REGISTERED = "registered_model_meta"
-"""MLflow's file beside a downloaded version; `delivery.fetch` adds the version's `TAG` ("" where it has none)."""
+"""MLflow's file beside a downloaded version; `pipeline.tracking.requests.fetch` adds its `TAG` ("" if it has none)."""
 PYTHON = served.PYFUNC.name
 FORMER = frozenset(
     {

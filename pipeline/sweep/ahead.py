@@ -9,7 +9,7 @@ from pipeline.distill.teachers import Teacher
 from pipeline.runs.signals import Stop
 from pipeline.sweep.request import Plan
 from pipeline.training.bank.policy import bank_use, shared
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.student import task_of
 
 
 def pays(config: Config, plan: Plan, left: int) -> bool:
@@ -35,7 +35,7 @@ def build(config: Config, data: ImageData, found: Sequence[Teacher], stop: Stop)
     config = config.model_copy(update={"bank": "ahead"})
     student = networks.build_student(config, data)
     opener = bank.opener(config, data, [t.hash for t in found])
-    task = Distillation(config, data, student, [t.net for t in found], networks.device_of(config), opener)
+    task = task_of(config.method)(config, data, student, [t.net for t in found], networks.device_of(config), opener)
     try:
         bank.build_ahead(task, stop)
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config
+from pipeline.config import configure
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken
 from pipeline.runs.signals import Stop
 
@@ -32,7 +32,7 @@ def follow(stop: Stop) -> int:
     logger.setLevel(logging.ERROR)
     distributed.join()
     while (trial := json.loads(distributed.first_process_says(""))) is not None:
-        config = Config.model_validate(trial["config"])
+        config = configure(trial["config"])
         try:
             distill.trial(opening.follow("distill", config, Path(trial["folder"]), stop=stop), _Silent())
         except Interrupted as stopped:

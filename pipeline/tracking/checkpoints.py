@@ -42,7 +42,9 @@ def on_server(client: MlflowClient, run_id: str, folder: Path) -> dict[str, Any]
         return found if isinstance(found.get("time"), int) else {}
 
 
-def bring(client: MlflowClient, state: State, folder: Path, entries: Sequence[Entry]) -> int | None:
+def bring(
+    client: MlflowClient, state: State, folder: Path, entries: Sequence[Entry]
+) -> tuple[int, dict[str, Any]] | None:
     """Upload the newest of these checkpoints that is intact on disk, unless the server has it or a newer one.
 
     Args:
@@ -50,12 +52,12 @@ def bring(client: MlflowClient, state: State, folder: Path, entries: Sequence[En
         entries: checkpoint entries, oldest first.
 
     Returns:
-        The offset behind the entry that is now on the server; None if no file is intact.
+        The offset behind the entry that is now on the server, and the server's manifest; None if no file is intact.
     """
     known = state.checkpoint
     for entry in reversed(entries):
         if known.get("sha256") == entry.data["sha256"] or known.get("time", -1) >= entry.time:
-            return entry.end
+            return entry.end, known
         with staging(folder) as stage:
             if not _take(folder, entry, stage / "taken"):
                 continue
@@ -76,8 +78,7 @@ def bring(client: MlflowClient, state: State, folder: Path, entries: Sequence[En
             }
             (stage / MANIFEST).write_text(json.dumps(manifest, indent=1))
             client.log_artifact(state.run_id, str(stage / MANIFEST), FOLDER)
-            state.checkpoint = manifest
-            return entry.end
+            return entry.end, manifest
     return None
 
 

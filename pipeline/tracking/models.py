@@ -22,6 +22,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from pipeline.journal import Entry, decode_number
 from pipeline.paths import tree_inside
 from pipeline.served import bundle
+from pipeline.served import code as served
 from pipeline.tracking.checkpoints import staging
 from pipeline.tracking.faults import look, permitted
 from pipeline.tracking.state import State, find_by_journal
@@ -110,8 +111,6 @@ def _saved(model: LoggedModel, run_id: str, folder: Path, data: Any, stage: Path
     """The folder of a servable model. Code and requirements are this project's own, never the journal's."""
     import mlflow.pyfunc
     from mlflow.models import Model
-
-    from pipeline.served import code as served
 
     to, code = stage / "model", stage / served.PYFUNC.name
     code.write_text(served.CODE, encoding="utf-8")

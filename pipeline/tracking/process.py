@@ -1,6 +1,6 @@
 """The delivery process: `MLFLOW_TRACKING_URI=… python -m pipeline.tracking.process --trainer <pid> [<folder>]`.
 
-Started by `client.Delivery` in its own session. It imports MLflow so that the trainer need not, serves the
+Started by `pipe.Delivery` in its own session. It imports MLflow so that the trainer need not, serves the
 trainer over pipes (JSON lines: requests on stdin, events on stdout), and outlives it until the journal is delivered.
 """
 

@@ -239,7 +239,7 @@ class RunDelivery:
                 later = [candidate for candidate in saved if candidate.end >= entry.end]
                 brought = checkpoints.bring(self.client, self.state, self.folder, later)
                 if brought is not None:
-                    covered = brought
+                    covered, self.state.checkpoint = brought
                 elif not final:
                     # Its file was replaced, and the newer one's entry has not arrived yet.
                     return

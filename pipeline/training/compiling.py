@@ -26,15 +26,14 @@ def compiles(config: Config, device: torch.device) -> bool:
     asked = config.optim.compile
     if asked != "auto":
         return bool(asked)
-    m = config.method
-    epochs = sum(m.student_epochs_per_stage) + m.num_stages * m.teacher_adapt_epochs
+    epochs = config.method.b_epochs + config.method.a_epochs
     return device.type == "cuda" and epochs >= LONG
 
 
 def compile_seconds() -> float:
     """Seconds that this process has spent compiling: tracing, code generation and compilers, for both passes.
 
-    Torch keeps the sum, but has no public name for it.
+    Torch keeps the sum, but has no public name for it: private API, checked with torch 2.14.1.
     """
     from torch._dynamo.utils import calculate_time_spent  # late: takes a second, which eager runs need not pay
 

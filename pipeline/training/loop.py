@@ -238,7 +238,7 @@ class Loop:
     def _updates(self, epoch: Epoch, phase: Phase) -> Iterator[dict[str, Tensor]]:
         """Make the rest of an epoch's updates; yield each batch's terms."""
         task, size, repeats = self.task, distributed.world().size, phase.repeats
-        kept = Kept(statistics(phase.objective.trainable_module))
+        kept = Kept(statistics(phase.objective.trained))
         for batch in task.epoch_batches(epoch, self.batch):
             images, total = batch.global_size / size, dict[str, Tensor]()
             for repeat in range(repeats):
@@ -249,17 +249,18 @@ class Loop:
                 with task.costs.counting(), self.precision.autocast():
                     output = phase.objective(batch, moment, repeat)
                 bad = update(phase, output["loss"], self.precision, kept)
+                phase.objective.updated(bad)
                 task.costs.updated(epoch.phase)
                 if phase.objective.has_ema() and (done + 1) % task.optim.ema_update_every == 0:
                     update_average(phase.objective, (done + 1) // task.optim.ema_update_every, bad)
                 terms = {k: v.detach() for k, v in output.items() if k != "output"}
-                self._watch(bad, epoch, terms, batch.index)
+                self._end_if_diverged(bad, epoch, terms, batch.index)
                 add(total, {k: v * images for k, v in terms.items()})
                 add(total, {"images": torch.tensor(images, device=self.device), "nonfinite": bad / size})
             self.batch += 1
             yield total
 
-    def _watch(self, bad: Tensor, epoch: Epoch, terms: dict[str, Tensor], index: Tensor) -> None:
+    def _end_if_diverged(self, bad: Tensor, epoch: Epoch, terms: dict[str, Tensor], index: Tensor) -> None:
         """End the run after `safe_retry_patience` bad steps in a row; a GPU is synchronised only that often."""
         patience, done = self.task.optim.safe_retry_patience, self.batch + 1
         self._streak = (self._streak + 1) * bad

@@ -38,6 +38,16 @@ def kd(student_logits: Tensor, target_logits: Tensor, tau: float) -> Tensor:
     return kl_to(student_logits, F.softmax(target_logits.detach().float() / tau, dim=1), tau)
 
 
+def softened(logits: Sequence[Tensor], tau: float) -> Tensor:
+    """softmax(t_k / tau) of each of K teachers, (B, K, N) from K logits (B, N)."""
+    return torch.stack([F.softmax(t.float() / tau, dim=1) for t in logits], dim=1)
+
+
+def kl_to_each(logits: Tensor, targets: Tensor, tau: float) -> Tensor:
+    """`kl_to` for each of K teachers, (B, K), from logits (B, N) and their probability vectors (B, K, N)."""
+    return torch.stack([kl_to(logits, p, tau) for p in targets.unbind(dim=1)], dim=1)
+
+
 def dkd(logits: Tensor, target: Tensor, y: Tensor, tau: float, alpha: float, beta: float) -> Tensor:
     """Decoupled distillation, tau^2 (alpha TCKD + beta NCKD) per sample (Zhao et al. 2022, eq. 7).
 
@@ -64,6 +74,12 @@ def dkd(logits: Tensor, target: Tensor, y: Tensor, tau: float, alpha: float, bet
     log_among = (log_q - log_q_other[:, None]).masked_fill(label, 0.0)
     nckd = (torch.xlogy(among, among) - among * log_among).sum(dim=1)
     return tau**2 * (alpha * tckd + beta * nckd)
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """z = (x - mean) / (std + 1e-7) of each sample, with the unbiased deviation, (B, N) (Sun et al. 2024, eq. 10)."""
+    x = logits.float()
+    return (x - x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-7)
 
 
 def feature_distance(feature: Tensor, mu: Tensor, beta: float, clip: float | None) -> Tensor:

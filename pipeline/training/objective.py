@@ -1,10 +1,11 @@
 """What every objective has in common: timm's TrainingTask, with a batch and a moment instead of input and target."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from timm.task import TrainingTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,6 +43,8 @@ class Objective(TrainingTask):
         self.trainable_module = trainable
         self.eval_model = trainable
         self._frozen = tuple(frozen)  # a tuple: not registered as sub-modules
+        self.own = nn.ModuleDict()
+        """What else is trained and checkpointed with it: projectors, regressors, a memory. No part of its average."""
         self.held = held
         """Partly frozen networks: their frozen normalisation layers stay in eval mode."""
 
@@ -59,7 +62,27 @@ class Objective(TrainingTask):
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "Objective":
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        for name, module in self.own.items():
+            if any(p.requires_grad for p in module.parameters()) and not isinstance(module, DistributedDataParallel):
+                self.own[name] = DistributedDataParallel(module, device_ids=device_ids)
         return self
+
+    @property
+    def trained(self) -> nn.ModuleList:
+        """All that it trains."""
+        return nn.ModuleList([self.trainable_module, self.own])
+
+    def own_state(self) -> dict[str, dict[str, Tensor]]:
+        """The state of each of its own modules."""
+        return {name: unwrap_model(module).state_dict() for name, module in self.own.items()}
+
+    def load_own_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore what `own_state` gave."""
+        for name, module in self.own.items():
+            unwrap_model(module).load_state_dict(state[name])
+
+    def updated(self, skipped: Tensor) -> None:
+        """Called after each update; `skipped`: a bool scalar, whether it was left out: then nothing may change."""
 
     def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
         """`repeat` counts several updates on one batch, from 0."""
@@ -85,6 +108,20 @@ def batch_mean(values: Tensor, batch: Batch) -> Tensor:
     Gradients are averaged over processes, whose slices may be uneven: the local sum is scaled by processes / B.
     """
     return values.sum() * (distributed.world().size / batch.global_size)
+
+
+def whole(values: Tensor, batch: Batch) -> Tensor:
+    """The global batch's rows (B, ...) from this process's (b, ...), for losses that relate samples to one another.
+
+    The gradient reaches this process's own rows, scaled by the number of processes, over which gradients are averaged:
+    every process may then compute the loss of the global batch.
+    """
+    size = distributed.world().size
+    if size == 1:
+        return values
+    everyone = distributed.gather_rows(values.detach(), batch.rows, batch.global_size)
+    own = values.detach() + size * (values - values.detach())
+    return torch.cat([everyone[: batch.rows.start], own, everyone[batch.rows.stop :]])
 
 
 def mixed_cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:

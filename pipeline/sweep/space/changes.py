@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config import Config, explain, known_names
+from pipeline.config import Config, configure, explain, known_names, methods, schema_for
 from pipeline.config.rules import derive
 from pipeline.config.words import field_at, unknown_key
 from pipeline.errors import UserError
@@ -28,7 +28,7 @@ def apply(base: Config, values: Mapping[str, Any]) -> Config:
     try:
         return validated(base, values)
     except ValidationError as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, base)) from error
 
 
 def validated(base: Config, values: Mapping[str, Any]) -> Config:
@@ -38,7 +38,7 @@ def validated(base: Config, values: Mapping[str, Any]) -> Config:
         _forget_widths(plain)
     for key in sorted(values):  # a group before its contents
         _put(plain, key, values[key])
-    return Config.model_validate(plain)
+    return configure(plain)
 
 
 def takes(key: str) -> tuple[Any, list[str]]:
@@ -62,10 +62,12 @@ def _reaches(key: str, other: str) -> bool:
 
 def _forget_widths(plain: dict[str, Any]) -> None:
     """Leave out what the schema would fill in by itself."""
-    for name in _WIDTHS:
+    schema = schema_for(plain)
+    fields = methods.settings(plain["method"]["name"], plain["method"]["module"]).model_fields
+    for name in filter(fields.__contains__, _WIDTHS):
         without = {k: v for k, v in plain["method"].items() if k != name}
-        derived = derive({"model": plain["model"], "method": without})["method"]
-        default = type(Config().method).model_fields[name].default
+        derived = derive({"model": plain["model"], "method": without}, schema)["method"]
+        default = fields[name].default
         if derived.get(name, default) == plain["method"][name]:
             plain["method"] = without
 

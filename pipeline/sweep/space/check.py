@@ -138,7 +138,9 @@ def _kinds(annotation: Any) -> set[str]:
 def _check_weights(source: str, sweep: SweepConfig, base: Config) -> None:
     """`renorm_ce_kd` has rescaled both weights of `base`: changing one of them would mix two scales."""
     weights = {"method.ce_alpha", "method.kd_alpha"} & sweep.space.keys()
-    if base.method.renorm_ce_kd and (len(weights) == 1 or (not weights and "method.renorm_ce_kd" in sweep.space)):
+    if getattr(base.method, "renorm_ce_kd", False) and (
+        len(weights) == 1 or (not weights and "method.renorm_ce_kd" in sweep.space)
+    ):
         key = next(iter(weights), "method.renorm_ce_kd")
         raise UserError(
             f"{source}: space.{key}: method.renorm_ce_kd=true has already rescaled method.ce_alpha and method.kd_alpha "
@@ -183,7 +185,7 @@ def _check_values(source: str, sweep: SweepConfig, base: Config) -> list[tuple[M
         try:
             return values, validated(base, values)
         except ValidationError as error:
-            return values, explain(error)
+            return values, explain(error, base)
         except UserError as error:
             return values, str(error)
 
@@ -198,7 +200,7 @@ def _check_values(source: str, sweep: SweepConfig, base: Config) -> list[tuple[M
             except ValidationError as error:  # a rule may be broken only by the key's neighbours
                 own = any(problem["loc"] for problem in error.errors())
                 if own or not any(isinstance(attempt({key: value})[1], Config) for _ in range(16)):
-                    raise UserError(f"{where}: {explain(error)}") from None
+                    raise UserError(f"{where}: {explain(error, base)}") from None
                 continue
             if not isinstance(dimension, Range):
                 same = hashes.setdefault(config_hash(found), name)

@@ -95,6 +95,10 @@ class Database:
         self.engine.dispose()
         self.engine = self.rdb.engine
 
+    def expect_heartbeats(self, every: int, grace: int) -> None:
+        """Take a trial for dead once `grace` seconds have passed without a heartbeat; one comes in `every` seconds."""
+        self.rdb.heartbeat_interval, self.rdb.grace_period = every, grace
+
     def close(self) -> None:
         """Release the connections; new ones are made when needed."""
         self.engine.dispose()

@@ -44,7 +44,7 @@ class Study:
         self._database = database
         self._cache = optuna.storages.get_storage(database.rdb)
         self.optuna = optuna.load_study(study_name=name, storage=self._cache, pruner=samplers.pruner(sweep))
-        database.rdb.heartbeat_interval, database.rdb.grace_period = sweep.heartbeat_seconds, sweep.grace_seconds
+        database.expect_heartbeats(sweep.heartbeat_seconds, sweep.grace_seconds)
 
     @classmethod
     def open(cls, url: str, name: str) -> "Study":

@@ -54,13 +54,15 @@ def not_enumerable(config: Config) -> str | None:
     m = config.method
     if not config.method.distils:
         return "nothing is distilled"
-    if m.use_teacher_finetuning:
+    if m.teachers_change:
         return "method.use_teacher_finetuning=true: the teachers change"
+    if m.maps:
+        return f"method={m.name} needs feature maps, which a bank does not keep"
     if config.dataset.name == "image_folder":
         return "dataset.name=image_folder: pictures cropped at random are no fixed set of views"
     if config.augment.randaugment:
         return "augment.randaugment=true: an image has no fixed set of views"
-    if m.kd_view == "mixed" and (m.cutmix_alpha_distill > 0 or m.mixup_alpha > 0):
+    if m.kd_view == "mixed" and m.mixes:
         return "method.kd_view=mixed: the teachers see mixed images, which do not come again"
     return None
 
@@ -72,15 +74,15 @@ def saved_alone(config: Config) -> float:
     """
     m = config.method
     views = VIEWS if config.augment.crop_flip else 1
-    distilled = sum(m.student_epochs_per_stage) - m.kd_cooldown_epochs
+    distilled = m.b_epochs - m.kd_cooldown_epochs
     second = 0
     if m.kd_two_view_start_epoch is not None and m.kd_two_view_stop_epoch is not None:
         second = max(0, min(m.kd_two_view_stop_epoch, distilled) - m.kd_two_view_start_epoch)
-    adapted = m.num_stages * m.teacher_adapt_epochs if config.method.uses_fusion else 0
+    adapted = m.a_epochs
     needed = 1.0
     if m.kd_sample_gate:
         most = m.kd_sample_max_ratio
-        mixes = m.kd_view == "clean" and (m.cutmix_alpha_distill > 0 or m.mixup_alpha > 0)
+        mixes = m.kd_view == "clean" and m.mixes
         needed = 1 - (1 - most) ** 2 if mixes else most  # including the mix partners
     draws = adapted + distilled + second
     without = adapted + needed * (distilled + second)

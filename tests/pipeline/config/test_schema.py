@@ -185,7 +185,8 @@ UNCOMPUTED = {"device", "threads", "output_dir", "run_name", "rung", "resume", "
               "bank_folder", "bank_gb", "register", "student", "dataset.root", "dataset.path", "dataset.download",
               "dataset.eval_batch_size", "dataset.workers", "optim.use_amp", "optim.compile",
               "checkpoint.every_seconds", "tracking.uri", "tracking.mode", "tracking.experiment", "tracking.git_diff",
-              "tracking.finish_seconds"}  # fmt: skip
+              "tracking.finish_seconds",
+              "method.plus_alpha", "method.plus_tau"}  # nothing is in method.plus  # fmt: skip
 
 
 def test_hash_covers_what_is_computed_and_nothing_else() -> None:

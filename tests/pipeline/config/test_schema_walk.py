@@ -37,7 +37,7 @@ from pipeline.runs.opening import open_run
 from pipeline.training.evaluation import outputs
 from pipeline.training.loop import Loop
 from pipeline.training.methods.asib import monitor
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.optim import Precision
 from pipeline.training.run_data import Task
 from tests.pipeline.training.builders import (
@@ -500,7 +500,7 @@ PICTURES = {"dataset.name": "image_folder", "dataset.root": "{here}/pictures", "
 TORCHVISION = {"dataset.name": "cifar10", "dataset.root": "{here}/nothing"}
 
 SEEN_IN_THE_STUDENT = {
-    "seed": 1, "dataset.batch_size": 6, "dataset.val_fraction": 0.5, "method.name": "fitnet",
+    "seed": 1, "dataset.batch_size": 6, "dataset.val_fraction": 0.5, "method.name": "fitnet", "method.module": "nobody.nothing",
     "method.synergy_only_epochs": 1, "method.ce_alpha": 0.1, "method.kd_alpha": 0.9, "method.renorm_ce_kd": True,
     "method.kd_target": "weighted_conf", "method.kd_loss": "dkd", "method.tau": 2.0, "method.tau_schedule": [4.0, 1.0],
     "method.tau_syn": 1.0, "method.synergy_logit_scale": 0.3, "method.use_mu_for_kd": False, "method.hybrid_beta": 0.5,
@@ -587,6 +587,9 @@ TABLE: dict[str, Case] = {
     **where(GATED, kd_sample_max_ratio=0.2, kd_sample_reweight=False),
     **where(TWO, kd_two_view_start_epoch=1, kd_two_view_stop_epoch=1),
     "method.gate_source": Case("ema", m(enable_kd_after_syn_acc=0.5), gate),
+    "method.plus": Case(["kd"], m(kd_target="avg")),
+    **where(m(kd_target="avg", plus=["kd"]), plus_alpha=0.3, plus_tau=2.0),
+    "method.standardise": Case(True, m(kd_target="avg")),
     "method.use_disagree_weight": Case(True, m(disagree_lambda_high=3.0)),
     **where(DISAGREE, disagree_mode="both_wrong", disagree_lambda_high=0.1),
     "method.disagree_lambda_low": Case(0.1, {**DISAGREE, **m(disagree_mode="both_wrong")}),
@@ -633,7 +636,7 @@ TABLE: dict[str, Case] = {
     "finetune.schedule.milestones": Case([2], FINE_STEP, tuned),
     "finetune.schedule.gamma": Case(0.5, FINE_STEP, tuned),
 }
-REFUSED = ("method.name", "method.ib_mbm_query_dim", "method.use_distillation_adapter", "device",
+REFUSED = ("method.name", "method.module", "method.ib_mbm_query_dim", "method.use_distillation_adapter", "device",
            "dataset.root", "dataset.download", "resume", "extend", "student")  # fmt: skip
 """Keys one of whose two values is refused here."""
 

@@ -19,9 +19,9 @@ from pipeline.data.sources import ImageData
 from pipeline.errors import Interrupted
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Slots
+from pipeline.training.finetune import FineTuning
 from pipeline.training.loop import Loop
-from pipeline.training.methods.asib.task import Distillation
-from pipeline.training.methods.finetune import FineTuning
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.optim import Precision
 from pipeline.training.run_data import Task
 

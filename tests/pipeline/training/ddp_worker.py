@@ -13,9 +13,9 @@ import torch
 from pipeline.errors import Interrupted, NonFinite
 from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots, pack
+from pipeline.training.finetune import FineTuning
 from pipeline.training.loop import Loop
-from pipeline.training.methods.asib.task import Distillation
-from pipeline.training.methods.finetune import FineTuning
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from tests.pipeline.training.builders import CPU, EVERYTHING, Record, config, distillation, image_data, loop_for, net
 
 NORM = "group"  # batch statistics are per process on the CPU

@@ -13,8 +13,7 @@ from pipeline.journal import NullJournal
 from pipeline.training.compiling import LONG, check_device, compile_seconds, compiles
 from pipeline.training.evaluation import outputs
 from pipeline.training.loop import Loop
-from pipeline.training.methods.asib import task as stages
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.objective import Moment
 from pipeline.training.optim import Precision
 from tests.pipeline.training.builders import CPU, config, distillation, image_data
@@ -49,7 +48,7 @@ def step_losses(task: Distillation) -> list[float]:
 def test_folded_teachers_give_the_losses_of_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     plain: Callable[..., object] = lambda net, size: net  # noqa: E731
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "folded", plain)
+        patched.setattr("pipeline.training.student.folded", plain)
         expected = step_losses(distillation(config(method=METHOD)))
     task = distillation(config(method=METHOD))
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for teacher in task.teachers for m in teacher.modules())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.training.checkpoint import Slots
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from tests.pipeline.training.builders import (
     EVERYTHING,
     Record,

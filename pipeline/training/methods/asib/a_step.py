@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.features import FeatureNet
 from models.freeze import Frozen
-from pipeline.config import MethodConfig
+from pipeline.config.methods.asib.settings import AsibConfig
 from pipeline.data.batches import Batch
 from pipeline.training import distributed, losses
 from pipeline.training.methods.asib.fusion import Fusion, Synergy
@@ -41,7 +41,7 @@ def a_loss(
     student_logits: Tensor | None,
     student_feature: Tensor | None,
     batch: Batch,
-    method: MethodConfig,
+    method: AsibConfig,
     weights: ALoss,
 ) -> dict[str, Tensor]:
     """L_A and its terms (docs/method.md section 3), without teachers' own cross-entropy and penalties on parameters.
@@ -113,7 +113,7 @@ class AStep(Objective):
         fusion: Fusion,
         student: FeatureNet,
         teachers: list[FeatureNet],
-        method: MethodConfig,
+        method: AsibConfig,
         streams: Streams,
         device: torch.device,
         held: Sequence[tuple[Frozen, nn.Module]] = (),

@@ -3,22 +3,20 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from models.features import FeatureNet, undisturbed
-from pipeline.config import MethodConfig
+from models.features import Features, undisturbed
 from pipeline.data.batches import Batch, Known
-from pipeline.training import distributed, losses
+from pipeline.training import losses, samples
 from pipeline.training.methods.asib import targets
 from pipeline.training.methods.asib.fusion import Fusion
-from pipeline.training.objective import Moment, Objective, batch_mean, mixed_cross_entropy, teacher_outputs
-from pipeline.training.rng import Streams
+from pipeline.training.objective import Moment, batch_mean, teacher_outputs
+from pipeline.training.step import Lesson, Setup, StudentStep
 
 TINY = torch.finfo(torch.float32).tiny
-Lesson = dict[str, Tensor]
-"""What is taught about n images, each (n, .): `p` the target, and, where used, `average` (p_avg), `sure`
-(the target at temperature 1), `mu`, `cw`, `weight` (disagreement), `guard` (0 where the label guard closes)."""
+
+"""A lesson here: what is taught about n images, each (n, .): `p` the target, and, where used, `average` (p_avg), `sure`
+(the target at temperature 1), `mu`, `cw`, `weight` (disagreement), `guard` (0 where the label guard closes), `plus`."""
 
 
 @dataclass(frozen=True)
@@ -40,30 +38,16 @@ class BLoss:
     """DKD's own warm-up."""
 
 
-class BStep(Objective):
+class BStep(StudentStep):
     """Trains the student; teachers and fusion are frozen, in eval mode, without gradient.
 
     `repeat` counts the `cccp_ns` updates of a batch: the target is made in the first and reused by the others.
     """
 
-    def __init__(
-        self,
-        student: FeatureNet,
-        teachers: list[FeatureNet],
-        fusion: Fusion | None,
-        method: MethodConfig,
-        streams: Streams,
-        device: torch.device,
-    ) -> None:
-        super().__init__(student, [*teachers] if fusion is None else [*teachers, fusion], device)
-        self._student, self._teachers, self._fusion = (student,), tuple(teachers), (fusion,)
-        self.method = method
-        self.streams = streams
-        self.weights = BLoss(0.0, method.tau, synergy=False, averaged_share=0.0)
-        self._held: tuple[Lesson, Tensor] | None = None
-
-    def begin_epoch(self, weights: BLoss) -> None:
-        self.weights = weights
+    def __init__(self, setup: Setup, fusion: Fusion | None = None) -> None:
+        super().__init__(setup, [] if fusion is None else [fusion])
+        self._fusion = (fusion,)
+        self.weights = BLoss(0.0, self.method.tau, synergy=False, averaged_share=0.0)
 
     # targets --------------------------------------------------------------------------------------------------------
 
@@ -79,7 +63,7 @@ class BStep(Objective):
         return m.kd_uncertainty_weight > 0 and (m.kd_alpha > 0 or m.feat_kd_alpha > 0)
 
     @torch.no_grad()
-    def lesson(
+    def view(
         self,
         x: Tensor,
         y: Tensor,
@@ -96,15 +80,15 @@ class BStep(Objective):
         """
         m = self.method
         seen = teacher_outputs(self._teachers, x, known, rows)
-        logits = [s.logits for s in seen]
+        logits = [self.compared(s.logits) for s in seen]
         fused = syn = picked = guard = None
         if self._fuses():
             (fusion,) = self._fusion
             assert fusion is not None
             fused = fusion(query, [s.feat_2d for s in seen], eps, sample="never" if eps is None else "always")
-            syn = fused.logits
+            syn = self.compared(fused.logits)
         if m.kd_target == "auto_min" and syn is not None:
-            average = targets.averaged(logits, m.averaging_weights, self.weights.tau)
+            average = samples.averaged(logits, m.averaging_weights, self.weights.tau)
             picked, guard = targets.best_of(targets.synergy(syn, m.tau_syn), average, y)
         found: Lesson = {}
         if m.kd_alpha > 0:
@@ -114,16 +98,13 @@ class BStep(Objective):
         if self._weighs_uncertainty():
             found["sure"] = self._target(logits, syn, picked, 1.0, 1.0)
         if m.hybrid_beta > 0:
-            found["average"] = targets.averaged(logits, m.averaging_weights, self.weights.tau)
+            found["average"] = samples.averaged(logits, m.averaging_weights, self.weights.tau)
         if m.feat_kd_alpha > 0 and fused is not None:
             found["mu"] = fused.mu.float()
             found["cw"] = torch.ones(len(y), device=self.device)
             if m.use_ib:
                 found["cw"] = losses.certainty_weights(fused.logvar, m.min_cw, m.max_cw)
-        if m.use_disagree_weight:
-            differ = targets.disagrees(logits, y, m.disagree_mode)
-            found["weight"] = torch.where(differ, m.disagree_lambda_high, m.disagree_lambda_low)
-        return found
+        return found | self._beside(logits, y)
 
     def _target(
         self, logits: list[Tensor], syn: Tensor | None, picked: Tensor | None, tau: float, tau_syn: float
@@ -132,7 +113,7 @@ class BStep(Objective):
         m = self.method
         if m.kd_target == "weighted_conf":
             return targets.confidence_weighted(logits, tau)
-        average = targets.averaged(logits, m.averaging_weights, tau)
+        average = samples.averaged(logits, m.averaging_weights, tau)
         if syn is None or m.kd_target == "avg":  # syn is None: nothing fuses, or the gate is closed
             return average
         p = targets.synergy(syn, tau_syn)
@@ -141,16 +122,6 @@ class BStep(Objective):
         return torch.lerp(p, average, self.weights.averaged_share)
 
     # images and views ------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _chosen(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Rows (n,) of the global batch that are distilled."""
-        m = self.method
-        if not m.kd_sample_gate:
-            return torch.arange(batch.global_size, device=logits.device)
-        confidence = F.softmax(logits.float(), dim=1).amax(dim=1)
-        everyone = distributed.gather_rows(confidence, batch.rows, batch.global_size)
-        return targets.select(everyone, m.kd_sample_thr, m.kd_sample_min_ratio, m.kd_sample_max_ratio)
 
     def _query(self, x: Tensor, features: Tensor | None) -> Tensor | None:
         """The student's query for images x: the training pass's own features, or one eval-mode forward."""
@@ -163,34 +134,6 @@ class BStep(Objective):
             query: Tensor = getattr(student(x), self.method.ib_mbm_query_key)
         return query
 
-    @torch.no_grad()
-    def teach(self, batch: Batch, seen_logits: Tensor, seen_query: Tensor, moment: Moment) -> tuple[Lesson, Tensor]:
-        """The lesson for this process's rows, mixed as the images are, and (b,) 1 for samples that are distilled.
-
-        Teachers and fusion run only on the distilled samples and the mix partners that those need.
-        """
-        m, size, start = self.method, batch.global_size, batch.rows.start
-        clean_mix = batch.partner is not None and m.kd_view == "clean"
-        if not m.kd_sample_gate and not clean_mix:  # every process teaches its own rows
-            return self._lesson_of(None, batch, seen_query, moment), torch.ones(len(batch.y), device=self.device)
-        chosen = self._chosen(seen_logits, batch)
-        needed = chosen
-        if m.kd_sample_gate and batch.partner is not None and clean_mix:
-            partners = distributed.gather_rows(batch.partner, batch.rows, size)
-            needed = torch.cat([chosen, partners[chosen]]).unique()
-        stop = start + len(batch.y)
-        own = needed[(needed >= start) & (needed < stop)] - start
-        lesson = self._lesson_of(None if len(own) == len(batch.y) else own, batch, seen_query, moment)
-        # sorted: the order of collective calls
-        everyone = {k: distributed.gather_rows(lesson[k].float(), own + start, size) for k in sorted(lesson)}
-        mine = {name: value[start:stop] for name, value in everyone.items()}
-        distilled = torch.zeros(size, device=self.device)
-        distilled[chosen] = size / max(len(chosen), 1) if m.kd_sample_reweight else 1.0
-        if not clean_mix:
-            return mine, distilled[start:stop]
-        assert batch.partner is not None
-        return self._mix(mine, {k: v[batch.partner] for k, v in everyone.items()}, batch.lam), distilled[start:stop]
-
     def _lesson_of(self, own: Tensor | None, batch: Batch, seen_query: Tensor, moment: Moment) -> Lesson:
         """The lesson for some of this process's rows; None: for all."""
         m = self.method
@@ -200,9 +143,7 @@ class BStep(Objective):
         def rows(value: Tensor) -> Tensor:
             return value if own is None else value[own]
 
-        mixed = m.kd_view == "mixed" and batch.partner is not None
-        x = batch.x_mixed if mixed else batch.x
-        y = torch.where(batch.lam >= 0.5, batch.y, batch.y_b) if mixed else batch.y
+        x, y, mixed = self._shown(batch)
         reuse = mixed or batch.partner is None  # the training pass saw these very images
         eps = None
         if not m.use_mu_for_kd and m.use_ib and self._fuses():
@@ -212,11 +153,11 @@ class BStep(Objective):
             eps = rows(noise[batch.rows].to(self.device))
         picked = rows(x)
         query = self._query(picked, rows(seen_query) if reuse else None)
-        found = self.lesson(picked, rows(y), query, eps, None if mixed else batch.known, own)
+        found = self.view(picked, rows(y), query, eps, None if mixed else batch.known, own)
         if batch.x_second is not None:
             second = rows(batch.x_second)
             known = None if mixed else batch.known_second
-            other = self.lesson(second, rows(y), self._query(second, None), eps, known, own)
+            other = self.view(second, rows(y), self._query(second, None), eps, known, own)
             found, _ = self._blend(found, other, torch.full((), 0.5, device=self.device))
         return found
 
@@ -237,12 +178,13 @@ class BStep(Objective):
         (fusion,) = self._fusion
         if m.feat_kd_alpha > 0 and self._fuses() and fusion is not None:
             parts |= {"mu": (fusion.width,), "cw": ()}
+        if m.plus:
+            parts["plus"] = n
         if m.use_disagree_weight:
             parts["weight"] = ()
         return parts
 
-    @staticmethod
-    def _mix(a: Lesson, b: Lesson, lam: Tensor) -> Lesson:
+    def _mix(self, a: Lesson, b: Lesson, lam: Tensor) -> Lesson:
         """The lesson of mixed samples from those of their two clean views; DKD decouples each by its own label."""
         mixed, share = BStep._blend(a, b, lam)
         return mixed | ({"p_a": a["p"], "p_b": b["p"], "share": share} if "p" in a else {})
@@ -274,35 +216,27 @@ class BStep(Objective):
 
     # the loss --------------------------------------------------------------------------------------------------------
 
+    def _query_of(self, seen: Features) -> Tensor:
+        query = self._fuses() and not self.method.learnable_q
+        return getattr(seen, self.method.ib_mbm_query_key) if query else seen.logits
+
     def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
-        m, w = self.method, self.weights
-        self.streams.seed_global("network", *moment, repeat, batch.rows.start)
-        seen = self.trainable_module(batch.x_mixed)
-        ce = mixed_cross_entropy(seen.logits, batch, m.ce_label_smoothing)
-        zero = torch.zeros((), device=ce.device)
-        out = {"ce": ce, "kd": zero, "feat": zero}
-        loss = m.ce_alpha * ce
-        if w.scale > 0:
-            if repeat == 0 or self._held is None:
-                query = getattr(seen, m.ib_mbm_query_key) if self._fuses() and not m.learnable_q else seen.logits
-                self._held = self.teach(batch, seen.logits.detach(), query.detach(), moment)
-            loss = loss + self._distil(seen.logits, getattr(seen, m.feat_kd_key), *self._held, batch, loss, out)
-        if w.bound is not None:
-            loss = losses.clamp_loss(loss, w.bound, m.loss_clamp_mode, distributed.mean(loss))
-        return {"loss": loss, "output": seen.logits, **out}
+        zero = torch.zeros((), device=self.device)
+        return {"kd": zero, "feat": zero} | super().forward(batch, moment, repeat)
 
     def _distil(
         self,
-        logits: Tensor,
-        feature: Tensor | None,
+        seen: Features,
         lesson: Lesson,
         distilled: Tensor,
         batch: Batch,
+        moment: Moment,
         ce: Tensor,
         out: dict[str, Tensor],
     ) -> Tensor:
-        """w(b) (KD + feature KD + hybrid), with its terms and readings in `out`."""
+        """w(b) (KD + feature KD + hybrid + plus), with its terms and readings in `out`; `ratio` bounds KD alone."""
         m, w = self.method, self.weights
+        logits, feature = self.compared(seen.logits), getattr(seen, m.feat_kd_key)
         omega = lesson.get("weight", torch.ones_like(distilled))
         if "sure" in lesson:
             omega = omega * targets.uncertainty_weight(lesson["sure"], m.kd_uncertainty_weight)
@@ -311,11 +245,7 @@ class BStep(Objective):
             counted = distilled * omega * lesson.get("guard", torch.ones_like(distilled))
             out["kd"] = batch_mean(counted * self._divergence(logits, lesson, batch), batch)
             term = w.scale * m.kd_alpha * out["kd"]
-            if w.ratio is not None:
-                factor = losses.ratio_factor(distributed.mean(term), distributed.mean(ce), w.ratio)
-                out["kd_clamped"] = (factor < 1).float()
-                term = term * factor
-            total = total + term
+            total = total + (term if w.ratio is None else self._bounded(term, ce, out))
             got = (distilled > 0).float()
             out["target_entropy"] = batch_mean(got * targets.entropy(lesson["p"]), batch)
             out["sample_gate"] = batch_mean(got, batch)
@@ -333,7 +263,7 @@ class BStep(Objective):
         if "average" in lesson:
             out["hybrid"] = batch_mean(distilled * losses.kl_to(logits, lesson["average"], w.tau), batch)
             total = total + w.scale * m.hybrid_beta * out["hybrid"]
-        return total
+        return total + w.scale * self._plus(seen.logits, lesson, distilled * omega, batch, out)
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
         """Average readings of targets over the distilled samples, not over all, so that gates leave them comparable."""
@@ -352,5 +282,4 @@ class BStep(Objective):
         if "p_a" in lesson:
             share = lesson["share"]
             return share * dkd(lesson["p_a"], batch.y) + (1 - share) * dkd(lesson["p_b"], batch.y_b)
-        mixed = m.kd_view == "mixed" and batch.partner is not None
-        return dkd(lesson["p"], torch.where(batch.lam >= 0.5, batch.y, batch.y_b) if mixed else batch.y)
+        return dkd(lesson["p"], self._shown(batch)[1])

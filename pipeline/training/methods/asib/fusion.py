@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models.adapter import DistillationAdapter
 from models.features import FeatureNet
 from models.ib_mbm import IBMBM, SynergyHead
-from pipeline.config import MethodConfig
+from pipeline.config.methods.asib.settings import AsibConfig
 from pipeline.errors import UserError
 
 
@@ -20,7 +20,7 @@ class Synergy(NamedTuple):
     logvar: Tensor
 
 
-def query_width(method: MethodConfig, student: FeatureNet) -> int:
+def query_width(method: AsibConfig, student: FeatureNet) -> int:
     """The width of the student's feature that queries the fusion."""
     return method.distill_out_dim if method.ib_mbm_query_key == "distill_feat" else student.feature_dim
 
@@ -32,7 +32,7 @@ class Fusion(nn.Module):
         UserError: teachers of different widths without adapters, a query of another width than requested.
     """
 
-    def __init__(self, method: MethodConfig, teacher_dims: list[int], query_dim: int, num_classes: int) -> None:
+    def __init__(self, method: AsibConfig, teacher_dims: list[int], query_dim: int, num_classes: int) -> None:
         super().__init__()
         if method.use_distillation_adapter:
             self.adapters = nn.ModuleList(DistillationAdapter(d, method.distill_out_dim) for d in teacher_dims)

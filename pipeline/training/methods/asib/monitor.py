@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from models.features import FeatureNet, undisturbed
-from pipeline.config import MethodConfig
-from pipeline.config.methods.asib import gate_offset
+from pipeline.config.methods.asib.settings import AsibConfig, gate_offset
 from pipeline.training import distributed
 from pipeline.training.checkpoint import cpu_copy
 from pipeline.training.evaluation import Outputs, accuracy, outputs
@@ -17,6 +16,7 @@ from pipeline.training.methods.asib import targets
 from pipeline.training.methods.asib.fusion import Fusion
 from pipeline.training.nonfinite import require_finite
 from pipeline.training.run_data import RunData
+from pipeline.training.teachers import TeacherMonitor
 
 
 def synergy_logits(
@@ -54,11 +54,12 @@ def is_open(accuracy: float | None, threshold: float) -> bool:
     return accuracy is not None and accuracy > 0 and accuracy >= threshold
 
 
-class Monitor:
-    """Evaluates teachers and fusion, and decides the gate. Frozen teachers run once per split."""
+class Monitor(TeacherMonitor):
+    """Evaluates teachers and fusion, and decides the gate."""
 
-    def __init__(self, method: MethodConfig, data: RunData, teachers: list[FeatureNet], fusion: Fusion | None) -> None:
-        self.method, self.data, self.teachers, self.fusion = method, data, teachers, fusion
+    def __init__(self, method: AsibConfig, data: RunData, teachers: list[FeatureNet], fusion: Fusion | None) -> None:
+        super().__init__(method, data, teachers)
+        self.method, self.fusion = method, fusion
         self.accuracy: float | None = None
         """The synergy's accuracy in percent, with the weights in use; None: not known yet."""
         self.smoothed: float | None = None
@@ -67,24 +68,8 @@ class Monitor:
         self.share = 0.0
         """c: share of the averaged teachers in `auto` targets."""
         self.snapshot: dict[str, Any] = {}
-        self._outputs: dict[str, list[Outputs]] = {}
 
     # evaluation ------------------------------------------------------------------------------------------------------
-
-    def teachers_on(self, split: str) -> list[Outputs]:
-        """The teachers' outputs on the evaluation split ("eval") or the test split ("test")."""
-        if split not in self._outputs:
-            batches = self.data.eval if split == "eval" else self.data.test
-            self._outputs[split] = [outputs(t, batches, f"teacher {k}") for k, t in enumerate(self.teachers)]
-        return self._outputs[split]
-
-    def forget_teachers(self) -> None:
-        """Drop the teachers' stored outputs; to be called after the teachers have changed."""
-        self._outputs.clear()
-
-    def average(self, split: str) -> Tensor:
-        """p_avg on a split at temperature 1, (n, N)."""
-        return targets.averaged([t.logits for t in self.teachers_on(split)], self.method.averaging_weights, tau=1.0)
 
     def synergy_on(self, split: str, student: Outputs, chosen: tuple[int, ...] | None = None) -> Tensor:
         """z_syn on a split, (n, N), eval mode, mean path, float32."""
@@ -96,18 +81,6 @@ class Monitor:
         """The synergy's accuracy in percent on the evaluation split."""
         logits = self.synergy_on("eval", student, self.method.synergy_eval_teacher_indices)
         return distributed.first_process_says(accuracy(logits, self.data.eval.labels))
-
-    def average_accuracy(self) -> float:
-        """The averaged teachers' accuracy in percent on the evaluation split."""
-        return distributed.first_process_says(accuracy(self.average("eval"), self.data.eval.labels))
-
-    def teachers_found(self) -> dict[str, float]:
-        """The teachers' accuracies on the evaluation split, and how often they disagree."""
-        seen, y = self.teachers_on("eval"), self.data.eval.labels
-        differ, both_wrong = targets.disagreement([s.logits for s in seen], y)
-        found = {f"teacher/{k}/acc": accuracy(s.logits, y) for k, s in enumerate(seen)}
-        found |= {"teacher/avg_acc": accuracy(self.average("eval"), y)}
-        return found | {"teacher/disagreement": differ.item(), "teacher/both_wrong": both_wrong.item()}
 
     # A-steps ---------------------------------------------------------------------------------------------------------
 

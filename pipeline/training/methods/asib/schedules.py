@@ -3,11 +3,11 @@
 Counters (docs/method.md): a = A-epochs so far, b = B-epochs so far, e = a + b, all from 0.
 """
 
-from pipeline.config import MethodConfig
+from pipeline.config.methods.asib.settings import AsibConfig
 from pipeline.training.phases import Epoch
 
 
-def beta(method: MethodConfig, a: int, a_in_stage: int) -> float:
+def beta(method: AsibConfig, a: int, a_in_stage: int) -> float:
     """Weight of the bottleneck's KL term in A-epoch `a` of the run, the `a_in_stage`-th of its stage (section 2).
 
     `beta_schedule` [start, end, total]: start + (end - start) min(a' / total, 1), else ib_beta min(a' / warm-up, 1),
@@ -26,7 +26,7 @@ def beta(method: MethodConfig, a: int, a_in_stage: int) -> float:
     return method.ib_beta * min(after / method.ib_beta_warmup_epochs, 1.0)
 
 
-def tau(method: MethodConfig, e: int, total: int) -> float:
+def tau(method: AsibConfig, e: int, total: int) -> float:
     """Temperature in epoch `e` of `total`: `tau_schedule` linear in t = e / (total - 1), else `tau` (section 2)."""
     if method.tau_schedule is None:
         return method.tau
@@ -34,22 +34,7 @@ def tau(method: MethodConfig, e: int, total: int) -> float:
     return start + (end - start) * (e / (total - 1) if total > 1 else 0.0)
 
 
-def kd_weight(method: MethodConfig, b: int, total: int) -> float:
-    """w(b) = min(1, (b + 1) / kd_warmup_epochs), 0 in the last `kd_cooldown_epochs` of `total` B-epochs (section 2)."""
-    if b >= total - method.kd_cooldown_epochs:
-        return 0.0
-    if method.kd_warmup_epochs == 0:
-        return 1.0
-    return min(1.0, (b + 1) / method.kd_warmup_epochs)
-
-
-def two_views(method: MethodConfig, b: int) -> bool:
-    """Whether the targets of B-epoch b are means over two views."""
-    start, stop = method.kd_two_view_start_epoch, method.kd_two_view_stop_epoch
-    return start is not None and stop is not None and start <= b < stop
-
-
-def make_plan(method: MethodConfig, a_steps: bool) -> list[Epoch]:
+def make_plan(method: AsibConfig, a_steps: bool) -> list[Epoch]:
     """The run's epochs: `num_stages` times an A-step (skipped at 0 epochs, or without fusion), then a B-step.
 
     An A-step followed only by B-epochs without distillation (`kd_cooldown_epochs`) is skipped: nothing would use it.

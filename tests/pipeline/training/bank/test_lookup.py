@@ -14,7 +14,7 @@ from pipeline.training.bank.cache import BankCache
 from pipeline.training.bank.lookup import BankedTeachers
 from pipeline.training.bank.store import RECORDS
 from pipeline.training.checkpoint import Slots
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.objective import Moment
 from tests.pipeline.training.builders import (
     ONE_STAGE,

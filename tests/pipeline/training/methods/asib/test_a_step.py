@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.training.methods.asib.a_step import AStep
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.objective import Moment
 from pipeline.training.optim import update
 from tests.pipeline.training.builders import (
@@ -46,7 +46,7 @@ def reference(task: Distillation, batch: Any, w: Any) -> tuple[Tensor, list[Tens
         s = student(x)
     seen = [t(x) for t in teachers]
     if not m.use_teacher_finetuning:
-        seen = [type(t)(*(None if v is None else v.detach() for v in t)) for t in seen]
+        seen = [type(t)(*(v.detach() if isinstance(v, Tensor) else v for v in t)) for t in seen]
     tokens = torch.stack([a(t.feat_2d) for a, t in zip(fusion.adapters, seen, strict=True)], 1)
     _, mu, logvar = fusion.ib_mbm(None if m.learnable_q else getattr(s, m.ib_mbm_query_key), tokens, sample="never")
     shape = (len(x), m.ib_mbm_out_dim)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.training.methods.asib.b_step import BLoss, BStep
 from pipeline.training.methods.asib.fusion import Synergy
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.objective import Moment
 from pipeline.training.optim import update
 from tests.pipeline.training.builders import (
@@ -380,7 +380,7 @@ def test_certainty_is_that_of_the_target_which_is_taught() -> None:
     objective._teachers = (lambda x: said,)
     objective._fusion = (lambda *args, **more: Synergy(synergy, torch.zeros(1, 8), torch.zeros(1, 8)),)
     objective.begin_epoch(BLoss(1.0, 10.0, synergy=True, averaged_share=0.0))
-    lesson = objective.lesson(torch.zeros(1, 3, 8, 8), torch.tensor([0]), None, None)
+    lesson = objective.view(torch.zeros(1, 3, 8, 8), torch.tensor([0]), None, None)
     assert synergy.softmax(1)[0, 0] < average.softmax(1)[0, 0]
     assert synergy.softmax(1)[0, 0] > (average / 10).softmax(1)[0, 0]
     torch.testing.assert_close(lesson["p"], synergy.softmax(1))

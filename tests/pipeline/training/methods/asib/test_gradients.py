@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.objective import Moment
 from tests.pipeline.training.builders import config, distillation, first_batch, image_data
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import MethodConfig, ScheduleConfig
+from pipeline.config import ScheduleConfig
+from pipeline.config.methods.asib.settings import AsibConfig as MethodConfig
 from pipeline.training import optim
 from pipeline.training.methods.asib import schedules
 from pipeline.training.methods.asib.schedules import make_plan
+from pipeline.training.student import kd_weight
 
 
 @pytest.mark.parametrize(
@@ -42,8 +44,8 @@ def test_the_temperature_goes_from_its_first_value_to_its_last_over_the_run() ->
 
 
 def test_the_distillation_weight_rises_to_one_in_its_warm_up() -> None:
-    assert [schedules.kd_weight(MethodConfig(kd_warmup_epochs=4), b, 6) for b in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert schedules.kd_weight(MethodConfig(), 0, 6) == 1.0
+    assert [kd_weight(MethodConfig(kd_warmup_epochs=4), b, 6) for b in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert kd_weight(MethodConfig(), 0, 6) == 1.0
 
 
 def rates(config: ScheduleConfig, epochs: int, updates: int, peak: float = 0.1, more: int = 0) -> list[float]:
@@ -166,7 +168,7 @@ def test_frozen_parameters_are_not_optimised() -> None:
 @pytest.mark.parametrize(("warmup", "cooldown"), [(0, 2), (3, 1), (4, 5)])
 def test_the_last_epochs_have_no_distillation(warmup: int, cooldown: int) -> None:
     method = MethodConfig(kd_warmup_epochs=warmup, kd_cooldown_epochs=cooldown)
-    found = [schedules.kd_weight(method, b, 6) for b in range(6)]
+    found = [kd_weight(method, b, 6) for b in range(6)]
     assert found == pytest.approx([0.0 if b >= 6 - cooldown else min(1.0, (b + 1) / max(warmup, 1)) for b in range(6)])
 
 

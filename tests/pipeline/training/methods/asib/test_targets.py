@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.features import FeatureNet
 from pipeline.data.batches import EvalBatches
-from pipeline.training import evaluation
+from pipeline.training import evaluation, samples
 from pipeline.training.methods.asib import targets
 from tests.pipeline.training.builders import TinyNet, image_data, softmax
 
@@ -31,13 +31,13 @@ def test_the_average_is_of_weighted_logits_with_weights_that_sum_to_one(
         softmax([share[0] * p + share[1] * q for p, q in zip(r, s, strict=True)], tau)
         for r, s in zip(a.tolist(), b.tolist(), strict=True)
     ]
-    found = targets.averaged([a, b], weights, tau)
+    found = samples.averaged([a, b], weights, tau)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_teachers_are_averaged_in_float32() -> None:
     a, b = logits(seed=0).half(), logits(seed=1).half()
-    assert torch.equal(targets.averaged([a, b], None, 4.0), targets.averaged([a.float(), b.float()], None, 4.0))
+    assert torch.equal(samples.averaged([a, b], None, 4.0), samples.averaged([a.float(), b.float()], None, 4.0))
 
 
 def test_the_synergy_has_its_own_temperature() -> None:
@@ -49,7 +49,7 @@ def test_disagreement_counts_unequal_top_1_and_samples_that_all_miss() -> None:
     eye = torch.eye(3)
     first, second = eye[[0, 1, 2, 0, 1]], eye[[0, 2, 2, 1, 1]]
     y = torch.tensor([0, 0, 1, 0, 1])
-    differ, both_wrong = targets.disagreement([first, second], y)
+    differ, both_wrong = samples.disagreement([first, second], y)
     assert differ.item() == pytest.approx(2 / 5)  # samples 1 and 3
     assert both_wrong.item() == pytest.approx(2 / 5)  # samples 1 and 2
 
@@ -104,15 +104,15 @@ def test_confident_teachers_weigh_more(k: int, tau: float) -> None:
 @pytest.mark.parametrize("tau", [1.0, 4.0, 1e5])
 def test_identical_teachers_make_every_average_equal(n: int, tau: float) -> None:
     t = logits(6, n)
-    torch.testing.assert_close(targets.confidence_weighted([t, t, t], tau), targets.averaged([t, t, t], None, tau))
-    torch.testing.assert_close(targets.averaged([t, t], [0.7, 0.3], tau), (t / tau).softmax(1))
+    torch.testing.assert_close(targets.confidence_weighted([t, t, t], tau), samples.averaged([t, t, t], None, tau))
+    torch.testing.assert_close(samples.averaged([t, t], [0.7, 0.3], tau), (t / tau).softmax(1))
     if tau == 1e5:
-        torch.testing.assert_close(targets.averaged([t, t], None, tau), torch.full((6, n), 1 / n), rtol=1e-3, atol=0)
+        torch.testing.assert_close(samples.averaged([t, t], None, tau), torch.full((6, n), 1 / n), rtol=1e-3, atol=0)
 
 
 def test_targets_of_huge_logits_are_probabilities() -> None:
     t, other = torch.tensor([[1e4, -1e4, 0.0]]), torch.tensor([[-1e4, 1e4, 0.0]])
-    for p in (targets.averaged([t, other], None, 1.0), targets.confidence_weighted([t, other], 1.0)):
+    for p in (samples.averaged([t, other], None, 1.0), targets.confidence_weighted([t, other], 1.0)):
         assert torch.isfinite(p).all()
         assert p.sum().item() == pytest.approx(1.0)
 
@@ -133,7 +133,7 @@ def test_targets_of_huge_logits_are_probabilities() -> None:
 def test_the_share_of_the_averaged_teachers_falls_with_the_synergys_accuracy(
     known: float, threshold: float, average: float, expected: float
 ) -> None:
-    assert targets.averaged_share(known, threshold, average, least=0.25, most=0.8) == pytest.approx(expected)
+    assert samples.averaged_share(known, threshold, average, least=0.25, most=0.8) == pytest.approx(expected)
 
 
 def test_auto_min_picks_by_the_label_and_the_guard_closes_where_neither_knows_it() -> None:
@@ -162,9 +162,9 @@ def test_disagreement(mode: str, expected: list[bool]) -> None:
     eye = torch.eye(4)
     # labels 0 1 2 3: one is right; all differ and miss; all right; all agree and miss
     teachers = [eye[[0, 0, 2, 1]], eye[[1, 2, 2, 1]], eye[[0, 3, 2, 1]]]
-    assert targets.disagrees(teachers, torch.arange(4), mode).tolist() == expected
+    assert samples.disagrees(teachers, torch.arange(4), mode).tolist() == expected
     if mode == "pred":
-        differ, both = targets.disagreement(teachers, torch.arange(4))
+        differ, both = samples.disagreement(teachers, torch.arange(4))
         assert (differ.item(), both.item()) == (0.5, 0.5)
 
 
@@ -179,7 +179,7 @@ def test_the_gate_takes_the_least_sure_within_its_bounds(
     confidence: list[float], threshold: float, one: int, other: int
 ) -> None:
     least, most = sorted((one, other))
-    chosen = targets.select(torch.tensor(confidence), threshold, least / 100, most / 100).tolist()
+    chosen = samples.select(torch.tensor(confidence), threshold, least / 100, most / 100).tolist()
     size = len(confidence)
     at_least = -(-least * size // 100)
     at_most = max(at_least, most * size // 100)
@@ -192,15 +192,15 @@ def test_the_gate_takes_the_least_sure_within_its_bounds(
 
 def test_the_gate_may_choose_nobody_or_everybody() -> None:
     sure = torch.full((8,), 0.99)
-    assert targets.select(sure, 0.85, 0.0, 0.5).tolist() == []
-    assert targets.select(sure, 0.85, 0.25, 0.5).tolist() == [0, 1]
-    assert targets.select(1 - sure, 0.85, 0.0, 0.5).tolist() == [0, 1, 2, 3]
-    assert targets.select(1 - sure, 0.85, 0.0, 1.0).tolist() == list(range(8))
-    assert targets.select(sure[:1], 0.85, 0.1, 0.5).tolist() == [0], "a batch of one"
+    assert samples.select(sure, 0.85, 0.0, 0.5).tolist() == []
+    assert samples.select(sure, 0.85, 0.25, 0.5).tolist() == [0, 1]
+    assert samples.select(1 - sure, 0.85, 0.0, 0.5).tolist() == [0, 1, 2, 3]
+    assert samples.select(1 - sure, 0.85, 0.0, 1.0).tolist() == list(range(8))
+    assert samples.select(sure[:1], 0.85, 0.1, 0.5).tolist() == [0], "a batch of one"
 
 
 @pytest.mark.parametrize("percent", range(101))
 def test_ratios_round_as_decimals_do(percent: int) -> None:
     """0.07 * 100 is 7.000000000000001, and 0.29 * 100 is 28.999999999999996."""
-    assert targets.gate_size(0, 100, percent / 100, 1.0) == percent
-    assert targets.gate_size(100, 100, 0.0, percent / 100) == percent
+    assert samples.gate_size(0, 100, percent / 100, 1.0) == percent
+    assert samples.gate_size(100, 100, 0.0, percent / 100) == percent

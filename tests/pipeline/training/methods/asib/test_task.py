@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import MethodConfig
+from pipeline.config.methods.asib.settings import AsibConfig as MethodConfig
 from pipeline.errors import UserError
 from pipeline.sweep.space.check import METRICS, TEST_SPLIT
 from pipeline.training.evaluation import outputs
 from pipeline.training.methods.asib.b_step import BStep
 from pipeline.training.methods.asib.schedules import make_plan
-from pipeline.training.methods.asib.task import Distillation
+from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.objective import Moment
 from pipeline.training.optim import Precision
 from pipeline.training.run_data import Selection, Task

@@ -3,11 +3,15 @@
 import contextlib
 import math
 import re
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
-from pipeline.config.base import Section, key, unless
+from pipeline.config.base import key, unless
+from pipeline.config.methods.asib import rules
+from pipeline.config.methods.asib.rules import FUSED_TARGETS
+from pipeline.config.methods.base import MethodConfig, distilled
 from pipeline.config.numbers import (
     BelowOne,
     Epoch,
@@ -20,14 +24,13 @@ from pipeline.config.numbers import (
     LogVariance,
     NonNegative,
     Positive,
-    Scale,
     Stages,
     Width,
 )
 from pipeline.config.words import written
 
-FUSED_TARGETS = ("synergy", "auto", "auto_min")
-"""Targets that come from the fusion."""
+SMALL_STUDENTS = ("mobilenet_v2", "mobilenetv2", "efficientnet_b0", "shufflenet_v2", "shufflenetv2", "shufflev2")
+"""Students whose distillation width defaults to 256 (docs/method.md section 1)."""
 
 GATE = re.compile(r"avg([+-](?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)?", re.IGNORECASE)
 
@@ -59,18 +62,9 @@ def gate_offset(value: float | str) -> float | None:
     return float(value[3:] or 0.0) if isinstance(value, str) else None
 
 
-def distilled(method: Any, prefix: str) -> str | None:
-    """Condition: some term of the B-step uses the teachers."""
-    return None if method.distils else "nothing is distilled"
-
-
 def fused(method: Any, prefix: str) -> str | None:
     """Condition: some term of the B-step uses the fusion."""
     return None if method.uses_fusion else "nothing uses the fusion"
-
-
-def _mixed_images(method: Any, prefix: str) -> str | None:
-    return None if method.mixup_alpha or method.cutmix_alpha_distill else "nothing is mixed"
 
 
 def _mixed_targets(method: Any, prefix: str) -> str | None:
@@ -89,17 +83,21 @@ Feature = Literal["feat_2d", "distill_feat"]
 Normalisation = Literal["none", "l2"]
 
 
-class MethodConfig(Section):
+class AsibConfig(MethodConfig):
     """ASIB: stages, fusion, targets, weights, gates."""
+
+    step: ClassVar[str] = "pipeline.training.methods.asib.b_step:BStep"
+    task: ClassVar[str] = "pipeline.training.methods.asib.task:AsibDistillation"
+    teachers: ClassVar[tuple[int, int | None]] = (0, None)
+    compares_logits: ClassVar[bool] = True
+    blends: ClassVar[bool] = True
 
     name: Literal["asib"] = key("asib", "distillation method")
     # stages
     num_stages: Stages = key(1, "stages, each an A-step followed by a B-step")
-    student_epochs_per_stage: tuple[Epochs, ...] = key((20,), "B-epochs of each stage")
     teacher_adapt_epochs: Epochs = key(5, "A-epochs of each stage; 0: no A-steps")
     synergy_only_epochs: Epochs = key(0, "A-epochs at the start of the run that use cross-entropy only", when=fused)
     # weights and targets of the B-step
-    ce_alpha: NonNegative = key(1.0, "weight of cross-entropy in the B-step")
     kd_alpha: NonNegative = key(
         0.0, "weight of distillation in the B-step (and in the A-step unless teacher_adapt_alpha_kd is set)"
     )
@@ -112,9 +110,6 @@ class MethodConfig(Section):
     dkd_beta: NonNegative = key(8.0, "weight of DKD's non-target-class term", when="kd_loss=dkd")
     dkd_warmup_epochs: Epochs = key(
         0, "B-epochs over which DKD's weight rises to 1; 20 in its paper", when="kd_loss=dkd"
-    )
-    kd_view: Literal["clean", "mixed"] = key(
-        "clean", "version of a mixed batch that teachers and fusion see", when=(distilled, _mixed_images)
     )
     tau: Positive = key(4.0, "temperature of distillation", when=(distilled, unless("tau_schedule")))
     tau_schedule: tuple[Positive, Positive] | None = key(
@@ -133,28 +128,12 @@ class MethodConfig(Section):
         0.8, "share of the averaged teachers at the gate's threshold", when="kd_target=auto"
     )
     hybrid_beta: NonNegative = key(0.0, "weight of an additional distillation term from the averaged teachers")
-    kd_warmup_epochs: Epochs = key(0, "B-epochs over which the distillation weight rises to 1", when=distilled)
     teacher_adapt_kd_warmup: Epochs = key(
         0, "B-epochs at the start in which averaged targets are mixed into synergy targets", when=(fused, _own_share)
     )
-    kd_max_ratio: Positive | None = key(
-        None, "upper bound of the weighted distillation term relative to cross-entropy", when=distilled
-    )
-    kd_cooldown_epochs: Epochs = key(0, "B-epochs without distillation at the end", when=distilled)
     kd_uncertainty_weight: Fraction = key(
         0.0, "how strongly a target's entropy lowers its sample's weight", when=distilled
     )
-    kd_sample_gate: bool = key(False, "distil only samples on which the student is unsure", when=distilled)
-    kd_sample_thr: Fraction = key(0.85, "student confidence below which a sample is distilled", when="kd_sample_gate")
-    kd_sample_min_ratio: Fraction = key(0.1, "smallest share of a batch to distil", when="kd_sample_gate")
-    kd_sample_max_ratio: Fraction = key(0.5, "largest share of a batch to distil", when="kd_sample_gate")
-    kd_sample_reweight: bool = key(
-        True, "multiply distillation by the batch size over the number of samples distilled", when="kd_sample_gate"
-    )
-    kd_two_view_start_epoch: Epochs | None = key(
-        None, "first B-epoch whose target is the mean over two views", when=distilled
-    )
-    kd_two_view_stop_epoch: Epochs | None = key(None, "first B-epoch that uses a single view again", when=distilled)
     enable_kd_after_syn_acc: float | str = key(
         0.0, "gate: synergy accuracy from which synergy targets are used, a fraction or like avg-0.02", when=fused
     )
@@ -162,14 +141,6 @@ class MethodConfig(Section):
         "snapshot", "synergy accuracy that the gate reads: the latest or its moving average",
         when="enable_kd_after_syn_acc",
     )  # fmt: skip
-    use_disagree_weight: bool = key(False, "weight samples by the teachers' disagreement", when=distilled)
-    disagree_mode: Literal["pred", "both_wrong"] = key(
-        "pred", "when teachers disagree: their predictions differ, or all are wrong", when="use_disagree_weight"
-    )
-    disagree_lambda_high: NonNegative = key(
-        1.0, "weight of samples on which teachers disagree", when="use_disagree_weight"
-    )
-    disagree_lambda_low: NonNegative = key(1.0, "weight of samples on which teachers agree", when="use_disagree_weight")
     # fusion
     use_ib: bool = key(True, "use an information bottleneck; false: a deterministic fusion", when=fused)
     ib_beta: NonNegative = key(1e-3, "weight of the bottleneck's KL term", when=(fused, unless("beta_schedule")))
@@ -240,15 +211,6 @@ class MethodConfig(Section):
         None, "upper bound of a sample's feature loss; null: no bound", when="feat_kd_alpha"
     )
     # partial freezing
-    use_partial_freeze: bool = key(False, "train only parts of the networks")
-    student_freeze_level: FreezeLevel = key(
-        -1, "what trains in the student: -1 everything, 0 the head, 1 also the last block, 2 also the last two",
-        when=("use_partial_freeze", unless("student_freeze_schedule")),
-    )  # fmt: skip
-    student_freeze_schedule: tuple[FreezeLevel, ...] | None = key(
-        None, "student_freeze_level of each stage", when="use_partial_freeze"
-    )
-    student_freeze_bn: bool = key(False, "freeze the student's normalisation layers too", when="use_partial_freeze")
     teacher_freeze_level: FreezeLevel = key(
         0, "what trains in the teachers: as student_freeze_level", when=_TEACHERS_FROZEN
     )
@@ -262,21 +224,6 @@ class MethodConfig(Section):
     )  # fmt: skip
     # regularisation of the data
     label_smoothing: BelowOne = key(0.0, "label smoothing in the A-step", when=fused)
-    ce_label_smoothing: BelowOne = key(0.0, "label smoothing in the B-step")
-    mixup_alpha: NonNegative = key(0.0, "MixUp's alpha in the B-step; 0: no MixUp", when=unless("cutmix_alpha_distill"))
-    cutmix_alpha_distill: NonNegative = key(
-        0.0, "CutMix's alpha in the B-step, takes precedence over MixUp; 0: no CutMix"
-    )
-    use_loss_clamp: bool = key(False, "bound the total loss")
-    loss_clamp_mode: Literal["hard", "soft"] = key(
-        "soft",
-        "how the total loss is bounded; hard: cut off, soft: logarithmic beyond the bound",
-        when="use_loss_clamp",
-    )
-    loss_clamp_max: Scale = key(1000.0, "upper bound of the total loss", when="use_loss_clamp")
-    loss_clamp_warmup_epochs: Epochs = key(
-        0, "B-epochs at the start in which the total loss is not bounded", when="use_loss_clamp"
-    )
     disable_loss_clamp_in_a: bool = key(False, "do not bound the total loss in A-steps", when="use_loss_clamp")
 
     @field_validator("enable_kd_after_syn_acc", mode="before")
@@ -285,7 +232,7 @@ class MethodConfig(Section):
         return parse_gate(value)
 
     @model_validator(mode="after")
-    def _renormalise(self) -> "MethodConfig":
+    def _renormalise(self) -> "AsibConfig":
         """Apply `renorm_ce_kd` before the lock; weights that sum to 1 already stay, so that a dump is stable."""
         total = self.ce_alpha + self.kd_alpha
         if self.renorm_ce_kd and total > 0 and abs(total - 1) > 1e-9:
@@ -299,12 +246,40 @@ class MethodConfig(Section):
         """`teacher_weights` as numbers; None: equal."""
         return None if self.teacher_weights == "equal" else list(self.teacher_weights)
 
+    @classmethod
+    def derived(cls, given: dict[str, Any], student: str) -> dict[str, Any]:
+        if not any(small in student for small in SMALL_STUDENTS):
+            return given
+        width = given.get("distill_out_dim", 256)
+        return {"distill_out_dim": width, "ib_mbm_out_dim": width, **given}
+
     @property
     def distils(self) -> bool:
-        """Whether any term of the B-step uses the teachers."""
         return self.kd_alpha > 0 or self.hybrid_beta > 0 or self.feat_kd_alpha > 0
 
     @property
     def uses_fusion(self) -> bool:
-        """Whether any term of the B-step uses the fusion; otherwise there are no A-steps."""
         return (self.kd_alpha > 0 and self.kd_target in FUSED_TARGETS) or self.feat_kd_alpha > 0
+
+    @property
+    def a_epochs(self) -> int:
+        return self.num_stages * self.teacher_adapt_epochs if self.uses_fusion else 0
+
+    @property
+    def updates_per_batch(self) -> int:
+        return self.cccp_ns
+
+    @property
+    def teachers_change(self) -> bool:
+        return self.use_teacher_finetuning
+
+    @property
+    def adapter_dim(self) -> int | None:
+        adapts = self.feat_kd_alpha > 0 and self.feat_kd_key == "distill_feat"  # otherwise nothing would train it
+        return self.distill_out_dim if adapts else None
+
+    def rules(self, config: Any) -> Iterator[str]:
+        return rules.broken(self, config)
+
+    def inactive(self, config: Any) -> Iterator[str]:
+        return rules.inactive(self, config)
