@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.ablate.plan import Cell, Plan, continued, count, digest_of, nested
 from pipeline.compose import cli, rungs, shortcuts
-from pipeline.compose.compose import Setting, compose, keys_of
+from pipeline.compose.compose import Setting, compose_each, keys_of
 from pipeline.compose.groups import locate
 from pipeline.compose.settings import read_section
 from pipeline.config import Config, TeacherConfig, config_hash, configure, explain, student_alone
@@ -133,10 +133,11 @@ def _cells(
         raise UserError(
             f"{key}: a table's rows have their own; choose with pairs= and methods=, or write another table"
         )
+    configs = {method: _configurations(table, command.cfg, overrides, found, pairs, method) for method in methods}
     seen: dict[str, str] = {}
     for pair in pairs:
         for method in methods:
-            config = _configuration(table, command.cfg, overrides, found, pair, method)
+            config = _next(configs[method], f"{method}, {pair}")
             key = config_hash(config)
             if key in seen and seen[key] == method == ALONE:
                 continue
@@ -148,20 +149,28 @@ def _cells(
                 yield Cell(row, config.model_copy(update={"seed": seed}), {"asib.row": method}, pair)
 
 
+def _next(configs: Iterator[Config], name: str) -> Config:
+    """The next configuration; a UserError names the cell."""
+    try:
+        return next(configs)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
 def _decided(key: str) -> bool:
     """Whether pairs and methods decide on a key, so that no override may."""
     return key.startswith(("model.", "model/")) or key in ("model", "method", "method.name", "rung")
 
 
-def _configuration(
-    table: TableConfig, cfg: str | None, overrides: list[str], found: shortcuts.Shortcuts, pair: str, method: str
-) -> Config:
-    """What `steps.distill cfg=<recipe>` with this pair and method would compose."""
-    networks = table.pairs[pair]
-    settings = [
-        Setting("model.student", {"name": networks.student, "pretrained": False}),
-        Setting("model.teachers", [teacher.model_dump() for teacher in networks.teachers]),
-    ]
+def _configurations(
+    table: TableConfig,
+    cfg: str | None,
+    overrides: list[str],
+    found: shortcuts.Shortcuts,
+    pairs: Sequence[str],
+    method: str,
+) -> Iterator[Config]:
+    """What `steps.distill cfg=<recipe>` with each pair and this method would compose."""
     # a student alone has its schedule from a method that is valid for these teachers
     of = next((m for m in (table.baseline, *table.methods) if m != ALONE), ALONE) if method == ALONE else method
     own = table.methods[of]
@@ -169,15 +178,17 @@ def _configuration(
     for key in keys_of(of_method):
         if key.startswith("dataset") or (key != "method" and _decided(key)):
             raise UserError(f"table={table.name}: methods.{method} sets {key}, which all rows share; leave it out")
-    try:
-        config = compose(
-            cfg or table.recipe,
-            [*of_method, *overrides],
-            presets=lambda composed: [*found.presets(composed), *settings],
-        )
-    except UserError as error:
-        raise UserError(f"{method}, {pair}: {error}") from error
-    return nested(student_alone(config) if method == ALONE else config)
+    presets = [partial(_networks, table.pairs[pair], found) for pair in pairs]
+    for config in compose_each(presets, cfg or table.recipe, [*of_method, *overrides]):
+        yield nested(student_alone(config) if method == ALONE else config)
+
+
+def _networks(pair: Pair, found: shortcuts.Shortcuts, composed: Any) -> list[Setting]:
+    return [
+        *found.presets(composed),
+        Setting("model.student", {"name": pair.student, "pretrained": False}),
+        Setting("model.teachers", [teacher.model_dump() for teacher in pair.teachers]),
+    ]
 
 
 def _check(table: TableConfig, cells: Sequence[Cell], anyway: bool) -> None:
