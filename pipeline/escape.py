@@ -47,3 +47,25 @@ def markdown(text: str) -> str:
 def code(text: str) -> str:
     """A name in a code span of Markdown, with its backticks."""
     return "`" + re.sub(r"\s+", " ", text.replace("`", "'")).replace("|", "\\|") + "`"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "→": r"$\to$",
+    "†": r"$\dagger$",
+}
+
+
+def latex(text: str) -> str:
+    r"""A name as text in a line or a table of LaTeX: no command, comment, formula or second line.
+
+    Example:
+        >>> latex("a_b 50 %")
+        'a\\_b 50 \\%'
+    """
+    return re.sub(
+        r"[\\~^±→†]|[&%$#_{}]", lambda found: _LATEX.get(found[0], f"\\{found[0]}"), re.sub(r"\s+", " ", text)
+    )

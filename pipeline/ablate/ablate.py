@@ -1,18 +1,17 @@
-"""The ablation: a nested run for each rung and seed, reusing finished ones, and their comparison."""
+"""A grid of runs: a nested run for each cell of a ladder or a table, reusing finished ones, and their comparison."""
 
 import json
 import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import urls
-from pipeline.ablate.request import PLAN_TAG, Plan
+from pipeline.ablate.plan import PLAN_TAG, Cell, Plan
 from pipeline.compare import compare, job, report
-from pipeline.compose import rungs
-from pipeline.config import Config, Identity, config_hash, source_digest
+from pipeline.config import Config, Identity, TeacherConfig, config_hash, source_digest
 from pipeline.config.places import output_dir
 from pipeline.data.sources import ImageData
 from pipeline.distill import distill, export, networks, register, teachers
@@ -33,9 +32,9 @@ logger = logging.getLogger("asib")
 
 @dataclass
 class Child:
-    """One rung with one seed. `folder` and `run_id`: where its results are, once it has any."""
+    """A cell and its result's identity. `folder` and `run_id`: where its results are, once it has any."""
 
-    config: Config
+    cell: Cell
     identity: str
     folder: Path | None = None
     run_id: str | None = None
@@ -43,70 +42,107 @@ class Child:
 
     @property
     def name(self) -> str:
-        return f"{self.config.rung} seed {self.config.seed}"
+        return self.cell.name
+
+    @property
+    def config(self) -> Config:
+        return self.cell.config
 
     @property
     def key(self) -> str:
         """The name of its folder: each identity has its own, so that stale results are never continued."""
-        return f"{self.config.rung}-seed{self.config.seed}-{self.identity[:8]}"
+        return f"{self.cell.folder}-{self.identity[:8]}"
 
 
 def ablate(run: Run, plan: Plan) -> float | None:
-    """Run the plan's rungs and seeds, reuse finished runs, compare, and log the best rung's student as the model."""
+    """Run the plan's cells, reuse finished runs, compare them, and log the best one's student if the plan wants it."""
     prepare(run.config, threads_of(run))
     check_device(run.config, networks.device_of(run.config))
     data = load_data(run)
-    run.journal.params({"rungs": ",".join(plan.names), "seeds": ",".join(map(str, plan.seeds))})
+    _validate_early(plan, data)
+    run.journal.params(dict(plan.params))
     run.journal.tags({PLAN_TAG: plan.digest})
     run.ready()
-    children = _identified(run, plan, data)
-    _find_finished(run, children, plan.force)
     failed: list[str] = []
+    children = _run(run, data, plan.cells, plan.force, failed)
+    children += _run(run, data, plan.more(_results(run, children)), plan.force, failed)
+    _state_reuse(run, children)
+    accuracy: float | None = None
+    results = [record for _, record in _results(run, children)]
+    if results:
+        found = compare.compare(results, plan.anyway, plan.baseline)
+        _report(run, children, found)
+        accuracy = _keep_best(run, data, children, found) if plan.best else None
+    if failed:
+        raise NonFinite("; ".join(failed))
+    return accuracy
+
+
+def _validate_early(plan: Plan, data: ImageData) -> None:
+    """Refuse now whatever a cell would be refused for after others have been trained. Raises UserError."""
+    checked = set()
+    for cell in plan.cells:
+        networks.check_names(cell.config)
+        if cell.pair and (cell.row not in checked) and cell.config.method.distils:
+            teachers.validate_early(cell.config, data)
+            checked.add(cell.row)
+
+
+def _run(run: Run, data: ImageData, cells: Sequence[Cell], force: bool, failed: list[str]) -> list[Child]:
+    """Find or make the result of every cell; those that failed are named in `failed`."""
+    children = _identified(run, cells, data)
+    _find_finished(run, children, force)
     for number, child in enumerate(children, start=1):
         if child.reused:
             continue
         logger.info("%s (%d of %d)", child.name, number, len(children))
         try:
             _train(run, child)
-        except NonFinite as error:  # the other rungs do not depend on it
+        except NonFinite as error:  # the others do not depend on it
             failed.append(f"{child.name}: {error}")
-    _state_reuse(run, children)
-    accuracy: float | None = None
-    results = job.read(run, [str(c.folder or c.run_id) for c in children if c.folder or c.run_id])
-    if results:
-        accuracy = _keep_best(run, data, children, _report(run, children, results))
-    if failed:
-        raise NonFinite("; ".join(failed))
-    return accuracy
+    return children
+
+
+def _results(run: Run, children: Sequence[Child]) -> list[tuple[Cell, records.Record]]:
+    """Cells with their results, which are called as this grid calls them, whoever made them."""
+    known = [c for c in children if c.folder or c.run_id]
+    read = job.read(run, [str(c.folder or c.run_id) for c in known])
+    return [
+        (c.cell, replace(record, tags={**record.tags, "asib.rung": c.config.rung or "", **c.cell.tags}))
+        for c, record in zip(known, read, strict=True)
+    ]
 
 
 # children ------------------------------------------------------------------------------------------------------------
 
 
-def _identified(run: Run, plan: Plan, data: ImageData) -> list[Child]:
+def _identified(run: Run, cells: Sequence[Cell], data: ImageData) -> list[Child]:
     """All children, each with the identity of its result; missing teachers are fine-tuned first."""
-    config, hashes = run.config, tuple[str, ...]()
-    device = networks.device_of(config)
-    for child in plan.configs:
-        check_device(child, device)
-    if any(c.method.distils for c in plan.configs):
-        student = networks.build_student(config, data)
-        hashes = tuple(t.hash for t in teachers.obtain(run, data, student))
+    device, hashes = networks.device_of(run.config), dict[tuple[TeacherConfig, ...], tuple[str, ...]]()
+    for cell in cells:
+        check_device(cell.config, device)
+    for cell in cells:
+        taught_by = cell.config.model.teachers
+        if cell.config.method.distils and taught_by not in hashes:
+            student = networks.build_student(cell.config, data)
+            nested = f"{cell.pair}-" if cell.pair else ""
+            found = teachers.obtain(run, data, student, config=cell.config, nested=nested)
+            hashes[taught_by] = tuple(t.hash for t in found)
     sources = source_digest(REPOSITORY)
     return [
         Child(
-            child,
+            cell,
             Identity(
-                config_hash(child),
-                Precision(child.optim, device).name,
-                hashes if child.method.distils else (),
+                config_hash(cell.config),
+                Precision(cell.config.optim, device).name,
+                hashes[cell.config.model.teachers] if cell.config.method.distils else (),
                 data.digest,
                 sources,
-                bank=bank_use(child).on,
-                compiled=compiles(child, device),
+                bank=bank_use(cell.config).on,
+                compiled=compiles(cell.config, device),
             ).digest(),
         )
-        for child in plan.configs
+        for cell in cells
     ]
 
 
@@ -154,8 +190,7 @@ def _finished_here(root: Path, wanted: set[str]) -> dict[str, Path]:
 
 def _train(run: Run, child: Child) -> None:
     nested = opening.child(run, "distill", child.key, child.config, child.name)
-    parent = rungs.known()[str(child.config.rung)].parent
-    nested.journal.tags({"asib.parent_rung": parent or "none"})
+    nested.journal.tags(dict(child.cell.tags))
     with nested.nested():
         distill.distill(nested)
     child.folder = nested.folder
@@ -190,8 +225,7 @@ def _shown_uri(run: Run) -> str:
 # the end ---------------------------------------------------------------------------------------------
 
 
-def _report(run: Run, children: Sequence[Child], results: list[records.Record]) -> compare.Comparison:
-    found = compare.compare(results)
+def _report(run: Run, children: Sequence[Child], found: compare.Comparison) -> None:
     link = ""
     if run.delivery is not None:
         try:
@@ -200,7 +234,6 @@ def _report(run: Run, children: Sequence[Child], results: list[records.Record]) 
         except UserError as error:
             logger.warning("no link for the comparison: %s", error)
     report.log(run, found, link)
-    return found
 
 
 def _keep_best(run: Run, data: ImageData, children: Sequence[Child], found: compare.Comparison) -> float | None:

@@ -1,39 +1,17 @@
 """The request of `-e ablate`, checked before torch is imported, and the interrupted ablation that it continues."""
 
-import hashlib
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-
+from pipeline.ablate.plan import Cell, Plan, continued, count, digest_of, nested
 from pipeline.compose import cli, rungs
 from pipeline.compose.compose import compose
-from pipeline.config import Config, config_hash, source_digest
-from pipeline.config.identity import canonical
-from pipeline.config.places import output_dir
+from pipeline.config import Config
 from pipeline.config.words import written
-from pipeline.paths import REPOSITORY
 from pipeline.reporting import tables
-from pipeline.runs.folders import interrupted
-from pipeline.training.bank.policy import shared
 
-logger = logging.getLogger("asib")
 OWN = {
     "rungs": "names of rungs, ladder (the default), or all; table prints what each rung changes",
     "seeds": "such as 0,1,2; by default the value of seed",
     "force": "true: rerun what has finished",
 }
-PLAN_TAG = "asib.plan"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """`configs`: one for each rung and seed, rung by rung. `digest`: equal for equal commands and sources."""
-
-    names: tuple[str, ...]
-    seeds: tuple[int, ...]
-    force: bool
-    configs: tuple[Config, ...]
-    digest: str
 
 
 def print_table(config: Config, command: cli.Command) -> int | None:
@@ -55,24 +33,13 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     seeds = rungs.read_seeds(own.get("seeds") or str(config.seed))
     force = cli.flag(own, "force")
     rungs.refuse_overrides(names, command.overrides)
-    unlogged = {"log_model": False, "register": None}  # the parent's model is the best one's
-    configs = [shared(c.model_copy(update=unlogged)) for c in rungs.configurations(config, names, seeds)]
-    what = {
-        "children": [[c.rung, config_hash(c)] for c in configs],
-        "teachers": [t.model_dump() for t in config.model.teachers],
-        "sources": source_digest(REPOSITORY),
-        "to": [config.tracking.mode, config.tracking.uri, config.tracking.experiment],
-        "force": str(force).lower(),
-        "amp": config.optim.use_amp,  # not part of the hash, but it changes the identity
-    }
-    digest = hashlib.sha256(canonical(what).encode()).hexdigest()
-    if config.resume is None:
-        before = interrupted(output_dir(config), "ablate", PLAN_TAG, digest)
-        if before is not None:
-            logger.info("continuing %s, which was interrupted", before)
-            config = config.model_copy(update={"resume": str(before)})
-    config = cli.named(config, f"ablate {_count(names, 'rung')}, {_count(seeds, 'seed')}")
-    return config, Plan(tuple(names), tuple(seeds), force, tuple(configs), digest)
+    cells = tuple(
+        Cell(str(c.rung), nested(c), {"asib.parent_rung": rungs.known()[str(c.rung)].parent or "none"})
+        for c in rungs.configurations(config, names, seeds)
+    )
+    digest = digest_of(config, cells, force=str(force).lower())
+    config = continued(config, "ablate", digest, f"ablate {count(names, 'rung')}, {count(seeds, 'seed')}")
+    return config, Plan(cells, force, digest, {"rungs": ",".join(names), "seeds": ",".join(map(str, seeds))})
 
 
 def table(cfg: Config) -> str:
@@ -82,7 +49,3 @@ def table(cfg: Config) -> str:
         changes = (f"`{key.removeprefix('method.')}={written(value)}`" for key, value in rungs.delta(rung, cfg).items())
         rows.append([f"`{rung.name}`", f"`{rung.parent or 'cfg'}`", ", ".join(changes)])
     return tables.markdown(["rung", "over", "changes"], rows, left=3)
-
-
-def _count(items: Sequence[object], word: str) -> str:
-    return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"

@@ -3,21 +3,25 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
-from pipeline.compare import pools
-from pipeline.compare.pools import CODE, NONE, SPLIT, TEACHERS, VALIDATION, Group, group
+from pipeline.compare import pools, published
+from pipeline.compare.pools import CODE, GMACS, NONE, SPLIT, TEACHERS, VALIDATION, Group, group
 from pipeline.compose import rungs
+from pipeline.config.words import suggestion
 from pipeline.errors import UserError
 from pipeline.reporting import statistics
 from pipeline.reporting.statistics import Difference
-from pipeline.runs.records import Record
+from pipeline.runs.records import ALONE, Record
 
 ACCURACY = "final/acc_val_selected"
-BEST = (ACCURACY, VALIDATION, "final/acc_last")
+LAST = "final/acc_last"
+BEST = (ACCURACY, VALIDATION, LAST)
 BASELINE = "l0_baseline"
+AT_EQUAL_COST = "at equal cost"
 UPDATES = {"student updates": "cost/updates/b", "fusion updates": "cost/updates/a"}
 
 
@@ -30,6 +34,23 @@ class Comparison:
     differing: pd.DataFrame
     dataset: str
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def pairs(self) -> dict[str, tuple[Group, ...]]:
+        """Groups by pair, in order; a student alone belongs to every pair that it is part of.
+
+        A pair is called `resnet56-resnet20`; with the hashes of the teachers' weights where that means several.
+        """
+        taught = {(g.facts[TEACHERS], g.student): g for g in self.groups if not g.alone}
+        short = [published.pair(g.teachers, g.student) for g in taught.values()]
+        found = {
+            name if short.count(name) == 1 else one.pair: tuple(
+                g for g in self.groups if (g.alone or g.facts[TEACHERS] == teachers) and g.student == student
+            )
+            for ((teachers, student), one), name in zip(taught.items(), short, strict=True)
+        }
+        rest = [g for g in self.groups if g.student not in {student for _, student in taught}]
+        return found | {s: tuple(g for g in rest if g.student == s) for s in dict.fromkeys(g.student for g in rest)}
 
     def best(self) -> tuple[Group, Record] | None:
         """The group with the highest mean validation accuracy and its best run; None without a validation split."""
@@ -74,19 +95,25 @@ class Comparison:
         return "conditional on " + ", ".join([*parts, f"this data and split ({shown})", "this recipe"])
 
 
-def compare(runs: Sequence[Record], anyway: bool = False) -> Comparison:
-    """Group the runs and compare the groups; `anyway`: even if teachers, student, epochs, data or split differ.
+def compare(runs: Sequence[Record], anyway: bool = False, baseline: str | None = None) -> Comparison:
+    """Group the runs and compare the groups.
 
-    Raises UserError: runs that are unfinished, lack a student's accuracy or differ in their classes; an unfair
-    comparison.
+    Args:
+        anyway: even if teachers, student, epochs, data or split differ.
+        baseline: the rung or method that every other one is compared with; by default the lowest rung, or the first.
+
+    Raises:
+        UserError: runs that are unfinished, lack a student's accuracy or differ in their classes; an unfair
+            comparison; no such baseline.
     """
     _refuse(runs, anyway)
     groups = group(runs)
+    baseline = _baseline(groups, baseline)
     dataset = runs[0].config.get("dataset.name", "")
     notes = []
     if dataset == "cifar100_sample":
         notes.append("smoke test: cannot rank methods")
-    table, beside = _table(groups, anyway)
+    table, beside = _table(groups, anyway, baseline)
     notes += [*_code(groups), *beside]
     if min(len(g.records) for g in groups) == 1:
         notes.append("intervals of groups with one common seed cover the images only, not other seeds")
@@ -98,6 +125,20 @@ def compare(runs: Sequence[Record], anyway: bool = False) -> Comparison:
     if any(g.contaminated for g in groups):
         notes.append("† teachers may have seen the validation images: val acc, and what was chosen by it, is too good")
     return Comparison(tuple(groups), table, _differing(groups), dataset, tuple(notes))
+
+
+def _baseline(groups: Sequence[Group], given: str | None) -> str:
+    """The baseline's label, or its name where one label is all that there is. Raises UserError: no such one."""
+    if given is not None:
+        if not any(g.called(given) for g in groups):
+            labels = list(dict.fromkeys(g.label for g in groups))
+            hint = suggestion(given, labels)
+            raise UserError(f"baseline={given}: none of these runs; {hint}there are {', '.join(labels)}")
+        return given
+    first = groups[0]
+    if any(g.rung is not None and g.label == BASELINE for g in groups):
+        return BASELINE
+    return first.name if all(g.label == first.label for g in groups) else first.label
 
 
 def _code(groups: Sequence[Group]) -> list[str]:
@@ -167,19 +208,24 @@ def _columns(column: str, one: Group, other: Group | None, found: Difference | N
     return row
 
 
+def _published(one: Group) -> dict[str, object]:
+    dataset, teachers, label = one.facts.get("dataset.name", ""), one.teachers, one.label
+    found = published.find(dataset, *(([], one.student, ALONE) if one.alone else (teachers, one.student, label)))
+    values = (math.nan, "", "", math.nan, math.nan) if found is None else found
+    return dict(zip(("published", "published epoch", "source", "band low", "band high"), values, strict=True))
+
+
 def _cost(one: Group, name: str) -> float:
     """The cost per run; 0 if the runs have cost counters but did no such work."""
     return one.mean(name) if one.values(name) or not one.values("cost/seconds") else 0.0
 
 
-def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[str]]:
+def _table(groups: Sequence[Group], anyway: bool, baseline: str) -> tuple[pd.DataFrame, list[str]]:
     """A row for each group, and notes on differences that are not the point of a comparison."""
     forwards = sorted({k for g in groups for r in g.records for k in r.metrics if k.startswith("cost/forward_images/")})
-    names = {g.rung.name for g in groups if g.rung is not None}
-    first = groups[0]
-    baseline = BASELINE if BASELINE in names else first.rung.name if first.rung else first.name
-    pairs = {g.pair for g in groups if g.facts[TEACHERS] != NONE}
-    several = len(pairs) > 1 or len({g.facts.get("model.student.name") for g in groups}) > 1
+    several = len({g.pair for g in groups if not g.alone}) > 1 or len({g.student for g in groups}) > 1
+    against = f"vs {baseline}"
+    columns = ("vs parent", against, AT_EQUAL_COST)
     rows: list[dict[str, object]] = []
     compared_with: dict[tuple[str, str], Difference] = {}
     notes: dict[str, None] = {}
@@ -193,11 +239,18 @@ def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[st
             "seeds": len(one.records),
             "acc": one.mean(ACCURACY),
             "std": one.std(ACCURACY),
+            "last": one.mean(LAST),
+            "last_std": one.std(LAST),
+            **_published(one),
+            "method": one.label,
+            "epochs": one.epochs,
             "val_acc": one.mean(VALIDATION),
             "val_contaminated": one.contaminated,
             "synergy": one.mean("final/synergy_acc"),
         }
-        for column, other in (("vs parent", parent), (f"vs {baseline}", pools.lowest(groups, one, baseline, anyway))):
+        others = (parent, pools.lowest(groups, one, baseline, anyway), pools.at_equal_cost(groups, one, baseline))
+        row["epochs at equal cost"] = math.nan if others[-1] is None else others[-1].epochs
+        for column, other in zip(columns, others, strict=True):
             found = None if other is None else paired(one, other)
             row |= _columns(column, one, other, found)
             if other is None:
@@ -205,6 +258,8 @@ def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[st
             row[f"{column} of"] = other.name
             if found is not None:
                 compared_with[one.name, other.name] = found
+            if column == AT_EQUAL_COST:
+                continue  # its epochs are what differs
             unlike = [*pools.unfair(one, other)] if anyway else []
             rest = {k: v for k, v in pools.beside(one, other).items() if k not in (CODE, TEACHERS)}
             if unlike:
@@ -213,9 +268,9 @@ def _table(groups: Sequence[Group], anyway: bool) -> tuple[pd.DataFrame, list[st
                 notes[f"{one.name} and {other.name} also differ in {pools.named(rest)}"] = None
         row |= {column: _cost(one, name) for column, name in UPDATES.items()}
         row |= {f"images {name.rsplit('/', 1)[1]}": _cost(one, name) for name in forwards}
-        row |= {"GMACs": one.mean("cost/gmacs"), "seconds": one.mean("cost/seconds")}
+        row |= {"GMACs": one.mean(GMACS), "seconds": one.mean("cost/seconds")}
         rows.append(row)
-    _adjust(rows, ("vs parent", f"vs {baseline}"), compared_with)
+    _adjust(rows, columns, compared_with)
     return pd.DataFrame(rows).set_index("group"), list(notes)
 
 

@@ -20,7 +20,8 @@ logger = logging.getLogger("asib")
 def compare_runs(run: Run, request: Request) -> float | None:
     """Compare the nested runs of a parent, or the named runs; log the report to this run and to the parent."""
     parent = request.parent
-    found = compare.compare(_nested(run, parent) if parent else read(run, request.runs), request.anyway)
+    seen = _nested(run, parent) if parent else read(run, request.runs)
+    found = compare.compare(seen, request.anyway, request.baseline)
     run.ready()
     everything = [r.id for g in found.groups for r in g.records]
     run.journal.tags({"asib.compared": ",".join(everything)})

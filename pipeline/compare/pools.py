@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.runs.records import Record
 
 VALIDATION = "final/val_acc"
+GMACS = "cost/gmacs"
 ROUNDING = ("optim.use_amp", "optim.compile", "bank")
 """Keys outside the configuration's hash that can still change a result."""
 NOT_COMPARED = ("seed", *(key for key in NOT_COMPUTATION if key not in ROUNDING))
@@ -24,6 +25,7 @@ OF_TEACHERS = ("teachers", "model.teachers.", "finetune.")
 NONE = "none"
 EPOCHS = "method.student_epochs_per_stage"
 SPLIT = ("dataset.val_fraction", "dataset.split_seed")
+OTHER_EPOCHS = "other epochs"
 SHOWN = 4
 """How many differences a line names."""
 
@@ -51,6 +53,29 @@ class Group:
         return rungs.known().get(self.records[0].rung or "")
 
     @property
+    def label(self) -> str:
+        """The rung or method, which groups of several pairs share; their name where they have none."""
+        return self.records[0].label or self.name
+
+    def called(self, name: str) -> bool:
+        """Whether a comparison's `baseline=<name>` means it: by its label, or by its own name."""
+        return name in (self.label, self.name)
+
+    @property
+    def alone(self) -> bool:
+        """Whether no teacher was used."""
+        return self.facts[TEACHERS] == NONE
+
+    @property
+    def student(self) -> str:
+        return self.facts.get("model.student.name", "")
+
+    @property
+    def epochs(self) -> int:
+        """The student's epochs; 0: unknown."""
+        return sum(map(int, re.findall(r"\d+", self.facts.get(EPOCHS, ""))))
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(r.seed for r in self.records)
 
@@ -59,12 +84,17 @@ class Group:
         return facts(self.records[0])
 
     @property
+    def teachers(self) -> list[str]:
+        """The teachers' names, of a student alone too if its configuration has some."""
+        return [v for k, v in sorted(self.facts.items()) if re.fullmatch(r"model\.teachers\.\d+\.name", k)]
+
+    @property
     def pair(self) -> str:
         """Teachers and student, as users read them."""
-        names = [v for k, v in sorted(self.facts.items()) if re.fullmatch(r"model\.teachers\.\d+\.name", k)]
+        names = self.teachers
         hashes = [h[:6] for h in self.facts[TEACHERS].split(",") if h and h != NONE]
         teachers = f"{' + '.join(names)} ({', '.join(hashes)})" if hashes else " + ".join(names)
-        return " → ".join(filter(None, [teachers, self.facts.get("model.student.name", "")]))
+        return " → ".join(filter(None, [teachers, self.student]))
 
     @property
     def contaminated(self) -> bool:
@@ -90,21 +120,23 @@ class Group:
 
 
 def group(runs: Sequence[Record]) -> list[Group]:
-    """Group runs by rung and by everything except the seed: rungs in the ladder's order, then the others.
+    """Group runs by rung or row and by everything except the seed: rungs in the ladder's order, then the others.
 
     Of equal runs with the same seed the last one is taken.
     """
     found: dict[tuple[str, str], dict[int, Record]] = {}
     for run in runs:
         key = hashlib.sha256(canonical(facts(run)).encode()).hexdigest()
-        found.setdefault((run.rung or "", key), {})[run.seed] = run
+        found.setdefault((run.rung or run.tags.get("asib.row", ""), key), {})[run.seed] = run
     order = list(rungs.known())
     keys = sorted(found, key=lambda k: order.index(k[0]) if k[0] in order else len(order))
     counts: dict[str, int] = {}
     groups = []
-    for rung, key in keys:
-        records = tuple(record for _, record in sorted(found[rung, key].items()))
-        name = rung or f"{records[0].tags.get('asib.step', 'run')} {records[0].tags.get('asib.config_hash', key)[:8]}"
+    for row, key in keys:
+        records = tuple(record for _, record in sorted(found[row, key].items()))
+        first = records[0]
+        method = first.label or first.tags.get("asib.step", "run")
+        name = row or f"{method} {first.tags.get('asib.config_hash', key)[:8]}"
         counts[name] = counts.get(name, 0) + 1
         groups.append(Group(name if counts[name] == 1 else f"{name} ({counts[name]})", records))
     return groups
@@ -127,9 +159,9 @@ def differences(one: Group, other: Group) -> Differences:
 
 
 def about(one: Group, other: Group) -> set[str] | None:
-    """The keys that a comparison of a rung with a lower one is about; None: any."""
+    """The keys (and sections, with a dot) that a comparison of two rungs, or of two methods, is about; None: any."""
     if one.rung is None or other.rung is None:
-        return None
+        return None if one.label == other.label or "" in (one.records[0].label, other.records[0].label) else {"method."}
     above = [rung.name for rung in rungs.lineage(one.rung.name)]
     if other.rung.name not in above:
         return set()
@@ -142,7 +174,7 @@ def about(one: Group, other: Group) -> set[str] | None:
 def beside(one: Group, other: Group) -> Differences:
     """Differences between two groups other than the one that their comparison is about."""
     keys, found = about(one, other), differences(one, other)
-    return {k: v for k, v in found.items() if (k == CODE if keys is None else k not in keys)}
+    return {k: v for k, v in found.items() if (k == CODE if keys is None else not listed(k, keys))}
 
 
 def unfair(one: Group, other: Group) -> list[str]:
@@ -155,9 +187,8 @@ def unfair(one: Group, other: Group) -> list[str]:
         said.append(
             "other students ({} and {})".format(*(g.facts.get("model.student.name", "?") for g in (one, other)))
         )
-    epochs = [sum(map(int, re.findall(r"\d+", g.facts.get(EPOCHS, "")))) for g in (one, other)]
-    if epochs[0] != epochs[1]:
-        said.append("other epochs ({} and {})".format(*epochs))
+    if one.epochs != other.epochs:
+        said.append(f"{OTHER_EPOCHS} ({one.epochs} and {other.epochs})")
     if DATA in found:
         said.append("other data ({} and {})".format(*(v[:12] for v in found[DATA])))
     said += [f"another split ({k}: {' and '.join(found[k])})" for k in SPLIT if k in found]
@@ -173,31 +204,53 @@ def named(found: Differences) -> str:
 # which is compared with which ----------------------------------------------------------------------------------------
 
 
-def reference(groups: Sequence[Group], one: Group, names: Sequence[str], anyway: bool) -> Group | None:
-    """The group of the first of these rungs that may be compared with `one`, the one that differs least otherwise.
+def reference(groups: Sequence[Group], one: Group, labels: Sequence[str], anyway: bool) -> Group | None:
+    """The group of the first of these rungs or methods that may be compared with `one`, the one that is most like it.
 
     Raises UserError: there are candidates, but each comparison would be unfair; `anyway` takes the first of them.
     """
     refused: list[Group] = []
-    for name in names:
-        candidates = [g for g in groups if g is not one and g.rung is not None and g.rung.name == name]
+    for label in labels:
+        candidates = [g for g in groups if g is not one and g.called(label)]
         fair = [g for g in candidates if not unfair(one, g)]
+        if one.alone and len({g.facts[TEACHERS] for g in fair} - {NONE}) > 1:
+            return None  # a student alone beside several pairs: each of them is compared with it instead
         if fair:
-            # students alone of two pairs may be identical: the own pair's is taken
-            return min(
-                fair, key=lambda g: (len(beside(one, g)), sum(one.facts.get(k) != v for k, v in g.facts.items()))
-            )
+            return _most_alike(one, fair)
         refused += candidates
     return _refused(one, refused, anyway)
 
 
+def _most_alike(one: Group, others: Sequence[Group]) -> Group:
+    # students alone of two pairs may be identical: the own pair's is taken
+    return min(others, key=lambda g: (len(beside(one, g)), sum(one.facts.get(k) != v for k, v in g.facts.items())))
+
+
 def lowest(groups: Sequence[Group], one: Group, baseline: str, anyway: bool) -> Group | None:
-    """What every group is compared with: the baseline rung of its pair, without rungs the first group."""
-    if groups[0].rung is not None:
-        return None if one.rung and one.rung.name == baseline else reference(groups, one, [baseline], anyway)
-    if one is groups[0]:
+    """What every group is compared with: the baseline rung or method of its pair; the baseline itself with nothing."""
+    return None if one.called(baseline) else reference(groups, one, [baseline], anyway)
+
+
+ALIKE = 0.05
+"""By which share two total costs may differ and still be equal: epochs are whole numbers."""
+
+
+def at_equal_cost(groups: Sequence[Group], one: Group, baseline: str) -> Group | None:
+    """The baseline of the same pair that was trained until it cost as much as `one`; None if no run did.
+
+    Only the number of its epochs may make the comparison unfair.
+    """
+    cost = one.mean(GMACS)
+    if one.called(baseline) or not cost > 0:
         return None
-    return groups[0] if not unfair(one, groups[0]) else _refused(one, [groups[0]], anyway)
+    found = [
+        g
+        for g in groups
+        if g.called(baseline)
+        and abs(g.mean(GMACS) / cost - 1) <= ALIKE
+        and all(reason.startswith(OTHER_EPOCHS) for reason in unfair(one, g))
+    ]
+    return min(found, key=lambda g: abs(g.mean(GMACS) - cost), default=None)
 
 
 def _refused(one: Group, others: Sequence[Group], anyway: bool) -> Group | None:

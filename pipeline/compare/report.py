@@ -1,8 +1,9 @@
-"""A comparison as users read it: terminal, CSV, Markdown, a picture, one HTML page, and the note of a parent run."""
+"""A comparison as users read it: terminal, CSV, Markdown, LaTeX, pictures, one HTML page, the note of a parent run."""
 
 import html
 import json
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,30 +14,35 @@ import numpy as np
 import pandas as pd
 
 from pipeline import escape
-from pipeline.compare.compare import ACCURACY, Comparison
-from pipeline.compare.pools import Group
-from pipeline.reporting import figures, pages, tables
+from pipeline.compare.compare import ACCURACY, AT_EQUAL_COST, Comparison
+from pipeline.compare.pools import GMACS, Group
+from pipeline.reporting import figures, pages, statistics, tables
 from pipeline.reporting.statistics import ENOUGH
 from pipeline.runs.run import Run
 
 EXPLAINED = (
-    "acc: test top-1 in % of the epoch that validation chose, mean over seeds, ± its standard deviation (n - 1). vs: "
+    "acc: test top-1 in % of the epoch that validation chose (the last one without validation), last: of the last "
+    "epoch; mean over seeds, ± its standard deviation (n - 1). published: with the epoch that its source reports "
+    "and, in brackets, the lowest and highest number that is known (conf/published.yaml). vs: "
     "difference in points on the seeds that both have, with the two-level (seed x image) bootstrap 95 % interval; with "
     "fewer than 5 seeds also Student's paired 95 % interval over the seeds (t), and both are indicative. p: two-sided, "
     "of the bootstrap, with 2 to 4 seeds of Student's paired test, after Holm for all comparisons of the table. "
+    "at equal cost: against the baseline trained until it costs as many multiply-accumulates. "
     "updates, images (forward, training only), GMACs and seconds: per run; MACs count a training pass as three forward "
     "passes. Teachers' fine-tuning is shared and not counted."
 )
 
 
 def write(found: Comparison, folder: Path) -> list[Path]:
-    """`comparison.csv`, `.md`, `.png` and `.html` in `folder`; their paths."""
+    """`comparison.csv`, `.md`, `.png`, `.html`, `.tex` and `cost.png` in `folder`; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"comparison.{kind}" for kind in ("csv", "md", "png", "html")]
+    paths = [folder / f"comparison.{kind}" for kind in ("csv", "md", "png", "html", "tex")] + [folder / "cost.png"]
     tables.write_csv(found.table, paths[0])
     paths[1].write_text(markdown(found))
     paths[2].write_bytes(image := picture(found))
-    paths[3].write_text(page(found, image))
+    paths[5].write_bytes(costs := cost_picture(found))
+    paths[3].write_text(page(found, image, costs))
+    paths[4].write_text(latex(found))
     return paths
 
 
@@ -60,21 +66,40 @@ def shown(found: Comparison) -> pd.DataFrame:
         if name in table and table[name].any():
             columns[name] = list(table[name])
     columns["seeds"] = [f"{n:.0f}" for n in table["seeds"]]
-    columns["acc"] = [
-        f"{mean:.2f}" + ("" if math.isnan(std) else f" ± {std:.2f}")
-        for mean, std in zip(table["acc"], table["std"], strict=True)
-    ]
+    columns["acc"] = list(map(_mean, table["acc"], table["std"]))
+    if table["last"].notna().any():
+        columns["last"] = list(map(_mean, table["last"], table["last_std"]))
+    if table["published"].notna().any():
+        columns["published"] = [_published(row) for _, row in table.iterrows()]
     columns["val acc"] = [
         _number(value, 2) + (" †" if marked else "")
         for value, marked in zip(table["val_acc"], table["val_contaminated"], strict=True)
     ]
     if table["synergy"].notna().any():
         columns["synergy"] = [_number(value, 2) for value in table["synergy"]]
-    for name in (c for c in table.columns if c.startswith("vs ") and f"{c} low" in table.columns):
+    for name in _compared(table):
         columns[name] = [_with_interval(row, name) for _, row in table.iterrows()]
     for name in table.loc[:, "student updates":]:
         columns[name] = [_number(value, 1 if name == "seconds" else 0) for value in table[name]]
     return pd.DataFrame(columns, index=table.index)
+
+
+def _compared(table: pd.DataFrame) -> list[str]:
+    """The columns of differences that hold any."""
+    names = [name.removesuffix(" t low") for name in table.columns if name.endswith(" t low")]
+    return [name for name in names if table[name].notna().any()]
+
+
+def _mean(mean: float, std: float) -> str:
+    return "" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(std) else f" ± {std:.2f}")
+
+
+def _published(row: "pd.Series[Any]") -> str:
+    """`70.66 last [70.66, 71.54]`: a published number, its epoch and its band."""
+    if math.isnan(float(row["published"])):
+        return ""
+    band = "" if row["band low"] == row["band high"] else f" [{row['band low']:.2f}, {row['band high']:.2f}]"
+    return f"{row['published']:.2f} {row['published epoch']}{band}"
 
 
 def _number(value: float, digits: int) -> str:
@@ -83,18 +108,25 @@ def _number(value: float, digits: int) -> str:
 
 def _with_interval(row: "pd.Series[Any]", name: str) -> str:
     """`+2.67 [+1.10, +4.20] p 0.003`; with few seeds `; t [-0.40, +5.74], 3 seeds: indicative` too."""
+    _, points, interval, p, student, seeds = difference_cells(row, name)
+    if not interval:
+        return points
+    parts = [f"t {student}" if student else "", seeds if "indicative" in seeds else ""]
+    more = ", ".join(filter(None, parts))
+    return f"{points} {interval} p {p}" + (f"; {more}" if more else "")
+
+
+def difference_cells(row: "pd.Series[Any]", name: str) -> tuple[str, str, str, str, str, str]:
+    """What it is against, points, bootstrap interval, p, Student's interval, number of seeds; empty where unknown."""
     mean, low, high, p, seeds, t_low, t_high = (
         float(row[f"{name}{part}"]) for part in ("", " low", " high", " p", " seeds", " t low", " t high")
     )
-    if math.isnan(mean):
-        return ""
-    if math.isnan(low):
-        return f"{mean:+.2f}"
-    text = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] p {p:.3f}"
-    if seeds >= ENOUGH:
-        return text
-    student = "" if math.isnan(t_low) else f"t [{t_low:+.2f}, {t_high:+.2f}], "
-    return f"{text}; {student}{seeds:.0f} seed{'' if seeds == 1 else 's'}: indicative"
+    against = f"{name}, {row['epochs at equal cost']:.0f} epochs" if name == AT_EQUAL_COST else name
+    if math.isnan(mean) or math.isnan(low):
+        return against, "" if math.isnan(mean) else f"{mean:+.2f}", "", "", "", ""
+    student = "" if math.isnan(t_low) else f"[{t_low:+.2f}, {t_high:+.2f}]"
+    count = f"{seeds:.0f} seed{'' if seeds == 1 else 's'}" + (": indicative" if seeds < ENOUGH else "")
+    return against, f"{mean:+.2f}", f"[{low:+.2f}, {high:+.2f}]", f"{p:.3f}", student, count
 
 
 def _title(found: Comparison) -> str:
@@ -109,12 +141,69 @@ def _below(found: Comparison) -> list[str]:
     return [*said, f"intervals and p: {found.conditions}"]
 
 
+def _in_pair(groups: Sequence[Group]) -> dict[str, str]:
+    """Each group's name -> what it is called within its pair: its label, with its epochs where another has the same."""
+    labels, timed = [g.label for g in groups], [f"{g.label}, {g.epochs} epochs" for g in groups]
+    usual = {g.label: g.epochs for g in reversed(groups)}  # the first one of a label is the one that others share
+    return {
+        g.name: g.label
+        if labels.count(g.label) == 1 or (g.epochs == usual[g.label] and timed.count(timed[k]) == 1)
+        else timed[k]
+        if timed.count(timed[k]) == 1
+        else g.name
+        for k, g in enumerate(groups)
+    }
+
+
+def matrix(found: Comparison) -> pd.DataFrame:
+    """Methods by pairs: `71.20 ± 0.31 (3)`, with the number of seeds."""
+    names = {pair: _in_pair(groups) for pair, groups in found.pairs.items()}
+    rows = dict.fromkeys(name for of in names.values() for name in of.values())
+    cells = {
+        pair: {names[pair][g.name]: f"{_mean(g.mean(ACCURACY), g.std(ACCURACY))} ({len(g.records)})" for g in groups}
+        for pair, groups in found.pairs.items()
+    }
+    return pd.DataFrame({pair: [of.get(row, "") for row in rows] for pair, of in cells.items()}, index=list(rows))
+
+
 def text(found: Comparison) -> str:
-    """For the terminal."""
-    title = _title(found)
-    with pd.option_context("display.max_columns", None, "display.width", 10_000):
-        lines = [title, "-" * len(title), *found.notes, shown(found).to_string(), *_below(found)]
-    return "\n".join(lines)
+    """For the terminal, at most 100 columns wide: accuracies, differences and costs, pair by pair."""
+    parts = ["\n".join(textwrap.fill(line, tables.WIDTH) for line in [_title(found), *found.notes])]
+    if len(found.pairs) > 1:
+        overall = matrix(found)
+        rows = [[name, *cells] for name, cells in zip(overall.index, overall.to_numpy().tolist(), strict=True)]
+        parts.append(tables.blocks("test top-1 in %", [["", *overall.columns], *rows]))
+    for pair, groups in found.pairs.items():
+        parts += _pair_text(found, pair, groups)
+    parts.append("\n".join(textwrap.fill(line, tables.WIDTH) for line in _below(found)))
+    return "\n\n".join(parts)
+
+
+def _pair_text(found: Comparison, pair: str, groups: Sequence[Group]) -> list[str]:
+    names = _in_pair(groups)
+    table = found.table.loc[list(names)]
+    all_shown = shown(found)
+    rows = all_shown.loc[list(names)]
+    before = all_shown.columns.get_loc("student updates")
+    compared = _compared(table)
+    title = pair if len(found.pairs) > 1 else "test top-1 in %"
+    parts = []
+    for heading, columns in (
+        (title, [c for c in rows.columns[:before] if c not in (*compared, "pair", "parent")]),
+        (f"{title}: cost of a run", list(rows.columns[before:])),
+    ):
+        cells = [[names[name], *rows.loc[name, columns]] for name in names]
+        parts.append(tables.blocks(heading, [["", *columns], *cells]))
+    differences = [
+        [names[name], *difference_cells(table.loc[name], column)]
+        for column in compared
+        for name in names
+        if not math.isnan(table.loc[name, column])
+    ]
+    if differences:
+        head = ["", "against", "points", "95 %", "p", "t 95 %", "seeds"]
+        parts.insert(1, tables.blocks(f"{title}: differences", [head, *differences], left=2))
+    return parts
 
 
 def _markdown(table: pd.DataFrame, corner: str) -> str:
@@ -129,11 +218,33 @@ def _bold(lines: Sequence[str]) -> list[str]:
 
 def markdown(found: Comparison) -> str:
     """The tables with their notes."""
-    parts = [f"## {escape.markdown(_title(found))}", *_bold(found.notes), _markdown(shown(found), "rung")]
+    parts = [f"## {escape.markdown(_title(found))}", *_bold(found.notes)]
+    parts += [_markdown(matrix(found), "method")] if len(found.pairs) > 1 else []
+    parts += [_markdown(shown(found), "rung")]
     parts += map(escape.markdown, _below(found))
     if len(found.differing):
         parts += ["### Keys that differ", _markdown(found.differing.T, "rung")]
     return "\n\n".join([*parts, EXPLAINED]) + "\n"
+
+
+def latex(found: Comparison) -> str:
+    """Methods by pairs, then each pair's rows; comments say what they are."""
+    wanted = ("seeds", "acc", "last", "published", "GMACs")
+    overall = matrix(found)
+    parts = [_tabular(_title(found), overall)]
+    rows = shown(found)
+    compared = _compared(found.table)
+    for pair, groups in found.pairs.items():
+        names = _in_pair(groups)
+        table = rows.loc[list(names), [c for c in rows.columns if c in (*wanted, *compared)]].rename(index=names)
+        parts.append(_tabular(pair, table))
+    return "\n\n".join([*parts, *(f"% {escape.latex(line)}" for line in (*found.notes, *_below(found)))]) + "\n"
+
+
+def _tabular(title: str, table: pd.DataFrame) -> str:
+    rows = [[str(name), *map(str, cells)] for name, cells in zip(table.index, table.to_numpy(), strict=True)]
+    head = ["", *map(str, table.columns)]
+    return f"% {escape.latex(title)}\n{tables.latex(head, rows)}"
 
 
 # MLflow --------------------------------------------------------------------------------------------------------------
@@ -161,13 +272,15 @@ def note(found: Comparison, to: str) -> str:
 # the page ------------------------------------------------------------------------------------------------------------
 
 
-def page(found: Comparison, image: bytes) -> str:
-    """One HTML file that needs no other: style and picture are part of it."""
+def page(found: Comparison, image: bytes, costs: bytes = b"") -> str:
+    """One HTML file that needs no other: style and pictures are part of it."""
     parts = [
         *(f'<p class="note">{html.escape(line)}</p>' for line in found.notes),
+        *([pages.table(matrix(found), "method")] if len(found.pairs) > 1 else []),
         pages.table(shown(found), "rung"),
         *(f"<p>{html.escape(line)}</p>" for line in _below(found)),
         f"<p>{pages.image(image, 'bars and curves of the table')}</p>",
+        *([f"<p>{pages.image(costs, 'accuracy against cost')}</p>"] if costs else []),
     ]
     if len(found.differing):
         parts += ["<h2>Keys that differ</h2>", pages.table(found.differing.T, "rung")]
@@ -200,6 +313,31 @@ def picture(found: Comparison) -> bytes:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
+    made.suptitle("; ".join([_title(found), *found.notes[:1]]), fontsize=10)
+    return figures.png(made)
+
+
+def cost_picture(found: Comparison) -> bytes:
+    """PNG: each pair's test accuracy against the cost of a run, with two-level 95 % intervals of the mean."""
+    columns = min(3, len(found.pairs))
+    lines = math.ceil(len(found.pairs) / columns)
+    made, axes = figures.figure(lines, columns, 6.5 * columns, 4.8 * lines, squeeze=False)
+    for axis, (pair, groups) in zip(axes.flat, found.pairs.items(), strict=False):
+        for name, group in zip(_in_pair(groups).values(), groups, strict=True):
+            known = [r.correct for r in group.records if r.correct is not None]
+            cost, mean = group.mean(GMACS), group.mean(ACCURACY)
+            if math.isnan(cost):
+                continue
+            same = len({len(correct) for correct in known}) == 1
+            ends = statistics.interval(100.0 * np.stack(known).astype(np.float64))[1:] if same else (mean, mean)
+            below, above = (max(0.0, mean - ends[0]), max(0.0, ends[1] - mean))
+            axis.errorbar(cost, mean, yerr=[[below], [above]], marker="o", capsize=3, ls="")
+            axis.annotate(f" {name} ({len(group.records)})", (cost, mean), fontsize=8)
+        axis.set(title=pair, xlabel="10⁹ multiply-accumulates of a run", ylabel="test top-1 in %")
+        axis.margins(x=0.15)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(found.pairs) :]:
+        axis.set_axis_off()
     made.suptitle("; ".join([_title(found), *found.notes[:1]]), fontsize=10)
     return figures.png(made)
 

@@ -10,6 +10,7 @@ from pipeline.paths import user_path
 OWN = {
     "parent": "run id (or folder) of an ablation or a sweep, whose nested runs are compared",
     "runs": "run ids (or folders), separated by commas",
+    "baseline": "rung or method that the others are compared with; by default the lowest rung, or the first method",
     "anyway": "true: compare runs even if their teachers, students, epochs, data or split differ",
 }
 
@@ -21,6 +22,7 @@ class Request:
     parent: str
     runs: tuple[str, ...]
     anyway: bool
+    baseline: str | None = None
 
 
 def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
@@ -38,5 +40,5 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
     for key, names in (("runs", runs), ("parent", filter(None, [parent]))):
         for name in names:
             user_path(name, key)
-    request = Request(parent, runs, cli.flag(own, "anyway"))
+    request = Request(parent, runs, cli.flag(own, "anyway"), own.get("baseline") or None)
     return config if config.run_name else config.model_copy(update={"run_name": "compare"}), request

@@ -10,8 +10,8 @@ from pipeline.paths import REPOSITORY, user_path
 CONF = REPOSITORY / "conf"
 STUDENTS = "models:/<name>@<alias>, models:/<name>/<version>, runs:/<id>, or a logged model's folder"
 """How a step's `model=` names a logged student."""
-NOT_GROUPS = ("sweep", "cluster", "promotion")
-"""Folders of conf/ that are not part of a run's configuration: search spaces, clusters, gates."""
+NOT_GROUPS = ("sweep", "cluster", "promotion", "table")
+"""Folders of conf/ that are not part of a run's configuration: search spaces, clusters, gates, tables."""
 
 
 def groups() -> dict[str, list[str]]:

@@ -67,11 +67,12 @@ def store(config: Config, data: ImageData, index: int) -> Path:
 
 
 def obtain(
-    run: Run, data: ImageData, student: FeatureNet, test: bool = True, config: Config | None = None
+    run: Run, data: ImageData, student: FeatureNet, test: bool = True, config: Config | None = None, nested: str = ""
 ) -> list[Teacher]:
     """All teachers of a run's configuration, or of `config`, in order; unsuitable ones are refused before fine-tuning.
 
-    `test`: False if the test split must not be seen: teachers fine-tuned here are then not evaluated on it.
+    `test`: False if the test split must not be seen: teachers fine-tuned here are then not evaluated on it. `nested`:
+    what the names of nested fine-tunings begin with, in a run that has several sets of teachers.
 
     Raises UserError: a checkpoint is missing or does not fit, or the teachers cannot be fused.
     """
@@ -80,7 +81,7 @@ def obtain(
     found: dict[int, Teacher] = {}
     order = sorted(range(len(nets)), key=lambda k: config.model.teachers[k].checkpoint is None)  # checkpoints first
     for index in order:
-        found[index] = _obtain(run, config, data, index, nets[index], test)
+        found[index] = _obtain(run, config, data, index, nets[index], test, nested)
     return [found[index] for index in range(len(nets))]
 
 
@@ -107,7 +108,7 @@ def _key(config: Config, index: int) -> str:
     return f"model.teachers.{index}.checkpoint={config.model.teachers[index].checkpoint}"
 
 
-def _obtain(run: Run, config: Config, data: ImageData, index: int, net: FeatureNet, test: bool) -> Teacher:
+def _obtain(run: Run, config: Config, data: ImageData, index: int, net: FeatureNet, test: bool, nested: str) -> Teacher:
     spec = config.model.teachers[index]
     key, kept = _key(config, index), store(config, data, index)
     made_by: str | None = None
@@ -119,8 +120,8 @@ def _obtain(run: Run, config: Config, data: ImageData, index: int, net: FeatureN
         if kept.exists():
             logger.info("teacher %d: %s, fine-tuned before", index, spec.name)
         else:
-            finetune(run, index, test, config)
-        path = kept if kept.exists() else run.folder / f"teacher_{index}" / WEIGHTS
+            finetune(run, index, test, config, nested)
+        path = kept if kept.exists() else run.folder / f"{nested}teacher_{index}" / WEIGHTS
         key = f"{path} (delete it to fine-tune again)"
         made_by = (read_state(kept.with_suffix(".json")) or {}).get("journal")
     metadata = networks.load(net, path, key, data)
@@ -136,12 +137,15 @@ def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | 
     return check_file(source, key), None
 
 
-def finetune(parent: Run, index: int, test: bool = True, config: Config | None = None) -> dict[str, float]:
+def finetune(
+    parent: Run, index: int, test: bool = True, config: Config | None = None, nested: str = ""
+) -> dict[str, float]:
     """A nested run that fine-tunes one teacher, and keeps it for other runs on this machine.
 
-    `test`: whether it is evaluated on the test split at its end; `config`: instead of the parent's.
+    `test`: whether it is evaluated on the test split at its end; `config`: instead of the parent's; `nested`: what its
+    name begins with.
     """
-    key = f"teacher_{index}"
+    key = f"{nested}teacher_{index}"
     done = parent.finished_child(key)
     if done is not None:
         return done
@@ -155,7 +159,7 @@ def finetune(parent: Run, index: int, test: bool = True, config: Config | None =
         run.journal.tags({"asib.teacher": str(index), "asib.eval_split": task.data.eval_split})
         name = run.config.model.teachers[index].name
         logger.info("fine-tuning teacher %d, %s, for %d epochs", index, name, run.config.finetune.epochs)
-        loop = train(run, task, data, part=key)
+        loop = train(run, task, data, part=f"teacher_{index}")
         results = task.results(test)
         loop.finish(results)
         if not run.follower:

@@ -23,6 +23,34 @@ def text(title: str, rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join([title, "-" * max(map(len, [title, *lines])), *lines])
 
 
+WIDTH = 100
+"""Columns of a terminal that a table may fill."""
+
+
+def blocks(title: str, rows: Sequence[Sequence[str]], left: int = 1, width: int = WIDTH) -> str:
+    """As `text`, cut between columns where it is wider than `width`: the first column is repeated.
+
+    Long cells are shortened, so that each column fits beside the first.
+    """
+    longest = width // 2 - 1
+    cut = [[cell if len(cell) <= longest else cell[: longest - 1] + "…" for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cut, strict=True)]
+    parts: list[list[int]] = [[0]]
+    for k in range(1, len(widths)):
+        if sum(widths[i] + 2 for i in parts[-1]) + widths[k] > width:
+            parts.append([0])
+        parts[-1].append(k)
+    title = title if len(title) <= width else title[: width - 1] + "…"
+    return "\n\n".join(text(title, [[row[k] for k in part] for row in cut], left) for part in parts)
+
+
+def latex(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A `tabular` of cells that are text; the first column is flush left, the others right. Needs no package."""
+    lines = [" & ".join(map(escape.latex, cells)) + r" \\" for cells in (head, *rows)]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}"
+    return "\n".join([begin, r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}"])
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """A Markdown table of cells that are Markdown; the first `left` columns are flush left, the others right."""
     rule = ["---" if k < left else "--:" for k in range(len(head))]

@@ -19,6 +19,8 @@ from pipeline.journal import damage, decode_number, read_entries, read_header
 HISTORIES = ("student/acc", "synergy/acc")
 """Metrics that a comparison draws as curves."""
 PREDICTIONS = "predictions.npz"
+ALONE = "alone"
+"""How tables name the student that learns from no teacher."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Record:
     @property
     def rung(self) -> str | None:
         return self.tags.get("asib.rung")
+
+    @property
+    def label(self) -> str:
+        """What it is a row of: a ladder's rung, a table's row, the student alone, or its method; empty: unknown."""
+        named = self.rung or self.tags.get("asib.row")
+        return named or (ALONE if self.tags.get("asib.teachers") == "none" else self.config.get("method.name", ""))
 
     @property
     def digest(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.compare import compare, report
+from pipeline.compare import compare, published, report
 from pipeline.compose import rungs
 from pipeline.errors import UserError
 from pipeline.reporting import statistics
@@ -213,6 +213,102 @@ def test_few_seeds_are_called_indicative_and_have_students_interval_too(seeds: i
     assert "val_fraction 0.1, split_seed 0" in report.markdown(found)
 
 
+# methods and pairs ---------------------------------------------------------------------------------------------------
+
+
+def of_method(name: str, seed: int, right: int, gmacs: float, epochs: int = 10, **changes: Any) -> Record:
+    """A run of a method with pair a, or of the student alone."""
+    made = ALONE if name == "alone" else STRONG
+    config = {"method.name": "asib" if name == "alone" else name, "method.student_epochs_per_stage": f"[{epochs}]"}
+    changes["metrics"] = {"cost/gmacs": gmacs, "final/acc_last": 100.0 * (right - 1) / IMAGES} | changes.get(
+        "metrics", {}
+    )
+    changes["id"] = f"{epochs}-{changes.get('id', '')}"
+    changes["config"] = config | changes.get("config", {})
+    changes["tags"] = {"asib.rung": ""} | changes.get("tags", {})
+    return of_pair("a", name, seed, right, made, **changes)
+
+
+def methods() -> list[Record]:
+    """crd costs three times as much as kd does in 10 epochs, and the same as kd in 30 up to 3 %."""
+    runs = [of_method("alone", s, 18 + s, 40) for s in (0, 1)]
+    runs += [of_method("kd", s, 20 + s, 100) for s in (0, 1)]
+    runs += [of_method("crd", s, 26 + s, 310) for s in (0, 1)]
+    return runs + [of_method("kd", s, 24 + s, 300, epochs=30) for s in (0, 1)]
+
+
+def test_methods_are_compared_with_the_baseline_and_with_the_baseline_at_their_cost() -> None:
+    found = compare.compare(methods(), baseline="kd")
+    names = [g.label for g in found.groups]
+    assert names == ["alone", "kd", "crd", "kd"]
+    table = found.table
+    assert table["vs kd"].tolist()[0::2] == [-5.0, 15.0]
+    assert table["vs kd"].isna().tolist() == [False, True, False, True], "the baseline is compared with nothing"
+    assert table["at equal cost"].isna().tolist() == [True, True, False, True]
+    assert (table["at equal cost"].iloc[2], table["epochs at equal cost"].iloc[2]) == (5.0, 30)
+    assert table["last"].tolist() == pytest.approx([43.75, 48.75, 63.75, 58.75])
+    rows = report.matrix(found)
+    assert list(rows.index) == ["alone", "kd", "crd", "kd, 30 epochs"]
+    assert rows.loc["crd"].tolist() == ["66.25 ± 1.77 (2)"]
+    dearer = [*methods()[:-2], *(of_method("kd", s, 24, 330, epochs=33) for s in (0, 1))]
+    assert compare.compare(dearer, baseline="kd").table["at equal cost"].isna().all(), "330 is 6 % more than 310"
+
+
+def test_what_methods_set_is_what_their_comparison_is_about_and_other_epochs_are_unfair() -> None:
+    runs = [of_method("kd", 0, 20, 100), of_method("crd", 0, 24, 100, config={"method.crd_negatives": "16384"})]
+    assert not any("also differ" in note for note in compare.compare(runs).notes)
+    runs[1] = of_method("crd", 0, 24, 100, config={"optim.student_lr": "0.1"})
+    assert any("also differ in optim.student_lr (0.1, none)" in note for note in compare.compare(runs).notes)
+    runs[1] = of_method("crd", 0, 24, 300, epochs=30)
+    with pytest.raises(UserError, match=r"other epochs \(30 and 10\)"):
+        compare.compare(runs)
+
+
+def test_a_baseline_that_is_not_there_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean crd"):
+        compare.compare(methods(), baseline="crdd")
+
+
+def test_a_table_in_the_terminal_is_100_columns_wide_and_names_pairs_once() -> None:
+    other = {"config": {"model.student.name": "b", "model.teachers.0.name": "a_teacher_with_a_long_name"}, "tags": WEAK}
+    runs = [*methods(), *(of_method(name, s, 20 + s, 100, id=name, **other) for name in ("kd", "crd") for s in (0, 1))]
+    found = compare.compare(runs, baseline="kd")
+    assert list(found.pairs) == ["t+u-a", "a_teacher_with_a_long_name+u-b"]
+    text = report.text(found)
+    assert max(map(len, text.splitlines())) <= 100
+    for word in ("differences", "cost of a run", "GMACs", "at equal cost, 30 epochs", "2 seeds: indicative"):
+        assert word in text
+
+
+def test_published_values_and_their_band_stand_beside_those_of_the_pair() -> None:
+    """70.66 in RepDistiller's README, 71.54 in its issue 62; the student alone has 69.06."""
+    config = {"model.student.name": "cifar_resnet20", "model.teachers.0.name": "cifar_resnet56"}
+    one = {"model.teachers.1.name": None, "dataset.name": "cifar100"}
+    runs = [of_method("alone", 0, 20, 40), of_method("kd", 0, 22, 100), of_method("mine", 0, 22, 100)]
+    changed = [{k: v for k, v in {**r.config, **config, **one}.items() if v is not None} for r in runs]
+    found = compare.compare([Record(**{**vars(r), "config": c}) for r, c in zip(runs, changed, strict=True)])
+    assert report.shown(found)["published"].tolist() == ["69.06 last", "70.66 last [70.66, 71.54]", ""]
+    assert list(found.pairs) == ["resnet56-resnet20"]
+    sample = [{**c, "dataset.name": "cifar100_sample"} for c in changed]
+    other = compare.compare([Record(**{**vars(r), "config": c}) for r, c in zip(runs, sample, strict=True)])
+    assert "published" not in report.shown(other)
+
+
+def test_the_file_of_published_values_holds_its_sources_numbers() -> None:
+    """DIST's README gives 75.51 nowhere: TTM quotes it, and the first source of a pair is the one that is shown."""
+    of = published.find
+    crd = of("cifar100", ["cifar_resnet32x4"], "cifar_resnet8x4", "crd")
+    assert crd is not None
+    assert (crd.value, crd.epoch, crd.low, crd.high) == (75.51, "last", 75.51, 75.51)
+    dist = of("cifar100", ["cifar_resnet56"], "cifar_resnet20", "dist")
+    assert dist is not None
+    assert (dist.value, dist.low, dist.high) == pytest.approx((71.75, 71.45, 72.05))
+    dkd = of("cifar100", ["cifar_resnet32x4"], "cifar_resnet8x4", "dkd")
+    assert dkd is not None
+    assert (dkd.value, dkd.low, dkd.high, dkd.epoch) == (76.32, 75.80, 76.50, "best")
+    assert of("cifar10", ["cifar_resnet56"], "cifar_resnet20", "kd") is None
+
+
 def test_contaminated_runs_are_marked() -> None:
     runs = [of_pair("a", "l0_baseline", 0, 20, ALONE)]
     runs += [of_pair("a", "l1_ib", 0, 24, {**STRONG, "asib.val_contaminated": "true"})]
@@ -295,10 +391,10 @@ def test_what_the_table_cannot_say_is_said_beside_it() -> None:
 def test_the_page_is_one_file_with_everything_in_it(tmp_path: Any) -> None:
     found = compare.compare(ladder())
     paths = report.write(found, tmp_path)
-    assert [p.suffix for p in paths] == [".csv", ".md", ".png", ".html"]
+    assert [p.suffix for p in paths] == [".csv", ".md", ".png", ".html", ".tex", ".png"]
     page = paths[3].read_text()
     links = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page) + re.findall(r"url\(([^)]*)\)", page)
-    assert [link[:22] for link in links] == ["data:image/png;base64,"]
+    assert [link[:22] for link in links] == ["data:image/png;base64,"] * 2
     assert "http" not in page.replace("data:image", "")[:2000]
     for word in ("l1_ib", "70.00 ± 7.07", "+17.50", "teachers averaged 65.00", "method.use_ib", "l1_ib-0"):
         assert word in page
@@ -340,8 +436,9 @@ def test_names_of_runs_load_nothing_and_lead_nowhere(name: str) -> None:
     assert name in {group.name for group in found.groups}
     assert leads(report.note(found, report.link(["1"], "7"))) == [report.link(["1"], "7")]
     assert leads(report.markdown(found)) == []
-    assert len(report.markdown(found).split(" ± ")) == 3
+    assert len(report.markdown(found).split(" ± ")) == 4, "in the matrix, the table and its legend"
     page = report.page(found, b"")
     assert "script" not in elements(page)
+    assert report.latex(found).count("\\begin") == report.latex(found).count("\\end") == 1 + len(found.pairs)
     (image,) = re.findall(r"<(?:img|a|link) [^>]*", page)
     assert image.endswith('src="data:image/png;base64,"')

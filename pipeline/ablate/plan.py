@@ -1,0 +1,104 @@
+"""A grid of runs: its cells, and the interrupted run of the same grid that a command continues. Needs no torch."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from pipeline.compose import cli
+from pipeline.config import Config, config_hash, source_digest
+from pipeline.config.identity import canonical
+from pipeline.config.places import output_dir
+from pipeline.paths import REPOSITORY
+from pipeline.runs.folders import interrupted
+from pipeline.training.bank.policy import shared
+
+if TYPE_CHECKING:
+    from pipeline.runs.records import Record
+
+logger = logging.getLogger("asib")
+PLAN_TAG = "asib.plan"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid. `row`: what it is called, without its seed; `pair`: its teachers and student, of a table."""
+
+    row: str
+    config: Config
+    tags: Mapping[str, str] = field(default_factory=dict)
+    pair: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.row} seed {self.config.seed}"
+
+    @property
+    def folder(self) -> str:
+        """The beginning of its folder's name."""
+        return re.sub(r"[^\w.+-]+", "_", self.row) + f"-seed{self.config.seed}"
+
+
+More: TypeAlias = "Callable[[Sequence[tuple[Cell, Record]]], Sequence[Cell]]"
+"""Further cells, once the results of the first ones are known."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid.
+
+    Attributes:
+        digest: equal for equal commands and sources.
+        params: what the parent run states.
+        best: whether the cell that is best on validation is the parent's model.
+        baseline, anyway: as a comparison takes them.
+    """
+
+    cells: tuple[Cell, ...]
+    force: bool
+    digest: str
+    params: Mapping[str, str]
+    best: bool = True
+    baseline: str | None = None
+    anyway: bool = False
+    more: More = lambda results: ()
+
+    def words(self) -> str:
+        """What DRY_RUN=1 shows."""
+        return "\n".join([f"{len(self.cells)} runs", *(cell.name for cell in self.cells)])
+
+
+def nested(config: Config) -> Config:
+    """A cell's configuration: it logs no model, and shares the bank with the others."""
+    return shared(config.model_copy(update={"log_model": False, "register": None, "run_name": None, "resume": None}))
+
+
+def digest_of(config: Config, cells: Sequence[Cell], **more: object) -> str:
+    """SHA-256 (hex) of what a grid of runs computes and where its results go."""
+    pairs = dict.fromkeys(cell.config.model.teachers for cell in cells)
+    what = {
+        "children": [[cell.row, config_hash(cell.config)] for cell in cells],
+        "teachers": [[t.model_dump() for t in teachers] for teachers in pairs],
+        "sources": source_digest(REPOSITORY),
+        "to": [config.tracking.mode, config.tracking.uri, config.tracking.experiment],
+        "amp": config.optim.use_amp,  # not part of the hash, but it changes the identity
+        **more,
+    }
+    return hashlib.sha256(canonical(what).encode()).hexdigest()
+
+
+def continued(config: Config, step: str, digest: str, name: str) -> Config:
+    """The parent run's configuration, which continues an interrupted run of the same grid if there is one."""
+    if config.resume is None:
+        before = interrupted(output_dir(config), step, PLAN_TAG, digest)
+        if before is not None:
+            logger.info("continuing %s, which was interrupted", before)
+            config = config.model_copy(update={"resume": str(before)})
+    return cli.named(config, name)
+
+
+def count(items: Collection[object], word: str) -> str:
+    """`3 seeds`, `1 seed`."""
+    return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"
