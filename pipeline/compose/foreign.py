@@ -67,6 +67,7 @@ def _kept(value: Any, key: str, left_out: dict[str, Any], source: str) -> Any:
         on_server = inner is None or (isinstance(inner, str) and _RUN.fullmatch(inner))
         where = path not in NUMERICS and listed(path, NOT_COMPUTATION)
         where |= path.endswith(".checkpoint") and not on_server
+        where |= path == "method.module" and inner is not None  # a name of code to run
         if where and not (isinstance(inner, dict) and inner):
             left_out[path] = inner
             continue

@@ -157,6 +157,25 @@ method: {tau: 3}
     assert "evil" not in line
 
 
+@pytest.mark.parametrize("section", ["method: {name: ditt, module: bait}", "method.module: bait\nmethod: {name: ditt}"])
+def test_a_fetched_file_imports_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, section: str
+) -> None:
+    (tmp_path / "bait.py").write_text(f"open({str(tmp_path / 'caught')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with caplog.at_level(logging.INFO, "asib"):
+        message = refused(tmp_path, section)
+    assert message.startswith("method=ditt: no such method; did you mean dist?")
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["method.module"]
+    assert not (tmp_path / "caught").exists()
+
+
+def test_a_method_from_outside_that_the_command_line_names_is_used_with_a_fetched_file(tmp_path: Path) -> None:
+    text = "method: {name: my_kd, module: bait, scale: 3}\nmodel: {teachers: [{name: cifar_resnet14}]}\n"
+    config = fetched(tmp_path, text, "method.module=examples.my_method.my_kd")
+    assert (config.method.module, config.method.scale) == ("examples.my_method.my_kd", 3)
+
+
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", "a${b}", "${seed}", "${hydra:runtime.cwd}", "${now:%Y}", r"\${x}"])
 def test_nothing_in_a_fetched_file_refers_to_anything(tmp_path: Path, value: str) -> None:
     for text in (
