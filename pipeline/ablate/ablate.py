@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline import urls
 from pipeline.ablate.plan import PLAN_TAG, Cell, Plan
 from pipeline.compare import compare, job, report
-from pipeline.config import Config, Identity, TeacherConfig, config_hash, source_digest
+from pipeline.config import Config, Identity, TeacherConfig, config_hash, sources_of
 from pipeline.config.places import output_dir
 from pipeline.data.sources import ImageData
 from pipeline.distill import distill, export, networks, register, teachers
@@ -128,7 +128,6 @@ def _identified(run: Run, cells: Sequence[Cell], data: ImageData) -> list[Child]
             nested = f"{cell.pair}-" if cell.pair else ""
             found = teachers.obtain(run, data, student, config=cell.config, nested=nested)
             hashes[taught_by] = tuple(t.hash for t in found)
-    sources = source_digest(REPOSITORY)
     return [
         Child(
             cell,
@@ -137,7 +136,7 @@ def _identified(run: Run, cells: Sequence[Cell], data: ImageData) -> list[Child]
                 Precision(cell.config.optim, device).name,
                 hashes[cell.config.model.teachers] if cell.config.method.distils else (),
                 data.digest,
-                sources,
+                sources_of(cell.config, REPOSITORY),
                 bank=bank_use(cell.config).on,
                 compiled=compiles(cell.config, device),
             ).digest(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from pipeline.compose import cli
-from pipeline.config import Config, config_hash, source_digest
+from pipeline.config import Config, config_hash, sources_of
 from pipeline.config.identity import canonical
 from pipeline.config.places import output_dir
 from pipeline.paths import REPOSITORY
@@ -81,7 +81,7 @@ def digest_of(config: Config, cells: Sequence[Cell], **more: object) -> str:
     what = {
         "children": [[cell.row, config_hash(cell.config)] for cell in cells],
         "teachers": [[t.model_dump() for t in teachers] for teachers in pairs],
-        "sources": source_digest(REPOSITORY),
+        "sources": sorted({sources_of(cell.config, REPOSITORY) for cell in cells}),
         "to": [config.tracking.mode, config.tracking.uri, config.tracking.experiment],
         "amp": config.optim.use_amp,  # not part of the hash, but it changes the identity
         **more,

@@ -2,7 +2,7 @@
 
 from pipeline.config.base import Section, flatten, key
 from pipeline.config.datasets import AugmentConfig, DatasetConfig
-from pipeline.config.identity import Identity, config_hash, source_digest
+from pipeline.config.identity import Identity, config_hash, source_digest, sources_of
 from pipeline.config.inactive import inactive
 from pipeline.config.methods.base import MethodConfig
 from pipeline.config.model import TeacherConfig
@@ -42,5 +42,6 @@ __all__ = [
     "schema",
     "schema_for",
     "source_digest",
+    "sources_of",
     "student_alone",
 ]

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ NOT_COMPUTATION = (
 """Keys, and prefixes of keys, that do not change what is computed."""
 ONLY_WHERE_SET = ("dataset.mean", "dataset.std", "method.module", "method.plus", "method.standardise")
 """Keys added later, which the hash leaves out while they are null, false or empty: earlier results keep their hash."""
+ROOMS = ("models", "pipeline", "steps")
+"""Folders whose Python sources are part of every result's identity."""
 _OF_PLUS = ("method.plus_alpha", "method.plus_tau")
 
 
@@ -87,10 +90,37 @@ def config_hash(config: Config) -> str:
 def source_digest(root: Path) -> str:
     """SHA-256 (hex) over the Python sources of models, pipeline and steps under `root`, read once in a process."""
     digest = hashlib.sha256()
-    for folder in ("models", "pipeline", "steps"):
+    for folder in ROOMS:
         for file in sorted((root / folder).rglob("*.py")):
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def sources_of(config: Config, root: Path) -> str:
+    """`source_digest`; for a method from outside the repository, SHA-256 (hex) over that and the method's own files."""
+    m, digest = config.method, source_digest(root)
+    return digest if m.module is None else _with_outside(digest, m.module, m.step, m.task)
+
+
+@lru_cache(maxsize=8)
+def _with_outside(digest: str, *places: str) -> str:
+    """`digest` with the files of these modules, read once like them: what lies in a package comes with its folder."""
+    found = hashlib.sha256(digest.encode())
+    for name in dict.fromkeys(place.partition(":")[0] for place in places):
+        if name.partition(".")[0] in ROOMS:
+            continue
+        try:
+            spec = find_spec(name)
+        except Exception:  # of somebody else's code: the method is refused where it is imported
+            continue
+        if spec is None or not spec.has_location or spec.origin is None:
+            continue
+        file = Path(spec.origin)
+        packaged = "." in name or file.name == "__init__.py"
+        for each in sorted({file, *(file.parent.rglob("*.py") if packaged else ())}):
+            label = f"{name}:{each.relative_to(file.parent).as_posix()}"
+            found.update(label.encode() + b"\0" + each.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline.config import Config, DatasetConfig, config_hash
-from pipeline.config.identity import Identity, computation, source_digest
+from pipeline.config.identity import Identity, computation, sources_of
 from pipeline.data import sources
 from pipeline.data.sources import ImageData
 from pipeline.distill import networks
@@ -136,10 +136,10 @@ def train(
 
 
 def _state_identity(run: Run, header: dict[str, Any], part: str) -> None:
-    sources, teachers = source_digest(REPOSITORY), tuple(header["teachers"])
-    made_of = (header["config_hash"], header["amp_dtype"], teachers, header["data_digest"], sources)
+    code, teachers = sources_of(run.config, REPOSITORY), tuple(header["teachers"])
+    made_of = (header["config_hash"], header["amp_dtype"], teachers, header["data_digest"], code)
     identity = Identity(*made_of, part, header["bank"], header["compiled"]).digest()
-    tags = {"asib.identity": identity, "asib.teachers": ",".join(teachers) or "none", "asib.sources": sources}
+    tags = {"asib.identity": identity, "asib.teachers": ",".join(teachers) or "none", "asib.sources": code}
     run.journal.tags(tags)
 
 

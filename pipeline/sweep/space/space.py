@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from pipeline.compose.groups import CONF
-from pipeline.config import Config, source_digest
+from pipeline.config import Config, sources_of
 from pipeline.config.identity import canonical, computation
 from pipeline.sweep.space.changes import apply
 from pipeline.sweep.space.check import check
@@ -64,7 +64,7 @@ def digest(sweep: SweepConfig, base: Config) -> str:
             {f"model.teachers.{i}.checkpoint": t.checkpoint for i, t in enumerate(base.model.teachers)}, sweep
         ),
         **{name: _numbers(sweep.model_dump(mode="json")[name]) for name in SEARCH},
-        "sources": source_digest(CONF.parent),
+        "sources": sources_of(base, CONF.parent),
     }
     return hashlib.sha256(canonical(what).encode()).hexdigest()
 

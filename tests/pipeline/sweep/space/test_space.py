@@ -142,7 +142,7 @@ def test_digest_of_another_search(change: dict[str, Any]) -> None:
 
 def test_digest_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest(FIRST, BASE)
-    monkeypatch.setattr("pipeline.sweep.space.space.source_digest", lambda root: "other")
+    monkeypatch.setattr("pipeline.sweep.space.space.sources_of", lambda base, root: "other")
     assert digest(FIRST, BASE) != before
 
 
