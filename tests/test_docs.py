@@ -1,4 +1,4 @@
-"""The pages of docs/, and the docstrings of pipeline/, name files and functions that exist."""
+"""The pages of docs/, and the docstrings of pipeline/, name files and functions that exist, and what those say."""
 
 import ast
 import re
@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pipeline.config import Config
+from pipeline.config import Config, MethodConfig, methods
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("pipeline", "models", "steps")
@@ -90,3 +91,44 @@ def test_what_a_docstring_names_is_there() -> None:
                 missing.append(f"{file.relative_to(ROOT)}: {name}")
     assert missing == []
     assert checked > 30
+
+
+def rows(section: str) -> dict[str, list[str]]:
+    """The tables of a section of docs/methods.md: first cell -> the other cells; each stands there once."""
+    text = re.split(r"^## ", (ROOT / "docs" / "methods.md").read_text(), flags=re.MULTILINE)
+    (body,) = (part for part in text if part.startswith(section))
+    lines = [line.strip("|").split("|") for line in re.findall(r"^\| `.*\|$", body, re.MULTILINE)]
+    found = {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def needs(method: type[MethodConfig]) -> str:
+    fewest, most = method.teachers
+    teachers = str(fewest) if most == fewest else "0 or more" if fewest == 0 else "≥ 1"
+    bank = "maps" if method.maps else "bank unless teachers are trained" if method is type(Config().method) else "bank"
+    return f"{teachers}, {bank}, {'sample' if method.per_sample else 'batch'}"
+
+
+def test_the_page_of_methods_has_each_of_them_as_its_settings_say() -> None:
+    said = {name.strip("`"): cells[2].partition(";")[0] for name, cells in rows("All methods").items()}
+    assert said == {name: needs(methods.settings(name)) for name in methods.names()}
+
+
+def test_the_page_of_methods_states_the_published_numbers() -> None:
+    published: dict[str, float] = {}
+    for block in yaml.safe_load((ROOT / "conf" / "published.yaml").read_text()):
+        for name, values in block["values"].items():
+            value = dict(zip(block["pairs"], values, strict=True)).get("resnet32x4-resnet8x4")
+            if value is not None:
+                published.setdefault(name, value[0] if isinstance(value, list) else value)
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert f"(the student alone: {published['alone']:.2f})" in page
+    one_teacher = {n.strip("`"): cells[3] for n, cells in rows("All methods").items() if cells[2].startswith("1,")}
+    said = {name: float(cell.split()[0]) for name, cell in one_teacher.items() if cell != "–"}
+    assert said == {name: published[name] for name in one_teacher if name in published}
+
+
+def test_the_page_of_methods_has_the_errors_of_all_of_them() -> None:
+    measured = {re.split(r"[`, ]+", name)[1] for name in rows("Errors")}
+    assert measured == {*methods.names(), "standardise"} - {"asib"}
