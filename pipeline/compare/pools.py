@@ -21,7 +21,7 @@ ROUNDING = ("optim.use_amp", "optim.compile", "bank")
 NOT_COMPARED = ("seed", *(key for key in NOT_COMPUTATION if key not in ROUNDING))
 TEACHERS, CODE, DATA = "teachers", "code", "data"
 """Parts of a run's identity that are not keys of its configuration."""
-OF_TEACHERS = ("teachers", "model.teachers.", "finetune.")
+OF_TEACHERS = ("teachers", "model.teachers", "finetune.")
 NONE = "none"
 EPOCHS = "method.student_epochs_per_stage"
 SPLIT = ("dataset.val_fraction", "dataset.split_seed")

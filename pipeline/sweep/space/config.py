@@ -154,7 +154,7 @@ class Constraint(Part):
 class Stop(Part):
     """When a study ends before its last trial: as soon as one of the rules holds.
 
-    `patience`: so many trials in a row have completed without improvement. `terminator`: Optuna's bound of what can
+    `patience`: this many trials in a row have completed without improvement. `terminator`: Optuna's bound of what can
     still be gained has fallen below the noise of the best trial's mean over its seeds; it judges from 20 trials on.
     """
 

@@ -256,7 +256,8 @@ def test_methods_are_compared_with_the_baseline_and_with_the_baseline_at_their_c
 
 def test_what_methods_set_is_what_their_comparison_is_about_and_other_epochs_are_unfair() -> None:
     runs = [of_method("kd", 0, 20, 100), of_method("crd", 0, 24, 100, config={"method.crd_negatives": "16384"})]
-    assert not any("also differ" in note for note in compare.compare(runs).notes)
+    alone = of_method("alone", 0, 18, 40, config={"model.teachers": "[]"})
+    assert not any("also differ" in note for note in compare.compare([*runs, alone], baseline="alone").notes)
     runs[1] = of_method("crd", 0, 24, 100, config={"optim.student_lr": "0.1"})
     assert any("also differ in optim.student_lr (0.1, none)" in note for note in compare.compare(runs).notes)
     runs[1] = of_method("crd", 0, 24, 300, epochs=30)
