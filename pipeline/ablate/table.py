@@ -86,13 +86,15 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     file = locate("table", given)
     table: TableConfig = read_section(TableConfig, "table", given, file, cli.settings(own, "table"), name=file.stem)
     pairs = _chosen("pairs", own.get("pairs"), table.pairs)
-    methods = _chosen("methods", own.get("methods"), table.methods)
+    found = shortcuts.read(os.environ, command.overrides, own.get("methods", ""))
+    asked = ("METHOD", ",".join(found.methods)) if found.methods else ("methods", own.get("methods"))
+    methods = _chosen(*asked, table.methods)
     if table.baseline not in methods:
         hint = suggestion(table.baseline, methods)
         raise UserError(f"table.baseline={table.baseline}: no row of this table; {hint}there are {', '.join(methods)}")
     seeds = rungs.read_seeds(own.get("seeds") or str(config.seed))
     force, anyway = cli.flag(own, "force"), cli.flag(own, "anyway")
-    cells = tuple(_cells(table, command, pairs, methods, seeds))
+    cells = tuple(_cells(table, command, found, pairs, methods, seeds))
     _check(table, cells, anyway)
     name = f"table {table.name}: {count(pairs, 'pair')}, {count(methods, 'method')}, {count(seeds, 'seed')}"
     first = cells[0].config
@@ -122,10 +124,14 @@ def _chosen(key: str, given: str | None, known: Mapping[str, Any]) -> list[str]:
 
 
 def _cells(
-    table: TableConfig, command: cli.Command, pairs: Sequence[str], methods: Sequence[str], seeds: Sequence[int]
+    table: TableConfig,
+    command: cli.Command,
+    found: shortcuts.Shortcuts,
+    pairs: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
 ) -> Iterator[Cell]:
     """A cell for each pair, method and seed; a student alone that several pairs share comes once."""
-    found = shortcuts.read(os.environ, command.overrides)
     overrides = [*found.overrides, *command.overrides]
     asked = sorted({key for key in keys_of(overrides) if _decided(key)})
     if asked or found.teachers:

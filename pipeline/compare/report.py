@@ -309,7 +309,7 @@ def picture(found: Comparison) -> bytes:
     for axis, (metric, title) in zip(axes[1:], curves, strict=True):
         for group, colour in zip(found.groups, palette, strict=True):
             _curve(axis, group, metric, colour)
-        axis.set(title=title, xlabel="epoch (A and B)")
+        axis.set(title=title, xlabel="student epochs")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
@@ -363,14 +363,16 @@ def _bars(axis: Any, found: Comparison, palette: Any) -> None:
 
 def _curve(axis: Any, group: Group, metric: str, colour: Any) -> None:
     """The mean over seeds, with the range between the lowest and the highest seed."""
-    points: dict[int, list[float]] = defaultdict(list)
+    points: dict[float, list[float]] = defaultdict(list)
     for record in group.records:
-        for step, value in record.histories.get(metric, []):
-            points[step].append(value)
+        history, student = record.histories.get(metric, []), record.histories.get("student/acc", [])
+        places = figures.student_epochs([step for step, _ in history], [step for step, _ in student])
+        for epoch, (_, value) in zip(places, history, strict=True):
+            points[epoch].append(value)
     if not points:
         return
-    steps = sorted(points)
-    axis.plot(steps, [float(np.mean(points[s])) for s in steps], color=colour, marker=".", ms=4, label=group.name)
+    epochs = sorted(points)
+    axis.plot(epochs, [float(np.mean(points[e])) for e in epochs], color=colour, marker=".", ms=4, label=group.name)
     if len(group.records) > 1:
-        low, high = ([pick(points[s]) for s in steps] for pick in (min, max))
-        axis.fill_between(steps, low, high, color=colour, alpha=0.12, lw=0)
+        low, high = ([pick(points[e]) for e in epochs] for pick in (min, max))
+        axis.fill_between(epochs, low, high, color=colour, alpha=0.12, lw=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
@@ -329,3 +330,22 @@ def _variable(name: str, *default: str | None) -> str | None:
 
 
 OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
+
+
+# the student ---------------------------------------------------------------------------------------------------------
+
+
+def _by_student(usual: Any, table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """`${by_student:0.05,{cifar_shufflenet_*: 0.01}}`: the value of the first pattern that the student's name matches.
+
+    Names may lack their `cifar_`. A run's configuration holds the value, and an override of the key replaces the table.
+    """
+    name = str(OmegaConf.select(_root_, "model.student.name"))
+    return next((value for pattern, value in table.items() if _matches(name, pattern)), usual)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(f"cifar_{name}", pattern)
+
+
+OmegaConf.register_new_resolver("by_student", _by_student, replace=True)

@@ -2,6 +2,7 @@
 
     TEACHER_PAIR="t1,t2"   the two networks that teach     STUDENT=<network>   the network that is kept
     METHOD=<name>          how it is distilled             SEED=<number>       of every random stream of the run
+    METHOD="m1,m2"         the rows of -e table, the research code's METHOD_LIST; a run of another step has one method
 
 They win over `cfg`, and an override of the same key on the command line wins over them. Empty ones are ignored.
 MLflow's own MLFLOW_EXPERIMENT_NAME names the experiment where neither `cfg` nor an override does.
@@ -9,6 +10,7 @@ Names of networks are those of the zoo, which needs torch: it is imported only w
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +36,13 @@ class Shortcuts:
         overrides: to be put before those of the command line, none of which sets the same key.
         teachers: the two networks of TEACHER_PAIR, or none.
         experiment: MLFLOW_EXPERIMENT_NAME, or none.
+        methods: those of METHOD for a step that takes several, or none.
     """
 
     overrides: tuple[str, ...] = ()
     teachers: tuple[str, ...] = ()
     experiment: str = ""
+    methods: tuple[str, ...] = ()
 
     def presets(self, composed: DictConfig) -> list[Setting]:
         """The experiment, unless a file names one, and the pair in place of the composed teachers."""
@@ -49,8 +53,12 @@ class Shortcuts:
         return found
 
 
-def read(environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Shortcuts:
-    """The shortcuts that are set, each with one line in the log; `overrides` are those of the command line.
+def read(environment: Mapping[str, str], overrides: Sequence[str] = (), rows: str | None = None) -> Shortcuts:
+    """The shortcuts that are set, each with one line in the log.
+
+    Args:
+        overrides: those of the command line.
+        rows: `methods=` of a step that takes several methods, empty where it is not given; None: another step.
 
     Raises:
         UserError: an invalid value, named with its variable; an invalid override.
@@ -63,8 +71,16 @@ def read(environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Short
     given = keys_of(overrides) if asked else set()
     found: list[str] = []
     teachers: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
     for name, text in asked.items():
         keys, resolve = _SHORTCUTS[name]
+        if name == "METHOD" and rows is not None:
+            if rows:
+                logger.info("%s=%s in the environment is ignored: methods is given", name, text)
+                continue
+            methods = tuple(_listed(text))
+            logger.info("methods=%s (from the environment: %s)", ",".join(methods), name)
+            continue
         explicit = next((key for key in keys if key in given), None)
         if explicit is not None:
             logger.info("%s=%s in the environment is ignored: %s is given", name, text, explicit)
@@ -76,7 +92,7 @@ def read(environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Short
         else:
             found += meant
         logger.info("%s (from the environment: %s%s)", " ".join(meant), name, but)
-    return Shortcuts(tuple(found), teachers, environment.get("MLFLOW_EXPERIMENT_NAME", "").strip())
+    return Shortcuts(tuple(found), teachers, environment.get("MLFLOW_EXPERIMENT_NAME", "").strip(), methods)
 
 
 def wants_dry_run(environment: Mapping[str, str]) -> bool:
@@ -109,8 +125,18 @@ def _student(text: str) -> tuple[str, ...]:
     return f"model.student.name={name}", "model.student.pretrained=false"
 
 
+def _listed(text: str) -> list[str]:
+    """`kd,crd`, `kd crd` and `[kd, crd]` alike."""
+    return list(filter(None, re.split(r"[\s,]+", text.strip("[]"))))
+
+
 def _method(text: str) -> tuple[str, ...]:
     options = groups()["method"]
+    if len(several := _listed(text)) > 1:
+        raise UserError(
+            f"METHOD={text} in the environment: a run has one method; compare several with -e table "
+            f"(python -m steps.table methods={','.join(several)})"
+        )
     if text not in options:
         hint = suggestion(text.lower(), options)
         raise UserError(f"METHOD={text} in the environment: no such method; {hint}there are {', '.join(options)}")

@@ -29,6 +29,7 @@ class Torchvision(NamedTuple):
 
 
 CIFAR100 = Statistics((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761))
+CIFAR100_PUBLISHED = Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 CIFAR10 = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 DATASETS: dict[str, Torchvision | None] = {
@@ -40,6 +41,8 @@ DATASETS: dict[str, Torchvision | None] = {
     "image_folder": None,
 }
 """None: pipeline/data/sources.py has a separate function for it."""
+PUBLISHED = {"cifar100": CIFAR100_PUBLISHED, "cifar100_sample": CIFAR100_PUBLISHED}
+"""The constants of the published KD tables' code (RepDistiller, mdistiller), which differ in the fourth digit."""
 
 
 class DatasetConfig(Section):
@@ -59,11 +62,14 @@ class DatasetConfig(Section):
         "processes that decode an image_folder; null: one per thread, at most 8; 0: none",
         when="name=image_folder",
     )
+    normalisation: Literal["exact", "published"] = key(
+        "exact", "mean and deviation of images; exact: the data set's own, published: of the published KD tables' code"
+    )
     mean: tuple[Fraction, ...] | None = key(
-        None, "mean of each channel, subtracted from images scaled to 0 … 1; null: the data set's own"
+        None, "mean of each channel, subtracted from images scaled to 0 … 1; null: by normalisation"
     )
     std: tuple[Deviation, ...] | None = key(
-        None, "standard deviation of each channel, by which images are divided; null: the data set's own"
+        None, "standard deviation of each channel, by which images are divided; null: by normalisation"
     )
     batch_size: BatchSize = key(128, "images per update, over all processes")
     eval_batch_size: BatchSize = key(500, "images per forward pass in evaluation")

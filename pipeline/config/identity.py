@@ -38,8 +38,15 @@ NOT_COMPUTATION = (
     "tracking.",
 )
 """Keys, and prefixes of keys, that do not change what is computed."""
-ONLY_WHERE_SET = ("dataset.mean", "dataset.std", "method.module", "method.plus", "method.standardise")
-"""Keys added later, which the hash leaves out while they are null, false or empty: earlier results keep their hash."""
+ONLY_WHERE_SET = (
+    "dataset.normalisation",
+    "dataset.mean",
+    "dataset.std",
+    "method.module",
+    "method.plus",
+    "method.standardise",
+)
+"""Keys added later, left out of the hash while they are null, false, empty or exact: earlier results keep theirs."""
 ROOMS = ("models", "pipeline", "steps")
 """Folders whose Python sources are part of every result's identity."""
 _OF_PLUS = ("method.plus_alpha", "method.plus_tau")
@@ -61,7 +68,7 @@ def computation(config: Config) -> dict[str, Any]:
         name: value
         for name, value in flatten(config).items()
         if not name.endswith(".checkpoint")
-        and not (not value and name in ONLY_WHERE_SET)
+        and not (name in ONLY_WHERE_SET and (not value or value == "exact"))
         and not (name in _OF_PLUS and not config.method.plus)
         and not listed(name, NOT_COMPUTATION)
     }

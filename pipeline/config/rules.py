@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline.config import methods
+from pipeline.config.datasets import PUBLISHED, DatasetConfig
 from pipeline.config.model import StudentConfig, TeacherConfig
 from pipeline.config.sections import Sections
 from pipeline.config.words import written
@@ -193,6 +194,8 @@ def _surroundings(config: Sections) -> Iterator[str]:
         yield "tracking.experiment is empty: name an experiment, such as asib"
     if config.dataset.name == "npz" and not config.dataset.path:
         yield "dataset.name=npz needs dataset.path, the file with x_train, y_train, x_test and y_test"
+    if config.dataset.normalisation == "published":
+        yield from _published(config.dataset)
     if config.dataset.batch_size == 1:
         yield "dataset.batch_size=1: batch normalisation needs at least 2 images"
     if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", config.device) is None:
@@ -208,6 +211,17 @@ def _surroundings(config: Sections) -> Iterator[str]:
             yield f"register={config.register}: {fault}"
         if not config.log_model:
             yield f"register={config.register} needs log_model=true: a version is made of the model that is logged"
+
+
+def _published(dataset: DatasetConfig) -> Iterator[str]:
+    if dataset.name not in PUBLISHED:
+        yield (
+            f"dataset.normalisation=published: the KD tables' code has no constants for {dataset.name}, only for "
+            f"{', '.join(PUBLISHED)}; set it to exact, or give dataset.mean and dataset.std"
+        )
+    for name in ("mean", "std"):
+        if getattr(dataset, name) is not None:
+            yield f"dataset.normalisation=published and dataset.{name}: give one of them"
 
 
 def registered_name_fault(name: str) -> str | None:

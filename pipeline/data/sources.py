@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import DatasetConfig
-from pipeline.config.datasets import CIFAR100, DATASETS, Statistics, Torchvision
+from pipeline.config.datasets import CIFAR100, DATASETS, PUBLISHED, Statistics, Torchvision
 from pipeline.config.places import check_data
 from pipeline.data.arrays import Arrays, check, read_npz
 from pipeline.data.image_files import CROP_PCT, ImageFiles, Images, scan
@@ -74,7 +74,8 @@ def load(config: DatasetConfig) -> ImageData:
     for key, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != data.in_chans:
             raise UserError(f"dataset.{key}={list(values)}: the images have {data.in_chans} channels; give one each")
-    return replace(data, mean=config.mean or data.mean, std=config.std or data.std)
+    known = PUBLISHED[config.name] if config.normalisation == "published" else data
+    return replace(data, mean=config.mean or known.mean, std=config.std or known.std)
 
 
 def _sample(config: DatasetConfig) -> ImageData:

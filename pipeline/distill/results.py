@@ -105,7 +105,7 @@ def _or_empty(value: Any) -> Any:
 
 
 def curves(run: Run) -> None:
-    """`curves.png`: accuracies, losses and schedules over the run's epochs; A-steps are shaded."""
+    """`curves.png`: accuracies, losses and schedules over the student's epochs; A-steps are shaded."""
     history = metrics_of(run)
     panels = (
         ("accuracy in %", ("student/acc", "synergy/acc", "synergy/acc_ema")),
@@ -113,14 +113,17 @@ def curves(run: Run) -> None:
         ("certainty, gate, KD weight", ("a_step/cw_mean", "gate/open", "schedule/kd_weight")),
     )
     made, axes = figures.figure(1, len(panels), 15, 4)
+    student = [step for step, _ in history.get("student/acc", [])]
     a_epochs = [step for step, _ in history.get("a_step/loss", [])]
+    begins, ends = (figures.student_epochs([step + shift for step in a_epochs], student) for shift in (-1, 0))
     for axis, (title, names) in zip(axes, panels, strict=True):
         for name in names:
             if name in history:
-                axis.plot(*zip(*history[name], strict=True), marker=".", label=name)
-        for step in a_epochs:
-            axis.axvspan(step - 0.5, step + 0.5, color="tab:blue", alpha=0.08, lw=0)
-        axis.set(title=title, xlabel="epoch (A-steps shaded)")
+                steps, values = zip(*history[name], strict=True)
+                axis.plot(figures.student_epochs(steps, student), values, marker=".", label=name)
+        for begin, end in zip(begins, ends, strict=True):
+            axis.axvspan(begin, end, color="tab:blue", alpha=0.08, lw=0)
+        axis.set(title=title, xlabel="student epochs (A-steps shaded)" if student else "epochs")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
         axis.grid(alpha=0.3)

@@ -141,7 +141,8 @@ def configuration(command: cli.Command, own: Collection[str] = ()) -> Config:
     `own`: the step's own keys, for suggestions when one is misspelt.
     """
     try:
-        found = shortcuts.read(os.environ, command.overrides)
+        rows = command.own.get("methods", "") if "methods" in own else None
+        found = shortcuts.read(os.environ, command.overrides, rows)
         with tempfile.TemporaryDirectory(prefix="asib-fetched-") as folder:
             return compose(
                 command.cfg,

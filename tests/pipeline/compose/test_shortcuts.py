@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
 
+from pipeline.ablate import table
 from pipeline.compose import cli, shortcuts
 from pipeline.compose.compose import compose, dump
 from pipeline.config import Config
@@ -77,6 +79,12 @@ def test_empty_variables_are_none(said: pytest.LogCaptureFixture) -> None:
         ("SEED", "-1", "SEED=-1 in the environment: give a whole number from 0"),
         ("SEED", "1,2", "SEED=1,2 in the environment: give a whole number from 0"),
         ("METHOD", "ASIP", "METHOD=ASIP in the environment: no such method; did you mean asib?"),
+        (
+            "METHOD",
+            "kd,crd",
+            "a run has one method; compare several with -e table (python -m steps.table methods=kd,crd)",
+        ),
+        ("METHOD", "kd  crd at", "(python -m steps.table methods=kd,crd,at)"),
         ("STUDENT", "cifar_resnet9x4", "no network is called cifar_resnet9x4; did you mean cifar_resnet8x4?"),
         ("STUDENT", "resnt8x4", "no network is called resnt8x4; did you mean cifar_resnet8x4?"),
         ("STUDENT", "?", "no network is called ?; give a timm classifier or a cifar_* network"),
@@ -92,6 +100,43 @@ def test_a_value_that_does_not_do_is_refused(name: str, value: str, message: str
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{name}={value} in the environment: ")
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------ the rows of a table
+
+
+def rows_of_a_table(environment: dict[str, str], **own: str) -> list[str]:
+    """The methods that `-e table` would train."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in environment.items():
+            patched.setenv(name, value)
+        command = cli.Command(own=own)
+        _, plan = table.read(configuration(command, table.OWN), command)
+    return list(dict.fromkeys(cell.tags["asib.row"] for cell in plan.cells))
+
+
+@pytest.mark.parametrize("value", ["kd,alone,crd", "[kd, alone, crd]", " kd alone  crd "])
+def test_METHOD_gives_the_rows_of_a_table(said: pytest.LogCaptureFixture, value: str) -> None:
+    assert rows_of_a_table({"METHOD": value}) == ["kd", "alone", "crd"]
+    assert set(said.messages) == {"methods=kd,alone,crd (from the environment: METHOD)"}
+
+
+def test_methods_given_win_over_METHOD(said: pytest.LogCaptureFixture) -> None:
+    assert rows_of_a_table({"METHOD": "kd,crd"}, methods="kd,at") == ["kd", "at"]
+    assert set(said.messages) == {"METHOD=kd,crd in the environment is ignored: methods is given"}
+    assert len(rows_of_a_table({})) == 5
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("kd,crx", "METHOD=crx: not in this table; did you mean crd?"),
+        ("crd", "table.baseline=kd: no row of this table"),
+    ],
+)
+def test_METHOD_that_the_table_does_not_have_is_refused(value: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        rows_of_a_table({"METHOD": value})
 
 
 # ------------------------------------------------------------------------------------------ what wins

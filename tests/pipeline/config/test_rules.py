@@ -84,6 +84,12 @@ RULES: dict[str, tuple[Any, str]] = {
     "min_lr": ({"schedule": {"min_lr": 1}}, "schedule.min_lr=1.0 is above optim.student_lr=0.001"),
     "finetune min_lr": ({"finetune": {"schedule": {"min_lr": 1}}}, "finetune.schedule.min_lr=1.0 is above finetune.lr"),
     "npz": ({"dataset": {"name": "npz"}}, "dataset.name=npz needs dataset.path"),
+    "published of another": (
+        {"dataset": {"name": "cifar10", "normalisation": "published"}},
+        "no constants for cifar10, only for cifar100, cifar100_sample; set it to exact"),
+    "published and given": (
+        {"dataset": {"normalisation": "published", "std": [0.2] * 3}},
+        "dataset.normalisation=published and dataset.std: give one of them"),
     "batch of one": ({"dataset": {"batch_size": 1}}, "dataset.batch_size=1"),
     "device": ({"device": "gpu"}, "device='gpu': give auto, cpu"),
     "untrained teacher": ({**distil(), "finetune": {"epochs": 0}}, "model.teachers.0 (cifar_resnet20) would stay"),

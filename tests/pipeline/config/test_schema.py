@@ -209,6 +209,15 @@ def test_hash_goes_by_validated_values() -> None:
     assert hashed(student_epochs_per_stage=(20,)) == hashed(student_epochs_per_stage=[20])
 
 
+def test_keys_added_later_leave_earlier_hashes_as_they_were() -> None:
+    def keys(**dataset: Any) -> set[str]:
+        return set(identity.computation(Config.model_validate({"dataset": dataset})))
+
+    assert not keys(normalisation="exact") & set(identity.ONLY_WHERE_SET)
+    assert keys(normalisation="published") - keys() == {"dataset.normalisation"}
+    assert keys(mean=[0.5] * 3) - keys() == {"dataset.mean"}
+
+
 def test_hash_leaves_paths_of_teachers_out() -> None:
     def hashed(**teacher: Any) -> str:
         return config_hash(Config.model_validate({"model": {"teachers": [teacher]}}))

@@ -562,6 +562,7 @@ TABLE: dict[str, Case] = {
     "dataset.download": Case(True, TORCHVISION, data_set),
     "dataset.image_size": Case(12, observer=pictures_read),
     "dataset.workers": Case(0, {"dataset.workers": 1}, pictures_read),
+    "dataset.normalisation": Case("published", {"dataset.name": "cifar100_sample"}, data_set),
     "dataset.mean": Case([0.2] * 3, observer=data_set),
     "dataset.std": Case([0.7] * 3, observer=data_set),
     "dataset.eval_batch_size": Case(5, observer=evaluation_batches),

@@ -59,6 +59,16 @@ def test_sample_digest_is_the_same_for_ever(sample: Any) -> None:
     assert sample.digest == SAMPLE_DIGEST
 
 
+def test_published_constants_are_those_of_the_KD_tables_code(sample: Any) -> None:
+    published: Any = load(DatasetConfig(name="cifar100_sample", normalisation="published"))
+    assert published.mean == (0.5071, 0.4867, 0.4408)
+    assert published.std == (0.2675, 0.2565, 0.2761)
+    assert (published.digest, torch.equal(published.train_x, sample.train_x)) == (sample.digest, True)
+    assert published.mean == pytest.approx(sample.mean, abs=2.5e-4)
+    assert published.std == pytest.approx(sample.std, abs=2.5e-4)
+    assert (published.mean, published.std) != (sample.mean, sample.std)
+
+
 def test_sample_shows_natural_images(sample: Any) -> None:
     """Neighbouring pixels agree, and means are near CIFAR-100's: a wrong unpacking would give noise."""
     x = sample.train_x.float() / 255
