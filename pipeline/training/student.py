@@ -256,7 +256,8 @@ class Distillation(Task):
 
     def _b_phase(self) -> Phase:
         m, o, updates = self.method, self.optim, len(self.batches)
-        trained = [(module, o.student_lr) for module in self.b_step.trained]
+        parts = [self.student, self.b_step.own] if any(True for _ in self.b_step.own.parameters()) else [self.student]
+        trained = [(part, o.student_lr) for part in parts]
         optimizer = optim.optimizer(o.optimizer, trained, o.student_weight_decay, o.momentum)
         cutmix, repeats = m.cutmix_alpha_distill > 0, m.updates_per_batch
         return Phase(

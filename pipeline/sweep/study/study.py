@@ -265,7 +265,11 @@ def _refuse_other(database: Database, name: str, present: Mapping[str, Any], dig
         )
     if present[DIGEST] == digest:
         return
-    before, now = _flat(present[SWEEP]), _flat(sweep.model_dump(mode="json", include={*SEARCH}))
+    there = {
+        "seeds": SweepConfig.model_fields["seeds"].default,
+        **present[SWEEP],
+    }  # older studies have no such key
+    before, now = _flat(there), _flat(sweep.model_dump(mode="json", include={*SEARCH}))
     keys = [k for k in sorted(before.keys() | now) if k.split(".")[0] in SEARCH and before.get(k) != now.get(k)]
     differ = [f"{k} ({shown(before.get(k))} there, {shown(now.get(k))} here)" for k in keys[:3]]
     what = ", ".join(differ) + (" …" if len(keys) > 3 else "") if keys else "the configuration or the sources"
