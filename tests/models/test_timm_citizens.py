@@ -21,8 +21,7 @@ NAMES = timm.list_models("cifar_*")
 # One member of each family that is cheap to run.
 SAMPLE = ("resnet8", "resnet18", "wrn_16_2", "vgg8", "mobilenetv2_half", "shufflenet_v1", "shufflenet_v2")
 SAMPLE = tuple(f"cifar_{name}" for name in SAMPLE)
-HEAVY = {"cifar_resnet50", "cifar_resnet56", "cifar_resnet110", "cifar_vgg16", "cifar_vgg19"}
-ALL = [pytest.param(name, marks=pytest.mark.slow if name in HEAVY else ()) for name in NAMES]
+ALL = [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in NAMES]
 COMPILED = [  # one of each family
     *("cifar_resnet8", "cifar_vgg8"),
     *(

@@ -140,6 +140,7 @@ def test_a_table_that_has_finished_is_reused_and_a_ladder_has_the_same_engine(
     assert list(found(part.folder)["method"]) == ["average", "alone"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_table_started_again_ends_with_the_same_table(
     lab: Lab, made: tuple[Lab, Done], monkeypatch: pytest.MonkeyPatch, trained: list[str]
 ) -> None:

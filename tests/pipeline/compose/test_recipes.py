@@ -70,6 +70,7 @@ def test_warm_ups_of_the_short_table_are_in_proportion(row: str) -> None:
     assert given == {key: str(round(value * 30 / 240)) for key, value in warm_ups.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", methods.names())
 def test_every_method_goes_with_the_recipe(method: str) -> None:
     several = methods.settings(method).teachers[0] > 1

@@ -438,6 +438,7 @@ def assert_trials_are_means(lab: Lab, single: list[Lab]) -> None:
             assert ending(folder / f"seed_{index}") == ("FINISHED", "completed", 0)
 
 
+@pytest.mark.slow
 def test_a_trial_of_several_seeds_is_their_mean(lab: Lab, single_seeds: list[Lab], sqlite_uri: str) -> None:
     done = swept(lab, *SHORT, "seeds=3", "sweep.pruner=none", trials=2)
     assert_trials_are_means(lab, single_seeds)
@@ -454,7 +455,8 @@ def test_a_trial_of_several_seeds_is_their_mean(lab: Lab, single_seeds: list[Lab
         assert {seed.tags["asib.trial"] for seed in run.children.values()} == {str(trial.number)}
 
 
-@pytest.mark.parametrize("place", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [3, 1])
 def test_an_interrupted_trial_is_continued_at_its_seed(
     lab: Lab, single_seeds: list[Lab], before_each_trial: Any, place: int
 ) -> None:
