@@ -139,6 +139,9 @@ def check(folder: Path, where: str) -> tuple[str, bool]:
     return version, True
 
 
+CACHED = "delete it: Python wrote it when MLflow served the version (PYTHONDONTWRITEBYTECODE=1 prevents that)"
+
+
 def _compare(folder: Path, tag: str, version: str, where: str) -> None:
     try:
         expected = json.loads(tag)
@@ -154,7 +157,7 @@ def _compare(folder: Path, tag: str, version: str, where: str) -> None:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise UserError(
             f"{where}: {name} of {version} {what}{more}: its files are not those in its tag {TAG}; "
-            "restore them, or register the student again"
+            + (CACHED if "__pycache__" in name else "restore them, or register the student again")
         )
 
 

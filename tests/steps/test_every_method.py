@@ -16,7 +16,7 @@ OWN = {"crd": ["method.negatives=16"], "ft": ["method.paraphraser_epochs=1"]}
 def overrides(method: str) -> list[str]:
     """One teacher for a method of one; the batches of the workplace are mixed."""
     settings = methods.settings(method)
-    found = [f"method={method}", *OWN.get(method, [])]
+    found = [f"method={method}", "method.student_epochs_per_stage=[2,2]", *OWN.get(method, [])]
     if settings.teachers[1] == 1:
         found.append("model.teachers=[{name: cifar_resnet8, pretrained: false}]")
     if not settings.blends:
@@ -41,4 +41,4 @@ def test_a_killed_run_of_a_method_continued_equals_an_undisturbed_one(ready_lab:
     assert continued.code == 0, continued.err
     assert same_tensors(folder / STUDENT, undisturbed.folder / STUDENT)
     assert points(folder) == points(undisturbed.folder)
-    assert f"b_step/{method}" in {name for name, _ in points(folder)} or method in ("ca_mkd", "dkd", "itrd", "rkd")
+    assert any(name.startswith(f"b_step/{method}") for name, _ in points(folder))
