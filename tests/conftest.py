@@ -50,12 +50,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return all(file.suffix == ".py" and leaves_the_process(file) for file in files) or None
 
 
+LONGEST = "test_serving_page.py"
+"""Seven minutes in one test: whatever starts after it ends before it."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the unit tests, and put them last: two workers end together when the long files start first."""
     for item in items:
         if not leaves_the_process(item.path) and not OTHER_TIERS & {mark.name for mark in item.iter_markers()}:
             item.add_marker("unit")
-    items.sort(key=lambda item: (item.get_closest_marker("unit") is not None, item.get_closest_marker("slow") is None))
+    items.sort(
+        key=lambda item: (
+            item.path.name != LONGEST,
+            item.get_closest_marker("unit") is not None,
+            item.get_closest_marker("slow") is None,
+        )
+    )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
