@@ -202,9 +202,8 @@ def _option(group: str, value: str, options: dict[str, list[str]]) -> str:
 def _setting(prefix: str, key: str, value: str | None) -> Setting:
     path = key.split(".")
     found = field_of(path)
-    if (
-        found is None and path[0] == "method" and len(path) == 2 and prefix != "~"
-    ):  # of a method from outside, or refused in the end
+    if found is None and path[0] == "method" and len(path) == 2 and prefix != "~":
+        # a key of a method from outside, or one that validation refuses
         parsed = _parse(key, value or "")
         return Setting(key, (value or "").strip() if parsed is None else parsed.value())
     if found is None:

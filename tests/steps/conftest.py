@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.ablate import ablate
 from pipeline.config import DatasetConfig
 from pipeline.data import sources
 from pipeline.data.sources import ImageData
@@ -112,3 +113,17 @@ def students(task: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Stude
 def desk(lab: Lab, task: ImageData, students: Students, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch) -> Desk:
     """A workplace with a registry of its own."""
     return make_desk(lab, sqlite_uri, task, students, monkeypatch)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the nested runs that a ladder or a table trains."""
+    names: list[str] = []
+    original: Callable[..., None] = ablate._train
+
+    def noted(run: object, child: ablate.Child) -> None:
+        names.append(child.name)
+        original(run, child)
+
+    monkeypatch.setattr(ablate, "_train", noted)
+    return names

@@ -8,13 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from pipeline.ablate import ablate
 from pipeline.distill import train
 from pipeline.runs import records
 from tests.steps.lab import Done, Lab, ending, journal, points, run_id, see, signal_at, until, write_npz
@@ -39,20 +37,6 @@ def copy(ladder: tuple[Lab, Done], tmp_path: Path) -> Lab:
     lab = Lab(tmp_path / "copy")
     shutil.copytree(ladder[0].runs, lab.runs)
     return lab
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the nested runs that were trained."""
-    names: list[str] = []
-    original: Callable[..., None] = ablate._train
-
-    def noted(run: object, child: ablate.Child) -> None:
-        names.append(child.name)
-        original(run, child)
-
-    monkeypatch.setattr(ablate, "_train", noted)
-    return names
 
 
 def table(folder: Path) -> pd.DataFrame:

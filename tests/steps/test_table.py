@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from pipeline.ablate import ablate, table
+from pipeline.ablate import table
 from pipeline.compose.compose import compose
 from pipeline.distill import train
 from pipeline.runs import records
@@ -46,20 +45,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, Done]:
     done = run(lab)
     assert done.code == 0, done.err
     return lab, done
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the nested runs that were trained."""
-    names: list[str] = []
-    original: Callable[..., None] = ablate._train
-
-    def noted(run: object, child: ablate.Child) -> None:
-        names.append(child.name)
-        original(run, child)
-
-    monkeypatch.setattr(ablate, "_train", noted)
-    return names
 
 
 def found(folder: Path) -> pd.DataFrame:

@@ -154,11 +154,6 @@ class MethodConfig(Section):
         return False
 
     @property
-    def uses_fusion(self) -> bool:
-        """Whether it fuses the teachers' features (docs/method.md section 1)."""
-        return False
-
-    @property
     def adapter_dim(self) -> int | None:
         """Width of the adapter that the student needs; None: it needs none."""
         return None

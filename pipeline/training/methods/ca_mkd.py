@@ -10,6 +10,7 @@ from models.features import FeatureNet, Features
 from pipeline.data.batches import Batch
 from pipeline.errors import UserError
 from pipeline.training.losses import cross_entropy, kd
+from pipeline.training.methods.maps import squared_distance
 from pipeline.training.objective import Moment
 from pipeline.training.step import Lesson, Setup, StudentStep
 
@@ -26,7 +27,7 @@ def weighted_kd(student: Tensor, teachers: Tensor, weights: Tensor, tau: float) 
 
 def weighted_distance(projected: Sequence[Tensor], maps: Sequence[Tensor], weights: Tensor) -> Tensor:
     """sum_k w_k mean_chw (P_k(F_s) - F_k)^2: (B,) from K maps (B, C_k, h_k, w_k) of each kind and weights (K, B)."""
-    each = [(p.float() - f.float()).square().flatten(1).mean(dim=1) for p, f in zip(projected, maps, strict=True)]
+    each = [squared_distance(p, f) for p, f in zip(projected, maps, strict=True)]
     return (weights * torch.stack(each)).sum(dim=0)
 
 

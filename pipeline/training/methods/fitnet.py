@@ -7,14 +7,10 @@ from torch import Tensor
 from models.features import Features
 from pipeline.data.batches import Batch
 from pipeline.errors import UserError
+from pipeline.training.methods.maps import squared_distance
 from pipeline.training.methods.projectors import Regressor
 from pipeline.training.objective import Moment
 from pipeline.training.step import Lesson, Setup, StudentStep
-
-
-def hint(regressed: Tensor, target: Tensor) -> Tensor:
-    """mean_chw (reg(F_s) − F_t)², (B,) from two maps (B, C, h, w)."""
-    return (regressed.float() - target.float()).square().mean(dim=(1, 2, 3))
 
 
 class Fitnet(StudentStep):
@@ -34,4 +30,4 @@ class Fitnet(StudentStep):
         return {"hint": seen[0].maps[self._at]}
 
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        return {"fitnet": hint(self.own["regressor"](student.maps[self._at]), lesson["hint"])}
+        return {"fitnet": squared_distance(self.own["regressor"](student.maps[self._at]), lesson["hint"])}

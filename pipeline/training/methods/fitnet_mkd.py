@@ -8,6 +8,7 @@ from torch import Tensor
 from models.features import Features
 from pipeline.data.batches import Batch
 from pipeline.errors import UserError
+from pipeline.training.methods.maps import squared_distance
 from pipeline.training.methods.projectors import Regressor
 from pipeline.training.objective import Moment
 from pipeline.training.step import Lesson, Setup, StudentStep
@@ -18,7 +19,7 @@ def mean_hint(regressed: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
 
     The mean stays in the graph: the public code's `torch.tensor` of the K losses cuts it off, and only distils logits.
     """
-    each = [(r.float() - f.float()).square().flatten(1).mean(dim=1) for r, f in zip(regressed, maps, strict=True)]
+    each = [squared_distance(r, f) for r, f in zip(regressed, maps, strict=True)]
     return torch.stack(each).mean(dim=0)
 
 

@@ -11,7 +11,7 @@ from models.features import FeatureNet, Features
 from pipeline.config import ScheduleConfig
 from pipeline.data.batches import Batch
 from pipeline.training import optim
-from pipeline.training.methods.maps import attention, same_size
+from pipeline.training.methods.maps import attention, same_size, squared_distance
 from pipeline.training.methods.projectors import BatchNorm
 from pipeline.training.objective import Moment, Objective, batch_mean
 from pipeline.training.phases import Epoch, Phase
@@ -63,11 +63,6 @@ class Translator(nn.Sequential):
         super().__init__(*_layers(nn.Conv2d, (channels, channels, factor, factor), norm=True))
 
 
-def reconstruction(rebuilt: Tensor, x: Tensor) -> Tensor:
-    """mean_chw (pa(F_t) − F_t)², (B,)."""
-    return (rebuilt.float() - x.float()).square().mean(dim=(1, 2, 3))
-
-
 class Paraphrase(Objective):
     """The phase before the student's: the paraphraser learns to reconstruct the teacher's last map."""
 
@@ -81,7 +76,7 @@ class Paraphrase(Objective):
             seen = teacher(batch.x)
         with torch.autocast(self.device.type, enabled=False):
             x = seen.maps[-1].float()
-            loss = batch_mean(reconstruction(self.trainable_module(x), x), batch)
+            loss = batch_mean(squared_distance(self.trainable_module(x), x), batch)
         return {"loss": loss, "output": seen.logits}
 
 

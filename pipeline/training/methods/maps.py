@@ -1,4 +1,4 @@
-"""What several methods do to feature maps (B, C, h, w): one size, attention, unit length. All in float32."""
+"""What several methods do to feature maps (B, C, h, w): one size, attention, unit length, distance. All in float32."""
 
 from collections.abc import Sequence
 
@@ -38,6 +38,11 @@ def scaled(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 def attention(x: Tensor, p: int) -> Tensor:
     """The attention map mean_c |F|^p of (B, C, h, w), flattened, at unit length: (B, h·w) (Zagoruyko et al. 2017)."""
     return unit(scaled(x.float(), (1, 2, 3)).abs().pow(p).mean(dim=1).flatten(1))
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """mean_chw (a − b)², (B,) from two maps (B, C, h, w)."""
+    return (a.float() - b.float()).square().mean(dim=(1, 2, 3))
 
 
 def to_lesson(maps: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from models.features import Features
 from pipeline.config.methods.nkd import NkdConfig
 from pipeline.data.batches import Batch
+from pipeline.training.losses import cross_entropy
 from pipeline.training.objective import Moment
 from pipeline.training.step import Lesson, StudentStep
 
@@ -31,7 +32,7 @@ def nkd(logits: Tensor, target_logits: Tensor, y: Tensor, tau: float, gamma: flo
 
     sure = F.softmax(t, dim=1).gather(1, y[:, None]).squeeze(1)
     rest = others(t).exp().masked_fill(label, 0.0)
-    soft = sure * F.cross_entropy(s, y, reduction="none")
+    soft = sure * cross_entropy(s, y)
     return soft - gamma * tau**2 * (rest * others(s)).sum(dim=1)
 
 

@@ -259,6 +259,7 @@ class AsibConfig(MethodConfig):
 
     @property
     def uses_fusion(self) -> bool:
+        """Whether any term of the B-step uses the fusion; otherwise there are no A-steps."""
         return (self.kd_alpha > 0 and self.kd_target in FUSED_TARGETS) or self.feat_kd_alpha > 0
 
     @property

@@ -15,9 +15,6 @@ from pipeline.training.step import Lesson, Setup, StudentStep
 
 TINY = torch.finfo(torch.float32).tiny
 
-"""A lesson here: what is taught about n images, each (n, .): `p` the target, and, where used, `average` (p_avg), `sure`
-(the target at temperature 1), `mu`, `cw`, `weight` (disagreement), `guard` (0 where the label guard closes), `plus`."""
-
 
 @dataclass(frozen=True)
 class BLoss:
@@ -42,6 +39,9 @@ class BStep(StudentStep):
     """Trains the student; teachers and fusion are frozen, in eval mode, without gradient.
 
     `repeat` counts the `cccp_ns` updates of a batch: the target is made in the first and reused by the others.
+
+    A lesson holds, each (n, .): `p` the target, and, where used, `average` (p_avg), `sure` (the target at temperature
+    1), `mu`, `cw`, `weight` (disagreement), `guard` (0 where the label guard closes), `plus`.
     """
 
     def __init__(self, setup: Setup, fusion: Fusion | None = None) -> None:

@@ -20,8 +20,9 @@ from pipeline.config.methods.vid import VidConfig
 from pipeline.data.batches import Batch
 from pipeline.errors import UserError
 from pipeline.training.methods.at import At, attention_transfer
-from pipeline.training.methods.fitnet import Fitnet, hint
+from pipeline.training.methods.fitnet import Fitnet
 from pipeline.training.methods.ft import Ft, factor_distance
+from pipeline.training.methods.maps import squared_distance
 from pipeline.training.methods.nst import Nst, selectivity
 from pipeline.training.methods.reviewkd import Reviewkd, review
 from pipeline.training.methods.sp import Sp, similarity_preserving
@@ -66,7 +67,7 @@ def expected(step: Any, student: Features, teacher: Features) -> Tensor:
     if isinstance(step, At):
         return attention_transfer(s, t, 2)
     if isinstance(step, Fitnet):
-        return hint(step.own["regressor"](s[1]), t[1])
+        return squared_distance(step.own["regressor"](s[1]), t[1])
     if isinstance(step, Ft):
         return factor_distance(step.own["translator"](s[1]), step.paraphraser.encoder(t[1]))
     if isinstance(step, Nst):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torchdistill.losses.mid_level import FTLoss
 from torchdistill.models.wrapper import Paraphraser4FactorTransfer, Translator4FactorTransfer
 
-from pipeline.training.methods.ft import Paraphraser, Translator, factor_distance, reconstruction
+from pipeline.training.methods.ft import Paraphraser, Translator, factor_distance
+from pipeline.training.methods.maps import squared_distance
 from tests.pipeline.training.methods.feature_maps import (
     SIZES,
     Map,
@@ -77,7 +78,7 @@ def test_paraphraser_and_translator_are_torchdistill_s() -> None:
 def test_reconstruction_is_the_mean_square_of_each_sample() -> None:
     rebuilt, x = factors(3, 4, 2, 3), maps(3, 4, 2, 3, seed=1)
     pairs = zip(rebuilt.double().tolist(), x.double().tolist(), strict=True)
-    assert off(reconstruction(rebuilt, x), [mean_square(a, b) for a, b in pairs]) < 1e-6
+    assert off(squared_distance(rebuilt, x), [mean_square(a, b) for a, b in pairs]) < 1e-6
 
 
 def test_equal_factors_cost_nothing_at_any_scale() -> None:
