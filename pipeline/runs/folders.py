@@ -16,7 +16,9 @@ from pipeline.paths import user_path
 
 STUDENT = "checkpoints/student.safetensors"
 FUSION = "checkpoints/fusion.safetensors"
-"""Names in a run's folder and among its artifacts."""
+CONFIG = "config.yaml"
+DIFFERENCE = "git.diff"
+"""Names in a run's folder and among its artifacts; the last two say what the run is."""
 
 
 def fresh_folder(config: Config, step: str, mark: str | None = None) -> Path:

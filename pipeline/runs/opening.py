@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pipeline.compose import compose
 from pipeline.config import Config
 from pipeline.config.places import output_dir
 from pipeline.errors import NotThere, UserError
@@ -13,8 +14,8 @@ from pipeline.files import locked, release
 from pipeline.journal import FILE, Carrier, Journal, NullJournal, read_entries, read_header, take
 from pipeline.paths import inside
 from pipeline.runs.continuation import check_computation
-from pipeline.runs.folders import ended, find_folder, fresh_folder, writable
-from pipeline.runs.run import CONFIG, Run, remove_unbegun
+from pipeline.runs.folders import CONFIG, ended, find_folder, fresh_folder, writable
+from pipeline.runs.run import Run, remove_unbegun
 from pipeline.runs.signals import Stop
 from pipeline.tracking import start
 from pipeline.tracking.pipe import Delivery
@@ -213,6 +214,8 @@ def _continue(
         entries, _ = read_entries(folder / FILE)
         if not any(entry.kind == "artifact" and entry.data["path"] == CONFIG for entry in entries):
             run.describe()  # it was killed before it had recorded what it is
+    elif not (folder / CONFIG).exists():
+        run.write(CONFIG, compose.dump(config))  # only its checkpoint came here, from a server or another folder
     journal.tags({"asib.resumed_from": position})
     return run
 

@@ -18,7 +18,7 @@ from pipeline.files import read_state, write_atomically
 from pipeline.journal import Journal, NullJournal
 from pipeline.runs import git, records
 from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
-from pipeline.runs.folders import ended
+from pipeline.runs.folders import CONFIG, DIFFERENCE, ended
 from pipeline.runs.run_log import log_to
 from pipeline.runs.signals import Stop
 from pipeline.tracking import start
@@ -27,7 +27,6 @@ from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
 
 logger = logging.getLogger("asib")
-CONFIG = "config.yaml"
 
 
 def tracking_uri(config: Config) -> str:
@@ -107,7 +106,7 @@ class Run:
             self.journal.tags({"asib.rung": self.config.rung})
         diff = git.difference() if self.config.tracking.git_diff else ""
         if diff:
-            self.write("git.diff", secrets.mask_lines(diff))
+            self.write(DIFFERENCE, secrets.mask_lines(diff))
         self.write(CONFIG, compose.dump(self.config))  # last: it completes the description
 
     def restate(self) -> None:

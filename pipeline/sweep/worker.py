@@ -24,7 +24,7 @@ from pipeline.errors import Interrupted, NonFinite, Pruned, Taken, UserError
 from pipeline.files import replacing
 from pipeline.journal import Carrier, writer_alive
 from pipeline.paths import inside
-from pipeline.runs.folders import header_of
+from pipeline.runs.folders import CONFIG, DIFFERENCE, header_of
 from pipeline.runs.run_log import log_to_terminal
 from pipeline.runs.signals import Stop
 from pipeline.sweep import followers
@@ -224,9 +224,12 @@ class Worker:
         copy = first.with_name(f"{first.name}-{claim.attempt}-{claim.number}")
         copy.mkdir(parents=True)
         several = self.study.sweep.seeds > 1
-        kept = Path(seed_key(len(claim.notes.get(SEEDS, ()))) if several else "", "checkpoints")
-        if (before / kept / "manifest.json").exists():
-            shutil.copytree(before / kept, copy / kept, ignore=_links)
+        seed = seed_key(len(claim.notes.get(SEEDS, ()))) if several else ""
+        if (before / seed / "checkpoints/manifest.json").exists():
+            shutil.copytree(before / seed / "checkpoints", copy / seed / "checkpoints", ignore=_links)
+            for name in (CONFIG, DIFFERENCE):  # the record in the checkpoint names them as written
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(before / seed / name, copy / seed / name)
         return copy, False
 
     def _distil(self, claim: Claim, config: Config, folder: Path, distant: bool) -> Mapping[str, float] | None:

@@ -21,6 +21,8 @@ from torch import Tensor
 from pipeline.data.batches import EvalBatches
 from pipeline.distill import distill, train
 from pipeline.errors import Interrupted
+from pipeline.files import release
+from pipeline.journal import take
 from pipeline.runs.run import Run
 from pipeline.runs.signals import Stop
 from pipeline.sweep import driver as sweep
@@ -310,6 +312,26 @@ def test_an_interrupted_trial_is_continued_from_its_checkpoint(
     for ours, theirs in zip(trials(lab), trials(finished), strict=False):
         assert points(ours) == points(theirs)
         assert ending(ours) == ("FINISHED", "completed", 0)
+
+
+@pytest.mark.slow
+def test_a_trial_whose_folder_a_lost_worker_still_holds_goes_on_in_a_copy_that_is_whole(
+    lab: Lab, finished: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "Loop", signal_at(13).loop)
+        assert lab.step("sweep", space(lab, trials=1)).code == 143
+    (held,) = trials(lab)
+    lock = take(held)
+    try:
+        swept(lab, trials=1)
+    finally:
+        release(lock)
+    _, copy = trials(lab)
+    assert points(copy) == points(trials(finished)[0])
+    named = [entry.data["path"] for entry in journal(copy) if entry.kind == "artifact"]
+    assert "config.yaml" in named
+    assert [name for name in named if not (copy / name).exists()] == [], "what its record names is there"
 
 
 @pytest.mark.slow
