@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -71,6 +72,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.markexpr == "unit" and "mlflow" in sys.modules:
         raise pytest.UsageError("a unit test imports MLflow at collection, 5 s for everyone: import it in the test")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """What Hydra makes of the same files and choices is kept: it takes a seventh of a second, thousands of times."""
+    from pipeline.compose import compose
+
+    original, kept = compose._compose_groups, dict[Any, Any]()
+
+    def remembered(file: Path | None, theirs: str | None, choices: dict[str, str]) -> Any:
+        siblings = [] if file is None else sorted(file.parent.glob("*.y*ml"))
+        read = tuple((path, path.read_bytes()) for path in siblings if path.is_file())
+        key = (file, read, theirs, tuple(choices.items()))
+        if key not in kept:
+            kept[key] = original(file, theirs, choices)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compose, "_compose_groups", remembered)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """The configuration: all keys and the rules between them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from pydantic import ValidationError, create_model, model_validator
@@ -73,8 +74,8 @@ def student_alone(config: Config) -> Config:
 
 def field_of(path: Sequence[str]) -> tuple[FieldInfo, int] | None:
     """`words.field_at` in the schema of the first method that has such a key, ASIB's first."""
-    roots: list[type[Config]] = [Config]
-    roots += [schema(name) for name in methods.names() if path[0] == "method"]
+    others = (schema(name) for name in methods.names() if path[0] == "method")  # made when they are asked
+    roots: Iterator[type[Config]] = chain([Config], others)
     return next(filter(None, (words.field_at(path, root) for root in roots)), None)
 
 

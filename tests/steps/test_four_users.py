@@ -93,14 +93,22 @@ def test_a_run_goes_on_from_the_server_alone(
     assert {len(values) for values in found.metrics.values()} == {1}
 
 
-def test_a_trainers_sweep_arrives(
+def test_a_trainers_sweep_arrives_with_its_study_in_the_same_database_server(
     ready_lab: Lab, team: TeamServer, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(monkeypatch, *TRAINER)
-    _, folder = sweep_kills.four_trials(ready_lab, postgres_url, *online(team))
+    done, folder = sweep_kills.four_trials(ready_lab, postgres_url, "workers=2", *online(team))
     found = see(team.uri, run_id(folder))
     assert {run.status for run in (found, *found.children.values())} == {"FINISHED"}
     assert set(found.children) >= {f"trial {n}" for n in range(4)}
+    study = sweep_kills.only_study(postgres_url.replace("postgresql://", "postgresql+psycopg://"))
+    for trial in study.trials:
+        metrics = found.children[f"trial {trial.number}"].metrics
+        assert [values for (name, _), values in metrics.items() if name == "final/val_acc"] == [[trial.value]]
+    assert {"best.yaml", "config.yaml"} <= found.artifacts
+    for text in (done.stderr, done.stdout, str(found)):
+        assert TRAINER[1] not in text
+        assert "s3cret" not in text
 
 
 def test_who_may_promote_and_who_may_not(

@@ -68,9 +68,9 @@ def local(lab: Lab) -> str:
 
 @pytest.mark.slow
 def test_nothing_is_lost_however_it_is_killed(tmp_path: Path, sqlite_template: Path) -> None:
-    found = sweep_kills.run(tmp_path, sqlite_template, kills=4, trials=6)
+    found = sweep_kills.run(tmp_path, sqlite_template, kills=3, trials=4)
     assert sum(found["kills"].values()) >= 2, found  # a fast machine may end before the last
-    assert found["states"]["COMPLETE"] == 6
+    assert found["states"]["COMPLETE"] == 4
 
 
 @pytest.mark.slurm
@@ -97,7 +97,7 @@ def test_several_processes_train_a_trial_together(ready_lab: Lab, sqlite_uri: st
 @pytest.mark.slow
 def test_what_a_dead_machine_left_running_is_reaped_and_goes_on(ready_lab: Lab, sqlite_uri: str) -> None:
     lab, epochs = ready_lab, "method.student_epochs_per_stage=[8,8]"
-    driver = start(lab, sqlite_uri, epochs)
+    driver = start(lab, sqlite_uri, epochs, trials=2)
     mlflow = client(sqlite_uri)
 
     def running() -> int:
@@ -122,8 +122,8 @@ def test_what_a_dead_machine_left_running_is_reaped_and_goes_on(ready_lab: Lab, 
         return running() == 0
 
     until(reaped, 60)
-    finish(lab, start(lab, sqlite_uri, epochs))
-    assert states(sweep_kills.only_study(local(lab))) == {"COMPLETE": 4, "FAIL": 1}
+    finish(lab, start(lab, sqlite_uri, epochs, trials=2))
+    assert states(sweep_kills.only_study(local(lab))) == {"COMPLETE": 2, "FAIL": 1}
     found = see(sqlite_uri, run_id(parent(lab)))
     assert {run.status for run in (found, *found.children.values())} == {"FINISHED"}
     assert {len(values) for run in found.children.values() for values in run.metrics.values()} == {1}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import optuna
 import pytest
 
 from pipeline.data.sources import ImageData
-from tests.steps import sweep_kills
 from tests.steps.desk import LAX, NAME, Students, make_desk
 from tests.steps.lab import Done, Lab, client, deliver, points, run_id, same_tensors, see
 from tests.team_server import BUCKET, TeamServer, log_in
@@ -66,24 +63,6 @@ def test_the_main_job_arrives_whole_over_http_with_a_password(
     assert any(key.endswith(f"{distilled.id}/artifacts/checkpoints/student.safetensors") for key in keys)
     path = client(team.uri).download_artifacts(distilled.id, "checkpoints/student.safetensors", str(lab.folder))
     assert same_tensors(Path(path), undisturbed.folder / "checkpoints/student.safetensors")
-
-
-def test_a_sweep_with_its_study_in_the_same_database_server(
-    ready_lab: Lab, team: TeamServer, postgres_url: str
-) -> None:
-    done, folder = sweep_kills.four_trials(ready_lab, postgres_url, "workers=2", *online(team.uri, "sweep"))
-    found = see(team.uri, run_id(folder))
-    assert {run.status for run in (found, *found.children.values())} == {"FINISHED"}
-    assert set(found.children) >= {f"trial {n}" for n in range(4)}
-    storage = postgres_url.replace("postgresql://", "postgresql+psycopg://")
-    (study,) = optuna.get_all_study_names(storage)
-    for trial in optuna.load_study(study_name=study, storage=storage).trials:
-        metrics = found.children[f"trial {trial.number}"].metrics
-        assert [values for (name, _), values in metrics.items() if name == "final/val_acc"] == [[trial.value]]
-    assert {"best.yaml", "config.yaml"} <= found.artifacts
-    for text in (done.stderr, done.stdout, str(found)):
-        assert os.environ["MLFLOW_TRACKING_PASSWORD"] not in text
-        assert "s3cret" not in text
 
 
 def test_who_may_not_is_told_so_before_training(
