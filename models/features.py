@@ -6,6 +6,7 @@ Everything downstream (fusion, feature distillation, teacher bank) reads these f
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from models.adapter import DistillationAdapter
 from pipeline.errors import first_line
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]
-Pass = Callable[[nn.Module, torch.Tensor, tuple[int, ...]], Parts]
+Pass = Callable[[nn.Module, torch.Tensor, tuple[int, ...], bool], Parts]
 """The type of `decompose`."""
 
 
@@ -63,11 +64,18 @@ class FeatureNet(nn.Module):
         self.small_input = small_input
         self.stages: tuple[int, ...] = ()
         """The recorded stages."""
+        self.preact = False
+        """Whether their maps are those before their ReLU."""
         self._pass: Pass = decompose
 
-    def record(self, stages: Sequence[int]) -> None:
-        """From now on `maps` holds these stages' outputs, numbered as timm's `forward_intermediates` numbers them."""
+    def record(self, stages: Sequence[int], preact: bool = False) -> None:
+        """From now on `maps` holds these stages' outputs, numbered as timm's `forward_intermediates` numbers them.
+
+        Args:
+            preact: take them before their ReLU; networks that do not offer it (timm's own) give them after it.
+        """
         self.stages = tuple(stages)
+        self.preact = preact and "preact" in signature(self.net.forward_intermediates).parameters  # type: ignore[arg-type]
 
     def compile_pass(self, graphs: bool = False) -> None:
         """From now on passes go through torch.compile: compiled when they first run, for each mode and shape.
@@ -84,16 +92,17 @@ class FeatureNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Features:
         """(B, in_chans, H, W) → Features; the network runs once."""
-        raw, feat, logits, maps = self._pass(self.net, x, self.stages)
+        raw, feat, logits, maps = self._pass(self.net, x, self.stages, self.preact)
         adapted = None if self.distillation_adapter is None else self.distillation_adapter(feat)
         return Features(logits, feat, to_nchw(self.net, raw), adapted, maps)
 
 
-def decompose(net: nn.Module, x: torch.Tensor, stages: tuple[int, ...] = ()) -> Parts:
+def decompose(net: nn.Module, x: torch.Tensor, stages: tuple[int, ...] = (), preact: bool = False) -> Parts:
     """(unpooled features in the network's own layout, pooled feature (B, C), logits (B, N), maps) in one pass."""
     maps: list[torch.Tensor] = []
     if stages:
-        raw, maps = net.forward_intermediates(x, list(stages))  # type: ignore[operator]
+        more = {"preact": True} if preact else {}  # a keyword of the CIFAR networks
+        raw, maps = net.forward_intermediates(x, list(stages), **more)  # type: ignore[operator]
     else:
         raw = net.forward_features(x)  # type: ignore[operator]
     feat = net.forward_head(raw, pre_logits=True)  # type: ignore[operator]
@@ -113,8 +122,8 @@ def kept(replayed: Pass) -> Pass:
     batch of an evaluation would then have to be marked too, or it would be recorded behind the ones before.
     """
 
-    def run(net: nn.Module, x: torch.Tensor, stages: tuple[int, ...] = ()) -> Parts:
-        raw, feat, logits, maps = replayed(net, x, stages)
+    def run(net: nn.Module, x: torch.Tensor, stages: tuple[int, ...] = (), preact: bool = False) -> Parts:
+        raw, feat, logits, maps = replayed(net, x, stages, preact)
         return raw.clone(), feat.clone(), logits.clone(), tuple(m.clone() for m in maps)
 
     return run
@@ -170,12 +179,16 @@ MOST_STAGES = 4
 
 
 def paired_maps(
-    student: FeatureNet, teachers: Sequence[FeatureNet], size: tuple[int, int, int]
+    student: FeatureNet,
+    teachers: Sequence[FeatureNet],
+    size: tuple[int, int, int],
+    preact: tuple[bool, bool] = (False, False),
 ) -> tuple[list[tuple[int, int, int]], list[list[tuple[int, int, int]]]]:
     """Record the last stages of all networks, as many as each has, at most `MOST_STAGES`; pairs from the end.
 
     Args:
         size: (in_chans, H, W).
+        preact: whether the student's and the teachers' maps are wanted before their ReLU (`FeatureNet.record`).
 
     Returns:
         (C, h, w) of the student's maps, first to last, and those of each teacher.
@@ -187,7 +200,7 @@ def paired_maps(
     shapes = []
     for net in (student, *teachers):
         total = _stages(net)
-        net.record(range(total - count, total))
+        net.record(range(total - count, total), preact[net is not student])
         x = torch.zeros(1, *size, device=next(net.parameters()).device)
         with undisturbed(net):
             shapes.append([(int(m.shape[1]), int(m.shape[2]), int(m.shape[3])) for m in net(x).maps])

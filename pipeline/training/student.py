@@ -231,7 +231,7 @@ class Distillation(Task):
         """Record the maps of as many stages of student and teachers; their shapes."""
         size = (data.in_chans, data.image_size, data.image_size)
         try:
-            return paired_maps(self.student, self.teachers, size)
+            return paired_maps(self.student, self.teachers, size, self.method.preacts)
         except ValueError as error:
             raise UserError(f"method={self.method.name} needs feature maps: {error}") from error
 

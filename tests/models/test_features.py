@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from models.features import check_head, to_nchw
+from models.features import check_head, paired_maps, to_nchw
+from models.fold import folded
 from models.zoo import create_model
 
 X = torch.linspace(-30, 30, 2 * 3 * 32 * 32).sin().reshape(2, 3, 32, 32)
@@ -65,8 +66,8 @@ def test_what_a_replayed_pass_has_given_stays_as_it_was(monkeypatch):
         assert mode == "reduce-overhead"
         places = []
 
-        def replay(net, x, stages):
-            *found, maps = run(net, x, stages)
+        def replay(net, x, *asked):
+            *found, maps = run(net, x, *asked)
             if not places:
                 places.extend(map(torch.empty_like, (*found, *maps)))
             for place, out in zip(places, (*found, *maps), strict=True):
@@ -115,6 +116,40 @@ def test_maps_are_views():
     assert to_nchw(net, raw) is raw
     tokens = torch.randn(2, 9, 7)
     assert to_nchw(net, tokens).data_ptr() == tokens.data_ptr()
+
+
+def by_hand(net, x):
+    """Each stage's map before its last ReLU, of a CIFAR ResNet with one block in each."""
+
+    def normalised(norm, x):
+        scale, shift = norm.weight / (norm.running_var + norm.eps).sqrt(), norm.bias
+        return (x - norm.running_mean[:, None, None]) * scale[:, None, None] + shift[:, None, None]
+
+    maps, x = [], normalised(net.bn1, net.conv1(x)).clamp_min(0)
+    for layer in (net.layer1, net.layer2, net.layer3):
+        (block,) = layer
+        y = normalised(block.bn2, block.conv2(normalised(block.bn1, block.conv1(x)).clamp_min(0)))
+        conv, norm = block.downsample or (None, None)
+        maps.append(y + (x if conv is None else normalised(norm, conv(x))))
+        x = maps[-1].clamp_min(0)
+    return maps
+
+
+def test_maps_before_relu_are_those_computed_by_hand_and_of_a_timm_network_those_after():
+    model, other = (create_model(name, 10).eval() for name in ("cifar_resnet8", "test_resnet"))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.bias.data.uniform_(-0.3, 0.3)
+    paired_maps(model, [other], (3, 32, 32), (True, True))
+    with torch.no_grad():
+        expected = by_hand(model.net, X)
+        for net in (model, folded(model, (3, 32, 32))):
+            torch.testing.assert_close(list(net(X).maps), expected, rtol=1e-4, atol=1e-5)
+        after = other.net.forward_intermediates(X, 3)[1]
+        assert all(torch.equal(a, b) for a, b in zip(other(X).maps, after, strict=True))
+        paired_maps(model, [other], (3, 32, 32))
+        torch.testing.assert_close(list(model(X).maps), [m.relu() for m in expected], rtol=1e-4, atol=1e-5)
 
 
 def test_checking_leaves_the_network_and_the_generator_alone():

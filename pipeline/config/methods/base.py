@@ -134,6 +134,11 @@ class MethodConfig(Section):
         return self.kd_alpha > 0 or bool(self.plus)
 
     @property
+    def preacts(self) -> tuple[bool, bool]:
+        """Whether it takes the student's and the teachers' maps before their ReLU, where the networks give them."""
+        return False, False
+
+    @property
     def b_epochs(self) -> int:
         """Epochs in which the student is trained."""
         return sum(self.student_epochs_per_stage)

@@ -16,3 +16,8 @@ class ReviewkdConfig(MethodConfig):
     name: Literal["reviewkd"] = key("reviewkd", "distillation method")
     kd_alpha: NonNegative = key(1.0, "weight of the hierarchical context loss")
     fusion_width: Width = key(512, "largest number of channels in which stages are fused")
+    preact: Literal["teacher", "both", "none"] = key("teacher", "whose maps are taken before their ReLU")
+
+    @property
+    def preacts(self) -> tuple[bool, bool]:
+        return self.preact == "both", self.preact != "none"

@@ -57,6 +57,19 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(name: str, tmp_path: Path) -> 
     assert whole.rows == first.rows + second.rows
 
 
+@pytest.mark.parametrize(
+    ("preact", "preacts"), [("teacher", (False, True)), ("both", (True, True)), ("none", (False, False))]
+)
+def test_reviewkd_takes_the_maps_before_relu_of_whom_its_key_says(preact: str, preacts: tuple[bool, bool]) -> None:
+    made, x = task("reviewkd", preact=preact), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for net, before in zip((made.student.eval(), made.teachers[0]), preacts, strict=True):
+        found, expected = net(x).maps, net.net.forward_intermediates(x, preact=before)[1]
+        other = net.net.forward_intermediates(x, preact=not before)[1]
+        for a, b, c in zip(found, expected, other, strict=True):
+            assert torch.equal(a, b)
+            assert not torch.equal(a, c)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
 def test_half_precision_gives_nearly_the_same_terms(name: str, amp_dtype: str, tmp_path: Path) -> None:
