@@ -14,7 +14,9 @@ from torch import Tensor
 
 from models.features import FeatureNet, Features
 from pipeline.config import MethodConfig
+from pipeline.config.methods.base import RESERVED
 from pipeline.data.batches import Batch, Known, Seen
+from pipeline.errors import UserError
 from pipeline.training import distributed, losses, samples
 from pipeline.training.objective import Moment, Objective, batch_mean, mixed_cross_entropy, teacher_outputs
 from pipeline.training.rng import Streams
@@ -85,8 +87,9 @@ class StudentStep(Objective):
         raise NotImplementedError
 
     def term_weights(self) -> dict[str, float]:
-        """The weight of each term."""
-        return {self.method.name: self.method.kd_alpha}
+        """The weight of each term, as the settings declare it."""
+        weights: dict[str, float] = self.method.term_weights
+        return weights
 
     def compared(self, logits: Tensor) -> Tensor:
         """Logits as they are compared: standardised if the method's settings say so."""
@@ -157,7 +160,11 @@ class StudentStep(Objective):
         seen = [whole_precision(s) for s in seen]
         logits = [s.logits for s in seen]
         with torch.autocast(self.device.type, enabled=False):
-            return self.lesson(seen, y) | self._beside(logits, y)
+            lesson = self.lesson(seen, y)
+            if taken := sorted(RESERVED & lesson.keys()):
+                where = f"method={m.name}: its lesson has a part named {taken[0]}"
+                raise UserError(f"{where}, which is a name of the step's own: rename it")
+            return lesson | self._beside(logits, y)
 
     def _beside(self, logits: list[Tensor], y: Tensor) -> Lesson:
         """What the step itself needs of the teachers: the target of `plus`, and weights by disagreement."""

@@ -6,7 +6,7 @@ import pkgutil
 import re
 from functools import cache
 
-from pipeline.config.methods.base import MethodConfig
+from pipeline.config.methods.base import RESERVED, MethodConfig
 from pipeline.config.words import suggestion
 from pipeline.errors import UserError, first_line
 from pipeline.paths import printable
@@ -40,12 +40,18 @@ def settings(name: str, module: str | None = None) -> type[MethodConfig]:
     if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module) is None:
         raise UserError(f"method.module={printable(module, 80)}: give a Python module, such as my_lab.my_kd")
     try:
-        return _of(module)
+        found = _of(module)
+        taken = sorted(RESERVED & found().term_weights.keys())
     except (Exception, SystemExit) as error:  # somebody else's code may raise anything
         raise UserError(
             f"method.module={module}: {first_line(error)}; it must be importable (PYTHONPATH) and define a subclass of "
             "pipeline.config.methods.base.MethodConfig (examples/my_method)"
         ) from error
+    if taken:
+        raise UserError(
+            f"method.module={module}: it names a term {taken[0]}, which is a name of the step's own: rename it"
+        )
+    return found
 
 
 def _of(module: str) -> type[MethodConfig]:

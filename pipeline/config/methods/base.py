@@ -21,6 +21,10 @@ from pipeline.config.numbers import (
 
 PROTOCOL = ("num_stages", "student_epochs_per_stage", "ce_label_smoothing", "mixup_alpha", "cutmix_alpha_distill")
 """Keys that say how long and on what the student is trained: they stay when another method is chosen, or none."""
+RESERVED = frozenset(
+    ("ce", "loss", "output", "images", "nonfinite", "weight", "plus", "plus_kd", "sample_gate", "kd_clamped")
+)
+"""Names of the step's and the loop's own: a method's terms and the parts of its lessons have others."""
 
 
 def distilled(method: Any, prefix: str) -> str | None:
@@ -132,6 +136,11 @@ class MethodConfig(Section):
     def distils(self) -> bool:
         """Whether any term of the B-step uses the teachers."""
         return self.kd_alpha > 0 or bool(self.plus)
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each of its terms in the B-step, by the names that the terms are computed and logged under."""
+        return {self.name: self.kd_alpha}
 
     @property
     def preacts(self) -> tuple[bool, bool]:

@@ -29,3 +29,7 @@ class CaMkdConfig(MethodConfig):
     @property
     def distils(self) -> bool:
         return super().distils or self.feat_alpha > 0
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        return {"ca_mkd_kd": self.kd_alpha, "ca_mkd_feat": self.feat_alpha}

@@ -20,3 +20,7 @@ class DistConfig(MethodConfig):
     tau: Positive = key(4.0, "temperature of distillation", when=distilled)
     beta: NonNegative = key(1.0, "weight of the relation between classes, one sample at a time", when=distilled)
     gamma: NonNegative = key(1.0, "weight of the relation within classes, over the batch", when=distilled)
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        return {"dist_between": self.kd_alpha * self.beta, "dist_within": self.kd_alpha * self.gamma}

@@ -23,3 +23,7 @@ class ItrdConfig(MethodConfig):
     lambda_corr: NonNegative = key(2.0, "weight of the correlation term, within kd_alpha", when="kd_alpha")
     lambda_mutual: NonNegative = key(1.0, "weight of the mutual information term, within kd_alpha", when="kd_alpha")
     alpha_it: Order = key(1.01, "order of the correlation term's entropy", when="kd_alpha")
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        return {"itrd_corr": self.kd_alpha * self.lambda_corr, "itrd_mutual": self.kd_alpha * self.lambda_mutual}

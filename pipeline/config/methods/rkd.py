@@ -28,3 +28,8 @@ class RkdConfig(MethodConfig):
                 "method.distance_alpha=0 and method.angle_alpha=0 leave nothing to distil: set one of them above 0"
             )
         return self
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        parts = {"rkd_distance": self.distance_alpha, "rkd_angle": self.angle_alpha}
+        return {name: self.kd_alpha * alpha for name, alpha in parts.items() if alpha > 0}

@@ -28,11 +28,11 @@ METRICS = re.compile(
     r"|teacher/(disagreement|both_wrong|(\d+/|avg_)acc)"
     r"|train/(images_per_second|nonfinite_steps)|schedule/(tau|ib_beta|lr|kd_weight)"
     r"|a_step/(loss|ce|kd|ib|feat|cccp|teacher_ce|cw_mean|cw_std|cw_at_bounds|raw_kl|sigma)"
-    r"|b_step/(loss|ce|kd|feat|hybrid|kd_clamped|target_entropy|sample_gate|label_guard)"
+    r"|b_step/(loss|ce|plus_kd|kd_clamped|target_entropy|sample_gate|label_guard)"
     r"|parameters/(student|fusion)_(total|trainable)"
     r"|cost/(gmacs|seconds|compile_seconds|updates/[ab]|(macs_per_image|forward_images)/(student|fusion|teacher_\d+))"
 )
-"""Metrics of a trial's run."""
+"""Metrics of a trial's run, beside its method's terms: `b_step/<term>`."""
 USUAL = (
     *(VALIDATION, "student/acc", "synergy/acc", "train/images_per_second", "cost/gmacs", "cost/seconds"),
     *("parameters/student_total", "cost/macs_per_image/student", "cost/updates/b"),
@@ -68,9 +68,11 @@ def check(sweep: SweepConfig, base: Config, overridden: Collection[str]) -> None
             validated(base, {"seed": base.seed + sweep.seeds - 1})
         except ValidationError as error:
             raise UserError(f"{source}: seeds={sweep.seeds} from seed={base.seed} on: {explain(error)}") from None
-    _check_metrics(source, sweep)
+    _check_split(source, sweep)
     _check_weights(source, sweep, base)
-    _log_inactive(sweep, _check_values(source, sweep, base))
+    points = _check_values(source, sweep, base)
+    _log_unknown(source, sweep, [base, *(config for _, config in points)])
+    _log_inactive(sweep, points)
     _log_cmaes(sweep)
 
 
@@ -156,14 +158,30 @@ def _check_weights(source: str, sweep: SweepConfig, base: Config) -> None:
 # metrics -------------------------------------------------------------------------------------------------------------
 
 
-def _check_metrics(source: str, sweep: SweepConfig) -> None:
-    named = [(f"objectives.{i}.metric", o.metric) for i, o in enumerate(sweep.objectives)]
-    named += [(f"constraints.{i}.metric", c.metric) for i, c in enumerate(sweep.constraints)]
-    for where, metric in named:
+def _metrics(sweep: SweepConfig) -> Iterator[tuple[str, str]]:
+    """Where each metric is named, and its name."""
+    yield from ((f"objectives.{i}.metric", o.metric) for i, o in enumerate(sweep.objectives))
+    yield from ((f"constraints.{i}.metric", c.metric) for i, c in enumerate(sweep.constraints))
+
+
+def _check_split(source: str, sweep: SweepConfig) -> None:
+    for where, metric in _metrics(sweep):
         if TEST_SPLIT.fullmatch(metric):
             raise UserError(f"{source}: {where}={metric}: a sweep never looks at the test split; use {VALIDATION}")
-        if not METRICS.fullmatch(metric):
-            near = near_miss(metric, USUAL)
+
+
+def terms(configs: Sequence[Config]) -> list[str]:
+    """The terms that any of these configurations gives a weight, as metrics."""
+    weights = [term for config in configs for term in config.method.term_weights.items()]
+    return list(dict.fromkeys(f"b_step/{name}" for name, weight in weights if weight > 0))
+
+
+def _log_unknown(source: str, sweep: SweepConfig, configs: Sequence[Config]) -> None:
+    """Log each metric that no trial over these configurations has."""
+    known = terms(configs)
+    for where, metric in _metrics(sweep):
+        if not METRICS.fullmatch(metric) and metric not in known:
+            near = near_miss(metric, [*USUAL, *known])
             hint = f"; did you mean {near}?" if near else ""
             logger.warning(
                 "%s: %s=%s is an unknown metric: trials whose run lacks it fail%s", source, where, metric, hint

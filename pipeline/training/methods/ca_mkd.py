@@ -96,6 +96,3 @@ class CaMkd(StudentStep):
         """(K, b); of a mixed sample by the mixed cross-entropy of its labels."""
         ce = [batch.lam * cross_entropy(t, batch.y) + (1 - batch.lam) * cross_entropy(t, batch.y_b) for t in logits]
         return confidence_weights(torch.stack(ce))
-
-    def term_weights(self) -> dict[str, float]:
-        return {"ca_mkd_kd": self.method.kd_alpha, "ca_mkd_feat": self.method.feat_alpha}

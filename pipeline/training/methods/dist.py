@@ -55,7 +55,3 @@ class Dist(StudentStep):
         q, p = F.softmax(self.compared(student.logits) / tau, dim=1), lesson["p"]
         within = within_classes(whole(q, batch), whole(p, batch), tau)
         return {"dist_between": between_classes(q, p, tau), "dist_within": within}
-
-    def term_weights(self) -> dict[str, float]:
-        m = self.method
-        return {"dist_between": m.kd_alpha * m.beta, "dist_within": m.kd_alpha * m.gamma}

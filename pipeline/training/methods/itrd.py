@@ -58,7 +58,3 @@ class Itrd(StudentStep):
             "itrd_corr": correlation(embedded, teacher, self.method.alpha_it),
             "itrd_mutual": mutual(plain, teacher),
         }
-
-    def term_weights(self) -> dict[str, float]:
-        m = self.method
-        return {"itrd_corr": m.kd_alpha * m.lambda_corr, "itrd_mutual": m.kd_alpha * m.lambda_mutual}

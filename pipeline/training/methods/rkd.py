@@ -73,8 +73,3 @@ class Rkd(StudentStep):
         m = self.method
         features = whole(student.feat_2d, batch), whole(lesson["feature"], batch)
         return rkd(*features, m.distance_alpha, m.angle_alpha)
-
-    def term_weights(self) -> dict[str, float]:
-        m = self.method
-        parts = {"rkd_distance": m.distance_alpha, "rkd_angle": m.angle_alpha}
-        return {name: m.kd_alpha * alpha for name, alpha in parts.items() if alpha > 0}

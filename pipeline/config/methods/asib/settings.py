@@ -258,6 +258,10 @@ class AsibConfig(MethodConfig):
         return self.kd_alpha > 0 or self.hybrid_beta > 0 or self.feat_kd_alpha > 0
 
     @property
+    def term_weights(self) -> dict[str, float]:
+        return {"kd": self.kd_alpha, "feat": self.feat_kd_alpha, "hybrid": self.hybrid_beta}
+
+    @property
     def uses_fusion(self) -> bool:
         """Whether any term of the B-step uses the fusion; otherwise there are no A-steps."""
         return (self.kd_alpha > 0 and self.kd_target in FUSED_TARGETS) or self.feat_kd_alpha > 0

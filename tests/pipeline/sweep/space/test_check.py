@@ -228,6 +228,26 @@ def test_an_unknown_metric_is_a_warning(metric: str, hint: str, caplog: pytest.L
     assert f"did you mean {hint}?" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("method", "key", "metric", "known"),
+    [
+        ("crd", "kd_alpha", "b_step/crd", True),
+        ("crd", "kd_alpha", "b_step/kd", False),
+        ("rkd", "angle_alpha", "b_step/rkd_angle", True),
+        ("kd", "tau", "b_step/kd", True),
+        ("asib", "kd_alpha", "b_step/kd", True),
+        ("asib", "tau", "b_step/feat", False),
+        ("asib", "feat_kd_alpha", "b_step/feat", True),  # with the weights of the space
+    ],
+)
+def test_terms_are_those_of_the_method(
+    method: str, key: str, metric: str, known: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = BASE if method == "asib" else compose("quickstart", [f"method={method}", "model/teacher=resnet56"])
+    check(sweep({f"method.{key}": ranged(0.5, 1)}, objectives=[{"metric": metric}], pruner="none"), base, ())
+    assert (f"objectives.0.metric={metric} is an unknown metric" in caplog.text) is not known
+
+
 # what acts -----------------------------------------------------------------------------------------------------------
 
 

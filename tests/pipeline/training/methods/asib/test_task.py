@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config.methods.asib.settings import AsibConfig as MethodConfig
 from pipeline.errors import UserError
-from pipeline.sweep.space.check import METRICS, TEST_SPLIT
+from pipeline.sweep.space.check import METRICS, TEST_SPLIT, terms
 from pipeline.training.evaluation import outputs
 from pipeline.training.methods.asib.b_step import BStep
 from pipeline.training.methods.asib.schedules import make_plan
@@ -552,6 +552,8 @@ def test_everything_at_once_trains_and_stays_finite(classes: int, teachers: int,
     assert f"final/teacher_{teachers - 1}_acc" in results
     logged = {name for _, row in record.rows for name in row}
     logged |= {name for name in results if not TEST_SPLIT.fullmatch(name)}
+    assert logged > set(terms([c]))
+    logged -= set(terms([c]))
     assert [name for name in sorted(logged) if not METRICS.fullmatch(name)] == [], "a sweep may name them all"
     numbers = [v for _, row in record.rows for v in row.values()]
     assert all(abs(v) < 1e6 for v in numbers)
