@@ -249,7 +249,8 @@ class Loop:
                 with task.costs.counting(), self.precision.autocast():
                     output = phase.objective(batch, moment, repeat)
                 bad = update(phase, output["loss"], self.precision, kept)
-                phase.objective.updated(bad)
+                with task.costs.counting():
+                    phase.objective.updated(bad, phase.optimizer.param_groups[0]["lr"])
                 task.costs.updated(epoch.phase)
                 if phase.objective.has_ema() and (done + 1) % task.optim.ema_update_every == 0:
                     update_average(phase.objective, (done + 1) // task.optim.ema_update_every, bad)

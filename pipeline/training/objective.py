@@ -72,17 +72,19 @@ class Objective(TrainingTask):
         """All that it trains."""
         return nn.ModuleList([self.trainable_module, self.own])
 
-    def own_state(self) -> dict[str, dict[str, Tensor]]:
+    def own_state(self) -> dict[str, Any]:
         """The state of each of its own modules."""
         return {name: unwrap_model(module).state_dict() for name, module in self.own.items()}
 
-    def load_own_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `own_state` gave."""
         for name, module in self.own.items():
             unwrap_model(module).load_state_dict(state[name])
 
-    def updated(self, skipped: Tensor) -> None:
-        """Called after each update; `skipped`: a bool scalar, whether it was left out: then nothing may change."""
+    def updated(self, skipped: Tensor, lr: float) -> None:
+        """Called after each update, made at learning rate `lr`; `skipped`: a bool scalar, whether it was left out: then
+        nothing may change.
+        """
 
     def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
         """`repeat` counts several updates on one batch, from 0."""

@@ -183,7 +183,7 @@ class Crd(StudentStep):
         self._seen = everyone | {"log_z": log_z}
         return {"crd": loss}
 
-    def updated(self, skipped: Tensor) -> None:
+    def updated(self, skipped: Tensor, lr: float) -> None:
         if self._seen:
             self._memory[0].write(**self._seen, skipped=skipped.bool())
         self._seen = {}

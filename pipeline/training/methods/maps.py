@@ -12,10 +12,14 @@ NOTHING = 1e-12
 
 def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps (B, ., h, w) at one size: the larger is average-pooled to the smaller, side by side."""
-    a, b = a.float(), b.float()
-    h, w = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
-    pooled = [x if x.shape[2:] == (h, w) else F.adaptive_avg_pool2d(x, (h, w)) for x in (a, b)]
-    return pooled[0], pooled[1]
+    size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
+    return pooled(a, size), pooled(b, size)
+
+
+def pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (B, C, ., .), average-pooled to (B, C, *size) where it has another size."""
+    x = x.float()
+    return x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def outcome(name: str) -> dict[str, Any]:
         with torch.no_grad():
             for p, g in zip(trained, gradient, strict=True):
                 p -= 0.0 if skipped else 0.01 * g
-        step.updated(torch.tensor(skipped))
+        step.updated(torch.tensor(skipped), 0.1)
         seen.append(float(distributed.mean(out["loss"])))
     state = {f"student.{k}": v for k, v in unwrap_model(step.trainable_module).state_dict().items()}
     for module, values in step.own_state().items():

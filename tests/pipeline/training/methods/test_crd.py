@@ -274,10 +274,10 @@ def test_the_step_contrasts_each_image_of_a_split_with_its_own_row() -> None:
     assert torch.equal(found, expected)
     assert step.term_weights() == {"crd": 0.8}
     before = kept.student.clone()
-    step.updated(torch.tensor(False))
+    step.updated(torch.tensor(False), 0.1)
     changed = (kept.student != before).any(dim=1).nonzero().flatten()
     assert torch.equal(changed, rows.sort().values)
-    step.updated(torch.tensor(False))  # an epoch in which nothing is distilled
+    step.updated(torch.tensor(False), 0.1)  # an epoch in which nothing is distilled
     graded_names = gradients(step, seen)
     for name in ("embed_student.weight", "embed_teacher.weight", "net.conv.weight"):
         assert graded_names[name].abs().max() > 0
@@ -287,7 +287,7 @@ def test_the_step_leaves_the_memory_alone_when_an_update_is_skipped() -> None:
     step, seen = made(Crd, crd()), first(batches())
     state = {k: v.clone() for k, v in step.own_state()["memory"].items()}
     terms(step, seen)
-    step.updated(torch.tensor(True))
+    step.updated(torch.tensor(True), 0.1)
     assert all(torch.equal(v, state[k]) for k, v in step.own_state()["memory"].items())
 
 
@@ -299,7 +299,7 @@ def test_samples_behind_the_gate_leave_no_trace_in_the_memory() -> None:
     for value in lesson.values():
         value[[1, 4]] = 0.0
     step.terms(step.trainable_module(seen.x), lesson, seen, MOMENT)
-    step.updated(torch.tensor(False))
+    step.updated(torch.tensor(False), 0.1)
     moved = (step.own["memory"].state_dict()["teacher"] != before).any(dim=1)
     assert moved[seen.index].tolist() == [True, False, True, True, False, True, True]
 
