@@ -12,7 +12,8 @@ def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]
     """`cost/macs_per_image/<network>`, and `cost/gmacs`: 10⁹ multiply-accumulates of the whole training.
 
     A forward pass counts once, a training pass three times (forward, and backward for inputs and for weights); backward
-    passes cut short by partial freezing are counted in full. Evaluation does not count, as for the images.
+    passes cut short by partial freezing are counted in full, those beside updates as the method's settings say.
+    Evaluation does not count, as for the images.
     """
     x = networks.blank(task.config, data)
     nets = {"student": task.student} | {f"teacher_{k}": t for k, t in enumerate(task.teachers)}
@@ -24,4 +25,7 @@ def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]
     for phase in task.phases:
         passes = images * epochs[phase] * task.phases[phase].repeats
         total += 2 * passes * sum(found[name] for name in task.trained_in(phase) if name in found)
+    if beside := task.method.backward_beside_updates:
+        others = results["cost/forward_images/student"] - images * epochs["b"] * task.phases["b"].repeats
+        total += beside * others * found["student"]
     return {f"cost/macs_per_image/{name}": float(n) for name, n in found.items()} | {"cost/gmacs": total / 1e9}

@@ -163,6 +163,11 @@ class MethodConfig(Section):
         return 1
 
     @property
+    def backward_beside_updates(self) -> float:
+        """What going back through one of the student's forward passes outside updates costs, in forward passes."""
+        return 0.0
+
+    @property
     def teachers_change(self) -> bool:
         """Whether it trains the teachers too."""
         return False

@@ -10,6 +10,7 @@ import torch
 import models.cifar  # noqa: F401  registers the networks
 from models.features import FeatureNet
 from pipeline.config.schema import configure
+from pipeline.distill.costs import macs_found
 from pipeline.training.student import Distillation, task_of
 from tests.pipeline.training.builders import CLASSES, CPU, Record, copied, differences, image_data, loop_for, run_until
 
@@ -23,6 +24,7 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {
     "itrd": ({}, 1),
     "ca_mkd": ({}, 3),
     "fitnet_mkd": ({"plus": ("kd",)}, 2),
+    "mmkd": ({"meta_interval": 2, "buffer_size": 16}, 2),
 }
 """Method -> its keys and how many teachers."""
 
@@ -81,3 +83,15 @@ def test_samples_behind_the_gate_are_not_written_into_crds_memory(tmp_path: Path
     loop_for(made, tmp_path, Record()).run()
     moved = (copied(made.b_step.own)["memory.teacher"] != before).any(dim=1)
     assert int(moved.sum()) == len(moved) // 4
+
+
+def test_mmkds_virtual_steps_are_part_of_its_cost(tmp_path: Path) -> None:
+    """36 images in three batches, the first and the last of which are followed by two steps, a third and a look."""
+    made = task("mmkd", student_epochs_per_stage=(1,))
+    loop_for(made, tmp_path, Record()).run()
+    expected = {"student": 36 + 4 * 24, "projectors": 36 + 2 * 24, "teacher_0": 36 + 24, "teacher_1": 36 + 24}
+    assert made.costs.images == expected
+    found = macs_found(made, image_data(), made.costs.metrics())
+    student, *teachers = (found[f"cost/macs_per_image/{net}"] for net in ("student", "teacher_0", "teacher_1"))
+    passes = 3 * 36 + (3 * 9 + 3) * 24  # an update is three, a virtual step nine, the loss after them three
+    assert found["cost/gmacs"] == pytest.approx((passes * student + 60 * sum(teachers)) / 1e9)
