@@ -12,20 +12,24 @@ def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]
     """`cost/macs_per_image/<network>`, and `cost/gmacs`: 10⁹ multiply-accumulates of the whole training.
 
     A forward pass counts once, a training pass three times (forward, and backward for inputs and for weights); backward
-    passes cut short by partial freezing are counted in full, those beside updates as the method's settings say.
-    Evaluation does not count, as for the images.
+    passes cut short, by partial freezing or a memory without weights, are counted in full, those beside updates as the
+    method's settings say. Passes over the validation images count where selection or a gate needs them; other
+    evaluation does not, nor does what a loss computes beside networks.
     """
     x = networks.blank(task.config, data)
     nets = {"student": task.student} | {f"teacher_{k}": t for k, t in enumerate(task.teachers)}
-    found = {name: costs.macs(net, x) for name, net in nets.items()}
-    found |= task.own_macs()
-    total = sum(found[name] * results[f"cost/forward_images/{name}"] for name in found)
+    found = {name: costs.macs(net, x) for name, net in nets.items()} | task.costs.macs | task.own_macs()
+    seen = {name: results[f"cost/forward_images/{name}"] for name in found}
+    total = sum(found[name] * seen[name] for name in found)
+    if task.data.has_validation:
+        passes_over = task.validation_passes().items()
+        total += len(task.data.eval.labels) * sum(found[name] * passes for name, passes in passes_over)
     epochs = {phase: sum(e.phase == phase for e in task.plan) for phase in task.phases}
     images = len(task.data.train.indices)
     for phase in task.phases:
         passes = images * epochs[phase] * task.phases[phase].repeats
-        total += 2 * passes * sum(found[name] for name in task.trained_in(phase) if name in found)
+        # own modules rest where nothing is distilled
+        total += 2 * sum(found[name] * min(passes, seen[name]) for name in task.trained_in(phase) if name in found)
     if beside := task.method.backward_beside_updates:
-        others = results["cost/forward_images/student"] - images * epochs["b"] * task.phases["b"].repeats
-        total += beside * others * found["student"]
+        total += beside * found["student"] * (seen["student"] - images * epochs["b"] * task.phases["b"].repeats)
     return {f"cost/macs_per_image/{name}": float(n) for name, n in found.items()} | {"cost/gmacs": total / 1e9}

@@ -1,6 +1,6 @@
 """What a run costs: updates, forward images of each network in training, multiply-accumulates, seconds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,19 +32,30 @@ def macs(net: nn.Module, *args: Any) -> int:
 
 
 class Costs:
-    """Count forward images and updates inside `counting`: evaluation is not part of a method's cost.
+    """Count forward images and updates inside `counting`, which evaluation is outside of.
 
     Args:
         networks: name -> network; each of its forward calls is counted, no matter who makes it.
+        measured: those whose inputs only their method knows: they are listed from their first call on, which also says
+            how many multiply-accumulates an image takes.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        self.images = dict.fromkeys(networks, 0)
+    def __init__(self, networks: Mapping[str, nn.Module], measured: Collection[str] = ()) -> None:
+        self.images = {name: 0 for name in networks if name not in measured}
+        self.macs: dict[str, int] = {}
+        """Of the measured ones, for an image."""
         self.updates: dict[str, int] = {}
         self.seconds = 0.0
         self._active = False
+        self._measured = measured
         for name, net in networks.items():
-            net.register_forward_pre_hook(lambda net, args, name=name: self.asked(name, images_in(args)))
+            net.register_forward_pre_hook(lambda net, args, name=name: self._called(name, net, args))
+
+    def _called(self, name: str, net: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._active and name in self._measured and name not in self.macs:
+            with self.counting(False):  # measuring calls it once more
+                self.macs[name] = macs(net, *args) // images_in(args)
+        self.asked(name, images_in(args))
 
     @contextmanager
     def counting(self, active: bool = True) -> Iterator[None]:
@@ -61,17 +72,18 @@ class Costs:
         A method's cost does not depend on which run filled the bank; for that, see `bank/computed`.
         """
         if self._active:
-            self.images[name] += images
+            self.images[name] = self.images.get(name, 0) + images
 
     def updated(self, phase: str) -> None:
         """Count one optimiser update of a phase."""
         self.updates[phase] = self.updates.get(phase, 0) + 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images": self.images, "updates": self.updates, "seconds": self.seconds}
+        return {"images": self.images, "macs": self.macs, "updates": self.updates, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.images.update(state["images"])
+        self.macs.update(state.get("macs", {}))  # older checkpoints have none
         self.updates, self.seconds = dict(state["updates"]), state["seconds"]
 
     def metrics(self) -> dict[str, float]:

@@ -131,7 +131,8 @@ class Distillation(Task):
         with self.streams.initialising("method"):
             self.b_step = self.make_step(setup)
         self.b_step.own.to(device)
-        self.costs = Costs(networks | self.own_networks())
+        own = self.own_networks()
+        self.costs = Costs(networks | own, measured=own.keys() - self.own_macs().keys())
         self.phases = self.own_phases() | {"b": self._b_phase()}
         self._stage = -1
         if self.optim.ema_decay is not None:
@@ -178,15 +179,22 @@ class Distillation(Task):
 
     def own_networks(self) -> dict[str, nn.Module]:
         """Its own networks whose images are counted, by their names in metrics."""
-        return {name: module for name, module in self.b_step.own.items() if any(True for _ in module.parameters())}
+        return dict(self.b_step.own.items())
 
     def unused(self) -> set[str]:
         """The phases in which some of the trained parameters get no gradient."""
         return set()
 
     def own_macs(self) -> dict[str, int]:
-        """Multiply-accumulates per image of `own_networks`."""
+        """Multiply-accumulates per image of `own_networks`, where they are known; the others' are measured."""
         return {}
+
+    def validation_passes(self) -> dict[str, int]:
+        """How often each network runs over the validation images because selection, or a gate, has to know.
+
+        What is only monitored does not count: a moving average that is not selected, the teachers' accuracies.
+        """
+        return {"student": self._b_epochs()}
 
     def trained_in(self, phase: str) -> list[str]:
         """The networks that a phase trains, by their names in metrics."""

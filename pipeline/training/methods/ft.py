@@ -123,8 +123,13 @@ class FactorTransfer(Distillation):
         return {"paraphrase": Phase("paraphraser", objective, optimizer, constant)}
 
     def own_networks(self) -> dict[str, nn.Module]:
-        found = super().own_networks()
-        return found | ({"paraphraser": self.b_step.paraphraser.encoder} if self.teachers else {})
+        if not self.teachers:
+            return {}
+        parts = {"paraphraser": self.b_step.paraphraser.encoder, "reconstruction": self.b_step.paraphraser.decoder}
+        return super().own_networks() | parts
+
+    def trained_in(self, phase: str) -> list[str]:
+        return ["paraphraser", "reconstruction"] if phase == "paraphrase" else ["student", "translator"]
 
     def own_state(self) -> dict[str, Any]:
         state = super().own_state()

@@ -122,6 +122,11 @@ class Monitor(TeacherMonitor):
 
     # the gate --------------------------------------------------------------------------------------------------------
 
+    @property
+    def compares(self) -> bool:
+        """Whether the gate, or `auto`'s share, depends on the averaged teachers' accuracy."""
+        return isinstance(self.method.enable_kd_after_syn_acc, str) or self.method.kd_target == "auto"
+
     def decide(self, student: FeatureNet, trained: bool) -> None:
         """Decide before a B-step whether synergy targets are taught, and `auto`'s share of the averaged teachers.
 
@@ -136,9 +141,7 @@ class Monitor(TeacherMonitor):
         if self.accuracy is None:
             self.update(self.synergy_accuracy(outputs(student, self.data.eval, "student")))
         known = self.accuracy if m.gate_source == "snapshot" else self.smoothed
-        average = 0.0
-        if isinstance(m.enable_kd_after_syn_acc, str) or m.kd_target == "auto":
-            average = self.average_accuracy()
+        average = self.average_accuracy() if self.compares else 0.0
         limit = threshold(m.enable_kd_after_syn_acc, average)
         self.gate_open = is_open(known, limit)
         if m.kd_target == "auto":

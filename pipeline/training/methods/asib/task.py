@@ -95,6 +95,24 @@ class AsibDistillation(Distillation):
         features = [torch.zeros(1, t.feature_dim, device=self.device) for t in self.teachers]
         return {"fusion": costs.macs(self.fusion, None if self.method.learnable_q else query, features)}
 
+    def validation_passes(self) -> dict[str, int]:
+        """The gate and each A-step's snapshot ask the fusion, its teachers, and the student, which queries it."""
+        found, m = super().validation_passes(), self.method
+        if self.fusion is None:
+            return found
+        a = [e for e in self.plan if e.phase == "a" and self._is_judged(e)]
+        steps = len({e.stage for e in a})
+        # selection has run the student, unless it asked the student's average
+        found["student"] += max(steps, 1) if self.optim.select_weights == "ema" else 1
+        of_teachers = 1
+        if m.use_teacher_finetuning and a:  # after each epoch; for the gate once more, with the snapshot
+            of_teachers = len(a) + (steps if self.monitor.compares else 0)
+        return found | {f"teacher_{k}": of_teachers for k in range(len(self.teachers))} | {"fusion": max(len(a), 1)}
+
+    def _is_judged(self, epoch: Epoch) -> bool:
+        """Whether the synergy is evaluated after this epoch of its step."""
+        return (epoch.in_stage + 1) % self.method.teacher_eval_every == 0 or epoch.last
+
     def _make_fusion(self, num_classes: int, device: torch.device) -> Fusion:
         query = query_width(self.method, self.student)
         with self.streams.initialising("fusion"):
@@ -184,7 +202,7 @@ class AsibDistillation(Distillation):
         found = {"schedule/ib_beta": schedules.beta(self.method, epoch.in_phase, epoch.in_stage)}
         if epoch.first:
             found |= trainable("fusion", self.phases["a"].objective.trainable_module)
-        if (epoch.in_stage + 1) % self.method.teacher_eval_every and not epoch.last:
+        if not self._is_judged(epoch):
             return found
         return found | self.monitor.end_a_epoch(self.student_outputs(), epoch.last)
 
@@ -195,8 +213,7 @@ class AsibDistillation(Distillation):
         found = {"gate/open": float(self.monitor.gate_open)}
         if self.method.kd_target == "auto":
             found["gate/averaged_share"] = self.monitor.share
-        due = (epoch.in_stage + 1) % self.method.teacher_eval_every == 0 or epoch.last
-        if due and self.b_step.weights.scale > 0:
+        if self._is_judged(epoch) and self.b_step.weights.scale > 0:
             found["synergy/acc"] = self.monitor.synergy_accuracy(student)
         return found
 
