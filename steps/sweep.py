@@ -8,20 +8,19 @@ import sys
 
 from pipeline.compose import cli
 from pipeline.config import Config
+from pipeline.launch import workers
 from pipeline.runs.step import Step
 
 OWN = {
     "sweep": "the search space: a name in conf/sweep (kd_ib_tau by default), or a YAML file",
     "trials": "number of configurations; the sweep's file has the default",
     "seeds": "seeds that each trial trains, whose mean is its value; 1 by default",
-    "workers": "trials at a time; 1 by default",
-    "cluster": "where workers run: local (the default), slurm, or a YAML file",
+    **workers.OWN,
     "storage": "the study's database: postgresql://… or sqlite:///…; ASIB_STORAGE, or studies.db in output_dir",
     "study": "the study's name; by default derived from everything that decides its results",
     "join": "name of a running study: help with its trials, from any machine that reaches storage",
     "reap": "true: end runs in MLflow whose process is gone, and do nothing else",
     "sweep.": "any key of the sweep's file: sweep.space.method.tau.high=6, sweep.stop.patience=10",
-    "cluster.": "any key of the cluster's file: cluster.partition=gpu",
 }
 
 

@@ -47,10 +47,10 @@ def follow(step: str, config: Config, folder: Path, parent: Run | None = None, s
 
 
 def carrier(config: Config, folder: Path, stands_for: Carrier, stop: Stop) -> Run:
-    """What a sweep's worker has instead of a run: its nested runs become those of `stands_for`."""
+    """What a worker has instead of a run: its nested runs become those of `stands_for`."""
     with writable(config):
         journal = Journal.create(folder, experiment=stands_for.experiment, name=None, carrier=stands_for)
-    return Run("sweep", config, folder, journal, _deliver(config, folder), stands_for=stands_for.journal, stop=stop)
+    return Run("worker", config, folder, journal, _deliver(config, folder), stands_for=stands_for.journal, stop=stop)
 
 
 def child(

@@ -21,9 +21,14 @@ def pays(config: Config, plan: Plan, left: int) -> bool:
     Args:
         left: trials still to run.
     """
-    if not bank_use(shared(config)).on or left < 2 or "seed" in plan.sweep.space or plan.cluster.kind != "local":
+    if (
+        not bank_use(shared(config)).on
+        or left < 2
+        or "seed" in plan.sweep.space
+        or plan.workers.cluster.kind != "local"
+    ):
         return False
-    return config.bank == "ahead" or (config.bank == "auto" and plan.workers > 1)
+    return config.bank == "ahead" or (config.bank == "auto" and plan.workers.number > 1)
 
 
 def build(config: Config, data: ImageData, found: Sequence[Teacher], stop: Stop) -> None:

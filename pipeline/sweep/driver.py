@@ -23,6 +23,8 @@ from pipeline.distill import export, networks, register, teachers
 from pipeline.distill.train import load_data, prepare, threads_of
 from pipeline.errors import Interrupted, UserError
 from pipeline.files import read_state
+from pipeline.launch.crew import Crew
+from pipeline.launch.worker import free_memory
 from pipeline.runs import records
 from pipeline.runs.folders import STUDENT
 from pipeline.runs.run import Run, tracking_uri
@@ -48,10 +50,10 @@ KEPT = "asib.kept_trial"
 def sweep(run: Run, plan: Plan) -> float | None:
     """Run the plan's study until all its trials have ended; log the best trial's student as the model.
 
-    Return the best value; None with several objectives. Raises RuntimeError: the workers end without any result.
+    Return the best value; None with several objectives. Raises RuntimeError or HelperFailed: no result.
     """
     prepare(run.config, threads_of(run))
-    if plan.cluster.kind == "local":
+    if plan.workers.cluster.kind == "local":
         check_device(run.config, networks.device_of(run.config))
     data = load_data(run)
     run.journal.params(request.params(plan))
@@ -67,7 +69,7 @@ def sweep(run: Run, plan: Plan) -> float | None:
         for index in range(plan.sweep.seeds):
             ahead.build(worker.of_seed(base, index), data, found, run.stop)
     del found
-    worker.free_memory()  # the workers' GPUs are this process's
+    free_memory()  # the workers' GPUs are this process's
     _Driver(run, plan, study).drive()
     return _finish(run, plan, study, base, data)
 
@@ -169,8 +171,7 @@ class _Driver:
 
     def __init__(self, run: Run, plan: Plan, study: Study) -> None:
         self.run, self.plan, self.study = run, plan, study
-        self.launcher = plan.launcher(run.folder / "launched")
-        self.started = self.idle_starts = 0
+        self.crew = Crew(plan.launcher(run.folder / "launched"), plan.workers.number, worker.work, run.stop)
         self._shown: Counts | None = None
         self._said_time_left = False
 
@@ -197,40 +198,22 @@ class _Driver:
                     self.study.note(driver_seen=time.time())
                     next_requeue = time.monotonic() + self.plan.sweep.heartbeat_seconds / 2
                 if (now := self.study.progress()) > progress:
-                    progress, self.idle_starts = now, 0
+                    progress = now
+                    self.crew.progressed()
                 self._show(counts, bar)
-            self._wait_for_workers()
+            self.crew.wait(self.run.config.tracking.finish_seconds + 5)
         if reason := self.study.stopped():
             logger.info("the study stops after %d of %d trials: %s", counts.used, self.study.total, reason)
 
     def _start_missing(self, counts: Counts) -> None:
-        """Start as many workers as there are open trials, counting those that are still starting."""
-        alive = self.launcher.alive()
         open_trials = max(0, self.study.goal(counts) - counts.used) + counts.waiting
-        missing = min(self.plan.workers - alive, open_trials - max(0, alive - counts.running))
-        if missing <= 0:
-            return
-        if self.idle_starts >= 2 * self.plan.workers + 1:
-            why = self.study.last_error() or "no error was recorded"
-            raise RuntimeError(f"{self.idle_starts} workers ended without a result: {why}; see {self.launcher.folder}")
         os.environ[worker.STORAGE] = self.plan.storage
-        self.launcher.start(worker.work, missing, study=self.plan.name)
-        self.idle_starts += missing if self.started else 0
-        self.started += missing
+        self.crew.fill(open_trials, counts.running, self.study.last_error, study=self.plan.name)
 
     def _stop(self) -> None:
-        logger.warning("waiting for the workers to write their checkpoints; the same command continues the study")
-        self.launcher.stop()
+        self.crew.leave("the same command continues the study")
         self._state(self.study.requeue_stale())
         raise Interrupted(self.run.stop())
-
-    def _wait_for_workers(self) -> None:
-        """Wait, within limits, until they have delivered what they have."""
-        until = time.monotonic() + self.run.config.tracking.finish_seconds + 5
-        while self.launcher.alive() and time.monotonic() < until and not self.run.stop():
-            time.sleep(0.2)
-        if self.run.stop():
-            raise Interrupted(self.run.stop())
 
     def _show(self, counts: Counts, bar: Any) -> None:
         bar.refresh()
@@ -242,7 +225,7 @@ class _Driver:
             bar.set_postfix_str(f"best {best.values[0]:.4g} (trial {best.number})")
         self._state(counts)
         left = self.study.goal(counts) - counts.ended
-        if not self._said_time_left and (words := time_left(self.study.trials(), left, self.plan.workers)):
+        if not self._said_time_left and (words := time_left(self.study.trials(), left, self.plan.workers.number)):
             self._said_time_left = True
             logger.info("%s", words)
 

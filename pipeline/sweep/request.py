@@ -12,17 +12,15 @@ from pipeline.compose import cli
 from pipeline.compose.compose import keys_of
 from pipeline.compose.shortcuts import wants_dry_run
 from pipeline.config import Config
-from pipeline.config.numbers import MOST_SEEDS, MOST_TRIALS, WORKERS, whole
+from pipeline.config.numbers import MOST_SEEDS, MOST_TRIALS, whole
 from pipeline.config.places import output_dir
 from pipeline.config.words import why
 from pipeline.errors import UserError
 from pipeline.journal import writer_alive
+from pipeline.launch import workers
+from pipeline.launch.launcher import Launcher
+from pipeline.launch.workers import Workers
 from pipeline.runs.folders import header_of, tagged
-from pipeline.sweep.launch import cluster
-from pipeline.sweep.launch.cluster import ClusterConfig
-from pipeline.sweep.launch.launcher import Launcher
-from pipeline.sweep.launch.local import Here
-from pipeline.sweep.launch.slurm import Slurm
 from pipeline.sweep.space import space
 from pipeline.sweep.space.space import SweepConfig
 from pipeline.sweep.study.storage import shown_url
@@ -31,8 +29,6 @@ from pipeline.sweep.study.study import Study
 logger = logging.getLogger("asib")
 STUDY_TAG = "asib.study"
 DEFAULT = "kd_ib_tau"
-LAUNCHERS: dict[str, type[Launcher]] = {"local": Here, "slurm": Slurm}
-"""Launchers by kind of cluster."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +36,20 @@ class Plan:
     """`storage`: the database's URL. `name`: the study's name. `digest`: of everything that decides its results."""
 
     sweep: SweepConfig
-    cluster: ClusterConfig
-    workers: int
+    workers: Workers
     storage: str
     name: str
     digest: str
 
     def launcher(self, folder: Path) -> Launcher:
         """What starts its workers; `folder` is for their logs."""
-        return LAUNCHERS[self.cluster.kind](self.cluster, folder, self.workers)
+        return self.workers.launcher(folder)
 
     def words(self) -> str:
         """What DRY_RUN=1 shows: the study, and the jobs that would run its trials."""
         each = f" of {self.sweep.seeds} seeds" if self.sweep.seeds > 1 else ""
         where = f"study {self.name} in {shown_url(self.storage)}"
-        head = f"{where}: {self.sweep.trials} trials{each}, {self.workers} at a time"
+        head = f"{where}: {self.sweep.trials} trials{each}, {self.workers.number} at a time"
         return f"{head}\n{self.launcher(Path()).plan()}"
 
 
@@ -72,11 +67,10 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
             settings[key] = str(whole(key, own[key], high=most, why=why(SweepConfig.model_fields[key])))
     sweep = space.load(own.get("sweep") or DEFAULT, settings)
     space.check(sweep, config, keys_of(command.overrides))
-    workers = whole("workers", own.get("workers") or "1", high=WORKERS, why="each is a process or a cluster's job")
-    where = cluster.load(own.get("cluster") or "local", cli.settings(own, "cluster"))
+    crew = workers.read(own)
     name = own.get("study") or space.study_name(sweep, config)
     storage = storage_url(own.get("storage"), config)
-    plan = Plan(sweep, where, workers, storage, name, space.digest(sweep, config))
+    plan = Plan(sweep, crew, storage, name, space.digest(sweep, config))
     return _prepared(config, plan), plan
 
 

@@ -1,13 +1,10 @@
 """A sweep's worker: takes trials of a study, one after the other, and distils each in a nested run of the sweep's."""
 
 import contextlib
-import gc
 import logging
 import math
 import os
-import secrets
 import shutil
-import signal
 import socket
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,12 +20,11 @@ from pipeline.config.places import output_dir
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken, UserError
 from pipeline.files import replacing
 from pipeline.journal import Carrier, writer_alive
+from pipeline.launch import followers
+from pipeline.launch.worker import begin, carrier, free_memory
 from pipeline.paths import inside
 from pipeline.runs.folders import CONFIG, DIFFERENCE, header_of
-from pipeline.runs.run_log import log_to_terminal
 from pipeline.runs.signals import Stop
-from pipeline.sweep import followers
-from pipeline.sweep.launch.entry import PREEMPTION
 from pipeline.sweep.space.space import SweepConfig, apply
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.retry import SEEDS, STD
@@ -61,14 +57,9 @@ def work(
     Returns:
         0 when there was nothing left to do, 1 after `HOPELESS` failures, 128 + its number after a signal.
     """
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):  # the sweep's, not the worker's
-        os.environ.pop(name, None)
-    log_to_terminal()
-    stop = Stop()
-    stop.install()
-    signal.signal(PREEMPTION, stop.arrived)
+    stop = begin()
     if os.environ.get("RANK", "0") != "0":
-        return followers.follow(stop)
+        return followers.follow(stop, _help)
     opened = Study.open(storage or os.environ[STORAGE], study)
     base = configuration(opened, overrides)
     if joined:
@@ -105,17 +96,15 @@ class Worker:
     """What one worker keeps from trial to trial: the study and the carrier of its runs."""
 
     def __init__(self, study: Study, base: Config, stop: Stop) -> None:
-        from pipeline.runs import opening
-
         self.study, self.base, self.stop = study, base, stop
         facts = study.facts
         here = Path(facts["folder"])
         header = header_of(here)
         reachable = header is not None and header.data["journal"] == facts["parent_journal"]
         self.home = here if reachable else output_dir(base) / f"{study.name}-{facts['parent_journal'][:6]}"
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         stands_for = Carrier(facts["parent_run"], facts["parent_journal"], base.tracking.experiment, here)
-        self.run_ = opening.carrier(base, self.home / "workers" / self.name, stands_for, stop)
+        self.run_ = carrier(base, self.home, stands_for, stop)
+        self.name = self.run_.folder.name
         self._failures = 0
         self._together = False
         """Whether torchrun's other processes are in the middle of the trial, too."""
@@ -270,7 +259,7 @@ class Worker:
         from pipeline.distill import distill
 
         self._together = True
-        followers.tell({"config": run.config.model_dump(mode="json"), "folder": str(run.folder)})
+        followers.tell(run)
         results = distill.trial(run, TrialWatch(claim, self.study.sweep, folder))
         self._together = False
         return results
@@ -402,6 +391,25 @@ class TrialWatch:
         return True
 
 
+class _Silent:
+    """The watch of torchrun's other processes, which follow the first one's decisions."""
+
+    reason = ""
+
+    def __call__(self, epoch: int, metrics: Mapping[str, float]) -> "Verdict":
+        raise RuntimeError("only the first process asks")
+
+    def still_ours(self) -> bool:
+        raise RuntimeError("only the first process asks")
+
+
+def _help(run: "Run") -> None:
+    """Train together with the first process what that one has claimed."""
+    from pipeline.distill import distill
+
+    distill.trial(run, _Silent())
+
+
 def trial_config(config: Config, threads: int | None) -> Config:
     """A trial's configuration: it computes what `config` does, and records the threads so that it can be repeated.
 
@@ -474,11 +482,3 @@ def fetch_teachers(teachers: Sequence[Mapping[str, Any]], run: "Run") -> None:
 
 def _links(top: str, names: list[str]) -> list[str]:
     return [name for name in names if Path(top, name).is_symlink()]
-
-
-def free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -91,7 +91,7 @@ class Sweep:
 
     def workers_alive(self) -> list[int]:
         """Process ids of the workers that say who they are, and live."""
-        from pipeline.sweep.launch import processes
+        from pipeline.launch import processes
 
         found = []
         for path in self.lab.runs.glob("*-sweep-*/launched/processes/*.json"):

@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from pipeline.distill import train
+from pipeline.launch import worker as launched
 from pipeline.sweep import driver as sweep
-from pipeline.sweep import worker
 from pipeline.sweep.request import Plan
 from tests.pipeline.sweep.test_sweep import InProcess, WorkerStop
 from tests.steps import sweep_kills
@@ -136,7 +136,7 @@ def test_another_machine_joins_and_continues_from_the_server_alone(
     lab = ready_lab
     storage = f"storage=sqlite:///{lab.folder / 'shared.db'}"
     monkeypatch.setattr(Plan, "launcher", InProcess)
-    monkeypatch.setattr(worker, "Stop", WorkerStop)
+    monkeypatch.setattr(launched, "Stop", WorkerStop)
     monkeypatch.setattr(sweep, "TICK_S", 0.0)
     with monkeypatch.context() as patched:
         patched.setattr(train, "Loop", signal_at(13).loop)  # in the second stage of the first trial

@@ -13,8 +13,8 @@ from pipeline.compose.foreign import check_refers_to_nothing
 from pipeline.compose.settings import parse_data, read_data
 from pipeline.config import Config, config_hash
 from pipeline.errors import UserError
+from pipeline.launch import cluster
 from pipeline.promote import criteria as gate
-from pipeline.sweep.launch import cluster
 from pipeline.sweep.space import space
 
 URI = "runs:/0123456789abcdef0123456789abcdef/best.yaml"

@@ -23,6 +23,7 @@ from pipeline.distill import distill, train
 from pipeline.errors import Interrupted
 from pipeline.files import release
 from pipeline.journal import take
+from pipeline.launch import worker as launched
 from pipeline.runs.run import Run
 from pipeline.runs.signals import Stop
 from pipeline.sweep import driver as sweep
@@ -101,7 +102,7 @@ def _workers() -> Iterator[None]:
         for name in (*tracking, "RANK", "WORLD_SIZE", "ASIB_STORAGE"):
             patched.delenv(name, raising=False)
         patched.setattr(Plan, "launcher", InProcess)
-        patched.setattr(worker, "Stop", WorkerStop)
+        patched.setattr(launched, "Stop", WorkerStop)
         patched.setattr(sweep, "TICK_S", 0.0)
         yield
 

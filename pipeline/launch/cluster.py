@@ -1,4 +1,4 @@
-"""Where a sweep's workers run: conf/cluster/<name>.yaml or a YAML file anywhere, and `-P cluster.<key>=<value>`.
+"""Where workers run: conf/cluster/<name>.yaml or a YAML file anywhere, and `-P cluster.<key>=<value>`.
 
 Needs neither torch nor submitit.
 """

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sweep.launch import processes
-from pipeline.sweep.launch import slurm as slurm_backend
-from pipeline.sweep.launch.cluster import load
-from pipeline.sweep.launch.launcher import Launcher
-from pipeline.sweep.request import LAUNCHERS
-from tests.pipeline.sweep.launch.launch_work import hold
+from pipeline.launch import processes
+from pipeline.launch import slurm as slurm_backend
+from pipeline.launch.cluster import load
+from pipeline.launch.launcher import Launcher
+from pipeline.launch.workers import LAUNCHERS
+from tests.pipeline.launch.launch_work import hold
 from tests.slurm import SlurmCluster
 
-REPOSITORY = Path(__file__).parents[4]
+REPOSITORY = Path(__file__).parents[3]
 TIMEOUT_S = 60.0
 SMALL = {"gpus_per_node": "0", "cpus_per_task": "1", "time_minutes": "10"}  # what the test's node can run two of
 
@@ -193,9 +193,9 @@ import signal, sys, time
 from pathlib import Path
 for number in (signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)  # in tests that run in the background they are ignored, which is inherited
-from pipeline.sweep.launch.cluster import load
-from pipeline.sweep.launch.local import Here
-from tests.pipeline.sweep.launch.launch_work import hold
+from pipeline.launch.cluster import load
+from pipeline.launch.local import Here
+from tests.pipeline.launch.launch_work import hold
 Here(load("local", {}), Path(sys.argv[1]), 1).start(hold, 1, folder=sys.argv[2])
 print("started", flush=True)
 time.sleep(600)

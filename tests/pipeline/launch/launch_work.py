@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from pipeline.sweep.launch.entry import PREEMPTION
+from pipeline.launch.entry import PREEMPTION
 
 SEEN = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import read_state
+from pipeline.launch import processes
+from pipeline.launch.cluster import LocalCluster
+from pipeline.launch.launcher import Handle, Launcher
 from pipeline.paths import REPOSITORY
-from pipeline.sweep.launch import processes
-from pipeline.sweep.launch.cluster import LocalCluster
-from pipeline.sweep.launch.launcher import Handle, Launcher
 
 TEN_YEARS = 60 * 24 * 3650
 WARNING_S = 30

@@ -1,4 +1,4 @@
-"""Start, count and stop a sweep's workers; the subclasses `Here` and `Slurm` say where they run.
+"""Start, count and stop workers; the subclasses `Here` and `Slurm` say where they run.
 
 The launcher's folder records what was started, so that the next launcher of the same folder, after a driver was
 killed, counts and stops those workers too.
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import warn_once
-from pipeline.sweep.launch.cluster import ClusterConfig
-from pipeline.sweep.launch.entry import enter
+from pipeline.launch.cluster import ClusterConfig
+from pipeline.launch.entry import enter
 
 Handle = dict[str, Any]
 """What a kind of cluster uses to find a worker again; JSON."""
@@ -24,7 +24,7 @@ KILL_S = 30.0
 
 
 class Launcher(ABC):
-    """The workers of one sweep.
+    """The workers of one driver.
 
     Args:
         folder: for logs and for what was started; reachable from the cluster's nodes.
@@ -39,7 +39,7 @@ class Launcher(ABC):
 
     def __init__(self, cluster: ClusterConfig, folder: Path, workers: int) -> None:
         self.cluster, self.folder, self.workers = cluster, folder.absolute(), workers
-        self._ledger = self.folder / "workers.jsonl"
+        self._ledger = self.folder / f"workers-{cluster.kind}.jsonl"  # other kinds have other handles
 
     @abstractmethod
     def check(self) -> None:

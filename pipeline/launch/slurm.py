@@ -15,10 +15,10 @@ from typing import Any
 
 from pipeline.config.words import near_miss
 from pipeline.errors import UserError
+from pipeline.launch.cluster import SlurmCluster
+from pipeline.launch.launcher import Handle, Launcher
+from pipeline.launch.processes import environment
 from pipeline.paths import REPOSITORY
-from pipeline.sweep.launch.cluster import SlurmCluster
-from pipeline.sweep.launch.launcher import Handle, Launcher
-from pipeline.sweep.launch.processes import environment
 
 logger = logging.getLogger("asib")
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
@@ -150,7 +150,7 @@ def _compat_script(folder: Path, workers: int, parameters: dict[str, Any]) -> st
 def _own_settings_only() -> AbstractContextManager[None]:
     """Hide variables that Slurm's programs read as options, and that override the script's #SBATCH lines.
 
-    A sweep that is itself started within a job inherits that job's size and number, and SBATCH_* from a user's profile
+    A driver that is itself started within a job inherits that job's size and number, and SBATCH_* from a user's profile
     would overrule the cluster's file. SLURM_CONF stays: it locates Slurm.
     """
     taken = [name for name in os.environ if name.startswith(INHERITED) and name != "SLURM_CONF"]

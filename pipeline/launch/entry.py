@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.files import write_atomically
-from pipeline.sweep.launch.processes import identity
+from pipeline.launch.processes import identity
 
 if TYPE_CHECKING:
     from submitit import JobEnvironment

@@ -1,1 +1,0 @@
-"""The only user of submitit: workers on this machine, or through Slurm."""
