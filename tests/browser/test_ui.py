@@ -6,26 +6,18 @@ import pytest
 from mlflow import MlflowClient
 from playwright.sync_api import expect
 
-from steps import main
 from tests.browser.ui import chromium, open_charts, open_picture, open_runs
 from tests.servers import MlflowServer
+from tests.steps.lab import Lab
 
 pytest_plugins = ["tests.servers"]
 pytestmark = pytest.mark.browser
-BRIEF = [
-    "cfg=quickstart",
-    "finetune.epochs=1",
-    "method.num_stages=2",
-    "method.student_epochs_per_stage=[1,1]",
-    "method.teacher_adapt_epochs=1",
-    "schedule.lr_warmup_epochs=0",
-    "log_model=false",
-]
 
 
 def test_main_job_is_shown_nested_with_charts_and_pictures(mlflow_server: MlflowServer, tmp_path: Path) -> None:
-    where = [f"tracking.uri={mlflow_server.uri}", "tracking.experiment=ui", f"output_dir={tmp_path}", "run_name=demo"]
-    assert main.main([*BRIEF, *where]) == 0
+    where = ["tracking.mode=online", f"tracking.uri={mlflow_server.uri}", "tracking.experiment=ui"]
+    done = Lab(tmp_path / "lab").step("main", "run_name=demo", *where)
+    assert done.code == 0, done.err
     client = MlflowClient(mlflow_server.uri)
     experiment = client.get_experiment_by_name("ui")
     assert experiment is not None
