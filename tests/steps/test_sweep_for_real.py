@@ -157,7 +157,7 @@ def test_another_machine_joins_and_continues_from_the_server_alone(
     assert {len(values) for values in trial.metrics.values()} == {1}
     assert before.items() <= dict(trial.steady.items()).items()
     assert "epoch 0, batch 0" not in trial.tags["asib.resumed_from"]
-    assert len(list(elsewhere.glob("*-sweep-*/trials/*/config.yaml"))) == 4, "also of the one that was fetched"
+    assert len(list(elsewhere.glob("*/trials/*/config.yaml"))) == 4, "also of the one that was fetched"
 
 
 @pytest.mark.slow
