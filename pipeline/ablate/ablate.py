@@ -5,22 +5,25 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from pipeline import urls
-from pipeline.ablate.plan import PLAN_TAG, Cell, Plan
+from pipeline.ablate import driver, worker
+from pipeline.ablate.plan import PLAN_TAG, Cell, Child, Plan
 from pipeline.compare import compare, job, report
-from pipeline.config import Config, Identity, TeacherConfig, config_hash, sources_of
+from pipeline.config import Identity, TeacherConfig, config_hash, sources_of
 from pipeline.config.places import output_dir
 from pipeline.data.sources import ImageData
-from pipeline.distill import distill, export, networks, register, teachers
+from pipeline.distill import export, networks, register, teachers
 from pipeline.distill.train import load_data, prepare, threads_of
 from pipeline.errors import NonFinite, UserError
 from pipeline.files import read_state, warn_once, write_atomically
 from pipeline.journal import read_entries
 from pipeline.paths import REPOSITORY
-from pipeline.runs import opening, records
+from pipeline.runs import records
 from pipeline.runs.folders import STUDENT, ended, folders_with, header_of
 from pipeline.runs.run import Run, tracking_uri
 from pipeline.training.bank.policy import bank_use
@@ -30,42 +33,18 @@ from pipeline.training.optim import Precision
 logger = logging.getLogger("asib")
 
 
-@dataclass
-class Child:
-    """A cell and its result's identity. `folder` and `run_id`: where its results are, once it has any."""
-
-    cell: Cell
-    identity: str
-    folder: Path | None = None
-    run_id: str | None = None
-    reused: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.cell.name
-
-    @property
-    def config(self) -> Config:
-        return self.cell.config
-
-    @property
-    def key(self) -> str:
-        """The name of its folder: each identity has its own, so that stale results are never continued."""
-        return f"{self.cell.folder}-{self.identity[:8]}"
-
-
 def ablate(run: Run, plan: Plan) -> float | None:
     """Run the plan's cells, reuse finished runs, compare them, and log the best one's student if the plan wants it."""
     prepare(run.config, threads_of(run))
-    check_device(run.config, networks.device_of(run.config))
+    check_device(run.config, _device(run, plan))
     data = load_data(run)
     _validate_early(plan, data)
     run.journal.params(dict(plan.params))
     run.journal.tags({PLAN_TAG: plan.digest})
     run.ready()
     failed: list[str] = []
-    children = _run(run, data, plan.cells, plan.force, failed)
-    children += _run(run, data, plan.more(_results(run, children)), plan.force, failed)
+    children = _run(run, data, plan, plan.cells, failed)
+    children += _run(run, data, plan, plan.more(_results(run, children)), failed)
     _state_reuse(run, children)
     accuracy: float | None = None
     results = [record for _, record in _results(run, children)]
@@ -88,10 +67,18 @@ def _validate_early(plan: Plan, data: ImageData) -> None:
             checked.add(cell.row)
 
 
-def _run(run: Run, data: ImageData, cells: Sequence[Cell], force: bool, failed: list[str]) -> list[Child]:
+def _device(run: Run, plan: Plan) -> torch.device:
+    """Where the cells are trained."""
+    return torch.device("cuda") if plan.workers.on_gpus(run.config) else networks.device_of(run.config)
+
+
+def _run(run: Run, data: ImageData, plan: Plan, cells: Sequence[Cell], failed: list[str]) -> list[Child]:
     """Find or make the result of every cell; those that failed are named in `failed`."""
-    children = _identified(run, cells, data)
-    _find_finished(run, children, force)
+    children = _identified(run, cells, data, _device(run, plan))
+    _find_finished(run, children, plan.force)
+    if not plan.workers.needless:
+        failed += driver.train(run, plan.workers, [child for child in children if not child.reused])
+        return children
     for number, child in enumerate(children, start=1):
         if child.reused:
             continue
@@ -116,9 +103,9 @@ def _results(run: Run, children: Sequence[Child]) -> list[tuple[Cell, records.Re
 # children ------------------------------------------------------------------------------------------------------------
 
 
-def _identified(run: Run, cells: Sequence[Cell], data: ImageData) -> list[Child]:
+def _identified(run: Run, cells: Sequence[Cell], data: ImageData, device: torch.device) -> list[Child]:
     """All children, each with the identity of its result; missing teachers are fine-tuned first."""
-    device, hashes = networks.device_of(run.config), dict[tuple[TeacherConfig, ...], tuple[str, ...]]()
+    hashes: dict[tuple[TeacherConfig, ...], tuple[str, ...]] = {}
     for cell in cells:
         check_device(cell.config, device)
     for cell in cells:
@@ -188,11 +175,7 @@ def _finished_here(root: Path, wanted: set[str]) -> dict[str, Path]:
 
 
 def _train(run: Run, child: Child) -> None:
-    nested = opening.child(run, "distill", child.key, child.config, child.name)
-    nested.journal.tags(dict(child.cell.tags))
-    with nested.nested():
-        distill.distill(nested)
-    child.folder = nested.folder
+    child.folder = worker.train(run, child.key, child.cell)
 
 
 def _state_reuse(run: Run, children: Sequence[Child]) -> None:

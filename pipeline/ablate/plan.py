@@ -2,15 +2,19 @@
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from pipeline.compose import cli
+from pipeline.compose.shortcuts import wants_dry_run
 from pipeline.config import Config, config_hash, sources_of
 from pipeline.config.identity import canonical
 from pipeline.config.places import output_dir
+from pipeline.launch.workers import Workers
 from pipeline.paths import REPOSITORY
 from pipeline.runs.folders import interrupted
 from pipeline.training.bank.policy import shared
@@ -41,6 +45,30 @@ class Cell:
         return re.sub(r"[^\w.+-]+", "_", self.row) + f"-seed{self.config.seed}"
 
 
+@dataclass
+class Child:
+    """A cell and its result's identity. `folder` and `run_id`: where its results are, once it has any."""
+
+    cell: Cell
+    identity: str
+    folder: Path | None = None
+    run_id: str | None = None
+    reused: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.cell.name
+
+    @property
+    def config(self) -> Config:
+        return self.cell.config
+
+    @property
+    def key(self) -> str:
+        """The name of its folder: each identity has its own, so that stale results are never continued."""
+        return f"{self.cell.folder}-{self.identity[:8]}"
+
+
 More: TypeAlias = "Callable[[Sequence[tuple[Cell, Record]]], Sequence[Cell]]"
 """Further cells, once the results of the first ones are known."""
 
@@ -52,6 +80,7 @@ class Plan:
     Attributes:
         digest: equal for equal commands and sources.
         params: what the parent run states.
+        workers: who trains the cells; if `needless`, the step's own process.
         best: whether the cell that is best on validation is the parent's model.
         baseline, anyway: as a comparison takes them.
     """
@@ -60,6 +89,7 @@ class Plan:
     force: bool
     digest: str
     params: Mapping[str, str]
+    workers: Workers
     best: bool = True
     baseline: str | None = None
     anyway: bool = False
@@ -67,7 +97,8 @@ class Plan:
 
     def words(self) -> str:
         """What DRY_RUN=1 shows."""
-        return "\n".join([f"{len(self.cells)} runs", *(cell.name for cell in self.cells)])
+        jobs = [] if self.workers.needless else [self.workers.launcher(Path()).plan()]
+        return "\n".join([f"{len(self.cells)} runs", *(cell.name for cell in self.cells), *jobs])
 
 
 def nested(config: Config) -> Config:
@@ -89,8 +120,13 @@ def digest_of(config: Config, cells: Sequence[Cell], **more: object) -> str:
     return hashlib.sha256(canonical(what).encode()).hexdigest()
 
 
-def continued(config: Config, step: str, digest: str, name: str) -> Config:
-    """The parent run's configuration, which continues an interrupted run of the same grid if there is one."""
+def continued(config: Config, step: str, digest: str, name: str, workers: Workers) -> Config:
+    """The parent run's configuration, which continues an interrupted run of the same grid if there is one.
+
+    Raises UserError: workers that cannot start.
+    """
+    if not workers.needless and not wants_dry_run(os.environ):
+        workers.launcher(output_dir(config)).check()
     if config.resume is None:
         before = interrupted(output_dir(config), step, PLAN_TAG, digest)
         if before is not None:

@@ -5,12 +5,14 @@ from pipeline.compose import cli, rungs
 from pipeline.compose.compose import compose
 from pipeline.config import Config
 from pipeline.config.words import written
+from pipeline.launch import workers
 from pipeline.reporting import tables
 
 OWN = {
     "rungs": "names of rungs, ladder (the default), or all; table prints what each rung changes",
     "seeds": "such as 0,1,2; by default the value of seed",
     "force": "true: rerun what has finished",
+    **workers.OWN,
 }
 
 
@@ -32,14 +34,16 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     names = rungs.read_names(own.get("rungs") or "ladder")
     seeds = rungs.read_seeds(own.get("seeds") or str(config.seed))
     force = cli.flag(own, "force")
+    crew = workers.read(own)
     rungs.refuse_overrides(names, command.overrides)
     cells = tuple(
         Cell(str(c.rung), nested(c), {"asib.parent_rung": rungs.known()[str(c.rung)].parent or "none"})
         for c in rungs.configurations(config, names, seeds)
     )
     digest = digest_of(config, cells, force=str(force).lower())
-    config = continued(config, "ablate", digest, f"ablate {count(names, 'rung')}, {count(seeds, 'seed')}")
-    return config, Plan(cells, force, digest, {"rungs": ",".join(names), "seeds": ",".join(map(str, seeds))})
+    config = continued(config, "ablate", digest, f"ablate {count(names, 'rung')}, {count(seeds, 'seed')}", crew)
+    params = {"rungs": ",".join(names), "seeds": ",".join(map(str, seeds))}
+    return config, Plan(cells, force, digest, params, crew)
 
 
 def table(cfg: Config) -> str:

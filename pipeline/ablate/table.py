@@ -17,6 +17,7 @@ from pipeline.compose.settings import read_section
 from pipeline.config import Config, TeacherConfig, config_hash, configure, explain, student_alone
 from pipeline.config.words import suggestion
 from pipeline.errors import UserError
+from pipeline.launch import workers
 
 if TYPE_CHECKING:
     from pipeline.runs.records import Record
@@ -29,6 +30,7 @@ OWN = {
     "seeds": "such as 0,1,2; by default the value of seed",
     "force": "true: rerun what has finished",
     "anyway": "true: compare methods even if they differ in their epochs",
+    **workers.OWN,
     "table.": "a key of the file, such as table.baseline=kd or table.equal_cost=false",
 }
 ALONE = "alone"
@@ -93,6 +95,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
         hint = suggestion(table.baseline, methods)
         raise UserError(f"table.baseline={table.baseline}: no row of this table; {hint}there are {', '.join(methods)}")
     seeds = rungs.read_seeds(own.get("seeds") or str(config.seed))
+    crew = workers.read(own)
     force, anyway = cli.flag(own, "force"), cli.flag(own, "anyway")
     cells = tuple(_cells(table, command, found, pairs, methods, seeds))
     _check(table, cells, anyway)
@@ -107,8 +110,8 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
         "seeds": ",".join(map(str, seeds)),
     }
     more = partial(_longer, table.baseline) if table.equal_cost else lambda results: ()
-    plan = Plan(cells, force, digest, params, best=False, baseline=table.baseline, anyway=anyway, more=more)
-    return continued(shown, "table", digest, name), plan
+    plan = Plan(cells, force, digest, params, crew, best=False, baseline=table.baseline, anyway=anyway, more=more)
+    return continued(shown, "table", digest, name, crew), plan
 
 
 def _chosen(key: str, given: str | None, known: Mapping[str, Any]) -> list[str]:
