@@ -40,6 +40,7 @@ Real = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False), "floats s
 # whole numbers
 Count = Annotated[int, Field(ge=0, le=MILLION), "nothing here happens a million times"]
 AtLeastOne = Annotated[int, Field(ge=1, le=MILLION), "nothing here happens a million times"]
+AtLeastTwo = Annotated[int, Field(ge=2, le=MILLION), "nothing here happens a million times"]
 Epochs = Annotated[int, Field(ge=0, le=MILLION), "at a second each these are twelve days"]
 Epoch = Annotated[int, Field(ge=1, le=MILLION), "at a second each these are twelve days"]
 FreezeLevel = Annotated[int, Field(ge=-1, le=2)]

@@ -5,13 +5,14 @@ from typing import Any, ClassVar, Literal
 
 from pipeline.config.base import key
 from pipeline.config.methods.base import MethodConfig, distilled
-from pipeline.config.numbers import AtLeastOne, NonNegative, Positive
+from pipeline.config.numbers import AtLeastOne, AtLeastTwo, NonNegative, Positive
 
 
 class MmkdConfig(MethodConfig):
     """Several teachers, weighted by meta-learned networks (Zhang et al. 2023)."""
 
     step: ClassVar[str] = "pipeline.training.methods.mmkd:Mmkd"
+    task: ClassVar[str] = "pipeline.training.methods.mmkd:OneProcess"
     teachers: ClassVar[tuple[int, int | None]] = (1, None)
     maps: ClassVar[bool] = True
     compares_logits: ClassVar[bool] = True
@@ -26,7 +27,7 @@ class MmkdConfig(MethodConfig):
     meta_steps: AtLeastOne = key(
         2, "virtual steps of the student by the weighted terms, before one by cross-entropy", when=distilled
     )
-    buffer_size: AtLeastOne = key(256, "hard images kept for updates of the weight networks", when=distilled)
+    buffer_size: AtLeastTwo = key(256, "hard images kept for updates of the weight networks", when=distilled)
 
     @property
     def distils(self) -> bool:
@@ -40,10 +41,6 @@ class MmkdConfig(MethodConfig):
     def backward_beside_updates(self) -> float:
         """Per image: of each virtual step the gradient (2), and the way back through step and gradient (6); then 2."""
         return (8 * (self.meta_steps + 1) + 2) / (self.meta_steps + 2)
-
-    def rules(self, config: Any) -> Iterator[str]:
-        if self.buffer_size < 2:
-            yield f"method.buffer_size={self.buffer_size}: batch statistics need two images; set it to at least 2"
 
     def inactive(self, config: Any) -> Iterator[str]:
         if len(config.model.teachers) == 1:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.features import Features
+from models.features import FeatureNet, Features
+from pipeline.config import Config
 from pipeline.data.batches import Batch
 from pipeline.errors import UserError
 from pipeline.training import distributed, optim
@@ -24,6 +25,7 @@ from pipeline.training.methods.maps import pooled
 from pipeline.training.methods.projectors import BatchNorm, Shape
 from pipeline.training.objective import Moment
 from pipeline.training.step import Lesson, Setup, StudentStep
+from pipeline.training.student import Distillation
 
 Values = dict[str, Tensor]
 """A module's trained parameters by name, at values that need not be its own."""
@@ -146,18 +148,9 @@ def differentiable_twice() -> Iterator[None]:
 
 
 class Mmkd(StudentStep):
-    """Lesson: `logits` (n, K, N) and `map_k`, each teacher's last map, at the smaller size of student and teacher.
-
-    Raises:
-        UserError: there are several processes.
-    """
+    """Lesson: `logits` (n, K, N) and `map_k`, each teacher's last map, at the smaller size of student and teacher."""
 
     def __init__(self, setup: Setup) -> None:
-        if distributed.world().size > 1:
-            raise UserError(
-                f"method=mmkd with {distributed.world().size} processes: its weight networks learn in one; start it "
-                "without torchrun"
-            )
         super().__init__(setup)
         m, student, taught = self.method, setup.student_maps[-1], [maps[-1] for maps in setup.teacher_maps]
         self.own["projectors"] = Projectors(student, taught)
@@ -265,3 +258,15 @@ class Mmkd(StudentStep):
         self.weigher.load_state_dict(state["weigher"])
         optim.restore_optimizer(self._optimizer, state["meta_optimizer"])
         self.hard.load_state_dict(state["hard"])
+
+
+class OneProcess(Distillation):
+    """Several processes are refused, before teachers are fine-tuned: the weight networks learn from one's images."""
+
+    @staticmethod
+    def check(config: Config, student: FeatureNet, num_classes: int) -> None:
+        processes = distributed.world().size
+        if config.method.distils and processes > 1:
+            raise UserError(
+                f"method=mmkd with {processes} processes: its weight networks learn in one; start it without torchrun"
+            )

@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor, nn
 
 from models.features import FeatureNet
+from pipeline.config import Config
 from pipeline.config.inactive import inactive
 from pipeline.config.methods.mmkd import MmkdConfig
 from pipeline.config.schema import configure
@@ -24,6 +25,7 @@ from pipeline.training.methods.mmkd import HardImages, Mmkd, Projectors, differe
 from pipeline.training.objective import Moment
 from pipeline.training.rng import Streams
 from pipeline.training.step import Setup
+from pipeline.training.student import task_of
 from tests.pipeline.training.builders import CLASSES, CPU, TinyNet, copied, softmax
 from tests.pipeline.training.methods.against import random
 from tests.pipeline.training.methods.stepping import MOMENT, batches, first
@@ -367,22 +369,24 @@ def test_the_methods_file_has_the_published_values() -> None:
     assert (chosen.feat_alpha, chosen.meta_interval, chosen.meta_lr, chosen.buffer_size) == (100, 5, 1e-3, 256)
 
 
+def configured(teachers: int, **method: Any) -> Config:
+    model = {"teachers": [{"name": "cifar_resnet8"}] * teachers}
+    return configure({"method": {"name": "mmkd", **method}, "model": model})
+
+
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(2)
+    task_of(config.method).check(config, net(6, 0), CLASSES)
     monkeypatch.setattr(distributed, "world", lambda: distributed.World(0, 2))
     with pytest.raises(UserError, match=r"^method=mmkd with 2 processes: .* start it without torchrun$"):
-        made()
+        task_of(config.method).check(config, net(6, 0), CLASSES)
 
 
 def test_a_buffer_of_one_image_is_refused() -> None:
-    assert [*MmkdConfig(buffer_size=1).rules(None)] == [
-        "method.buffer_size=1: batch statistics need two images; set it to at least 2"
-    ]
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        MmkdConfig(buffer_size=1)
 
 
 def test_of_one_teacher_keys_of_the_weight_networks_cannot_act() -> None:
-    changed = {"name": "mmkd", "meta_lr": 0.01}
-    found = [
-        inactive(configure({"method": changed, "model": {"teachers": [{"name": "cifar_resnet8"}] * count}}))
-        for count in (1, 2)
-    ]
+    found = [inactive(configured(count, meta_lr=0.01)) for count in (1, 2)]
     assert found == [["method.meta_lr: the weight of a single teacher is 1"], []]
