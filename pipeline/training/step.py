@@ -218,8 +218,10 @@ class StudentStep(Objective):
         counted = distilled * lesson.get("weight", torch.ones_like(distilled))
         total = torch.zeros((), device=self.device)
         for name, value in terms.items():
-            out[name] = batch_mean(counted * value, batch) if value.dim() else value
-            total = total + weights[name] * out[name]
+            mean = batch_mean(counted * value, batch) if value.dim() else value
+            total = total + weights[name] * mean
+            if weights[name] > 0:
+                out[name] = mean
         total = w.scale * (total + self._plus(seen.logits, lesson, counted, batch, out))
         if self.method.kd_sample_gate:
             out["sample_gate"] = batch_mean((distilled > 0).float(), batch)

@@ -20,7 +20,7 @@ from tests.fixtures import before_the_move as before
 from tests.fixtures.before_the_move import House, lines
 from tests.steps.desk import to_onnx
 
-RECORD: dict[str, Any] = json.loads(before.RECORD.read_text())
+RECORD: dict[str, Any] = before.record()
 ROOT = Path(__file__).resolve().parents[2]
 
 

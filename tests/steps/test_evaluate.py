@@ -171,7 +171,7 @@ def test_the_baseline_is_the_main_jobs_student_alone(baseline: Done) -> None:
     assert {step for name, step in found if name == "student/acc"} == {0, 1}
     assert not [name for name, _ in found if name.startswith(("a_step/", "teacher/", "synergy/"))]
     assert found["b_step/loss", 0] == found["b_step/ce", 0]
-    assert found["b_step/kd", 0] == [0.0]
+    assert not [name for name, _ in found if name.startswith("b_step/kd")]
     assert "student alone" in baseline.out or "trained student" in baseline.out
 
 

@@ -140,13 +140,13 @@ def test_metrics_are_there_once_for_each_global_epoch(seen: Seen) -> None:
     every, a_epochs, b_epochs = {0, 1, 2, 3}, {0, 2}, {1, 3}
     for name in ("synergy/acc", "schedule/tau", "schedule/lr", "train/images_per_second", "train/nonfinite_steps"):
         assert steps.pop(name) == every, name
-    for name in ("loss", "ce", "kd", "ib", "feat", "cccp", "cw_mean", "cw_std"):
+    for name in ("loss", "ce", "kd", "ib", "cw_mean", "cw_std"):
         assert steps.pop(f"a_step/{name}") == a_epochs, name
     for name in ("schedule/ib_beta", "synergy/acc_ema"):
         assert steps.pop(name) == a_epochs, name
     for name in ("student/acc", "student/loss", "gate/open", "schedule/kd_weight"):
         assert steps.pop(name) == b_epochs, name
-    for name in ("loss", "ce", "kd", "feat"):
+    for name in ("loss", "ce", "kd"):
         assert steps.pop(f"b_step/{name}") == b_epochs, name
     first = ("teacher/0/acc", "teacher/1/acc", "teacher/avg_acc", "teacher/disagreement", "teacher/both_wrong")
     assert all(steps.pop(name) == {0} for name in first)

@@ -190,7 +190,12 @@ class AStep(Objective):
         return total
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
-        means = dict(means)
+        """The means of what acts in this epoch, with the deviation of the certainty."""
+        w = self.weights
+        acts = {"kd": w.kd > 0, "ib": w.beta > 0, "feat": w.feat > 0, "cccp": w.cccp > 0}
+        acts |= dict.fromkeys(("cw_mean", "cw_square", "cw_at_bounds"), w.certainty)
+        acts |= dict.fromkeys(("raw_kl", "sigma"), self.method.use_ib)
+        means = {name: value for name, value in means.items() if acts.get(name, True)}
         square = means.pop("cw_square", 0.0)
         if "cw_mean" in means:
             means["cw_std"] = max(square - means["cw_mean"] ** 2, 0.0) ** 0.5

@@ -220,10 +220,6 @@ class BStep(StudentStep):
         query = self._fuses() and not self.method.learnable_q
         return getattr(seen, self.method.ib_mbm_query_key) if query else seen.logits
 
-    def forward(self, batch: Batch, moment: Moment, repeat: int = 0) -> dict[str, Tensor]:
-        zero = torch.zeros((), device=self.device)
-        return {"kd": zero, "feat": zero} | super().forward(batch, moment, repeat)
-
     def _distil(
         self,
         seen: Features,
@@ -266,9 +262,13 @@ class BStep(StudentStep):
         return total + w.scale * self._plus(seen.logits, lesson, distilled * omega, batch, out)
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
-        """Average readings of targets over the distilled samples, not over all, so that gates leave them comparable."""
-        share = means.get("sample_gate", 0.0)
-        return {k: v / share if k in ("target_entropy", "label_guard") and share > 0 else v for k, v in means.items()}
+        """Average readings of targets over the distilled samples, not over all, so that gates leave them comparable.
+
+        Without a gate their share is not logged.
+        """
+        share, gated = means.get("sample_gate", 0.0), self.method.kd_sample_gate
+        found = {k: v / share if k in ("target_entropy", "label_guard") and share > 0 else v for k, v in means.items()}
+        return {k: v for k, v in found.items() if gated or k != "sample_gate"}
 
     def _divergence(self, logits: Tensor, lesson: Lesson, batch: Batch) -> Tensor:
         """KD_i of this process's samples, (b,)."""

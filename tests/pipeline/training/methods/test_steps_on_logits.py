@@ -68,7 +68,8 @@ def test_the_loss_is_cross_entropy_and_the_weighted_terms(name: str, k: int) -> 
     assert terms, "the terms are named after the method"
     torch.testing.assert_close(out["loss"], chosen.ce_alpha * out["ce"] + chosen.kd_alpha * sum(terms))
     assert torch.isfinite(slope).all()
-    _, without = outcome(name, k, batch(), kd_alpha=0.0)
+    idle, without = outcome(name, k, batch(), kd_alpha=0.0)
+    assert not [key for key in idle if key.startswith(name)], "what has no weight is not logged"
     assert (slope - without).abs().max() > 1e-4, "it pulls at the student"
 
 

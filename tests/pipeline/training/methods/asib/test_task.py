@@ -295,18 +295,36 @@ def test_results_are_of_the_selected_weights_and_the_checkpoint_keeps_the_last(t
     assert results["final/acc_last"] == pytest.approx(100 * again / 24)
 
 
-def test_what_is_logged_of_a_run(tmp_path: Path) -> None:
-    """The names of docs/tracking.md, and the phases that log them."""
-    task = distillation(config())
+CERTAINTY, BOTTLENECK = {"cw_mean", "cw_std", "cw_at_bounds"}, {"raw_kl", "sigma"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "of_a", "of_b"),
+    [
+        ({}, {"kd", "ib"} | CERTAINTY | BOTTLENECK, {"kd", "target_entropy"}),
+        (
+            {"use_cccp": True, "feat_kd_alpha": 0.1, "hybrid_beta": 0.1, "kd_sample_gate": True, "kd_max_ratio": 2.0},
+            {"cccp", "ib", "feat"} | CERTAINTY | BOTTLENECK,
+            {"kd", "feat", "hybrid", "target_entropy", "sample_gate", "kd_clamped"},
+        ),
+        ({"synergy_only_epochs": 4, "feat_kd_alpha": 0.1, "kd_alpha": 0.0}, BOTTLENECK, {"feat"}),
+        (
+            {"use_ib": False, "enable_kd_after_syn_acc": 1.0, "feat_kd_alpha": 0.1},
+            {"kd", "feat"},
+            {"kd", "target_entropy"},
+        ),
+    ],
+)
+def test_what_is_logged_of_a_run(keys: dict[str, Any], of_a: set[str], of_b: set[str], tmp_path: Path) -> None:
+    """The names of docs/tracking.md, and the phases that log them: no term that has no weight."""
+    task = distillation(config(method=keys))
     record = Record()
     loop = loop_for(task, tmp_path, record)
     loop.run()
     always = {"schedule/tau", "schedule/lr", "train/nonfinite_steps"}
-    a = {f"a_step/{k}" for k in ("loss", "ce", "kd", "ib", "feat", "cccp", "cw_mean", "cw_std")}
-    a |= {"a_step/raw_kl", "a_step/sigma", "a_step/cw_at_bounds"}  # docs/method.md section 9: for reading the ladder
+    a = {f"a_step/{k}" for k in {"loss", "ce"} | of_a}
     a |= {"schedule/ib_beta", "synergy/acc", "synergy/acc_ema"}
-    b = {f"b_step/{k}" for k in ("loss", "ce", "kd", "feat")}
-    b |= {"b_step/target_entropy", "b_step/sample_gate"}
+    b = {f"b_step/{k}" for k in {"loss", "ce"} | of_b}
     b |= {"student/acc", "student/loss", "schedule/kd_weight", "gate/open", "synergy/acc"}
     for step, values in record.rows:
         own = a if task.plan[step].phase == "a" else b
@@ -520,7 +538,8 @@ def test_in_the_cooldown_neither_teachers_nor_fusion_run(tmp_path: Path) -> None
     assert [len(c) for c in calls] == [0, 0]
     assert fused == []
     assert record.series("schedule/kd_weight") == [0.0] * 3
-    assert record.series("b_step/kd") == [0.0] * 3
+    assert record.series("b_step/loss") == pytest.approx([0.7 * ce for ce in record.series("b_step/ce")])
+    assert not {"b_step/kd", "b_step/feat", "b_step/hybrid"} & {k for _, row in record.rows for k in row}
     assert "synergy/acc" not in {k for _, row in record.rows for k in row}
 
 
