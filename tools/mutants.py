@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ASIB, JOURNAL = "training/methods/asib", "journal/test_journal.py"
 PLACES = {
     "training/losses.py": ["training/test_losses.py"],
-    f"{ASIB}/schedules.py": [f"{ASIB}/test_schedules.py"],
+    f"{ASIB}/schedules.py": [f"{ASIB}/test_schedules.py", f"{ASIB}/test_task.py"],
     f"{ASIB}/targets.py": [f"{ASIB}/test_targets.py", f"{ASIB}/test_b_step.py"],
     f"{ASIB}/b_step.py": [f"{ASIB}/test_b_step.py"],
     f"{ASIB}/a_step.py": [f"{ASIB}/test_a_step.py"],
@@ -32,7 +32,7 @@ PLACES = {
     "promote/spending.py": ["promote/test_spending.py"],
     "promote/gate.py": ["promote/test_gate.py"],
     "promote/decision.py": ["promote/test_decision.py"],
-    "sweep/study/claim.py": ["sweep/study/test_study.py"],
+    "sweep/study/claim.py": ["sweep/study/test_study.py", "sweep/study/test_samplers.py"],
     "journal/entries.py": [JOURNAL],
     "journal/writer.py": [JOURNAL],
 }

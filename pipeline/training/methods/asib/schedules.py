@@ -43,7 +43,7 @@ def make_plan(method: AsibConfig, a_steps: bool) -> list[Epoch]:
     counts = {"a": 0, "b": 0}
     distils_until = sum(method.student_epochs_per_stage) - method.kd_cooldown_epochs
     for stage, b_epochs in enumerate(method.student_epochs_per_stage):
-        used = counts["b"] < distils_until or method.kd_cooldown_epochs == 0
+        used = counts["b"] < distils_until
         for phase, epochs in (("a", method.teacher_adapt_epochs if a_steps and used else 0), ("b", b_epochs)):
             for i in range(epochs):
                 plan.append(Epoch(phase, stage, i, counts[phase], len(plan), i == 0, i == epochs - 1))

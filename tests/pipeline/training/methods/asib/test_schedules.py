@@ -173,10 +173,18 @@ def test_the_last_epochs_have_no_distillation(warmup: int, cooldown: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("cooldown", "plan"), [(0, "abbabbabb"), (1, "abbabbabb"), (2, "abbabbbb"), (3, "abbabbbb"), (4, "abbbbbb")]
+    ("epochs", "cooldown", "plan"),
+    [
+        ((2, 2, 2), 0, "abbabbabb"),
+        ((2, 2, 2), 1, "abbabbabb"),
+        ((2, 2, 2), 2, "abbabbbb"),
+        ((2, 2, 2), 3, "abbabbbb"),
+        ((2, 2, 2), 4, "abbbbbb"),
+        ((2, 2, 1), 1, "abbabbb"),
+    ],
 )
-def test_a_steps_that_only_cooldown_follows_are_left_out(cooldown: int, plan: str) -> None:
-    keys: dict[str, Any] = {"num_stages": 3, "student_epochs_per_stage": (2, 2, 2), "teacher_adapt_epochs": 1}
-    epochs = make_plan(MethodConfig(**keys, kd_cooldown_epochs=cooldown), a_steps=True)
-    assert "".join(e.phase for e in epochs) == plan
-    assert all(b.overall == a.overall + 1 for a, b in pairwise(epochs))
+def test_a_steps_that_only_cooldown_follows_are_left_out(epochs: tuple[int, ...], cooldown: int, plan: str) -> None:
+    keys: dict[str, Any] = {"num_stages": 3, "student_epochs_per_stage": epochs, "teacher_adapt_epochs": 1}
+    found = make_plan(MethodConfig(**keys, kd_cooldown_epochs=cooldown), a_steps=True)
+    assert "".join(e.phase for e in found) == plan
+    assert all(b.overall == a.overall + 1 for a, b in pairwise(found))
