@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,11 +17,10 @@ import pytest
 from pipeline.ablate import driver, worker
 from pipeline.distill import train
 from pipeline.errors import UserError
-from pipeline.launch import processes
 from pipeline.launch import worker as launched
 from pipeline.launch.workers import Workers
 from tests.pipeline.sweep.test_sweep import InProcess, WorkerStop
-from tests.steps.lab import Done, Lab, ending, journal, points, run_id, see, signal_at, until
+from tests.steps.lab import Lab, ending, journal, points, run_id, see, signal_at, until
 from tests.steps.test_table import PAIRS, found, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,21 +46,13 @@ def same(folder: Path, other: Path) -> None:
         assert {len(values) for values in points(folder / name).values()} == {1}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, Done]:
-    """The table, by one process, undisturbed."""
-    lab = Lab(tmp_path_factory.mktemp("table"))
-    done = lab.raw("table", words(lab))
+def by_one_process(lab: Lab, *more: str, **changes: Any) -> Path:
+    """The folder of the table that one process makes elsewhere, with the same teachers."""
+    other = Lab(lab.folder / "one process")
+    shutil.copytree(lab.runs / "teachers", other.runs / "teachers")
+    done = other.raw("table", words(other, *more, **changes))
     assert done.code == 0, done.err
-    assert len(list(done.folder.glob("average_one_*_epochs-seed0-*"))) == 1
-    return lab, done
-
-
-@pytest.fixture
-def taught(lab: Lab, made: tuple[Lab, Done]) -> Lab:
-    """A workplace where the teachers are there."""
-    shutil.copytree(made[0].runs / "teachers", lab.runs / "teachers")
-    return lab
+    return done.folder
 
 
 class Survived(InProcess):
@@ -88,23 +79,25 @@ def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_in_process")
 def test_interrupted_workers_continue_and_make_the_table_that_one_process_makes(
-    taught: Lab, made: tuple[Lab, Done], monkeypatch: pytest.MonkeyPatch
+    ready_lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    quiet = by_one_process(ready_lab)
+    assert len(list(quiet.glob("average_one_*_epochs-seed0-*"))) == 1, "a second round"
     with monkeypatch.context() as patched:
         patched.setattr(train, "Loop", signal_at(PER_AVERAGE + 9).loop)
-        stopped = taught.raw("table", words(taught, "workers=2"))
+        stopped = ready_lab.raw("table", words(ready_lab, "workers=2"))
     assert (stopped.code, ending(stopped.folder)) == (143, ("KILLED", "killed", 143)), stopped.err
     assert sorted(ending(cell)[0] for cell in stopped.folder.glob("*-seed0-*")) == ["FINISHED", "KILLED"]
-    again = taught.raw("table", words(taught, "workers=3"))
+    again = ready_lab.raw("table", words(ready_lab, "workers=3"))
     assert (again.code, again.new) == (0, []), again.err
-    same(stopped.folder, made[1].folder)
+    same(stopped.folder, quiet)
 
 
 @pytest.mark.usefixtures("_in_process")
-def test_a_cell_that_diverges_is_named_and_not_tried_again_by_the_others(taught: Lab) -> None:
+def test_a_cell_that_diverges_is_named_and_not_tried_again_by_the_others(ready_lab: Lab) -> None:
     wild = ["method.kd_target=avg", "optim.student_lr=1e6", "optim.student_weight_decay=1e6"]  # AdamW: -1e12 in a step
     methods = {"average": ["method.kd_target=avg"], "wild": wild}
-    done = taught.raw("table", words(taught, "workers=2", methods=methods, equal_cost=False))
+    done = ready_lab.raw("table", words(ready_lab, "workers=2", methods=methods, equal_cost=False))
     assert (done.code, ending(done.folder)) == (1, ("FAILED", "failed", 1)), done.err
     assert done.lines[-1].startswith("wild one seed 0: ")
     (cell,) = done.folder.glob("wild_one-seed0-*")
@@ -114,7 +107,7 @@ def test_a_cell_that_diverges_is_named_and_not_tried_again_by_the_others(taught:
 
 
 @pytest.mark.usefixtures("_in_process")
-def test_workers_that_only_fail_are_given_up_in_one_line(taught: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_only_fail_are_given_up_in_one_line(ready_lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
     def fail(*_: Any) -> None:
@@ -122,31 +115,28 @@ def test_workers_that_only_fail_are_given_up_in_one_line(taught: Lab, monkeypatc
         raise UserError("no room")
 
     monkeypatch.setattr(worker.distill, "distill", fail)
-    done = taught.raw("table", words(taught, "workers=2"))
+    done = ready_lab.raw("table", words(ready_lab, "workers=2"))
     assert (done.code, ending(done.folder)) == (1, ("FAILED", "failed", 1))
     assert "workers ended without a result: average one seed 0: no room; see " in done.lines[-1]
     assert 2 <= len(tried) <= 7
 
 
 @pytest.mark.slow
-def test_workers_killed_with_minus_9_are_replaced_and_lose_nothing(
-    taught: Lab, made: tuple[Lab, Done], sqlite_uri: str, tmp_path: Path
-) -> None:
-    lab, other, more = taught, Lab(tmp_path / "other"), {"equal_cost": False}
-    shutil.copytree(made[0].runs / "teachers", other.runs / "teachers")
-    quiet = other.raw("table", words(other, *LONG, **more))
-    assert quiet.code == 0, quiet.err
+def test_a_worker_killed_with_minus_9_is_replaced_and_loses_nothing(ready_lab: Lab, sqlite_uri: str) -> None:
+    lab, more = ready_lab, {"equal_cost": False}
+    quiet = by_one_process(lab, *LONG, **more)
     online = ["tracking.mode=online", f"tracking.uri={sqlite_uri}"]
     with (lab.folder / "driver.log").open("w") as log:
         command = [sys.executable, "-m", "steps.table", *words(lab, *LONG, "workers=2", *online, **more)]
         process = subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log)
     until(lambda: list(lab.runs.glob("*-table-*/*-seed?-*/checkpoints/manifest.json")), 120)
-    for path in lab.runs.glob("*-table-*/launched/processes/*.json"):
-        processes.send(json.loads(path.read_text()), signal.SIGKILL)
-    assert process.wait(300) == 0, (lab.folder / "driver.log").read_text()[-3000:]
     (folder,) = lab.run_folders()
-    same(folder, quiet.folder)
-    told = [e.data["values"] for cell in folder.glob("*-seed?-*") for e in journal(cell) if e.kind == "tags"]
+    cell = next(folder.glob("*-seed?-*/checkpoints/manifest.json")).parents[1].name
+    (theirs,) = (path.parent.name for path in folder.glob("workers/*/journal.jsonl") if cell in path.read_text())
+    os.kill(int(theirs.split("-")[-2]), signal.SIGKILL)
+    assert process.wait(300) == 0, (lab.folder / "driver.log").read_text()[-3000:]
+    same(folder, quiet)
+    told = [e.data["values"] for e in journal(folder / cell) if e.kind == "tags"]
     assert any(values.get("asib.resumed_from", "").startswith("epoch ") for values in told)
     seen = see(sqlite_uri, run_id(folder))
     assert {seen.status, *(child.status for child in seen.children.values())} == {"FINISHED"}
