@@ -67,7 +67,8 @@ def test_warm_ups_of_the_short_table_are_in_proportion(row: str) -> None:
     published = yaml.safe_load(file.read_text()) if file.exists() else {}
     warm_ups = {key: value for key, value in published.items() if key in ("kd_warmup_epochs", "paraphraser_epochs")}
     given = dict(text.removeprefix("method.").split("=") for text in ROWS[row] or [] if text.startswith("method."))
-    assert given == {key: str(round(value * 30 / 240)) for key, value in warm_ups.items()}
+    rows = {key: value for key, value in given.items() if key.endswith("_epochs")}
+    assert rows == {key: str(round(value * 30 / 240)) for key, value in warm_ups.items()}
 
 
 @pytest.mark.slow

@@ -92,6 +92,9 @@ def test_mmkds_virtual_steps_are_part_of_its_cost(tmp_path: Path) -> None:
     expected = {"student": 36 + 4 * 24, "projectors": 36 + 2 * 24, "teacher_0": 36 + 24, "teacher_1": 36 + 24}
     assert made.costs.images == expected
     found = macs_found(made, image_data(), made.costs.metrics())
-    student, *teachers = (found[f"cost/macs_per_image/{net}"] for net in ("student", "teacher_0", "teacher_1"))
-    passes = 3 * 36 + (3 * 9 + 3) * 24  # an update is three, a virtual step nine, the loss after them three
-    assert found["cost/gmacs"] == pytest.approx((passes * student + 60 * sum(teachers)) / 1e9)
+    names = ("student", "projectors", "teacher_0", "teacher_1")
+    student, projectors, *teachers = (found[f"cost/macs_per_image/{net}"] for net in names)
+    # an update is three, a virtual step nine, the loss after them three; then the validation images
+    passes = 3 * 36 + (3 * 9 + 3) * 24 + 12
+    expected_macs = passes * student + (84 + 2 * 36) * projectors + 60 * sum(teachers)
+    assert found["cost/gmacs"] == pytest.approx(expected_macs / 1e9)

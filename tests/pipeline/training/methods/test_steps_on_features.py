@@ -162,7 +162,7 @@ def test_fifty_updates_are_those_of_a_plain_float64_loop(
         first.zero_grad()
         step(batch, moment)["loss"].backward()
         first.step()
-        step.updated(torch.tensor(False))
+        step.updated(torch.tensor(False), 0.01)
         with torch.no_grad():
             seen = [teacher(x.double()) for teacher in exact]
         s = plain[0](x.double())
