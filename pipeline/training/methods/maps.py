@@ -35,13 +35,15 @@ def unit(x: Tensor) -> Tensor:
 
 def scaled(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """x over its largest magnitude along `dims`, which is held fixed: for functions that no factor changes."""
-    largest = x.detach().abs().amax(dims, keepdim=True)
+    fixed = x.detach()
+    largest = torch.maximum(fixed.amax(dims, keepdim=True), -fixed.amin(dims, keepdim=True))  # without a copy of x
     return x / torch.where(largest > NOTHING, largest, 1.0)
 
 
 def attention(x: Tensor, p: int) -> Tensor:
     """The attention map mean_c |F|^p of (B, C, h, w), flattened, at unit length: (B, h·w) (Zagoruyko et al. 2017)."""
-    return unit(scaled(x.float(), (1, 2, 3)).abs().pow(p).mean(dim=1).flatten(1))
+    x = scaled(x.float(), (1, 2, 3))
+    return unit((x if p % 2 == 0 else x.abs()).pow(p).mean(dim=1).flatten(1))
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
