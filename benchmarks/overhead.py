@@ -31,7 +31,7 @@ def measure(case: Case, data: ImageData, rounds: int, batches: int, val: int) ->
     """Seconds per epoch of each part, for A- and B-epochs, and their share."""
     fraction = val / (val + batches * case.batch)
     more = (f"dataset.val_fraction={fraction!r}", "method.teacher_eval_every=2")
-    seen: dict[str, list[dict[str, float]]] = {which: [] for which in case.pair.steps}
+    seen: dict[str, list[dict[str, float]]] = {which: [] for which in case.steps}
     with tempfile.TemporaryDirectory(prefix="asib-overhead-", ignore_cleanup_errors=True) as name:
         images = first_images(by_class(data), val + batches * case.batch)
         with closing(Ours(case, images, rounds + 1, Path(name), more, fused=False)) as ours:
@@ -51,7 +51,7 @@ def measure(case: Case, data: ImageData, rounds: int, batches: int, val: int) ->
                             "delivery": children_seconds() - before,
                         }
                     )
-    first = seen[case.pair.steps[0]]
+    first = seen[case.steps[0]]
     once = first[0]["evaluation"] - statistics.median(v["evaluation"] for v in first[1:])
     validated = len(ours.task.data.eval.indices)
     scale = VALIDATED / validated

@@ -99,7 +99,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="asib-profile-", ignore_cleanup_errors=True) as name,
         closing(Ours(case, images, 2, Path(name), options.ours, window=window)) as ours,
     ):
-        for which in case.pair.steps:
+        for which in case.steps:
             ours.seconds(which)  # warm-up of torch
         task = ours.task
         nets: dict[str, nn.Module | None] = {"student": task.student, "fusion": task.fusion}
@@ -107,7 +107,7 @@ def main() -> None:
         for network, net in nets.items():
             if net is not None:
                 mark(network, net)
-        for which in case.pair.steps:
+        for which in case.steps:
             ours.seconds(which)
             label = f"{harness.kind()}_{case.pair.name}_{case.precision}_{which}_{options.label}"
             path = options.folder / f"{label}.txt"

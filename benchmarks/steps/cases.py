@@ -10,7 +10,7 @@ import pandas
 import torch
 
 from pipeline.compose.compose import compose
-from pipeline.config import Config
+from pipeline.config import Config, configure
 from pipeline.data.sources import ImageData, load
 
 FEW_TEST_IMAGES = 64
@@ -25,11 +25,6 @@ class Pair:
     teachers: tuple[str, ...]
     student: str
 
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """A fusion needs two teachers: with one there is no A-step (docs/method.md section 1)."""
-        return ("a", "b") if len(self.teachers) > 1 else ("b",)
-
 
 PAIRS = {
     pair.name: pair
@@ -41,6 +36,13 @@ PAIRS = {
 }
 TWO_TEACHERS = "resnet32x4+wrn_40_2-resnet8x4"
 LARGE_BATCH = 256
+ONE_TEACHER = Pair("resnet32x4-resnet8x4", ("cifar_resnet32x4",), "cifar_resnet8x4")
+METHODS = {
+    "asib": None,
+    **dict.fromkeys(("kd", "at", "crd"), ONE_TEACHER),
+    "ca_mkd": PAIRS[TWO_TEACHERS],
+}
+"""The methods that are measured; all but ASIB in fp32, on one pair of the published tables."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,21 @@ class Case:
     precision: str
     """fp32 or bf16."""
     batch: int = 64
+    method: str = "asib"
 
     @property
     def name(self) -> str:
-        return f"{self.pair.name} {self.precision} {self.batch}"
+        return f"{self.method} {self.pair.name} {self.precision} {self.batch}"
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """A-steps train ASIB's fusion, which needs two teachers (docs/method.md section 1)."""
+        return ("a", "b") if self.method == "asib" and len(self.pair.teachers) > 1 else ("b",)
+
+    @property
+    def images(self) -> int:
+        """Training images at the least: CRD's cost depends on their number, so methods have those of CIFAR-100."""
+        return 0 if self.method == "asib" else 50_000
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -62,7 +75,8 @@ class Case:
         return torch.bfloat16 if self.precision == "bf16" else None
 
     def config(self, folder: Path, rounds: int, more: Sequence[str] = ()) -> Config:
-        """The ladder's common base with its weights at full strength, `rounds` stages of one A- and one B-epoch.
+        """`rounds` stages of one A- and one B-epoch: ASIB is the ladder's common base with its weights at full
+        strength, other methods follow the recipe of the published tables.
 
         Teachers come from checkpoints of untrained networks: what they have learned does not change how fast they are.
         Nothing is held out, so that the gate is open once the fusion has been trained at all, whatever its accuracy.
@@ -71,15 +85,18 @@ class Case:
             folder: for runs and their tracking store; teachers' weights are used where they lie there.
             more: further overrides.
         """
+        asib = (
+            *("method.teacher_adapt_epochs=1", "method.teacher_eval_every=1", "method.synergy_only_epochs=0"),
+            *("method.kd_warmup_epochs=0", "method.ib_beta_warmup_epochs=0", "schedule.lr_warmup_epochs=0"),
+            f"method.kd_target={'synergy' if len(self.pair.teachers) > 1 else 'avg'}",
+        )
         composed = compose(
-            "base",
+            "base" if self.method == "asib" else "kd_cifar100",
             [
                 *(f"output_dir={folder / 'runs'}", f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"),
                 *(f"dataset.batch_size={self.batch}", "dataset.val_fraction=0", "log_model=false"),
                 *(f"method.num_stages={rounds}", f"method.student_epochs_per_stage={[1] * rounds}"),
-                *("method.teacher_adapt_epochs=1", "method.teacher_eval_every=1", "method.synergy_only_epochs=0"),
-                *("method.kd_warmup_epochs=0", "method.ib_beta_warmup_epochs=0", "schedule.lr_warmup_epochs=0"),
-                f"method.kd_target={'synergy' if len(self.pair.teachers) > 1 else 'avg'}",
+                *(asib if self.method == "asib" else (f"method={self.method}",)),
                 *(f"optim.use_amp={str(self.dtype is not None).lower()}", "optim.amp_dtype=bfloat16"),
                 *more,
             ],
@@ -91,7 +108,7 @@ class Case:
             if (path := weights(folder, k)).exists():
                 teacher["checkpoint"] = str(path)
         sections["model"] = {"student": {"name": self.pair.student, "pretrained": False}, "teachers": teachers}
-        return Config.model_validate(sections)
+        return configure(sections)
 
 
 def weights(folder: Path, index: int) -> Path:
@@ -99,12 +116,15 @@ def weights(folder: Path, index: int) -> Path:
     return folder / f"teacher_{index}.safetensors"
 
 
-def cases(pairs: list[str], precisions: list[str], large: list[str]) -> list[Case]:
-    """Every pair in every precision; the two-teacher pair with the large batch as well, in the precisions `large`."""
+def cases(methods: list[str], pairs: list[str], precisions: list[str], large: list[str]) -> list[Case]:
+    """ASIB with every pair in every precision, and the two-teacher pair with the large batch in the precisions `large`;
+    the other methods.
+    """
     found = [Case(PAIRS[pair], precision) for pair in pairs for precision in precisions]
     if TWO_TEACHERS in pairs:
         found += [Case(PAIRS[TWO_TEACHERS], precision, LARGE_BATCH) for precision in large]
-    return found
+    others = [Case(pair, "fp32", method=method) for method, pair in METHODS.items() if pair and method in methods]
+    return others + (found if "asib" in methods else [])
 
 
 def real_images(root: Path) -> ImageData:

@@ -3,7 +3,8 @@
 A-step: student and teachers forward, fusion forward and backward, optimiser. B-step: student forward and backward,
 optimiser; teachers, and with a fusion the student once more as the query, forward on the clean images; with
 `kd_view=mixed` teachers forward on the mixed images, the student's training pass being the query. Losses are the
-plainest of their kind: cross-entropy and KL divergence. No augmentation, mixing, norm of gradients, metric or record.
+plainest of their kind: cross-entropy and KL divergence; methods beside ASIB have those of `losses`, and one batch of
+images for all networks. No augmentation, mixing, norm of gradients, metric or record.
 """
 
 import copy
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.steps.cases import Case
 from benchmarks.steps.clock import algorithms, timed
-from models.features import FeatureNet, decompose
+from benchmarks.steps.losses import LOSSES, Out, Sizes, divergence
+from models.features import FeatureNet, decompose, paired_maps, undisturbed
 from models.fold import folded
 from pipeline.config import Config
 from pipeline.training import optim
@@ -28,7 +30,7 @@ IMAGE = (3, 32, 32)
 
 
 class Bare(nn.Module):
-    """A network without its wrapper and feature maps: (B, C, H, W) → (logits (B, N), feat_2d (B, C)).
+    """A network without its wrapper: (B, C, H, W) → logits, feat_2d, and the maps that it records.
 
     Args:
         net: it is copied.
@@ -36,11 +38,11 @@ class Bare(nn.Module):
 
     def __init__(self, net: FeatureNet) -> None:
         super().__init__()
-        self.net = copy.deepcopy(net.net)
+        self.net, self.stages = copy.deepcopy(net.net), net.stages
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _, feature, logits, _ = decompose(self.net, x)
-        return logits, feature
+    def forward(self, x: Tensor) -> Out:
+        _, feature, logits, maps = decompose(self.net, x, self.stages)
+        return Out(logits, feature, maps)
 
 
 def fastest(net: FeatureNet, dtype: torch.dtype | None, input_size: tuple[int, int, int]) -> Bare:
@@ -82,8 +84,11 @@ class Limit:
         kind: str = "eager",
     ) -> None:
         self.dtype, self.device, self.kind = case.dtype, device, kind
-        self.tau, self.beta = config.method.tau, config.method.ib_beta
-        self.clean = config.method.kd_view == "clean"
+        self.method: Any = config.method
+        fuses = case.method == "asib" and len(teachers) > 1
+        self.clean = self.method.kd_view == "clean"
+        if self.method.maps:
+            paired_maps(student, teachers, IMAGE)
         classes = student.num_classes
         if kind == "eager":
             frozen = [Bare(t).requires_grad_(False).eval() for t in teachers]
@@ -93,10 +98,17 @@ class Limit:
         self.networks: dict[str, nn.Module] = {"student": student_net}
         self.networks |= {f"teacher_{k}": net for k, net in enumerate(frozen)}
         o = config.optim
-        self.optimizers = {
-            "b": optim.optimizer(o.optimizer, [(student_net, o.student_lr)], o.student_weight_decay, o.momentum)
-        }
-        if len(teachers) > 1:
+        trained: list[nn.Module] = [student_net]
+        self.loss: nn.Module | None = None
+        if case.method in LOSSES:
+            with undisturbed(student_net):
+                blank = torch.zeros(1, *IMAGE, device=device)
+                sizes = Sizes(case.batch, case.images, student_net(blank), [net(blank) for net in frozen])
+            self.loss = LOSSES[case.method](self.method, sizes).to(device)
+            trained += [self.loss] if list(self.loss.parameters()) else []
+        groups = [(net, o.student_lr) for net in trained]
+        self.optimizers = {"b": optim.optimizer(o.optimizer, groups, o.student_weight_decay, o.momentum)}
+        if fuses:
             fusion = Fusion(config.method, [t.feature_dim for t in teachers], student.feature_dim, classes).to(device)
             self.networks["fusion"] = fusion
             self.optimizers["a"] = optim.optimizer(
@@ -125,44 +137,45 @@ class Limit:
         optimizer.step()
 
     @torch.no_grad()
-    def _teachers(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each teacher's logits and features."""
+    def _teachers(self, x: Tensor) -> list[Out]:
+        """Each teacher's outputs."""
         return [net(x) for name, net in self.run.items() if name.startswith("teacher_")]
 
     @torch.no_grad()
-    def _asked(self) -> tuple[Tensor, Tensor]:
-        """The student's logits and feature of the clean images, in eval mode: a pass for the query alone."""
+    def _asked(self) -> Out:
+        """The student's outputs for the clean images, in eval mode: a pass for the query alone."""
         self.networks["student"].eval()
-        found: tuple[Tensor, Tensor] = self.run["student"](self.x)
+        found: Out = self.run["student"](self.x)
         return found
 
     def _a_loss(self) -> Tensor:
-        seen, student = self._teachers(self.x), self._asked()
+        seen, student, tau = self._teachers(self.x), self._asked(), self.method.tau
         self.networks["fusion"].train()
-        synergy = self.run["fusion"](student[1], [feature for _, feature in seen], self.eps)
+        synergy = self.run["fusion"](student.feature, [s.feature for s in seen], self.eps)
         mu, logvar = synergy.mu, synergy.logvar
         bottleneck = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
-        divergence = self._divergence(synergy.logits, F.softmax(student[0].float() / self.tau, dim=1))
-        loss: Tensor = F.cross_entropy(synergy.logits, self.y) + divergence + self.beta * bottleneck
+        distance = divergence(synergy.logits, F.softmax(student.logits.float() / tau, dim=1), tau)
+        loss: Tensor = F.cross_entropy(synergy.logits, self.y) + distance + self.method.ib_beta * bottleneck
         return loss
 
     def _b_loss(self) -> Tensor:
         seen = self._teachers(self.x if self.clean else self.x_mixed)
-        asked = self._asked()[1] if "fusion" in self.run and self.clean else None
+        asked = self._asked().feature if "fusion" in self.run and self.clean else None
         self.networks["student"].train()
-        logits, feature = self.run["student"](self.x_mixed)
+        student: Out = self.run["student"](self.x_mixed)
+        ce = F.cross_entropy(student.logits.float(), self.y)
+        if self.loss is not None:
+            teachers = [net.net for name, net in self.networks.items() if name.startswith("teacher_")]
+            loss: Tensor = ce + self.loss(student, seen, self.y, teachers)
+            return loss
         with torch.no_grad():
-            target = seen[0][0]
+            target = seen[0].logits
             if "fusion" in self.run:
                 self.networks["fusion"].eval()
-                query = feature.detach() if asked is None else asked
-                target = self.run["fusion"](query, [feature for _, feature in seen], sample="never").logits
-            target = F.softmax(target.float() / self.tau, dim=1)
-        logits = logits.float()
-        return F.cross_entropy(logits, self.y) + self._divergence(logits, target)
-
-    def _divergence(self, logits: Tensor, target: Tensor) -> Tensor:
-        return self.tau**2 * F.kl_div(F.log_softmax(logits / self.tau, dim=1), target, reduction="batchmean")
+                query = student.feature.detach() if asked is None else asked
+                target = self.run["fusion"](query, [s.feature for s in seen], sample="never").logits
+            target = F.softmax(target.float() / self.method.tau, dim=1)
+        return ce + divergence(student.logits, target, self.method.tau)
 
     def seconds(self, which: str, steps: int) -> float:
         """Seconds that `steps` steps take."""
@@ -193,14 +206,14 @@ def best(
     for kind in KINDS if compile_ else KINDS[:2]:
         try:
             limits[kind] = make(kind)
-            for which in case.pair.steps:
+            for which in case.steps:
                 limits[kind].seconds(
                     which, 3 if kind == "compiled" else 1
                 )  # not counted: warm-up, recordings of graphs
-            tried[kind] = {which: round(limits[kind].seconds(which, steps) / steps, 5) for which in case.pair.steps}
+            tried[kind] = {which: round(limits[kind].seconds(which, steps) / steps, 5) for which in case.steps}
         except Exception as error:
             if kind != "compiled":
                 raise
             tried[kind] = {"failed": f"{type(error).__name__}: {error}"[:200]}  # the other kinds still count
-    fastest_kind = {which: min(tried, key=lambda k: tried[k].get(which, inf)) for which in case.pair.steps}
+    fastest_kind = {which: min(tried, key=lambda k: tried[k].get(which, inf)) for which in case.steps}
     return {which: limits[kind] for which, kind in fastest_kind.items()}, tried

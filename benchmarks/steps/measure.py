@@ -4,7 +4,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +58,25 @@ def measure(
         )
         nets = {"student": student} | {f"teacher_{k}": t for k, t in enumerate(teachers)}
         batches = batches_of(case, tried, rounds, seconds)
-        images = first_images(data, batches * case.batch)
-        plain = PlainLoop(config, data, student, teachers, 1 + batches + AHEAD, case.dtype, device)
-        with closing(plain), closing(Ours(case, images, rounds + 1, folder, more)) as ours:
+        images = first_images(data, max(batches * case.batch, case.images))
+        with ExitStack() as stack:
+            ours = stack.enter_context(closing(Ours(case, images, rounds + 1, folder, more, batches=batches)))
             turns: dict[str, Callable[[str], float]] = {
                 "limit": lambda which: limits[which].seconds(which, batches),
                 "ours": ours.seconds,
-                "plain": lambda which: plain_seconds(plain, which, batches),
             }
-            for which in case.pair.steps:  # not counted: the first of each phase
+            if case.method == "asib":
+                plain = PlainLoop(config, data, student, teachers, 1 + batches + AHEAD, case.dtype, device)
+                stack.enter_context(closing(plain))
+                turns["plain"] = lambda which: plain_seconds(plain, which, batches)
+            for which in case.steps:  # not counted: the first of each phase
                 ours.seconds(which)
-                plain_seconds(plain, which, 1)
+                if "plain" in turns:
+                    plain_seconds(plain, which, 1)
             taken = _rounds(case, turns, ours, rounds)
         steps = {}
         for which, limit in limits.items():
-            work = card.work(nets, which, limit.x[:2], limit.clean)
+            work = card.work(nets, which, limit.x[:2], limit.clean and "fusion" in limit.networks)
             found = _summary(taken[which], batches * case.batch)
             speed = found["images_per_second"]["ours"]["median"]
             uses = card.used(speed, work, machine, case.precision)
@@ -85,6 +89,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     return {
         "case": case.name,
+        "method": case.method,
         "pair": case.pair.name,
         "precision": case.precision,
         "batch": case.batch,
@@ -98,8 +103,8 @@ def measure(
 
 def batches_of(case: Case, tried: Mapping[str, Mapping[str, Any]], rounds: int, seconds: float) -> int:
     """Batches per round: as many as the seconds allow, the same for all contestants."""
-    fastest = {which: min(t[which] for t in tried.values() if which in t) for which in case.pair.steps}
-    # three contestants, and ours' first epochs, which are not counted
+    fastest = {which: min(t[which] for t in tried.values() if which in t) for which in case.steps}
+    # at most three contestants, and ours' first epochs, which are not counted
     return max(1, min(MOST, round(seconds / (sum(fastest.values()) * (3 * rounds + 1)))))
 
 
@@ -112,7 +117,7 @@ def _rounds(
         By step and contestant; and ours' `evaluation` and `saving` outside its turn.
     """
     found: dict[str, dict[str, list[float]]] = {
-        which: {name: [] for name in (*turns, "evaluation", "saving")} for which in case.pair.steps
+        which: {name: [] for name in (*turns, "evaluation", "saving")} for which in case.steps
     }
     for number in range(rounds):
         for which, seconds in found.items():
@@ -138,11 +143,12 @@ def plain_seconds(plain: PlainLoop, which: str, batches: int) -> float:
 
 def _summary(seconds: Mapping[str, list[float]], images: int) -> dict[str, Any]:
     """Images per second of each contestant, their ratios round by round, what ours does besides."""
-    speed = {name: [images / value for value in seconds[name]] for name in ("limit", "ours", "plain")}
+    speed = {
+        name: [images / value for value in seconds[name]] for name in ("limit", "ours", "plain") if name in seconds
+    }
     return {
         "images_per_second": {name: spread(values) for name, values in speed.items()},
-        "ours_to_limit": ratios(speed["ours"], speed["limit"]),
-        "ours_to_plain": ratios(speed["ours"], speed["plain"]),
+        **{f"ours_to_{name}": ratios(speed["ours"], other) for name, other in speed.items() if name != "ours"},
         "ours_evaluation_seconds": spread(seconds["evaluation"], 3),
         "ours_saving_seconds": spread(seconds["saving"], 3),
     }

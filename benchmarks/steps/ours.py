@@ -23,12 +23,13 @@ from pipeline.errors import Pruned
 from pipeline.runs.opening import open_run
 from pipeline.training.checkpoint import Copy, Saved, Slots
 from pipeline.training.loop import Loop, Verdict
-from pipeline.training.methods.asib.task import AsibDistillation as Distillation
+from pipeline.training.methods.asib.task import AsibDistillation
 from pipeline.training.optim import Precision
 from pipeline.training.phases import Epoch
+from pipeline.training.student import Distillation
 
 
-class ClockedDistillation(Distillation):
+class Clocked(Distillation):
     """The task of a distillation, with a clock around what is training and one around what is evaluation."""
 
     def __init__(self, window: Window, *arguments: Any) -> None:
@@ -45,6 +46,10 @@ class ClockedDistillation(Distillation):
         found = super().end_epoch(epoch)
         self.evaluation_seconds = time.perf_counter() - begun
         return found
+
+
+class ClockedDistillation(Clocked, AsibDistillation):
+    """ASIB's."""
 
 
 class ClockedSlots(Slots):
@@ -96,6 +101,7 @@ class Ours:
         more: overrides of the configuration.
         fused: refuse to measure a B-epoch whose gate is closed, which would leave the fusion out.
         window: the clock around training.
+        batches: of an epoch; None: all that the images make.
 
     Attributes:
         evaluation_seconds, saving_seconds: of the last epoch: its evaluation; what its checkpoint and journal take of
@@ -112,6 +118,7 @@ class Ours:
         more: Sequence[str] = (),
         fused: bool = True,
         window: Window | None = None,
+        batches: int | None = None,
     ) -> None:
         self.fused = fused
         if not weights(folder, 0).exists():
@@ -124,7 +131,9 @@ class Ours:
         student = networks.build_student(config, data)
         taught = teachers.obtain(self.run, data, student)
         nets = [t.net for t in taught]
-        self.task = ClockedDistillation(window or Window(device), config, data, student, nets, device)
+        made = ClockedDistillation if case.method == "asib" else Clocked
+        self.task = made(window or Window(device), config, data, student, nets, device)
+        self.task.batches.bounds = self.task.batches.bounds[:batches]
         header = {"threads": torch.get_num_threads(), "data_digest": data.digest, "teachers": [t.hash for t in taught]}
         precision = Precision(config.optim, device)
         self.loop = Loop(self.task, self.run.journal, self.slots, header, precision, device, watch=OneEpoch())

@@ -3,20 +3,28 @@
 import json
 import sys
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from benchmarks import render
 from benchmarks.steps import card
 from benchmarks.steps.cases import Case, Pair, by_class, first_images
 from benchmarks.steps.clock import Window, interleaved, ratios, spread
 from benchmarks.steps.limit import KINDS, Limit, fastest
-from benchmarks.steps.ours import ClockedDistillation, OneEpoch, next_epoch
+from benchmarks.steps.losses import LOSSES, Out, Sizes
+from benchmarks.steps.ours import Clocked, ClockedDistillation, OneEpoch, next_epoch
+from models.features import FeatureNet
+from pipeline.config.schema import configure
 from pipeline.journal import NullJournal
+from pipeline.training import losses
 from pipeline.training.loop import Loop
+from pipeline.training.methods import at, ca_mkd, crd
 from pipeline.training.optim import Precision
 from tests.page_faults import PAGES, printed_by
 from tests.pipeline.training.builders import config, image_data, networks
@@ -25,12 +33,10 @@ CPU = torch.device("cpu")
 CASE = Case(Pair("tiny", ("one", "other"), "student"), "fp32", 10)
 
 
-def passes_of_limit(kind: str, view: str) -> dict[str, dict[str, float]]:
+def passes_of(limit: Limit, case: Case) -> dict[str, dict[str, float]]:
     """Forward passes of each network in one bare step."""
-    student, teachers = networks()
-    limit = Limit(CASE, config(method={"kd_view": view}), student, teachers, CPU, kind)
     found = {}
-    for which in ("a", "b"):
+    for which in case.steps:
         calls: Counter[str] = Counter()
         hooks = [
             net.register_forward_hook(lambda *_, name=name, calls=calls: calls.update([name]))
@@ -57,8 +63,81 @@ def test_the_limit_makes_the_passes_of_the_real_steps(kind: str, view: str) -> N
         next_epoch(loop)
         real[epoch.phase] = {name: (n - before[name]) / images for name, n in task.costs.images.items()}
     assert task.monitor.gate_open
-    assert passes_of_limit(kind, view) == real
+    assert passes_of(Limit(CASE, config(method={"kd_view": view}), *networks(), CPU, kind), CASE) == real
     assert 0 < task.window.seconds < 60
+
+
+@pytest.mark.parametrize(("method", "own"), [("kd", {}), ("at", {}), ("crd", {"negatives": 8}), ("ca_mkd", {})])
+def test_a_methods_limit_makes_the_passes_of_its_steps(method: str, own: dict[str, Any]) -> None:
+    """And trains what they train: as many parameters."""
+    names = ["cifar_resnet14"] * (2 if method == "ca_mkd" else 1)
+    case = Case(Pair("tiny", tuple(names), "cifar_resnet8"), "fp32", 12, method)
+    c = configure(
+        {
+            "dataset": {"batch_size": 12, "val_fraction": 0.0},
+            "model": {"teachers": [{"name": name} for name in names]},
+            "method": {"name": method, "num_stages": 1, "student_epochs_per_stage": (1,), **own},
+            "optim": {"optimizer": "sgd"},
+            "device": "cpu",
+        }
+    )
+
+    def made() -> tuple[FeatureNet, list[FeatureNet]]:
+        student, *teachers = (FeatureNet(timm.create_model(n, num_classes=4)) for n in ("cifar_resnet8", *names))
+        return student, teachers
+
+    task = Clocked(Window(CPU), c, image_data(size=32), *made(), CPU)
+    next_epoch(Loop(task, NullJournal(), None, {}, Precision(task.optim, CPU), CPU, watch=OneEpoch()))
+    limit = Limit(case, c, *made(), CPU, "folded")
+    nets = {"student", *(f"teacher_{k}" for k in range(len(names)))}
+    assert passes_of(limit, case) == {"b": {k: task.costs.images[k] / 48 for k in nets}}
+    sizes = [
+        sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        for optimizer in (limit.optimizers["b"], task.phases["b"].optimizer)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def outs(seed: int, width: int) -> Out:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((6, 4), (6, width), (6, width, 3, 3))
+    logits, feature, last = (torch.randn(shape, generator=generator) for shape in shapes)
+    return Out(logits, feature, (last,))
+
+
+def test_the_limit_of_a_loss_is_the_methods_loss() -> None:
+    """On random outputs, against the functions that the pipeline trains with."""
+    student, teachers, y = outs(0, 5), [outs(1, 7), outs(2, 8)], torch.arange(6) % 4
+    heads = [torch.nn.Linear(width, 4) for width in (7, 8)]
+    nets: Any = [SimpleNamespace(get_classifier=lambda head=head: head) for head in heads]
+    method = SimpleNamespace(tau=3.0, embed_dim=16, negatives=9)
+    sizes = Sizes(6, 20, student, teachers)
+
+    def limit(name: str) -> tuple[Any, Tensor]:
+        made: Any = LOSSES[name](method, sizes)
+        return made, made(student, teachers, y, nets)
+
+    def close(found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found, expected.mean(), rtol=1e-5, atol=1e-6)
+
+    close(limit("kd")[1], losses.kd(student.logits, teachers[0].logits, 3.0))
+    close(limit("at")[1], at.attention_transfer(student.maps, teachers[0].maps, 2))
+    made, found = limit("crd")
+    s, t = (F.normalize(e(o.feature)) for e, o in zip(made.embed, (student, teachers[0]), strict=True))
+    scores = [(a @ b.T / 3.0).gather(1, made.rows) for a, b in ((s, made.banks[1]), (t, made.banks[0]))]
+    close(found, sum((crd.nce(z, torch.tensor(made.log_noise), 1.0) for z in scores), torch.zeros(6)))
+    made, found = limit("ca_mkd")
+    projected = [p(student.maps[-1]) for p in made.projectors]
+    ce = [
+        [losses.cross_entropy(z, y) for z in some]
+        for some in (
+            [o.logits for o in teachers],
+            [head(p.mean((2, 3))) for head, p in zip(heads, projected, strict=True)],
+        )
+    ]
+    of_logits, of_maps = (ca_mkd.confidence_weights(torch.stack(some)) for some in ce)
+    kd = ca_mkd.weighted_kd(student.logits, torch.stack([o.logits for o in teachers]), of_logits, 3.0)
+    close(found, kd + ca_mkd.weighted_distance(projected, [o.maps[-1] for o in teachers], of_maps))
 
 
 def test_a_bare_step_trains_what_the_step_trains_and_nothing_else() -> None:
@@ -82,9 +161,9 @@ def test_the_fastest_teacher_says_what_the_teacher_says() -> None:
     made, cast = fastest(teacher, None, (3, 8, 8)), fastest(teacher, torch.bfloat16, (3, 8, 8))
     with torch.no_grad():
         expected = teacher.eval()(x)
-        logits, feature = made(x)
+        logits, feature, _ = made(x)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded, _ = cast(x)
+            rounded, *_ = cast(x)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(feature, expected.feat_2d, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rounded.float(), expected.logits, rtol=0.05, atol=0.05)
