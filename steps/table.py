@@ -10,7 +10,9 @@ from pipeline.ablate import table
 from pipeline.ablate.plan import Plan
 from pipeline.runs.step import Step
 
-STEP = Step("table", __doc__, table.OWN, table.read, "pipeline.ablate.ablate:ablate", words=Plan.words)
+STEP = Step(
+    "table", __doc__, table.OWN, table.read, "pipeline.ablate.ablate:ablate", words=Plan.words, cfg=table.recipe
+)
 main = STEP.main
 
 if __name__ == "__main__":

@@ -77,6 +77,18 @@ class TableConfig(Part):
     equal_cost: bool = True
 
 
+def recipe(own: Mapping[str, str]) -> str:
+    """What `cfg` names unless it is given. Raises UserError: an unknown table."""
+    return _table(own).recipe
+
+
+def _table(own: Mapping[str, str]) -> TableConfig:
+    given = own.get("table") or DEFAULT
+    file = locate("table", given)
+    found: TableConfig = read_section(TableConfig, "table", given, file, cli.settings(own, "table"), name=file.stem)
+    return found
+
+
 def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     """Read the step's own keys and compose every cell; the parent's configuration is that of the first one.
 
@@ -84,9 +96,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     """
     own = command.own
     cli.one_process("table", "start single runs with torchrun -m steps.distill cfg=<recipe> method=<name>")
-    given = own.get("table") or DEFAULT
-    file = locate("table", given)
-    table: TableConfig = read_section(TableConfig, "table", given, file, cli.settings(own, "table"), name=file.stem)
+    table = _table(own)
     pairs = _chosen("pairs", own.get("pairs"), table.pairs)
     found = shortcuts.read(os.environ, command.overrides, own.get("methods", ""))
     asked = ("METHOD", ",".join(found.methods)) if found.methods else ("methods", own.get("methods"))

@@ -14,7 +14,7 @@ import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -57,6 +57,7 @@ class Step:
         act: given the configuration and the command line, does work that needs no run and returns the exit code;
             None: a run is needed.
         keys: those of the configuration that `--help` shows.
+        cfg: names the step's configuration, given its own keys, where `cfg` is not given.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Step:
     ask: "Callable[[Any, Config, Delivery], None] | None" = None
     act: "Late[Callable[[Config, cli.Command], int | None]] | None" = None
     keys: tuple[str, ...] = USUAL
+    cfg: Callable[[Mapping[str, str]], str] | None = None
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run the step from its command line (by default the process's), and return the exit code.
@@ -83,6 +85,8 @@ class Step:
             if command.help is not None:
                 print(step_help(self.name, self.about or "", self.own, self.keys, command), end="")
                 return 0
+            if self.cfg is not None and command.cfg is None:
+                command = replace(command, cfg=self.cfg(command.own))
             config = configuration(command, self.own)
             debug = config.debug
             code = None if self.act is None else _late(self.act)(config, command)

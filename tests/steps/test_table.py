@@ -144,6 +144,13 @@ def test_an_interrupted_table_started_again_ends_with_the_same_table(
         assert points(killed.folder / folder.name) == points(folder)
 
 
+def test_overrides_are_read_over_the_tables_recipe(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRY_RUN", "1")
+    done = lab.raw("table", ["table=quick", "method.student_epochs_per_stage=[1,1,1,1]", f"output_dir={lab.runs}"])
+    assert done.code == 0, done.err
+    assert "5 runs" in done.out
+
+
 # bad input -----------------------------------------------------------------------------------------------------------
 
 
