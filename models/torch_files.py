@@ -1,8 +1,7 @@
 """Files of `torch.save`, read without running anything that they name.
 
-Such a file is a pickle beside the bytes of its storages. The pickle is followed here by a machine that makes
-dictionaries, lists, tuples, numbers, strings and descriptions of tensors; anything else that it names (optimisers' and
-trainers' classes, numpy's scalars, code) stays a name. Nothing is imported or called, and nothing is allocated that
+Such a file is a pickle beside the bytes of its storages. The pickle is followed (`pickles.Reader`) into descriptions of
+tensors; whatever else it names stays a name. Nothing is imported or called, and nothing is allocated that
 the file does not hold: a tensor that is larger than its storage, or an archive that unpacks to more than itself, is
 refused by its description. Only the tensors that were asked for are read.
 """
@@ -10,7 +9,6 @@ refused by its description. Only the tensors that were asked for are read.
 import io
 import math
 import os
-import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-MAX_OPERATIONS = 1_000_000
-"""Steps of one pickle; a network of a thousand tensors with its optimiser takes a hundred thousand."""
+from models.pickles import Name, Opaque, Reader
+
 MAX_PICKLE = 64 * 2**20
 """Bytes of the pickles, without the storages."""
 MAX_DIRECTORY = 4 * 2**20
@@ -58,19 +56,6 @@ OTHER_KINDS = {
     "_rebuild_nested_tensor": "nested",
     "_rebuild_meta_tensor_no_storage": "a meta tensor, without values",
 }
-
-
-class Name(NamedTuple):
-    """Something that the pickle names, which is neither imported nor called."""
-
-    module: str
-    name: str
-
-
-class Opaque(NamedTuple):
-    """An object known only by its class's name."""
-
-    what: str
 
 
 class Unusable(NamedTuple):
@@ -215,30 +200,12 @@ def _exactly(file: Any, held: int, needed: int) -> bytearray:
 
 # the pickle ----------------------------------------------------------------------------------------------------------
 
-_MARK = object()
-_PUSHED = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING"),
-    *("SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES"),
-    *("BINBYTES8", "BYTEARRAY8"),
-}
-_MADE: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": lambda: Opaque("set"),
-    "MARK": lambda: _MARK,
-}
 
-
-class _Reader:
-    """Follows one pickle; drops keys that are not strings, and whatever is done to opaque objects."""
+class _Reader(Reader):
+    """Makes descriptions of tensors and their storages."""
 
     def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.memo: dict[Any, Any] = {}
+        super().__init__()
         self.dtypes: dict[str, torch.dtype] = {}
         self.counts: dict[str, int] = {}
         """Number of elements of each storage that was named."""
@@ -246,86 +213,7 @@ class _Reader:
     def bytes_of(self, key: str) -> int:
         return self.counts[key] * self.dtypes[key].itemsize
 
-    def run(self, file: BinaryIO) -> Any:
-        for number, (op, arg, _) in enumerate(pickletools.genops(file)):
-            if number >= MAX_OPERATIONS:
-                raise ValueError(f"its pickle has more than {MAX_OPERATIONS} steps")
-            if op.name == "STOP":
-                return self.stack.pop()
-            self.step(op.name, arg)
-        raise ValueError("its pickle has no end")
-
-    def step(self, op: str, arg: Any) -> None:
-        stack = self.stack
-        if op in _PUSHED:
-            stack.append(arg)
-        elif op in _MADE:
-            stack.append(_MADE[op]())
-        elif op in ("PROTO", "FRAME"):
-            pass
-        elif op in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self.memo[arg] = stack[-1]
-        elif op == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif op in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self.memo[arg])
-        elif op == "POP":
-            stack.pop()
-        elif op == "POP_MARK":
-            self.since_mark()
-        elif op == "DUP":
-            stack.append(stack[-1])
-        elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(op[-1])
-            stack[-count:] = [tuple(stack[-count:])]
-        elif op == "TUPLE":
-            stack.append(tuple(self.since_mark()))
-        elif op == "LIST":
-            stack.append(self.since_mark())
-        elif op == "DICT":
-            stack.append(_with({}, self.since_mark()))
-        elif op == "FROZENSET":
-            self.since_mark()
-            stack.append(Opaque("frozenset"))
-        elif op in ("APPEND", "APPENDS"):
-            items = [stack.pop()] if op == "APPEND" else self.since_mark()
-            if isinstance(stack[-1], list):
-                stack[-1].extend(items)
-        elif op in ("SETITEM", "SETITEMS", "ADDITEMS"):
-            items = [stack.pop(), stack.pop()][::-1] if op == "SETITEM" else self.since_mark()
-            if isinstance(stack[-1], dict):
-                _with(stack[-1], items)
-        elif op == "GLOBAL":
-            stack.append(Name(*arg.split(" ", 1)))
-        elif op == "STACK_GLOBAL":
-            name, module = stack.pop(), stack.pop()
-            stack.append(Name(str(module)[:200], str(name)[:200]) if isinstance(name, str) else Opaque("name"))
-        elif op in ("REDUCE", "NEWOBJ"):
-            arguments, called = stack.pop(), stack.pop()
-            stack.append(self.made(called, arguments))
-        elif op == "NEWOBJ_EX":
-            del stack[-2:]
-            stack.append(self.made(stack.pop(), ()))
-        elif op == "OBJ":
-            called, *_ = self.since_mark()
-            stack.append(self.made(called, ()))
-        elif op == "INST":
-            self.since_mark()
-            stack.append(self.made(Name(*arg.split(" ", 1)), ()))
-        elif op == "BUILD":
-            stack.pop()
-        elif op in ("PERSID", "BINPERSID"):
-            stack.append(self.storage(arg if op == "PERSID" else stack.pop()))
-        else:  # extension codes and out-of-band buffers, which torch.save never writes
-            raise ValueError(f"its pickle has the step {op}")
-
-    def since_mark(self) -> list[Any]:
-        items = []
-        while (item := self.stack.pop()) is not _MARK:
-            items.append(item)
-        return items[::-1]
-
-    def storage(self, told: Any) -> Any:
+    def referred(self, told: Any) -> Any:
         """The storage that a persistent id describes: ("storage", type, key, place, count[, (key, first, count)])."""
         if not (isinstance(told, tuple) and len(told) >= 5 and told[0] == "storage"):
             return Opaque("reference")
@@ -346,9 +234,6 @@ class _Reader:
     def made(self, called: Any, arguments: Any) -> Any:
         if not isinstance(called, Name) or not isinstance(arguments, tuple):
             return Opaque("object")
-        if called.module == "collections" and called.name in ("OrderedDict", "defaultdict"):
-            pairs = arguments[0] if arguments and isinstance(arguments[0], list) else []
-            return _with({}, [value for pair in pairs if len(pair) == 2 for value in pair])
         if called.module == "torch" and called.name == "Size":
             return arguments[0] if arguments and isinstance(arguments[0], tuple) else ()
         if called.module in ("torch._utils", "torch._tensor"):
@@ -363,15 +248,7 @@ class _Reader:
                 return arguments[0]
             if called.name == "_rebuild_from_type_v2":
                 return self.made(arguments[0], arguments[2])
-        return Opaque(f"{called.module}.{called.name}"[:100])
-
-
-def _with(target: dict[str, Any], items: list[Any]) -> dict[str, Any]:
-    """A dictionary from alternating keys and values; keys that are not strings are left out."""
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if isinstance(key, str):
-            target[key] = value
-    return target
+        return super().made(called, arguments)
 
 
 def _size(value: Any) -> bool:

@@ -28,19 +28,39 @@ class Torchvision(NamedTuple):
         return (user_path(root, "dataset.root") / self.folder).resolve()
 
 
+class Folder(NamedTuple):
+    """A data set in a layout of its own below dataset.root."""
+
+    layout: str
+    """In words."""
+    holds: tuple[tuple[str, ...], ...]
+    """Patterns of what has to be there; of each group one suffices."""
+
+    def missing(self, root: str) -> str | None:
+        """The first group of which nothing is there, in words."""
+        folder = user_path(root, "dataset.root")
+        gone = (names for names in self.holds if not any(any(folder.glob(name)) for name in names))
+        return next((" or ".join(names) for names in gone), None)
+
+
 CIFAR100 = Statistics((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761))
 CIFAR100_PUBLISHED = Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 CIFAR10 = Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
-DATASETS: dict[str, Torchvision | None] = {
+SPLITS = (("train/",), ("val/", "test/"))
+DATASETS: dict[str, Torchvision | Folder | None] = {
     "cifar100_sample": None,
     "cifar100": Torchvision("CIFAR100", "cifar-100-python", CIFAR100),
     "cifar10": Torchvision("CIFAR10", "cifar-10-batches-py", CIFAR10),
     "fashion_mnist": Torchvision("FashionMNIST", "FashionMNIST/raw", Statistics((0.2860,), (0.3530,))),
     "npz": None,
-    "image_folder": None,
+    "image_folder": Folder("train/<class>/ and val/<class>/ with pictures", SPLITS),
+    "imagenet32": Folder(
+        "train_data_batch_1 to 10 and val_data, as pickles or .npz, there or in a folder within",
+        tuple((f"{name}*", f"*/{name}*") for name in ("train_data_batch_", "val_data")),
+    ),
 }
-"""None: pipeline/data/sources.py has a separate function for it."""
+"""All but torchvision's have a function of their own in pipeline/data/sources.py."""
 PUBLISHED = {"cifar100": CIFAR100_PUBLISHED, "cifar100_sample": CIFAR100_PUBLISHED}
 """The constants of the published KD tables' code (RepDistiller, mdistiller), which differ in the fourth digit."""
 
@@ -49,9 +69,7 @@ class DatasetConfig(Section):
     """The data set and its split into training and validation images."""
 
     name: Literal[*DATASETS] = key("cifar100_sample", "data set; cifar100_sample is bundled")  # type: ignore[valid-type]
-    root: str = key(
-        "data", "folder in torchvision's layout; of an image_folder: that of train/<class>/ and val/<class>/"
-    )
+    root: str = key("data", "folder in torchvision's layout, or in that of the data set (docs/data.md)")
     path: str | None = key(None, "file of dataset.name=npz (x_train, y_train, x_test, y_test; uint8 NHWC)")
     download: bool = key(False, "fetch a missing data set with torchvision")
     image_size: Pixels = key(

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from pipeline import urls
-from pipeline.config.datasets import DATASETS, DatasetConfig
+from pipeline.config.datasets import DATASETS, DatasetConfig, Folder, Torchvision
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.paths import user_path
@@ -54,17 +54,13 @@ def is_uri(text: str) -> bool:
 
 def check_data(dataset: DatasetConfig) -> None:
     """Raise UserError if the data set is missing and `dataset.download` will not fetch it."""
-    if dataset.name == "image_folder":
-        folder = user_path(dataset.root, "dataset.root")
-        for names in (("train",), ("val", "test")):
-            if not any((folder / name).is_dir() for name in names):
-                raise UserError(
-                    f"dataset.root={dataset.root}: {' or '.join(f'{name}/' for name in names)} is not there (looked in "
-                    f"{folder.resolve()}); dataset.name=image_folder needs train/<class>/ and val/<class>/ with "
-                    "pictures"
-                )
     place = DATASETS[dataset.name]
-    if place is not None and not dataset.download and not place.below(dataset.root).is_dir():
+    if isinstance(place, Folder) and (missing := place.missing(dataset.root)):
+        raise UserError(
+            f"dataset.root={dataset.root}: {missing} is not there (looked in "
+            f"{user_path(dataset.root, 'dataset.root').resolve()}); dataset.name={dataset.name} needs {place.layout}"
+        )
+    if isinstance(place, Torchvision) and not dataset.download and not place.below(dataset.root).is_dir():
         raise UserError(
             f"dataset.root={dataset.root}: {place.class_name} is not there (looked in {place.below(dataset.root)}); "
             "name the folder that holds it, or set dataset.download=true"

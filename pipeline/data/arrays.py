@@ -1,8 +1,10 @@
-"""Check that four arrays are a classification data set; every fault has a one-line error of its own.
+"""Check that four arrays are a classification data set, and describe them; every fault has a one-line error of its own.
 
 All sources go through the same checks: a user's npz file and files that torchvision has read.
 """
 
+import hashlib
+import json
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,9 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.datasets import Statistics
 from pipeline.errors import UserError
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+AT_ONCE = 10_000
+"""Images that are counted at once."""
 MAX_CHANNELS = 4  # beyond it, NCHW was meant, or something that is not an image
 
 
@@ -76,7 +81,7 @@ def check(arrays: dict[str, NDArray[Any]], where: str, classes: tuple[str, ...] 
             )
     if "class_names" in arrays:
         classes = _names(arrays["class_names"], where)
-    return Arrays(x_train, y_train, x_test, y_test, _classes(y_train, y_test, classes, where))
+    return Arrays(x_train, y_train, x_test, y_test, known_classes(y_train, y_test, classes, where))
 
 
 def _chw(images: NDArray[Any]) -> str:
@@ -126,10 +131,13 @@ def _names(array: NDArray[Any], where: str) -> tuple[str, ...]:
     return names
 
 
-def _classes(
+def known_classes(
     y_train: NDArray[np.int64], y_test: NDArray[np.int64], names: tuple[str, ...] | None, where: str
 ) -> tuple[str, ...]:
-    """Names of the classes 0..N-1, which are exactly the labels that occur in training."""
+    """Names of the classes 0..N-1, which are exactly the labels that occur in training.
+
+    Raises UserError, which begins with `where`.
+    """
     present = np.unique(y_train)
     if names is not None and present[-1] >= len(names):
         raise UserError(f"{where}: y_train holds {present[-1]}, but there are {len(names)} class names")
@@ -149,3 +157,31 @@ def _classes(
             "a class must be known from training"
         )
     return names if names is not None else tuple(map(str, range(count)))
+
+
+def digest(arrays: Arrays) -> str:
+    """SHA-256 (hex) of the data set: shapes, types and bytes of the four arrays, and the class names."""
+    hashed = hashlib.sha256()
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        array = getattr(arrays, name)
+        hashed.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        hashed.update(np.ascontiguousarray(array).data)
+    hashed.update(json.dumps(list(arrays.classes)).encode())
+    return hashed.hexdigest()
+
+
+def statistics(images: NDArray[np.uint8]) -> Statistics:
+    """Per-channel mean and standard deviation of uint8 images (N,C,H,W), scaled to [0, 1].
+
+    Exact, from histograms. A constant channel gets one grey level (1/255) as its deviation, so that dividing is safe.
+    """
+    levels = np.arange(256) / 255
+    counts = np.zeros((images.shape[1], 256), dtype=np.int64)
+    for start in range(0, len(images), AT_ONCE):  # bincount takes eight bytes of memory for each of its pixels
+        for channel, part in enumerate(images[start : start + AT_ONCE].swapaxes(0, 1)):
+            counts[channel] += np.bincount(part.reshape(-1), minlength=256)
+    mean, std = [], []
+    for share in counts / counts.sum(1, keepdims=True):
+        mean.append(float(share @ levels))
+        std.append(max(float(np.sqrt(share @ (levels - mean[-1]) ** 2)), 1 / 255))
+    return Statistics(tuple(mean), tuple(std))

@@ -8,7 +8,6 @@ neither on its batch nor on the worker that makes it.
 import atexit
 import functools
 import hashlib
-import json
 import logging
 import os
 import signal
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from pipeline.data.kept import place
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.served.picture_files import find, folders, told
@@ -345,11 +345,8 @@ def _digest(root: Path, paths: Sequence[str]) -> str:
     Reading all of a large data set takes a while: what was hashed is remembered by the files' sizes and times of
     change, in the user's cache folder.
     """
-    seen = [os.stat(path) for path in paths]
     names = [Path(path).relative_to(root).as_posix() for path in paths]
-    listing = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, seen, strict=True)]
-    known = hashlib.sha256(json.dumps([str(root.resolve()), listing]).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "asib", "digests", known)
+    cache = place("digests", root, paths)
     with suppress(OSError, ValueError):  # an unreadable one is rebuilt
         if len(text := cache.read_text()) == 64:
             return text

@@ -3,8 +3,6 @@
 Whatever the source, the result is one `ImageData`: checked images, and the digest that identifies them in results.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +14,10 @@ from torch import Tensor
 from pipeline.config import DatasetConfig
 from pipeline.config.datasets import CIFAR100, DATASETS, PUBLISHED, Statistics, Torchvision
 from pipeline.config.places import check_data
-from pipeline.data.arrays import Arrays, check, read_npz
+from pipeline.data import imagenet32
+from pipeline.data.arrays import Arrays, check, digest, read_npz, statistics
 from pipeline.data.image_files import CROP_PCT, ImageFiles, Images, scan
+from pipeline.data.kept import Kept, kept
 from pipeline.errors import UserError
 from pipeline.paths import user_path
 
@@ -31,10 +31,11 @@ IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 class ImageData:
     """A labelled image data set, in memory or as files.
 
-    train_x, test_x: uint8 (N,C,H,W), H = W, or files of such; train_y, test_y: int64 (N,) in 0..num_classes-1, every
-    class occurring in training. mean, std: per channel, for images scaled to [0, 1]. digest: SHA-256 (hex) over shapes,
-    types and bytes of the four arrays and the class names, or over files. source: where it was read from, in words.
-    crop_pct: the share of a picture's shorter side that its square shows; None: pictures are squeezed into a square.
+    train_x, test_x: uint8 (N,C,H,W), H = W, in memory or mapped, or files of such; train_y, test_y: int64 (N,) in
+    0..num_classes-1, every class occurring in training. mean, std: per channel, for images scaled to [0, 1].
+    digest: SHA-256 (hex) over shapes, types and bytes of the four arrays and the class names, or over files.
+    source: where it was read from, in words. crop_pct: the share of a picture's shorter side that its square shows;
+    None: pictures are squeezed into a square.
     """
 
     name: str
@@ -70,7 +71,7 @@ def load(config: DatasetConfig) -> ImageData:
     images of other channels.
     """
     row = DATASETS[config.name]
-    data = OWN[config.name](config) if row is None else _torchvision(config, row)
+    data = _torchvision(config, row) if isinstance(row, Torchvision) else OWN[config.name](config)
     for key, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != data.in_chans:
             raise UserError(f"dataset.{key}={list(values)}: the images have {data.in_chans} channels; give one each")
@@ -122,6 +123,14 @@ def _image_folder(config: DatasetConfig) -> ImageData:
     )
 
 
+def _imagenet32(config: DatasetConfig) -> ImageData:
+    check_data(config)
+    key, root = f"dataset.root={config.root}", user_path(config.root, "dataset.root")
+    train, test = (imagenet32.find(root, names, key) for names in (imagenet32.TRAIN, imagenet32.TEST))
+    read = {"train": lambda: imagenet32.blocks(train, key), "test": lambda: imagenet32.blocks(test, key)}
+    return _kept(config, kept(root, [*train, *test], read, tuple(map(str, range(imagenet32.CLASSES))), key))
+
+
 def _torchvision(config: DatasetConfig, row: Torchvision) -> ImageData:
     from torchvision import datasets  # late: its import takes a second, and the sample does not need it
 
@@ -147,7 +156,14 @@ def _torchvision(config: DatasetConfig, row: Torchvision) -> ImageData:
     return _image_data(config.name, checked, row.statistics, str(place))
 
 
-def _image_data(name: str, arrays: Arrays, known: Statistics, source: str) -> ImageData:
+def _kept(config: DatasetConfig, found: Kept) -> ImageData:
+    source = str(user_path(config.root, "dataset.root"))
+    return _image_data(config.name, found.arrays, found.statistics, source, found.digest)
+
+
+def _image_data(
+    name: str, arrays: Arrays, known: Statistics, source: str, known_digest: str | None = None
+) -> ImageData:
     return ImageData(
         name=name,
         train_x=torch.from_numpy(arrays.x_train),
@@ -157,35 +173,10 @@ def _image_data(name: str, arrays: Arrays, known: Statistics, source: str) -> Im
         classes=arrays.classes,
         mean=known.mean,
         std=known.std,
-        digest=digest(arrays),
+        digest=known_digest or digest(arrays),
         source=source,
     )
 
 
-def digest(arrays: Arrays) -> str:
-    """SHA-256 (hex) of the data set: shapes, types and bytes of the four arrays, and the class names."""
-    hashed = hashlib.sha256()
-    for name in ("x_train", "y_train", "x_test", "y_test"):
-        array = getattr(arrays, name)
-        hashed.update(json.dumps([name, array.dtype.str, array.shape]).encode())
-        hashed.update(np.ascontiguousarray(array).data)
-    hashed.update(json.dumps(list(arrays.classes)).encode())
-    return hashed.hexdigest()
-
-
-def statistics(images: NDArray[np.uint8]) -> Statistics:
-    """Per-channel mean and standard deviation of uint8 images (N,C,H,W), scaled to [0, 1].
-
-    Exact, from histograms. A constant channel gets one grey level (1/255) as its deviation, so that dividing is safe.
-    """
-    levels = np.arange(256) / 255
-    mean, std = [], []
-    for channel in range(images.shape[1]):
-        share = np.bincount(images[:, channel].reshape(-1), minlength=256) / images[:, channel].size
-        mean.append(float(share @ levels))
-        std.append(max(float(np.sqrt(share @ (levels - mean[-1]) ** 2)), 1 / 255))
-    return Statistics(tuple(mean), tuple(std))
-
-
-OWN = {"cifar100_sample": _sample, "npz": _npz, "image_folder": _image_folder}
+OWN = {"cifar100_sample": _sample, "npz": _npz, "image_folder": _image_folder, "imagenet32": _imagenet32}
 """Readers of the data sets that torchvision does not have."""

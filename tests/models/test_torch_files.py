@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from models import torch_files
+from models import pickles, torch_files
 from models.weights import checked, load_weights, read_metadata, read_state, save_weights
 from models.zoo import create_model
 
@@ -260,7 +260,7 @@ def legacy(pickled: bytes, storage: bytes, told: int | None = None) -> bytes:
 
 def test_no_file_unpacks_to_more_than_itself(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest of these takes 3 GB where it is believed."""
-    monkeypatch.setattr(torch_files, "MAX_OPERATIONS", 25_000)
+    monkeypatch.setattr(pickles, "MAX_OPERATIONS", 25_000)
     files = bombs()
     for name, (content, _) in files.items():
         (tmp_path / name).write_bytes(content)

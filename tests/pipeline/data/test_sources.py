@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import DatasetConfig
-from pipeline.data.arrays import Arrays, check
-from pipeline.data.sources import SAMPLE, digest, load, statistics
+from pipeline.data.arrays import Arrays, check, digest, statistics
+from pipeline.data.sources import SAMPLE, load
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[3]
