@@ -3,7 +3,7 @@
 """
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipeline.config.base import Section, key
 from pipeline.config.numbers import BatchSize, BelowOne, Deviation, Fraction, Pixels, Processes, Seed
@@ -55,14 +55,21 @@ DATASETS: dict[str, Torchvision | Folder | None] = {
     "fashion_mnist": Torchvision("FashionMNIST", "FashionMNIST/raw", Statistics((0.2860,), (0.3530,))),
     "npz": None,
     "image_folder": Folder("train/<class>/ and val/<class>/ with pictures", SPLITS),
+    "imagenet100": Folder("ImageNet's train/<class>/ and val/<class>/ with pictures", SPLITS),
     "imagenet32": Folder(
         "train_data_batch_1 to 10 and val_data, as pickles or .npz, there or in a folder within",
         tuple((f"{name}*", f"*/{name}*") for name in ("train_data_batch_", "val_data")),
     ),
 }
 """All but torchvision's have a function of their own in pipeline/data/sources.py."""
+PICTURES = ("image_folder", "imagenet100")
+"""Data sets whose images stay files, which workers decode."""
 PUBLISHED = {"cifar100": CIFAR100_PUBLISHED, "cifar100_sample": CIFAR100_PUBLISHED}
 """The constants of the published KD tables' code (RepDistiller, mdistiller), which differ in the fourth digit."""
+
+
+def _pictures(section: Any, prefix: str) -> str | None:
+    return None if section.name in PICTURES else f"{prefix}name is not {' or '.join(PICTURES)}"
 
 
 class DatasetConfig(Section):
@@ -70,15 +77,19 @@ class DatasetConfig(Section):
 
     name: Literal[*DATASETS] = key("cifar100_sample", "data set; cifar100_sample is bundled")  # type: ignore[valid-type]
     root: str = key("data", "folder in torchvision's layout, or in that of the data set (docs/data.md)")
-    path: str | None = key(None, "file of dataset.name=npz (x_train, y_train, x_test, y_test; uint8 NHWC)")
-    download: bool = key(False, "fetch a missing data set with torchvision")
-    image_size: Pixels = key(
-        224, "side in pixels to which images of an image_folder are resized", when="name=image_folder"
+    path: str | None = key(
+        None,
+        "file of dataset.name=npz (x_train, y_train, x_test, y_test; uint8 NHWC), or of imagenet100: names of classes",
     )
+    class_list: Literal["cmc", "podnet", "ucir"] | None = key(
+        None, "which of the published lists of 100 of ImageNet's classes; null: dataset.path", when="name=imagenet100"
+    )
+    download: bool = key(False, "fetch a missing data set with torchvision")
+    image_size: Pixels = key(224, "side in pixels to which pictures in folders are resized", when=_pictures)
     workers: Processes | None = key(
         None,
-        "processes that decode an image_folder; null: one per thread, at most 8; 0: none",
-        when="name=image_folder",
+        "processes that decode pictures in folders; null: one per thread, at most 8; 0: none",
+        when=_pictures,
     )
     normalisation: Literal["exact", "published"] = key(
         "exact", "mean and deviation of images; exact: the data set's own, published: of the published KD tables' code"

@@ -39,6 +39,7 @@ NOT_COMPUTATION = (
 )
 """Keys, and prefixes of keys, that do not change what is computed."""
 ONLY_WHERE_SET = (
+    "dataset.class_list",
     "dataset.normalisation",
     "dataset.mean",
     "dataset.std",

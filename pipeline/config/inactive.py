@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from pipeline.config.base import conditions, leaves
+from pipeline.config.datasets import PICTURES
 from pipeline.config.sections import Sections
 
 
@@ -18,8 +19,8 @@ def _conditions_not_met(config: Sections) -> Iterator[str]:
             reasons = (condition(section, prefix) for condition in conditions(field))
             if reason := next(filter(None, reasons), None):
                 yield f"{prefix}{name}: {reason}"
-    if config.dataset.name == "image_folder" and config.augment.crop_flip and config.augment.pad_mode != "zero":
-        yield "augment.pad_mode: dataset.name=image_folder crops without padding"
+    if config.dataset.name in PICTURES and config.augment.crop_flip and config.augment.pad_mode != "zero":
+        yield f"augment.pad_mode: dataset.name={config.dataset.name} crops without padding"
 
 
 def _epochs(config: Sections) -> Iterator[str]:

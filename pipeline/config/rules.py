@@ -194,6 +194,11 @@ def _surroundings(config: Sections) -> Iterator[str]:
         yield "tracking.experiment is empty: name an experiment, such as asib"
     if config.dataset.name == "npz" and not config.dataset.path:
         yield "dataset.name=npz needs dataset.path, the file with x_train, y_train, x_test and y_test"
+    if config.dataset.name == "imagenet100" and (config.dataset.class_list is None) == (config.dataset.path is None):
+        yield (
+            "dataset.name=imagenet100 needs one of dataset.class_list (cmc, podnet or ucir, which have few classes in "
+            "common) and dataset.path, a text file with a class's name in each line"
+        )
     if config.dataset.normalisation == "published":
         yield from _published(config.dataset)
     if config.dataset.batch_size == 1:

@@ -287,17 +287,18 @@ class Folder(NamedTuple):
     digest: str
 
 
-def scan(root: Path, key: str) -> Folder:
-    """The files below train/<class>/ and test/<class>/ (val/ where there is no test/).
+def scan(root: Path, key: str, only: Sequence[str] | None = None) -> Folder:
+    """The files below train/<class>/ and test/<class>/ (val/ where there is no test/), of all classes or `only` some.
 
     Raises:
-        UserError: no such folders, a class without images, one of the test split that training lacks.
+        UserError: no such folders, a class without images or without a folder, one of the test split that training
+            lacks.
     """
     held_out = root / ("test" if (root / "test").is_dir() else "val")
     if held_out.name == "test" and (root / "val").is_dir():
         logger.info("%s: val/ is not used: validation images are held out of train/ (dataset.val_fraction)", key)
     ignored: list[str] = []
-    train, test = (_read_split(folder, key, ignored) for folder in (root / "train", held_out))
+    train, test = (_read_split(folder, key, ignored, only) for folder in (root / "train", held_out))
     if ignored:
         logger.info("%s: %s", key, told(ignored, root))
     number = {name: k for k, name in enumerate(train)}
@@ -318,10 +319,18 @@ def scan(root: Path, key: str) -> Folder:
     return Folder(train_paths, y_train, test_paths, y_test, tuple(train), digest)
 
 
-def _read_split(folder: Path, key: str, ignored: list[str]) -> dict[str, list[str]]:
+def _read_split(folder: Path, key: str, ignored: list[str], only: Sequence[str] | None) -> dict[str, list[str]]:
     """The images of each class, in the order of torchvision's ImageFolder; what is skipped is added to `ignored`."""
     try:
         classes, skipped = folders(folder)
+        if only is not None:
+            lacking = [name for name in only if name not in classes]
+            if lacking:
+                raise UserError(
+                    f"{key}: {folder.name}/ has no folder {lacking[0]}, a class of the list "
+                    f"({len(lacking)} of {len(only)} are missing)"
+                )
+            classes, skipped = sorted(only), []
         found = [find(folder / name) for name in classes]
     except OSError as error:
         raise UserError(f"{key}: {error.filename}: {error.strerror}") from error

@@ -3,6 +3,7 @@
 Whatever the source, the result is one `ImageData`: checked images, and the digest that identifies them in results.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pipeline.data.kept import Kept, kept
 from pipeline.errors import UserError
 from pipeline.paths import user_path
 
+CLASS_LISTS = Path(__file__).parent / "class_lists"
 SAMPLE = Path(__file__).parent / "sample" / "cifar100_sample.npz"
 
 
@@ -104,10 +106,28 @@ def _npz(config: DatasetConfig) -> ImageData:
     return _image_data(config.name, arrays, statistics(arrays.x_train), str(path))
 
 
-def _image_folder(config: DatasetConfig) -> ImageData:
+def _imagenet100(config: DatasetConfig) -> ImageData:
+    """The classes of a list, of ImageNet; their labels are in the order of their names, as torchvision counts."""
+    path = CLASS_LISTS / f"{config.class_list}.txt"
+    if config.class_list is None:
+        assert config.path is not None  # config/rules.py
+        path = user_path(config.path, "dataset.path")
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"dataset.path={path}: it cannot be read as text ({error}); name a list of classes") from error
+    names = [line for line in lines if line and not line.startswith("#")]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None or not names:
+        fault = "holds no name of a class" if twice is None else f"names {twice} twice"
+        raise UserError(f"dataset.path={path}: it {fault}; give each class a line of its own")
+    return _image_folder(config, names)
+
+
+def _image_folder(config: DatasetConfig, only: Sequence[str] | None = None) -> ImageData:
     check_data(config)
     key, root = f"dataset.root={config.root}", user_path(config.root, "dataset.root")
-    found = scan(root, key)
+    found = scan(root, key, only)
     return ImageData(
         name=config.name,
         train_x=ImageFiles(found.train, config.image_size, config.workers, key),
@@ -178,5 +198,11 @@ def _image_data(
     )
 
 
-OWN = {"cifar100_sample": _sample, "npz": _npz, "image_folder": _image_folder, "imagenet32": _imagenet32}
+OWN = {
+    "cifar100_sample": _sample,
+    "npz": _npz,
+    "image_folder": _image_folder,
+    "imagenet100": _imagenet100,
+    "imagenet32": _imagenet32,
+}
 """Readers of the data sets that torchvision does not have."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config import Config
+from pipeline.config.datasets import PICTURES
 
 VIEWS = 162
 """Crops and flips of an image (pipeline/data/views.py)."""
@@ -58,8 +59,8 @@ def not_enumerable(config: Config) -> str | None:
         return "method.use_teacher_finetuning=true: the teachers change"
     if m.maps:
         return f"method={m.name} needs feature maps, which a bank does not keep"
-    if config.dataset.name == "image_folder":
-        return "dataset.name=image_folder: pictures cropped at random are no fixed set of views"
+    if config.dataset.name in PICTURES:
+        return f"dataset.name={config.dataset.name}: pictures cropped at random are no fixed set of views"
     if config.augment.randaugment:
         return "augment.randaugment=true: an image has no fixed set of views"
     if m.kd_view == "mixed" and m.mixes:

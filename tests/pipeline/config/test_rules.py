@@ -84,6 +84,11 @@ RULES: dict[str, tuple[Any, str]] = {
     "min_lr": ({"schedule": {"min_lr": 1}}, "schedule.min_lr=1.0 is above optim.student_lr=0.001"),
     "finetune min_lr": ({"finetune": {"schedule": {"min_lr": 1}}}, "finetune.schedule.min_lr=1.0 is above finetune.lr"),
     "npz": ({"dataset": {"name": "npz"}}, "dataset.name=npz needs dataset.path"),
+    "no class list": ({"dataset": {"name": "imagenet100"}}, "dataset.name=imagenet100 needs one of dataset.class_list"),
+    "two class lists": (
+        {"dataset": {"name": "imagenet100", "class_list": "cmc", "path": "mine.txt"}},
+        "dataset.name=imagenet100 needs one of dataset.class_list",
+    ),
     "published of another": (
         {"dataset": {"name": "cifar10", "normalisation": "published"}},
         "no constants for cifar10, only for cifar100, cifar100_sample; set it to exact"),

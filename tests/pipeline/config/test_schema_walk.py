@@ -497,6 +497,7 @@ BANKED = {**TAUGHT, "bank": "lazy"}
 ONLINE = {"tracking.mode": "online", "tracking.uri": "sqlite:///a.db"}
 PICTURES = {"dataset.name": "image_folder", "dataset.root": "{here}/pictures", "dataset.path": None,
             "dataset.image_size": 16}  # fmt: skip
+LISTED = {**PICTURES, "dataset.name": "imagenet100"}
 TORCHVISION = {"dataset.name": "cifar10", "dataset.root": "{here}/nothing"}
 
 SEEN_IN_THE_STUDENT = {
@@ -559,6 +560,7 @@ TABLE: dict[str, Case] = {
     "dataset.name": Case("cifar100_sample", observer=data_set),
     "dataset.root": Case("{here}/nothing", {"dataset.name": "cifar10"}, data_set),
     "dataset.path": Case("{here}/two.npz", observer=data_set),
+    "dataset.class_list": Case("cmc", {**LISTED, "dataset.class_list": "podnet"}, data_set),
     "dataset.download": Case(True, TORCHVISION, data_set),
     "dataset.image_size": Case(12, observer=pictures_read),
     "dataset.workers": Case(0, {"dataset.workers": 1}, pictures_read),
