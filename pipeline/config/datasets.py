@@ -60,6 +60,10 @@ DATASETS: dict[str, Torchvision | Folder | None] = {
         "train_data_batch_1 to 10 and val_data, as pickles or .npz, there or in a folder within",
         tuple((f"{name}*", f"*/{name}*") for name in ("train_data_batch_", "val_data")),
     ),
+    "tiny_imagenet": Folder(
+        "train/<wnid>/images/, val/images/, val/val_annotations.txt, wnids.txt and words.txt, as distributed",
+        tuple((name,) for name in ("train/", "val/images/", "val/val_annotations.txt", "wnids.txt", "words.txt")),
+    ),
 }
 """All but torchvision's have a function of their own in pipeline/data/sources.py."""
 PICTURES = ("image_folder", "imagenet100")

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.config import DatasetConfig
 from pipeline.config.datasets import CIFAR100, DATASETS, PUBLISHED, Statistics, Torchvision
 from pipeline.config.places import check_data
-from pipeline.data import imagenet32
+from pipeline.data import imagenet32, tiny_imagenet
 from pipeline.data.arrays import Arrays, check, digest, read_npz, statistics
 from pipeline.data.image_files import CROP_PCT, ImageFiles, Images, scan
 from pipeline.data.kept import Kept, kept
@@ -148,7 +148,7 @@ def _imagenet32(config: DatasetConfig) -> ImageData:
     key, root = f"dataset.root={config.root}", user_path(config.root, "dataset.root")
     train, test = (imagenet32.find(root, names, key) for names in (imagenet32.TRAIN, imagenet32.TEST))
     read = {"train": lambda: imagenet32.blocks(train, key), "test": lambda: imagenet32.blocks(test, key)}
-    return _kept(config, kept(root, [*train, *test], read, tuple(map(str, range(imagenet32.CLASSES))), key))
+    return _mapped(config, kept(root, [*train, *test], read, tuple(map(str, range(imagenet32.CLASSES))), key))
 
 
 def _torchvision(config: DatasetConfig, row: Torchvision) -> ImageData:
@@ -176,7 +176,15 @@ def _torchvision(config: DatasetConfig, row: Torchvision) -> ImageData:
     return _image_data(config.name, checked, row.statistics, str(place))
 
 
-def _kept(config: DatasetConfig, found: Kept) -> ImageData:
+def _tiny_imagenet(config: DatasetConfig) -> ImageData:
+    check_data(config)
+    key, root = f"dataset.root={config.root}", user_path(config.root, "dataset.root")
+    train, test, classes, told = tiny_imagenet.scan(root, key)
+    read = {"train": lambda: tiny_imagenet.blocks(train, key), "test": lambda: tiny_imagenet.blocks(test, key)}
+    return _mapped(config, kept(root, [*told, *train.files, *test.files], read, classes, key))
+
+
+def _mapped(config: DatasetConfig, found: Kept) -> ImageData:
     source = str(user_path(config.root, "dataset.root"))
     return _image_data(config.name, found.arrays, found.statistics, source, found.digest)
 
@@ -204,5 +212,6 @@ OWN = {
     "image_folder": _image_folder,
     "imagenet100": _imagenet100,
     "imagenet32": _imagenet32,
+    "tiny_imagenet": _tiny_imagenet,
 }
 """Readers of the data sets that torchvision does not have."""
