@@ -40,7 +40,7 @@ class Folder(NamedTuple):
         """The first group of which nothing is there, in words."""
         folder = user_path(root, "dataset.root")
         gone = (names for names in self.holds if not any(any(folder.glob(name)) for name in names))
-        return next((" or ".join(names) for names in gone), None)
+        return next((" or ".join(name for name in names if not name.startswith("*/")) for names in gone), None)
 
 
 CIFAR100 = Statistics((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761))

@@ -64,7 +64,10 @@ def kept(
     Raises:
         UserError: a class without training images, no room in the cache folder, what `read` raises.
     """
-    file = place("images", root, paths)
+    try:
+        file = place("images", root, paths)
+    except OSError as error:  # a dangling link
+        raise UserError(f"{where}: {error.filename}: {error.strerror}; repair or remove it") from error
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -163,6 +163,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "val/images/ has no val_2.JPEG, which val_annotations.txt lists",
     ),
     "a damaged picture": (write("val/images/val_1.JPEG", "no picture"), "val_1.JPEG cannot be read ("),
+    "a dangling link": (
+        lambda root: (root / "train" / WNIDS[0] / "images" / "z.JPEG").symlink_to("nowhere"),
+        "z.JPEG: No such file or directory; repair or remove it",
+    ),
     "another size": (shrink, "val_3.JPEG has 64 × 60 pixels; Tiny-ImageNet's have 64 × 64"),
     "no text": (lambda root: (root / "wnids.txt").write_bytes(b"\xff\xfe\0"), "wnids.txt cannot be read ("),
 }
