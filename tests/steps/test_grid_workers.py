@@ -78,6 +78,7 @@ def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_in_process")
+@pytest.mark.slow
 def test_interrupted_workers_continue_and_make_the_table_that_one_process_makes(
     ready_lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
