@@ -30,6 +30,7 @@ from tests.steps.lab import CLASSES, TEST, Lab, client, ending, points, run_id, 
 pytest_plugins = ["tests.servers"]
 
 
+@pytest.mark.slow
 def test_only_a_better_student_becomes_champion(desk: Desk) -> None:
     desk.register("half", "half", "bad", "good")
     assert desk.aliases == {"challenger": "4"}
@@ -110,6 +111,7 @@ def test_only_a_better_student_becomes_champion(desk: Desk) -> None:
     assert "champion already" in again.lines[0]
 
 
+@pytest.mark.slow
 def test_rollback_restores_and_what_was_rolled_back_is_not_promoted_by_chance(desk: Desk) -> None:
     desk.register("bad", "half", "good")
     nothing = desk.promote("rollback=true")

@@ -63,6 +63,7 @@ def test_a_run_ended_by_sigterm_and_continued_equals_an_undisturbed_one(
     assert {len(values) for values in after.metrics.values()} == {1}
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_again_and_again_equals_an_undisturbed_one(ready_lab: Lab, undisturbed: Done) -> None:
     """SIGINT after every third batch, with a checkpoint after every batch besides."""
     done = ready_lab.disturbed(signal_at(3, signal.SIGINT), "distill", EVERY_BATCH)
@@ -77,6 +78,7 @@ def test_a_run_interrupted_again_and_again_equals_an_undisturbed_one(ready_lab: 
     same_run(folder, undisturbed.folder)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_a_checkpoint_is_written_equals_an_undisturbed_one(
     ready_lab: Lab, undisturbed: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:

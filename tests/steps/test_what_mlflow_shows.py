@@ -400,6 +400,7 @@ def _without_slots(seen: Seen) -> set[str]:
     return {"slot" if "/slot" in name else name for name in seen.artifacts}
 
 
+@pytest.mark.slow
 def test_an_offline_run_delivered_twice_equals_the_same_run_tracked_directly(
     tracked: Tracked, lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

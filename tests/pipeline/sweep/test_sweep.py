@@ -500,6 +500,7 @@ def test_an_interrupted_trial_is_continued_at_its_seed(
     assert_trials_are_means(lab, single_seeds)
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_worse_on_its_first_seeds_is_pruned(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Claim, "should_prune", lambda claim: (claim.number, claim._epoch) == (1, 1))
     swept(lab, *SHORT, "seeds=3", "seed=4", pruner="wilcoxon", trials=2)
@@ -513,6 +514,7 @@ def test_a_trial_that_is_worse_on_its_first_seeds_is_pruned(lab: Lab, monkeypatc
     assert {"asib.pruned_seed": "5"}.items() <= tags[-1].items()
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_when_it_no_longer_improves(lab: Lab) -> None:
     space = {"method.tau": {"type": "int", "low": 4, "high": 4}}  # nothing can improve on the first trial
     done = swept(lab, *SHORT, "sweep.stop.patience=2", space=space, trials=9)

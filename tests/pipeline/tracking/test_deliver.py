@@ -143,6 +143,7 @@ def test_a_run_goes_through_an_outage_without_loss(mlflow_server: MlflowServer, 
     assert client.get_run(ready.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_leaves_a_killed_run_with_everything(sqlite_uri: str, tmp_path: Path) -> None:
     trainer, run_id, child_id = start_trainer(tmp_path / "run", sqlite_uri)
     client = MlflowClient(sqlite_uri)
