@@ -73,7 +73,7 @@ def test_a_table_of_all_methods_arrives_through_mlflow_run(lab: Lab, table: Path
 
 @pytest.mark.parametrize("method", [name for name in methods.names() if name != "asib"])  # test_kill.py kills ASIB's
 def test_a_killed_run_of_a_method_continued_equals_an_undisturbed_one(lab: Lab, table: Path, method: str) -> None:
-    chosen = overrides(method)
+    chosen = [*overrides(method), "bank=lazy"]  # as the runs of a table
     if methods.settings(method).teachers[1] == 1:
         chosen += ["model.teachers=[{name: cifar_resnet8}]"]
         (undisturbed,) = table.glob(f"{method}_pair-seed0-*")
