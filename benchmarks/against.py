@@ -101,8 +101,9 @@ def measure(case: Case, other: Path, rounds: int) -> dict[str, Any]:
             name: stack.enter_context(closing(Checkout(folder)))
             for name, folder in (("this", REPOSITORY), ("other", other))
         }
-        steps = ("a", "b") if len(case.pair.teachers) > 1 else ("b",)
-        taken: dict[str, dict[str, list[dict[str, float]]]] = {which: {name: [] for name in both} for which in steps}
+        taken: dict[str, dict[str, list[dict[str, float]]]] = {
+            which: {name: [] for name in both} for which in case.steps
+        }
         for number in range(-1, rounds):  # the first is not counted
             for which, found in taken.items():
                 for name in in_turn(both, number):

@@ -48,9 +48,8 @@ def write(root: Path, held_out: str = "val", classes: tuple[str, ...] = CLASSES)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "asib" / "digests"
+def cache(cache_home: Path) -> Path:
+    return cache_home / "digests"
 
 
 @pytest.fixture

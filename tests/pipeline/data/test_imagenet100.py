@@ -24,9 +24,7 @@ def listed(name: str) -> list[str]:
     return [line for line in (CLASS_LISTS / f"{name}.txt").read_text().splitlines() if not line.startswith("#")]
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 @pytest.fixture(scope="module")

@@ -58,9 +58,8 @@ BATCHES = batches()
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "asib" / "images"
+def cache(cache_home: Path) -> Path:
+    return cache_home / "images"
 
 
 @pytest.mark.parametrize("how", [as_npz, as_compressed, pickled(3), pickled(4)], ids=["npz", "packed", "3", "4"])

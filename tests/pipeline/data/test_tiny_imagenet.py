@@ -63,9 +63,8 @@ WNIDS = sorted(ORIGINAL.train)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "asib" / "images"
+def cache(cache_home: Path) -> Path:
+    return cache_home / "images"
 
 
 @pytest.fixture
