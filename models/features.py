@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from models.adapter import DistillationAdapter
+from models.class_view import ClassView
 from pipeline.errors import first_line
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]
@@ -67,6 +68,13 @@ class FeatureNet(nn.Module):
         self.preact = False
         """Whether their maps are those before their ReLU."""
         self._pass: Pass = decompose
+        self.view: ClassView | None = None
+        """Which of the head's classes its logits are of; None: all."""
+
+    def show(self, view: ClassView | None) -> None:
+        """From now on its logits are of these classes: `num_classes` says of how many."""
+        self.view = None if view is None else view.to(next(self.net.parameters()).device)
+        self.num_classes = int(self.net.num_classes) if view is None else len(view.columns)  # type: ignore[arg-type]
 
     def record(self, stages: Sequence[int], preact: bool = False) -> None:
         """From now on `maps` holds these stages' outputs, numbered as timm's `forward_intermediates` numbers them.
@@ -93,6 +101,7 @@ class FeatureNet(nn.Module):
     def forward(self, x: torch.Tensor) -> Features:
         """(B, in_chans, H, W) → Features; the network runs once."""
         raw, feat, logits, maps = self._pass(self.net, x, self.stages, self.preact)
+        logits = logits if self.view is None else self.view(logits)
         adapted = None if self.distillation_adapter is None else self.distillation_adapter(feat)
         return Features(logits, feat, to_nchw(self.net, raw), adapted, maps)
 

@@ -10,7 +10,7 @@ that a single process would see.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -83,9 +83,9 @@ class Batch(NamedTuple):
 class EpochDraws:
     """All random numbers of one epoch, on the CPU.
 
-    permutation: int64 (n,), positions in the training subset. crop_flip: one draw per *position of the epoch* (n,), or
-    None. mixes: one per batch, or None. second: crops and flips of a second view; None without one. seeds: int64
-    (2, n), of RandAugment, or of files' whole augmentation, for both views; None without them.
+    permutation: int64 (n,), positions among the images that take part. crop_flip: one draw per *position of the epoch*
+    (n,), or None. mixes: one per batch, or None. second: crops and flips of a second view; None without one. seeds:
+    int64 (2, n), of RandAugment, or of files' whole augmentation, for both views; None without them.
     """
 
     permutation: Tensor
@@ -103,6 +103,63 @@ def batch_bounds(n_images: int, batch_size: int) -> list[tuple[int, int]]:
     """
     bounds = [(start, min(start + batch_size, n_images)) for start in range(0, n_images, batch_size)]
     return [(start, stop) for start, stop in bounds if stop - start > 1]
+
+
+class Order(Protocol):
+    """What an epoch consists of: positions among the images that take part."""
+
+    def __len__(self) -> int:
+        """Positions in an epoch."""
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """int64 (n,), on the CPU."""
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Each of n images once."""
+
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        return torch.randperm(self.n, generator=generator)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Each of `new` images once, and beside them in every batch a share of `old` ones, which come again and again.
+
+    The images that take part are the new ones, then the old ones. Old ones are drawn without replacement until all
+    have been. `share`, in (0, 1): of each batch, rounded to whole images, at least one of either kind.
+    """
+
+    new: int
+    old: int
+    share: float
+    batch_size: int
+
+    def _parts(self) -> list[tuple[int, int]]:
+        """New and old images in each batch; the last one keeps the share."""
+        old = min(max(round(self.share * self.batch_size), 1), self.batch_size - 1)
+        fresh = self.batch_size - old
+        full, rest = divmod(self.new, fresh)
+        last = [(rest, max(round(rest * old / fresh), 1))] if rest else []
+        return [(fresh, old)] * full + last
+
+    def __len__(self) -> int:
+        return sum(new + old for new, old in self._parts())
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        parts = self._parts()
+        wanted = sum(old for _, old in parts)
+        fresh = torch.randperm(self.new, generator=generator)
+        rounds = [torch.randperm(self.old, generator=generator) for _ in range(-(-wanted // self.old))]
+        again = self.new + torch.cat(rounds)[:wanted]
+        sizes = zip(fresh.split([new for new, _ in parts]), again.split([old for _, old in parts]), strict=True)
+        return torch.cat([torch.cat(part) for part in sizes])
 
 
 class TrainBatches:
@@ -129,17 +186,19 @@ class TrainBatches:
         channels_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        order: Order | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.images = images.to(self.device)
         self.labels = labels.to(self.device)
         self.indices = indices.to(self.device)
+        self.order = order or Shuffled(len(indices))
         self.batch_size = batch_size
         self.augment = augment
         self.normalize = Normalize(mean, std, self.device, channels_last)
         self.rank = rank
         self.world_size = world_size
-        self.bounds = batch_bounds(len(indices), batch_size)
+        self.bounds = batch_bounds(len(self.order), batch_size)
         if not self.bounds:
             raise UserError(
                 f"dataset.batch_size={batch_size} and {len(indices)} training images make no batch of at least 2; "
@@ -163,9 +222,9 @@ class TrainBatches:
         requested for what is switched off. `two_views`: every image also has a second, independent augmentation. Files
         have a seed for each image instead of corners in the padded image.
         """
-        n, augment = len(self.indices), self.augment
+        n, augment = len(self.order), self.augment
         by_seed = isinstance(self.images, ImageFiles)
-        permutation = torch.randperm(n, generator=generators("permutation"))
+        permutation = self.order.draw(generators("permutation"))
         corners = augment.crop_flip and not by_seed
         views = draw_crop_flip(n, generators("crop_flip")) if corners else None
         mixes: tuple[Mix | None, ...] = (None,) * len(self.bounds)

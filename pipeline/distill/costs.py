@@ -25,7 +25,7 @@ def macs_found(task: Distillation, data: ImageData, results: Mapping[str, float]
         passes_over = task.validation_passes().items()
         total += len(task.data.eval.labels) * sum(found[name] * passes for name, passes in passes_over)
     epochs = {phase: sum(e.phase == phase for e in task.plan) for phase in task.phases}
-    images = len(task.data.train.indices)
+    images = len(task.data.train.order)
     for phase in task.phases:
         passes = images * epochs[phase] * task.phases[phase].repeats
         # own modules rest where nothing is distilled

@@ -15,7 +15,7 @@ from pipeline.training.evaluation import outputs
 from pipeline.training.objective import Moment, Objective, mixed_cross_entropy
 from pipeline.training.phases import Epoch, Phase
 from pipeline.training.rng import Streams
-from pipeline.training.run_data import Selection, Task, prepare
+from pipeline.training.run_data import Scope, Selection, Task, prepare
 
 
 class CrossEntropy(Objective):
@@ -35,11 +35,13 @@ class CrossEntropy(Objective):
 
 
 class FineTuning(Task):
-    """The loop's task for a teacher: one phase."""
+    """The loop's task for a teacher: one phase. `scope`: the part of the data that it is taught; None: all."""
 
-    def __init__(self, config: Config, data: ImageData, net: FeatureNet, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, data: ImageData, net: FeatureNet, device: torch.device, scope: Scope | None = None
+    ) -> None:
         f = config.finetune
-        super().__init__(config, data, net, "teacher", device, f.seed)
+        super().__init__(config, data, net, "teacher", device, f.seed, scope)
         optimizer = optim.optimizer(f.optimizer, [(net, f.lr)], f.weight_decay, config.optim.momentum)
         self.costs = Costs({"teacher": net})
         self.phases = {
@@ -54,7 +56,7 @@ class FineTuning(Task):
         }
         prepare(self.phases, device, set())
         self.plan = [Epoch("finetune", 0, i, i, i, i == 0, i == f.epochs - 1) for i in range(f.epochs)]
-        self.selection = Selection(net, self.data.has_validation)
+        self.selection = Selection(net, self.data.selects)
 
     def end_epoch(self, epoch: Epoch) -> dict[str, float]:
         found = self.evaluated(outputs(self.net, self.data.eval, "teacher"))

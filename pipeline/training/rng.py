@@ -16,13 +16,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Streams:
-    """The streams of one run."""
+    """The streams of one run.
+
+    `part`: which of several trainings in a row of the same seed they are of.
+    """
 
     seed: int
+    part: str = ""
 
     def derive(self, stream: str, *where: str | int) -> int:
         """The seed, in [0, 2^63), of a stream at a place: SHA-256 over the seed, the name and the place."""
-        text = "/".join(map(str, (self.seed, stream, *where)))
+        text = "/".join(map(str, (self.seed, *filter(None, [self.part]), stream, *where)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def generator(self, stream: str, *where: str | int) -> torch.Generator:

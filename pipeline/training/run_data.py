@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.features import FeatureNet
 from pipeline.config import Config
-from pipeline.data.batches import Batch, EpochDraws, EvalBatches, TrainBatches
+from pipeline.data.batches import Batch, EpochDraws, EvalBatches, Order, Replayed, TrainBatches
 from pipeline.data.image_files import Images
 from pipeline.data.sources import ImageData
 from pipeline.data.splits import split
@@ -27,22 +27,67 @@ from pipeline.training.rng import Streams
 logger = logging.getLogger("asib")
 
 
+@dataclass(frozen=True)
+class Scope:
+    """The part of a data set that a task is about.
+
+    Attributes:
+        classes: those that are told apart, M of the data's N. Within the task a class's number is its position here.
+        new: those whose training images are all trained on; None: `classes`.
+        memory: int64 (m,), training images that are trained on besides.
+        share: of each batch that comes from the memory; None: an epoch has each of its images once, too.
+        part: a name that gives the task random streams of its own.
+        selects: whether the validation split chooses an epoch; it is evaluated anyway.
+    """
+
+    classes: tuple[int, ...]
+    new: tuple[int, ...] | None = None
+    memory: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    share: float | None = None
+    part: str = ""
+    selects: bool = True
+
+    def numbered(self, y: Tensor) -> Tensor:
+        """Labels (n,) of the data as the task numbers them; -1 for classes that it is not about."""
+        numbers = torch.full((max(int(y.max()), *self.classes) + 1,), -1)
+        numbers[torch.tensor(self.classes)] = torch.arange(len(self.classes))
+        return numbers[y]
+
+    def order(self, new: int, batch_size: int) -> Order | None:
+        """What an epoch of `new` images and the memory consists of."""
+        if self.share is None or not len(self.memory):
+            return None
+        return Replayed(new, len(self.memory), self.share, batch_size)
+
+
 class RunData:
     """Training, evaluation and test batches of one run: resident on the device, or files.
+
+    `scope`: the part of the data that it is about; None: all. The split is that of all the data.
 
     Per-epoch evaluation is on the validation split; on the test split only if there is no validation split, and then
     nothing is selected by it (docs/method.md section 3).
     """
 
-    def __init__(self, config: Config, data: ImageData, device: torch.device) -> None:
+    def __init__(self, config: Config, data: ImageData, device: torch.device, scope: Scope | None = None) -> None:
         world = distributed.world()
         parts = split(data.train_y, config.dataset.val_fraction, data.digest, config.dataset.split_seed)
         self.has_validation = len(parts.val) > 0
-        images, labels = data.train_x.to(device), data.train_y.to(device)  # once, for training and validation
+        self.selects = self.has_validation and (scope is None or scope.selects)
+        train_y, test_y, taking_part, order = data.train_y, data.test_y, parts.train, None
+        val, test = parts.val, None
+        if scope is not None:
+            train_y, test_y = scope.numbered(train_y), scope.numbered(test_y)
+            val, test = val[train_y[val] >= 0], (test_y >= 0).nonzero()[:, 0]
+            new = torch.tensor(scope.classes if scope.new is None else scope.new)
+            taking_part = parts.train[torch.isin(data.train_y[parts.train], new)]
+            order = scope.order(len(taking_part), config.dataset.batch_size)
+            taking_part = torch.cat([taking_part, scope.memory])
+        images, labels = data.train_x.to(device), train_y.to(device)  # once, for training and validation
         self.train = TrainBatches(
             images,
             labels,
-            parts.train,
+            taking_part,
             batch_size=config.dataset.batch_size,
             augment=config.augment,
             rank=world.rank,
@@ -51,6 +96,7 @@ class RunData:
             std=data.std,
             device=device,
             channels_last=config.optim.use_channels_last,
+            order=order,
         )
         size = config.dataset.eval_batch_size
 
@@ -58,8 +104,8 @@ class RunData:
             channels_last = config.optim.use_channels_last
             return EvalBatches(x, y, indices, size, data.mean, data.std, device, channels_last)
 
-        self.test = in_order(data.test_x, data.test_y, None)
-        self.eval = in_order(images, labels, parts.val) if len(parts.val) else self.test
+        self.test = in_order(data.test_x, test_y, test)
+        self.eval = in_order(images, labels, val) if self.has_validation else self.test
         self.eval_split = "val" if self.has_validation else "test"
 
 
@@ -97,6 +143,7 @@ class Task:
     Args:
         net: the network; `name`: its name in metrics and errors.
         seed: that of its random streams.
+        scope: the part of the data that it is about; None: all.
     """
 
     plan: list[Epoch]
@@ -105,13 +152,20 @@ class Task:
     selection: Selection
 
     def __init__(
-        self, config: Config, data: ImageData, net: FeatureNet, name: str, device: torch.device, seed: int
+        self,
+        config: Config,
+        data: ImageData,
+        net: FeatureNet,
+        name: str,
+        device: torch.device,
+        seed: int,
+        scope: Scope | None = None,
     ) -> None:
         self.config, self.optim, self.device = config, config.optim, device
         self.net, self.name = net, name
-        self.data = RunData(config, data, device)
+        self.data = RunData(config, data, device, scope)
         self.batches = self.data.train
-        self.streams = Streams(seed)
+        self.streams = Streams(seed, scope.part if scope is not None else "")
         self._last: dict[str, Tensor] = {}
         """The last epoch's weights, from which a checkpoint continues, once `results` has replaced them."""
 

@@ -4,13 +4,13 @@ A method subclasses `StudentStep` in a file of methods/, and says there what is 
 it. Everything else is here, once: both labels of mixed images, the weight w(b), bounds, samples' weights, precision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.features import FeatureNet, Features
 from pipeline.config import MethodConfig
@@ -22,6 +22,8 @@ from pipeline.training.objective import Moment, Objective, batch_mean, mixed_cro
 from pipeline.training.rng import Streams
 from pipeline.training.run_data import RunData
 
+Penalty = Callable[[nn.Module], Tensor]
+"""A term of the loss, already weighted, that depends on the student's weights alone: a scalar."""
 Lesson = dict[str, Tensor]
 """What is taught about n images: name -> (n, ...)."""
 
@@ -43,6 +45,8 @@ class Setup:
     """(C, h, w) of the paired stages' maps, first to last; empty for methods that need none."""
     teacher_maps: list[list[tuple[int, int, int]]] = field(default_factory=list)
     """The same for each teacher, as many as the student's."""
+    penalties: Mapping[str, Penalty] = field(default_factory=dict)
+    """By their names in metrics."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class StudentStep(Objective):
         self.method: Any = setup.method
         self.streams = setup.streams
         self.weights: Any = Weights(0.0)
+        self._penalties = setup.penalties
         self._held: tuple[Lesson, Tensor] | None = None
 
     # what a method says ----------------------------------------------------------------------------------------------
@@ -193,6 +198,9 @@ class StudentStep(Objective):
             if repeat == 0 or self._held is None:
                 self._held = self.teach(batch, seen.logits.detach(), self._query_of(seen).detach(), moment)
             loss = loss + self._distil(seen, *self._held, batch, moment, loss, out)
+        for name, penalty in self._penalties.items():
+            out[name] = penalty(self._student[0].net)
+            loss = loss + out[name]
         if w.bound is not None:
             loss = losses.clamp_loss(loss, w.bound, m.loss_clamp_mode, distributed.mean(loss))
         return {"loss": loss, "output": seen.logits, **out}

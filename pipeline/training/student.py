@@ -3,8 +3,9 @@
 A method with phases of its own (ASIB's A-steps, factor transfer's paraphraser) subclasses `Distillation` in its file.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pkgutil import resolve_name
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from pipeline.training.compiling import check_device, compile_seconds, compiles
 from pipeline.training.costs import Costs
 from pipeline.training.evaluation import Outputs, accuracy, outputs
 from pipeline.training.phases import Epoch, Phase
-from pipeline.training.run_data import Selection, Task, prepare
-from pipeline.training.step import Setup, StudentStep, Weights
+from pipeline.training.run_data import Scope, Selection, Task, prepare
+from pipeline.training.step import Penalty, Setup, StudentStep, Weights
 from pipeline.training.teachers import TeacherMonitor
 
 
@@ -90,6 +91,8 @@ class Distillation(Task):
         student: trained in B-steps; with an adapter if its method asks for one.
         teachers: frozen, unless the method changes them.
         open_bank: gives a bank of the teachers' outputs for the training images, or None.
+        scope: the part of the data that it is about; None: all.
+        penalties: further terms of the student's loss, by their names in metrics.
     """
 
     fusion: Any = None
@@ -103,11 +106,13 @@ class Distillation(Task):
         teachers: list[FeatureNet],
         device: torch.device,
         open_bank: OpenBank = lambda batches, teachers, costs: None,
+        scope: Scope | None = None,
+        penalties: Mapping[str, Penalty] = MappingProxyType({}),
     ) -> None:
         check_device(config, device)
-        super().__init__(config, data, student, "student", device, config.seed)
+        super().__init__(config, data, student, "student", device, config.seed, scope)
         self.method: Any = config.method
-        self.student, self.num_classes = student, data.num_classes
+        self.student, self.num_classes = student, data.num_classes if scope is None else len(scope.classes)
         self.teachers = teachers if config.method.distils else []
         maps = self._pair_maps(data) if self.teachers and self.method.maps else ([], [])
         if not self.method.teachers_change:
@@ -115,7 +120,7 @@ class Distillation(Task):
             self.teachers = [folded(teacher, shape) for teacher in self.teachers]
             for teacher in self.teachers:
                 teacher.requires_grad_(False).eval()
-        self.check(config, student, data.num_classes)
+        self.check(config, student, self.num_classes)
         self.begin(data)
         self._try_student_levels()
         self.compiled = compiles(config, device)
@@ -127,7 +132,9 @@ class Distillation(Task):
         networks: dict[str, nn.Module] = {"student": student}
         networks |= {f"teacher_{k}": t for k, t in enumerate(self.teachers)}
         self.plan = self.make_plan()
-        setup = Setup(student, self.teachers, self.method, self.streams, device, data.num_classes, self.data, *maps)
+        setup = Setup(
+            student, self.teachers, self.method, self.streams, device, self.num_classes, self.data, *maps, penalties
+        )
         with self.streams.initialising("method"):
             self.b_step = self.make_step(setup)
         self.b_step.own.to(device)
@@ -141,7 +148,7 @@ class Distillation(Task):
         prepare(self.phases, device, unused=self.unused())
         average = self._average()
         exported = average if average is not None and self.optim.select_weights == "ema" else student
-        self.selection = Selection(exported, self.data.has_validation)
+        self.selection = Selection(exported, self.data.selects)
         self._student_seen: Outputs | None = None
         self.best_test = float("-inf")
         self.predicted: Tensor | None = None

@@ -59,7 +59,7 @@ class AsibDistillation(Distillation):
     # construction ----------------------------------------------------------------------------------------------------
 
     def begin(self, data: ImageData) -> None:
-        self.fusion = self._make_fusion(data.num_classes, self.device) if self.method.uses_fusion else None
+        self.fusion = self._make_fusion(self.num_classes, self.device) if self.method.uses_fusion else None
         self.held = self._freeze_teachers()
         self.a_step: AStep | None = None
 
