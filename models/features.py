@@ -76,6 +76,10 @@ class FeatureNet(nn.Module):
         self.view = None if view is None else view.to(next(self.net.parameters()).device)
         self.num_classes = int(self.net.num_classes) if view is None else len(view.columns)  # type: ignore[arg-type]
 
+    def viewed(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of the whole head (B, N) as the view shows them."""
+        return logits if self.view is None else self.view(logits)
+
     def record(self, stages: Sequence[int], preact: bool = False) -> None:
         """From now on `maps` holds these stages' outputs, numbered as timm's `forward_intermediates` numbers them.
 
@@ -101,7 +105,7 @@ class FeatureNet(nn.Module):
     def forward(self, x: torch.Tensor) -> Features:
         """(B, in_chans, H, W) → Features; the network runs once."""
         raw, feat, logits, maps = self._pass(self.net, x, self.stages, self.preact)
-        logits = logits if self.view is None else self.view(logits)
+        logits = self.viewed(logits)
         adapted = None if self.distillation_adapter is None else self.distillation_adapter(feat)
         return Features(logits, feat, to_nchw(self.net, raw), adapted, maps)
 

@@ -14,7 +14,7 @@ from pipeline import urls
 from pipeline.ablate import driver, worker
 from pipeline.ablate.plan import PLAN_TAG, Cell, Child, Plan
 from pipeline.compare import compare, job, report
-from pipeline.config import Identity, TeacherConfig, config_hash, sources_of
+from pipeline.config import Identity, ModelConfig, config_hash, sources_of
 from pipeline.config.places import output_dir
 from pipeline.data.sources import ImageData
 from pipeline.distill import export, networks, register, teachers
@@ -105,11 +105,11 @@ def _results(run: Run, children: Sequence[Child]) -> list[tuple[Cell, records.Re
 
 def _identified(run: Run, cells: Sequence[Cell], data: ImageData, device: torch.device) -> list[Child]:
     """All children, each with the identity of its result; missing teachers are fine-tuned first."""
-    hashes: dict[tuple[TeacherConfig, ...], tuple[str, ...]] = {}
+    hashes: dict[ModelConfig, tuple[str, ...]] = {}
     for cell in cells:
         check_device(cell.config, device)
     for cell in cells:
-        taught_by = cell.config.model.teachers
+        taught_by = cell.config.model
         if cell.config.method.distils and taught_by not in hashes:
             student = networks.build_student(cell.config, data)
             nested = f"{cell.pair}-" if cell.pair else ""
@@ -121,7 +121,7 @@ def _identified(run: Run, cells: Sequence[Cell], data: ImageData, device: torch.
             Identity(
                 config_hash(cell.config),
                 Precision(cell.config.optim, device).name,
-                hashes[cell.config.model.teachers] if cell.config.method.distils else (),
+                hashes[cell.config.model] if cell.config.method.distils else (),
                 data.digest,
                 sources_of(cell.config, REPOSITORY),
                 bank=bank_use(cell.config).on,

@@ -5,7 +5,7 @@ from pipeline.config.datasets import AugmentConfig, DatasetConfig
 from pipeline.config.identity import Identity, config_hash, source_digest, sources_of
 from pipeline.config.inactive import inactive
 from pipeline.config.methods.base import MethodConfig
-from pipeline.config.model import TeacherConfig
+from pipeline.config.model import ModelConfig, TeacherConfig
 from pipeline.config.schema import (
     Config,
     UnknownKey,
@@ -26,6 +26,7 @@ __all__ = [
     "FinetuneConfig",
     "Identity",
     "MethodConfig",
+    "ModelConfig",
     "OptimConfig",
     "ScheduleConfig",
     "Section",

@@ -51,6 +51,7 @@ ONLY_WHERE_SET = (
 ROOMS = ("models", "pipeline", "steps")
 """Folders whose Python sources are part of every result's identity."""
 _OF_PLUS = ("method.plus_alpha", "method.plus_tau")
+_OF_SUBSETS = ("model.overlap", "model.overlap_seed", "model.unseen")
 
 
 def listed(key: str, names: Iterable[str]) -> bool:
@@ -71,6 +72,8 @@ def computation(config: Config) -> dict[str, Any]:
         if not name.endswith(".checkpoint")
         and not (name in ONLY_WHERE_SET and (not value or value == "exact"))
         and not (name in _OF_PLUS and not config.method.plus)
+        and not (name in _OF_SUBSETS and not config.model.partly_taught)
+        and not (name.startswith("model.teachers.") and name.endswith(".classes") and not value)
         and not listed(name, NOT_COMPUTATION)
     }
 

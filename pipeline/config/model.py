@@ -1,11 +1,11 @@
 """The networks: student and teachers."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
 from pipeline.config.base import Section, key
-from pipeline.config.numbers import BelowOne
+from pipeline.config.numbers import BelowOne, Count, Fraction, Seed
 
 
 class StudentConfig(Section):
@@ -26,6 +26,7 @@ class TeacherConfig(Section):
     pretrained: bool = key(True, "start fine-tuning from timm's pretrained weights")
     checkpoint: str | None = key(None, "weights to use as they are: a file or runs:/<id>")
     efficientnet_dropout: BelowOne = key(0.3, "dropout before an EfficientNet's classifier", when=_not_an_efficientnet)
+    classes: tuple[Count, ...] = key((), "classes that it is taught, by number; empty: all, or what model.overlap says")
 
     @model_validator(mode="before")
     @classmethod
@@ -36,11 +37,34 @@ class TeacherConfig(Section):
         return data
 
 
+def _divided(model: Any, prefix: str) -> str | None:
+    return f"{prefix}overlap is null" if model.overlap is None else None
+
+
+def _partly_taught(model: Any, prefix: str) -> str | None:
+    return None if model.partly_taught else "every teacher is taught all classes"
+
+
 class ModelConfig(Section):
     """Student and teachers."""
 
     student: StudentConfig = key(StudentConfig(), "the student")
     teachers: tuple[TeacherConfig, ...] = key((), "the teachers, in order; empty: train the student alone")
+    overlap: Fraction | None = key(
+        None,
+        "share of the classes that all teachers are taught, the others being divided among them; null: no division",
+    )
+    overlap_seed: Seed = key(0, "chooses the classes that all are taught, and who is taught the others", when=_divided)
+    unseen: Literal["uniform", "masked"] = key(
+        "uniform",
+        "what a teacher says of classes that it was not taught; uniform: their share, evenly, masked: never",
+        when=_partly_taught,
+    )
+
+    @property
+    def partly_taught(self) -> bool:
+        """Whether a teacher is taught some of the classes only."""
+        return self.overlap not in (None, 1) or any(teacher.classes for teacher in self.teachers)
 
     @field_validator("teachers", mode="before")
     @classmethod

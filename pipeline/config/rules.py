@@ -42,7 +42,7 @@ def _as_dict(section: Any) -> dict[str, Any] | None:
 
 def check(config: Sections) -> None:
     """Raise ValueError for the first broken rule; the message names the key and what to do."""
-    groups = (_epochs, _models, _student_learns, _samples, _own, _freezing, _schedules, _surroundings)
+    groups = (_epochs, _models, _subsets, _student_learns, _samples, _own, _freezing, _schedules, _surroundings)
     for message in chain.from_iterable(group(config) for group in groups):
         raise ValueError(message)
 
@@ -93,6 +93,34 @@ def _models(config: Sections) -> Iterator[str]:
         if config.finetune.epochs == 0 and not teacher.pretrained and not teacher.checkpoint:
             given = f"finetune.epochs=0: {where} ({teacher.name}) would stay untrained"
             yield f"{given}; give it epochs or {where}.checkpoint"
+
+
+def _subsets(config: Sections) -> Iterator[str]:
+    model, m = config.model, config.method
+    for i, teacher in enumerate(model.teachers):
+        where = f"model.teachers.{i}.classes"
+        twice = [number for number in teacher.classes if teacher.classes.count(number) > 1]
+        if twice:
+            yield f"{where} names class {twice[0]} twice: give each once"
+        if len(teacher.classes) == 1:
+            yield f"{where}={list(teacher.classes)}: of one class there is nothing to learn; give two or more, or none"
+        if teacher.classes and model.overlap is not None:
+            yield f"model.overlap={model.overlap} and {where}: give one of them"
+    if model.overlap is not None and len(model.teachers) < 2:
+        yield (
+            f"model.overlap={model.overlap} divides classes among teachers, and model.teachers has "
+            f"{len(model.teachers)}: choose two or more, or set it to null"
+        )
+    if model.partly_taught and getattr(m, "use_teacher_finetuning", False):
+        yield (
+            "method.use_teacher_finetuning=true would teach all classes to teachers that know some of them "
+            "(model.overlap, model.teachers.<k>.classes): set it to false"
+        )
+    if model.partly_taught and model.unseen == "masked" and m.standardise and m.distils:
+        yield (
+            "model.unseen=masked: method.standardise divides logits by their deviation, which masked ones dominate: "
+            "use model.unseen=uniform"
+        )
 
 
 def _student_learns(config: Sections) -> Iterator[str]:

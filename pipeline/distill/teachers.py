@@ -7,6 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from models.class_view import ClassView
 from models.features import FeatureNet
 from models.weights import weights_hash
 from pipeline.config import Config
@@ -14,15 +17,18 @@ from pipeline.config.identity import canonical, computation, source_digest
 from pipeline.config.places import check_file, output_dir
 from pipeline.data.sources import ImageData
 from pipeline.data.splits import split
+from pipeline.data.subsets import subsets
 from pipeline.distill import networks
 from pipeline.distill.results import write_results
-from pipeline.distill.train import load_data, prepare, threads_of, train
+from pipeline.distill.train import images, load_data, prepare, threads_of, train
+from pipeline.errors import UserError
 from pipeline.files import read_state, write_atomically
 from pipeline.paths import REPOSITORY
 from pipeline.runs import opening
 from pipeline.runs.run import Run
 from pipeline.training import distributed
 from pipeline.training.finetune import FineTuning
+from pipeline.training.run_data import Scope
 from pipeline.training.student import task_of
 
 logger = logging.getLogger("asib")
@@ -35,19 +41,52 @@ class Teacher:
     """A teacher ready to be distilled.
 
     Attributes:
-        hash: of its weights.
+        hash: of its weights, and of what it is taught and says of the rest, where that is not all.
         made_by: the run that fine-tuned it, if any, by its journal's or MLflow's id.
         saw_validation: it is not known to have been trained without this run's validation images.
+        classes: those that it is taught; empty: all.
     """
 
     net: FeatureNet
     hash: str
     made_by: str | None
     saw_validation: bool
+    classes: tuple[int, ...] = ()
+
+
+def with_classes(config: Config, data: ImageData) -> Config:
+    """The configuration with each teacher's `classes` as `model.overlap` divides these; empty where they are all.
+
+    Raises UserError: the data has no such class; a teacher would have a single one; nobody would teach a class.
+    """
+    model, everything = config.model, tuple(range(data.num_classes))
+    taught = [tuple(sorted(teacher.classes)) or everything for teacher in model.teachers]
+    if model.overlap is not None:
+        taught = subsets(len(everything), len(taught), model.overlap, model.overlap_seed)
+    for index, classes in enumerate(taught):
+        if classes[-1:] > everything[-1:]:
+            raise UserError(
+                f"model.teachers.{index}.classes names class {classes[-1]}: give numbers from 0 to {everything[-1]}"
+            )
+        if len(classes) < 2:
+            raise UserError(
+                f"model.overlap={model.overlap} leaves model.teachers.{index} {len(classes)} of the {len(everything)} "
+                "classes, and it needs two: raise it, or take fewer teachers"
+            )
+    missing = sorted({*everything}.difference(*taught)) if taught else []
+    if missing and config.method.ce_alpha == 0:
+        raise UserError(
+            f"class {missing[0]} ({data.classes[missing[0]]}) was taught to no teacher, and method.ce_alpha=0: nothing "
+            "would teach it to the student; raise method.ce_alpha, or add it to a model.teachers.<k>.classes"
+        )
+    specs = zip(model.teachers, taught, strict=True)
+    filled = [spec.model_copy(update={"classes": () if c == everything else c}) for spec, c in specs]
+    return config.model_copy(update={"model": model.model_copy(update={"teachers": tuple(filled), "overlap": None})})
 
 
 def identity(config: Config, data: ImageData, index: int) -> str:
     """SHA-256 (hex) of everything that determines a fine-tuned teacher's weights."""
+    config = with_classes(config, data)
     teacher, o = config.model.teachers[index], config.optim
     keys = {k: v for k, v in computation(config).items() if k.startswith(FINETUNE_KEYS)}
     keys |= {f"teacher.{k}": v for k, v in teacher.model_dump(exclude={"checkpoint"}).items()}
@@ -76,7 +115,7 @@ def obtain(
 
     Raises UserError: a checkpoint is missing or does not fit, or the teachers cannot be fused.
     """
-    config = config or run.config
+    config = with_classes(config or run.config, data)
     nets = _build(config, data, student)
     found: dict[int, Teacher] = {}
     order = sorted(range(len(nets)), key=lambda k: config.model.teachers[k].checkpoint is None)  # checkpoints first
@@ -87,6 +126,7 @@ def obtain(
 
 def validate_early(config: Config, data: ImageData) -> None:
     """Refuse now whatever `obtain` would refuse later, as far as that needs no run. Raises UserError."""
+    config = with_classes(config, data)
     nets = _build(config, data, networks.build_student(config, data))
     for index, (net, spec) in enumerate(zip(nets, config.model.teachers, strict=True)):
         if spec.checkpoint is not None and not spec.checkpoint.startswith("runs:/"):
@@ -115,7 +155,7 @@ def _obtain(run: Run, config: Config, data: ImageData, index: int, net: FeatureN
     if spec.checkpoint is not None:
         path, made_by = locate(run, spec.checkpoint, WEIGHTS, key)
     elif config.finetune.epochs == 0:
-        return Teacher(net, weights_hash(net.net), None, saw_validation=spec.pretrained)
+        return _ready(config, data, index, net, None, spec.pretrained)
     else:
         if kept.exists():
             logger.info("teacher %d: %s, fine-tuned before", index, spec.name)
@@ -125,7 +165,21 @@ def _obtain(run: Run, config: Config, data: ImageData, index: int, net: FeatureN
         key = f"{path} (delete it to fine-tune again)"
         made_by = (read_state(kept.with_suffix(".json")) or {}).get("journal")
     metadata = networks.load(net, path, key, data)
-    return Teacher(net, weights_hash(net.net), made_by, networks.saw_validation(metadata, config, data))
+    return _ready(config, data, index, net, made_by, networks.saw_validation(metadata, config, data))
+
+
+def _ready(
+    config: Config, data: ImageData, index: int, net: FeatureNet, made_by: str | None, saw_validation: bool
+) -> Teacher:
+    """A teacher with its weights, from now on saying of classes that it is not taught what `model.unseen` says."""
+    classes, digest = config.model.teachers[index].classes, weights_hash(net.net)
+    if classes:
+        known = torch.zeros(data.num_classes, dtype=torch.bool)
+        known[list(classes)] = True
+        net.show(ClassView(torch.arange(data.num_classes), known, config.model.unseen))
+        says = {"weights": digest, "classes": classes, "unseen": config.model.unseen}
+        digest = hashlib.sha256(canonical(says).encode()).hexdigest()
+    return Teacher(net, digest, made_by, saw_validation, classes)
 
 
 def locate(run: Run, source: str, artifact: str, key: str) -> tuple[Path, str | None]:
@@ -149,19 +203,24 @@ def finetune(
     done = parent.finished_child(key)
     if done is not None:
         return done
-    run = opening.child(parent, "finetune", key, config or parent.config)
+    config = config or parent.config
+    run = opening.child(parent, "finetune", key, with_classes(config, images(config)))
     with run.nested():
         prepare(run.config, threads_of(run))
         data = load_data(run)
         net = networks.build_teacher(run.config, data, index)
         device = networks.device_of(run.config)
-        task = FineTuning(run.config, data, net, device)
+        classes = run.config.model.teachers[index].classes
+        net.show(ClassView(torch.tensor(classes)) if classes else None)
+        task = FineTuning(run.config, data, net, device, Scope(classes) if classes else None)
         run.journal.tags({"asib.teacher": str(index), "asib.eval_split": task.data.eval_split})
         name = run.config.model.teachers[index].name
-        logger.info("fine-tuning teacher %d, %s, for %d epochs", index, name, run.config.finetune.epochs)
+        part = f", of {len(classes)} of {data.num_classes} classes" if classes else ""
+        logger.info("fine-tuning teacher %d, %s%s, for %d epochs", index, name, part, run.config.finetune.epochs)
         loop = train(run, task, data, part=f"teacher_{index}")
         results = task.results(test)
         loop.finish(results)
+        net.show(None)  # the whole head is kept
         if not run.follower:
             path, kept = run.folder / WEIGHTS, store(run.config, data, index)
             networks.save(net, path, run.config, data)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import zoo
+from models.class_view import ClassView
 from models.features import FeatureNet
 from models.fold import folded
 from tests.pipeline.training.builders import TinyNet
@@ -55,9 +56,12 @@ class Branching(TinyNet):
         return found
 
 
-def test_a_network_that_cannot_be_folded_stays_as_it_is() -> None:
+@pytest.mark.parametrize("known", [None, [True, True, False, False]])
+def test_a_network_that_cannot_be_folded_stays_as_it_is(known: list[bool] | None) -> None:
+    """Even where it masks classes: beside their logits of -10,000 the error of a wrong fold would be small."""
     net = FeatureNet(Branching()).eval()
     lively(net)
+    net.show(None if known is None else ClassView(torch.arange(4), torch.tensor(known), "masked"))
     made = folded(net, SIZE)
     assert any(isinstance(module, _BatchNorm) for module in made.modules())
     x = torch.randn(5, *SIZE)

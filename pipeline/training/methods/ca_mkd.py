@@ -52,7 +52,7 @@ def classify(teacher: FeatureNet, feature: Tensor) -> Tensor:
     if isinstance(classifier, nn.Conv2d):
         pooled = pooled[..., None, None]
     logits: Tensor = classifier(pooled)
-    return logits.float().flatten(1)
+    return teacher.viewed(logits.float().flatten(1))
 
 
 class CaMkd(StudentStep):

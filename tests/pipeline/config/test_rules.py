@@ -97,6 +97,17 @@ RULES: dict[str, tuple[Any, str]] = {
         "dataset.normalisation=published and dataset.std: give one of them"),
     "batch of one": ({"dataset": {"batch_size": 1}}, "dataset.batch_size=1"),
     "device": ({"device": "gpu"}, "device='gpu': give auto, cpu"),
+    "overlap of one": ({"model": {**ONE, "overlap": 0.5}}, "model.overlap=0.5 divides classes among teachers, and"),
+    "overlap and classes": (
+        {"model": {"overlap": 0.5, "teachers": [{"classes": [0, 1]}, {}]}},
+        "model.overlap=0.5 and model.teachers.0.classes: give one of them"),
+    "class twice": ({"model": {"teachers": [{}, {"classes": [3, 1, 3]}]}}, "teachers.1.classes names class 3 twice"),
+    "one class": ({"model": {"teachers": [{"classes": [3]}]}}, "model.teachers.0.classes=[3]: of one class"),
+    "subsets and trained teachers": (
+        distil({**PAIR, "overlap": 0.5}, use_teacher_finetuning=True, teacher_ce_alpha=1),
+        "method.use_teacher_finetuning=true would teach all classes"),
+    "masked and standardised": (
+        distil({**PAIR, "overlap": 0.5, "unseen": "masked"}, standardise=True), "use model.unseen=uniform"),
     "untrained teacher": ({**distil(), "finetune": {"epochs": 0}}, "model.teachers.0 (cifar_resnet20) would stay"),
     "pretrained cifar": ({"model": {"teachers": [{"pretrained": True}]}}, "model.teachers.0.pretrained=true"),
     "no name": ({"model": {"student": {"name": ""}}}, "model.student.name is empty"),

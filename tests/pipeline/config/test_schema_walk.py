@@ -490,6 +490,7 @@ TWO = m(kd_two_view_start_epoch=0, kd_two_view_stop_epoch=2)
 MIXED = m(cutmix_alpha_distill=1.0)
 WARM = m(teacher_adapt_kd_warmup=2, kd_ens_alpha=0.5)
 FETCHED = {"method.kd_alpha": 0.5, "finetune.epochs": 1, "model.teachers.0.name": "cifar_resnet8"}
+DIVIDED = {**FETCHED, "model.teachers.1.name": "cifar_resnet8", "model.overlap": 0.5}
 NAMED = {"model.teachers.0.name": "resnet18"}
 TAUGHT = {"method.kd_alpha": 0.5, "finetune.epochs": 0, "model.teachers.0.name": "cifar_resnet8",
           "model.teachers.0.checkpoint": "{here}/none", "output_dir": "{here}/runs"}  # fmt: skip
@@ -575,6 +576,10 @@ TABLE: dict[str, Case] = {
     "model.teachers.0.pretrained": Case(False, NAMED, first_teacher),
     "model.teachers.0.checkpoint": Case("{here}/teacher.safetensors", FETCHED, teacher_weights),
     "model.teachers.0.efficientnet_dropout": Case(0.1, {"model.teachers.0.name": "efficientnet_b0"}, first_teacher),
+    "model.teachers.0.classes": Case([0, 1], FETCHED, teacher_weights),
+    "model.overlap": Case(1.0, DIVIDED, teacher_weights),
+    "model.overlap_seed": Case(1, DIVIDED, teacher_weights),
+    "model.unseen": Case("masked", DIVIDED, teacher_weights),
     # stages
     "method.num_stages": Case(2, observer=part("plan"), more=m(student_epochs_per_stage=[1, 1])),
     "method.student_epochs_per_stage": Case([1], observer=part("plan")),
