@@ -47,10 +47,11 @@ def ablate(run: Run, plan: Plan) -> float | None:
     children += _run(run, data, plan, plan.more(_results(run, children)), failed)
     _state_reuse(run, children)
     accuracy: float | None = None
-    results = [record for _, record in _results(run, children)]
+    results = _results(run, children)
     if results:
-        found = compare.compare(results, plan.anyway, plan.baseline)
+        found = compare.compare([record for _, record in results], plan.anyway, plan.baseline)
         _report(run, children, found)
+        plan.report(run, data, results)
         accuracy = _keep_best(run, data, children, found) if plan.best else None
     if failed:
         raise NonFinite("; ".join(failed))

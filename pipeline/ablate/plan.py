@@ -20,7 +20,9 @@ from pipeline.runs.folders import interrupted
 from pipeline.training.bank.policy import shared
 
 if TYPE_CHECKING:
+    from pipeline.data.sources import ImageData
     from pipeline.runs.records import Record
+    from pipeline.runs.run import Run
 
 logger = logging.getLogger("asib")
 PLAN_TAG = "asib.plan"
@@ -71,6 +73,8 @@ class Child:
 
 More: TypeAlias = "Callable[[Sequence[tuple[Cell, Record]]], Sequence[Cell]]"
 """Further cells, once the results of the first ones are known."""
+Report: TypeAlias = "Callable[[Run, ImageData, Sequence[tuple[Cell, Record]]], None]"
+"""What a grid says of its results beside their comparison."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Plan:
     baseline: str | None = None
     anyway: bool = False
     more: More = lambda results: ()
+    report: Report = lambda run, data, results: None
 
     def words(self) -> str:
         """What DRY_RUN=1 shows."""

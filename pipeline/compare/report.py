@@ -66,9 +66,9 @@ def shown(found: Comparison) -> pd.DataFrame:
         if name in table and table[name].any():
             columns[name] = list(table[name])
     columns["seeds"] = [f"{n:.0f}" for n in table["seeds"]]
-    columns["acc"] = list(map(_mean, table["acc"], table["std"]))
+    columns["acc"] = list(map(with_deviation, table["acc"], table["std"]))
     if table["last"].notna().any():
-        columns["last"] = list(map(_mean, table["last"], table["last_std"]))
+        columns["last"] = list(map(with_deviation, table["last"], table["last_std"]))
     if table["published"].notna().any():
         columns["published"] = [_published(row) for _, row in table.iterrows()]
     columns["val acc"] = [
@@ -90,7 +90,8 @@ def _compared(table: pd.DataFrame) -> list[str]:
     return [name for name in names if table[name].notna().any()]
 
 
-def _mean(mean: float, std: float) -> str:
+def with_deviation(mean: float, std: float) -> str:
+    """`61.25 ± 0.40`; without the deviation, or empty, where it is not known."""
     return "" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(std) else f" ± {std:.2f}")
 
 
@@ -160,7 +161,10 @@ def matrix(found: Comparison) -> pd.DataFrame:
     names = {pair: _in_pair(groups) for pair, groups in found.pairs.items()}
     rows = dict.fromkeys(name for of in names.values() for name in of.values())
     cells = {
-        pair: {names[pair][g.name]: f"{_mean(g.mean(ACCURACY), g.std(ACCURACY))} ({len(g.records)})" for g in groups}
+        pair: {
+            names[pair][g.name]: f"{with_deviation(g.mean(ACCURACY), g.std(ACCURACY))} ({len(g.records)})"
+            for g in groups
+        }
         for pair, groups in found.pairs.items()
     }
     return pd.DataFrame({pair: [of.get(row, "") for row in rows] for pair, of in cells.items()}, index=list(rows))

@@ -10,7 +10,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.paths import user_path
 
-DISTILLING = ("main", "distill", "ablate", "sweep")
+DISTILLING = ("main", "distill", "ablate", "overlap", "sweep")
 """Steps that need their teachers."""
 
 
