@@ -54,7 +54,7 @@ def save_weights(model: FeatureNet, path: str | Path, metadata: Mapping[str, Any
     target = Path(path)
     record = {
         "architecture": model.architecture,
-        "num_classes": model.num_classes,
+        "num_classes": int(model.net.num_classes),  # type: ignore[arg-type]
         "small_input": model.small_input,
         "feature_dim": model.feature_dim,
         **metadata,

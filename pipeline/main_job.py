@@ -19,7 +19,7 @@ from pipeline.training.compiling import check_device
 def main(run: Run) -> float | None:
     """The main job: student alone, teachers, distillation, evaluation, as nested runs; one table at the end."""
     config = run.config
-    if not config.model.teachers or not config.method.distils:
+    if not config.model.teachers or not config.method.taught:
         raise UserError("the main job distils: it needs model.teachers and method.kd_alpha > 0, or use -e baseline")
     prepare(config)
     check_device(config, networks.device_of(config))

@@ -105,6 +105,8 @@ def rows(section: str) -> dict[str, list[str]]:
 
 def needs(method: type[MethodConfig]) -> str:
     fewest, most = method.teachers
+    if not method.from_teachers:
+        return "its past, sample" if method.past else "kept images, sample" if method.replays else "0"
     teachers = str(fewest) if most == fewest else "0 or more" if fewest == 0 else "≥ 1"
     bank = "maps" if method.maps else "bank unless teachers are trained" if method is type(Config().method) else "bank"
     return f"{teachers}, {bank}, {'sample' if method.per_sample else 'batch'}"
@@ -131,4 +133,4 @@ def test_the_page_of_methods_states_the_published_numbers() -> None:
 
 def test_the_page_of_methods_has_the_errors_of_all_of_them() -> None:
     measured = {re.split(r"[`, ]+", name)[1] for name in rows("Errors")}
-    assert measured == {*methods.names(), "standardise"} - {"asib"}
+    assert measured == {*methods.names(), "standardise"} - {"asib", "finetune"}

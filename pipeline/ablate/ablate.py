@@ -15,6 +15,7 @@ from pipeline.ablate import driver, worker
 from pipeline.ablate.plan import PLAN_TAG, Cell, Child, Plan
 from pipeline.compare import compare, job, report
 from pipeline.config import Identity, ModelConfig, config_hash, sources_of
+from pipeline.config.continual import ContinualConfig
 from pipeline.config.places import output_dir
 from pipeline.data.sources import ImageData
 from pipeline.distill import export, networks, register, teachers
@@ -63,7 +64,7 @@ def _validate_early(plan: Plan, data: ImageData) -> None:
     checked = set()
     for cell in plan.cells:
         networks.check_names(cell.config)
-        if cell.pair and (cell.row not in checked) and cell.config.method.distils:
+        if cell.pair and (cell.row not in checked) and cell.config.method.taught:
             teachers.validate_early(cell.config, data)
             checked.add(cell.row)
 
@@ -106,12 +107,12 @@ def _results(run: Run, children: Sequence[Child]) -> list[tuple[Cell, records.Re
 
 def _identified(run: Run, cells: Sequence[Cell], data: ImageData, device: torch.device) -> list[Child]:
     """All children, each with the identity of its result; missing teachers are fine-tuned first."""
-    hashes: dict[ModelConfig, tuple[str, ...]] = {}
+    hashes: dict[tuple[ModelConfig, ContinualConfig], tuple[str, ...]] = {}
     for cell in cells:
         check_device(cell.config, device)
     for cell in cells:
-        taught_by = cell.config.model
-        if cell.config.method.distils and taught_by not in hashes:
+        taught_by = cell.config.model, cell.config.continual
+        if cell.config.method.taught and taught_by not in hashes:
             student = networks.build_student(cell.config, data)
             nested = f"{cell.pair}-" if cell.pair else ""
             found = teachers.obtain(run, data, student, config=cell.config, nested=nested)
@@ -122,7 +123,7 @@ def _identified(run: Run, cells: Sequence[Cell], data: ImageData, device: torch.
             Identity(
                 config_hash(cell.config),
                 Precision(cell.config.optim, device).name,
-                hashes[cell.config.model] if cell.config.method.distils else (),
+                hashes[cell.config.model, cell.config.continual] if cell.config.method.taught else (),
                 data.digest,
                 sources_of(cell.config, REPOSITORY),
                 bank=bank_use(cell.config).on,

@@ -13,6 +13,7 @@ from pipeline.compose.cli import Command
 from pipeline.compose.groups import CONF, groups
 from pipeline.compose.settings import parse_data
 from pipeline.config import Config, methods, schema
+from pipeline.config.continual import ContinualConfig
 from pipeline.config.words import expects, is_list_of_sections, is_text, section_of, suggestion, written
 from pipeline.errors import UserError
 
@@ -85,9 +86,12 @@ def step_help(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]
 
 def _of_method(name: str) -> Config:
     """The defaults with a method and the values of its file; not validated, since it may need teachers."""
-    chosen = schema(name)
-    method = methods.settings(name)(**parse_data((CONF / "method" / f"{name}.yaml").read_text(), f"method={name}"))
-    return chosen.model_construct(method=method)
+    file = CONF / "method" / f"{name}.yaml"
+    said: Any = parse_data(file.read_text(), f"method={name}") if file.exists() else {"name": name}
+    values = said.get("method", said)  # with keys of other sections beside it, or alone
+    chosen = schema(values["name"])
+    continual = ContinualConfig(**said.get("continual", {}))
+    return chosen.model_construct(method=methods.settings(values["name"])(**values), continual=continual)
 
 
 def _usage(step: str) -> str:

@@ -10,7 +10,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.paths import user_path
 
-DISTILLING = ("main", "distill", "ablate", "overlap", "sweep")
+DISTILLING = ("main", "distill", "ablate", "overlap", "continual", "sweep")
 """Steps that need their teachers."""
 
 
@@ -37,7 +37,7 @@ def check_there(config: Config, step: str) -> None:
     if output_dir(config).is_file():
         raise UserError(f"output_dir={config.output_dir}: cannot write there (it is a file); choose another folder")
     check_data(config.dataset)
-    for key, text in checkpoints.items() if step in DISTILLING and config.method.distils else ():
+    for key, text in checkpoints.items() if step in DISTILLING and config.method.taught else ():
         if text is not None and not text.startswith("runs:/"):
             check_file(text, f"{key}={text}")
 

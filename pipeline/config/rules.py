@@ -42,13 +42,19 @@ def _as_dict(section: Any) -> dict[str, Any] | None:
 
 def check(config: Sections) -> None:
     """Raise ValueError for the first broken rule; the message names the key and what to do."""
-    groups = (_epochs, _models, _subsets, _student_learns, _samples, _own, _freezing, _schedules, _surroundings)
+    groups = (
+        _epochs, _models, _subsets, _student_learns, _samples, _own, _continual, _freezing, _schedules, _surroundings,
+    )  # fmt: skip
     for message in chain.from_iterable(group(config) for group in groups):
         raise ValueError(message)
 
 
 def _own(config: Sections) -> Iterator[str]:
     return config.method.rules(config)
+
+
+def _continual(config: Sections) -> Iterator[str]:
+    return config.continual.rules(config)
 
 
 def _epochs(config: Sections) -> Iterator[str]:
@@ -140,14 +146,18 @@ def _student_learns(config: Sections) -> Iterator[str]:
             "method.ce_alpha"
         )
     fewest, most = m.teachers
-    if m.distils and len(teachers) < fewest:
+    at_once = config.continual.teachers_at_once(len(teachers))
+    has = f"model.teachers has {len(teachers)}"
+    if at_once != len(teachers):
+        has = f"continual.{'past' if config.continual.past else 'teachers'} makes them {at_once}"
+    if m.distils and at_once < fewest:
         yield (
-            f"method={m.name} distils from {_teachers(fewest)}, and model.teachers has {len(teachers)}: "
+            f"method={m.name} distils from {_teachers(fewest)}, and {has}: "
             "choose model/teacher=…, or method=asib method.kd_alpha=0 for the student alone"
         )
-    if m.distils and most is not None and len(teachers) > most:
+    if m.distils and most is not None and at_once > most:
         yield (
-            f"method={m.name} distils from {_teachers(most)}, and model.teachers has {len(teachers)}: "
+            f"method={m.name} distils from {_teachers(most)}, and {has}: "
             "give it one, or choose a method for several: asib, " + ", ".join(methods.for_several_teachers())
         )
 

@@ -4,6 +4,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.base import Section, key
+from pipeline.config.continual import ContinualConfig
 from pipeline.config.datasets import AugmentConfig, DatasetConfig
 from pipeline.config.methods.asib.settings import AsibConfig
 from pipeline.config.model import ModelConfig
@@ -45,6 +46,7 @@ class Sections(Section):
         method: Any = None  # a MethodConfig; code of one method reads keys of its own
     else:
         method: AsibConfig = AsibConfig()  # the schema of another method has that one's settings here
+    continual: ContinualConfig = ContinualConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -8,6 +8,7 @@ that a single process would see.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import tee
 from typing import NamedTuple, Protocol
@@ -356,9 +357,16 @@ class EvalBatches:
         self.device = torch.device(device)
         self.images = images.to(self.device)
         self.indices = torch.arange(len(images), device=self.device) if indices is None else indices.to(self.device)
-        self.labels = labels.to(self.device)[self.indices]
+        self.all_labels = labels.to(self.device)
+        self.labels = self.all_labels[self.indices]
         self.batch_size = batch_size if isinstance(images, Tensor) else min(batch_size, AT_ONCE)
         self.normalize = Normalize(mean, std, self.device, channels_last)
+
+    def taking(self, indices: Tensor) -> "EvalBatches":
+        """The same data set with other images taking part, int64 (n,)."""
+        made = copy(self)
+        made.indices, made.labels = indices, self.all_labels[indices]
+        return made
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)

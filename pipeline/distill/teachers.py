@@ -13,11 +13,13 @@ from models.class_view import ClassView
 from models.features import FeatureNet
 from models.weights import weights_hash
 from pipeline.config import Config
+from pipeline.config.continual import ContinualConfig
 from pipeline.config.identity import canonical, computation, source_digest
 from pipeline.config.places import check_file, output_dir
 from pipeline.data.sources import ImageData
 from pipeline.data.splits import split
 from pipeline.data.subsets import subsets
+from pipeline.data.tasks import class_tasks
 from pipeline.distill import networks
 from pipeline.distill.results import write_results
 from pipeline.distill.train import images, load_data, prepare, threads_of, train
@@ -57,9 +59,17 @@ class Teacher:
 def with_classes(config: Config, data: ImageData) -> Config:
     """The configuration with each teacher's `classes` as `model.overlap` divides these; empty where they are all.
 
+    Of continual learning whose teachers know a task each: with as many teachers for each task, and no tasks any more.
+
     Raises UserError: the data has no such class; a teacher would have a single one; nobody would teach a class.
     """
-    model, everything = config.model, tuple(range(data.num_classes))
+    model, own, everything = config.model, config.continual, tuple(range(data.num_classes))
+    if own.num_tasks is not None:
+        if own.scenario == "classes" and own.teachers != "oracle":
+            of_tasks = [(spec, task) for task in class_tasks(own, data.num_classes) for spec in model.teachers]
+            specs = tuple(spec.model_copy(update={"classes": tuple(sorted(task))}) for spec, task in of_tasks)
+            model = model.model_copy(update={"teachers": specs, "overlap": None})
+        config = config.model_copy(update={"continual": ContinualConfig()})
     taught = [tuple(sorted(teacher.classes)) or everything for teacher in model.teachers]
     if model.overlap is not None:
         taught = subsets(len(everything), len(taught), model.overlap, model.overlap_seed)
@@ -79,8 +89,10 @@ def with_classes(config: Config, data: ImageData) -> Config:
             f"class {missing[0]} ({data.classes[missing[0]]}) was taught to no teacher, and method.ce_alpha=0: nothing "
             "would teach it to the student; raise method.ce_alpha, or add it to a model.teachers.<k>.classes"
         )
-    specs = zip(model.teachers, taught, strict=True)
-    filled = [spec.model_copy(update={"classes": () if c == everything else c}) for spec, c in specs]
+    filled = [
+        spec.model_copy(update={"classes": () if classes == everything else classes})
+        for spec, classes in zip(model.teachers, taught, strict=True)
+    ]
     return config.model_copy(update={"model": model.model_copy(update={"teachers": tuple(filled), "overlap": None})})
 
 

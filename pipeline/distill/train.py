@@ -4,7 +4,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -107,7 +107,7 @@ def train(
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(),
     }
-    _state_identity(run, header, part)
+    state_identity(run, header, part)
     require_space(run.folder, [p.objective.trained for p in task.phases.values()])
     loop = Loop(
         task,
@@ -135,7 +135,8 @@ def train(
     return loop
 
 
-def _state_identity(run: Run, header: dict[str, Any], part: str) -> None:
+def state_identity(run: Run, header: Mapping[str, Any], part: str = "") -> None:
+    """Tag the run with the identity of its result. `header`: what checkpoints state; `part`: as `train` takes it."""
     code, teachers = sources_of(run.config, REPOSITORY), tuple(header["teachers"])
     made_of = (header["config_hash"], header["amp_dtype"], teachers, header["data_digest"], code)
     identity = Identity(*made_of, part, header["bank"], header["compiled"]).digest()
@@ -169,7 +170,7 @@ def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
     else:
         run.rewind(state["journal"], good[1])
     run.journal.tags({"asib.safe_retry": reason})
-    _state_identity(run, header, part)
+    state_identity(run, header, part)
     precision = Precision(run.config.optim.model_copy(update={"use_amp": False}), loop.device)
     again = replace(loop, recorder=run.journal, header=header, precision=precision)
     again.load_state_dict(state)

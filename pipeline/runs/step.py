@@ -58,6 +58,7 @@ class Step:
             None: a run is needed.
         keys: those of the configuration that `--help` shows.
         cfg: names the step's configuration, given its own keys, where `cfg` is not given.
+        short: those of its own keys that stand for one of the configuration.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Step:
     act: "Late[Callable[[Config, cli.Command], int | None]] | None" = None
     keys: tuple[str, ...] = USUAL
     cfg: Callable[[Mapping[str, str]], str] | None = None
+    short: Mapping[str, str] = field(default_factory=dict)
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run the step from its command line (by default the process's), and return the exit code.
@@ -87,6 +89,8 @@ class Step:
                 return 0
             if self.cfg is not None and command.cfg is None:
                 command = replace(command, cfg=self.cfg(command.own))
+            given = [f"{key}={command.own[name]}" for name, key in self.short.items() if command.own.get(name)]
+            command = replace(command, overrides=(*given, *command.overrides))
             config = configuration(command, self.own)
             debug = config.debug
             code = None if self.act is None else _late(self.act)(config, command)

@@ -87,7 +87,7 @@ def _study(run: Run, plan: Plan, base: Config, data: ImageData) -> tuple[Study, 
         worker.fetch_teachers(before.get("teachers", ()), run)
     except UserError as error:
         logger.warning("%s: fine-tuning the teachers again", error)
-    if base.method.distils:
+    if base.method.taught:
         found = teachers.obtain(run, data, networks.build_student(base, data), test=False, config=base)
     run.journal.tags({"asib.teachers": ",".join(t.hash for t in found) or "none"})
     facts: dict[str, Any] = {

@@ -126,10 +126,14 @@ def whole(values: Tensor, batch: Batch) -> Tensor:
     return torch.cat([everyone[: batch.rows.start], own, everyone[batch.rows.stop :]])
 
 
-def mixed_cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
-    """mean_i[lambda CE(s, y_a) + (1 - lambda) CE(s, y_b)]: both labels of a mixed sample (docs/method.md section 3)."""
-    first = cross_entropy(logits, batch.y, label_smoothing)
+def mixed_cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float, first_class: int = 0) -> Tensor:
+    """mean_i[lambda CE(s, y_a) + (1 - lambda) CE(s, y_b)]: both labels of a mixed sample (docs/method.md section 3).
+
+    `first_class`: classes before it are left out, of the logits (b, N) and of the labels.
+    """
+    logits = logits[:, first_class:]
+    first = cross_entropy(logits, batch.y - first_class, label_smoothing)
     if batch.partner is None:
         return batch_mean(first, batch)
-    second = cross_entropy(logits, batch.y_b, label_smoothing)
+    second = cross_entropy(logits, batch.y_b - first_class, label_smoothing)
     return batch_mean(batch.lam * first + (1 - batch.lam) * second, batch)

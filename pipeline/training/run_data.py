@@ -35,17 +35,23 @@ class Scope:
         classes: those that are told apart, M of the data's N. Within the task a class's number is its position here.
         new: those whose training images are all trained on; None: `classes`.
         memory: int64 (m,), training images that are trained on besides.
+        logits: (m, N) float32, what the student said of each when it was kept; known: int64 (m,), how many of `classes`
+            had been seen then.
         share: of each batch that comes from the memory; None: an epoch has each of its images once, too.
         part: a name that gives the task random streams of its own.
         selects: whether the validation split chooses an epoch; it is evaluated anyway.
+        first_class: cross-entropy tells apart the classes from this one on.
     """
 
     classes: tuple[int, ...]
     new: tuple[int, ...] | None = None
     memory: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    logits: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    known: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     share: float | None = None
     part: str = ""
     selects: bool = True
+    first_class: int = 0
 
     def numbered(self, y: Tensor) -> Tensor:
         """Labels (n,) of the data as the task numbers them; -1 for classes that it is not about."""
@@ -70,7 +76,7 @@ class RunData:
     """
 
     def __init__(self, config: Config, data: ImageData, device: torch.device, scope: Scope | None = None) -> None:
-        world = distributed.world()
+        world, self.scope = distributed.world(), scope
         parts = split(data.train_y, config.dataset.val_fraction, data.digest, config.dataset.split_seed)
         self.has_validation = len(parts.val) > 0
         self.selects = self.has_validation and (scope is None or scope.selects)

@@ -47,6 +47,8 @@ class Setup:
     """The same for each teacher, as many as the student's."""
     penalties: Mapping[str, Penalty] = field(default_factory=dict)
     """By their names in metrics."""
+    first_class: int = 0
+    """Cross-entropy tells apart the classes from this one on."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class StudentStep(Objective):
         self.streams = setup.streams
         self.weights: Any = Weights(0.0)
         self._penalties = setup.penalties
+        self._first_class = setup.first_class
         self._held: tuple[Lesson, Tensor] | None = None
 
     # what a method says ----------------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ class StudentStep(Objective):
         m, w = self.method, self.weights
         self.streams.seed_global("network", *moment, repeat, batch.rows.start)
         seen = self.trainable_module(batch.x_mixed)
-        ce = mixed_cross_entropy(seen.logits, batch, m.ce_label_smoothing)
+        ce = mixed_cross_entropy(seen.logits, batch, m.ce_label_smoothing, self._first_class)
         out = {"ce": ce}
         loss = m.ce_alpha * ce
         if w.scale > 0:

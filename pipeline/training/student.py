@@ -114,6 +114,8 @@ class Distillation(Task):
         self.method: Any = config.method
         self.student, self.num_classes = student, data.num_classes if scope is None else len(scope.classes)
         self.teachers = teachers if config.method.distils else []
+        remembered = self.method.replays and scope is not None and len(scope.memory) > 0
+        self.distils = bool(self.teachers) or (self.method.distils and remembered)
         maps = self._pair_maps(data) if self.teachers and self.method.maps else ([], [])
         if not self.method.teachers_change:
             shape = (data.in_chans, data.image_size, data.image_size)
@@ -133,7 +135,16 @@ class Distillation(Task):
         networks |= {f"teacher_{k}": t for k, t in enumerate(self.teachers)}
         self.plan = self.make_plan()
         setup = Setup(
-            student, self.teachers, self.method, self.streams, device, self.num_classes, self.data, *maps, penalties
+            student,
+            self.teachers,
+            self.method,
+            self.streams,
+            device,
+            self.num_classes,
+            self.data,
+            *maps,
+            penalties=penalties,
+            first_class=0 if scope is None else scope.first_class,
         )
         with self.streams.initialising("method"):
             self.b_step = self.make_step(setup)
@@ -174,7 +185,7 @@ class Distillation(Task):
 
     def make_step(self, setup: Setup) -> StudentStep:
         """The method's step; without teachers, cross-entropy alone."""
-        return step_of(self.method)(setup) if self.teachers else StudentStep(setup)
+        return step_of(self.method)(setup) if self.distils else StudentStep(setup)
 
     def make_plan(self) -> list[Epoch]:
         """The run's epochs."""
@@ -218,7 +229,7 @@ class Distillation(Task):
         """The weights of a B-epoch."""
         m, b = self.method, epoch.in_phase
         return Weights(
-            scale=kd_weight(m, b, self._b_epochs()) if self.teachers else 0.0,
+            scale=kd_weight(m, b, self._b_epochs()) if self.distils else 0.0,
             ratio=m.kd_max_ratio if b >= m.kd_warmup_epochs else None,
             bound=m.loss_clamp_max if m.use_loss_clamp and b >= m.loss_clamp_warmup_epochs else None,
         )

@@ -65,4 +65,5 @@ def _of(module: str) -> type[MethodConfig]:
 
 def for_several_teachers() -> list[str]:
     """The methods that distil from more than one teacher."""
-    return [name for name in names() if name != "asib" and settings(name).teachers[1] != 1]
+    several = (name for name in names() if name != "asib" and settings(name).teachers[1] != 1)
+    return [name for name in several if settings(name).from_teachers]

@@ -49,6 +49,12 @@ class MethodConfig(Section):
     """What drives its epochs: methods with phases of their own have their own."""
     teachers: ClassVar[tuple[int, int | None]] = (1, 1)
     """Fewest and most teachers; None: any number."""
+    from_teachers: ClassVar[bool] = True
+    """Whether it distils from the configuration's teachers."""
+    past: ClassVar[bool] = False
+    """Whether it distils from the student as it was before a task of continual learning, as its only teacher."""
+    replays: ClassVar[bool] = False
+    """Whether it needs what the student said of kept images when they were kept."""
     maps: ClassVar[bool] = False
     """Whether it needs feature maps, which the teacher bank does not keep."""
     compares_logits: ClassVar[bool] = False
@@ -136,6 +142,11 @@ class MethodConfig(Section):
     def distils(self) -> bool:
         """Whether any term of the B-step uses the teachers."""
         return self.kd_alpha > 0 or bool(self.plus)
+
+    @property
+    def taught(self) -> bool:
+        """Whether it needs the configuration's teachers."""
+        return self.distils and self.from_teachers
 
     @property
     def term_weights(self) -> dict[str, float]:

@@ -55,6 +55,8 @@ def not_enumerable(config: Config) -> str | None:
     m = config.method
     if not config.method.distils:
         return "nothing is distilled"
+    if config.continual.num_tasks is not None:
+        return "continual.num_tasks: each task has images and classes of its own"
     if m.teachers_change:
         return "method.use_teacher_finetuning=true: the teachers change"
     if m.maps:

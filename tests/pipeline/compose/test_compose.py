@@ -42,7 +42,8 @@ def test_options_of_a_group_set_the_same_keys(group: str) -> None:
         extra = ["dataset.path=x.npz"] if option == "npz" else []
         extra += ["dataset.class_list=cmc"] if option == "imagenet100" else []
         extra += ["method.student_epochs_per_stage=[240]"] if option == "step" else []
-        extra += ["model.teachers=[{name: cifar_resnet20}]"] if group == "method" else []
+        extra += ["model.teachers=[{name: cifar_resnet20}]", "continual.num_tasks=2"] if group == "method" else []
+        extra += ["continual.buffer_size=9"] if option == "der" else []
         compose(None, [f"{group}={option}", *extra])
 
 

@@ -136,12 +136,12 @@ def test_tables_have_the_recipes_rates_for_every_pair(name: str, monkeypatch: py
     monkeypatch.delenv("METHOD", raising=False)
     content = yaml.safe_load((CONF / f"table/{name}.yaml").read_text())
     recipe = compose(content["recipe"])
-    rows = "alone,aver,stack,asib" if name == "multi_teacher" else "alone,kd,crd"
+    rows = {"multi_teacher": "alone,aver,stack,asib", "continual": "finetune,lwf"}.get(name, "alone,kd,crd")
     _, plan = table.read(recipe, cli.Command(own={"table": name, "methods": rows}))
     for cell in plan.cells:
         network = cell.config.model.student.name
         rate = RATES.get(network, 0.05) if content["recipe"].startswith("kd_") else recipe.optim.student_lr
         assert cell.config.optim.student_lr == rate, cell.row
         assert cell.config.method.b_epochs == recipe.method.b_epochs
-        assert cell.config.method.distils is (cell.tags["asib.row"] != "alone")
+        assert cell.config.method.distils is (cell.tags["asib.row"] not in ("alone", "finetune"))
     assert len({cell.pair for cell in plan.cells}) == len(content["pairs"])

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.compose.compose import compose
 from pipeline.config import Config, TeacherConfig, config_hash, explain, flatten, identity
+from pipeline.config.continual import ContinualConfig
 from pipeline.config.words import expects
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/method.md"
@@ -187,7 +188,8 @@ UNCOMPUTED = {"device", "threads", "output_dir", "run_name", "rung", "resume", "
               "checkpoint.every_seconds", "tracking.uri", "tracking.mode", "tracking.experiment", "tracking.git_diff",
               "tracking.finish_seconds",
               "method.plus_alpha", "method.plus_tau",  # nothing is in method.plus
-              "model.overlap", "model.overlap_seed", "model.unseen"}  # no teacher is taught a part  # fmt: skip
+              "model.overlap", "model.overlap_seed", "model.unseen",  # no teacher is taught a part
+              *(f"continual.{key}" for key in ContinualConfig.model_fields)}  # one training  # fmt: skip
 
 
 def test_hash_covers_what_is_computed_and_nothing_else() -> None:
