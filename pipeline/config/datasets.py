@@ -64,16 +64,23 @@ DATASETS: dict[str, Torchvision | Folder | None] = {
         "train/<wnid>/images/, val/images/, val/val_annotations.txt, wnids.txt and words.txt, as distributed",
         tuple((name,) for name in ("train/", "val/images/", "val/val_annotations.txt", "wnids.txt", "words.txt")),
     ),
+    "timm": None,
 }
 """All but torchvision's have a function of their own in pipeline/data/sources.py."""
 PICTURES = ("image_folder", "imagenet100")
 """Data sets whose images stay files, which workers decode."""
+TIMM = {"folder": None, "torch": None, "wds": "webdataset", "hfds": "datasets"}
+"""What dataset.id of dataset.name=timm begins with, and the package that this needs beside timm."""
 PUBLISHED = {"cifar100": CIFAR100_PUBLISHED, "cifar100_sample": CIFAR100_PUBLISHED}
 """The constants of the published KD tables' code (RepDistiller, mdistiller), which differ in the fourth digit."""
 
 
 def _pictures(section: Any, prefix: str) -> str | None:
     return None if section.name in PICTURES else f"{prefix}name is not {' or '.join(PICTURES)}"
+
+
+def _resized(section: Any, prefix: str) -> str | None:
+    return None if section.name in (*PICTURES, "timm") else f"{prefix}name is not {', '.join(PICTURES)} or timm"
 
 
 class DatasetConfig(Section):
@@ -83,13 +90,21 @@ class DatasetConfig(Section):
     root: str = key("data", "folder in torchvision's layout, or in that of the data set (docs/data.md)")
     path: str | None = key(
         None,
-        "file of dataset.name=npz (x_train, y_train, x_test, y_test; uint8 NHWC), or of imagenet100: names of classes",
+        "file of dataset.name=npz (x_train, y_train, x_test, y_test; uint8 NHWC); of imagenet100 and timm: names of "
+        "classes, one a line",
     )
+    id: str | None = key(
+        None, "what timm's create_dataset reads: folder/, torch/<name>, wds/<name> or hfds/<name>", when="name=timm"
+    )
+    train_split: str = key(
+        "train", "training images, as timm's reader calls them; of wds/ also shards", when="name=timm"
+    )
+    test_split: str = key("validation", "test images, likewise", when="name=timm")
     class_list: Literal["cmc", "podnet", "ucir"] | None = key(
         None, "which of the published lists of 100 of ImageNet's classes; null: dataset.path", when="name=imagenet100"
     )
     download: bool = key(False, "fetch a missing data set with torchvision")
-    image_size: Pixels = key(224, "side in pixels to which pictures in folders are resized", when=_pictures)
+    image_size: Pixels = key(224, "side in pixels to which pictures are resized", when=_resized)
     workers: Processes | None = key(
         None,
         "processes that decode pictures in folders; null: one per thread, at most 8; 0: none",

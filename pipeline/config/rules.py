@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline.config import methods
-from pipeline.config.datasets import PUBLISHED, DatasetConfig
+from pipeline.config.datasets import PUBLISHED, TIMM, DatasetConfig
 from pipeline.config.model import StudentConfig, TeacherConfig
 from pipeline.config.sections import Sections
 from pipeline.config.words import written
@@ -232,6 +232,10 @@ def _surroundings(config: Sections) -> Iterator[str]:
         yield "tracking.experiment is empty: name an experiment, such as asib"
     if config.dataset.name == "npz" and not config.dataset.path:
         yield "dataset.name=npz needs dataset.path, the file with x_train, y_train, x_test and y_test"
+    prefix, slash, _ = (config.dataset.id or "").partition("/")
+    if config.dataset.name == "timm" and not (slash and prefix in TIMM):
+        known = ", ".join(f"{name}/…" for name in TIMM)
+        yield f"dataset.id={written(config.dataset.id)}: dataset.name=timm needs one that begins with {known}"
     if config.dataset.name == "imagenet100" and (config.dataset.class_list is None) == (config.dataset.path is None):
         yield (
             "dataset.name=imagenet100 needs one of dataset.class_list (cmc, podnet or ucir, which have few classes in "

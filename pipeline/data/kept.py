@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,33 +40,48 @@ Blocks = Iterable[tuple[NDArray[np.uint8], NDArray[np.int64]]]
 """Images (n,C,H,W) with their labels (n,), some at a time."""
 
 
-def place(kind: str, root: Path, paths: Sequence[str | Path]) -> Path:
-    """Where something about files below `root` is kept; another place when a name, size or time of change differs."""
+class Source(NamedTuple):
+    """A data set about to be read: both splits "train" and "test", the classes' names, all images' bytes."""
+
+    read: Mapping[str, Callable[[], Blocks]]
+    classes: tuple[str, ...] | None
+    """None: they have numbers only."""
+    nbytes: int = 0
+    """0: not known before."""
+
+
+def place(kind: str, root: Path, paths: Sequence[str | Path], variant: str = "") -> Path:
+    """Where something about files below `root` is kept; another place when a name, size or time of change differs.
+
+    `variant`: of several things about the same files, which.
+    """
     seen = [(Path(path).relative_to(root).as_posix(), os.stat(path)) for path in paths]
     listing = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in seen]
-    known = hashlib.sha256(json.dumps([str(root.resolve()), listing]).encode()).hexdigest()
+    made_of = [str(root.resolve()), listing, *([variant] if variant else [])]
+    known = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     return Path(os.environ.get(FOLDER) or os.path.expanduser("~/.cache"), "asib", kind, known)
 
 
 def kept(
     root: Path,
     paths: Sequence[str | Path],
-    read: Mapping[str, Callable[[], Blocks]],
-    classes: tuple[str, ...],
+    source: Callable[[], Source],
     where: str,
+    variant: str = "",
 ) -> Kept:
     """The images of a data set, written at its first use, and mapped.
 
     Args:
         root: the data set's folder; `paths`: its files.
-        read: reads the splits "train" and "test", once.
+        source: called only where nothing is kept yet.
         where: opens messages about the data.
+        variant: what was made of these files, where several things can be.
 
     Raises:
-        UserError: a class without training images, no room in the cache folder, what `read` raises.
+        UserError: a class without training images, no room in the cache folder, what `source` raises.
     """
     try:
-        file = place("images", root, paths)
+        file = place("images", root, paths, variant)
     except OSError as error:  # a dangling link
         raise UserError(f"{where}: {error.filename}: {error.strerror}; repair or remove it") from error
     try:
@@ -75,52 +91,65 @@ def kept(
             f"{file.parent} cannot be made ({error.strerror}); set {FOLDER} to a folder with room"
         ) from error
     with explained(file, FOLDER):
-        if (found := _mapped(file, classes)) is not None:
+        if (found := _mapped(file)) is not None:
             return found
         with locked(file.with_suffix(".lock")):  # one of several processes writes, the others wait
-            if _mapped(file, classes) is None:
-                logger.info("%s: reading %d files, once, into %s", where, len(paths), file)
+            if _mapped(file) is None:
+                made = source()
+                _check_room(made.nbytes, file.parent, where)
+                size = f" ({made.nbytes / 1e9:.1f} GB)" if made.nbytes else ""
+                logger.info("%s: reading %d files, once, into %s%s", where, len(paths), file, size)
                 with replacing(file, FOLDER) as temporary:
-                    _write(temporary, read, classes, where)
-        found = _mapped(file, classes)
+                    _write(temporary, made, where)
+        found = _mapped(file)
     if found is None:
         raise UserError(f"{file}: what was written cannot be read; repair that disk, or set {FOLDER} to another")
     return found
 
 
+def _check_room(nbytes: int, folder: Path, where: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise UserError(
+            f"{where}: its images take {nbytes / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free: make room, "
+            f"set {FOLDER} to another disk, or lower dataset.image_size"
+        )
+
+
 # the file: images of both splits, labels of both, a description in JSON and its length in eight bytes ----------------
 
 
-def _write(file: Path, read: Mapping[str, Callable[[], Blocks]], classes: tuple[str, ...], where: str) -> None:
+def _write(file: Path, source: Source, where: str) -> None:
     labels: dict[str, NDArray[np.int64]] = {}
     shape: tuple[int, ...] = ()
     with file.open("wb") as out:
         for split in SPLITS:
             parts = []
-            for images, numbers in read[split]():
+            for images, numbers in source.read[split]():
                 shape = images.shape[1:]
                 out.write(np.ascontiguousarray(images).data)
                 parts.append(numbers)
             labels[split] = np.concatenate(parts)
-        known_classes(labels["train"], labels["test"], classes, where)
+        classes = known_classes(labels["train"], labels["test"], source.classes, where)
         for split in SPLITS:
             out.write(labels[split].tobytes())
         out.flush()
-        about: dict[str, Any] = {"shape": shape, "counts": [len(labels[split]) for split in SPLITS]}
-        arrays = _arrays(file, about, classes)
+        counts = [len(labels[split]) for split in SPLITS]
+        about: dict[str, Any] = {"shape": shape, "counts": counts, "classes": classes}
+        arrays = _arrays(file, about)
         told = statistics(arrays.x_train)
         about |= {"digest": digest(arrays), "mean": told.mean, "std": told.std}
         text = json.dumps(about).encode()
         out.write(text + len(text).to_bytes(8, "little"))
 
 
-def _mapped(file: Path, classes: tuple[str, ...]) -> Kept | None:
+def _mapped(file: Path) -> Kept | None:
     """What the file holds; None if it is missing or damaged."""
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         with file.open("rb") as opened:
             about = json.loads(_last(opened, int.from_bytes(_last(opened, 8), "little") + 8)[:-8])
         told = Statistics(tuple(about["mean"]), tuple(about["std"]))
-        return Kept(_arrays(file, about, classes), about["digest"], told)
+        return Kept(_arrays(file, about), about["digest"], told)
     return None
 
 
@@ -129,7 +158,7 @@ def _last(file: BinaryIO, count: int) -> bytes:
     return file.read()
 
 
-def _arrays(file: Path, about: Mapping[str, Any], classes: tuple[str, ...]) -> Arrays:
+def _arrays(file: Path, about: Mapping[str, Any]) -> Arrays:
     shapes = [(count, *about["shape"]) for count in about["counts"]] + [(count,) for count in about["counts"]]
     found, at = [], 0
     for shape in shapes:
@@ -138,4 +167,4 @@ def _arrays(file: Path, about: Mapping[str, Any], classes: tuple[str, ...]) -> A
         found.append(np.memmap(file, kind, "c", at, shape))
         at += found[-1].nbytes
     x_train, x_test, y_train, y_test = found
-    return Arrays(x_train, np.array(y_train), x_test, np.array(y_test), classes)
+    return Arrays(x_train, np.array(y_train), x_test, np.array(y_test), tuple(about["classes"]))

@@ -15,10 +15,10 @@ from torch import Tensor
 from pipeline.config import DatasetConfig
 from pipeline.config.datasets import CIFAR100, DATASETS, PUBLISHED, Statistics, Torchvision
 from pipeline.config.places import check_data
-from pipeline.data import imagenet32, tiny_imagenet
+from pipeline.data import imagenet32, timm_readers, tiny_imagenet
 from pipeline.data.arrays import Arrays, check, digest, read_npz, statistics
 from pipeline.data.image_files import CROP_PCT, ImageFiles, Images, scan
-from pipeline.data.kept import Kept, kept
+from pipeline.data.kept import Kept, Source, kept
 from pipeline.errors import UserError
 from pipeline.paths import user_path
 
@@ -112,6 +112,11 @@ def _imagenet100(config: DatasetConfig) -> ImageData:
     if config.class_list is None:
         assert config.path is not None  # config/rules.py
         path = user_path(config.path, "dataset.path")
+    return _image_folder(config, _names(path))
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    """Names of classes, one a line; # begins a comment. Raises UserError: no text, none, or one twice."""
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
@@ -121,7 +126,7 @@ def _imagenet100(config: DatasetConfig) -> ImageData:
     if twice is not None or not names:
         fault = "holds no name of a class" if twice is None else f"names {twice} twice"
         raise UserError(f"dataset.path={path}: it {fault}; give each class a line of its own")
-    return _image_folder(config, names)
+    return tuple(names)
 
 
 def _image_folder(config: DatasetConfig, only: Sequence[str] | None = None) -> ImageData:
@@ -148,7 +153,8 @@ def _imagenet32(config: DatasetConfig) -> ImageData:
     key, root = f"dataset.root={config.root}", user_path(config.root, "dataset.root")
     train, test = (imagenet32.find(root, names, key) for names in (imagenet32.TRAIN, imagenet32.TEST))
     read = {"train": lambda: imagenet32.blocks(train, key), "test": lambda: imagenet32.blocks(test, key)}
-    return _mapped(config, kept(root, [*train, *test], read, tuple(map(str, range(imagenet32.CLASSES))), key))
+    names = tuple(map(str, range(imagenet32.CLASSES)))
+    return _mapped(config, kept(root, [*train, *test], lambda: Source(read, names), key))
 
 
 def _torchvision(config: DatasetConfig, row: Torchvision) -> ImageData:
@@ -181,7 +187,12 @@ def _tiny_imagenet(config: DatasetConfig) -> ImageData:
     key, root = f"dataset.root={config.root}", user_path(config.root, "dataset.root")
     train, test, classes, told = tiny_imagenet.scan(root, key)
     read = {"train": lambda: tiny_imagenet.blocks(train, key), "test": lambda: tiny_imagenet.blocks(test, key)}
-    return _mapped(config, kept(root, [*told, *train.files, *test.files], read, classes, key))
+    return _mapped(config, kept(root, [*told, *train.files, *test.files], lambda: Source(read, classes), key))
+
+
+def _timm(config: DatasetConfig) -> ImageData:
+    found = timm_readers.images(config, None if config.path is None else _names(user_path(config.path, "dataset.path")))
+    return replace(_mapped(config, found), crop_pct=timm_readers.CROP_PCT)
 
 
 def _mapped(config: DatasetConfig, found: Kept) -> ImageData:
@@ -213,5 +224,6 @@ OWN = {
     "imagenet100": _imagenet100,
     "imagenet32": _imagenet32,
     "tiny_imagenet": _tiny_imagenet,
+    "timm": _timm,
 }
 """Readers of the data sets that torchvision does not have."""

@@ -38,6 +38,7 @@ FORMER = frozenset(
         "84f071526695c1474eb8ef9c445243f0c11b5c13f4fe327077e911b8a6ed1340",
         "13fa0724f1b73757ec3df57465e6c0a3c1c4079fb6c4a869b5bb0a7c554058d9",
         "0248b73a3e0048efaab47b7e2f49815c7f5248f7a71f944dfc8c76b0757195ab",
+        "e5a8a7b0be8c15de534933d6e82104c7b4017af05a0e2be60196b76bd2fec20b",
     }
 )
 """SHA-256 of the served code in earlier versions of this project, the oldest first."""

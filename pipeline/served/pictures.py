@@ -51,21 +51,13 @@ def read(file: Any, channels: int = 3, *, sent: bool = False) -> Any:
     Raises:
         Refused: another format, a damaged file, too many pixels, or numbers of which nobody can say what is white.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(file, formats=SENT if sent else FORMATS) as opened:
             if sent and opened.width * opened.height > MAX_PIXELS:
                 raise Refused(f"it has {opened.width} × {opened.height} pixels, at most {MAX_PIXELS} are taken")
-            tags = dict(getattr(opened, "tag_v2", {}))
-            opened.load()
-            picture: Any = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith(("I", "F")):
-                picture = _eight_bits(picture, opened.format, tags)
-            if picture.has_transparency_data:
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture.convert("RGBA"))
-            return picture.convert("RGB" if channels == 3 else "L")
+            return plain(opened, channels)
     except (Refused, FileNotFoundError, PermissionError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -74,6 +66,21 @@ def read(file: Any, channels: int = 3, *, sent: bool = False) -> Any:
     except Exception as error:
         # on damaged files Pillow's decoders raise whatever their parsers do: SyntaxError, struct.error, EOFError, …
         raise Refused("not such a picture, or a damaged one") from error
+
+
+def plain(opened: Any, channels: int = 3) -> Any:
+    """What `read` makes of a PIL image that is still as its file has it. Raises Refused, and whatever decoders do."""
+    from PIL import Image, ImageOps
+
+    tags = dict(getattr(opened, "tag_v2", {}))
+    opened.load()
+    picture: Any = ImageOps.exif_transpose(opened)
+    if picture.mode.startswith(("I", "F")):
+        picture = _eight_bits(picture, opened.format, tags)
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB" if channels == 3 else "L")
 
 
 def area(file: bytes) -> int:

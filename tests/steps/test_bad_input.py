@@ -74,6 +74,11 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
         ["dataset.root={files}/empty", "CIFAR100", "dataset.download=true"],
     ),
     "npz missing": ("distill", ["dataset.path={files}/none.npz"], ["dataset.path={files}/none.npz", "no such file"]),
+    "no pictures for timm": (
+        "distill",
+        ["dataset=timm", "dataset.name=timm", "dataset.path=null", "dataset.id=folder/a", "dataset.root={files}/empty"],
+        ["dataset.id=folder/a: dataset.train_split=train: Found 0 images in subfolders of"],
+    ),
     "npz truncated": ("distill", ["dataset.path={files}/truncated.npz"], ["dataset.path={files}/truncated.npz"]),
     "labels out of range": ("baseline", ["dataset.path={files}/labels.npz"], ["dataset.path=", "y_test holds 9"]),
     "teacher of another architecture": (

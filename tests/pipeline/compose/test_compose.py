@@ -40,6 +40,7 @@ def test_options_of_a_group_set_the_same_keys(group: str) -> None:
             assert keys(option) == keys(first), option
     for option in groups()[group]:
         extra = ["dataset.path=x.npz"] if option == "npz" else []
+        extra += ["dataset.id=folder/"] if option == "timm" else []
         extra += ["dataset.class_list=cmc"] if option == "imagenet100" else []
         extra += ["method.student_epochs_per_stage=[240]"] if option == "step" else []
         extra += ["model.teachers=[{name: cifar_resnet20}]", "continual.num_tasks=2"] if group == "method" else []

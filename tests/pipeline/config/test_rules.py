@@ -89,6 +89,11 @@ RULES: dict[str, tuple[Any, str]] = {
         {"dataset": {"name": "imagenet100", "class_list": "cmc", "path": "mine.txt"}},
         "dataset.name=imagenet100 needs one of dataset.class_list",
     ),
+    "no id for timm": ({"dataset": {"name": "timm"}}, "dataset.id=null: dataset.name=timm needs one that begins with"),
+    "another reader of timm's": (
+        {"dataset": {"name": "timm", "id": "tfds/cifar10"}},
+        "dataset.id=tfds/cifar10: dataset.name=timm needs one that begins with folder/…, torch/…, wds/…, hfds/…",
+    ),
     "published of another": (
         {"dataset": {"name": "cifar10", "normalisation": "published"}},
         "no constants for cifar10, only for cifar100, cifar100_sample; set it to exact"),

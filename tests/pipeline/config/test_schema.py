@@ -184,6 +184,7 @@ def changed(value: Any) -> Any:
 
 UNCOMPUTED = {"device", "threads", "output_dir", "run_name", "rung", "resume", "extend", "log_model", "debug", "bank",
               "bank_folder", "bank_gb", "register", "student", "dataset.root", "dataset.path", "dataset.download",
+              "dataset.id", "dataset.train_split", "dataset.test_split",
               "dataset.eval_batch_size", "dataset.workers", "optim.use_amp", "optim.compile",
               "checkpoint.every_seconds", "tracking.uri", "tracking.mode", "tracking.experiment", "tracking.git_diff",
               "tracking.finish_seconds",

@@ -214,9 +214,9 @@ class Place:
             }
             np.savez(self.path / f"{name}.npz", **arrays, y_train=np.arange(24) % 3, y_test=np.arange(9) % 3)
         for k, pixels in enumerate(arrays["x_test"]):
-            for split in ("train", "val"):
+            for split, shown in (("train", pixels), ("val", 255 - pixels)):
                 (folder := self.path / "pictures" / split / str(k % 3)).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(folder / f"{k}.png")
+                Image.fromarray(shown).save(folder / f"{k}.png")
 
     def config(self, keys: Keys) -> Config:
         base = {
@@ -499,6 +499,7 @@ ONLINE = {"tracking.mode": "online", "tracking.uri": "sqlite:///a.db"}
 PICTURES = {"dataset.name": "image_folder", "dataset.root": "{here}/pictures", "dataset.path": None,
             "dataset.image_size": 16}  # fmt: skip
 LISTED = {**PICTURES, "dataset.name": "imagenet100"}
+TIMM = {**PICTURES, "dataset.name": "timm", "dataset.id": "folder/"}
 TORCHVISION = {"dataset.name": "cifar10", "dataset.root": "{here}/nothing"}
 
 SEEN_IN_THE_STUDENT = {
@@ -562,6 +563,9 @@ TABLE: dict[str, Case] = {
     "dataset.root": Case("{here}/nothing", {"dataset.name": "cifar10"}, data_set),
     "dataset.path": Case("{here}/two.npz", observer=data_set),
     "dataset.class_list": Case("cmc", {**LISTED, "dataset.class_list": "podnet"}, data_set),
+    "dataset.id": Case("torch/cifar10", {**TIMM, "dataset.id": "torch/cifar100"}, data_set),
+    "dataset.train_split": Case("val", TIMM, data_set),
+    "dataset.test_split": Case("train", TIMM, data_set),
     "dataset.download": Case(True, TORCHVISION, data_set),
     "dataset.image_size": Case(12, observer=pictures_read),
     "dataset.workers": Case(0, {"dataset.workers": 1}, pictures_read),

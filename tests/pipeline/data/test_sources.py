@@ -16,6 +16,7 @@ from pipeline.config import DatasetConfig
 from pipeline.data.arrays import Arrays, check, digest, statistics
 from pipeline.data.sources import SAMPLE, load
 from pipeline.errors import UserError
+from tests.pipeline.data.fashion_mnist import write_fashion_mnist
 
 ROOT = Path(__file__).parents[3]
 UNPACK = ROOT.parent / "shared" / "data" / "unpack_cifar100.py"
@@ -142,21 +143,6 @@ def test_damaged_cifar_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"CIFAR10 files in .* are incomplete or damaged"):
         load(DatasetConfig(name="cifar10", root=str(tmp_path)))
-
-
-def write_fashion_mnist(root: Path, images: int, cut: int = 0) -> None:
-    """The IDX files that torchvision reads, with `images` 28×28 images per split."""
-    folder = root / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split in ("train", "t10k"):
-        pixels = rng.integers(0, 256, (images, 28, 28), dtype=np.uint8)
-        header = bytes([0, 0, 8, 3]) + b"".join(int(d).to_bytes(4, "big") for d in pixels.shape)
-        content = header + pixels.tobytes()
-        (folder / f"{split}-images-idx3-ubyte").write_bytes(content[: len(content) - cut])
-        labels = np.arange(images, dtype=np.uint8) % 10
-        header = bytes([0, 0, 8, 1]) + images.to_bytes(4, "big")
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
 
 
 def test_fashion_mnist_stays_grey(tmp_path: Path) -> None:
