@@ -75,7 +75,7 @@ house: setup
 	$(BIN)/python tools/house.py
 
 lock:
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --group dev pyproject.toml -o requirements.lock
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --group dev --extra timm-data pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf runs mlflow.db mlartifacts
