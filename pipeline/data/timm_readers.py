@@ -197,8 +197,10 @@ def _blocks(split: Split, size: int, numbers: list[int] | None) -> Blocks:
             return np.asarray(square(whole, size, CROP_PCT), dtype=np.uint8).transpose(2, 0, 1)
 
     def number(at: int, label: Any) -> int:
-        if not isinstance(label, int | np.integer) or label < 0:
-            raise UserError(f"{split.called(at)} has label {label!r}; labels must be whole numbers from 0")
+        known = len(split.classes or ())
+        if not isinstance(label, int | np.integer) or label < 0 or (known and label >= known):
+            last = f" to {known - 1}" if known else ""
+            raise UserError(f"{split.called(at)} has label {label!r}; labels must be whole numbers from 0{last}")
         return int(label) if numbers is None else numbers[label]
 
     with ThreadPoolExecutor(THREADS) as pool:
