@@ -20,7 +20,7 @@ class ClassView:
         columns: (M,) int64, the classes that are asked about, in order.
         known: (M,) bool, those that the network was taught; None: all.
         rule: what it says of the others. `masked`: never. `uniform`: their share is 1 / M each (at temperature 1), and
-            what it knows divides the rest as before.
+            what it knows divides the rest as before. One that knows none of them says the same of all.
     """
 
     columns: Tensor
@@ -32,6 +32,8 @@ class ClassView:
         asked = logits.index_select(1, self.columns)
         if self.known is None:
             return asked
+        if not self.known.any():
+            return torch.zeros_like(asked)
         if self.rule == "masked":
             return asked.masked_fill(~self.known, MASKED)
         taught = asked.float().masked_fill(~self.known, -torch.inf)

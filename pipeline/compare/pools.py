@@ -24,7 +24,11 @@ TEACHERS, CODE, DATA = "teachers", "code", "data"
 OF_TEACHERS = ("teachers", "model.teachers", "finetune.")
 NONE = "none"
 EPOCHS = "method.student_epochs_per_stage"
-SPLIT = ("dataset.val_fraction", "dataset.split_seed")
+SPLIT = (
+    "dataset.val_fraction",
+    "dataset.split_seed",
+    *(f"continual.{key}" for key in ("num_tasks", "scenario", "base_classes", "order", "order_seed")),
+)
 OTHER_EPOCHS = "other epochs"
 SHOWN = 4
 """How many differences a line names."""

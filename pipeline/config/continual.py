@@ -59,6 +59,11 @@ class ContinualConfig(Section):
         when=(_TASKS, "lambda_ewc"),
     )  # fmt: skip
 
+    @property
+    def divides_teachers(self) -> bool:
+        """Whether some teacher answers about classes that it was not taught: `model.unseen` acts."""
+        return self.num_tasks is not None and (self.teachers != "oracle" or self.past)
+
     def teachers_at_once(self, named: int) -> int:
         """The most teachers that a task has, of as many that the configuration names."""
         if self.num_tasks is None:
@@ -76,6 +81,7 @@ class ContinualConfig(Section):
             return
         if m.averaging_weights is not None and self.teachers_at_once(1) > 1:
             yield "method.teacher_weights weighs model.teachers, and tasks have other teachers: set it to equal"
+        yield from self._of_method(config)
         if tasks == 1:
             yield "continual.num_tasks=1 leaves nothing to forget: give at least 2, or null for one training"
         if self.scenario == "teachers":
@@ -105,13 +111,43 @@ class ContinualConfig(Section):
                     "teacher for each task: leave it out, or use continual.teachers=oracle"
                 )
 
+    def _of_method(self, config: Any) -> Iterator[str]:
+        """What the method and its teachers cannot do task by task."""
+        m, model = config.method, config.model
+        if config.extend:
+            yield "extend=true: finished tasks are not trained again; start a run with more epochs"
+        if self.past and not m.distils:
+            yield f"continual.past=true: method={m.name} distils nothing; choose one that does, such as lwf or aver"
+        if m.ce_alpha == 0 and (m.past or m.replays):
+            yield f"method.ce_alpha=0: method={m.name} alone teaches no new class; raise it"
+        if m.past and m.samples == "old" and self.buffer_size == 0:
+            yield "method.samples=old: a task has no images of old classes; give continual.buffer_size"
+        if m.replays and (m.plus or m.use_disagree_weight):
+            yield f"method={m.name} has no teachers, which method.plus and method.use_disagree_weight act on"
+        if m.standardise and m.past and m.logits == "all":
+            yield "method.logits=all: method.standardise divides by a deviation that masked logits dominate: set it to old"
+        if self.lambda_ewc and m.use_partial_freeze:
+            yield "continual.lambda_ewc holds all weights, method.use_partial_freeze trains some: leave one out"
+        if self.classifier == "nearest_mean" and config.register is not None:
+            yield "register: a served model classifies by its head, and continual.classifier is nearest_mean"
+        if m.taught and self.teachers != "oracle" and self.scenario == "classes":
+            if model.overlap is not None or any(teacher.classes for teacher in model.teachers):
+                given = "model.overlap" if model.overlap is not None else "model.teachers.<k>.classes"
+                yield f"continual.teachers={self.teachers} says what each teacher is taught: leave {given} out"
+            if model.unseen == "masked" and m.standardise:
+                yield "model.unseen=masked: method.standardise divides by a deviation that masked logits dominate: use uniform"
+
     def _stream(self, config: Any) -> Iterator[str]:
         count = len(config.model.teachers)
+        if not config.method.taught:
+            yield f"continual.scenario=teachers: method={config.method.name} learns from no teacher; choose another"
         if count != self.num_tasks:
             yield (
                 f"continual.scenario=teachers has a task for each teacher: continual.num_tasks={self.num_tasks}, and "
                 f"model.teachers has {count}"
             )
+        if self.classifier == "nearest_mean":
+            yield "continual.classifier=nearest_mean needs kept images, and continual.scenario=teachers keeps none"
         for name in ("joint", "buffer_size", "base_classes"):
             if getattr(self, name):
                 yield f"continual.{name}: continual.scenario=teachers has all images in every task; leave it out"

@@ -75,7 +75,7 @@ def computation(config: Config) -> dict[str, Any]:
         if not name.endswith(".checkpoint")
         and not (name in ONLY_WHERE_SET and (not value or value == "exact"))
         and not (name in _OF_PLUS and not config.method.plus)
-        and not (name in _OF_SUBSETS and not config.model.partly_taught)
+        and not (name in _OF_SUBSETS and not (config.model.partly_taught or config.continual.divides_teachers))
         and not (name.startswith("model.teachers.") and name.endswith(".classes") and not value)
         and not (name.startswith("continual.") and config.continual.num_tasks is None)
         and not listed(name, NOT_COMPUTATION)

@@ -19,6 +19,8 @@ def _conditions_not_met(config: Sections) -> Iterator[str]:
             reasons = (condition(section, prefix) for condition in conditions(field))
             if reason := next(filter(None, reasons), None):
                 yield f"{prefix}{name}: {reason}"
+    if config.model.unseen != "uniform" and not (config.model.partly_taught or config.continual.divides_teachers):
+        yield "model.unseen: every teacher is taught all classes"
     if config.dataset.name in PICTURES and config.augment.crop_flip and config.augment.pad_mode != "zero":
         yield f"augment.pad_mode: dataset.name={config.dataset.name} crops without padding"
 

@@ -41,10 +41,6 @@ def _divided(model: Any, prefix: str) -> str | None:
     return f"{prefix}overlap is null" if model.overlap is None else None
 
 
-def _partly_taught(model: Any, prefix: str) -> str | None:
-    return None if model.partly_taught else "every teacher is taught all classes"
-
-
 class ModelConfig(Section):
     """Student and teachers."""
 
@@ -58,7 +54,6 @@ class ModelConfig(Section):
     unseen: Literal["uniform", "masked"] = key(
         "uniform",
         "what a teacher says of classes that it was not taught; uniform: their share, evenly, masked: never",
-        when=_partly_taught,
     )
 
     @property

@@ -58,15 +58,14 @@ def distill(run: Run, data: ImageData) -> float | None:
     """Train the tasks, report, and log the student of the last one."""
     done = _Sequence(run, data, None)
     found, student = done.run()
+    predicted = done.scores(student)["test"].argmax(dim=1)  # in all processes, which evaluation joins
     if not run.follower:
         keep_weights(run, data, student)
-        results.predictions(run, done.scores(student)["test"].argmax(dim=1), data.test_y)
+        results.predictions(run, predicted, data.test_y)
         continual_report.pictures(run, done.rows["test"], done.names)
-        if run.config.log_model and run.config.continual.classifier == "head":
+        if run.config.log_model:
             export.log_student(run, student, data, found)
             register.student(run, run.config, data, found)
-        elif run.config.log_model:
-            logger.info("no model is logged: continual.classifier=nearest_mean classifies by images, not by a head")
         if run.parent is None:
             continual_report.print_results(run.config, found, done.rows["test"], done.names)
     results.write_results(run, found)
@@ -127,9 +126,18 @@ class _Sequence:
             name: Probe(batches.labels, self.tasks, self._answers(batches) if stream else None)
             for name, batches in self.splits.items()
         }
+        for name, batches in self.splits.items():
+            for number, task in enumerate(self.tasks):
+                if not torch.isin(batches.labels.cpu(), torch.tensor(task)).any():
+                    raise UserError(
+                        f"continual.num_tasks={self.own.num_tasks}: task {number + 1} has no {name} images; give fewer "
+                        "tasks, or raise dataset.val_fraction"
+                    )
         self.rows: dict[str, list[Row]] = {name: [] for name in self.splits}
 
     def _batches(self, images: Any, labels: Tensor, indices: Tensor | None) -> EvalBatches:
+        if indices is not None and isinstance(images, Tensor):  # what does not take part stays off the device
+            images, labels, indices = images[indices], labels[indices], None
         return networks.eval_batches(self.config, images, labels, indices, self.data.mean, self.data.std)
 
     def _answers(self, batches: EvalBatches) -> list[Tensor]:
@@ -152,7 +160,9 @@ class _Sequence:
         if any(t.saw_validation for t in self.taught) and "val" in self.splits:
             run.journal.tags({"asib.val_contaminated": "true"})
         run.ready()
-        untrained = {name: self.probes[name].row(s, 0) for name, s in self.scores(self.untrained).items()}
+        by_head = self.own.classifier == "head"
+        scores = self.scores(self.untrained) if by_head else dict.fromkeys(self.splits)
+        untrained = {name: None if s is None else self.probes[name].row(s, 0) for name, s in scores.items()}
         costs: list[Mapping[str, float]] = []
         stated = results.metrics_of(run) if not run.follower else {}
         for number in range(len(self.tasks)):
@@ -173,15 +183,21 @@ class _Sequence:
         """Refuse to continue a sequence with another configuration: its finished tasks are not trained again."""
         path = self.outer.folder / PROTOCOL
         before = read_state(path)
+        name = self.config.resume or self.outer.folder.name
         if before is not None:
-            check_computation(self.config, self.config.resume or self.outer.folder.name, before)
+            check_computation(self.config, name, before)
+            for key, words in (("data_digest", "data"), ("teachers", "teachers")):
+                if before[key] != made_of[key]:
+                    raise UserError(f"resume={name}: {words} {before[key]} cannot be continued with {made_of[key]}")
         elif not self.outer.follower:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps({**made_of, "computation": computation(self.config)}))
+            stated = {**made_of, "computation": computation(self.config), "threads": torch.get_num_threads()}
+            write_atomically(path, json.dumps(stated))
+            self.outer.journal.artifact(path, "continual")
 
     def scores(self, student: FeatureNet, kept: Kept | None = None) -> dict[str, Tensor]:
         """Of each split, scores (n, N) of all classes, the higher the likelier."""
-        if self.own.classifier == "nearest_mean" and student is not self.untrained:
+        if self.own.classifier == "nearest_mean":
             kept = kept or self._kept(len(self.tasks))
             labels = self.data.train_y[kept.memory.index]
             features = outputs(student, self._batches(self.data.train_x, self.data.train_y, kept.memory.index)).feat_2d
@@ -245,14 +261,15 @@ class _Sequence:
         if number and (self.own.past or self.config.method.past) and self.config.method.distils:
             past, _ = self._before(number)
             known = len(seen) - (0 if self.own.scenario == "teachers" else len(self.tasks[number]))
-            past.show(ClassView(torch.tensor(seen), torch.arange(len(seen)) < known, "masked"))
+            rule = "masked" if self.config.method.past else self.config.model.unseen
+            past.show(ClassView(torch.tensor(seen), torch.arange(len(seen)) < known, rule))
             taught.append(Teacher(past, str(weights), None, saw_validation=False))
         student.show(ClassView(torch.tensor(seen)))
         penalties = {}
         if kept.consolidation.fisher:
             at_home = kept.consolidation.to(networks.device_of(self.config))
             penalties["ewc"] = partial(at_home.penalty, weight=self.own.lambda_ewc)
-        before = number * self.config.method.b_epochs
+        before = number * (self.config.method.a_epochs + self.config.method.b_epochs)
         watch = None if self.watch is None else _Later(self.watch, before)
         try:
             task, loop = fit(run, self.data, student, taught, watch, scope, penalties)
@@ -301,7 +318,9 @@ class _Sequence:
         scope = task.data.scope
         assert scope is not None
         own = task.data.train.indices.cpu()
-        new = self._batches(task.data.train.images, self.data.train_y, own[: len(own) - len(scope.memory)])
+        images, mean, std = task.data.train.images, self.data.mean, self.data.std
+        index = own[: len(own) - len(scope.memory)]
+        new = networks.eval_batches(self.config, images, self.data.train_y, index, mean, std)
         streams = Streams(self.config.seed, _key(number))
         kept = kept.after(student, new, scope, self.config, streams, last=number == len(self.tasks) - 1)
         row = {name: self.probes[name].row(s, number + 1) for name, s in self.scores(student, kept).items()}
@@ -313,6 +332,12 @@ class _Sequence:
         write_atomically(run.folder / ROW, json.dumps(row))
         for name in (KEPT, ROW):
             run.journal.artifact(run.folder / name, "continual")
+
+
+def threads_of(run: Run) -> int | None:
+    """The threads that a continued sequence began with; None: it begins now, or they are set."""
+    before = read_state(run.folder / PROTOCOL) if run.config.threads is None else None
+    return None if before is None else int(before["threads"])
 
 
 def _key(number: int) -> str:

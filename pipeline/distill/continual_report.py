@@ -14,7 +14,7 @@ LAST = ("cost/macs_per_image/",)
 """Costs that belong to a network and not to a task."""
 
 
-def after_task(rows: Sequence[Row], split: str, names: Sequence[str], untrained: Row) -> dict[str, float]:
+def after_task(rows: Sequence[Row], split: str, names: Sequence[str], untrained: Row | None) -> dict[str, float]:
     """The metrics of a run after the last of these rows: of the matrix so far, and of every task in it."""
     of_tasks = rows[-1]["class_il"]
     assert isinstance(of_tasks, list)
@@ -26,7 +26,7 @@ def _word(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def final(rows: Mapping[str, Sequence[Row]], untrained: Mapping[str, Row]) -> dict[str, float]:
+def final(rows: Mapping[str, Sequence[Row]], untrained: Mapping[str, Row | None]) -> dict[str, float]:
     """The final metrics. The last student is the selected one: validation only watches."""
     found: dict[str, float] = {}
     for split, of_split in rows.items():

@@ -57,7 +57,8 @@ def trial(run: Run, watch: Watch) -> dict[str, float]:
 
 def _begun(run: Run) -> ImageData:
     """The run's images, once the process is set up for its configuration."""
-    prepare(run.config, threads_of(run))
+    tasks = run.config.continual.num_tasks is not None
+    prepare(run.config, continual.threads_of(run) if tasks else threads_of(run))
     check_device(run.config, networks.device_of(run.config))  # checked before teachers are fine-tuned
     for sentence in inactive(run.config):
         logger.info("has no effect here: %s", sentence)

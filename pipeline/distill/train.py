@@ -23,7 +23,6 @@ from pipeline.paths import REPOSITORY, user_path
 from pipeline.runs.run import Run
 from pipeline.training import distributed
 from pipeline.training.checkpoint import pack, require_space, unpack
-from pipeline.training.compiling import compiles
 from pipeline.training.loop import Loop, Watch
 from pipeline.training.optim import Precision
 from pipeline.training.run_data import Task
@@ -101,7 +100,7 @@ def train(
         "data_digest": data.digest,
         "teachers": list(teachers),
         "bank": bank,
-        "compiled": compiles(config, device) and not part,
+        "compiled": task.compiled,
         "amp_dtype": precision.name,
         "safe_retry": retried,
         "threads": torch.get_num_threads(),

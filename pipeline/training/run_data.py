@@ -152,6 +152,8 @@ class Task:
         scope: the part of the data that it is about; None: all.
     """
 
+    compiled = False
+    """Whether its networks go through torch.compile."""
     plan: list[Epoch]
     phases: dict[str, Phase]
     costs: Costs

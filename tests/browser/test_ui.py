@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from playwright.sync_api import expect
+from playwright.sync_api import Page, expect
 
 from tests.browser.ui import chromium, open_charts, open_picture, open_runs
 from tests.servers import MlflowServer
@@ -33,5 +33,33 @@ def test_main_job_is_shown_nested_with_charts_and_pictures(mlflow_server: Mlflow
         expect(accuracy).to_be_visible(timeout=60_000)
         for name in ("curves.png", "confusion.png"):
             open_picture(page, mlflow_server.uri, number, distilled.info.run_id, name)
-            picture = page.locator("img[src^='blob:'], img[src*='get-artifact']").first
-            assert picture.evaluate("image => image.complete && image.naturalWidth") > 400
+            assert shown_width(page) > 400
+
+
+def shown_width(page: Page) -> int:
+    """Of the picture that is open, in pixels, once it is loaded."""
+    picture = page.locator("img[src^='blob:'], img[src*='get-artifact']").first
+    width: int = picture.evaluate("image => image.complete && image.naturalWidth")
+    return width
+
+
+def test_tasks_are_shown_nested_with_their_matrix(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+    where = ["tracking.mode=online", f"tracking.uri={mlflow_server.uri}", "tracking.experiment=tasks"]
+    short = ["method.num_stages=1", "method.student_epochs_per_stage=[1]", "method=replay", "continual.buffer_size=9"]
+    done = Lab(tmp_path / "lab").step("continual", "tasks=2", "run_name=classes", *short, *where)
+    assert done.code == 0, done.err
+    client = MlflowClient(mlflow_server.uri)
+    experiment = client.get_experiment_by_name("tasks")
+    assert experiment is not None
+    number = experiment.experiment_id
+    (outer,) = client.search_runs([number], "tags.`asib.step` = 'continual'")
+    with chromium() as page:
+        open_runs(page, mlflow_server.uri, number)
+        for name in ("classes", "task 1 of 2", "task 2 of 2"):
+            expect(page.get_by_role("link", name=name, exact=True)).to_be_visible(timeout=60_000)
+        open_charts(page, mlflow_server.uri, number, outer.info.run_id)
+        page.get_by_placeholder("Search metric charts").fill("test_forgetting")
+        expect(page.get_by_text("continual/test_forgetting").first).to_be_visible(timeout=60_000)
+        for name in ("accuracy_matrix.png", "tasks.png"):
+            open_picture(page, mlflow_server.uri, number, outer.info.run_id, name)
+            assert shown_width(page) > 400

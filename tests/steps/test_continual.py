@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from safetensors import safe_open
@@ -68,6 +69,7 @@ def test_a_run_has_a_nested_run_for_each_task_and_the_metrics_of_its_matrix(read
     assert 100 * (kept["labels"] == kept["predictions"]).mean() == pytest.approx(found["final/acc_last"])
 
 
+@pytest.mark.slow
 def test_finetuning_forgets_what_replay_remembers_and_joint_training_never_loses(ready_lab: Lab) -> None:
     long = ("tasks=2", "method.num_stages=1", "method.student_epochs_per_stage=[6]", "method.mixup_alpha=0")
     accuracy = {}
@@ -80,6 +82,7 @@ def test_finetuning_forgets_what_replay_remembers_and_joint_training_never_loses
     assert np.mean(accuracy["joint"]) >= np.mean(accuracy["finetune"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -90,7 +93,7 @@ def test_finetuning_forgets_what_replay_remembers_and_joint_training_never_loses
         ("method=aver", "continual.past=true", "continual.teachers=tasks", "continual.lambda_ewc=1"),
         ("method=kd", "continual.scenario=teachers", "method.tau=2"),
     ],
-    ids=lambda strategy: strategy[0],
+    ids=lambda strategy: "-".join(strategy[:2]),
 )
 def test_strategies_and_teachers_end_to_end(ready_lab: Lab, strategy: tuple[str, ...]) -> None:
     done = ready_lab.step("continual", *SHORT, "method.kd_alpha=0.5", *strategy)
@@ -240,6 +243,25 @@ def test_a_finished_tasks_file_states_what_it_holds(whole: Done) -> None:
         names = set(file.keys())
     assert {"memory.index", "memory.logits", "memory.known"} < names
     assert {name.split(".")[0] for name in names} == {"memory", "fisher", "anchor"}
+
+
+@pytest.mark.slow
+def test_a_sweep_weighs_consolidation_by_validation_alone(ready_lab: Lab, sqlite_uri: str) -> None:
+    given = ("continual.num_tasks=2", "method=ewc", *SHORT[1:], "sweep=lambda_ewc", "trials=2", "workers=1")
+    done = ready_lab.step("sweep", *given, "tracking.mode=online", f"tracking.uri={sqlite_uri}")
+    assert done.code == 0, done.err
+    (study,) = optuna.get_all_study_summaries(f"sqlite:///{ready_lab.runs / 'studies.db'}")
+    trials = optuna.load_study(
+        study_name=study.study_name, storage=f"sqlite:///{ready_lab.runs / 'studies.db'}"
+    ).get_trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 2
+    assert len({trial.params["continual.lambda_ewc"] for trial in trials}) == 2
+    for trial in trials:
+        folder = done.folder / "trials" / f"{trial.number:04d}"
+        found = metrics(folder)
+        assert trial.values == [found["final/val_acc"]]
+        of_tasks = [name for name, _ in points(folder)] + [name for name, _ in points(folder / "task_2")]
+        assert not [name for name in (*found, *of_tasks) if "test" in name or name == "final/acc_last"]
 
 
 # bad input -----------------------------------------------------------------------------------------------------------

@@ -63,6 +63,17 @@ def test_parameters_reach_the_step_and_the_run_is_the_commands(ready_lab: Lab, s
     assert "distilled student" in done.stdout
 
 
+def test_tasks_and_a_strategy_reach_the_step(ready_lab: Lab, sqlite_uri: str) -> None:
+    short = ["method.num_stages=1", "method.student_epochs_per_stage=[1]", "continual.buffer_size=9"]
+    done = run(ready_lab, sqlite_uri, "continual", "tasks=2", "method=replay", *short)
+    assert done.returncode == 0, done.stderr
+    found = the_run(sqlite_uri)
+    assert found.status == "FINISHED"
+    assert (found.params["continual.num_tasks"], found.params["continual.buffer_size"]) == ("2", "9")
+    assert set(found.children) == {"task 1 of 2", "task 2 of 2"}
+    assert ("continual/test_forgetting", 1) in found.metrics
+
+
 def test_a_refused_step_fails_the_command_and_the_run_says_why(ready_lab: Lab, sqlite_uri: str) -> None:
     done = run(ready_lab, sqlite_uri, "distill", "method.kd_alhpa=0.25")
     assert done.returncode == 1

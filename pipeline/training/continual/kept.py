@@ -18,7 +18,7 @@ from pipeline.data.batches import EvalBatches
 from pipeline.data.sources import ImageData
 from pipeline.training.continual.fisher import Consolidation, fisher
 from pipeline.training.continual.memory import Memory, balanced, herded, merged, reservoir
-from pipeline.training.evaluation import Outputs, outputs
+from pipeline.training.evaluation import outputs
 from pipeline.training.rng import Streams
 from pipeline.training.run_data import Scope
 
@@ -83,29 +83,34 @@ class Kept:
         """
         own, memory, consolidation = config.continual, self.memory, self.consolidation
         if own.buffer_size:
-            memory = self._remember(outputs(student, new, "student"), new, scope, config, streams)
+            memory = self._remember(student, new, scope, config, streams)
         if own.lambda_ewc and not last:
             net, view = student.net, ClassView(torch.tensor(scope.classes)).to(new.device)
             drawn = self._drawn(new, own.fisher_images, scope, streams)
             with undisturbed(net):
                 found = fisher(net, view, drawn, own.fisher, streams.generator("fisher_labels"))
-            consolidation = consolidation.with_task(found, dict(net.named_parameters()))
+            consolidation = consolidation.to(new.device).with_task(found, dict(net.named_parameters()))
         return Kept(memory, consolidation)
 
-    def _remember(self, out: Outputs, new: EvalBatches, scope: Scope, config: Config, streams: Streams) -> Memory:
+    def _remember(
+        self, student: FeatureNet, new: EvalBatches, scope: Scope, config: Config, streams: Streams
+    ) -> Memory:
         m, labels, index = self.memory, new.labels.cpu(), new.indices.cpu()
-        logits = out.logits.cpu() if config.method.replays else torch.zeros(len(index), 0)
+        herding = config.continual.buffer_rule == "herding"
+        out = outputs(student, new, "student") if herding or config.method.replays else None
+        logits = out.logits.cpu() if out is not None and config.method.replays else torch.zeros(len(index), 0)
         order = torch.randperm(len(index), generator=streams.generator("memory_order"))
         if config.continual.buffer_rule == "reservoir":
             stream, logits = index[order], logits[order]
             rows = reservoir(m.index, m.seen, stream, m.size, streams.generator("memory"))
             return merged(m, *rows, stream, logits, len(scope.classes))
-        features, place = out.feat_2d, torch.empty_like(order)
+        place = torch.empty_like(order)
         place[order] = torch.arange(len(order))
 
         def pick(rows: Tensor, count: int) -> Tensor:
-            if config.continual.buffer_rule == "herding":
-                return rows[herded(features[rows.to(features.device)], count)]
+            if herding:
+                assert out is not None
+                return rows[herded(out.feat_2d[rows.to(out.feat_2d.device)], count)]
             return rows[place[rows].argsort()][:count]
 
         rows = balanced(m.index, self._labels(new), index, labels, m.size, pick)

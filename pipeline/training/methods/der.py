@@ -13,7 +13,8 @@ from torch import Tensor
 from models.features import Features
 from pipeline.config.methods.der import DerConfig
 from pipeline.data.batches import Batch
-from pipeline.training.objective import Moment
+from pipeline.training import distributed
+from pipeline.training.objective import Moment, batch_mean
 from pipeline.training.step import Lesson, Setup, StudentStep
 
 
@@ -24,7 +25,7 @@ def squared_difference(logits: Tensor, kept: Tensor, known: Tensor) -> Tensor:
 
 
 class Der(StudentStep):
-    """No lesson: what is compared with was kept. The mean is over kept images, whatever their share of a batch."""
+    """No lesson: what is compared with was kept. The mean is over the kept images of a batch."""
 
     method: DerConfig
 
@@ -38,8 +39,6 @@ class Der(StudentStep):
         number = torch.arange(len(scope.classes))
         known = number < (scope.known[:, None] if self.method.logits == "old" else len(scope.classes))
         self._known = known.expand_as(self._kept).to(setup.device)
-        of_memory = scope.share if scope.share is not None else len(scope.memory) / len(setup.data.train.order)
-        self._scale = 1 / of_memory
 
     def lesson(self, seen: Sequence[Any], y: Tensor) -> Lesson:
         return {}
@@ -47,4 +46,6 @@ class Der(StudentStep):
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         rows = self._row[batch.index]
         found = squared_difference(student.logits.float(), self._kept[rows], self._known[rows])
-        return {"der": torch.where(rows >= 0, self._scale * found, 0.0)}
+        kept = (rows >= 0).float()
+        share = distributed.mean(batch_mean(kept, batch))  # of the global batch
+        return {"der": torch.where(rows >= 0, found / share.clamp_min(1 / batch.global_size), 0.0)}
