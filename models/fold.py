@@ -30,18 +30,15 @@ def folded(net: FeatureNet, input_size: tuple[int, int, int]) -> FeatureNet:
     weight = next(net.parameters())
     count = 4 * input_size[0] * input_size[1] * input_size[2]
     x = torch.linspace(-40, 40, count, device=weight.device).sin().to(weight.dtype).reshape(4, *input_size)
-    whole = copy.deepcopy(net)
-    whole.show(None)  # compared by all of its own logits: masked ones would dwarf every difference
-    with undisturbed(whole):
-        pairs = _pairs(whole, x)
-        expected = whole(x)
-        made = _fold(copy.deepcopy(whole), pairs)
+    with undisturbed(net):
+        pairs = _pairs(net, x)
+        expected = net(x)
+        made = _fold(copy.deepcopy(net), pairs)
         if not _agree(expected, made(x)):
-            made = copy.deepcopy(whole)
+            made = copy.deepcopy(net)
             for pair in pairs:  # one by one: those that cannot be folded are left alone
                 tried = _fold(copy.deepcopy(made), [pair])
                 made = tried if _agree(expected, tried(x)) else made
-    made.show(net.view)
     return made.requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""Distil from teachers of class subsets: every method at every share of common classes with every seed, and compare.
+"""Distil from teachers of class subsets: methods × shares of common classes × seeds, and compare.
 
 python -m steps.overlap cfg=quickstart rhos=0,0.5,1 methods=asib,aver seeds=0,1
 python -m steps.overlap cfg=quickstart model.unseen=masked

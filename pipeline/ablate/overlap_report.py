@@ -33,7 +33,7 @@ EXPLAINED = (
 
 
 def log(run: Run, data: ImageData, results: Sequence[tuple[Cell, Record]]) -> None:
-    """Write `overlap.csv`, `overlap.md` and `overlap.png`, log them to the run, and print the table."""
+    """Write the table as CSV, as Markdown and drawn, log these files to the run, and print it."""
     found = summary(data, results)
     folder = run.folder / "overlap"
     tables.write_csv(found, folder / "overlap.csv", index=False)
@@ -79,7 +79,7 @@ def _teachers_of_each_class(config: Config, data: ImageData) -> "np.ndarray":
 
 
 def _share_right(record: Record, chosen: "np.ndarray") -> float:
-    """Accuracy in % on the test images that are chosen (n,); NaN if there are none, or no predictions."""
+    """Accuracy in % on the test images that are chosen (n,); NaN without any, or without predictions."""
     if record.correct is None or not chosen.any():
         return np.nan
     return 100 * float(record.correct[chosen].mean())

@@ -58,7 +58,7 @@ class Branching(TinyNet):
 
 @pytest.mark.parametrize("known", [None, [True, True, False, False]])
 def test_a_network_that_cannot_be_folded_stays_as_it_is(known: list[bool] | None) -> None:
-    """Even where it masks classes: beside their logits of -10,000 the error of a wrong fold would be small."""
+    """With its view, beside whose masked logits of -10,000 the others' errors are small."""
     net = FeatureNet(Branching()).eval()
     lively(net)
     net.show(None if known is None else ClassView(torch.arange(4), torch.tensor(known), "masked"))
