@@ -37,7 +37,7 @@ def log(run: Run, data: ImageData, results: Sequence[tuple[Cell, Record]]) -> No
     found = summary(data, results)
     folder = run.folder / "overlap"
     tables.write_csv(found, folder / "overlap.csv", index=False)
-    title = f"{data.name}, teachers of class subsets" + (f" ({SMOKE})" if "sample" in data.name else "")
+    title = f"{data.name}, teachers of class subsets" + (f" ({SMOKE})" if data.name == "cifar100_sample" else "")
     head, rows = _shown(found)
     (folder / "overlap.md").write_text(f"# {title}\n\n{tables.markdown(head, rows, left=2)}\n\n{EXPLAINED}\n")
     _draw(found, title, folder / "overlap.png")
