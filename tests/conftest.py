@@ -85,20 +85,38 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()  # what the imports made is no garbage: a full collection took half a second, and sweeps ask for one
 
 
+def moved(value: Any, there: str, here: str) -> Any:
+    """Containers of texts in which one folder is named, with another instead."""
+    if isinstance(value, dict):
+        return {key: moved(item, there, here) for key, item in value.items()}
+    if isinstance(value, list):
+        return [moved(item, there, here) for item in value]
+    return value.replace(there, here) if isinstance(value, str) else value
+
+
 @pytest.fixture(scope="session", autouse=True)
 def composed_once() -> Iterator[None]:
-    """What Hydra makes of the same files and choices is kept: it takes a seventh of a second, thousands of times."""
+    """What Hydra makes of the same files and choices is kept: it takes a seventh of a second, thousands of times.
+
+    Files of two workplaces are the same if only their own folder's name differs in them.
+    """
+    from omegaconf import OmegaConf
+
     from pipeline.compose import compose
 
     original, kept = compose._compose_groups, dict[Any, Any]()
 
     def remembered(file: Path | None, theirs: str | None, choices: dict[str, str]) -> Any:
-        siblings = [] if file is None else sorted(file.parent.glob("*.y*ml"))
-        read = tuple((path, path.read_bytes()) for path in siblings if path.is_file())
-        key = (file, read, theirs, tuple(choices.items()))
+        folder = Path() if file is None else file.parent
+        here, siblings = str(folder), [] if file is None else sorted(folder.glob("*.y*ml"))
+        read = tuple((p.name, p.read_bytes().replace(here.encode(), b"{here}")) for p in siblings if p.is_file())
+        key = (file and file.name, read, theirs, tuple(choices.items()))
         if key not in kept:
-            kept[key] = original(file, theirs, choices)
-        return kept[key]
+            kept[key] = here, original(file, theirs, choices)
+        there, composed = kept[key]
+        if there == here:
+            return composed
+        return OmegaConf.create(moved(OmegaConf.to_container(composed), there, here))
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(compose, "_compose_groups", remembered)
