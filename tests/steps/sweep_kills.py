@@ -1,8 +1,8 @@
 """Kills a sweep's workers and its driver at random moments, or stops workers until they are given up for dead, and says
 whether anything was lost.
 
-The study runs twice on data of seconds: undisturbed, and killed. Whatever was killed, the killed one must end with
-exactly its trials, no run left RUNNING, and each trial's metrics, point for point, those of the undisturbed study.
+The study runs twice on data of seconds: undisturbed, in this process, and killed. Whatever was killed, that study must
+end with exactly its trials, no run left RUNNING, and each trial's metrics, point for point, those of the undisturbed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import optuna
 import yaml
 
 from tests.steps.lab import Lab, client, journal, points
+from tests.warm import Fork
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE: dict[str, Any] = {
@@ -62,29 +63,21 @@ class Sweep:
     uri: str
     storage: str
     trials: int
-    driver: subprocess.Popen[bytes] | None = None
+    driver: Fork | None = None
     kills: Counter[str] = field(default_factory=Counter)
 
-    def command(self) -> list[str]:
+    def overrides(self) -> list[str]:
         file = self.lab.folder / "killed.yaml"
         file.write_text(yaml.safe_dump({**SPACE, "trials": self.trials}))
         given = [f"sweep={file}", "workers=2", f"storage={self.storage}", EPOCHS]
-        tracking = ["tracking.mode=online", f"tracking.uri={self.uri}"]
-        return [sys.executable, "-m", "steps.sweep", *self.lab.arguments(*given, *tracking)]
+        return [*given, "tracking.mode=online", f"tracking.uri={self.uri}"]
 
     def start(self) -> None:
-        with (self.lab.folder / "driver.log").open("ab") as log:
-            self.driver = subprocess.Popen(
-                self.command(), cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
+        self.driver = self.lab.start("sweep", *self.overrides(), log=self.lab.folder / "driver.log")
 
     def code(self) -> int | None:
         assert self.driver is not None
         return self.driver.poll()
-
-    def wait(self) -> int:
-        assert self.driver is not None
-        return self.driver.wait(1200)
 
     def log(self) -> str:
         return (self.lab.folder / "driver.log").read_text()[-3000:]
@@ -108,7 +101,6 @@ class Sweep:
             return  # it is only starting
         if not workers or draw.random() < 0.3:
             self.driver.kill()
-            self.driver.wait()
             self.kills["driver"] += 1
             self.start()
         elif draw.random() < 0.3:
@@ -195,8 +187,8 @@ def run(folder: Path, template: Path, kills: int, trials: int) -> dict[str, Any]
         database.write_bytes(template.read_bytes())
         sweeps.append(Sweep(lab, f"sqlite:///{database}", f"sqlite:///{lab.folder / 'studies.db'}", trials))
     quiet, killed = sweeps
-    quiet.start()
-    assert quiet.wait() == 0, quiet.log()
+    done = quiet.lab.step("sweep", *quiet.overrides())
+    assert done.code == 0, done.err
     killed.start()
     deadline = time.monotonic() + 3600
     while killed.code() != 0:

@@ -6,8 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,16 +23,25 @@ from pipeline.sweep.request import Plan
 from tests.pipeline.sweep.test_sweep import InProcess, WorkerStop
 from tests.steps import sweep_kills
 from tests.steps.lab import Lab, client, points, run_id, see, signal_at, until
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.warm import Fork
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left_running() -> Iterator[None]:
+def _nothing_is_left_running(deliveries: list[Fork]) -> Iterator[None]:
     yield
+    for driver in deliveries:  # and deliveries
+        driver.kill()
     for process in psutil.Process().children(recursive=True):
-        if "steps.sweep" in " ".join(process.cmdline()) or "submitit" in " ".join(process.cmdline()):
+        if "submitit" in " ".join(process.cmdline()):
             process.kill()
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps of this process have their worker here; those that are started have theirs in processes."""
+    monkeypatch.setattr(Plan, "launcher", InProcess)
+    monkeypatch.setattr(launched, "Stop", WorkerStop)
+    monkeypatch.setattr(sweep, "TICK_S", 0.0)
 
 
 def arguments(lab: Lab, uri: str, *overrides: str, **changes: Any) -> list[str]:
@@ -43,13 +50,13 @@ def arguments(lab: Lab, uri: str, *overrides: str, **changes: Any) -> list[str]:
     return lab.arguments(f"sweep={file}", "tracking.mode=online", f"tracking.uri={uri}", *overrides)
 
 
-def start(lab: Lab, uri: str, *overrides: str, **changes: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "steps.sweep", *arguments(lab, uri, *overrides, **changes)]
-    with (lab.folder / "driver.log").open("ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+def start(lab: Lab, uri: str, *overrides: str, **changes: Any) -> Fork:
+    """The driver; its workers import what they need, as everywhere."""
+    log = lab.folder / "driver.log"
+    return lab.start("sweep", *arguments(lab, uri, *overrides, **changes), log=log)
 
 
-def finish(lab: Lab, driver: subprocess.Popen[bytes], seconds: float = 300) -> None:
+def finish(lab: Lab, driver: Fork, seconds: float = 300) -> None:
     assert driver.wait(seconds) == 0, (lab.folder / "driver.log").read_text()[-3000:]
 
 
@@ -67,6 +74,7 @@ def local(lab: Lab) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_nothing_is_lost_however_it_is_killed(tmp_path: Path, sqlite_template: Path) -> None:
     found = sweep_kills.run(tmp_path, sqlite_template, kills=3, trials=4)
     assert sum(found["kills"].values()) >= 2, found  # a fast machine may end before the last
@@ -130,14 +138,12 @@ def test_what_a_dead_machine_left_running_is_reaped_and_goes_on(ready_lab: Lab, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_another_machine_joins_and_continues_from_the_server_alone(
     ready_lab: Lab, sqlite_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = ready_lab
     storage = f"storage=sqlite:///{lab.folder / 'shared.db'}"
-    monkeypatch.setattr(Plan, "launcher", InProcess)
-    monkeypatch.setattr(launched, "Stop", WorkerStop)
-    monkeypatch.setattr(sweep, "TICK_S", 0.0)
     with monkeypatch.context() as patched:
         patched.setattr(train, "Loop", signal_at(13).loop)  # in the second stage of the first trial
         stopped = lab.raw("sweep", arguments(lab, sqlite_uri, storage))
@@ -161,12 +167,14 @@ def test_another_machine_joins_and_continues_from_the_server_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_a_worker_killed_within_a_seed_is_replaced_there(ready_lab: Lab, sqlite_uri: str, tmp_path: Path) -> None:
     """Its second seed is point for point that of an undisturbed sweep of this seed alone."""
-    lab, epochs = ready_lab, "method.student_epochs_per_stage=[8,8]"
+    lab, epochs = ready_lab, "method.student_epochs_per_stage=[4,4]"
     other = Lab(tmp_path / "undisturbed")
     shutil.copytree(lab.runs / "teachers", other.runs / "teachers")
-    finish(other, start(other, sqlite_uri, epochs, "seed=1", trials=1))
+    undisturbed = other.raw("sweep", arguments(other, sqlite_uri, epochs, "seed=1", trials=1))
+    assert undisturbed.code == 0, undisturbed.err
     driver = start(lab, sqlite_uri, epochs, "seeds=2", trials=1)
     until(lambda: list(lab.runs.glob("*-sweep-*/trials/0000/seed_1/checkpoints/manifest.json")), 300)
     (worker,) = sweep_kills.Sweep(lab, sqlite_uri, local(lab), 1).workers_alive()
