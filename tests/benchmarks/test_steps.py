@@ -199,6 +199,7 @@ print(json.dumps([inside, faults(5)]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_the_plain_loop_is_not_given_the_memory_that_ours_keeps() -> None:
     """Page faults for a block's pages each time that it is taken."""

@@ -9,6 +9,7 @@ from steps.doctor import main
 pytest_plugins = ["tests.servers"]
 
 
+@pytest.mark.slow
 @pytest.mark.step
 @pytest.mark.usefixtures("warm_deliveries")
 def test_good_machine_is_told_so(sqlite_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

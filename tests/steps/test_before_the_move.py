@@ -70,6 +70,7 @@ def test_a_journal_of_work_off_line_is_delivered(house: House) -> None:
     agree(before.deliver(house), RECORD["deliver"])
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_with_the_trial_that_was_left(house: House) -> None:
     found = json.loads(json.dumps(before.join(house)))
     agree(found, RECORD["join"], "trials")

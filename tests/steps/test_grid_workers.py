@@ -94,6 +94,7 @@ def test_interrupted_workers_continue_and_make_the_table_that_one_process_makes(
     same(stopped.folder, quiet)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_in_process")
 def test_a_cell_that_diverges_is_named_and_not_tried_again_by_the_others(ready_lab: Lab) -> None:
     wild = ["method.kd_target=avg", "optim.student_lr=1e6", "optim.student_weight_decay=1e6"]  # AdamW: -1e12 in a step

@@ -403,6 +403,7 @@ def test_a_champion_that_is_gone_is_no_dead_end(desk: Desk) -> None:
     assert desk.aliases["champion"] == "4"
 
 
+@pytest.mark.slow
 def test_the_latency_judged_is_that_of_what_is_served(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Classifier.probabilities
 

@@ -121,6 +121,7 @@ def test_a_run_killed_while_a_checkpoint_is_written_equals_an_undisturbed_one(
         same_run(left, undisturbed.folder)
 
 
+@pytest.mark.slow
 def test_a_signal_within_a_nested_fine_tuning_ends_both_runs_and_both_go_on(
     lab: Lab, undisturbed: Done, sqlite_uri: str
 ) -> None:

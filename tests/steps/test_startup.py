@@ -56,6 +56,7 @@ def test_a_steps_own_process_never_imports_mlflow() -> None:
     assert not {"mlflow", "optuna"} & found
 
 
+@pytest.mark.slow
 def test_delivery_is_started_before_the_slow_imports() -> None:
     """It imports MLflow meanwhile, and training begins two seconds earlier."""
     assert not {"timm", "torchvision", "matplotlib"} & imported_by("import pipeline.runs.opening")

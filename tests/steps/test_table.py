@@ -110,6 +110,7 @@ def test_what_users_see_names_pairs_and_methods_and_fits_a_terminal(made: tuple[
     assert (folder / "comparison/comparison.tex").read_text().count(r"\begin{tabular}") == 3
 
 
+@pytest.mark.slow
 def test_a_table_that_has_finished_is_reused_and_a_ladder_has_the_same_engine(
     made: tuple[Lab, Done], trained: list[str]
 ) -> None:

@@ -250,6 +250,7 @@ def test_trials_know_their_runs_while_the_sweep_goes_on(
     assert f"runs/{study(lab).best_trial.user_attrs['run_id']}" in found.tags["mlflow.note.content"]
 
 
+@pytest.mark.slow
 def test_a_sweep_never_looks_at_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for the teachers either that it fine-tunes itself: neither an image read nor a metric written."""
     whole = EvalBatches.__iter__
