@@ -39,7 +39,10 @@ server: setup
 		--host 127.0.0.1 --port 5000 --workers 1
 
 # files are dealt to two workers, long ones first (tests/conftest.py); a worker keeps a file's fixtures
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# where memory has room, temporary files lie there: whatever the tests start waits for no disk
+MEMORY := $(shell df -Pk /dev/shm 2>/dev/null | awk 'END { if ($$4 > 6000000) print "TMPDIR=/dev/shm" }')
+PYTEST := $(MEMORY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	-o tmp_path_retention_count=1
 FAST := not slow and not gpu and not postgres and not slurm and not browser
 
 test-unit: setup

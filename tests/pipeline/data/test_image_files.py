@@ -362,9 +362,10 @@ def test_too_little_shared_memory_is_said_within_half_a_minute(root: Path) -> No
     """It was printed by a thread of the worker, which then had nothing to send: the training waited for ever."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("this user may not mount a small /dev/shm")
-    small = 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$@"'
+    # the pictures may lie in /dev/shm themselves
+    small = 'mount --bind "$0" /mnt && mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$@"'
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-c", SMALL, str(root)],
+        ["unshare", "-m", "sh", "-c", small, str(root), sys.executable, "-c", SMALL, "/mnt"],
         capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[3],
     )  # fmt: skip
     seconds, _, line = done.stdout.strip().partition(" ")
