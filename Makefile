@@ -51,9 +51,9 @@ test-unit: setup
 test: setup
 	$(PYTEST) -m "$(FAST)"
 
-# slow, browser, postgres and slurm: what .ci/run runs beside `make test`
+# slow, browser, postgres and slurm: what .ci/run runs beside `make test`; they wait for others a third of their time
 test-marked: setup
-	$(PYTEST) -m "not gpu and not ($(FAST))"
+	$(PYTEST) -n 3 -m "not gpu and not ($(FAST))"
 
 coverage: setup
 	$(PYTEST) -m "$(FAST)" --cov=pipeline --cov=models --cov=steps --cov-branch --cov-report=term:skip-covered
