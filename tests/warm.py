@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -137,8 +138,9 @@ def main() -> None:
     import mlflow  # noqa: F401  -- with all that it imports late
     from mlflow.store.tracking import sqlalchemy_store  # noqa: F401
 
-    from pipeline.tracking import follow, pipe, process, requests  # noqa: F401
+    from pipeline.tracking import _compat, follow, pipe, process, requests  # noqa: F401
 
+    _compat.latest_schema()
     cut_no_power()
     if "steps" in sys.argv:
         from pipeline import main_job  # noqa: F401
@@ -150,6 +152,7 @@ def main() -> None:
         pipe.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Child})  # type: ignore[assignment]
     line = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks here
+    gc.freeze()
     while True:
         head, theirs, *_ = socket.recv_fds(line, 4, 4, socket.MSG_WAITALL)
         if not head:

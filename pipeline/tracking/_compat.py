@@ -6,14 +6,16 @@ Tests of each: tests/pipeline/tracking. Importing this module is cheap; MLflow i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
+@cache
 def latest_schema() -> str:
-    """The revision of the database schema that this MLflow works with."""
+    """The revision of the database schema that this MLflow works with; it imports all migrations to find it."""
     from mlflow.store.db.utils import _get_latest_schema_revision
 
     return str(_get_latest_schema_revision())
