@@ -125,7 +125,7 @@ class ContinualConfig(Section):
         if m.replays and (m.plus or m.use_disagree_weight):
             yield f"method={m.name} has no teachers, which method.plus and method.use_disagree_weight act on"
         if m.standardise and m.past and m.logits == "all":
-            yield "method.logits=all: method.standardise divides by a deviation that masked logits dominate: set it to old"
+            yield "method.logits=all: method.standardise divides by a deviation that masked logits dominate: use old"
         if self.lambda_ewc and m.use_partial_freeze:
             yield "continual.lambda_ewc holds all weights, method.use_partial_freeze trains some: leave one out"
         if self.classifier == "nearest_mean" and config.register is not None:
@@ -135,7 +135,10 @@ class ContinualConfig(Section):
                 given = "model.overlap" if model.overlap is not None else "model.teachers.<k>.classes"
                 yield f"continual.teachers={self.teachers} says what each teacher is taught: leave {given} out"
             if model.unseen == "masked" and m.standardise:
-                yield "model.unseen=masked: method.standardise divides by a deviation that masked logits dominate: use uniform"
+                yield (
+                    "model.unseen=masked: method.standardise divides by a deviation that masked logits dominate: use "
+                    "uniform"
+                )
 
     def _stream(self, config: Any) -> Iterator[str]:
         count = len(config.model.teachers)

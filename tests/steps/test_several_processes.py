@@ -52,3 +52,29 @@ def test_two_processes_agree_with_one_and_make_one_run(lab: Lab, sqlite_uri: str
     assert seen.steady == points(folder)
     assert len(all_runs(sqlite_uri)) == 3
     assert done.stdout.count("distilled student") == 1, "the first process alone speaks"
+
+
+def test_two_processes_learn_tasks_as_one_does(lab: Lab) -> None:
+    """Replay and weight consolidation: both keep the same images, and only the first process writes."""
+    import numpy as np
+
+    from pipeline.distill.continual import KEPT
+
+    write_npz(lab.data, size=32)
+    given = [f"model.student.name={NET}", "model.teachers=[]", "method=finetune", "optim.optimizer=sgd", "tasks=2"]
+    given += ["method.num_stages=1", "method.student_epochs_per_stage=[1]", "method.mixup_alpha=0"]
+    given += ["continual.buffer_size=10", "continual.lambda_ewc=1", "continual.fisher_images=8"]
+    alone = lab.step("continual", *given)
+    assert alone.code == 0, alone.err
+    both = Lab(lab.folder / "both")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [*both.arguments(*given), f"dataset.path={lab.data}"]
+    done = subprocess.run([*torchrun, "-m", "steps.continual", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = both.run_folders()
+    for task in ("task_1", "task_2"):
+        ours, theirs = (tensors(f / task / KEPT) for f in (folder, alone.folder))
+        assert (ours["memory.index"] == theirs["memory.index"]).all()
+        for name in ours:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-2, atol=1e-4, err_msg=name)
+    assert done.stdout.count("average accuracy  ") <= 1, "the first process alone speaks"

@@ -48,6 +48,7 @@ def refusal(space: Any, *overridden: str, base: Config = BASE, **rest: Any) -> s
 def test_every_sweep_fits_the_quickstart(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="asib")
     chosen = [f"method={name}", "model/teacher=resnet56"] if name in methods.names() else []  # named for its method
+    chosen += ["method=ewc", "continual.num_tasks=2"] if name == "lambda_ewc" else []
     check(load(name), compose("quickstart", chosen), ["dataset.download", "tracking.uri"])
     assert caplog.messages == []
 
