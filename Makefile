@@ -1,7 +1,7 @@
 # make setup   the environment, .venv          make demo   the main job on the bundled images, then a table
 # make test-unit, make test   the fast tests; make test-marked   what else needs no GPU; make coverage   branches
 # make check   what .ci/run runs: lint, types, imports, all tests
-# make bench   how fast it is: benchmarks/README.md
+# make bench   how fast it is: benchmarks/README.md          make clean   moves runs and the tracking store to cleaned/
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
@@ -31,12 +31,14 @@ demo: setup
 	@echo
 	@echo "open the UI:  make ui    (then http://127.0.0.1:5000)"
 
+PORT ?= 5000
+
 ui: setup
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 server: setup
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --artifacts-destination $(CURDIR)/mlartifacts \
-		--host 127.0.0.1 --port 5000 --workers 1
+		--host 127.0.0.1 --port $(PORT) --workers 1
 
 # files are dealt to two workers, long ones first (tests/conftest.py); a worker keeps a file's fixtures
 # where memory has room, temporary files lie there: whatever the tests start waits for no disk
@@ -80,5 +82,7 @@ house: setup
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --group dev --extra timm-data pyproject.toml -o requirements.lock
 
+# moved, not deleted: they are all experiments and registered models
 clean:
-	rm -rf runs mlflow.db mlartifacts
+	@set -- $(wildcard runs mlflow.db* mlartifacts); if (($$#)); then to=cleaned/$$(date +%Y%m%d-%H%M%S); mkdir -p "$$to"; \
+		mv "$$@" "$$to"; echo "moved to $$to: $$*; delete it when nobody needs it"; else echo "nothing to move"; fi

@@ -94,3 +94,16 @@ def test_a_users_own_experiments_break_no_test(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *looking]
     done = subprocess.run(command, cwd=tmp_path / "copy", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_make_clean_moves_runs_and_deletes_nothing(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "mlflow.db").write_text("all experiments")
+    for said in ("moved to cleaned/", "nothing to move"):
+        done = subprocess.run(["make", "clean"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(said)
+    (kept,) = (tmp_path / "cleaned").iterdir()
+    assert (kept / "runs" / "one").is_dir()
+    assert (kept / "mlflow.db").read_text() == "all experiments"
+    assert not (tmp_path / "runs").exists()
