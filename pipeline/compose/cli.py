@@ -32,6 +32,10 @@ class Command:
     own: Mapping[str, str] = field(default_factory=dict)
 
 
+SEVERAL = "python -m steps.table … seeds=0,1,2; python -m steps.sweep … sweep=<file>"
+"""How several runs are asked for."""
+
+
 def parse(argv: Sequence[str], own: Collection[str] = ()) -> Command:
     """Parse `cfg=x a.b=1`, `--cfg x --a.b 1`, `--a.b=1`, `overrides="a=1 b=[1,2]"`, `--debug`, `--help [topic]`.
 
@@ -96,6 +100,8 @@ def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
     """Key and value of each argument, whichever way it is written."""
     while argv:
         argument = argv.pop(0)
+        if argument in ("-m", "--multirun"):
+            raise UserError(f"{argument} is Hydra's: several runs are a table, a ladder or a sweep; {SEVERAL}")
         if argument in ("--help", "-h"):
             is_topic = bool(argv) and "=" not in argv[0] and not argv[0].startswith(("-", "~"))
             yield "help", argv.pop(0) if is_topic else ""

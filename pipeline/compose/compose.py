@@ -223,6 +223,10 @@ def _setting(prefix: str, key: str, value: str | None) -> Setting:
     if parsed is None:
         return Setting(key, text.strip())
     if isinstance(parsed._value, Sweep):
+        if key == "seed":
+            raise UserError(
+                f"seed={text}: several runs; a step that makes them takes seeds={text}: table, ablate, sweep"
+            )
         raise UserError(f"{key}={text}: several values; a list is written {key}=[…], several runs are a sweep")
     return Setting(key, element)
 

@@ -75,6 +75,14 @@ def key_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from key_names(inner, f"{prefix}{name}.{item}")
 
 
+MEANT = {
+    "epochs": "method.student_epochs_per_stage=[…] (the student's) or finetune.epochs (its teachers')",
+    "lr": "optim.student_lr (the student's) or finetune.lr (its teachers')",
+    "weight_decay": "optim.student_weight_decay (the student's) or finetune.weight_decay (its teachers')",
+}
+"""What is meant by keys of other programs that several of ours could be."""
+
+
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """Return the one-line message for a key that the schema does not have."""
     known = list(known)
@@ -82,6 +90,8 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
     last = name.rpartition(".")[2]
     if last in OLD_NAMES and (last == name or last not in by_last):  # finetune.small_input is misplaced, not old
         return f"{name}: this key is now {OLD_NAMES[last]}"
+    if name in MEANT:
+        return f"{name}: unknown key; give {MEANT[name]}"
     if last.startswith("mbm_"):
         return f"{name}: keys of the fusion begin with method.ib_mbm_"
     near = by_last.get(last) or near_miss(name, known, 0.75)

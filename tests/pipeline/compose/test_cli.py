@@ -41,6 +41,8 @@ def test_parse(argv: list[str], command: Command) -> None:
     ("argv", "message"),
     [
         (["quickstart"], "did you mean cfg=quickstart?"),
+        (["-m", "seed=1,2"], "-m is Hydra's: several runs are a table, a ladder or a sweep"),
+        (["--multirun", "seed=1,2"], "python -m steps.table … seeds=0,1,2"),
         (["--resume"], "--resume has no value"),
         (["--resume", "--cfg", "x"], "--resume has no value"),
         (["=3"], "has no key"),

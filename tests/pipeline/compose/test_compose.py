@@ -106,6 +106,12 @@ def test_the_last_override_wins_and_a_list_item_follows_its_list() -> None:
         ("teacher_iters=3", "teacher_iters: this key is now method.teacher_adapt_epochs"),
         ("method.tau=abc", "method.tau: got 'abc'; give a number above 0"),
         ("method.tau=", "method.tau: got ''; give a number above 0"),
+        (
+            "epochs=5",
+            "epochs: unknown key; give method.student_epochs_per_stage=[…] (the student's) or finetune.epochs",
+        ),
+        ("lr=0.1", "lr: unknown key; give optim.student_lr (the student's) or finetune.lr"),
+        ("seed=0,1,2", "seed=0,1,2: several runs; a step that makes them takes seeds=0,1,2: table, ablate, sweep"),
         ("method.tau=1,2", "several values; a list is written method.tau=[…]"),
         ("method.student_epochs_per_stage=[6,", "the brackets or quotes of this value do not match"),
         ("method.tau=${method.nope}", "method.nope"),
