@@ -1,7 +1,7 @@
 """Learn classes task by task, and measure what is forgotten: continual learning with any method and any teachers.
 
 python -m steps.continual cfg=split_cifar tasks=10 method=lwf
-python -m steps.continual cfg=quickstart tasks=5 method=asib continual.past=true continual.buffer_size=100
+python -m steps.continual cfg=quickstart tasks=5 method=asib continual.past=true
 python -m steps.continual cfg=quickstart tasks=5 method=ewc continual.lambda_ewc=1000
 """
 

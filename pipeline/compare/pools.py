@@ -24,11 +24,8 @@ TEACHERS, CODE, DATA = "teachers", "code", "data"
 OF_TEACHERS = ("teachers", "model.teachers", "finetune.")
 NONE = "none"
 EPOCHS = "method.student_epochs_per_stage"
-SPLIT = (
-    "dataset.val_fraction",
-    "dataset.split_seed",
-    *(f"continual.{key}" for key in ("num_tasks", "scenario", "base_classes", "order", "order_seed")),
-)
+SPLIT = ("dataset.val_fraction", "dataset.split_seed")
+TASKS = tuple(f"continual.{key}" for key in ("num_tasks", "scenario", "base_classes", "order", "order_seed"))
 OTHER_EPOCHS = "other epochs"
 SHOWN = 4
 """How many differences a line names."""
@@ -196,6 +193,7 @@ def unfair(one: Group, other: Group) -> list[str]:
     if DATA in found:
         said.append("other data ({} and {})".format(*(v[:12] for v in found[DATA])))
     said += [f"another split ({k}: {' and '.join(found[k])})" for k in SPLIT if k in found]
+    said += [f"other tasks ({k}: {' and '.join(found[k])})" for k in TASKS if k in found]
     return said
 
 

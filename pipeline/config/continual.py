@@ -23,7 +23,7 @@ class ContinualConfig(Section):
     base_classes: AtLeastOne | None = key(
         None, "classes of the first task, the others dividing the rest; null: as many in each", when=(_TASKS, _CLASSES)
     )
-    order: Literal["published", "identity", "seed"] | tuple[int, ...] = key(
+    order: Literal["published", "identity", "seed"] | tuple[Count, ...] = key(
         "published", "order in which classes come; published: PyCIL's, NumPy's permutation of seed 1993; seed:"
         " order_seed's; or the classes' numbers", when=(_TASKS, _CLASSES),
     )  # fmt: skip

@@ -131,9 +131,11 @@ def mixed_cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float, fi
 
     `first_class`: classes before it are left out, of the logits (b, N) and of the labels.
     """
-    logits = logits[:, first_class:]
-    first = cross_entropy(logits, batch.y - first_class, label_smoothing)
+    y, y_b = batch.y, batch.y_b
+    if first_class:
+        logits, y, y_b = logits[:, first_class:], y - first_class, y_b - first_class
+    first = cross_entropy(logits, y, label_smoothing)
     if batch.partner is None:
         return batch_mean(first, batch)
-    second = cross_entropy(logits, batch.y_b - first_class, label_smoothing)
+    second = cross_entropy(logits, y_b, label_smoothing)
     return batch_mean(batch.lam * first + (1 - batch.lam) * second, batch)

@@ -15,6 +15,8 @@ from pipeline.data import sources
 from tests.steps.lab import BATCHES, STUDENT, Lab, journal, points, run_id, same_tensors, see, settings, until
 from tests.steps.test_mlflow_run import run
 
+METHODS = [name for name in methods.names() if methods.settings(name).from_teachers]
+"""Those for one training; test_continual.py has the others."""
 pytestmark = pytest.mark.slow
 
 ONE = {"teachers": ["cifar_resnet8"], "student": "cifar_resnet8"}
@@ -51,7 +53,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def table(lab: Lab, sqlite_template: Path) -> Path:
     """The folder of a table that has every method with one teacher as a row."""
     database = shutil.copy(sqlite_template, lab.folder / "mlflow.db")
-    rows = {method: overrides(method) for method in methods.names()}
+    rows = {method: overrides(method) for method in METHODS}
     content = {"recipe": str(lab.cfg), "pairs": {"pair": ONE}, "methods": rows, "baseline": "kd", "equal_cost": False}
     file = lab.folder / "every.yaml"
     file.write_text(yaml.safe_dump(content))
@@ -63,15 +65,15 @@ def table(lab: Lab, sqlite_template: Path) -> Path:
 
 def test_a_table_of_all_methods_arrives_through_mlflow_run(lab: Lab, table: Path) -> None:
     found = see(f"sqlite:///{lab.folder / 'mlflow.db'}", run_id(table))
-    assert set(found.children) == {"pair-teacher_0", *(f"{method} pair seed 0" for method in methods.names())}
+    assert set(found.children) == {"pair-teacher_0", *(f"{method} pair seed 0" for method in METHODS)}
     assert {run.status for run in (found, *found.children.values())} == {"FINISHED"}
-    for method in methods.names():
+    for method in METHODS:
         logged = {name for name, _ in found.children[f"{method} pair seed 0"].metrics}
         assert any(name.startswith(f"b_step/{'kd' if method == 'asib' else method}") for name in logged)
         assert {"student/acc", "final/acc_val_selected"} <= logged
 
 
-@pytest.mark.parametrize("method", [name for name in methods.names() if name != "asib"])  # test_kill.py kills ASIB's
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "asib"])  # test_kill.py kills ASIB's
 def test_a_killed_run_of_a_method_continued_equals_an_undisturbed_one(lab: Lab, table: Path, method: str) -> None:
     chosen = [*overrides(method), "bank=lazy"]  # as the runs of a table
     if methods.settings(method).teachers[1] == 1:

@@ -72,7 +72,7 @@ def test_warm_ups_of_the_short_table_are_in_proportion(row: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", [name for name in methods.names() if methods.settings(name).from_teachers])
 def test_every_method_goes_with_the_recipe(method: str) -> None:
     several = methods.settings(method).teachers[0] > 1
     teacher = [f"model/teacher={'resnet32x4_wrn_40_2' if several or method == 'asib' else 'resnet32x4'}"]

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from models import zoo
 from models.features import FeatureNet
@@ -28,14 +29,15 @@ from pipeline.config import Config, explain, flatten
 from pipeline.data import image_files, sources
 from pipeline.data.image_files import ImageFiles, Wanted
 from pipeline.data.sources import ImageData
-from pipeline.distill import bank, distill, export, networks, results, teachers, train
+from pipeline.distill import bank, continual, distill, export, networks, results, teachers, train
 from pipeline.errors import NonFinite, UserError
 from pipeline.evaluate.request import Request
 from pipeline.journal import Entry, read_entries
 from pipeline.runs import git
+from pipeline.runs.folders import STUDENT
 from pipeline.runs.opening import open_run
 from pipeline.training.evaluation import outputs
-from pipeline.training.loop import Loop
+from pipeline.training.loop import Loop, Verdict
 from pipeline.training.methods.asib import monitor
 from pipeline.training.methods.asib.task import AsibDistillation as Distillation
 from pipeline.training.optim import Precision
@@ -315,6 +317,29 @@ def teacher_weights(keys: Keys) -> Any:
     return [t.hash for t in found]
 
 
+class Patient:
+    """A trial's watch that lets it go on."""
+
+    reason = ""
+
+    def __call__(self, epoch: int, metrics: Mapping[str, float]) -> Verdict:
+        return Verdict.GO_ON
+
+    def still_ours(self) -> bool:
+        return True
+
+
+def tasks_learned(keys: Keys) -> Any:
+    """The student after each task, what was kept then, and its row of the accuracy matrix."""
+    run = open_run("continual", place().config(keys))
+    with quiet():
+        continual.trial(run, sources.load(run.config.dataset), Patient())
+    run.close()
+    folders = sorted(run.folder.glob("task_*"))
+    tensors = [load_file(folder / name) for folder in folders for name in (continual.KEPT, STUDENT)]
+    return {"tensors": tensors, "rows": [(folder / continual.ROW).read_text() for folder in folders]}
+
+
 def record(keys: Keys) -> Any:
     """The first entry of a run's journal, its folder's place and its tags."""
     run = open_run("distill", place().config(keys))
@@ -491,6 +516,9 @@ MIXED = m(cutmix_alpha_distill=1.0)
 WARM = m(teacher_adapt_kd_warmup=2, kd_ens_alpha=0.5)
 FETCHED = {"method.kd_alpha": 0.5, "finetune.epochs": 1, "model.teachers.0.name": "cifar_resnet8"}
 DIVIDED = {**FETCHED, "model.teachers.1.name": "cifar_resnet8", "model.overlap": 0.5}
+TASKS = {"continual.num_tasks": 3}
+KEEPING = {**TASKS, "continual.buffer_size": 6}
+HOLDING = {**TASKS, "continual.lambda_ewc": 10.0, "continual.fisher_images": 4}
 NAMED = {"model.teachers.0.name": "resnet18"}
 TAUGHT = {"method.kd_alpha": 0.5, "finetune.epochs": 0, "model.teachers.0.name": "cifar_resnet8",
           "model.teachers.0.checkpoint": "{here}/none", "output_dir": "{here}/runs"}  # fmt: skip
@@ -584,6 +612,23 @@ TABLE: dict[str, Case] = {
     "model.overlap": Case(1.0, DIVIDED, teacher_weights),
     "model.overlap_seed": Case(1, DIVIDED, teacher_weights),
     "model.unseen": Case("masked", DIVIDED, teacher_weights),
+    # tasks, one after another
+    "continual.num_tasks": Case(2, {**TASKS, "continual.base_classes": 1}, tasks_learned),
+    "continual.scenario": Case("teachers", TASKS, tasks_learned),
+    "continual.base_classes": Case(2, {"continual.num_tasks": 2, "continual.base_classes": 1}, tasks_learned),
+    "continual.order": Case([1, 0, 2], TASKS, tasks_learned),
+    "continual.order_seed": Case(1, {**TASKS, "continual.order": "seed"}, tasks_learned),
+    "continual.joint": Case(True, TASKS, tasks_learned),
+    "continual.past": Case(True, {**TASKS, **m(kd_alpha=0.5)}, tasks_learned),
+    "continual.teachers": Case("task", {**TASKS, **FETCHED}, tasks_learned),
+    "continual.buffer_size": Case(4, TASKS, tasks_learned),
+    "continual.buffer_rule": Case("herding", KEEPING, tasks_learned),
+    "continual.replay_ratio": Case(0.2, KEEPING, tasks_learned),
+    "continual.ce_classes": Case("new", TASKS, tasks_learned),
+    "continual.classifier": Case("nearest_mean", KEEPING, tasks_learned),
+    "continual.lambda_ewc": Case(10.0, TASKS, tasks_learned),
+    "continual.fisher": Case("exact", HOLDING, tasks_learned),
+    "continual.fisher_images": Case(2, HOLDING, tasks_learned),
     # stages
     "method.num_stages": Case(2, observer=part("plan"), more=m(student_epochs_per_stage=[1, 1])),
     "method.student_epochs_per_stage": Case([1], observer=part("plan")),
@@ -650,7 +695,8 @@ TABLE: dict[str, Case] = {
     "finetune.schedule.gamma": Case(0.5, FINE_STEP, tuned),
 }
 REFUSED = ("method.name", "method.module", "method.ib_mbm_query_dim", "method.use_distillation_adapter", "device",
-           "dataset.root", "dataset.download", "resume", "extend", "student")  # fmt: skip
+           "dataset.root", "dataset.download", "resume", "extend", "student", "continual.scenario",
+           "continual.teachers")  # fmt: skip
 """Keys one of whose two values is refused here."""
 
 
