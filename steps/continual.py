@@ -1,4 +1,4 @@
-"""Learn classes task by task, and measure what is forgotten: continual learning with any method and any teachers.
+"""Learn classes task by task and measure what is forgotten, with any method and any teachers.
 
 python -m steps.continual cfg=split_cifar tasks=10 method=lwf
 python -m steps.continual cfg=quickstart tasks=5 method=asib continual.past=true
