@@ -619,7 +619,7 @@ TABLE: dict[str, Case] = {
     "continual.order": Case([1, 0, 2], TASKS, tasks_learned),
     "continual.order_seed": Case(1, {**TASKS, "continual.order": "seed"}, tasks_learned),
     "continual.joint": Case(True, TASKS, tasks_learned),
-    "continual.past": Case(True, {**TASKS, **m(kd_alpha=0.5)}, tasks_learned),
+    "continual.past": Case(True, {**TASKS, **FETCHED}, tasks_learned),
     "continual.teachers": Case("task", {**TASKS, **FETCHED}, tasks_learned),
     "continual.buffer_size": Case(4, TASKS, tasks_learned),
     "continual.buffer_rule": Case("herding", KEEPING, tasks_learned),
