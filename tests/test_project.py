@@ -101,8 +101,8 @@ def test_make_clean_moves_runs_and_deletes_nothing(tmp_path: Path) -> None:
     (tmp_path / "runs" / "one").mkdir(parents=True)
     (tmp_path / "mlflow.db").write_text("all experiments")
     for said in ("moved to cleaned/", "nothing to move"):
-        done = subprocess.run(["make", "--no-print-directory", "clean"], cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert done.stdout.startswith(said)
+        told = subprocess.check_output(["make", "--no-print-directory", "clean"], cwd=tmp_path, text=True)
+        assert told.startswith(said)
     (kept,) = (tmp_path / "cleaned").iterdir()
     assert (kept / "runs" / "one").is_dir()
     assert (kept / "mlflow.db").read_text() == "all experiments"
