@@ -58,7 +58,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
 
 def _listed(key: str, text: str, usual: str) -> list[str]:
     """`a,b` or `[a, b]`: each once. Raises UserError: none."""
-    words = list(dict.fromkeys(filter(None, (part.strip() for part in text.strip("[] ").split(",")))))
+    words = cli.listed(text)
     if not words:
         raise UserError(f"{key}={printable(text, 80)}: give at least one, such as {key}={usual}")
     return words

@@ -126,7 +126,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
 
 def _chosen(key: str, given: str | None, known: Mapping[str, Any]) -> list[str]:
     """The names that are given, or all. Raises UserError: one that the table does not have."""
-    names = list(dict.fromkeys(filter(None, (part.strip() for part in (given or "").strip("[]").split(",")))))
+    names = cli.listed(given or "")
     for name in names:
         if name not in known:
             raise UserError(f"{key}={name}: not in this table; {suggestion(name, known)}there are {', '.join(known)}")

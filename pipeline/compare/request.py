@@ -32,7 +32,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
     """
     own = command.own
     parent = own.get("parent", "")
-    runs = tuple(dict.fromkeys(filter(None, (part.strip() for part in own.get("runs", "").strip("[]").split(",")))))
+    runs = tuple(cli.listed(own.get("runs", "")))
     if bool(parent) == bool(runs):
         raise UserError("give parent=<run id>, or runs=<id>,<id>,…: one of them")
     if not parent and len(runs) < 2:

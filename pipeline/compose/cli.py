@@ -129,6 +129,11 @@ def flag(own: Mapping[str, str], key: str, default: bool = False) -> bool:
     return text in TRUE if text else default
 
 
+def listed(text: str) -> list[str]:
+    """`a,b` or `[a, b]`: the words, each once."""
+    return list(dict.fromkeys(filter(None, (part.strip() for part in text.strip("[] ").split(",")))))
+
+
 def choice(own: Mapping[str, str], key: str, known: Sequence[str]) -> str:
     """A step's own key that is one of a few words; empty is the first. Raises UserError for anything else."""
     given = own.get(key, "").lower() or known[0]

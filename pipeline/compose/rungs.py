@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.compose import cli
 from pipeline.compose.groups import CONF
 from pipeline.compose.settings import read_data
 from pipeline.config import Config, explain
@@ -87,7 +88,7 @@ def ladder() -> list[str]:
 def read_names(text: str) -> list[str]:
     """`l0_baseline,l1_ib`, `ladder`, `all`: names in the given order, each once. Raises UserError."""
     found: list[str] = []
-    for word in filter(None, (part.strip() for part in text.strip("[] ").split(","))):
+    for word in cli.listed(text):
         found += {"ladder": ladder, "all": lambda: list(known())}.get(word, lambda word=word: [_named(word)])()
     if not found:
         raise UserError("rungs is empty: give rungs=ladder, rungs=all, or names such as l0_baseline,l1_ib")
@@ -113,7 +114,7 @@ def _named(word: str) -> str:
 
 def read_seeds(text: str) -> list[int]:
     """`0,1,2` or `[0, 1, 2]`: each once. Raises UserError."""
-    words = [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
+    words = cli.listed(text)
     if not words:
         raise UserError(f"seeds={text}: give whole numbers from 0, such as seeds=0,1,2")
     return list(dict.fromkeys(whole("seeds", word, 0, MOST_SEED, why(Config.model_fields["seed"])) for word in words))
