@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pipeline.compose import cli
 from pipeline.compose.shortcuts import wants_dry_run
-from pipeline.config import Config, config_hash, sources_of
+from pipeline.config import Config, config_hash, for_nested, sources_of
 from pipeline.config.identity import canonical
 from pipeline.config.places import output_dir
 from pipeline.launch.workers import Workers
@@ -108,7 +108,7 @@ class Plan:
 
 def nested(config: Config) -> Config:
     """A cell's configuration: it logs no model, and shares the bank with the others."""
-    return shared(config.model_copy(update={"log_model": False, "register": None, "run_name": None, "resume": None}))
+    return shared(for_nested(config))
 
 
 def digest_of(config: Config, cells: Sequence[Cell], **more: object) -> str:

@@ -72,6 +72,11 @@ def student_alone(config: Config) -> Config:
     return Config.model_validate(config.model_dump() | {"method": method, "model": model})
 
 
+def for_nested(config: Config) -> Config:
+    """The configuration of a run nested in another: it logs no model, and is not the one that a command names."""
+    return config.model_copy(update={"log_model": False, "register": None, "run_name": None, "resume": None})
+
+
 def field_of(path: Sequence[str]) -> tuple[FieldInfo, int] | None:
     """`words.field_at` in the schema of the first method that has such a key, ASIB's first."""
     others = (schema(name) for name in methods.names() if path[0] == "method")  # made when they are asked

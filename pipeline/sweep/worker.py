@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.compose.compose import compose
 from pipeline.compose.foreign import check_refers_to_nothing
-from pipeline.config import Config, config_hash
+from pipeline.config import Config, config_hash, for_nested
 from pipeline.config.places import output_dir
 from pipeline.errors import Interrupted, NonFinite, Pruned, Taken, UserError
 from pipeline.files import replacing
@@ -415,8 +415,7 @@ def trial_config(config: Config, threads: int | None) -> Config:
 
     Trials share their teachers, and therefore the bank.
     """
-    own = {"log_model": False, "register": None, "resume": None, "extend": False, "run_name": None, "rung": None}
-    return shared(config.model_copy(update={**own, "threads": threads}))
+    return shared(for_nested(config).model_copy(update={"extend": False, "rung": None, "threads": threads}))
 
 
 def seed_key(index: int) -> str:
