@@ -1,7 +1,7 @@
 """Which classes a network answers about, and what it says of those that it was not taught."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -26,18 +26,23 @@ class ClassView:
     columns: Tensor
     known: Tensor | None = None
     rule: Rule = "masked"
+    taught: int = field(init=False)
+    """How many of the columns are known; counted once, since a GPU would be waited for."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "taught", len(self.columns) if self.known is None else int(self.known.sum()))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(B, N) -> (B, M)."""
         asked = logits.index_select(1, self.columns)
         if self.known is None:
             return asked
-        if not self.known.any():
+        if not self.taught:
             return torch.zeros_like(asked)
         if self.rule == "masked":
             return asked.masked_fill(~self.known, MASKED)
-        taught = asked.float().masked_fill(~self.known, -torch.inf)
-        mean = taught.logsumexp(dim=1, keepdim=True) - math.log(int(self.known.sum()))
+        known = asked.float().masked_fill(~self.known, -torch.inf)
+        mean = known.logsumexp(dim=1, keepdim=True) - math.log(self.taught)
         return torch.where(self.known, asked, mean.to(asked.dtype))
 
     def to(self, device: torch.device) -> "ClassView":

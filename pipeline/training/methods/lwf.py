@@ -24,8 +24,7 @@ class Lwf(StudentStep):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         (past,) = setup.teachers
-        known = None if past.view is None else past.view.known
-        self._known = past.num_classes if known is None else int(known.sum())  # they come before the new ones
+        self._known = past.num_classes if past.view is None else past.view.taught  # they come before the new ones
         self._compared = self._known if self.method.logits == "old" else past.num_classes
 
     def lesson(self, seen: Sequence[Features], y: Tensor) -> Lesson:
