@@ -3,12 +3,10 @@
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 from playwright.sync_api import Page, expect
 
-from tests.browser.ui import chromium, close_assistant
+from tests.browser.ui import chromium, close_assistant, tracked
 from tests.servers import MlflowServer
-from tests.steps.lab import Lab
 
 pytestmark = pytest.mark.browser
 RUNGS = ("l0_baseline", "l0k_aver", "l1d_deterministic", "l1_ib", "l4_full")
@@ -24,13 +22,8 @@ FOUR_STAGES = ["method.num_stages=4", "method.student_epochs_per_stage=[1,1,1,1]
 def test_the_comparison_of_a_ladder_is_one_click_away_and_shows_all_rungs(
     mlflow_server: MlflowServer, tmp_path: Path
 ) -> None:
-    where = ["tracking.mode=online", f"tracking.uri={mlflow_server.uri}", "tracking.experiment=ladder"]
-    done = Lab(tmp_path / "lab").step("ablate", f"rungs={','.join(RUNGS)}", *FOUR_STAGES, *where)
-    assert done.code == 0, done.err
-    client = MlflowClient(mlflow_server.uri)
-    experiment = client.get_experiment_by_name("ladder")
-    assert experiment is not None
-    number = experiment.experiment_id
+    asked = f"rungs={','.join(RUNGS)}"
+    client, number = tracked(mlflow_server.uri, tmp_path, "ladder", "ablate", asked, *FOUR_STAGES)
     (parent,) = client.search_runs([number], "tags.`asib.step` = 'ablate'")
     runs = client.search_runs([number], "tags.`asib.step` = 'distill'")
     assert {run.data.tags["asib.rung"] for run in runs} == set(RUNGS)

@@ -3,25 +3,17 @@
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 from playwright.sync_api import Page, expect
 
-from tests.browser.ui import chromium, open_charts, open_picture, open_runs
+from tests.browser.ui import chromium, open_charts, open_picture, open_runs, tracked
 from tests.servers import MlflowServer
-from tests.steps.lab import Lab
 
 pytest_plugins = ["tests.servers"]
 pytestmark = pytest.mark.browser
 
 
 def test_main_job_is_shown_nested_with_charts_and_pictures(mlflow_server: MlflowServer, tmp_path: Path) -> None:
-    where = ["tracking.mode=online", f"tracking.uri={mlflow_server.uri}", "tracking.experiment=ui"]
-    done = Lab(tmp_path / "lab").step("main", "run_name=demo", *where)
-    assert done.code == 0, done.err
-    client = MlflowClient(mlflow_server.uri)
-    experiment = client.get_experiment_by_name("ui")
-    assert experiment is not None
-    number = experiment.experiment_id
+    client, number = tracked(mlflow_server.uri, tmp_path, "ui", "main", "run_name=demo")
     (distilled,) = client.search_runs([number], "tags.`asib.step` = 'distill'")
     with chromium() as page:
         open_runs(page, mlflow_server.uri, number)
@@ -44,14 +36,9 @@ def shown_width(page: Page) -> int:
 
 
 def test_tasks_are_shown_nested_with_their_matrix(mlflow_server: MlflowServer, tmp_path: Path) -> None:
-    where = ["tracking.mode=online", f"tracking.uri={mlflow_server.uri}", "tracking.experiment=tasks"]
     short = ["method.num_stages=1", "method.student_epochs_per_stage=[1]", "method=replay", "continual.buffer_size=9"]
-    done = Lab(tmp_path / "lab").step("continual", "tasks=2", "run_name=classes", *short, *where)
-    assert done.code == 0, done.err
-    client = MlflowClient(mlflow_server.uri)
-    experiment = client.get_experiment_by_name("tasks")
-    assert experiment is not None
-    number = experiment.experiment_id
+    named = ["tasks=2", "run_name=classes"]
+    client, number = tracked(mlflow_server.uri, tmp_path, "tasks", "continual", *named, *short)
     (outer,) = client.search_runs([number], "tags.`asib.step` = 'continual'")
     with chromium() as page:
         open_runs(page, mlflow_server.uri, number)

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlflow import MlflowClient
 from playwright.sync_api import Page, sync_playwright
+
+from tests.steps.lab import Lab
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -24,6 +27,17 @@ def chromium() -> Iterator[Page]:
         page.set_default_timeout(SECONDS)
         yield page
         browser.close()
+
+
+def tracked(server: str, folder: Path, experiment: str, step: str, *overrides: str) -> tuple[MlflowClient, str]:
+    """Run a step in a workplace of its own, tracked to a server; a client, and the experiment's id."""
+    where = ["tracking.mode=online", f"tracking.uri={server}", f"tracking.experiment={experiment}"]
+    done = Lab(folder / "lab").step(step, *overrides, *where)
+    assert done.code == 0, done.err
+    client = MlflowClient(server)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    return client, found.experiment_id
 
 
 def close_assistant(page: Page) -> None:
@@ -53,8 +67,6 @@ def open_picture(page: Page, server: str, experiment: str, run: str, name: str) 
 
 def photograph(server: str, folder: Path) -> None:
     """The README's pictures of the newest main job."""
-    from mlflow import MlflowClient
-
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name("asib")
     assert experiment is not None
