@@ -49,6 +49,11 @@ def class_tasks(config: ContinualConfig, num_classes: int) -> list[tuple[int, ..
     return [tuple(order[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
+def seen_classes(tasks: Sequence[tuple[int, ...]], done: int) -> list[int]:
+    """The classes of the first `done` tasks, in the order in which they came, each once."""
+    return list(dict.fromkeys(number for task in tasks[:done] for number in task))
+
+
 def _words(numbers: Sequence[int]) -> str:
     shown = [str(n) for n in numbers[:8]]
     return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + f" or {shown[-1]}"

@@ -20,15 +20,16 @@ from torch import Tensor
 from models.class_view import ClassView
 from models.features import FeatureNet
 from models.weights import weights_hash
+from pipeline.config import for_nested
 from pipeline.config.identity import computation
 from pipeline.data.batches import EvalBatches
 from pipeline.data.sources import ImageData
 from pipeline.data.splits import split
-from pipeline.data.tasks import class_tasks
+from pipeline.data.tasks import class_tasks, seen_classes
 from pipeline.distill import continual_report, export, networks, register, results, teachers
 from pipeline.distill.fit import conclude, fit, keep_weights
 from pipeline.distill.teachers import Teacher
-from pipeline.distill.train import state_identity
+from pipeline.distill.train import check_material, state_identity
 from pipeline.errors import Pruned, UserError
 from pipeline.files import read_state, write_atomically
 from pipeline.runs import opening
@@ -115,13 +116,12 @@ class _Sequence:
         named = self.config.model.teachers
         self.names = [t.name for t in named] if stream else [f"task {t + 1}" for t in range(len(self.tasks))]
         parts = split(data.train_y, self.config.dataset.val_fraction, data.digest, self.config.dataset.split_seed)
-        student = networks.build_student(self.config, data)
-        test = watch is None
-        self.taught = teachers.obtain(run, data, student, test) if self.config.method.taught else []
+        test, self.taught = watch is None, []
+        if self.config.method.taught:
+            self.taught = teachers.obtain(run, data, networks.build_student(self.config, data), test)
         self.splits = {"val": self._batches(data.train_x, data.train_y, parts.val)} if len(parts.val) else {}
         if test:
             self.splits["test"] = self._batches(data.test_x, data.test_y, None)
-        self.untrained = student
         self.probes = {
             name: Probe(batches.labels, self.tasks, self._answers(batches) if stream else None)
             for name, batches in self.splits.items()
@@ -160,20 +160,20 @@ class _Sequence:
         if any(t.saw_validation for t in self.taught) and "val" in self.splits:
             run.journal.tags({"asib.val_contaminated": "true"})
         run.ready()
-        by_head = self.own.classifier == "head"
-        scores = self.scores(self.untrained) if by_head else dict.fromkeys(self.splits)
-        untrained = {name: None if s is None else self.probes[name].row(s, 0) for name, s in scores.items()}
+        before: dict[str, Row] = {}  # before any task there are no kept images to classify by
+        if self.own.classifier == "head":
+            before = {name: self.probes[name].row(s, 0) for name, s in self.scores(self._before(0)[0]).items()}
         costs: list[Mapping[str, float]] = []
         stated = results.metrics_of(run) if not run.follower else {}
         for number in range(len(self.tasks)):
             costs.append(self._task(number))
             for name, row in self._row(number).items():
                 self.rows[name].append(row)
-                found = continual_report.after_task(self.rows[name], name, self.names, untrained[name])
+                found = continual_report.after_task(self.rows[name], name, self.names, before.get(name))
                 if number not in {step for step, _ in stated.get(next(iter(found)), ())}:
                     run.journal.metrics(found, number)
         student, _ = self._before(len(self.tasks))
-        found = continual_report.final(self.rows, untrained) | continual_report.summed(costs)
+        found = continual_report.final(self.rows, before) | continual_report.summed(costs)
         found["cost/memory_bytes"] = float(self._kept(len(self.tasks)).bytes(self.data) + self._past_bytes(student))
         if "cost/seconds" not in stated:  # what else there is was said after the last task
             run.journal.metrics({k: v for k, v in found.items() if not k.startswith("continual/")}, len(self.tasks) - 1)
@@ -183,12 +183,9 @@ class _Sequence:
         """Refuse to continue a sequence with another configuration: its finished tasks are not trained again."""
         path = self.outer.folder / PROTOCOL
         before = read_state(path)
-        name = self.config.resume or self.outer.folder.name
         if before is not None:
-            check_computation(self.config, name, before)
-            for key, words in (("data_digest", "data"), ("teachers", "teachers")):
-                if before[key] != made_of[key]:
-                    raise UserError(f"resume={name}: {words} {before[key]} cannot be continued with {made_of[key]}")
+            check_computation(self.config, self.config.resume or self.outer.folder.name, before)
+            check_material(self.outer, before, made_of)
         elif not self.outer.follower:
             path.parent.mkdir(parents=True, exist_ok=True)
             stated = {**made_of, "computation": computation(self.config), "threads": torch.get_num_threads()}
@@ -205,10 +202,13 @@ class _Sequence:
             return {name: kept.nearest_mean(f, features, labels, self.data.num_classes) for name, f in found.items()}
         return {name: outputs(student, batches, "student").logits for name, batches in self.splits.items()}
 
+    @property
+    def _past_teaches(self) -> bool:
+        return (self.own.past or self.config.method.past) and bool(self.config.method.distils)
+
     def _past_bytes(self, student: FeatureNet) -> int:
         """What the copy of the past student takes while a task is trained."""
-        used = (self.own.past or self.config.method.past) and self.config.method.distils
-        return sum(value.nbytes for value in student.state_dict().values()) if used else 0
+        return sum(value.nbytes for value in student.state_dict().values()) if self._past_teaches else 0
 
     # one task --------------------------------------------------------------------------------------------------------
 
@@ -237,9 +237,8 @@ class _Sequence:
         done = self.outer.finished_child(_key(number))
         if done is not None:
             return done
-        alone = {"log_model": False, "register": None, "run_name": None, "resume": None, "extend": False}
-        config = self.config.model_copy(update=alone)
-        run = opening.child(self.outer, "distill", _key(number), config, f"task {number + 1} of {len(self.tasks)}")
+        config, name = for_nested(self.config), f"task {number + 1} of {len(self.tasks)}"
+        run = opening.child(self.outer, "distill", _key(number), config, name)
         run.journal.tags({"asib.task": str(number + 1), "asib.classes": _words(self.tasks[number], self.data)})
         with run.nested():
             logger.info("task %d of %d: %s", number + 1, len(self.tasks), self._said(number))
@@ -255,10 +254,10 @@ class _Sequence:
     def _train(self, run: Run, number: int) -> dict[str, float]:
         student, weights = self._before(number)
         kept = self._kept(number)
-        seen = list(dict.fromkeys(c for task in self.tasks[: number + 1] for c in task))
+        seen = seen_classes(self.tasks, number + 1)
         scope = self._scope(number, seen, kept)
         taught = [*self._teachers(number, seen)]
-        if number and (self.own.past or self.config.method.past) and self.config.method.distils:
+        if number and self._past_teaches:
             past, _ = self._before(number)
             known = len(seen) - (0 if self.own.scenario == "teachers" else len(self.tasks[number]))
             rule = "masked" if self.config.method.past else self.config.model.unseen

@@ -26,11 +26,11 @@ def _word(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def final(rows: Mapping[str, Sequence[Row]], untrained: Mapping[str, Row | None]) -> dict[str, float]:
+def final(rows: Mapping[str, Sequence[Row]], untrained: Mapping[str, Row]) -> dict[str, float]:
     """The final metrics. The last student is the selected one: validation only watches."""
     found: dict[str, float] = {}
     for split, of_split in rows.items():
-        found |= metrics(of_split, split, untrained[split])
+        found |= metrics(of_split, split, untrained.get(split))
     if "test" in rows:
         found |= dict.fromkeys(("final/acc_last", "final/acc_val_selected"), found["continual/test_acc"])
     if "val" in rows:

@@ -21,8 +21,6 @@ def distill(run: Run) -> float | None:
         return continual.distill(run, _begun(run))
     data, task, loop = _trained(run, None)
     found = conclude(data, task, loop)
-    if "cost/compile_seconds" in found:
-        logger.info("torch.compile took %.1f s", found["cost/compile_seconds"])
     if not run.follower:
         keep_weights(run, data, task.student, task)
         assert task.predicted is not None

@@ -1,5 +1,6 @@
 """One training of a student inside a tracked run: from its teachers to its weights."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from models.features import FeatureNet
@@ -16,6 +17,8 @@ from pipeline.training.loop import Loop, Watch
 from pipeline.training.run_data import Scope
 from pipeline.training.step import Penalty
 from pipeline.training.student import Distillation, task_of
+
+logger = logging.getLogger("asib")
 
 
 def fit(
@@ -61,6 +64,8 @@ def conclude(data: ImageData, task: Distillation, loop: Loop, test: bool = True)
     """The final metrics, which are also written to the run's record."""
     found = task.results(test)
     found |= macs_found(task, data, found)
+    if "cost/compile_seconds" in found:
+        logger.info("torch.compile took %.1f s", found["cost/compile_seconds"])
     loop.finish(found)
     return found
 

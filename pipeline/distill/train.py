@@ -179,10 +179,8 @@ def _run_with_retry(run: Run, loop: Loop, part: str) -> Loop:
 
 def check_continuation(run: Run, header: dict[str, Any]) -> None:
     """Raise UserError for other data or teachers than before; the configuration was checked when the run was opened."""
-    before, name = run.state["header"], run.config.resume or run.folder.name
-    for key, words in (("data_digest", "data"), ("teachers", "teachers")):
-        if before[key] != header[key]:
-            raise UserError(f"resume={name}: {words} {before[key]} cannot be continued with {header[key]}")
+    before = run.state["header"]
+    check_material(run, before, header)
     if (before["threads"], before["cpu"]) != (header["threads"], header["cpu"]):
         logger.warning(
             "continued with %d threads on %s after %d on %s: results agree within rounding only",
@@ -192,6 +190,14 @@ def check_continuation(run: Run, header: dict[str, Any]) -> None:
         if before.get(key, False) != header[key]:
             change = "without" if before.get(key, False) else "with"
             logger.warning("continued %s %s, unlike before: results agree within rounding only", change, words)
+
+
+def check_material(run: Run, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UserError for other data or teachers than a result began with."""
+    for key, words in (("data_digest", "data"), ("teachers", "teachers")):
+        if before[key] != now[key]:
+            name = run.config.resume or run.folder.name
+            raise UserError(f"resume={name}: {words} {before[key]} cannot be continued with {now[key]}")
 
 
 def cpu_name() -> str:

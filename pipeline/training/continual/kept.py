@@ -113,7 +113,7 @@ class Kept:
                 return rows[herded(out.feat_2d[rows.to(out.feat_2d.device)], count)]
             return rows[place[rows].argsort()][:count]
 
-        rows = balanced(m.index, self._labels(new), index, labels, m.size, pick)
+        rows = balanced(self._labels(new), labels, m.size, pick)
         return merged(m, *rows, index, logits, len(scope.classes))
 
     def _labels(self, new: EvalBatches) -> Tensor:

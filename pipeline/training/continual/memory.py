@@ -70,18 +70,12 @@ def quotas(size: int, classes: int) -> list[int]:
 
 
 def balanced(
-    index: Tensor,
-    labels: Tensor,
-    stream: Tensor,
-    stream_labels: Tensor,
-    size: int,
-    pick: Callable[[Tensor, int], Tensor],
+    labels: Tensor, stream_labels: Tensor, size: int, pick: Callable[[Tensor, int], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Equally many of each class: old classes give up their last images, new ones are picked.
 
     Args:
-        index, labels: (m,), what is kept and of which class.
-        stream, stream_labels: (n,), the new images.
+        labels: (m,), of what is kept. stream_labels: (n,), of the new images.
         pick: given rows of the stream, of one class, and a number, the rows to keep, the best first.
 
     Returns:

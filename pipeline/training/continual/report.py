@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.tasks import seen_classes
 from pipeline.training.continual import matrix
 
 Row = dict[str, list[float] | float]
@@ -33,7 +34,7 @@ class Probe:
         `class_il` (T,): of each task, among the classes seen so far; 0 for a task that has not come. `task_il` (T,):
         among the task's own. `seen`: of all images of classes seen so far; of all for none.
         """
-        seen = list(dict.fromkeys(c for task in self.tasks[: max(done, 1)] for c in task))
+        seen = seen_classes(self.tasks, max(done, 1))
         if self.answers is not None:
             agreed = [_share(scores, answer, seen) for answer in self.answers]
             return {"class_il": agreed, "task_il": agreed, "seen": _share(scores, self.labels, seen)}

@@ -60,7 +60,7 @@ def test_old_classes_give_up_their_last_images_and_new_ones_are_picked() -> None
     memory = Memory(6, torch.tensor([10, 11, 12, 20, 21, 22]), torch.zeros(6, 0), torch.full((6,), 2), 6)
     stream, labels = torch.tensor([30, 31, 32]), torch.tensor([7, 7, 7])
     of_memory = torch.tensor([1, 1, 1, 2, 2, 2])
-    rows = balanced(memory.index, of_memory, stream, labels, 6, lambda rows, n: rows.flip(0)[:n])
+    rows = balanced(of_memory, labels, 6, lambda rows, n: rows.flip(0)[:n])
     after = merged(memory, *rows, stream, torch.zeros(3, 0), 3)
     assert after.index.tolist() == [10, 11, 20, 21, 32, 31]
     assert after.known.tolist() == [2, 2, 2, 2, 3, 3]
