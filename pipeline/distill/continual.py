@@ -114,7 +114,9 @@ class _Sequence:
                 "classes: raise it, or set continual.buffer_rule=reservoir"
             )
         named = self.config.model.teachers
-        self.names = [t.name for t in named] if stream else [f"task {t + 1}" for t in range(len(self.tasks))]
+        self.names = [f"task {t + 1}" for t in range(len(self.tasks))]
+        if stream:  # teachers may be of one kind
+            self.names = [f"{k} {teacher.name}" for k, teacher in enumerate(named)]
         parts = split(data.train_y, self.config.dataset.val_fraction, data.digest, self.config.dataset.split_seed)
         test, self.taught = watch is None, []
         if self.config.method.taught:

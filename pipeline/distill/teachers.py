@@ -78,6 +78,11 @@ def with_classes(config: Config, data: ImageData) -> Config:
             raise UserError(
                 f"model.teachers.{index}.classes names class {classes[-1]}: give numbers from 0 to {everything[-1]}"
             )
+        if len(classes) < 2 and own.num_tasks is not None and own.teachers != "oracle":
+            raise UserError(
+                f"continual.num_tasks={own.num_tasks} has tasks of one class, of which a teacher has nothing to learn: "
+                "give fewer tasks, or use continual.teachers=oracle"
+            )
         if len(classes) < 2:
             raise UserError(
                 f"model.overlap={model.overlap} leaves model.teachers.{index} {len(classes)} of the {len(everything)} "

@@ -104,6 +104,15 @@ def test_strategies_and_teachers_end_to_end(ready_lab: Lab, strategy: tuple[str,
     assert f"b_step/{distils.get(strategy[0], 'kd')}" in logged
 
 
+@pytest.mark.slow
+def test_teachers_of_one_kind_that_come_one_after_another_are_told_apart(ready_lab: Lab) -> None:
+    twins = "model.teachers=[{name: cifar_resnet8}, {name: cifar_resnet8}]"
+    done = ready_lab.step("continual", *SHORT, "method=kd", "continual.scenario=teachers", twins)
+    assert done.code == 0, done.err
+    logged = {name for name, _ in points(done.folder)}
+    assert {"0_cifar_resnet8/test_acc", "1_cifar_resnet8/test_acc"} <= logged
+
+
 # what a task sees and keeps ------------------------------------------------------------------------------------------
 
 
@@ -290,6 +299,7 @@ def test_a_sweep_weighs_consolidation_by_validation_alone(ready_lab: Lab, sqlite
             ("tasks=2", "method=kd", "continual.past=true", "model.teachers=[{name: cifar_resnet8}]"),
             "method=kd distils from 1 teacher, and continual.past makes them 2",
         ),
+        (("tasks=4", "method=aver", "continual.teachers=task"), "continual.num_tasks=4 has tasks of one class"),
         (("tasks=2", "method=lfw"), "method=lfw: no such option; did you mean lwf?"),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value) or "no tasks",
