@@ -175,6 +175,7 @@ class Delivery:
         try:
             told = self._wait(self._finished, timeout)
         except UserError:
+            self._starts = STARTS  # nobody waits any more: a kill from now on is final
             return False
         if told.get("refused"):
             logger.warning("the tracking server refused some of it for good: %s names it", self._log())

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -19,7 +18,6 @@ from pipeline.files import locked
 from pipeline.journal import Journal
 from pipeline.tracking import deliver, start
 from tests.servers import MlflowServer, Wire, steps
-from tests.warm import Fork
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -76,13 +74,6 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture
-def warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process's deliveries are forks of one that has imported MLflow."""
-    forks = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
-    monkeypatch.setattr("pipeline.tracking.pipe.subprocess", forks)
-
-
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -109,7 +100,7 @@ def start_trainer(folder: Path, uri: str) -> tuple[subprocess.Popen[str], str, s
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("warm")
+@pytest.mark.usefixtures("warm_deliveries")
 def test_a_run_goes_through_an_outage_without_loss(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     run = tmp_path / "run"
     delivery = start.start_delivery(run, uri=mlflow_server.uri)
@@ -163,7 +154,7 @@ def test_a_killed_trainer_leaves_a_killed_run_with_everything(sqlite_uri: str, t
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("warm")
+@pytest.mark.usefixtures("warm_deliveries")
 def test_a_killed_worker_leaves_its_sweep_running_and_what_it_had_forgotten(sqlite_uri: str, tmp_path: Path) -> None:
     parent = start.start_delivery(tmp_path / "sweep", uri=sqlite_uri)
     journal = Journal.create(tmp_path / "sweep", experiment="sweeps")
@@ -199,7 +190,7 @@ def test_a_killed_worker_leaves_its_sweep_running_and_what_it_had_forgotten(sqli
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("warm")
+@pytest.mark.usefixtures("warm_deliveries")
 def test_a_resume_takes_the_folder_from_a_delivery_that_waits_for_its_server(
     mlflow_server: MlflowServer, wire: Wire, tmp_path: Path
 ) -> None:
@@ -222,7 +213,7 @@ def test_a_resume_takes_the_folder_from_a_delivery_that_waits_for_its_server(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("warm")
+@pytest.mark.usefixtures("warm_deliveries")
 def test_simultaneous_first_starts_on_a_fresh_sqlite_file(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'fresh' / 'mlflow.db'}"
     folders = [tmp_path / f"run{i}" for i in range(4)]
@@ -239,7 +230,7 @@ def test_simultaneous_first_starts_on_a_fresh_sqlite_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("warm")
+@pytest.mark.usefixtures("warm_deliveries")
 def test_a_server_that_stays_away_ends_in_false_and_deliver_brings_the_rest(
     mlflow_server: MlflowServer, wire: Wire, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,7 +251,7 @@ def test_a_server_that_stays_away_ends_in_false_and_deliver_brings_the_rest(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("warm")
+@pytest.mark.usefixtures("warm_deliveries")
 def test_refusals_come_before_training_in_one_line(sqlite_uri: str, tmp_path: Path) -> None:
     away = start.start_delivery(tmp_path / "a", uri="http://127.0.0.1:9")
     unknown = start.start_delivery(tmp_path / "b", uri=sqlite_uri, adopt="0" * 32)
@@ -278,7 +269,7 @@ def test_refusals_come_before_training_in_one_line(sqlite_uri: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("warm")
+@pytest.mark.usefixtures("warm_deliveries")
 def test_one_artifact_can_be_fetched_without_a_run(sqlite_uri: str, tmp_path: Path) -> None:
     client = MlflowClient(sqlite_uri)
     run_id = client.create_run(client.create_experiment("e", (tmp_path / "art").as_uri())).info.run_id

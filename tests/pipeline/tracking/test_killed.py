@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import HelperFailed
 from pipeline.journal import FILE, Journal
 from pipeline.runs.ending import ending_of
-from pipeline.tracking import start
+from pipeline.tracking import deliver, start
 from pipeline.tracking.faults import lasting
 from pipeline.tracking.follow import DeliveryLoop
 from pipeline.tracking.pipe import STARTS, Delivery
@@ -105,6 +105,22 @@ def test_one_that_always_dies_is_given_up_and_is_not_bad_input(
     assert ending_of(caught.value)[1:3] == ("failed", 1)
     assert 3 <= len(killed) <= STARTS
     assert not delivery.finish(1.0)
+
+
+@pytest.mark.usefixtures("warm_deliveries")
+def test_one_that_nobody_waits_for_any_more_is_not_started_again(sqlite_uri: str, tmp_path: Path) -> None:
+    delivery = start.start_delivery(tmp_path / "run", uri=sqlite_uri)
+    journal = Journal.create(tmp_path / "run", experiment="e")
+    delivery.wait_ready()
+    started = delivery._process
+    os.kill(started.pid, signal.SIGSTOP)
+    journal.end("FINISHED", "completed", 0)
+    assert not delivery.finish(0.1)
+    kill(delivery)
+    with pytest.raises(HelperFailed, match="killed by signal 9"):
+        delivery.ask("run_info", run_id="0" * 32)
+    assert delivery._process is started
+    assert deliver.main([str(journal.folder), "--uri", sqlite_uri]) == 0
 
 
 def test_what_was_forgotten_stays_so_in_the_next_process(sqlite_uri: str, tmp_path: Path) -> None:
