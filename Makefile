@@ -79,8 +79,10 @@ lint: setup
 house: setup
 	$(BIN)/python tools/house.py
 
-lock:
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --group dev --extra timm-data pyproject.toml -o requirements.lock
+# the lock, and a bill of materials of it (CycloneDX)
+lock: setup
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --group dev --all-extras pyproject.toml -o requirements.lock
+	$(BIN)/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible -o sbom.json
 
 # moved, not deleted: they are all experiments and registered models
 clean:

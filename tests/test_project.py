@@ -28,7 +28,8 @@ def lock() -> str:
 def test_lock_satisfies_every_requirement() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     locked = pins()
-    for text in project["project"]["dependencies"] + project["dependency-groups"]["dev"]:
+    extras = sum(project["project"]["optional-dependencies"].values(), [])
+    for text in project["project"]["dependencies"] + extras + project["dependency-groups"]["dev"]:
         requirement = Requirement(text)
         name = requirement.name.lower().replace("_", "-")
         assert name in locked, f"{name} is not in requirements.lock: run make lock"
