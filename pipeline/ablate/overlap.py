@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipeline.ablate.plan import Cell, Plan, continued, count, digest_of, nested
+from pipeline.ablate.plan import Cell, Plan, continued, digest_of, nested
 from pipeline.compose import cli, rungs, shortcuts
 from pipeline.compose.compose import Setting, compose_each, keys_of
 from pipeline.config import Config, methods
@@ -52,8 +52,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     digest = digest_of(first, cells, force=str(force).lower())
     params = {"rhos": ",".join(map(_shown, rhos)), "methods": ",".join(names), "seeds": ",".join(map(str, seeds))}
     plan = Plan(cells, force, digest, params, crew, best=False, baseline=names[0], report=_report)
-    name = f"overlap: {count(rhos, 'share')}, {count(names, 'method')}, {count(seeds, 'seed')}"
-    return continued(shown, "overlap", digest, name, crew), plan
+    return continued(shown, "overlap", digest, crew), plan
 
 
 def _listed(key: str, text: str, usual: str) -> list[str]:

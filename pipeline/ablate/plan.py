@@ -4,12 +4,11 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from pipeline.compose import cli
 from pipeline.compose.shortcuts import wants_dry_run
 from pipeline.config import Config, config_hash, for_nested, sources_of
 from pipeline.config.identity import canonical
@@ -125,7 +124,7 @@ def digest_of(config: Config, cells: Sequence[Cell], **more: object) -> str:
     return hashlib.sha256(canonical(what).encode()).hexdigest()
 
 
-def continued(config: Config, step: str, digest: str, name: str, workers: Workers) -> Config:
+def continued(config: Config, step: str, digest: str, workers: Workers) -> Config:
     """The parent run's configuration, which continues an interrupted run of the same grid if there is one.
 
     Raises UserError: workers that cannot start.
@@ -137,9 +136,4 @@ def continued(config: Config, step: str, digest: str, name: str, workers: Worker
         if before is not None:
             logger.info("continuing %s, which was interrupted", before)
             config = config.model_copy(update={"resume": str(before)})
-    return cli.named(config, name)
-
-
-def count(items: Collection[object], word: str) -> str:
-    """`3 seeds`, `1 seed`."""
-    return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"
+    return config

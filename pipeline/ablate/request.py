@@ -1,6 +1,6 @@
 """The request of `-e ablate`, checked before torch is imported, and the interrupted ablation that it continues."""
 
-from pipeline.ablate.plan import Cell, Plan, continued, count, digest_of, nested
+from pipeline.ablate.plan import Cell, Plan, continued, digest_of, nested
 from pipeline.compose import cli, rungs
 from pipeline.compose.compose import compose
 from pipeline.config import Config
@@ -41,7 +41,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
         for c in rungs.configurations(config, names, seeds)
     )
     digest = digest_of(config, cells, force=str(force).lower())
-    config = continued(config, "ablate", digest, f"ablate {count(names, 'rung')}, {count(seeds, 'seed')}", crew)
+    config = continued(config, "ablate", digest, crew)
     params = {"rungs": ",".join(names), "seeds": ",".join(map(str, seeds))}
     return config, Plan(cells, force, digest, params, crew)
 

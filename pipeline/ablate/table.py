@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pipeline.ablate.plan import Cell, Plan, continued, count, digest_of, nested
+from pipeline.ablate.plan import Cell, Plan, continued, digest_of, nested
 from pipeline.compose import cli, rungs, shortcuts
 from pipeline.compose.compose import Setting, compose_each, keys_of
 from pipeline.compose.groups import locate
@@ -109,7 +109,6 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     force, anyway = cli.flag(own, "force"), cli.flag(own, "anyway")
     cells = tuple(_cells(table, command, found, pairs, methods, seeds))
     _check(table, cells, anyway)
-    name = f"table {table.name}: {count(pairs, 'pair')}, {count(methods, 'method')}, {count(seeds, 'seed')}"
     first = cells[0].config
     shown = first.model_copy(update={k: getattr(config, k) for k in ("run_name", "resume", "extend", "seed")})
     digest = digest_of(first, cells, force=str(force).lower(), baseline=table.baseline, equal_cost=table.equal_cost)
@@ -121,7 +120,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     }
     more = partial(_longer, table.baseline) if table.equal_cost else lambda results: ()
     plan = Plan(cells, force, digest, params, crew, best=False, baseline=table.baseline, anyway=anyway, more=more)
-    return continued(shown, "table", digest, name, crew), plan
+    return continued(shown, "table", digest, crew), plan
 
 
 def _chosen(key: str, given: str | None, known: Mapping[str, Any]) -> list[str]:

@@ -41,4 +41,4 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
         for name in names:
             user_path(name, key)
     request = Request(parent, runs, cli.flag(own, "anyway"), own.get("baseline") or None)
-    return config if config.run_name else config.model_copy(update={"run_name": "compare"}), request
+    return config, request

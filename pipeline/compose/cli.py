@@ -153,13 +153,6 @@ def one_process(step: str, instead: str) -> None:
         raise UserError(f"{step} runs as one process: {instead}")
 
 
-def named(config: Config, name: str) -> Config:
-    """The configuration with a run name, unless it has one or `mlflow run` gave the run one."""
-    if config.run_name is not None or "MLFLOW_RUN_ID" in os.environ:
-        return config
-    return config.model_copy(update={"run_name": name})
-
-
 def split_overrides(text: str) -> list[str]:
     """Split a string of overrides at spaces outside of quotes and brackets; quotes stay for Hydra's grammar.
 

@@ -150,6 +150,7 @@ _SHORTCUTS: dict[str, tuple[tuple[str, ...], Callable[[str], tuple[str, ...]]]] 
     "SEED": (("seed",), lambda text: (f"seed={whole('SEED', text, 0, MOST_SEED, where=' in the environment')}",)),
 }
 """Variable -> the keys it sets, and what reads it."""
+VARIABLES = tuple(_SHORTCUTS)
 
 
 # -------------------------------------------------------------------------------------------------- networks

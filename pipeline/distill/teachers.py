@@ -26,7 +26,7 @@ from pipeline.distill.train import images, load_data, prepare, threads_of, train
 from pipeline.errors import UserError
 from pipeline.files import read_state, write_atomically
 from pipeline.paths import REPOSITORY
-from pipeline.runs import opening
+from pipeline.runs import naming, opening
 from pipeline.runs.run import Run
 from pipeline.training import distributed
 from pipeline.training.finetune import FineTuning
@@ -221,7 +221,8 @@ def finetune(
     if done is not None:
         return done
     config = config or parent.config
-    run = opening.child(parent, "finetune", key, with_classes(config, images(config)))
+    name = f"{key} {naming.shown(config.model.teachers[index].name)} s{config.seed}"
+    run = opening.child(parent, "finetune", key, with_classes(config, images(config)), name)
     with run.nested():
         prepare(run.config, threads_of(run))
         data = load_data(run)

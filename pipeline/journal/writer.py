@@ -82,8 +82,8 @@ class Journal:
 
         Args:
             folder: the run's folder, created if missing; everything recorded later lies in it.
-            name: the run's name; None keeps the name of a run that `mlflow run` created.
-            usual_name: the name of a new run if `name` is None; None leaves it to MLflow.
+            name: what its user calls the run.
+            usual_name: its name if `name` is None; None leaves it to MLflow.
             tags: set when the run is created.
             parent: the folder of the run that this one is nested in, or of a carrier of that run.
             journal: the journal's id, if another machine has begun this run; None makes a new one.

@@ -63,7 +63,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
     if not is_uri(model):
         model_folder(model)
     request = Request(model, folder, tuple(sorted(map(Path, found))), _target(to) if to else None, tuple(ignored))
-    return config if config.run_name else config.model_copy(update={"run_name": "predict"}), request
+    return config, request
 
 
 def model_folder(given: str) -> Path:

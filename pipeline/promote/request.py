@@ -85,7 +85,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Plan]:
     if action != "promote" and (own.get("gate") or settings):
         raise UserError(f"{action} needs no gate: leave out gate and gate.*")
     plan = Plan(action, name, version or retire, gate, cli.flag(own, "dry_run"), reason)
-    return cli.named(config, f"{action} {name}"), plan
+    return config, plan
 
 
 def check(plan: Plan, registry: Registry) -> list[Version]:

@@ -53,6 +53,14 @@ def percentiles(found: Array, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def wilson(share: float, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's interval of a share of n images, in [0, 1]: what other images of the same kind would give."""
+    from scipy import stats  # late: it takes half a second
+
+    found = stats.binomtest(round(share * n), n).proportion_ci(level, method="wilson")
+    return float(found.low), float(found.high)
+
+
 # two classifiers on the same images ----------------------------------------------------------------------------------
 
 

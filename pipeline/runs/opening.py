@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compose import compose
+from pipeline.compose.cli import Command
 from pipeline.config import Config
 from pipeline.config.places import output_dir
 from pipeline.errors import NotThere, UserError
@@ -15,6 +16,7 @@ from pipeline.journal import FILE, Carrier, Journal, NullJournal, read_entries, 
 from pipeline.paths import inside
 from pipeline.runs.continuation import check_computation
 from pipeline.runs.folders import CONFIG, ended, find_folder, fresh_folder, writable
+from pipeline.runs.naming import COMMAND, command_of, name_of
 from pipeline.runs.run import Run, remove_unbegun
 from pipeline.runs.signals import Stop
 from pipeline.tracking import start
@@ -22,12 +24,19 @@ from pipeline.tracking.pipe import Delivery
 from pipeline.training.checkpoint import Slots
 
 
-def open_run(step: str, config: Config, delivery: Delivery | None = None, stop: Stop | None = None) -> Run:
+def open_run(
+    step: str,
+    config: Config,
+    delivery: Delivery | None = None,
+    stop: Stop | None = None,
+    command: Command | None = None,
+) -> Run:
     """Start a run, or continue the one that `resume` names; delivery starts at once, beside this process's imports.
 
     Args:
         delivery: that of a new run's folder, if it was already started.
         stop: records the process's signals; None: signals are not checked.
+        command: what asks for the run; a new one is called after it.
 
     Raises:
         UserError: the run that `resume` names cannot be continued.
@@ -36,7 +45,7 @@ def open_run(step: str, config: Config, delivery: Delivery | None = None, stop: 
     if config.resume is not None:
         return _resume(step, config, config.resume, stop)
     folder = delivery.folder if delivery is not None else None
-    return _begin(step, config, folder or fresh_folder(config, step), delivery, stop)
+    return _begin(step, config, folder or fresh_folder(config, step), delivery, stop, command)
 
 
 def follow(step: str, config: Config, folder: Path, parent: Run | None = None, stop: Stop | None = None) -> Run:
@@ -65,7 +74,7 @@ def child(
     """A nested run in `<parent's folder>/<key>`; one that an interrupted parent left there is continued.
 
     Args:
-        name: its name; the folder's by default.
+        name: its name; by default it begins with the key.
         folder: its folder, if it is elsewhere.
         distant: look for it on the server if it is not on this machine, as for the children of a distant parent.
     """
@@ -79,7 +88,8 @@ def child(
     delivery = parent.delivery if distant or parent.distant else None
     parent.journal.begin()
     known_as = parent.nested_id(key)
-    journal = _create(step, config, folder, name or folder.name, journal=known_as, parent=parent.folder)
+    called = name or name_of(step, config, label=key)
+    journal = _create(step, config, folder, None, called, journal=known_as, parent=parent.folder)
     parent.journal.child(folder)
     run = Run(step, config, folder, journal, parent.delivery, None, parent, distant=delivery is not None)
     run.describe()
@@ -99,6 +109,7 @@ def _begin(
     folder: Path,
     delivery: Delivery | None,
     stop: Stop,
+    command: Command | None = None,
     known_as: str | None = None,
     distant: bool = False,
 ) -> Run:
@@ -106,11 +117,14 @@ def _begin(
 
     `known_as`: its journal id on the server, if there is no checkpoint there to continue from.
     """
-    journal = _create(step, config, folder, config.run_name, delivery, journal=known_as, pending=True)
+    called = name_of(step, config, command)
+    journal = _create(step, config, folder, config.run_name, called, delivery, journal=known_as, pending=True)
     try:
         delivery = delivery or _deliver(config, folder)
         run = Run(step, config, folder, journal, delivery, stop=stop, distant=distant)
         run.describe()
+        if command is not None:
+            journal.tags({COMMAND: command_of(step, command)})
     except UserError:
         journal.close()
         remove_unbegun(folder, delivery)
@@ -119,9 +133,14 @@ def _begin(
 
 
 def _create(
-    step: str, config: Config, folder: Path, name: str | None, delivery: Delivery | None = None, **more: Any
+    step: str,
+    config: Config,
+    folder: Path,
+    name: str | None,
+    usual: str,
+    delivery: Delivery | None = None,
+    **more: Any,
 ) -> Journal:
-    usual = " ".join([step, config.rung or config.model.student.name, f"seed {config.seed}"])
     experiment, tags = config.tracking.experiment, {"asib.step": step}
     try:
         with writable(config):
@@ -172,7 +191,7 @@ def _from_tracking_server(step: str, config: Config, name: str, stop: Stop) -> R
     except UserError as error:
         remove_unbegun(folder, delivery)
         raise UserError(str(error) if str(error).startswith("resume=") else f"resume={name}: {error}") from error
-    return _begin(step, config, folder, delivery, stop, info["tags"].get("asib.journal"), distant=True)
+    return _begin(step, config, folder, delivery, stop, known_as=info["tags"].get("asib.journal"), distant=True)
 
 
 def _continue(

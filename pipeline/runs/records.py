@@ -96,7 +96,7 @@ def from_folder(folder: Path) -> Record:
                     warn_once(line)
     return Record(
         id=delivered_as(folder) or header["journal"],
-        name=header["name"] or folder.name,
+        name=header["name"] or header.get("usual_name") or folder.name,
         status=status,
         tags=tags,
         config=_config(folder / "config.yaml"),

@@ -16,7 +16,7 @@ from pipeline.config import Config, config_hash
 from pipeline.errors import HelperFailed, Interrupted, Taken, UserError
 from pipeline.files import read_state, write_atomically
 from pipeline.journal import Journal, NullJournal
-from pipeline.runs import git, records
+from pipeline.runs import description, git, records
 from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
 from pipeline.runs.folders import CONFIG, DIFFERENCE, ended
 from pipeline.runs.run_log import log_to
@@ -240,6 +240,11 @@ class Run:
             self.journal = Journal.reopen(self.folder, self.journal.hand_over())
         if ending.tags:
             self.journal.tags(ending.tags)
+        if isinstance(self.journal, Journal) and self.step != "worker":
+            record = records.from_folder(self.folder)
+            if self.step not in description.REPORTS or description.NOTE not in record.tags:
+                note = description.describe(record, self.config, self.step, self.folder, ending)
+                self.journal.tags({description.NOTE: secrets.mask(note)})
         log = self.folder / "run.log"
         if log.exists() and not self.follower:
             self.journal.artifact(log)

@@ -128,7 +128,7 @@ class Step:
         delivery = None if self.ask is None else _asked(self.name, config, partial(self.ask, request, config))
         from pipeline.runs.opening import open_run  # late, like the job: it imports torch
 
-        run = open_run(self.name, config, delivery, stop)
+        run = open_run(self.name, config, delivery, stop, command)
         try:
             with log_to(run.folder):
                 return _supervise(run, lambda run: _late(self.job)(run, *given))

@@ -106,7 +106,7 @@ def _prepared(config: Config, plan: Plan) -> Config:
         before = next((folder for folder in earlier if _of_this_study(folder, facts)), None)
         if before is not None:
             config = config.model_copy(update={"resume": str(before), "extend": True})
-    return cli.named(config, plan.name)
+    return config
 
 
 def _of_this_study(folder: Path, facts: Mapping[str, Any]) -> bool:

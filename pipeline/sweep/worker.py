@@ -24,6 +24,7 @@ from pipeline.launch import followers
 from pipeline.launch.worker import begin, carrier, free_memory
 from pipeline.paths import inside
 from pipeline.runs.folders import CONFIG, DIFFERENCE, header_of
+from pipeline.runs.naming import told
 from pipeline.runs.signals import Stop
 from pipeline.sweep.space.space import SweepConfig, apply
 from pipeline.sweep.study.claim import Claim
@@ -224,7 +225,8 @@ class Worker:
     def _distil(self, claim: Claim, config: Config, folder: Path, distant: bool) -> Mapping[str, float] | None:
         """The trial's metrics; None when it was pruned."""
         several = self.study.sweep.seeds > 1
-        run = self._run(self.run_, claim, f"trial-{claim.origin}", config, f"trial {claim.origin}", folder, distant)
+        name = " ".join([f"trial {claim.origin}", *told(claim.values)])
+        run = self._run(self.run_, claim, f"trial-{claim.origin}", config, name, folder, distant)
         me = {"host": socket.gethostname(), "pid": os.getpid(), "threads": config.threads}
         claim.note(folder=str(folder), journal=run.journal.id, **me)
         try:

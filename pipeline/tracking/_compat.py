@@ -78,3 +78,17 @@ def is_error_code(text: str) -> bool:
     from mlflow.protos.databricks_pb2 import ErrorCode
 
     return text in ErrorCode.DESCRIPTOR.values_by_name
+
+
+def is_random(name: str) -> bool:
+    """Whether MLflow made up this name of a run, such as dashing-robin-851, since nobody had given it one.
+
+    Example:
+        >>> is_random("dashing-robin-851"), is_random("my-run-3"), is_random("")
+        (True, False, True)
+    """
+    from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
+
+    first, _, rest = name.partition("-")
+    noun, _, number = rest.rpartition("-")
+    return not name or (first in _GENERATOR_PREDICATES and noun in _GENERATOR_NOUNS and number.isdecimal())

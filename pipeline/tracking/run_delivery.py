@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.files import locked
 from pipeline.journal import Entry
 from pipeline.tracking import checkpoints, turns
+from pipeline.tracking._compat import is_random
 from pipeline.tracking.mlflow_batches import Outbox
 from pipeline.tracking.models import log_dataset, log_model, log_model_input
 from pipeline.tracking.registry import register
@@ -190,7 +191,7 @@ class RunDelivery:
             place.experiment_id if place else experiment_id(self.client, self.uri, header.data["experiment"]),
             start_time=header.time,
             tags={key: str(value)[:TAG_LENGTH] for key, value in tags.items() if value},
-            run_name=header.data["name"] or header.data.get("usual_name"),
+            run_name=_name(header),
         )
 
     def _take_over(self, run: Run, header: Entry, tags: dict[str, str]) -> None:
@@ -198,8 +199,8 @@ class RunDelivery:
         missing = [RunTag(k, str(v)[:TAG_LENGTH]) for k, v in tags.items() if k not in run.data.tags]
         if run.data.tags.get(JOURNAL_TAG) != header.data["journal"]:
             missing.append(RunTag(JOURNAL_TAG, header.data["journal"]))
-            if header.data["name"]:
-                self.client.update_run(run_id, name=header.data["name"])
+            if _name(header) and is_random(run.info.run_name or ""):  # `mlflow run` names what its user does not
+                self.client.update_run(run_id, name=_name(header))
         if self._live:
             missing.append(RunTag(GENERATION_TAG, self._generations[-1]))
         self.client.log_batch(run_id, tags=missing)
@@ -380,3 +381,7 @@ class RunDelivery:
         self._outbox.flush()
         self.state.offset = max(self.state.offset, offset)
         self.state.save(self.folder)
+
+
+def _name(header: Entry) -> str | None:
+    return header.data["name"] or header.data.get("usual_name")

@@ -35,6 +35,23 @@ def everything(client: MlflowClient, run_id: str) -> tuple[Any, ...]:
     return found.info.status, found.info.end_time, found.data.params, found.data.tags, history
 
 
+def test_a_run_that_mlflow_run_named_at_random_gets_our_name_and_its_users_stays(
+    sqlite_uri: str, tmp_path: Path
+) -> None:
+    client = MlflowClient(sqlite_uri)
+    names = {}
+    for folder, given in (("a", None), ("b", "mine"), ("c", "dashing-robin-851"), ("d", "our-lab-3")):
+        theirs = client.create_run("0", run_name=given).info.run_id
+        assert adopt(run(tmp_path / folder, 1), sqlite_uri, theirs) == theirs
+        names[given] = client.get_run(theirs).info.run_name
+    assert names == {
+        None: "distill seed 1",
+        "mine": "mine",
+        "dashing-robin-851": "distill seed 1",
+        "our-lab-3": "our-lab-3",
+    }
+
+
 def test_a_run_that_has_ended_or_is_another_journals_is_left_as_it_is(sqlite_uri: str, tmp_path: Path) -> None:
     client = MlflowClient(sqlite_uri)
     given = client.create_run("0").info.run_id

@@ -1,0 +1,99 @@
+"""What runs are called, and the command that repeats them: people tell runs apart by these."""
+
+import os
+import shlex
+from collections.abc import Mapping
+
+from pipeline.compose import shortcuts
+from pipeline.compose.cli import Command
+from pipeline.config import Config
+from pipeline.config.identity import NOT_COMPUTATION, listed
+
+COMMAND = "asib.command"
+"""The tag that holds the command."""
+TRAINING = ("main", "finetune", "distill", "baseline", "continual")
+"""Steps whose runs are called after their networks."""
+LONGEST = 120
+"""Characters of a name, which the UI shows in one line."""
+SAID = ("seed", "method", "method.name", "model.student.name", "model/student", "model/teacher", "model.teachers")
+"""Keys that a name says anyway."""
+CARELESS = ("force", "workers", "cluster", "cluster.", "storage", "anyway", "reason")
+"""Steps' own keys that say how, not what."""
+
+
+def name_of(step: str, config: Config, command: Command | None = None, label: str = "") -> str:
+    """What a run is called unless its user has named it: step, networks, method, what was changed, seed.
+
+    Args:
+        label: instead of the step, of a nested run.
+
+    Example:
+        >>> from pipeline.compose.compose import compose
+        >>> name_of("distill", compose("quickstart"), Command(overrides=("method.kd_alpha=0.8",)))
+        'distill resnet8 ← resnet20+wrn_16_1 asib kd_alpha=0.8 s0'
+    """
+    words, m = [label or step], config.method
+    if step not in TRAINING:
+        words += [] if command is None else _own(step, command.own)
+    elif step == "finetune":
+        words.append(_teachers(config))
+    elif step == "baseline" or not (m.distils and config.model.teachers):
+        words.append(shown(config.model.student.name))
+    else:
+        words += [shown(config.model.student.name), "←", _teachers(config)]
+    if step in ("main", "distill", "continual"):
+        words.append(config.rung or m.name)
+    changed = [] if command is None else changes(command)
+    seed = [f"s{config.seed}"] if step in TRAINING else []
+    while changed and len(" ".join([*words, *changed, *seed])) > LONGEST:
+        changed = [*changed[:-2], "…"] if len(changed) > 1 else []
+    return " ".join([*words, *changed, *seed])
+
+
+def changes(command: Command) -> list[str]:
+    """What the command changes in how its configuration computes, beyond what a name says anyway: `kd_alpha=0.8`."""
+    found: dict[str, str] = {}
+    for text in command.overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if not (key in SAID or listed(key, NOT_COMPUTATION) or key.startswith(("model.teachers.", "~"))):
+            found[key] = value.strip()
+    return told(found)
+
+
+def told(values: Mapping[str, object]) -> list[str]:
+    """Dotted keys and values, briefly.
+
+    Example:
+        >>> told({"method.tau": 3.14159, "seed": 1})
+        ['tau=3.142', 'seed=1']
+    """
+    short = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
+    return [f"{key.rpartition('.')[2]}={value}" for key, value in short.items()]
+
+
+def command_of(step: str, command: Command, environment: Mapping[str, str] = os.environ) -> str:
+    """A line for a shell that asks for the same run, the variables that stand for overrides included."""
+    asked = [f"{name}={shlex.quote(environment[name])}" for name in shortcuts.VARIABLES if environment.get(name)]
+    cfg = [f"cfg={command.cfg}"] if command.cfg else []
+    own = [f"{key}={value}" for key, value in command.own.items()]
+    return " ".join([*asked, shlex.join(["python", "-m", f"steps.{step}", *cfg, *own, *command.overrides])])
+
+
+def _own(step: str, own: Mapping[str, str]) -> list[str]:
+    """What a step that trains no single student was asked for; a key called like its step goes without saying."""
+    given = {key: value for key, value in own.items() if value and not listed(key, CARELESS)}
+    return [value if key in (step, "name") else f"{key}={_brief(value)}" for key, value in given.items()]
+
+
+def _brief(value: str) -> str:
+    """Ids shortened, as people quote them."""
+    return ",".join(part[:8] if len(part) == 32 else part for part in value.removeprefix("runs:/").split(","))
+
+
+def _teachers(config: Config) -> str:
+    return "+".join(shown(teacher.name) for teacher in config.model.teachers)
+
+
+def shown(network: str) -> str:
+    """A network as tables of the field call it."""
+    return network.removeprefix("cifar_")
