@@ -113,6 +113,22 @@ def hidden(url: str) -> str:
     return re.sub(r"(password=)[^&]*", r"\1***", re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url))
 
 
+WORKFLOW = "workflowType=machine_learning"
+"""Without it MLflow's UI opens its view of language models."""
+VIEW = "asib"
+"""The key of the saved view (`pipeline.tracking.views`)."""
+
+
+def run_page(experiment_id: str, run_id: str, part: str = "") -> str:
+    """A run's page in MLflow's UI, or a part such as `/artifacts/curves.png`, relative to whatever address it has."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}{part}?{WORKFLOW}"
+
+
+def view_page(experiment_id: str) -> str:
+    """The experiment's saved view, likewise."""
+    return f"#/experiments/{experiment_id}/runs?{WORKFLOW}&viewStateShareKey={VIEW}"
+
+
 def _allowed(path: Path, mode: int) -> bool:
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ def lock() -> str:
 def test_lock_satisfies_every_requirement() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     locked = pins()
-    extras = sum(project["project"]["optional-dependencies"].values(), [])
-    for text in project["project"]["dependencies"] + extras + project["dependency-groups"]["dev"]:
+    extras = project["project"]["optional-dependencies"].values()
+    for text in chain(project["project"]["dependencies"], *extras, project["dependency-groups"]["dev"]):
         requirement = Requirement(text)
         name = requirement.name.lower().replace("_", "-")
         assert name in locked, f"{name} is not in requirements.lock: run make lock"

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
-from pipeline import escape
+from pipeline import escape, urls
 from pipeline.compare.compare import ACCURACY, AT_EQUAL_COST, Comparison
 from pipeline.compare.pools import GMACS, Group
 from pipeline.reporting import figures, pages, statistics, tables
@@ -257,7 +257,7 @@ def _tabular(title: str, table: pd.DataFrame) -> str:
 def link(runs: Sequence[str], experiment: str) -> str:
     """MLflow's page that compares the runs, relative to whatever address the UI has."""
     lists = (json.dumps(values, separators=(",", ":")) for values in (list(runs), [experiment]))
-    return "#/compare-runs?runs={}&experiments={}".format(*(quote(text, safe="") for text in lists))
+    return "#/compare-runs?runs={}&experiments={}&{}".format(*(quote(text, safe="") for text in lists), urls.WORKFLOW)
 
 
 def note(found: Comparison, to: str) -> str:

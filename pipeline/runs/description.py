@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import escape
+from pipeline import escape, urls
 from pipeline.config import Config
 from pipeline.files import read_state
 from pipeline.reporting import tables
@@ -99,5 +99,5 @@ def _pictures(folder: Path) -> str:
     there = [name for name in PICTURES if (folder / name).exists()]
     if not (run and experiment and there):
         return ""
-    to = f"#/experiments/{experiment}/runs/{run}/artifacts"
-    return "Pictures: " + ", ".join(f"[{name.partition('.')[0]}]({to}/{name})" for name in there)
+    to = {name: urls.run_page(experiment, run, f"/artifacts/{name}") for name in there}
+    return "Pictures: " + ", ".join(f"[{name.partition('.')[0]}]({page})" for name, page in to.items())

@@ -137,6 +137,9 @@ class Run:
                 raise
             self._run_id = answer.run_id
             logger.info("tracked as %s", answer.url)
+            server, page, _ = answer.url.partition("#/")
+            if page:
+                logger.info("all runs: %s%s", server, urls.view_page(answer.experiment_id))
             given = os.environ.get("MLFLOW_RUN_ID")
             if given and given != answer.run_id and self.config.resume is None:
                 logger.info("MLFLOW_RUN_ID=%s has ended or is written by another step: this is a run of its own", given)

@@ -19,7 +19,7 @@ from pipeline import journal
 from pipeline.errors import UserError
 from pipeline.files import locked
 from pipeline.journal import Entry
-from pipeline.tracking import checkpoints, turns
+from pipeline.tracking import checkpoints, turns, views
 from pipeline.tracking._compat import is_random
 from pipeline.tracking.mlflow_batches import Outbox
 from pipeline.tracking.models import log_dataset, log_model, log_model_input
@@ -122,6 +122,8 @@ class RunDelivery:
         adopted = self._adopt == run.info.run_id
         self._outbox = Outbox(self.client, self.uri, run, self.folder, adopted)
         self.state.save(self.folder)
+        if self._parent is None:
+            views.arrange(self.client, run.info.experiment_id)
         self.attached = True
 
     def _own(self, header: Entry) -> Run:

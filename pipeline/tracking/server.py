@@ -65,7 +65,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     if uri.startswith("http"):
-        return f"{urls.hidden(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+        return f"{urls.hidden(uri).rstrip('/')}/{urls.run_page(experiment_id, run_id)}"
     return f"{urls.hidden(uri)} run {run_id}"
 
 

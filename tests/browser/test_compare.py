@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
+from pipeline import urls
 from tests.browser.ui import chromium, close_assistant, tracked
 from tests.servers import MlflowServer
 
@@ -28,7 +29,7 @@ def test_the_comparison_of_a_ladder_is_one_click_away_and_shows_all_rungs(
     runs = client.search_runs([number], "tags.`asib.step` = 'distill'")
     assert {run.data.tags["asib.rung"] for run in runs} == set(RUNGS)
     with chromium() as page:
-        page.goto(f"{mlflow_server.uri}/#/experiments/{number}/runs/{parent.info.run_id}")
+        page.goto(f"{mlflow_server.uri}/{urls.run_page(number, parent.info.run_id)}")
         link = page.get_by_role("link", name="Compare these runs")
         link.wait_for()
         close_assistant(page)

@@ -1,5 +1,6 @@
 """The MLflow UI shows the main job's runs nested, with charts and pictures."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,13 @@ def test_main_job_is_shown_nested_with_charts_and_pictures(mlflow_server: Mlflow
     with chromium() as page:
         open_runs(page, mlflow_server.uri, number)
         for name in ("demo", "student_alone", "teacher_0", "teacher_1", "distill", "evaluate"):
-            expect(page.get_by_role("link", name=name, exact=True)).to_be_visible(timeout=60_000)
+            expect(page.get_by_role("link", name=re.compile(f"^{name}\\b"))).to_be_visible(timeout=60_000)
+        for column in ("final/acc_val_selected", "method.name", "seed"):
+            expect(page.get_by_role("columnheader", name=column).first).to_be_visible()
+        assert distilled.info.run_name == "distill resnet8 ← resnet8+wrn_16_1 asib s0"
         open_charts(page, mlflow_server.uri, number, distilled.info.run_id)
         page.get_by_placeholder("Search metric charts").fill("student/acc")
-        accuracy = page.get_by_text("distill (student/acc)")
+        accuracy = page.get_by_text(f"{distilled.info.run_name} (student/acc)")
         expect(accuracy).to_be_visible(timeout=60_000)
         for name in ("curves.png", "confusion.png"):
             open_picture(page, mlflow_server.uri, number, distilled.info.run_id, name)
@@ -43,7 +47,7 @@ def test_tasks_are_shown_nested_with_their_matrix(mlflow_server: MlflowServer, t
     with chromium() as page:
         open_runs(page, mlflow_server.uri, number)
         for name in ("classes", "task 1 of 2", "task 2 of 2"):
-            expect(page.get_by_role("link", name=name, exact=True)).to_be_visible(timeout=60_000)
+            expect(page.get_by_role("link", name=re.compile(f"^{name}\\b"))).to_be_visible(timeout=60_000)
         open_charts(page, mlflow_server.uri, number, outer.info.run_id)
         page.get_by_placeholder("Search metric charts").fill("test_forgetting")
         expect(page.get_by_text("continual/test_forgetting").first).to_be_visible(timeout=60_000)

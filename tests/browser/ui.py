@@ -11,6 +11,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from playwright.sync_api import Page, sync_playwright
 
+from pipeline import urls
 from tests.steps.lab import Lab
 
 CHROMIUM = "/usr/bin/chromium"
@@ -46,8 +47,8 @@ def close_assistant(page: Page) -> None:
 
 
 def open_runs(page: Page, server: str, experiment: str) -> None:
-    """The experiment's table of runs, nested runs shown."""
-    page.goto(f"{server}/#/experiments/{experiment}/runs")
+    """The experiment's saved view, nested runs shown."""
+    page.goto(f"{server}/{urls.view_page(experiment)}")
     page.get_by_text("matching runs").wait_for()
     close_assistant(page)
     page.locator("[data-component-id*='runnamecellrenderer']").first.click()
@@ -55,13 +56,13 @@ def open_runs(page: Page, server: str, experiment: str) -> None:
 
 def open_charts(page: Page, server: str, experiment: str, run: str) -> None:
     """A run's metric charts."""
-    page.goto(f"{server}/#/experiments/{experiment}/runs/{run}/model-metrics")
+    page.goto(f"{server}/{urls.run_page(experiment, run, '/model-metrics')}")
     page.locator(".js-plotly-plot").first.wait_for()
 
 
 def open_picture(page: Page, server: str, experiment: str, run: str, name: str) -> None:
     """A picture among a run's artifacts."""
-    page.goto(f"{server}/#/experiments/{experiment}/runs/{run}/artifacts/{name}")
+    page.goto(f"{server}/{urls.run_page(experiment, run, f'/artifacts/{name}')}")
     page.locator("img[src^='blob:'], img[src*='get-artifact']").first.wait_for()
 
 

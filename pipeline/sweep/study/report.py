@@ -15,7 +15,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 
-from pipeline import escape
+from pipeline import escape, urls
 from pipeline.reporting import pages, tables
 from pipeline.sweep.space.space import SweepConfig
 from pipeline.sweep.study import retry
@@ -189,9 +189,7 @@ def _markdown(found: pd.DataFrame, sweep: SweepConfig, experiment: str) -> str:
     lines = []
     for row in found.to_dict("records"):
         run = quote(str(row["run_id"]), safe="")  # from the study's database, where others write too
-        trial = (
-            f"[{row['number']}](#/experiments/{experiment}/runs/{run})" if experiment and run else f"{row['number']}"
-        )
+        trial = f"[{row['number']}]({urls.run_page(experiment, run)})" if experiment and run else f"{row['number']}"
         cells = [*metrics, *sweep.space, steps(sweep), "attempts", "seconds"]
         lines.append([trial, *(escape.markdown(_number(row[str(name)])) for name in cells)])
     return tables.markdown(head, lines, left=0)

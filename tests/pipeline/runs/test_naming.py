@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.compose.compose import compose
 from pipeline.compose.cli import Command, parse
+from pipeline.compose.compose import compose
 from pipeline.reporting.statistics import wilson
 from pipeline.runs.description import describe
 from pipeline.runs.ending import COMPLETED, Ending
@@ -77,7 +77,7 @@ def test_the_description_begins_with_the_result(tmp_path: Path) -> None:
     assert lines[0].startswith(f"**39.80 %** [{100 * low:.2f}, {100 * high:.2f}]: student")
     assert "| teacher 1, wrn_16_1 | 37.80 |" in lines
     assert "Cost: 1,840 GMACs" in lines
-    assert "Pictures: [curves](#/experiments/7/runs/abc/artifacts/curves.png)" in lines
+    assert "Pictures: [curves](#/experiments/7/runs/abc/artifacts/curves.png?workflowType=machine_learning)" in lines
     assert lines[-1] == "Repeat: `python -m steps.distill`"
 
 

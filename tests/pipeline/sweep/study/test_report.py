@@ -189,8 +189,8 @@ def test_the_note_links_runs_and_hides_the_password() -> None:
     text = report.note(various(), sweep(), experiment="12", storage=storage, parent="p0")
     assert "**best: final/val_acc 70**, trial 6" in text
     assert "- `method.kd_alpha`: 0.7" in text
-    assert "| [6](#/experiments/12/runs/r6) | 70 | 0.7 | 0.001 | 4 | 1 | 4 |" in text
-    assert "| [7](#/experiments/12/runs/r2) | 65 | 0.5 | 0.0001 | 2 | 2 |  |" in text
+    assert "| [6](#/experiments/12/runs/r6?workflowType=machine_learning) | 70 | 0.7 | 0.001 | 4 | 1 | 4 |" in text
+    assert "| [7](#/experiments/12/runs/r2?workflowType=machine_learning) | 65 | 0.5 | 0.0001 | 2 | 2 |  |" in text
     assert "cfg=runs:/p0/best.yaml" in text
     assert "optuna-dashboard 'postgresql+psycopg://ann@db:5432/studies?sslmode=require'" in text
     assert "s3cret" not in text
@@ -373,7 +373,7 @@ def test_words_of_a_study_load_nothing_and_lead_nowhere(name: str) -> None:
     space = {"method.kd_loss": {"type": "categorical", "choices": ["plain", name]}}
     what = SweepConfig.model_validate({"name": "toy", "space": space, "objectives": OBJECTIVES[:1], "trials": 2})
     note = report.note(made, what, experiment="12", storage="sqlite:///a.db", parent="p0")
-    assert "#/experiments/12/runs/ab" in leads(note)
+    assert "#/experiments/12/runs/ab?workflowType=machine_learning" in leads(note)
     assert all(lead.startswith("#/experiments/12/runs/") for lead in leads(note))
     page = report.page(made, what, report.table(made, what), [])
     known = "html meta title style h1 h2 pre div p table thead tbody tr th td"
