@@ -1,5 +1,6 @@
 """The main job: student alone, teachers, distillation, evaluation, as nested runs of one."""
 
+import logging
 from collections.abc import Callable
 
 from pipeline.config import Config, student_alone
@@ -15,6 +16,8 @@ from pipeline.runs.run import Run
 from pipeline.training import distributed
 from pipeline.training.compiling import check_device
 
+logger = logging.getLogger("asib")
+
 
 def main(run: Run) -> float | None:
     """The main job: student alone, teachers, distillation, evaluation, as nested runs; one table at the end."""
@@ -26,11 +29,16 @@ def main(run: Run) -> float | None:
     teachers.validate_early(config, images(config))
     run.ready()
     alone_config = student_alone(config).model_copy(update={"log_model": False, "register": None})
+    tuned = [k for k, t in enumerate(config.model.teachers) if t.checkpoint is None and config.finetune.epochs > 0]
+    student, total = config.model.student.name, 3 + len(tuned)
+    heading(1, total, f"student alone: {student}")
     alone = _nested(run, "baseline", "student_alone", alone_config, distill)
-    for index, teacher in enumerate(config.model.teachers):
-        if teacher.checkpoint is None and config.finetune.epochs > 0:
-            teachers.finetune(run, index)
+    for number, index in enumerate(tuned, 2):
+        heading(number, total, f"teacher {index}: {config.model.teachers[index].name}")
+        teachers.finetune(run, index)
+    heading(total - 1, total, f"{student} from {len(config.model.teachers)} teachers, {config.method.name}")
     distilled = _nested(run, "distill", "distill", config, distill)
+    heading(total, total, "evaluation of the distilled student")
     evaluated = _nested(run, "evaluate", "evaluate", config, _evaluate_distilled)
     summary = {k: v for k, v in distilled.items() if k.startswith("final/")}
     summary |= {"final/student_alone_acc": alone["final/acc_val_selected"], "test/acc": evaluated["test/acc"]}
@@ -40,6 +48,11 @@ def main(run: Run) -> float | None:
     if not run.follower:
         results.print_results(config, summary)
     return distilled.get("final/val_acc")
+
+
+def heading(number: int, total: int, words: str) -> None:
+    """Say which part of the job begins."""
+    logger.info("[%d/%d] %s", number, total, words)
 
 
 def _evaluate_distilled(run: Run) -> float | None:

@@ -64,9 +64,10 @@ class FinetuneConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written."""
+    """When checkpoints are written, and how long they stay."""
 
     every_seconds: Seconds = key(600.0, "seconds between checkpoints, also within long epochs")
+    keep: bool = key(False, "keep what a finished run could be continued from (extend=true); weights stay anyway")
 
 
 class TrackingConfig(Section):

@@ -1,6 +1,7 @@
 """Distil a student inside a tracked run: a step's own job, and a sweep's trial."""
 
 import logging
+import re
 
 from pipeline.config import inactive
 from pipeline.data.sources import ImageData
@@ -59,7 +60,8 @@ def _begun(run: Run) -> ImageData:
     prepare(run.config, continual.threads_of(run) if tasks else threads_of(run))
     check_device(run.config, networks.device_of(run.config))  # checked before teachers are fine-tuned
     for sentence in inactive(run.config):
-        logger.info("has no effect here: %s", sentence)
+        if run.was_asked_for(re.split("[:=]", sentence)[0]):
+            logger.info("has no effect here: %s", sentence)
     return load_data(run)
 
 

@@ -124,6 +124,7 @@ def train(
         loop.load_state_dict(run.state | ({"finished": False} if config.extend else {}))
         if config.extend:
             run.restate()
+        logger.info("continuing at epoch %d of %d", min(loop.epoch + 1, len(task.plan)), len(task.plan))
     run.ready()
     with run.stop.between_batches(), logging_redirect_tqdm([logger]):
         if precision.dtype is None:

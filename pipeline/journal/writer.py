@@ -366,12 +366,18 @@ class Journal:
             self.begin()
             self._write([line_of("child", folder=str(folder.relative_to(self.folder) if inside else folder))])
 
-    def end(self, status: str, outcome: str, exit_code: int, message: str | None = None) -> None:
-        """Write held entries and the end in one write, sync, and close the journal; `check_end` lists valid ends."""
+    def end(
+        self, status: str, outcome: str, exit_code: int, message: str | None = None, *, resumable: bool = True
+    ) -> None:
+        """Write held entries and the end in one write, sync, and close the journal; `check_end` lists valid ends.
+
+        `resumable`: whether checkpoints stay.
+        """
         check_end(status, outcome)
         with self._lock:
             self.begin()
-            self._flush(line_of("end", status=status, outcome=outcome, exit_code=exit_code, message=message))
+            said = {"status": status, "outcome": outcome, "exit_code": exit_code, "message": message}
+            self._flush(line_of("end", **said, **({} if resumable else {"resumable": False})))
             self.sync()
             self.close()
 

@@ -15,6 +15,8 @@ from pipeline.runs.records import Record
 NOTE = "mlflow.note.content"
 REPORTS = ("ablate", "compare", "overlap", "promote", "sweep", "table")
 """Steps whose own report is the description, once there is one."""
+CONTINUED = ("ablate", "overlap", "sweep", "table")
+"""Steps that find their interrupted run by themselves."""
 RESULTS = {
     "final/acc_val_selected": "student, at the epoch that validation selected",
     "final/val_acc": "the same epoch on validation images",
@@ -53,17 +55,13 @@ def describe(record: Record, config: Config, step: str, folder: Path, ending: En
     return "\n\n".join(parts)
 
 
-def resume_command(step: str, run: str) -> str:
-    """What continues an interrupted run. `run`: its MLflow id, or its folder."""
-    return f"python -m steps.{step} resume={run}"
-
-
 def _how_it_ended(record: Record, step: str, ending: Ending) -> Iterator[str]:
     if ending.status == "FINISHED":
         return
     yield f"**{ending.outcome}**" + (f": {escape.markdown(ending.message)}" if ending.message else "")
     if ending.outcome == "killed" and COMMAND in record.tags:
-        yield f"Continue: {escape.code(resume_command(step, record.id))}"
+        again = "" if step in CONTINUED else f" resume={record.id}"
+        yield f"Continue: {escape.code(record.tags[COMMAND] + again)}"
 
 
 def _results(record: Record, config: Config) -> Iterator[str]:

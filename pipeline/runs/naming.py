@@ -72,11 +72,12 @@ def told(values: Mapping[str, object]) -> list[str]:
 
 
 def command_of(step: str, command: Command, environment: Mapping[str, str] = os.environ) -> str:
-    """A line for a shell that asks for the same run, the variables that stand for overrides included."""
+    """A line for a shell that asks for the same run anew, the variables that stand for overrides included."""
     asked = [f"{name}={shlex.quote(environment[name])}" for name in shortcuts.VARIABLES if environment.get(name)]
     cfg = [f"cfg={command.cfg}"] if command.cfg else []
+    overrides = [text for text in command.overrides if not text.startswith("resume=")]
     own = [f"{key}={value}" for key, value in command.own.items()]
-    return " ".join([*asked, shlex.join(["python", "-m", f"steps.{step}", *cfg, *own, *command.overrides])])
+    return " ".join([*asked, shlex.join(["python", "-m", f"steps.{step}", *cfg, *own, *overrides])])
 
 
 def _own(step: str, own: Mapping[str, str]) -> list[str]:

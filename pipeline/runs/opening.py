@@ -43,9 +43,12 @@ def open_run(
     """
     stop = stop or Stop()
     if config.resume is not None:
-        return _resume(step, config, config.resume, stop)
-    folder = delivery.folder if delivery is not None else None
-    return _begin(step, config, folder or fresh_folder(config, step), delivery, stop, command)
+        run = _resume(step, config, config.resume, stop)
+    else:
+        folder = delivery.folder if delivery is not None else None
+        run = _begin(step, config, folder or fresh_folder(config, step), delivery, stop, command)
+    run.command = command
+    return run
 
 
 def follow(step: str, config: Config, folder: Path, parent: Run | None = None, stop: Stop | None = None) -> Run:
@@ -185,8 +188,11 @@ def _from_tracking_server(step: str, config: Config, name: str, stop: Stop) -> R
     delivery = start.start_delivery(folder, uri=config.tracking.uri, resume=name)
     try:
         info = delivery.run_info(name)
-        _check_resumable(name, step, info["tags"].get("asib.step"), info["status"] == "FINISHED", config.extend)
-        if fetch_checkpoint(delivery, name, folder):
+        made_by, finished = info["tags"].get("asib.step"), info["status"] == "FINISHED"
+        _check_resumable(name, step, made_by, finished, config.extend, True)
+        found = fetch_checkpoint(delivery, name, folder)
+        _check_resumable(name, step, made_by, finished, config.extend, found)
+        if found:
             return _continue(step, config, folder, None, delivery, stop, distant=True)
     except UserError as error:
         remove_unbegun(folder, delivery)
@@ -212,7 +218,7 @@ def _continue(
         if parent is None and delivery is None:
             header = read_header(folder)
             made_by = header.data["tags"].get("asib.step") if header else None
-            _check_resumable(name, step, made_by, ended(folder), config.extend)
+            _check_resumable(name, step, made_by, ended(folder), config.extend, slots.manifest.exists())
         if slots.manifest.exists():
             state, saved = slots.read()
             check_computation(config, name, state["header"])  # checked before its record is touched
@@ -257,8 +263,11 @@ def fetch_checkpoint(delivery: Delivery, run_id: str, folder: Path) -> bool:
     return True
 
 
-def _check_resumable(name: str, step: str, made_by: str | None, finished: bool, extend: bool) -> None:
+def _check_resumable(name: str, step: str, made_by: str | None, finished: bool, extend: bool, kept: bool) -> None:
+    """Raise UserError unless a run may be continued. `kept`: whether there is a checkpoint of it."""
     if made_by not in (None, step):
         raise UserError(f"resume={name}: that run is of step {made_by}; continue it with steps.{made_by}")
     if finished and not extend:
         raise UserError(f"resume={name}: that run is finished; extend=true continues it for more epochs")
+    if finished and not kept and step in ("distill", "baseline"):
+        raise UserError(f"resume={name}: its checkpoint went when it finished; checkpoint.keep=true would have kept it")

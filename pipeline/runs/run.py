@@ -12,11 +12,13 @@ from typing import Any
 
 from pipeline import secrets, urls
 from pipeline.compose import compose
+from pipeline.compose.cli import Command
 from pipeline.config import Config, config_hash
+from pipeline.config.identity import listed
 from pipeline.errors import HelperFailed, Interrupted, Taken, UserError
 from pipeline.files import read_state, write_atomically
 from pipeline.journal import Journal, NullJournal
-from pipeline.runs import description, git, records
+from pipeline.runs import description, git, naming, records
 from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
 from pipeline.runs.folders import CONFIG, DIFFERENCE, ended
 from pipeline.runs.run_log import log_to
@@ -27,6 +29,8 @@ from pipeline.training import distributed
 from pipeline.training.checkpoint import Slots
 
 logger = logging.getLogger("asib")
+WORTH_A_LOOK = ("comparison/comparison.html", "study/study.html", "results.json", *description.PICTURES)
+"""Files of a run that people open first."""
 
 
 def tracking_uri(config: Config) -> str:
@@ -48,6 +52,7 @@ class Run:
         folder: everything the run leaves on this machine.
         journal: its record.
         state: the checkpoint that it continues from; None: a fresh start.
+        command: what asked for it, or for the run that it is nested in.
         stop: knows whether a signal has arrived; a nested run has its parent's.
         distant: whether it was begun on another machine: its nested runs may be on the server only.
     """
@@ -74,6 +79,7 @@ class Run:
         self._run_id: str | None = None
         self._refused = False
         """Whether the server refused it when it was new, for example a reader's."""
+        self.command: Command | None = parent.command if parent is not None else None
         self._nesting = stands_for or journal.id
         """The id that its nested runs' journal ids are derived from."""
 
@@ -85,6 +91,12 @@ class Run:
     def follower(self) -> bool:
         """Whether this is one of several processes but not the first, which alone keeps the record."""
         return isinstance(self.journal, NullJournal)
+
+    def was_asked_for(self, key: str) -> bool:
+        """Whether the user has set a key, rather than a preset of conf/experiment; True where that is unknown."""
+        if self.command is None or "/" in (self.command.cfg or ""):
+            return True
+        return any(listed(key, [asked, f"{asked}."]) for asked in compose.keys_of(self.command.overrides))
 
     def nested_id(self, key: str) -> str:
         """The journal id of a nested run: the same on whichever machine this one is continued."""
@@ -230,11 +242,22 @@ class Run:
             return
         if self.parent is not None or self.follower:
             return
+        self._say_goodbye(ending)
         if self.delivery is None:
             logger.info("tracking was offline; to deliver: %s %s", DELIVER, self.folder)
             return
         if not self.delivery.finish(self.config.tracking.finish_seconds) and ending.exit_code != 2:
             logger.warning("the tracking server did not take everything: %s %s", DELIVER, self.folder)
+
+    def _say_goodbye(self, ending: Ending) -> None:
+        """Say where everything is, or what continues the run."""
+        if ending.outcome == "killed" and self.command is not None:
+            again = "" if self.step in description.CONTINUED else f" resume={self._run_id or self.folder}"
+            logger.info("to continue: %s%s", secrets.mask(naming.command_of(self.step, self.command)), again)
+        elif ending.status == "FINISHED":
+            size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+            there = [name for name in WORTH_A_LOOK if (self.folder / name).exists()]
+            logger.info("in %s (%.1f MB): %s", self.folder, size / 1e6, ", ".join(there))
 
     def _end_record(self, ending: Ending) -> None:
         if ending.status != "FINISHED" and isinstance(self.journal, Journal):
@@ -251,4 +274,7 @@ class Run:
         log = self.folder / "run.log"
         if log.exists() and not self.follower:
             self.journal.artifact(log)
-        self.journal.end(ending.status, ending.outcome, ending.exit_code, ending.message)
+        resumable = ending.status != "FINISHED" or self.config.checkpoint.keep or not self.slots.manifest.exists()
+        self.journal.end(*ending[:4], resumable=resumable)
+        if not (resumable or self.follower):
+            self.slots.clear()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -92,3 +92,8 @@ def is_random(name: str) -> bool:
     first, _, rest = name.partition("-")
     noun, _, number = rest.rpartition("-")
     return not name or (first in _GENERATOR_PREDICATES and noun in _GENERATOR_NOUNS and number.isdecimal())
+
+
+def artifact_store(client: MlflowClient, run_id: str) -> Any:
+    """The store of a run's artifacts, which can delete them: the public client cannot."""
+    return client._tracking_client._get_artifact_repo(run_id)

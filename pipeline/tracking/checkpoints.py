@@ -21,6 +21,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import UserError
 from pipeline.journal import Entry
 from pipeline.paths import inside
+from pipeline.tracking._compat import artifact_store
 from pipeline.tracking.state import State
 
 log = logging.getLogger("asib.delivery")
@@ -80,6 +81,21 @@ def bring(
             client.log_artifact(state.run_id, str(stage / MANIFEST), FOLDER)
             return entry.end, manifest
     return None
+
+
+def remove(client: MlflowClient, state: State) -> None:
+    """Delete a run's checkpoints on the server, the manifest first, as far as this user and the store allow it.
+
+    Not worth a second try: where it fails they stay, which costs room and nothing else.
+    """
+    try:
+        store = artifact_store(client, state.run_id)
+        for name in (MANIFEST, "slot0.safetensors", "slot1.safetensors"):
+            if any(file.path == f"{FOLDER}/{name}" for file in client.list_artifacts(state.run_id, FOLDER)):
+                store.delete_artifacts(f"{FOLDER}/{name}")
+    except Exception as error:
+        log.warning("checkpoints of the finished run %s stay on the server: %s", state.run_id, error)
+    state.checkpoint = {}
 
 
 def _take(folder: Path, entry: Entry, to: Path) -> bool:

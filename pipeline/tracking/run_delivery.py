@@ -232,6 +232,7 @@ class RunDelivery:
         entries = self._read()
         saved = [entry for entry in entries if entry.kind == "checkpoint"]
         final = final or any(entry.kind == "end" for entry in entries)
+        over = any(entry.kind == "end" and not _resumable(entry) for entry in entries)
         behind = self.state.offset
         assert self._outbox is not None
         self._outbox.clear()
@@ -240,14 +241,15 @@ class RunDelivery:
             if entry.kind == "checkpoint" and entry.end > covered:
                 self._commit(behind)
                 later = [candidate for candidate in saved if candidate.end >= entry.end]
-                brought = checkpoints.bring(self.client, self.state, self.folder, later)
+                brought = None if over else checkpoints.bring(self.client, self.state, self.folder, later)
                 if brought is not None:
                     covered, self.state.checkpoint = brought
                 elif not final:
                     # Its file was replaced, and the newer one's entry has not arrived yet.
                     return
                 else:
-                    log.warning("%s: no checkpoint file is intact; its entries go without", self.folder)
+                    if not over:
+                        log.warning("%s: no checkpoint file is intact; its entries go without", self.folder)
                     covered = later[-1].end
                 self._commit(entry.end)
             elif self._apply(entry) or len(self._outbox) >= BATCH:
@@ -321,6 +323,8 @@ class RunDelivery:
                 self.state.ended = False
                 self._mark_running()
             case "end":
+                if not _resumable(entry) and self.state.checkpoint:
+                    checkpoints.remove(self.client, self.state)
                 self._end(data["status"], data["outcome"], data["exit_code"], data["message"], entry.time)
         return entry.kind in MILESTONES
 
@@ -387,3 +391,8 @@ class RunDelivery:
 
 def _name(header: Entry) -> str | None:
     return header.data["name"] or header.data.get("usual_name")
+
+
+def _resumable(end: Entry) -> bool:
+    """Whether checkpoints stay after this end; earlier journals do not say."""
+    return bool(end.data.get("resumable", True))

@@ -185,6 +185,12 @@ class Slots:
         os.replace(path, self.folder / "slot0.safetensors")
         write_atomically(self.manifest, json.dumps({"checkpoints": [{"slot": 0, "sha256": sha256}]}))
 
+    def clear(self) -> None:
+        """Delete the checkpoints, the manifest first."""
+        self.settle()
+        for path in (self.manifest, *(self.folder / f"slot{slot}.safetensors" for slot in (0, 1))):
+            path.unlink(missing_ok=True)
+
     def read(self) -> tuple[Any, Saved]:
         """The newest intact checkpoint. Raises UserError if both are missing or damaged."""
         found = next(self._whole_ones(), None)

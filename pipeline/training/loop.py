@@ -4,6 +4,7 @@ The loop owns updates, precision, non-finite steps, checkpoints, interruption an
 networks, objectives and what happens between epochs.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from pipeline.training.objective import Moment
 from pipeline.training.optim import Precision, restore_optimizer, update
 from pipeline.training.phases import Epoch, Phase
 from pipeline.training.run_data import Task
+
+logger = logging.getLogger("asib")
 
 
 class Watch(Protocol):
@@ -46,6 +49,15 @@ class Verdict(IntEnum):
     PRUNE = 1
     LEAVE = 2
     """Another worker has the trial: leave without writing anything more."""
+
+
+ACCURACIES = ("student/acc", "synergy/acc", "teacher/acc")
+QUIET_S = 5.0
+"""How long the log is silent between two epochs at least."""
+
+
+def _title(phase: Phase, epoch: Epoch) -> str:
+    return f"{phase.title or phase.metrics} {epoch.in_phase + 1}"
 
 
 def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -84,6 +96,8 @@ class Loop:
     sums: dict[str, Tensor] = field(default_factory=dict)
     _streak: Tensor = field(init=False)
     """Non-finite steps in a row, on the device."""
+    _told: float = 0.0
+    """When the log last said how training goes."""
 
     def __post_init__(self) -> None:
         self._streak = torch.zeros((), device=self.device)
@@ -174,7 +188,7 @@ class Loop:
 
     def _run_epoch(self, epoch: Epoch, bar: Any) -> None:
         task, phase = self.task, self.task.phases[epoch.phase]
-        bar.set_description(f"{phase.metrics} {epoch.in_phase + 1} (epoch {epoch.overall + 1}/{len(task.plan)})")
+        bar.set_description(f"{_title(phase, epoch)} (epoch {epoch.overall + 1}/{len(task.plan)})")
         if epoch.first and self.batch == 0:
             task.begin_phase(epoch)
         task.begin_epoch(epoch)
@@ -201,6 +215,7 @@ class Loop:
         metrics["train/images_per_second"] = images / max(task.costs.seconds - before, 1e-9)
         metrics["schedule/lr"] = phase.optimizer.param_groups[0]["lr"]
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+        self._tell(epoch, phase, metrics, bar)
         verdict = self._verdict(epoch.overall, metrics)
         if verdict == Verdict.LEAVE:
             raise Taken
@@ -209,6 +224,16 @@ class Loop:
             assert self.watch is not None
             raise Pruned(epoch.overall, self.watch.reason)
         self._leave_if_stopped()
+
+    def _tell(self, epoch: Epoch, phase: Phase, metrics: Mapping[str, float], bar: Any) -> None:
+        """Show how training goes: beside the bar, or without a terminal in a line every few seconds."""
+        shown = {"loss": metrics.get(f"{phase.metrics}/loss")} | {name: metrics.get(name) for name in ACCURACIES}
+        words = ", ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
+        bar.set_postfix_str(words)
+        now, last = time.monotonic(), epoch.overall + 1 == len(self.task.plan)
+        if bar.disable and (last or now - self._told > QUIET_S):
+            self._told = now
+            logger.info("epoch %d/%d (%s): %s", epoch.overall + 1, len(self.task.plan), _title(phase, epoch), words)
 
     def _verdict(self, epoch: int, metrics: Mapping[str, float]) -> Verdict:
         """Ask in the first process, and tell all."""

@@ -38,3 +38,5 @@ class Phase:
     """Updates per batch."""
     clip: float = 0.0
     """Bound of the gradient's norm; 0: none."""
+    title: str = ""
+    """What people call it, if not by the name of its metrics."""

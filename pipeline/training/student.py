@@ -295,6 +295,7 @@ class Distillation(Task):
             mix_alpha=m.cutmix_alpha_distill if cutmix else m.mixup_alpha,
             repeats=repeats,
             clip=o.grad_clip_norm,
+            title="B-step" if self.teachers else "student",
         )
 
     # what the loop calls ---------------------------------------------------------------------------------------------

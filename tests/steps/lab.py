@@ -120,6 +120,12 @@ class Done:
             "fine-tuning teacher ",
             "teacher ",
             "no teacher ",
+            "[",
+            "all runs: ",
+            "continuing at epoch ",
+            "epoch ",
+            "in ",
+            "to continue: ",
         )
         return [line for line in self.err.splitlines() if line.strip() and not line.startswith(usual)]
 

@@ -153,7 +153,12 @@ def test_a_signal_within_a_nested_fine_tuning_ends_both_runs_and_both_go_on(
 
 
 def test_a_finished_run_goes_on_for_more_epochs_when_extended_at_its_end(ready_lab: Lab, undisturbed: Done) -> None:
-    folder = shutil.copytree(undisturbed.folder, ready_lab.runs / undisturbed.folder.name)
+    assert not list(undisturbed.folder.rglob("slot*")), "what has finished keeps weights alone"
+    bare = shutil.copytree(undisturbed.folder, ready_lab.folder / "elsewhere")
+    refused(ready_lab.step("distill", f"resume={bare}", "extend=true"), "checkpoint.keep=true")
+    shutil.rmtree(bare)
+
+    folder = ready_lab.step("distill", "checkpoint.keep=true").folder
     longer = "method.student_epochs_per_stage=[1,3]"
     refused(ready_lab.step("distill", f"resume={folder}", longer), "extend=true")
     assert ending(folder) == ("FINISHED", "completed", 0)

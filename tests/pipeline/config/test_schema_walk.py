@@ -370,7 +370,7 @@ def delivery(keys: Keys) -> Any:
 
 @functools.cache
 def finished_run() -> str:
-    run = open_run("distill", place().config({}))
+    run = open_run("distill", place().config({"checkpoint.keep": True}))
     with quiet():
         distill.distill(run)
     run.close()
@@ -581,6 +581,7 @@ TABLE: dict[str, Case] = {
     "register": Case("a-model", {"log_model": True}, registered),
     "debug": Case(True, observer=error_style),
     "checkpoint.every_seconds": Case(1e-9, observer=checkpoints),
+    "checkpoint.keep": Case(True, observer=distilled(lambda entries, _: entries[-1].data.get("resumable"))),
     "tracking.mode": Case("online", observer=delivery),
     "tracking.uri": Case("sqlite:///other.db", ONLINE, delivery),
     "tracking.experiment": Case("other", observer=record),

@@ -148,7 +148,7 @@ class AsibDistillation(Distillation):
         shape = ScheduleConfig(min_lr=min(self.config.schedule.min_lr, lr))
         a_epochs = sum(e.phase == "a" for e in self.plan)
         schedule = optim.lr_schedule(optimizer, shape, a_epochs, updates * m.cccp_nt)
-        return {"a": Phase("a_step", self.a_step, optimizer, schedule, repeats=m.cccp_nt)}
+        return {"a": Phase("a_step", self.a_step, optimizer, schedule, repeats=m.cccp_nt, title="A-step")}
 
     # what the loop calls ---------------------------------------------------------------------------------------------
 
