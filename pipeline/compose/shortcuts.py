@@ -25,6 +25,7 @@ from pipeline.config.words import near_miss, suggestion
 from pipeline.errors import UserError
 
 logger = logging.getLogger("asib")
+_NAMED = re.compile(r"model\.teachers=\[\s*([a-zA-Z][\w.]*(?:\s*,\s*[a-zA-Z][\w.]*)*)\s*\]")
 _NAMES = ("model.teachers.0.name", "model.teachers.1.name")
 
 
@@ -95,6 +96,22 @@ def read(environment: Mapping[str, str], overrides: Sequence[str] = (), rows: st
     return Shortcuts(tuple(found), teachers, environment.get("MLFLOW_EXPERIMENT_NAME", "").strip(), methods)
 
 
+def named_teachers(overrides: Sequence[str]) -> list[str]:
+    """The overrides, where `model.teachers=[resnet56,wrn_40_2]` names networks, with their names in full.
+
+    Raises UserError, with the nearest name: no such network.
+    """
+    return [_NAMED.sub(_in_full, text) for text in overrides]
+
+
+def _in_full(found: re.Match[str]) -> str:
+    names = [_network(word.strip(), found[0]) for word in found[1].split(",")]
+    trained = {name: _has_weights(name) for name in names}
+    logger.info("teachers: %s", ", ".join(f"{name} (pretrained)" if there else name for name, there in trained.items()))
+    specs = [f"{{name: {name}, pretrained: {str(trained[name]).lower()}}}" for name in names]
+    return f"model.teachers=[{','.join(specs)}]"
+
+
 def wants_dry_run(environment: Mapping[str, str]) -> bool:
     """Whether DRY_RUN asks to show what would be done. Raises UserError: neither yes nor no."""
     text = environment.get("DRY_RUN", "").strip().lower()
@@ -113,13 +130,13 @@ def _pair(text: str) -> tuple[str, ...]:
             f"TEACHER_PAIR={text} in the environment: give two networks, such as cifar_resnet32x4,cifar_wrn_40_2"
             " (any number of teachers: model.teachers=[…])"
         )
-    return tuple(_network(name, f"TEACHER_PAIR={text}") for name in names)
+    return tuple(_network(name, f"TEACHER_PAIR={text} in the environment") for name in names)
 
 
 def _student(text: str) -> tuple[str, ...]:
     """As in the research code, a student without pretrained weights."""
     options = groups()["model/student"]
-    name = text if text in options else _network(text, f"STUDENT={text}")
+    name = text if text in options else _network(text, f"STUDENT={text} in the environment")
     if name in options:
         return (f"model/student={name}",)
     return f"model.student.name={name}", "model.student.pretrained=false"
@@ -174,7 +191,7 @@ def _network(text: str, source: str) -> str:
         known = {word.removeprefix("cifar_"): word for word in (*list_models(), *zoo.ALIASES)}
         near = near_miss(name.removeprefix("cifar_"), known)
         hint = f"did you mean {known[near]}?" if near else "give a timm classifier or a cifar_* network"
-        raise UserError(f"{source} in the environment: no network is called {text}; {hint}") from error
+        raise UserError(f"{source}: no network is called {text}; {hint}") from error
     return full if full == f"cifar_{name}" and name not in zoo.ALIASES else name
 
 

@@ -13,12 +13,13 @@ from pipeline.journal.entries import (
     read_header,
     writer_alive,
 )
-from pipeline.journal.folder import take
+from pipeline.journal.folder import SLOTS, take
 from pipeline.journal.recorder import CheckpointRecorder, NullJournal
 from pipeline.journal.writer import Journal
 
 __all__ = [
     "FILE",
+    "SLOTS",
     "Carrier",
     "CheckpointRecorder",
     "Entry",

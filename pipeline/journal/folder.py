@@ -11,6 +11,8 @@ from pipeline.files import acquire, explained
 
 LOCK = "run.lock"
 """Locked by the process that writes the run; unlike the journal, this file is never replaced."""
+SLOTS = ("manifest.json", "slot0.safetensors", "slot1.safetensors")
+"""The files of a run's checkpoints, the manifest first."""
 PATIENCE_S = 10.0
 """How long to wait for the previous writer: a killed trainer's worker processes hold its lock for some seconds."""
 

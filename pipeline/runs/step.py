@@ -90,7 +90,7 @@ class Step:
             if self.cfg is not None and command.cfg is None:
                 command = replace(command, cfg=self.cfg(command.own))
             given = [f"{key}={command.own[name]}" for name, key in self.short.items() if command.own.get(name)]
-            command = replace(command, overrides=(*given, *command.overrides))
+            command = replace(command, overrides=(*given, *shortcuts.named_teachers(command.overrides)))
             config = configuration(command, self.own)
             debug = config.debug
             code = None if self.act is None else _late(self.act)(config, command)

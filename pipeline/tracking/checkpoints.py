@@ -19,7 +19,7 @@ from typing import Any
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.journal import Entry
+from pipeline.journal import SLOTS, Entry
 from pipeline.paths import inside
 from pipeline.tracking._compat import artifact_store
 from pipeline.tracking.state import State
@@ -90,7 +90,7 @@ def remove(client: MlflowClient, state: State) -> None:
     """
     try:
         store = artifact_store(client, state.run_id)
-        for name in (MANIFEST, "slot0.safetensors", "slot1.safetensors"):
+        for name in SLOTS:
             if any(file.path == f"{FOLDER}/{name}" for file in client.list_artifacts(state.run_id, FOLDER)):
                 store.delete_artifacts(f"{FOLDER}/{name}")
     except Exception as error:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import remove_parts, write_atomically
+from pipeline.journal import SLOTS
 from pipeline.training.nonfinite import is_finite
 
 FORMAT = "asib-checkpoint-1"
@@ -188,8 +189,8 @@ class Slots:
     def clear(self) -> None:
         """Delete the checkpoints, the manifest first."""
         self.settle()
-        for path in (self.manifest, *(self.folder / f"slot{slot}.safetensors" for slot in (0, 1))):
-            path.unlink(missing_ok=True)
+        for name in SLOTS:
+            (self.folder / name).unlink(missing_ok=True)
 
     def read(self) -> tuple[Any, Saved]:
         """The newest intact checkpoint. Raises UserError if both are missing or damaged."""

@@ -252,3 +252,19 @@ def test_what_a_run_records_is_what_it_does_whatever_the_shell_says_then(tmp_pat
     (tmp_path / "config.yaml").write_text(dump(config))
     later = shortcuts.read({"MLFLOW_EXPERIMENT_NAME": "x"})
     assert compose(str(tmp_path / "config.yaml"), [], None, later.presets) == config
+
+
+def test_teachers_are_named_in_a_list(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "asib")
+    overrides = shortcuts.named_teachers(["seed=1", "model.teachers=[resnet56, wrn_40_2,mobilenetv3_small_050]"])
+    teachers = compose("quickstart", overrides).model.teachers
+    assert [(t.name, t.pretrained, t.checkpoint) for t in teachers] == [
+        ("cifar_resnet56", False, None),
+        ("cifar_wrn_40_2", False, None),
+        ("mobilenetv3_small_050", True, None),
+    ]
+    assert caplog.messages == ["teachers: cifar_resnet56, cifar_wrn_40_2, mobilenetv3_small_050 (pretrained)"]
+    spelt_out = "model.teachers=[{name: cifar_resnet56, checkpoint: x.pt}]"
+    assert shortcuts.named_teachers([spelt_out, "model.teachers=[]"]) == [spelt_out, "model.teachers=[]"]
+    with pytest.raises(UserError, match=r"model.teachers=\[wrn_402\]: no network .*did you mean cifar_wrn_40_2\?"):
+        shortcuts.named_teachers(["model.teachers=[wrn_402]"])

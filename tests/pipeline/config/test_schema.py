@@ -186,7 +186,8 @@ UNCOMPUTED = {"device", "threads", "output_dir", "run_name", "rung", "resume", "
               "bank_folder", "bank_gb", "register", "student", "dataset.root", "dataset.path", "dataset.download",
               "dataset.id", "dataset.train_split", "dataset.test_split",
               "dataset.eval_batch_size", "dataset.workers", "optim.use_amp", "optim.compile",
-              "checkpoint.every_seconds", "checkpoint.keep", "tracking.uri", "tracking.mode", "tracking.experiment", "tracking.git_diff",
+              "checkpoint.every_seconds", "checkpoint.keep",
+              "tracking.uri", "tracking.mode", "tracking.experiment", "tracking.git_diff",
               "tracking.finish_seconds",
               "method.plus_alpha", "method.plus_tau",  # nothing is in method.plus
               "model.overlap", "model.overlap_seed", "model.unseen",  # no teacher is taught a part

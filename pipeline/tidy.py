@@ -1,0 +1,59 @@
+"""What ended runs have left on this machine that nothing needs any more: list it, or remove it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.compose import cli
+from pipeline.config import Config
+from pipeline.config.places import output_dir
+from pipeline.files import explained
+from pipeline.journal import SLOTS, read_entries, writer_alive
+from pipeline.reporting import tables
+from pipeline.runs.folders import folders_with, header_of
+
+OWN = {"apply": "true: remove what is listed"}
+
+
+def tidy(config: Config, command: cli.Command) -> int:
+    """Print what can go, largest first, and remove it with `apply=true`; the exit code, 0."""
+    apply, root = cli.flag(command.own, "apply"), output_dir(config)
+    found = sorted(((_size(path), path, why) for path, why in superfluous(root)), key=lambda item: -item[0])
+    for _, path, _ in found if apply else ():
+        with explained(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    rows = [(str(path.relative_to(root)), f"{size / 1e6:.1f} MB", why) for size, path, why in found]
+    total = f"{sum(size for size, *_ in found) / 1e6:.1f} MB in {len(found)} places of {root}"
+    print(tables.text(f"removed {total}" if apply else f"{total} can go: apply=true removes it", rows))
+    return 0
+
+
+def superfluous(root: Path) -> Iterator[tuple[Path, str]]:
+    """Files and folders of runs below `root` that have ended, each with the reason why it can go."""
+    for folder in folders_with(root, "journal.jsonl"):
+        if header_of(folder) is None or writer_alive(folder):
+            continue
+        end = next(
+            (entry.data for entry in reversed(read_entries(folder / "journal.jsonl")[0]) if entry.kind == "end"), {}
+        )
+        if end.get("outcome") == "pruned":
+            yield from _there((folder / "checkpoints",), "of a pruned trial")
+        elif end.get("status") == "FINISHED":
+            if not _keeps(folder):
+                yield from _there((folder / "checkpoints" / name for name in SLOTS), "checkpoint of a finished run")
+            yield from _there((folder / "fetched",), "fetched by a finished run")
+
+
+def _there(paths: Iterator[Path] | tuple[Path, ...], why: str) -> Iterator[tuple[Path, str]]:
+    yield from ((path, why) for path in paths if path.exists() and not path.is_symlink())
+
+
+def _keeps(folder: Path) -> bool:
+    """Whether the run was told to keep its checkpoints."""
+    stated = [e.data["values"] for e in read_entries(folder / "journal.jsonl")[0] if e.kind == "params"]
+    return any(str(values.get("checkpoint.keep", "")).lower() == "true" for values in stated)
+
+
+def _size(path: Path) -> int:
+    inside = path.rglob("*") if path.is_dir() else (path,)
+    return sum(file.lstat().st_size for file in inside if not file.is_dir())
