@@ -247,6 +247,7 @@ def _table(groups: Sequence[Group], anyway: bool, baseline: str) -> tuple[pd.Dat
             "val_acc": one.mean(VALIDATION),
             "val_contaminated": one.contaminated,
             "synergy": one.mean("final/synergy_acc"),
+            "teachers": one.mean("final/teacher_avg_acc"),
         }
         others = (parent, pools.lowest(groups, one, baseline, anyway), pools.at_equal_cost(groups, one, baseline))
         row["epochs at equal cost"] = math.nan if others[-1] is None else others[-1].epochs

@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.compose import rungs
 from pipeline.config.identity import NOT_COMPUTATION, canonical, listed
 from pipeline.errors import UserError
+from pipeline.runs.naming import told
 from pipeline.runs.records import Record
 
 VALIDATION = "final/val_acc"
@@ -135,12 +136,22 @@ def group(runs: Sequence[Record]) -> list[Group]:
     groups = []
     for row, key in keys:
         records = tuple(record for _, record in sorted(found[row, key].items()))
-        first = records[0]
-        method = first.label or first.tags.get("asib.step", "run")
-        name = row or f"{method} {first.tags.get('asib.config_hash', key)[:8]}"
+        name = row or _told_apart(
+            records[0], [next(iter(runs.values())) for (other, _), runs in found.items() if not other]
+        )
         counts[name] = counts.get(name, 0) + 1
         groups.append(Group(name if counts[name] == 1 else f"{name} ({counts[name]})", records))
     return groups
+
+
+def _told_apart(run: Record, others: Sequence[Record]) -> str:
+    """The method, and the keys in which the others of that method differ: `asib kd_alpha=0.8`."""
+    method = run.label or run.tags.get("asib.step", "run")
+    alike = [facts(other) for other in others if other.label == run.label]
+    own = {k: v for k, v in facts(run).items() if k not in (TEACHERS, CODE, DATA)}
+    differing = [k for k, v in own.items() if any(other.get(k, "") != v for other in alike)]
+    words = told({k: own[k] for k in differing})
+    return " ".join([method, *words[:SHOWN], *(["…"] if len(words) > SHOWN else [])])
 
 
 # what differs --------------------------------------------------------------------------------------------------------

@@ -75,8 +75,9 @@ def shown(found: Comparison) -> pd.DataFrame:
         _number(value, 2) + (" †" if marked else "")
         for value, marked in zip(table["val_acc"], table["val_contaminated"], strict=True)
     ]
-    if table["synergy"].notna().any():
-        columns["synergy"] = [_number(value, 2) for value in table["synergy"]]
+    for name in ("synergy", "teachers"):
+        if table[name].notna().any():
+            columns[name] = [_number(value, 2) for value in table[name]]
     for name in _compared(table):
         columns[name] = [_with_interval(row, name) for _, row in table.iterrows()]
     for name in table.loc[:, "student updates":]:

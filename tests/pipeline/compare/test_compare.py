@@ -343,7 +343,7 @@ def test_runs_without_rungs_are_grouped_by_configuration_seeds_left_out() -> Non
     other = record(None, 0, 22, config={"method.tau": "2.0"}, id="x", tags={"asib.config_hash": "e" * 64})
     found = compare.compare([*same, other])
     assert [len(g.records) for g in found.groups] == [2, 1]
-    assert [g.name for g in found.groups] == ["distill cccccccc", "distill eeeeeeee"]
+    assert [g.name for g in found.groups] == ["distill tau=4.0", "distill tau=2.0"]
     assert list(found.differing.index) == ["method.tau"]
     assert list(found.differing.loc["method.tau"]) == ["4.0", "2.0"]
 
