@@ -1,6 +1,7 @@
 # make setup   the environment, .venv          make demo   the main job on the bundled images, then a table
 # make test-unit, make test   the fast tests; make test-marked   what else needs no GPU; make coverage   branches
 # make check   what .ci/run runs: lint, types, imports, all tests
+# make docs   the pages of docs/ as a site, site/; a link that leads nowhere is an error
 # make bench   how fast it is: benchmarks/README.md          make clean   moves runs and the tracking store to cleaned/
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # modules are compiled once, not by every process of the tests
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test-unit test test-marked coverage lint house lock ui server bench check clean
+.PHONY: setup demo test-unit test test-marked coverage lint docs house lock ui server bench check clean
 
 setup: .venv/.installed
 
@@ -67,13 +68,17 @@ check:
 bench: setup
 	$(BIN)/python -m benchmarks
 
-lint: setup
+lint: setup docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/python tools/prose.py
+
+# `python -m`, so that the hook finds the repository
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # lines per room, circles, arrows upward
 house: setup
