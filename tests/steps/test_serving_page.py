@@ -1,4 +1,4 @@
-"""From nothing to an answer, word for word: the README's blocks, then those of docs/serving.md, in one shell."""
+"""From nothing to an answer, word for word: the blocks of docs/serving.md, in one shell."""
 
 from __future__ import annotations
 
@@ -14,18 +14,11 @@ from pathlib import Path
 import pandas
 import pytest
 
+from tests.pages import ROOT, WRITTEN, blocks
 from tests.servers import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 PORT = "5001"
 CUT = "---- next block ----"
-
-
-def blocks() -> list[str]:
-    """What the README's section and the page have between ```bash and ```."""
-    section = (ROOT / "README.md").read_text().partition("### Evaluate, promote, serve\n")[2].partition("\n### ")[0]
-    page = (ROOT / "docs/serving.md").read_text()
-    return re.findall(r"^```bash\n(.*?)^```$", f"{section}\n{page}", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.slow
@@ -41,8 +34,8 @@ def test_demo_evaluate_promote_serve_and_ask_word_for_word(tmp_path: Path) -> No
         assert usual in recipe.read_text()
         recipe.write_text(recipe.read_text().replace(usual, less))
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    port = free_port()
-    script = f"\necho '{CUT}'\n".join(block.replace(PORT, str(port)) for block in blocks())
+    port, page = free_port(), blocks("docs/serving.md")
+    script = f"\necho '{CUT}'\n".join(block.text.replace(PORT, str(port)) for block in page if not block.not_run)
     foreign = ("PYTHONPATH", "VIRTUAL_ENV", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID")
     environment = {k: v for k, v in os.environ.items() if k not in foreign}
     done = subprocess.run(
@@ -78,8 +71,9 @@ def test_demo_evaluate_promote_serve_and_ask_word_for_word(tmp_path: Path) -> No
         assert probe.connect_ex(("127.0.0.1", port)) != 0, "the server has ended"
 
 
-def test_the_page_names_what_is_there() -> None:
+def test_the_pages_name_what_is_there() -> None:
     """Results apart, which a benchmark writes."""
-    text = (ROOT / "docs/serving.md").read_text() + (ROOT / "README.md").read_text()
-    for path in re.findall(r"(?:docs|tests|benchmarks(?!/results)|deploy)/[\w./-]*\w", text):
-        assert (ROOT / path).exists(), path
+    for page in WRITTEN:
+        text = (ROOT / page).read_text()
+        for path in re.findall(r"(?<![\w/])(?:docs|tests|benchmarks(?!/results)|deploy)/[\w./-]*+(?![<*])", text):
+            assert (ROOT / path.rstrip("./")).exists(), f"{page}: {path}"
