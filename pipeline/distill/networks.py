@@ -130,6 +130,24 @@ def check_prepared(record: Mapping[str, Any], data: ImageData) -> None:
             )
 
 
+def recorded(path: Path, key: str, meta: Mapping[str, Any], data: ImageData) -> FeatureNet:
+    """The network of a logged student: the architecture in its meta.json, filled from its weights; on the CPU.
+
+    `data`: what it classifies; mean and deviation are the record's. Raises UserError, which names `key`.
+    """
+    with user_error(key):
+        record = weights.read_metadata(path)
+        net = zoo.create_model(
+            str(meta["architecture"]),
+            data.num_classes,
+            small_input=record.get("small_input"),
+            image_size=data.image_size,
+            in_chans=data.in_chans,
+        )
+    load(net, path, key, prepared_as(data, meta))
+    return net
+
+
 def saw_validation(record: Mapping[str, Any], config: Config, data: ImageData) -> bool:
     """Whether a network may have been trained on this run's validation images: its record names another split."""
     d = config.dataset

@@ -163,11 +163,12 @@ def load(source: str, fetch: Callable[[str, Path], Path], to: Path) -> tuple[bun
 
     Raises UserError: it does not exist, or is not a student as it was registered.
     """
-    student = bundle.read(_folder(source, fetch, to), f"model={source}")
+    student = bundle.read(fetched(source, fetch, to), f"model={source}")
     return student, bundle.load(student, f"model={source}")
 
 
-def _folder(source: str, fetch: Callable[[str, Path], Path], to: Path) -> Path:
+def fetched(source: str, fetch: Callable[[str, Path], Path], to: Path) -> Path:
+    """The logged model's folder that `model=` names, downloaded if it is on a server. Raises UserError."""
     if source.startswith(("models:/", "runs:/")):
         uri = source.rstrip("/")
         if source.startswith("runs:/") and "/" not in uri.removeprefix("runs:/"):

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from models import zoo
 from models.features import FeatureNet
-from models.weights import read_metadata
 from pipeline.config import Config
 from pipeline.data.batches import EvalBatches
 from pipeline.data.sources import ImageData
@@ -79,7 +77,8 @@ def fetch(registry: Registry, version: Version, data: ImageData, config: Config,
         bundle.check_servable(student, where)
         meta = bundle.describe(student, where)
         _check(where, meta, data)
-        served, net = bundle.load(student, where), _network(where, student.weights, meta, data, config)
+        served = bundle.load(student, where)
+        net = networks.placed(networks.recorded(student.weights, where, meta, data), config)
         return Contender(version, served, net, meta, "" if student.bound else bundle.manifest(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -96,20 +95,6 @@ def _check(where: str, meta: dict[str, Any], data: ImageData) -> None:
             raise UserError(f"{where} takes images of {key}={meta[key]}, and the data has {getattr(data, key)}")
     if meta.get("crop_pct") != data.crop_pct:
         raise UserError(f"{where} is served with crop_pct={meta.get('crop_pct')}, and the data has {data.crop_pct}")
-
-
-def _network(where: str, weights: Path, meta: dict[str, Any], data: ImageData, config: Config) -> FeatureNet:
-    with networks.user_error(where):
-        record = read_metadata(weights)
-        net = zoo.create_model(
-            str(meta["architecture"]),
-            data.num_classes,
-            small_input=record.get("small_input"),
-            image_size=data.image_size,
-            in_chans=data.in_chans,
-        )
-    networks.load(net, weights, where, networks.prepared_as(data, meta))
-    return networks.placed(net, config)
 
 
 def measure(contenders: list[Contender], data: ImageData, config: Config) -> list[Measured]:

@@ -5,7 +5,7 @@ import torch
 from pipeline.config import Config
 from pipeline.errors import UserError
 
-DEVICELESS = ("compare", "predict")
+DEVICELESS = ("compare", "predict", "publish")
 """Steps that never use `device`."""
 
 
