@@ -23,6 +23,7 @@ _KEYS = {
     *("api", "access", "secret", "private", "account", "auth", "client", "encryption", "master", "service", "shared"),
     *("signing", "ssh", "storage", "deploy", "license", "sas", "subscription", "webhook"),
 }
+_SECRET = {"ASIB_NOTIFY_URL"}
 _HARMLESS = re.compile(
     r"(OLD)?PWD|AWS_(DEFAULT_)?(REGION|OUTPUT|PROFILE)|AWS_(CONFIG|SHARED_CREDENTIALS|WEB_IDENTITY_TOKEN)_FILE"
     r"|AWS_ENDPOINT_URL(_\w+)?|\w*_(PASSWORD|TOKEN|SECRET|CREDENTIALS?|KEY)_(FILE|PATH|DIR)|GPG_KEY"
@@ -39,7 +40,7 @@ def looks_secret(name: str) -> bool:
     """
     if _HARMLESS.fullmatch(name):
         return False
-    if name.startswith("AWS_"):
+    if name.startswith("AWS_") or name in _SECRET:
         return True
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
     words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word]

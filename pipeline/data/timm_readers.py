@@ -24,6 +24,7 @@ from pipeline.config import DatasetConfig
 from pipeline.config.datasets import TIMM
 from pipeline.data.kept import Blocks, Kept, Source, kept, place
 from pipeline.errors import UserError
+from pipeline.extras import missing
 from pipeline.paths import inside, user_path
 from pipeline.served.pictures import FORMATS, plain, read, square
 
@@ -92,7 +93,7 @@ def _check_package(package: str | None, where: str) -> None:
     try:
         found = version(package)
     except PackageNotFoundError:
-        raise UserError(f"{where}: this needs the package {package}: pip install {package}") from None
+        raise missing(where, package) from None
     if package == "datasets" and int(found.partition(".")[0]) < SAFE_DATASETS:
         raise UserError(f"{where}: datasets {found} may run scripts of data sets: pip install 'datasets>=4'")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.compose import cli
 from pipeline.config import Config
 from pipeline.config.numbers import WORKERS, whole
+from pipeline.extras import require
 from pipeline.launch import cluster
 from pipeline.launch.cluster import ClusterConfig, LocalCluster, SlurmCluster
 from pipeline.launch.launcher import Launcher
@@ -39,7 +40,8 @@ class Workers:
         return isinstance(self.cluster, SlurmCluster) and self.cluster.gpus_per_node > 0 and config.device == "auto"
 
     def launcher(self, folder: Path) -> Launcher:
-        """What starts them; `folder` is for their logs."""
+        """What starts them; `folder` is for their logs. Raises UserError: submitit is not installed."""
+        require(f"cluster={self.cluster.name}", "submitit")
         return LAUNCHERS[self.cluster.kind](self.cluster, folder, self.number)
 
 

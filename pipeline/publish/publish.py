@@ -106,7 +106,8 @@ def blank(meta: Mapping[str, Any], where: str, digest: str) -> ImageData:
 
     Raises UserError: sizes that no student of this project has.
     """
-    size, channels, crop = meta["image_size"], meta.get("in_chans"), meta.get("crop_pct")
+    size, crop = meta["image_size"], meta.get("crop_pct")
+    channels: Any = meta.get("in_chans")
     classes, mean, std = (tuple(meta[name]) for name in ("classes", "mean", "std"))
     good = (
         isinstance(size, int)

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from pipeline import extras
 from pipeline.compose import cli, shortcuts
 from pipeline.compose.compose import compose, dump
 from pipeline.compose.help import USUAL, step_help
@@ -26,6 +27,7 @@ from pipeline.config import Config, UnknownKey
 from pipeline.config.numbers import processes
 from pipeline.config.places import check_there
 from pipeline.errors import Interrupted, NonFinite, UserError
+from pipeline.runs import notify
 from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
 from pipeline.runs.mlflow_run import kill_mlflow_run_parent
 from pipeline.runs.run_log import log_to, log_to_terminal
@@ -82,23 +84,26 @@ class Step:
         arguments = [*(sys.argv[1:] if argv is None else argv)]
         debug = "--debug" in arguments or "debug=true" in arguments  # until the arguments are parsed
         try:
-            command = cli.parse(arguments, self.own)
+            own = {**self.own, **(notify.OWN if self.job else {})}
+            command = cli.parse(arguments, own)
             debug = command.debug
             if command.help is not None:
-                print(step_help(self.name, self.about or "", self.own, self.keys, command), end="")
+                print(step_help(self.name, self.about or "", own, self.keys, command), end="")
                 return 0
+            command, address = notify.taken(command, bool(self.job))
             if self.cfg is not None and command.cfg is None:
                 command = replace(command, cfg=self.cfg(command.own))
             given = [f"{key}={command.own[name]}" for name, key in self.short.items() if command.own.get(name)]
             command = replace(command, overrides=(*given, *shortcuts.named_teachers(command.overrides)))
-            config = configuration(command, self.own)
+            config = configuration(command, own)
             debug = config.debug
-            code = None if self.act is None else _late(self.act)(config, command)
-            return self._run(config, command) if code is None else code
+            with notify.kept(address):
+                code = None if self.act is None else _late(self.act)(config, command)
+                return self._run(config, command) if code is None else code
         except Interrupted as error:
             return 128 + error.signum  # before the run or after its end, so nothing is lost
         except Exception as error:
-            said = as_user_error(error, Path.cwd())
+            said = extras.explained(error, self.name) or as_user_error(error, Path.cwd())
             if isinstance(said, UserError):
                 return _refuse(self.name, said, debug)
             raise
@@ -201,13 +206,14 @@ def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> int
     """Run the job, end the run the way the job ended, and return the exit code."""
     from pipeline.training import distributed
 
+    found = None
     try:
         distributed.join()
         distributed.first_process_says(str(run.folder))
         found = job(run)
         ending = found if isinstance(found, Ending) else COMPLETED
     except (Interrupted, Exception) as raised:
-        error = as_user_error(raised, run.folder)
+        error = extras.explained(raised, run.step) or as_user_error(raised, run.folder)
         if isinstance(error, UserError) and run.pending:
             raise error from raised
         if isinstance(error, UserError) and run.config.debug:
@@ -218,6 +224,7 @@ def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> int
             logger.error("the run failed", exc_info=error)
         ending = ending_of(error)
     run.close(ending)
+    notify.ended(run, ending, found if isinstance(found, float) else None)
     if ending.exit_code and ending.status != "FAILED":
         kill_mlflow_run_parent()  # it would overwrite KILLED, or a refusal's FINISHED, with FAILED (docs/tracking.md)
     return ending.exit_code
