@@ -27,7 +27,7 @@ from pipeline.config.numbers import (
 class ClusterConfig(Section):
     """The keys of every kind of cluster; `name` is the file's, without its folder and suffix."""
 
-    kind: Literal["local", "slurm"]
+    kind: Literal["local", "slurm", "command"]
     name: str = Field(default="", exclude=True)
     processes_per_trial: Group = key(1, "processes that train one trial together, each with a device of its own")
 
@@ -62,7 +62,20 @@ class SlurmCluster(ClusterConfig):
     additional: dict[str, str | Whole | bool] = key({}, "further options of sbatch, such as {exclusive: true}")
 
 
-Cluster = Annotated[LocalCluster | SlurmCluster, Field(discriminator="kind")]
+class CommandCluster(ClusterConfig):
+    """Workers that a line of shell starts, one each: any scheduler, `ssh`, or a program of your own."""
+
+    kind: Literal["command"] = "command"
+    command: str = key("", "starts a worker; {command} and {script}: what it runs, {resources}, {name}, {gpus}, {cpus}")
+    resources: str = key("", "what {resources} stands for: options of the scheduler")
+    cancel: str | None = key(None, "ends a job; {job}: the first word with a digit in what the command has printed")
+    gpus_per_node: Processes = key(0, "GPUs of one worker: {gpus}")
+    cpus_per_task: Threads | None = key(None, "cores, and threads, of one process: {cpus}; null: 1")
+    setup: tuple[str, ...] = key((), "shell lines before the worker, such as `module load cuda`")
+    silent_s: AtLeastOne = key(180, "seconds without a sign of life after which a worker is replaced")
+
+
+Cluster = Annotated[LocalCluster | SlurmCluster | CommandCluster, Field(discriminator="kind")]
 
 
 def load(name_or_path: str, settings: Mapping[str, str]) -> ClusterConfig:

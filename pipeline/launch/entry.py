@@ -11,13 +11,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.files import write_atomically
 from pipeline.launch.processes import identity
-
-if TYPE_CHECKING:
-    from submitit import JobEnvironment
 
 PREEMPTION = signal.SIGUSR2
 """The signal sent before a preemption and before the time limit."""
@@ -45,24 +42,37 @@ def enter(
     if job.cluster == "local":
         os.setsid()  # no signals from a terminal, whichever handlers the work installs
         os.environ["MASTER_ADDR"] = "127.0.0.1"
-    _see_one_device(job, devices)
+    see_one_device(devices, job.num_tasks, job.local_rank)
     if job.num_tasks > 1:
         # as torchrun describes the group
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    me = Path(folder) / "processes" / f"{index}.{job.global_rank}.json"
-    me.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(me, json.dumps(identity(os.getpid())))
-    module, _, function = work.partition(":")
-    code: int = getattr(importlib.import_module(module), function)(index=index, **arguments)
+    record(Path(folder), index, job.global_rank)
+    code = call(work, index, arguments)
     if code == PREEMPTED and requeue and job.cluster == "slurm" and job.global_rank == 0:
         _requeue()
     return code
 
 
-def _see_one_device(job: "JobEnvironment", devices: Sequence[str] | None) -> None:
+def record(folder: Path, index: int, rank: int) -> Path:
+    """Note who this process of a worker is, in the launcher's folder; the file."""
+    me = folder / "processes" / f"{index}.{rank}.json"
+    me.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(me, json.dumps(identity(os.getpid())))
+    return me
+
+
+def call(work: str, index: int, arguments: Mapping[str, Any]) -> int:
+    """Do the work that "module:function" names; its return value."""
+    module, _, function = work.partition(":")
+    code: int = getattr(importlib.import_module(module), function)(index=index, **arguments)
+    return code
+
+
+def see_one_device(devices: Sequence[str] | None, tasks: int, local_rank: int) -> None:
+    """Leave this process its own one of the worker's GPUs; `devices`, `tasks`: as `enter` has them."""
     visible = devices if devices is not None else os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if devices is not None or (job.num_tasks > 1 and len(visible) >= job.num_tasks):
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[job.local_rank] if visible else ""
+    if devices is not None or (tasks > 1 and len(visible) >= tasks):
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[local_rank] if visible else ""
 
 
 def _requeue() -> None:

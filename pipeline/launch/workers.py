@@ -9,17 +9,18 @@ from pipeline.config import Config
 from pipeline.config.numbers import WORKERS, whole
 from pipeline.extras import require
 from pipeline.launch import cluster
-from pipeline.launch.cluster import ClusterConfig, LocalCluster, SlurmCluster
+from pipeline.launch.cluster import ClusterConfig, CommandCluster, LocalCluster, SlurmCluster
+from pipeline.launch.command import Command
 from pipeline.launch.launcher import Launcher
 from pipeline.launch.local import Here
 from pipeline.launch.slurm import Slurm
 
 OWN = {
     "workers": "how many run at a time; 1 by default",
-    "cluster": "where workers run: local (the default), slurm, or a YAML file",
+    "cluster": "where workers run: local (the default), slurm, command, or a YAML file",
     "cluster.": "any key of the cluster's file: cluster.partition=gpu",
 }
-LAUNCHERS: dict[str, type[Launcher]] = {"local": Here, "slurm": Slurm}
+LAUNCHERS: dict[str, type[Launcher]] = {"local": Here, "slurm": Slurm, "command": Command}
 """Launchers by kind of cluster."""
 
 
@@ -37,11 +38,13 @@ class Workers:
 
     def on_gpus(self, config: Config) -> bool:
         """Whether they compute on GPUs although this machine may have none: it only submits them."""
-        return isinstance(self.cluster, SlurmCluster) and self.cluster.gpus_per_node > 0 and config.device == "auto"
+        submits = isinstance(self.cluster, SlurmCluster | CommandCluster)
+        return submits and self.cluster.gpus_per_node > 0 and config.device == "auto"
 
     def launcher(self, folder: Path) -> Launcher:
         """What starts them; `folder` is for their logs. Raises UserError: submitit is not installed."""
-        require(f"cluster={self.cluster.name}", "submitit")
+        if not isinstance(self.cluster, CommandCluster):
+            require(f"cluster={self.cluster.name}", "submitit")
         return LAUNCHERS[self.cluster.kind](self.cluster, folder, self.number)
 
 

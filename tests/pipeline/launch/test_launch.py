@@ -37,7 +37,7 @@ class Site:
         self.made: list[Launcher] = []
 
     def launcher(self, cluster: str = "local", workers: int = 1, **settings: str) -> Launcher:
-        usual = SMALL if cluster == "slurm" else {}
+        usual = {"slurm": SMALL, "command": {"command": "{command} &", "silent_s": "2"}}.get(cluster, {})
         loaded = load(cluster, {**usual, **settings})
         self.made.append(LAUNCHERS[loaded.kind](loaded, self.folder, workers))
         return self.made[-1]
@@ -80,7 +80,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 # every backend -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["local", pytest.param("slurm", marks=pytest.mark.slurm)])
+@pytest.fixture(params=["local", "command", pytest.param("slurm", marks=pytest.mark.slurm)])
 def backend(request: pytest.FixtureRequest) -> str:
     """The one list of backends; its name in conf/cluster."""
     if request.param == "slurm":
@@ -98,7 +98,7 @@ def test_workers_run_to_their_end_with_an_index_their_share_of_the_cores_and_the
     launcher.start(hold, 2, folder=str(site.notes))
     assert launcher.alive() == 2, "right after the start"
     seen = site.read("0.0.json", "1.0.json")
-    threads = "1" if backend == "slurm" else str(max(1, len(os.sched_getaffinity(0)) // 2))
+    threads = "1" if backend != "local" else str(max(1, len(os.sched_getaffinity(0)) // 2))
     for index, worker in enumerate(seen):
         assert worker["index"] == index
         assert (worker["OMP_NUM_THREADS"], worker["PYTHONPATH"]) == (threads, str(REPOSITORY))
@@ -295,6 +295,79 @@ def test_the_slurm_plan_is_the_arrays_script_and_needs_no_slurm(site: Site, monk
     assert lines.index("module load cuda") < next(i for i, line in enumerate(lines) if line.startswith("srun "))
 
 
+# through a command -------------------------------------------------------------------------------------------------
+
+QUEUE = """#!/bin/sh
+# a scheduler that never has room: it names the job, and notes what was cancelled
+echo "Your job 41$#.head is queued"
+"""
+
+
+@pytest.fixture
+def queue(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = site.notes.parent / "bin"
+    programs.mkdir()
+    for name, text in {"enqueue": QUEUE, "dequeue": f'#!/bin/sh\necho "$1" >>{site.notes}/cancelled\n'}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+
+
+def test_a_command_gets_its_resources_and_what_waits_is_cancelled(site: Site, queue: None) -> None:
+    given = {"resources": "-l gpu={gpus}", "command": "enqueue {resources} -N {name} {script}", "gpus_per_node": "2"}
+    launcher = site.launcher("command", **given, cancel="dequeue {job}")
+    launcher.check()
+    assert launcher.plan().splitlines()[1] == f"  enqueue -l gpu={{gpus}} -N asib-0 {site.folder}/jobs/0.sh"
+    assert launcher.start(hold, 1, folder=str(site.notes)) == [{"index": 0, "job": "415.head"}]
+    assert launcher.alive() == 1, "it waits"
+    launcher.stop()
+    assert launcher.alive() == 0
+    assert (site.notes / "cancelled").read_text() == "415.head\n"
+    done = subprocess.run(["sh", str(site.folder / "jobs/0.sh")], timeout=TIMEOUT_S)  # it gets its turn all the same
+    assert (done.returncode, (site.notes / "0.0.json").exists()) == (0, False)
+
+
+def test_no_password_is_in_a_workers_files(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.lab")
+    monkeypatch.setenv("ASIB_STORAGE", "postgresql://me:secret-word@db/optuna")
+    site.launcher("command", command="true {script}").start(hold, 1, folder=str(site.notes))
+    text = (site.folder / "jobs/0.sh").read_text()
+    assert "export MLFLOW_TRACKING_URI=https://mlflow.lab\n" in text
+    assert not [file for file in site.folder.rglob("*") if file.is_file() and "secret-word" in file.read_text()]
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_commands_worker_are_a_group(site: Site) -> None:
+    launcher = site.launcher("command", processes_per_trial="2", setup="['export CUDA_VISIBLE_DEVICES=3,5']")
+    launcher.start(hold, 1, folder=str(site.notes))
+    seen = site.read("0.0.json", "0.1.json")
+    assert [(s["RANK"], s["WORLD_SIZE"], s["CUDA_VISIBLE_DEVICES"]) for s in seen] == [("0", "2", "3"), ("1", "2", "5")]
+    launcher.stop()
+    assert [end["signal"] for end in site.read("0.0.end", "0.1.end")] == ["SIGTERM", "SIGTERM"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"command": ""}, ["cluster=command", "cluster.command is not set", "qsub -V {resources} {script}"]),
+        ({"command": "true"}, ["cluster.command=true starts no worker", "{command} or {script}"]),
+        ({"command": "qsubb {script}"}, ["cluster.command: there is no program qsubb"]),
+        ({"command": "true {script}", "cancel": "qdell {job}"}, ["cluster.cancel: there is no program qdell"]),
+    ],
+)
+def test_a_command_that_starts_no_worker_is_refused(site: Site, settings: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        site.launcher("command", **settings).check()
+    assert_line(refused.value, words)
+
+
+def test_a_command_that_fails_says_why(site: Site) -> None:
+    launcher = site.launcher("command", command="echo no such queue; false {script}")
+    with pytest.raises(UserError) as refused:
+        launcher.start(hold, 1, folder=str(site.notes))
+    assert_line(refused.value, ["cluster.command has started no worker", "exit code 1: no such queue", "0_submit.out"])
+
+
 # bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -306,7 +379,7 @@ def test_the_slurm_plan_is_the_arrays_script_and_needs_no_slurm(site: Site, monk
         ("local", {"partition": "gpu"}, ["cluster.partition", "local has no partition", "a key of slurm", "gpus"]),
         ("local", {"name": "x"}, ["cluster.name: local has no name"]),
         ("local", {"gpus": "all"}, ["cluster.gpus: got 'all'", "auto, or a list of whole numbers"]),
-        ("local", {"kind": "cloud"}, ["cluster.kind: got 'cloud'", "give one of local, slurm"]),
+        ("local", {"kind": "cloud"}, ["cluster.kind: got 'cloud'", "give one of local, slurm, command"]),
     ],
 )
 def test_a_bad_cluster_is_refused_in_one_line(cluster: str, settings: dict[str, str], words: list[str]) -> None:
