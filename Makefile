@@ -87,6 +87,8 @@ house: setup
 # the lock, and a bill of materials of it (CycloneDX)
 lock: setup
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --group dev --all-extras pyproject.toml -o requirements.lock
+	@set -e; for folder in deploy deploy/serve; do $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-header --no-annotate --constraint requirements.lock $$folder/requirements.txt -o $$folder/requirements.lock; done
 	$(BIN)/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible -o sbom.json
 
 # moved, not deleted: they are all experiments and registered models

@@ -38,8 +38,8 @@ class Workers:
 
     def on_gpus(self, config: Config) -> bool:
         """Whether they compute on GPUs although this machine may have none: it only submits them."""
-        submits = isinstance(self.cluster, SlurmCluster | CommandCluster)
-        return submits and self.cluster.gpus_per_node > 0 and config.device == "auto"
+        there = isinstance(self.cluster, SlurmCluster | CommandCluster) and self.cluster.gpus_per_node > 0
+        return there and config.device == "auto"
 
     def launcher(self, folder: Path) -> Launcher:
         """What starts them; `folder` is for their logs. Raises UserError: submitit is not installed."""

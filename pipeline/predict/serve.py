@@ -1,7 +1,7 @@
 """A student over HTTP without its version's code: the answers of `mlflow models serve`, from this project's own code.
 
-`/ping`, `/health`, `/version` and `/invocations` as MLflow 3 has them for a student. Requests that are too large, too
-deeply nested or too slow are refused; see `Limits`.
+`/ping`, `/health`, `/version` and `/invocations` as MLflow 3 has them for a student, and for whoever runs it `/ready`
+and `/metrics`. Requests that are too large, too deeply nested or too slow are refused; see `Limits`.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -32,6 +33,7 @@ from pipeline.compose.groups import STUDENTS
 from pipeline.config import Config
 from pipeline.config.numbers import whole
 from pipeline.errors import UserError
+from pipeline.predict.metrics import CONTENT_TYPE, Metrics, Outcome
 from pipeline.predict.predict import load
 from pipeline.served.pictures import Refused
 from pipeline.served.student_pyfunc import Classifier, answers
@@ -83,17 +85,39 @@ class Refusal(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-def application(classifier: Classifier, limits: Limits) -> Starlette:
-    """The server for a network that is loaded."""
+BUSY = CONNECTIONS // 2
+"""From this many requests at a time on, the server asks for no more: `/ready` says so to whoever distributes them."""
+
+
+def application(classifier: Classifier, limits: Limits, served: Mapping[str, str] | None = None) -> Starlette:
+    """The server for a network that is loaded; `served`: what `/metrics` says of it."""
+    counted = Metrics(served or {})
     places = asyncio.Semaphore(max(1, os.cpu_count() or 1))
 
     async def ping(request: Request) -> Response:
         return Response("\n", media_type="application/json")
 
+    async def ready(request: Request) -> Response:
+        if counted.running >= BUSY:
+            return Response("busy\n", 503, media_type="text/plain")
+        return Response("ready\n", media_type="text/plain")
+
+    async def metrics(request: Request) -> Response:
+        return Response(counted.text(), media_type=CONTENT_TYPE)
+
     async def version(request: Request) -> Response:
-        return Response(importlib.metadata.version("mlflow"), media_type="application/json")
+        try:
+            return Response(importlib.metadata.version("mlflow"), media_type="application/json")
+        except importlib.metadata.PackageNotFoundError:  # it is not needed for a student on this machine
+            return Response(status_code=404)
 
     async def invocations(request: Request) -> Response:
+        with counted.request() as outcome:
+            response = await invoked(request, outcome)
+            outcome.status = response.status_code
+        return response
+
+    async def invoked(request: Request, outcome: Outcome) -> Response:
         refused = _content_type(request.headers)
         if refused is not None:
             return refused
@@ -103,7 +127,7 @@ def application(classifier: Classifier, limits: Limits) -> Starlette:
                 if isinstance(body, Response):
                     return body
                 async with places:
-                    text = await asyncio.to_thread(answer, classifier, body)
+                    text, outcome.images = await asyncio.to_thread(answer, classifier, body)
         except Refused as error:
             return Refusal(str(error))
         except ClientDisconnect:
@@ -119,6 +143,8 @@ def application(classifier: Classifier, limits: Limits) -> Starlette:
     routes = [
         Route("/ping", ping),
         Route("/health", ping),
+        Route("/ready", ready),
+        Route("/metrics", metrics),
         Route("/version", version),
         Route("/invocations", invocations, methods=["POST"]),
     ]
@@ -158,8 +184,8 @@ async def _body(request: Request, limits: Limits) -> bytes | Response:
             return Refusal(large, 413, "BAD_REQUEST", last=True)
 
 
-def answer(classifier: Classifier, body: bytes) -> str:
-    """From a request's JSON to the answer's. Raises Refused."""
+def answer(classifier: Classifier, body: bytes) -> tuple[str, int]:
+    """From a request's JSON to the answer's, and the number of images. Raises Refused."""
     try:
         asked = json.loads(body)
     except RecursionError as error:
@@ -168,7 +194,8 @@ def answer(classifier: Classifier, body: bytes) -> str:
         raise Refused(f"not valid JSON: {error!s:.100}") from error
     if not isinstance(asked, dict) or not isinstance(asked.get("inputs"), list):
         raise Refused('send a JSON object whose key "inputs" is a list of images')
-    return json.dumps({"predictions": answers(classifier, asked["inputs"])})
+    found = answers(classifier, asked["inputs"])
+    return json.dumps({"predictions": found}), len(found)
 
 
 # the server ----------------------------------------------------------------------------------------------------------
@@ -219,11 +246,15 @@ def serve(config: Config, command: cli.Command) -> int:
     with listen(own.get("host") or "127.0.0.1", port) as listening:
         with tempfile.TemporaryDirectory(prefix="asib-served-") as folder:
             student, classifier = load(source, lambda what, to: start.fetch_now(uri, what, to), Path(folder))
+        side, channels = classifier.size, classifier.channels
+        classifier.probabilities(np.zeros((1, side, side, channels), np.uint8))  # the first answer takes longest
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         logger.info("serving %s on http://%s:%d", student.version or source, address, port)
         try:
-            server(application(classifier, limits), limits).run(sockets=[listening])
+            server(application(classifier, limits, {"model": student.version or source}), limits).run(
+                sockets=[listening]
+            )
         except KeyboardInterrupt:
             return 130
     return 0

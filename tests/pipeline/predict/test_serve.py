@@ -12,7 +12,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     onnx.save(network(), folder / "net.onnx")
     (folder / "meta.json").write_text(json.dumps({"classes": CLASSES, "image_size": 4, "in_chans": 3}))
     classifier = Classifier(str(folder / "net.onnx"), str(folder / "meta.json"))
-    server = serve.server(serve.application(classifier, LIMITS), LIMITS)
+    server = serve.server(serve.application(classifier, LIMITS, {"model": 'models:/\\a"b/1'}), LIMITS)
     with serve.listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -77,6 +77,49 @@ def test_pictures_and_pixels_are_answered(port: int) -> None:
     assert [one["class"] for one in found] == ["light", "dark", "light"]
     assert found[0] == {"class": "light", "probability": 1.0, "probabilities": {"dark": 0.0, "light": 1.0}}
     assert [ask(port, None, path=path)[:2] for path in ("/ping", "/health")] == [(200, b"\n")] * 2
+
+
+def scraped(port: int) -> dict[str, float]:
+    """Every sample of /metrics."""
+    status, body, _ = ask(port, None, path="/metrics")
+    assert status == 200
+    lines = [line.rpartition(" ") for line in body.decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
+
+
+def test_metrics_count_requests_images_and_seconds(port: int) -> None:
+    before = scraped(port)
+    ask(port, json.dumps({"inputs": [LIGHT.tolist()] * 3}).encode())
+    ask(port, b"[1]")
+    ask(port, None, path="/ping")
+    after = scraped(port)
+    grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    assert grown['asib_requests_total{status="200"}'] == 1
+    assert grown['asib_requests_total{status="400"}'] == 1
+    assert grown["asib_images_total"] == 3
+    assert grown["asib_request_seconds_count"] == grown['asib_request_seconds_bucket{le="+Inf"}'] == 2
+    bounds = [value for name, value in after.items() if name.startswith("asib_request_seconds_bucket")]
+    assert bounds == sorted(bounds)
+    assert 0 < grown["asib_request_seconds_sum"] < 60
+    assert (after["asib_requests_running"], after['asib_model_info{model="models:/\\\\a\\"b/1"}']) == (0, 1)
+
+
+def test_a_busy_server_asks_for_no_more(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(port, None, path="/ready")[:2] == (200, b"ready\n")
+    monkeypatch.setattr(serve, "BUSY", 1)
+    with socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.sendall(
+            b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        until(lambda: ask(port, None, path="/ready")[0] == 503)
+    until(lambda: ask(port, None, path="/ready")[0] == 200)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
