@@ -23,7 +23,7 @@ import optuna
 import sqlalchemy
 
 from benchmarks import harness
-from benchmarks.empty_trials import SPACE, storages
+from benchmarks.empty_trials import SPACE
 from pipeline.sweep.space.space import SweepConfig
 from pipeline.sweep.study.storage import database_url
 from pipeline.sweep.study.study import Study
@@ -44,7 +44,7 @@ def asks(storage: Callable[[], Any], name: str, share: int) -> None:
     study = optuna.load_study(study_name=name, storage=storage(), sampler=optuna.samplers.RandomSampler())
     for _ in range(share):
         trial = study.ask()
-        values = [trial.suggest_float(key, d["low"], d["high"], log=d.get("log", False)) for key, d in SPACE.items()]
+        values = [trial.suggest_float(key, 1e-6, 1.0) for key in SPACE]
         study.tell(trial, values[-1])
 
 
@@ -115,6 +115,26 @@ def proxy(url: str, port: int) -> Iterator[None]:
             process.wait(10)
 
 
+@contextmanager
+def database(given: str | None, connections: int) -> Iterator[str]:
+    """The URL of an empty PostgreSQL database that allows that many connections."""
+    from tests.postgres import PostgresServer, programs
+
+    if given:
+        yield given
+        return
+    if programs() is None:
+        raise SystemExit("PostgreSQL is not installed: apt-get install postgresql, or give --postgres <URL>")
+    server = PostgresServer(fsync=True)
+    with (server.folder / "data/postgresql.conf").open("a") as file:
+        file.write(f"max_connections = {connections}\n")
+    try:
+        server.start()
+        yield server.create_database()
+    finally:
+        server.close()
+
+
 def main() -> None:
     parser = harness.parser(__doc__, "output")
     parser.add_argument("--trials", type=int, default=640)
@@ -124,10 +144,7 @@ def main() -> None:
     parser.add_argument("--postgres", metavar="URL", help="an empty database")
     options = parser.parse_args()
     result: dict[str, Any] = harness.described("sqlalchemy", "psycopg") | {"results": []}
-    with storages(options.postgres) as urls:
-        url = urls[-1]
-        if not url.startswith("postgresql"):
-            raise SystemExit("64 workers need PostgreSQL: apt-get install postgresql, or --postgres <URL>")
+    with database(options.postgres, 5 * options.workers + 50) as url:
         space = {"name": "ours", "space": SPACE, "sampler": {"name": "random"}, "pruner": {"name": "none"}}
         Study.create(
             url, "ours", SweepConfig.model_validate({**space, "trials": options.trials}), {"digest": "ours"}
