@@ -1,7 +1,8 @@
-"""Processes without the seconds of their imports: forks of one process that has imported MLflow, or a step's packages.
+"""Processes without the seconds of their imports: forks of one process that has imported MLflow and the steps.
 
-For tests that run steps in this process, and for those that kill them. A fork runs `python -m <module>` with pipes, an
-environment, a session, a umask and a log of its own, as a new process would; a step's fork forks its delivery itself.
+For tests that run steps in this process, and for those that kill them. A fork runs `python -m <module>` with files, an
+environment, a session and a umask of its own, as a new process would; a step's fork forks its delivery itself, and
+submitit's processes for its workers. All workers of pytest-xdist share the process that forks.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import select
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,6 +34,8 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = threading.Lock()
 DELIVERY = "pipeline.tracking.process"
+NEAREST: list[socket.socket] = []
+"""In a fork: the line to a process that forked before it, and forks its workers: they inherit none of its databases."""
 
 
 def cut_no_power() -> None:
@@ -51,30 +56,54 @@ def cut_no_power() -> None:
 
 
 class Fork:
-    """As much of `subprocess.Popen` as a `Delivery` and the tests use; stdin and stdout are pipes.
+    """As much of `subprocess.Popen` as a `Delivery`, submitit and the tests use.
 
     Args:
         command: `[sys.executable, ..., "-m", <module>, *arguments]`, where the module is a step or `DELIVERY`.
+        stdin: a pipe, or this process's.
+        stdout: a pipe, a file, or this process's.
+        stderr: a file, or this process's.
     """
 
-    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], stderr: IO[Any], **_: Any) -> None:
-        asked, tells, ended = os.pipe(), os.pipe(), os.pipe()
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        stdin: int | None = None,
+        stdout: IO[Any] | int | None = None,
+        stderr: IO[Any] | None = None,
+        start_new_session: bool = False,
+        **_: Any,
+    ) -> None:
+        ended, theirs, closed = os.pipe(), [0, 1, 2], []
+        if stdin == subprocess.PIPE:
+            theirs[0], ours = os.pipe()
+            closed.append(theirs[0])
+            self.stdin = os.fdopen(ours, "w")
+        if stdout == subprocess.PIPE:
+            ours, theirs[1] = os.pipe()
+            closed.append(theirs[1])
+            self.stdout = os.fdopen(ours)
+        for number, file in ((1, stdout), (2, stderr)):
+            if file is not None and not isinstance(file, int):
+                theirs[number] = file.fileno()
         module, *arguments = command[command.index("-m") + 1 :]
         umask = os.umask(0)
         os.umask(umask)
-        here = {"environment": dict(env), "folder": os.getcwd(), "umask": umask}
-        said = {"module": module, "arguments": arguments, **here}
-        self._launch(said, [asked[0], tells[1], stderr.fileno(), ended[1]])
-        for descriptor in (asked[0], tells[1], ended[1]):
+        ignored = [number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN]
+        here = {"environment": dict(env), "folder": os.getcwd(), "umask": umask, "ignored": ignored}
+        said = {"module": module, "arguments": arguments, "session": start_new_session, **here}
+        self._launch(said, [*theirs, ended[1]])
+        for descriptor in (*closed, ended[1]):
             os.close(descriptor)
-        self.stdin, self.stdout = os.fdopen(asked[1], "w"), os.fdopen(tells[0])
         self.pid = int.from_bytes(os.read(ended[0], 4), "big")
         self._ended = ended[0]
         self._code: int | None = None
         self._lock = threading.Lock()
 
     def _launch(self, said: dict[str, Any], theirs: list[int]) -> None:
-        content, line = json.dumps(said).encode(), forks(said["module"] != DELIVERY)
+        content, line = json.dumps(said).encode(), NEAREST[-1] if NEAREST else forks()
         with LOCK:
             socket.send_fds(line, [len(content).to_bytes(4, "big")], theirs)
             line.sendall(content)
@@ -97,6 +126,10 @@ class Fork:
             os.close(self._ended)
             return self._code
 
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
     def kill(self) -> None:
         """Kill -9, and wait until its locks are gone with it."""
         if self.poll() is None:
@@ -104,6 +137,24 @@ class Fork:
             self.wait()
             while Path(f"/proc/{self.pid}").exists():
                 time.sleep(0.01)
+
+
+def group(module: str, *arguments: str, log: Path, count: int = 2) -> None:
+    """Run a module in processes that train together, as torchrun starts them; all end with code 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    processes = []
+    with log.open("w") as file:
+        for rank in range(count):
+            environment = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, "-m", module, *arguments]
+            processes.append(Fork(command, env=environment, stdout=file, stderr=file, start_new_session=True))
+    try:
+        assert [process.wait(300) for process in processes] == count * [0], log.read_text()[-6000:]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 class Child(Fork):
@@ -119,61 +170,102 @@ class Child(Fork):
 
 
 @cache
-def forks(steps: bool) -> socket.socket:
-    """The line to the process that forks deliveries, or steps."""
-    ours, theirs = socket.socketpair()
+def forks() -> socket.socket:
+    """The line to the process that forks; whoever is the first to take its name starts it."""
+    name = f"\0asib-forks-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    line = socket.socket(socket.AF_UNIX)
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(name)
+        except OSError:  # taken
+            line.connect(name)
+        else:
+            listener.listen()
+            line.connect(name)
+            start_forking(listener.fileno())
+    atexit.register(line.close)
+    return line
+
+
+def start_forking(listener: int) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["MLFLOW_DISABLE_TELEMETRY"] = "true"  # its thread would not live on in a fork
-    command = [sys.executable, "-P", str(Path(__file__)), str(theirs.fileno()), *["steps"] * steps]
+    command = [sys.executable, "-P", str(Path(__file__)), str(listener)]
     with open(os.devnull, "r+b") as nothing:
         subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=environment, stdin=nothing, stdout=nothing, start_new_session=True
+            command, pass_fds=[listener], env=environment, stdin=nothing, stdout=nothing, start_new_session=True
         )
-    theirs.close()
-    atexit.register(ours.close)
-    return ours
 
 
 def main() -> None:
     import mlflow  # noqa: F401  -- with all that it imports late
     from mlflow.store.tracking import sqlalchemy_store  # noqa: F401
+    from submitit.local import local
 
+    from pipeline import main_job  # noqa: F401
+    from pipeline.ablate import worker as ablate_worker  # noqa: F401
+    from pipeline.distill import distill  # noqa: F401
+    from pipeline.reporting import figures
+    from pipeline.runs import opening  # noqa: F401
+    from pipeline.sweep import worker as sweep_worker  # noqa: F401
     from pipeline.tracking import _compat, follow, pipe, process, requests  # noqa: F401
 
     _compat.latest_schema()
     cut_no_power()
-    if "steps" in sys.argv:
-        from pipeline import main_job  # noqa: F401
-        from pipeline.distill import distill  # noqa: F401
-        from pipeline.reporting import figures
-        from pipeline.runs import opening  # noqa: F401
-
-        figures.pyplot()
-        pipe.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Child})  # type: ignore[assignment]
-    line = socket.socket(fileno=int(sys.argv[1]))
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks here
+    figures.pyplot()
+    for module, kind in ((pipe, Child), (local, Fork)):
+        module.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": kind})  # type: ignore[attr-defined]
     gc.freeze()
-    while True:
-        head, theirs, *_ = socket.recv_fds(line, 4, 4, socket.MSG_WAITALL)
-        if not head:
-            return
-        said = json.loads(line.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
-        if os.fork() == 0:
-            line.close()
-            run(said, theirs)
-        for descriptor in theirs:
-            os.close(descriptor)
+    serve([], socket.socket(fileno=int(sys.argv[1])))
+
+
+def serve(lines: list[socket.socket], listener: socket.socket | None = None) -> None:
+    """Fork what is asked for on these lines, and on those that the listener takes, until all have ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks here
+    while lines or listener:
+        ours = [*lines, *([listener] if listener else [])]
+        for ready in select.select(ours, [], [])[0]:
+            if ready is listener:
+                line = listener.accept()[0]
+                user = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+                if user == os.getuid():  # a name without a file has no permissions
+                    lines.append(line)
+            elif not answer(ready, ours):
+                lines.remove(ready)
+                if not lines:
+                    return
+
+
+def answer(line: socket.socket, ours: Sequence[socket.socket]) -> bool:
+    """Fork what was asked for on this line; False at its end."""
+    head, theirs, *_ = socket.recv_fds(line, 4, 4, socket.MSG_WAITALL)
+    if not head:
+        return False
+    said = json.loads(line.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
+    if os.fork() == 0:
+        for each in ours:
+            each.close()
+        run(said, theirs)
+    for descriptor in theirs:
+        os.close(descriptor)
+    return True
 
 
 def run(said: dict[str, Any], theirs: list[int]) -> None:
     """In a fork: become the process that was asked for; a delivery's trainer is the process that forked it."""
-    os.setsid()
+    if said["session"]:
+        os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if said["module"] != DELIVERY:
+        keep_a_copy(theirs)
+    for number in said["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
     os.write(theirs[3], os.getpid().to_bytes(4, "big"))
     code = 1
     try:
         for number, descriptor in enumerate(theirs[:3]):
             os.dup2(descriptor, number)
+        for descriptor in {*theirs[:3]} - {0, 1, 2}:
             os.close(descriptor)
         os.set_inheritable(theirs[3], False)
         os.environ.clear()
@@ -191,10 +283,26 @@ def run(said: dict[str, Any], theirs: list[int]) -> None:
             code = 0
     except SystemExit as left:
         code = int(left.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         with contextlib.suppress(OSError):  # whoever would wait for it is gone
             os.write(theirs[3], bytes([code]))
         os._exit(code)
+
+
+def keep_a_copy(theirs: list[int]) -> None:
+    """Let this process, as it is now, fork what it will start."""
+    near, far = socket.socketpair()
+    if os.fork() == 0:
+        for descriptor in (near.fileno(), *theirs):
+            os.close(descriptor)
+        serve([far])
+        os._exit(0)
+    far.close()
+    NEAREST.append(near)
 
 
 if __name__ == "__main__":

@@ -176,10 +176,14 @@ class Lab:
         return line
 
     def start(self, step: str, *overrides: str, log: Path = Path(os.devnull)) -> Fork:
-        """Start a step as a process of its own, whose standard error goes into `log`."""
+        """Start a step as a process of its own, whose output goes into `log`."""
+        return self.start_raw(step, self.arguments(*overrides), log)
+
+    def start_raw(self, step: str, argv: list[str], log: Path) -> Fork:
+        """The same with exactly these arguments."""
         with log.open("w") as file:
-            command = [sys.executable, "-m", f"steps.{step}", *self.arguments(*overrides)]
-            return Fork(command, env=os.environ, stderr=file)
+            command = [sys.executable, "-m", f"steps.{step}", *argv]
+            return Fork(command, env=os.environ, stdout=file, stderr=file, start_new_session=True)
 
     def run_folders(self) -> list[Path]:
         """All run folders, nested ones left out."""

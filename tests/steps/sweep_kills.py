@@ -12,8 +12,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -27,7 +25,6 @@ import yaml
 from tests.steps.lab import Lab, client, journal, points
 from tests.warm import Fork
 
-ROOT = Path(__file__).resolve().parents[2]
 SPACE: dict[str, Any] = {
     "space": {
         "method.kd_alpha": {"type": "float", "low": 0.1, "high": 0.9},
@@ -42,17 +39,17 @@ SPACE: dict[str, Any] = {
 EPOCHS = "method.student_epochs_per_stage=[6,6]"
 
 
-def four_trials(lab: Lab, storage: str, *more: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A whole sweep of four trials as a process of its own, which ends well, and its run's folder."""
-    file = lab.folder / "small.yaml"
+def four_trials(lab: Lab, storage: str, *more: str) -> tuple[str, Path]:
+    """What a whole sweep of four trials says as a process of its own, which ends well, and its run's folder."""
+    file, log = lab.folder / "small.yaml", lab.folder / "driver.log"
     file.write_text(yaml.safe_dump(SPACE | {"trials": 4}))
-    arguments = lab.arguments(f"sweep={file}", f"storage={storage}", *more)
-    done = subprocess.run(
-        [sys.executable, "-m", "steps.sweep", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    driver = lab.start("sweep", f"sweep={file}", f"storage={storage}", *more, log=log)
+    try:
+        assert driver.wait(400) == 0, log.read_text()[-3000:]
+    finally:
+        driver.kill()
     (folder,) = lab.runs.glob("*-sweep-*")
-    return done, folder
+    return log.read_text(), folder
 
 
 @dataclass

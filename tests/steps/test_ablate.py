@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +13,6 @@ from pipeline.distill import train
 from pipeline.runs import records
 from tests.steps.lab import Done, Lab, ending, journal, points, run_id, see, signal_at, until, write_npz
 
-ROOT = Path(__file__).resolve().parents[2]
 TWO = ("rungs=l0_baseline,l1_ib", "seeds=0,1")
 PER_L0, PER_TEACHER = 8, 4  # questions that the loop asks for a signal
 
@@ -169,15 +164,13 @@ def test_another_command_does_not_go_on_with_an_interrupted_ladder(lab: Lab, mon
 
 @pytest.mark.slow
 def test_a_ladder_killed_with_minus_9_ends_with_the_same_table(lab: Lab, ladder: tuple[Lab, Done]) -> None:
-    arguments = lab.arguments(*TWO, "checkpoint.every_seconds=1e-6")
-    process = subprocess.Popen([sys.executable, "-m", "steps.ablate", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = lab.start("ablate", *TWO, "checkpoint.every_seconds=1e-6")
     reached = "*-ablate-*/l1_ib-seed0-*/checkpoints/manifest.json"
     try:
         until(lambda: list(lab.runs.glob(reached)) or process.poll() is not None, 120)
         assert process.poll() is None, "it ended before it was killed"
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
     (folder,) = lab.run_folders()
     assert journal(folder)[-1].kind != "end"
     again = lab.step("ablate", *TWO, "checkpoint.every_seconds=1e-6")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from tests.pipeline.sweep.test_sweep import InProcess, WorkerStop
 from tests.steps.lab import Lab, ending, journal, points, run_id, see, signal_at, until
 from tests.steps.test_table import PAIRS, found, write
 
-ROOT = Path(__file__).resolve().parents[2]
 ONE = {
     "pairs": {"one": PAIRS["one"]},
     "methods": {"average": ["method.kd_target=avg"], "synergy": ["method.kd_target=synergy"]},
@@ -128,15 +125,14 @@ def test_a_worker_killed_with_minus_9_is_replaced_and_loses_nothing(ready_lab: L
     lab, more = ready_lab, {"equal_cost": False}
     quiet = by_one_process(lab, *LONG, **more)
     online = ["tracking.mode=online", f"tracking.uri={sqlite_uri}"]
-    with (lab.folder / "driver.log").open("w") as log:
-        command = [sys.executable, "-m", "steps.table", *words(lab, *LONG, "workers=2", *online, **more)]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log)
+    log = lab.folder / "driver.log"
+    process = lab.start_raw("table", words(lab, *LONG, "workers=2", *online, **more), log)
     until(lambda: list(lab.runs.glob("*-table-*/*-seed?-*/checkpoints/manifest.json")), 120)
     (folder,) = lab.run_folders()
     cell = next(folder.glob("*-seed?-*/checkpoints/manifest.json")).parents[1].name
     (theirs,) = (path.parent.name for path in folder.glob("workers/*/journal.jsonl") if cell in path.read_text())
     os.kill(int(theirs.split("-")[-2]), signal.SIGKILL)
-    assert process.wait(300) == 0, (lab.folder / "driver.log").read_text()[-3000:]
+    assert process.wait(300) == 0, log.read_text()[-3000:]
     same(folder, quiet)
     told = [e.data["values"] for e in journal(folder / cell) if e.kind == "tags"]
     assert any(values.get("asib.resumed_from", "").startswith("epoch ") for values in told)

@@ -8,10 +8,8 @@ import multiprocessing
 import os
 import random
 import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import psutil
 import pytest
@@ -22,19 +20,18 @@ from tests.pipeline.promote.history import history
 from tests.steps.desk import LAX, NAME, Desk, runs_of
 from tests.steps.lab import client, deliver
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.mark.slow
 def test_of_two_promotions_at_once_one_promotes(desk: Desk) -> None:
     """Two processes, each with a delivery of its own: whoever loses is told in one line, and no move is half done."""
     desk.register("half")
     own = [f"name={NAME}", "tracking.mode=online", f"tracking.uri={desk.uri}"]
-    command = [sys.executable, "-m", "steps.promote", *desk.lab.arguments(*own)]
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    said = [process.communicate()[1].decode() for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], said
-    loser = next(err for process, err in zip(both, said, strict=True) if process.returncode == 2)
+    logs = [desk.lab.folder / f"{number}.log" for number in range(2)]
+    both = [desk.lab.start("promote", *own, log=log) for log in logs]
+    codes = [process.wait(300) for process in both]
+    said = [log.read_text() for log in logs]
+    assert sorted(codes) == [0, 2], said
+    loser = said[codes.index(2)]
     assert "another promotion of stripes is under way" in loser or "champion already" in loser
     assert desk.aliases == {"challenger": "1", "champion": "1"}
     assert desk.tags(1)["asib.history"].count("\n") == 0
@@ -58,12 +55,11 @@ class Forked:
 
 
 class Real:
-    """A step in a process of its own, with a delivery in another one: either is killed, or both."""
+    """A step with a delivery in a process of its own: either is killed, or both."""
 
     def __init__(self, desk: Desk) -> None:
         own = [f"name={NAME}", "version=2", *LAX, "tracking.mode=online", f"tracking.uri={desk.uri}"]
-        command = [sys.executable, "-m", "steps.promote", *desk.lab.arguments(*own)]
-        self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = desk.lab.start("promote", *own)
         self._all = psutil.Process(self._process.pid)
 
     def ended(self, seconds: float) -> int | None:

@@ -30,10 +30,11 @@ from tests.warm import Fork
 def _nothing_is_left_running(deliveries: list[Fork]) -> Iterator[None]:
     yield
     for driver in deliveries:  # and deliveries
+        left = psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
         driver.kill()
-    for process in psutil.Process().children(recursive=True):
-        if "submitit" in " ".join(process.cmdline()):
-            process.kill()
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def arguments(lab: Lab, uri: str, *overrides: str, **changes: Any) -> list[str]:
 
 
 def start(lab: Lab, uri: str, *overrides: str, **changes: Any) -> Fork:
-    """The driver; its workers import what they need, as everywhere."""
+    """The driver; its workers, too, are forks where it does not leave them to Slurm."""
     log = lab.folder / "driver.log"
     return lab.start("sweep", *arguments(lab, uri, *overrides, **changes), log=log)
 

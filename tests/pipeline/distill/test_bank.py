@@ -1,7 +1,7 @@
 """A run with the teacher bank says so: in its log, its tags, its identity and its metrics."""
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import torch
 from pipeline.compose import compose
 from pipeline.config import Config
 from pipeline.distill import distill, export, results, train
-from pipeline.paths import REPOSITORY
 from pipeline.runs import records
 from pipeline.runs.opening import open_run
 from pipeline.training.bank import cache
+from tests.warm import Fork
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +80,14 @@ def test_two_runs_that_build_at_once_have_the_same_bits(keys: dict[str, Any], tm
     config = Config.model_validate({**keys, "bank": "lazy"})
     file.write_text(compose.dump(config))
     command = [sys.executable, "-m", "steps.distill", f"cfg={file}"]
-    processes = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    assert subprocess.run(command, cwd=REPOSITORY, check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+    def begin() -> Fork:
+        with (tmp_path / "log").open("a") as log:
+            return Fork(command, env=os.environ, stdout=log, stderr=log, start_new_session=True)
+
+    processes = [begin(), begin()]
+    assert [process.wait(300) for process in processes] == [0, 0], (tmp_path / "log").read_text()
+    assert begin().wait(300) == 0
     runs = [records.from_folder(f.parent) for f in Path(keys["output_dir"]).glob("*-distill-*/results.json")]
     assert len(runs) == 3
     assert len({r.tags["asib.weights"] for r in runs}) == 1
