@@ -1,6 +1,6 @@
 """Runs a few small tasks under torchrun, or alone, and leaves what came out of them in a folder.
 
-torchrun --nproc_per_node=2 ddp_worker.py <folder>
+torchrun --nproc_per_node=2 -m tests.pipeline.training.ddp_worker <folder>
 """
 
 import signal

@@ -1,8 +1,5 @@
 """Two processes compute what one computes; they stop together, and skip bad steps together."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +9,14 @@ import torch
 from pipeline.training import distributed
 from pipeline.training.checkpoint import unpack
 from tests.pipeline.training import ddp_worker
-
-ROOT = Path(__file__).parents[3]
+from tests.warm import group
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(Path(ddp_worker.__file__)), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    group(ddp_worker.__name__, str(folder), log=folder / "log")
     return [unpack((folder / f"rank{rank}of2").read_bytes()) for rank in (0, 1)]
 
 

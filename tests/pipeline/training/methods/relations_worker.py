@@ -1,6 +1,6 @@
 """Trains small students by methods that relate samples, under torchrun or alone, and leaves in a folder what came out.
 
-torchrun --nproc_per_node=2 relations_worker.py <folder>
+torchrun --nproc_per_node=2 -m tests.pipeline.training.methods.relations_worker <folder>
 """
 
 import sys

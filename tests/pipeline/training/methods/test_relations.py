@@ -1,9 +1,5 @@
 """Methods that relate samples of a batch, or remember them, compute in two processes what they compute in one."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,19 +7,14 @@ import torch
 
 from pipeline.training.checkpoint import unpack
 from tests.pipeline.training.methods import relations_worker
-
-ROOT = Path(__file__).parents[4]
+from tests.warm import group
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(Path(relations_worker.__file__)), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    group(relations_worker.__name__, str(folder), log=folder / "log")
     return [unpack((folder / f"rank{rank}").read_bytes()) for rank in (0, 1)]
 
 
