@@ -77,7 +77,7 @@ def test_no_machine_paths_and_no_large_files_are_tracked() -> None:
 @pytest.mark.slow
 def test_a_users_own_experiments_break_no_test(tmp_path: Path) -> None:
     """One that composes, a rung, one that is refused and one that is no YAML, where tests look at conf/experiment."""
-    skipped = shutil.ignore_patterns(".git", ".venv", "mlruns", "mlartifacts", "*.db", "__pycache__", ".*_cache")
+    skipped = shutil.ignore_patterns(".git", ".venv", "mlruns", "mlartifacts", "*.db", ".*_cache")
     shutil.copytree(
         ROOT,
         tmp_path / "copy",

@@ -25,7 +25,7 @@ CUT = "---- next block ----"
 def test_demo_evaluate_promote_serve_and_ask_word_for_word(tmp_path: Path) -> None:
     """The port apart, since 5001 may be taken, and the epochs, which are no words of the page."""
     for name in ("conf", "models", "pipeline", "steps", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("Makefile", "MLproject", "conda.yaml", "requirements.lock"):
         shutil.copy2(ROOT / name, tmp_path)
     recipe = tmp_path / "conf/experiment/quickstart.yaml"
