@@ -1,5 +1,6 @@
 # make setup   the environment, .venv          make demo   the main job on the bundled images, then a table
-# make test-unit, make test   the fast tests; make test-marked   what else needs no GPU; make coverage   branches
+# make test-unit, make test   the fast tests; make test-marked   what else needs no GPU; make test-all   both
+# make coverage   branches that the fast tests take
 # make check   what .ci/run runs: lint, types, imports, all tests
 # make docs   the pages of docs/ as a site, site/; a link that leads nowhere is an error
 # make bench   how fast it is: benchmarks/README.md          make clean   moves runs and the tracking store to cleaned/
@@ -41,7 +42,7 @@ server: setup
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --artifacts-destination $(CURDIR)/mlartifacts \
 		--host 127.0.0.1 --port $(PORT) --workers 1
 
-# files are dealt to two workers, long ones first (tests/conftest.py); a worker keeps a file's fixtures
+# files are dealt to workers, long ones first (tests/conftest.py); a worker keeps a file's fixtures
 # where memory has room, temporary files lie there: whatever the tests start waits for no disk
 MEMORY := $(shell df -Pk /dev/shm 2>/dev/null | awk 'END { if ($$4 > 6000000) print "TMPDIR=/dev/shm" }')
 PYTEST := $(MEMORY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
@@ -54,9 +55,13 @@ test-unit: setup
 test: setup
 	$(PYTEST) -m "$(FAST)"
 
-# slow, browser, postgres and slurm: what .ci/run runs beside `make test`; they wait for others a third of their time
+# slow, browser, postgres and slurm; they wait for others a third of their time, hence three workers
 test-marked: setup
 	$(PYTEST) -n 3 -m "not gpu and not ($(FAST))"
+
+# in one go: fixtures and servers are made once, and short files fill the gaps that long ones leave at the end
+test-all: setup
+	$(PYTEST) -n 3 -m "not gpu"
 
 coverage: setup
 	$(PYTEST) -m "$(FAST)" --cov=pipeline --cov=models --cov=steps --cov-branch --cov-report=term:skip-covered

@@ -24,6 +24,8 @@ settings.load_profile("steady")  # the same examples in every run: CI is to fail
 HELPERS = ("cifar100", "disks", "servers", "postgres", "slurm", "team_server")
 pytest_plugins = [f"tests.{name}" for name in HELPERS]
 
+gc.disable()  # until all is collected: imports make no garbage, and looking for it takes a fifth of their time
+
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"subprocess", "multiprocessing", "mlflow", "optuna", "matplotlib", "tests.servers", "tests.steps.lab"}
 OTHER_TIERS = {"step", "slow", "gpu", "postgres", "slurm", "browser"}
@@ -60,18 +62,45 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return all(file.suffix == ".py" and leaves_the_process(file) for file in files) or None
 
 
-LONGEST = [f"{name}.py" for name in ("test_sweep_for_real", "test_four_users", "test_sweep", "test_serving_page")]
+ONE_WORKER = {
+    "team": ("tests/steps/test_four_users.py", "tests/steps/test_outage.py", "tests/steps/test_team_server.py",
+             "tests/test_deploy.py"),
+    "server": ("tests/steps/test_kill.py", "tests/browser/test_compare.py", "tests/browser/test_registry.py",
+               "tests/browser/test_ui.py", *(f"tests/pipeline/tracking/test_{name}.py" for name in (
+                   "deliver", "models", "process", "proxy", "registry", "requests"))),
+    "slurm": ("tests/pipeline/launch/test_launch.py", "tests/steps/test_sweep_for_real.py",
+              "tests/steps/test_grid_workers.py"),
+}  # fmt: skip
+"""Files that start the same server, which takes a quarter of a minute: one worker of pytest-xdist takes all of them."""
+TOGETHER = {file: name for name, files in ONE_WORKER.items() for file in files}
+LONGEST = [*TOGETHER, *(f"tests/{name}.py" for name in (
+    "steps/test_serving_page", "steps/test_every_method", "pipeline/sweep/test_sweep"))]  # fmt: skip
 """Minutes each: whatever starts after them ends before them."""
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        """A worker keeps a file's fixtures, or those of files that start the same server."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return TOGETHER.get(file, file)
+
+    gc.enable()  # this process collects no tests
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the unit tests, and put them last: two workers end together when the long files start first."""
+    """Mark the unit tests, and put them last: all workers end together when the long files start first."""
     for item in items:
         if not leaves_the_process(item.path) and not OTHER_TIERS & {mark.name for mark in item.iter_markers()}:
             item.add_marker("unit")
     items.sort(
         key=lambda item: (
-            item.path.name not in LONGEST,
+            item.nodeid.partition("::")[0] not in LONGEST,
             item.get_closest_marker("unit") is not None,
             item.get_closest_marker("slow") is None,
         )
@@ -81,6 +110,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.markexpr == "unit" and "mlflow" in sys.modules:
         raise pytest.UsageError("a unit test imports MLflow at collection, 5 s for everyone: import it in the test")
+    gc.enable()
     gc.collect()
     gc.freeze()  # what the imports made is no garbage: a full collection took half a second, and sweeps ask for one
 
