@@ -90,13 +90,18 @@ class MlflowServer(HttpServer):
 
 
 class Wire:
-    """A TCP port that leads to the server until it is cut: an outage without a restart's seconds."""
+    """A TCP port that leads to the server while it is not cut: an outage without a restart's seconds."""
 
     def __init__(self, port: int) -> None:
-        self._target = ("127.0.0.1", port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._target, self._place = ("127.0.0.1", port), ("127.0.0.1", free_port())
+        self.uri = f"http://127.0.0.1:{self._place[1]}"
         self._ends: list[socket.socket] = []
+        self.mend()
+
+    def mend(self) -> None:
+        """Lead to the server again, at the same address."""
+        self._ends.clear()
+        self._listener = socket.create_server(self._place)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:

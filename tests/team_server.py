@@ -6,10 +6,8 @@ It is started by deploy/serve.sh, the script that the container runs. Each part 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,23 +24,12 @@ BUCKET = "team"
 
 
 class S3Server(HttpServer):
-    """moto's S3. It keeps everything in memory: an outage is the door's (see `Door`)."""
+    """moto's S3. It keeps everything in memory: an outage is the wire's before it."""
 
     LOG, PATH = "s3.log", "/moto-api/"
 
     def start(self) -> None:
         self.launch([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)], os.environ)
-
-
-class Door(Wire):
-    """A wire that can be mended: what is behind it refuses for a while, and loses nothing."""
-
-    def mend(self) -> None:
-        """Lead to the server again, at the same address."""
-        port = int(self.uri.rpartition(":")[2])
-        self._ends.clear()
-        self._listener = socket.create_server(("127.0.0.1", port))
-        threading.Thread(target=self._accept, daemon=True).start()
 
 
 class TeamServer(HttpServer):
@@ -53,7 +40,7 @@ class TeamServer(HttpServer):
         self.postgres, self.secrets = postgres, folder / "secrets"
         self.database, self.auth_database = postgres.create_database(), postgres.create_database()
         self.s3 = S3Server(folder)
-        self.door = Door(self.s3.port)
+        self.door = Wire(self.s3.port)
         self.other_host = f"http://localhost:{self.port}"
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import Wire
 from tests.steps.lab import (
     BATCHES,
     FUSION,
@@ -28,7 +29,7 @@ from tests.steps.lab import (
     see,
     until,
 )
-from tests.team_server import Door, TeamServer
+from tests.team_server import TeamServer
 from tests.warm import Fork
 
 pytestmark = pytest.mark.postgres
@@ -119,7 +120,7 @@ def test_what_stays_away_to_the_end_is_delivered_later(
     lab: Lab, undisturbed: Done, team: TeamServer, sqlite_uri: str, tmp_path: Path, deliveries: list[Fork]
 ) -> None:
     """Everything is out of reach, from the first teacher's fine-tuning on."""
-    front = Door(team.port)
+    front = Wire(team.port)
 
     def break_it() -> None:
         front.cut()

@@ -18,8 +18,6 @@ from pipeline.data.sources import SAMPLE, load
 from pipeline.errors import UserError
 from tests.pipeline.data.fashion_mnist import write_fashion_mnist
 
-ROOT = Path(__file__).parents[3]
-UNPACK = ROOT.parent / "shared" / "data" / "unpack_cifar100.py"
 SAMPLE_DIGEST = "15ad420b78fe6338cb933b09b33b1f67665ade3f1bc4b04d5500acaaad57fd69"
 
 
@@ -79,17 +77,15 @@ def test_sample_shows_natural_images(sample: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not UNPACK.is_file(), reason="the original CIFAR-100 is not at hand")
-def test_sample_is_the_stated_part_of_the_original(sample: Any, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, UNPACK, tmp_path], check=True)
+def test_sample_is_the_stated_part_of_the_original(sample: Any, cifar100: Path, tmp_path: Path) -> None:
     script = SAMPLE.parent / "make_cifar100_sample.py"
-    subprocess.run([sys.executable, script, tmp_path, tmp_path / "again.npz"], check=True)
+    subprocess.run([sys.executable, script, cifar100, tmp_path / "again.npz"], check=True)
     stored = np.load(SAMPLE)
     with np.load(tmp_path / "again.npz") as again:
         assert set(again.files) == set(stored.files)
         assert all(np.array_equal(again[name], stored[name]) for name in again.files)
 
-    whole: Any = load(DatasetConfig(name="cifar100", root=str(tmp_path)))
+    whole: Any = load(DatasetConfig(name="cifar100", root=str(cifar100)))
     assert (whole.num_classes, len(whole.train_x), len(whole.test_x)) == (100, 50_000, 10_000)
     assert whole.mean == pytest.approx(statistics(whole.train_x.numpy()).mean, abs=1e-4)
     assert whole.std == pytest.approx(statistics(whole.train_x.numpy()).std, abs=1e-4)
@@ -103,7 +99,7 @@ def test_sample_is_the_stated_part_of_the_original(sample: Any, tmp_path: Path) 
             mine = rows[getattr(whole, f"{split}_y")[rows] == old]
             assert torch.equal(mine, all_rows[: len(mine)])
 
-    with (tmp_path / "cifar-100-python" / "train").open("rb") as file:
+    with (cifar100 / "cifar-100-python" / "train").open("rb") as file:
         original = pickle.load(file, encoding="latin1")
     fine_to_coarse = dict(zip(original["fine_labels"], original["coarse_labels"], strict=True))
     chosen = [whole.classes.index(name) for name in sample.classes]
@@ -118,7 +114,7 @@ def test_sample_is_the_stated_part_of_the_original(sample: Any, tmp_path: Path) 
     train = tmp_path / "cifar-100-python" / "train"
     train.write_bytes(train.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"CIFAR100 files in .* are incomplete or damaged.*dataset\.download=true"):
-        load(DatasetConfig(name="cifar100", root=str(tmp_path)))
+        load(DatasetConfig(name="cifar100", root=str(cifar100)))
 
 
 # torchvision

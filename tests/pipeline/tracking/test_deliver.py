@@ -101,13 +101,13 @@ def start_trainer(folder: Path, uri: str) -> tuple[subprocess.Popen[str], str, s
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm_deliveries")
-def test_a_run_goes_through_an_outage_without_loss(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+def test_a_run_goes_through_an_outage_without_loss(mlflow_server: MlflowServer, wire: Wire, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    delivery = start.start_delivery(run, uri=mlflow_server.uri)
+    delivery = start.start_delivery(run, uri=wire.uri)
     delivery.wait_connected()
     journal = Journal.create(run, experiment="outage", name="n")
     ready = delivery.wait_ready()
-    assert ready.url.startswith(f"{mlflow_server.uri}/#/experiments/{ready.experiment_id}/runs/")
+    assert ready.url.startswith(f"{wire.uri}/#/experiments/{ready.experiment_id}/runs/")
     journal.params({"a": 1})
     (run / "best.yaml").write_text("a: 1\n")
     journal.artifact(run / "best.yaml")
@@ -123,11 +123,11 @@ def test_a_run_goes_through_an_outage_without_loss(mlflow_server: MlflowServer, 
     assert fetched.read_text() == "a: 1\n"
     with pytest.raises(NotThere, match=r"missing\.yaml cannot be fetched"):
         delivery.fetch(f"runs:/{ready.run_id}/missing.yaml", tmp_path / "fetched")
-    mlflow_server.stop()
+    wire.cut()
     for step in range(1, 50):
         journal.metrics({"student/acc": float(step)}, step=step)
         time.sleep(0.02)
-    mlflow_server.start()
+    wire.mend()
     journal.end("FINISHED", "completed", 0)
     assert delivery.finish(60.0)
     assert steps(client, ready.run_id) == list(range(50))
