@@ -42,7 +42,7 @@ class Request:
 
 
 def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
-    """Read the step's own keys; the configuration gets the run's name.
+    """Read the step's own keys.
 
     Raises UserError: a key is missing, or names what cannot be used.
     """
@@ -65,7 +65,7 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
     elif public:
         raise UserError("public=true is about a repository that push makes: give push=<owner>/<name>, or leave it out")
     cli.one_process("publish", "start it without torchrun")
-    return cli.named(config, "publish"), Request(model, _target(to) if to else None, license, push or None, public)
+    return config, Request(model, _target(to) if to else None, license, push or None, public)
 
 
 def _run_folder(model: str) -> None:
