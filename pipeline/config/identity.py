@@ -39,6 +39,7 @@ NOT_COMPUTATION = (
     "bank_gb",
     "checkpoint.",
     "tracking.",
+    "log.",
 )
 """Keys, and prefixes of keys, that do not change what is computed."""
 ONLY_WHERE_SET = (

@@ -9,7 +9,14 @@ from pipeline.config.datasets import AugmentConfig, DatasetConfig
 from pipeline.config.methods.asib.settings import AsibConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.numbers import Gigabytes, Seed, Threads
-from pipeline.config.training import CheckpointConfig, FinetuneConfig, OptimConfig, ScheduleConfig, TrackingConfig
+from pipeline.config.training import (
+    CheckpointConfig,
+    FinetuneConfig,
+    LogConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrackingConfig,
+)
 
 # abc gives every model class a method named register; an instance's key may safely hide it
 warnings.filterwarnings("ignore", message='Field name "register" in')
@@ -53,3 +60,4 @@ class Sections(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    log: LogConfig = LogConfig()

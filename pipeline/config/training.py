@@ -70,6 +70,13 @@ class CheckpointConfig(Section):
     keep: bool = key(False, "keep what a finished run could be continued from (extend=true); weights stay anyway")
 
 
+class LogConfig(Section):
+    """What a step says beside its results."""
+
+    level: Literal["debug", "info", "warning", "error"] = key("info", "the least serious lines that are shown")
+    filename: str | None = key(None, "file that gets the lines of every run too, beside each run's own run.log")
+
+
 class TrackingConfig(Section):
     """Where runs are recorded."""
 

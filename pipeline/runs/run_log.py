@@ -7,7 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline import secrets
+from pipeline.config.training import LogConfig
 from pipeline.files import explained
+from pipeline.paths import user_path
 
 logger = logging.getLogger("asib")
 
@@ -20,6 +22,21 @@ def log_to_terminal() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
         logger.propagate = False
+
+
+def configure(log: LogConfig) -> None:
+    """Show what `log.level` asks for, and write it to `log.filename` too. Raises UserError: it cannot be written."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    logger.setLevel(log.level.upper())
+    if log.filename is not None:
+        path = user_path(log.filename, "log.filename").absolute()
+        if not any(getattr(handler, "baseFilename", None) == str(path) for handler in logger.handlers):
+            with explained(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handler = _RunLog(path)
+            handler.setFormatter(secrets.Formatter("%(asctime)s %(message)s"))
+            logger.addHandler(handler)
 
 
 @contextmanager

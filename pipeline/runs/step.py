@@ -27,7 +27,7 @@ from pipeline.config import Config, UnknownKey
 from pipeline.config.numbers import processes
 from pipeline.config.places import check_there
 from pipeline.errors import Interrupted, NonFinite, UserError
-from pipeline.runs import notify
+from pipeline.runs import notify, run_log
 from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
 from pipeline.runs.mlflow_run import kill_mlflow_run_parent
 from pipeline.runs.run_log import log_to, log_to_terminal
@@ -118,6 +118,7 @@ class Step:
                 if self.words is not None and (plan := self.words(request)):
                     print("\n" + textwrap.indent(plan.rstrip(), "# "))
             return 0
+        run_log.configure(config.log)
         check_there(config, self.name)
         rank, _ = processes(os.environ)
         if config.device not in ("auto", "cpu"):

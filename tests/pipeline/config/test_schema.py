@@ -186,7 +186,7 @@ UNCOMPUTED = {"device", "threads", "output_dir", "run_name", "rung", "resume", "
               "bank_folder", "bank_gb", "register", "student", "dataset.root", "dataset.path", "dataset.download",
               "dataset.id", "dataset.train_split", "dataset.test_split",
               "dataset.eval_batch_size", "dataset.workers", "optim.use_amp", "optim.compile",
-              "checkpoint.every_seconds", "checkpoint.keep",
+              "checkpoint.every_seconds", "checkpoint.keep", "log.level", "log.filename",
               "tracking.uri", "tracking.mode", "tracking.experiment", "tracking.git_diff",
               "tracking.finish_seconds",
               "method.plus_alpha", "method.plus_tau",  # nothing is in method.plus

@@ -33,7 +33,7 @@ from pipeline.distill import bank, continual, distill, export, networks, results
 from pipeline.errors import NonFinite, UserError
 from pipeline.evaluate.request import Request
 from pipeline.journal import Entry, read_entries
-from pipeline.runs import git
+from pipeline.runs import git, run_log
 from pipeline.runs.folders import STUDENT
 from pipeline.runs.opening import open_run
 from pipeline.training.evaluation import outputs
@@ -386,6 +386,18 @@ def continuation(keys: Keys) -> Any:
     return found
 
 
+def logged(keys: Keys) -> Any:
+    """What the log shows, and where it is written."""
+    log, shown = logging.getLogger("asib"), place().config(keys).log
+    before, handlers = log.level, log.handlers[:]
+    try:
+        run_log.configure(shown)
+        return log.level, [getattr(handler, "baseFilename", "") for handler in log.handlers[len(handlers) :]]
+    finally:
+        log.setLevel(before)
+        log.handlers[:] = handlers
+
+
 def distilled(look: Callable[[list[Entry], mock.Mock], Any]) -> Observer:
     """What there is to see in the journal of a distillation, or of the models that it logs."""
 
@@ -582,6 +594,8 @@ TABLE: dict[str, Case] = {
     "debug": Case(True, observer=error_style),
     "checkpoint.every_seconds": Case(1e-9, observer=checkpoints),
     "checkpoint.keep": Case(True, observer=distilled(lambda entries, _: entries[-1].data.get("resumable"))),
+    "log.level": Case("warning", observer=logged),
+    "log.filename": Case("{here}/all.log", observer=logged),
     "tracking.mode": Case("online", observer=delivery),
     "tracking.uri": Case("sqlite:///other.db", ONLINE, delivery),
     "tracking.experiment": Case("other", observer=record),
