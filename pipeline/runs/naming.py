@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 from pipeline.compose import shortcuts
 from pipeline.compose.cli import Command
@@ -83,11 +84,13 @@ def command_of(step: str, command: Command, environment: Mapping[str, str] = os.
 def _own(step: str, own: Mapping[str, str]) -> list[str]:
     """What a step that trains no single student was asked for; a key called like its step goes without saying."""
     given = {key: value for key, value in own.items() if value and not listed(key, CARELESS)}
-    return [value if key in (step, "name") else f"{key}={_brief(value)}" for key, value in given.items()]
+    return [_brief(value) if key in (step, "name") else f"{key}={_brief(value)}" for key, value in given.items()]
 
 
 def _brief(value: str) -> str:
-    """Ids shortened, as people quote them."""
+    """Ids shortened, as people quote them; files of settings by their names."""
+    if value.endswith((".yaml", ".yml")):
+        return Path(value).stem
     return ",".join(part[:8] if len(part) == 32 else part for part in value.removeprefix("runs:/").split(","))
 
 

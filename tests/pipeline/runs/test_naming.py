@@ -33,6 +33,7 @@ SWEEP = ["sweep=kd_ib_tau", "trials=30", "workers=2"]
         ("baseline", [], "baseline resnet8 s0"),
         ("finetune", ["finetune.epochs=3"], "finetune resnet20+wrn_16_1 epochs=3 s0"),
         ("sweep", SWEEP, "sweep kd_ib_tau trials=30"),
+        ("sweep", ["sweep=/home/me/mine.yaml"], "sweep mine"),
         ("compare", ["parent=" + "ab" * 16], "compare parent=abababab"),
         ("promote", ["name=quickstart", "dry_run=true"], "promote quickstart dry_run=true"),
     ],

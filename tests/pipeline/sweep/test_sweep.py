@@ -203,7 +203,8 @@ def swept(lab: Lab, *overrides: str, **changes: Any) -> Done:
 def assert_runs_are_trials(lab: Lab, found: Seen) -> None:
     """The study, in which the third trial was pruned, and what MLflow holds of it."""
     assert (found.status, set(found.children)) == ("FINISHED", {"trial 0", "trial 1", "trial 2"})
-    assert found.tags["asib.study"] == study(lab).study_name == found.name
+    assert found.tags["asib.study"] == study(lab).study_name
+    assert found.name.startswith("sweep small")
     assert states(lab) == ["COMPLETE", "COMPLETE", "PRUNED"]
     for trial in study(lab).trials:
         run = found.children[f"trial {trial.number}"]
