@@ -103,7 +103,7 @@ def message(record: "Record", step: str, ending: Ending, value: float | None, se
         first = f"{ending.outcome}: {ending.message or 'resume continues it'}"
     else:
         first = _decision(record.tags, ending) or _result(record.metrics, value) or ending.outcome
-    names = step if record.name in ("", step) else f"{step} {record.name}"
+    names = record.name if record.name.startswith(step) else f"{step} {record.name}".strip()
     last = f" ({names}, {_duration(seconds)}, run {record.id})"
     return secrets.mask(" ".join(first.split())[: LONGEST - len(last)] + last)
 
