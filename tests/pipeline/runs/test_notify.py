@@ -130,6 +130,7 @@ def promoted(run: Run) -> Ending:
 
 
 def rolled_back(run: Run) -> None:
+    run.step = "promote"
     run.ready()
     run.journal.tags({"asib.action": "rollback", "mlflow.note.content": "**trees: version 2 is champion &#91;again**"})
 
@@ -147,7 +148,7 @@ def with_nested(run: Run) -> float:
         (failing, 1, f"failed: RuntimeError: {TOKEN} is wrong, and so is *** (distill "),
         (stopped, 143, "killed: resume continues it (distill "),
         (promoted, 0, "trees version 3 promoted: 2.1 points better (distill "),
-        (rolled_back, 0, "trees: version 2 is champion [again (distill "),
+        (rolled_back, 0, "trees: version 2 is champion [again (promote "),
         (with_nested, 0, "0.5 (distill "),
     ],
 )
