@@ -87,8 +87,8 @@ def test_a_step_accepts_what_a_page_says(
     for name, value in {**command.variables, "DRY_RUN": "1"}.items():
         monkeypatch.setenv(name, value)
     step: Step = importlib.import_module(f"steps.{command.step}").STEP
-    if command.step in ("doctor", "serve", "sweep"):
-        step = replace(step, act=None)  # it would examine the machine, serve, or work for a study
+    if command.step in ("doctor", "serve", "sweep", "tidy"):
+        step = replace(step, act=None)  # it would examine the machine, serve, work for a study, or remove files
     if {"join", "reap"} & {argument.partition("=")[0] for argument in command.arguments}:
         step = replace(step, request=None, words=None)
     code = step.main(command.arguments)
