@@ -77,7 +77,7 @@ def rand_augment(x: Tensor, seeds: Tensor) -> Tensor:
     made = []
     with torch.random.fork_rng(devices=[]):
         for image, seed in zip(x, seeds.tolist(), strict=True):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed also looks for GPUs
             made.append(transform(image))
     return torch.stack(made) if made else x
 

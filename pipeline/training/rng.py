@@ -43,7 +43,9 @@ class Streams:
 
     def seed_global(self, stream: str, *where: str | int) -> None:
         """Seed torch's global generators, for the dropout and stochastic depth inside networks."""
-        torch.manual_seed(self.derive(stream, *where))
+        seed = self.derive(stream, *where)
+        # without an accelerator torch.manual_seed writes a trace of the stack for each kind that might come yet
+        (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
 
     @contextmanager
     def initialising(self, what: str) -> Iterator[None]:
