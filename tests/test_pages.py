@@ -74,6 +74,7 @@ def readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "SEED", "METHOD", "STUDENT", "TEACHER_PAIR", "ASIB_STORAGE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", "a reader's")
     return tmp_path
 
 
