@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import tomllib
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -32,7 +33,10 @@ FILES = {
     "mine.npz": "",
 }
 """Files of a reader."""
-BESIDE_STEPS = re.compile(r"make (?P<target>[\w-]+)|source \.venv/bin/activate|pre-commit install")
+BESIDE_STEPS = re.compile(
+    r"make (?P<target>[\w-]+)|source \.venv/bin/activate|pre-commit install|export HF_TOKEN=|"
+    r"""pip install -e ['"]?\.(\[(?P<extra>[\w-]+)\])?['"]?"""
+)
 STEPS = sorted(file.stem for file in (ROOT / "steps").glob("[!_]*.py"))
 
 
@@ -104,11 +108,13 @@ def test_every_step_is_on_a_page() -> None:
 
 @pytest.mark.parametrize("page", [page for page in WRITTEN if page not in VERBATIM])
 def test_what_is_no_step_is_known_or_marked(page: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for command in (found for found in ON_PAGES[page] if not found.step):
         known = BESIDE_STEPS.match(command.line)
         assert known, f"{command.line}: test it, or write <!-- not run: why --> above its block"
         assert known["target"] in (None, *targets)
+        assert known["extra"] in (None, *extras)
 
 
 def test_the_example_of_a_method_is_the_files() -> None:
