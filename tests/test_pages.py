@@ -34,7 +34,7 @@ FILES = {
 }
 """Files of a reader."""
 BESIDE_STEPS = re.compile(
-    r"make (?P<target>[\w-]+)|source \.venv/bin/activate|pre-commit install|export HF_TOKEN=|"
+    r"make (?P<target>[\w-]+)|source \.venv/bin/activate|pre-commit install|export [A-Z_]+=|"
     r"""pip install -e ['"]?\.(\[(?P<extra>[\w-]+)\])?['"]?"""
 )
 STEPS = sorted(file.stem for file in (ROOT / "steps").glob("[!_]*.py"))
