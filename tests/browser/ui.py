@@ -1,6 +1,7 @@
 """The MLflow UI in a real Chromium: open the pages that people use, and photograph them for the README.
 
-`python -m tests.browser.ui <tracking uri of a server> <folder>` writes ui_runs.png, ui_charts.png and ui_curves.png.
+`python -m tests.browser.ui <tracking uri of a server> <folder>` writes ui_runs, ui_charts, ui_description and
+ui_compare.png.
 """
 
 import sys
@@ -12,6 +13,7 @@ from mlflow import MlflowClient
 from playwright.sync_api import Page, sync_playwright
 
 from pipeline import urls
+from pipeline.compare import report
 from tests.steps.lab import Lab
 
 CHROMIUM = "/usr/bin/chromium"
@@ -67,23 +69,27 @@ def open_picture(page: Page, server: str, experiment: str, run: str, name: str) 
 
 
 def photograph(server: str, folder: Path) -> None:
-    """The README's pictures of the newest main job."""
+    """The tutorial's pictures: the newest main job, and a comparison of distillations in the same experiment."""
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name("asib")
     assert experiment is not None
     number = experiment.experiment_id
-    (distilled, *_) = client.search_runs([number], "tags.`asib.step` = 'distill' and status = 'FINISHED'")
+    (main, *_) = client.search_runs([number], "tags.`asib.step` = 'main' and status = 'FINISHED'")
+    distilled = client.search_runs([number], "tags.`asib.step` = 'distill' and status = 'FINISHED'", max_results=3)
     with chromium() as page:
+
+        def shot(address: str, name: str) -> None:
+            page.goto(f"{server}/{address}")
+            page.wait_for_load_state("networkidle")
+            page.wait_for_timeout(5000)
+            page.screenshot(path=folder / name)
+
         open_runs(page, server, number)
         page.wait_for_timeout(2000)
         page.screenshot(path=folder / "ui_runs.png")
-        open_charts(page, server, number, distilled.info.run_id)
-        page.get_by_placeholder("Search metric charts").fill("student/acc")
-        page.wait_for_timeout(3000)
-        page.screenshot(path=folder / "ui_charts.png")
-        open_picture(page, server, number, distilled.info.run_id, "curves.png")
-        page.wait_for_timeout(1000)
-        page.screenshot(path=folder / "ui_curves.png")
+        shot(f"{urls.view_page(number)}&compareRunsMode=CHART", "ui_charts.png")
+        shot(urls.run_page(number, main.info.run_id), "ui_description.png")
+        shot(report.link([run.info.run_id for run in distilled], number), "ui_compare.png")
 
 
 if __name__ == "__main__":

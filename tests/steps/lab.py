@@ -367,11 +367,11 @@ def see(uri: str, run: str) -> Seen:
         ),
         models_in=[m.model_id for m in found.inputs.model_inputs],
         models_out=[m.model_id for m in (found.outputs.model_outputs if found.outputs else [])],
-        children={_short(child.info.run_name): see(uri, child.info.run_id) for child in children},
+        children={short(child.info.run_name): see(uri, child.info.run_id) for child in children},
     )
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A nested run's name up to what tells people of its configuration: `trial 3 tau=2` is `trial 3`."""
     found = re.match(r"trial \d+|\S*teacher_\d+|(student_alone|distill|evaluate)\b", name)
     return found[0] if found else name
