@@ -3,9 +3,9 @@
     python -m steps.tidy                  # what would go, and its size
     python -m steps.tidy apply=true
 
-Checkpoints of finished runs (unless they were told to keep them), all weights of pruned trials, files fetched for
-evaluations. Records, results, students of finished runs, fine-tuned teachers and whatever an interrupted run continues
-from stay.
+Checkpoints of finished runs (unless they were told to keep them), all weights of pruned trials,
+files fetched for evaluations. Records, results, students of finished runs, fine-tuned teachers and
+whatever an interrupted run continues from stay.
 """
 
 import sys

@@ -267,6 +267,7 @@ class Run:
         if ending.tags:
             self.journal.tags(ending.tags)
         if isinstance(self.journal, Journal) and self.step != "worker":
+            self.journal.begin()
             record = records.from_folder(self.folder)
             if self.step not in description.REPORTS or description.NOTE not in record.tags:
                 note = description.describe(record, self.config, self.step, self.folder, ending)

@@ -593,7 +593,7 @@ TABLE: dict[str, Case] = {
     "register": Case("a-model", {"log_model": True}, registered),
     "debug": Case(True, observer=error_style),
     "checkpoint.every_seconds": Case(1e-9, observer=checkpoints),
-    "checkpoint.keep": Case(True, observer=distilled(lambda entries, _: entries[-1].data.get("resumable"))),
+    "checkpoint.keep": Case(True, observer=distilled(lambda entries, _: entries[-1].data.get("resumable", True))),
     "log.level": Case("warning", observer=logged),
     "log.filename": Case("{here}/all.log", observer=logged),
     "tracking.mode": Case("online", observer=delivery),

@@ -58,7 +58,7 @@ def accuracies(found: Record) -> list[int]:
 
 def test_nan_under_amp_restarts_once_with_amp_off_and_says_so(keys: dict[str, Any], poison: Any) -> None:
     poison(only_under_amp=True)
-    code, found, folder = run(keys)
+    code, found, folder = run(keys, "checkpoint.keep=true")
     assert (code, found.status) == (0, "FINISHED")
     assert "non-finite steps in a row" in found.tags["asib.safe_retry"]
     assert accuracies(found) == [0, 1, 2], "no epoch missing or double"
