@@ -111,10 +111,13 @@ def test_sample_is_the_stated_part_of_the_original(sample: Any, cifar100: Path, 
     assert digest(held) == whole.digest
     assert time.perf_counter() - start < 1
 
-    train = tmp_path / "cifar-100-python" / "train"
-    train.write_bytes(train.read_bytes()[:-1000])
+    whole_files, damaged = cifar100 / "cifar-100-python", tmp_path / "cifar-100-python"
+    damaged.mkdir()
+    for name in ("meta", "test"):
+        (damaged / name).symlink_to(whole_files / name)
+    (damaged / "train").write_bytes((whole_files / "train").read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"CIFAR100 files in .* are incomplete or damaged.*dataset\.download=true"):
-        load(DatasetConfig(name="cifar100", root=str(cifar100)))
+        load(DatasetConfig(name="cifar100", root=str(tmp_path)))
 
 
 # torchvision
