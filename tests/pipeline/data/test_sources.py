@@ -107,9 +107,9 @@ def test_sample_is_the_stated_part_of_the_original(sample: Any, cifar100: Path, 
 
     parts: list[Any] = [part.numpy() for part in (whole.train_x, whole.train_y, whole.test_x, whole.test_y)]
     held = Arrays._make([*parts, whole.classes])
-    start = time.perf_counter()
+    start = time.process_time()
     assert digest(held) == whole.digest
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
     whole_files, damaged = cifar100 / "cifar-100-python", tmp_path / "cifar-100-python"
     damaged.mkdir()
