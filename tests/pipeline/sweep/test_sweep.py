@@ -298,7 +298,8 @@ def test_the_same_command_goes_on_and_never_exceeds_its_total(lab: Lab, finished
     assert ending(parent(lab)) == ("FINISHED", "completed", 0)
 
 
-@pytest.mark.parametrize("question", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, PER_TRIAL + 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize("question", [1, 8, PER_TRIAL + 6])
 def test_an_interrupted_trial_is_continued_from_its_checkpoint(
     lab: Lab, finished: Lab, monkeypatch: pytest.MonkeyPatch, question: int
 ) -> None:

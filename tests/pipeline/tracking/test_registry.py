@@ -61,7 +61,8 @@ def test_a_student_becomes_a_version_once(store: str, tmp_path: Path) -> None:
     assert aliases(client) == {"challenger": str(newest.version)}
 
 
-@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True])
 def test_registering_survives_a_crash_at_every_step(sqlite_uri: str, tmp_path: Path, after: bool) -> None:
     steps = 0
     for step in range(1, 100):
@@ -140,7 +141,8 @@ def state(client: MlflowClient) -> Any:
     return aliases(client), dict(model.tags), tags
 
 
-@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize(("plan", "undo"), [(PLAN, BACK), (BACK, PLAN)], ids=["promotion", "rollback"])
 def test_a_move_that_breaks_off_anywhere_is_finished_by_the_next_call(
     client: MlflowClient, plan: dict[str, Any], undo: dict[str, Any], after: bool

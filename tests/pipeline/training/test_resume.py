@@ -109,7 +109,9 @@ def test_a_distillation_stopped_once_ends_as_if_undisturbed(at: tuple[int, int],
     assert differences(continued("distil", tmp_path, at), undisturbed("distil")) == []
 
 
-@pytest.mark.parametrize("name", ASSORTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "everything" in name else name for name in ASSORTED]
+)
 def test_a_run_stopped_many_times_ends_as_if_undisturbed(name: str, tmp_path: Path) -> None:
     """The plain distillation at all of these places, longer assorted ones at every second: all kinds are among them."""
     epochs = len(task_for(name).plan)
