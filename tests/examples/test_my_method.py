@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.compose.compose import compose
 from pipeline.config import identity, methods, schema
-from tests.steps.conftest import _environment, _one_picture  # noqa: F401  of steps in this process
+from tests.steps.conftest import _environment  # noqa: F401  of steps in this process
 from tests.steps.lab import BATCH, PER_EPOCH, STUDENT, Lab, ending, journal, points, same_tensors, signal_at
 
 ROOT = Path(__file__).resolve().parents[2]

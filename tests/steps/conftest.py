@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from pipeline.ablate import ablate
 from pipeline.config import DatasetConfig
 from pipeline.data import sources
 from pipeline.data.sources import ImageData
-from pipeline.reporting import figures
 from tests.steps.desk import Desk, Students, make_desk, make_students
 from tests.steps.lab import PER_EPOCH, Done, Lab, ending, signal_at
 from tests.warm import Fork
@@ -25,22 +23,6 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     tracking = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "ASIB_STORAGE")
     for name in (*tracking, "TEACHER_PAIR", "STUDENT", "METHOD", "SEED", "DRY_RUN"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(autouse=True)
-def _one_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing is a third of a step's time: one picture stands for all (tests of the job itself draw them)."""
-
-    def undrawn(made: Any, **_: Any) -> bytes:
-        figures.pyplot().close(made)
-        return _picture()
-
-    monkeypatch.setattr(figures, "png", undrawn)
-
-
-@cache
-def _picture(draw: Callable[..., bytes] = figures.png) -> bytes:
-    return draw(figures.figure(1, 1, 2, 2)[0])
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from pipeline.journal import read_entries
+from pipeline.reporting import figures
 from pipeline.tracking import deliver as delivery
 from pipeline.training.loop import Loop
 from tests.warm import Fork
@@ -190,6 +192,17 @@ class Lab:
         return sorted(p for p in self.runs.glob("*") if p.is_dir() and p.name not in ("teachers", "bank"))
 
 
+def _undrawn(made: Any, **_: Any) -> bytes:
+    """Drawing is a third of a step's time: one picture stands for all (tests of the job itself draw them)."""
+    figures.pyplot().close(made)
+    return _picture()
+
+
+@cache
+def _picture(draw: Callable[..., bytes] = figures.png) -> bytes:
+    return draw(figures.figure(1, 1, 2, 2)[0])
+
+
 @contextlib.contextmanager
 def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
     """What a step changes in its process is undone: signal handlers, log handlers, environment, torch's settings.
@@ -205,6 +218,7 @@ def _as_a_process() -> Iterator[tuple[io.StringIO, io.StringIO]]:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patched:
             warm = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
             patched.setattr("pipeline.tracking.pipe.subprocess", warm)
+            patched.setattr(figures, "png", _undrawn)
             yield out, err
     finally:
         for number, handler in handlers.items():
