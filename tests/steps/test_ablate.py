@@ -51,7 +51,7 @@ def test_mlflow_shows_a_parent_with_a_run_for_each_rung_and_seed(lab: Lab, sqlit
     found = see(sqlite_uri, run_id(done.folder))
     names = ["l0_baseline seed 0", "l0_baseline seed 1", "l1_ib seed 0", "l1_ib seed 1"]
     assert set(found.children) == {*names, "teacher_0", "teacher_1"}
-    assert (found.name, found.status) == ("ablate 2 rungs, 2 seeds", "FINISHED")
+    assert (found.name, found.status) == ("ablate rungs=l0_baseline,l1_ib seeds=0,1", "FINISHED")
     assert (found.params["rungs"], found.params["seeds"]) == ("l0_baseline,l1_ib", "0,1")
     for name in names:
         child = found.children[name]
@@ -127,10 +127,11 @@ def test_a_run_delivered_later_is_reused_with_its_record(copy: Lab, sqlite_uri: 
     assert found.tags["asib.reused"].split(",") == [found.children[name].id for name in sorted(found.children)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("question", "left"),
     [
-        pytest.param(PER_TEACHER + 2, 4, id="in a teacher's fine-tuning", marks=pytest.mark.slow),
+        pytest.param(PER_TEACHER + 2, 4, id="in a teacher's fine-tuning"),
         pytest.param(2 * PER_TEACHER + 2 * PER_L0 + 8, 2, id="in the third run"),
     ],
 )
