@@ -44,8 +44,10 @@ class Streams:
     def seed_global(self, stream: str, *where: str | int) -> None:
         """Seed torch's global generators, for the dropout and stochastic depth inside networks."""
         seed = self.derive(stream, *where)
-        # without an accelerator torch.manual_seed writes a trace of the stack for each kind that might come yet
-        (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:  # it would write a trace of the stack for each kind of accelerator that might come yet
+            torch.default_generator.manual_seed(seed)
 
     @contextmanager
     def initialising(self, what: str) -> Iterator[None]:
