@@ -212,7 +212,7 @@ def main() -> None:
 
     _compat.latest_schema()
     cut_no_power()
-    figures.pyplot()
+    figures.figure(1, 1, 1, 1)
     for module, kind in ((pipe, Child), (local, Fork)):
         module.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": kind})  # type: ignore[attr-defined]
     gc.freeze()

@@ -307,8 +307,10 @@ def _runs(found: Comparison) -> pd.DataFrame:
 
 def picture(found: Comparison) -> bytes:
     """PNG: test accuracy with error bars and reference lines, and the curves on the evaluation split."""
+    from matplotlib import colormaps  # late, like all of matplotlib
+
     made, axes = figures.figure(1, 3, 18, max(4.5, 0.34 * len(found.groups) + 1.5))
-    palette = figures.pyplot().get_cmap("turbo")(np.linspace(0.05, 0.95, len(found.groups)))
+    palette = colormaps["turbo"](np.linspace(0.05, 0.95, len(found.groups)))
     _bars(axes[0], found, palette)
     curves = (("student/acc", "student, per-epoch accuracy in %"), ("synergy/acc", "synergy, accuracy in %"))
     for axis, (metric, title) in zip(axes[1:], curves, strict=True):
