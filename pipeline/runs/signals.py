@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -22,7 +23,9 @@ class Stop:
         return self.signum
 
     def install(self) -> None:
-        """Handle this process's signals from now on."""
+        """Handle this process's signals from now on; outside its main thread, Python leaves them to that."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.arrived)
 

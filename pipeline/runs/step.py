@@ -14,10 +14,11 @@ import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from pipeline import extras
 from pipeline.compose import cli, shortcuts
@@ -35,11 +36,25 @@ from pipeline.runs.signals import Stop
 
 if TYPE_CHECKING:
     from pipeline.runs.run import Run
-    from pipeline.tracking.pipe import Delivery
+    from pipeline.tracking.pipe import Delivery, Ready
 
 logger = logging.getLogger("asib")
 Target = TypeVar("Target")
 Late: TypeAlias = str | Target
+
+
+class Done(NamedTuple):
+    """A step that has ended."""
+
+    exit_code: int
+    ending: Ending | None = None
+    """Of its run; None without one."""
+    folder: Path | None = None
+    """That run's."""
+    tracked: "Ready | None" = None
+    """Where it is on the tracking server, if it got there."""
+    error: BaseException | None = None
+    """What ended it before its job was done."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,24 @@ class Step:
         0 completed, 2 refused (bad input), 1 failed, 143 and 130 after SIGTERM and SIGINT, or the job's `Ending`'s.
         """
         log_to_terminal()
-        arguments = [*(sys.argv[1:] if argv is None else argv)]
+        try:
+            done = self.call(sys.argv[1:] if argv is None else argv)
+        except Interrupted as error:
+            return 128 + error.signum  # before the run or after its end, so nothing is lost
+        except UserError as error:
+            return _refuse(self.name, error)
+        if done.exit_code and done.ending is not None and done.ending.status != "FAILED":
+            # it would overwrite KILLED, or a refusal's FINISHED, with FAILED (docs/tracking.md)
+            kill_mlflow_run_parent()
+        return done.exit_code
+
+    def call(self, arguments: Sequence[str]) -> Done:
+        """Run the step in a process that lives on.
+
+        Raises:
+            UserError: refused before there was a run; what ended a run is in the returned `Done`.
+            Interrupted: by a signal, before there was a run.
+        """
         debug = "--debug" in arguments or "debug=true" in arguments  # until the arguments are parsed
         try:
             own = {**self.own, **(notify.OWN if self.job else {})}
@@ -89,7 +121,7 @@ class Step:
             debug = command.debug
             if command.help is not None:
                 print(step_help(self.name, self.about or "", own, self.keys, command), end="")
-                return 0
+                return Done(0)
             command, address = notify.taken(command, bool(self.job))
             if self.cfg is not None and command.cfg is None:
                 command = replace(command, cfg=self.cfg(command.own))
@@ -99,16 +131,18 @@ class Step:
             debug = config.debug
             with notify.kept(address):
                 code = None if self.act is None else _late(self.act)(config, command)
-                return self._run(config, command) if code is None else code
-        except Interrupted as error:
-            return 128 + error.signum  # before the run or after its end, so nothing is lost
+                return self._run(config, command) if code is None else Done(code)
         except Exception as error:
             said = extras.explained(error, self.name) or as_user_error(error, Path.cwd())
-            if isinstance(said, UserError):
-                return _refuse(self.name, said, debug)
-            raise
+            if not isinstance(said, UserError):
+                raise
+            if debug:
+                traceback.print_exception(said)
+            if said is error:
+                raise
+            raise said from error
 
-    def _run(self, config: Config, command: cli.Command) -> int:
+    def _run(self, config: Config, command: cli.Command) -> Done:
         request = None
         if self.request is not None:
             config, request = _late(self.request)(config, command)
@@ -117,7 +151,7 @@ class Step:
                 print(dump(config), end="")
                 if self.words is not None and (plan := self.words(request)):
                     print("\n" + textwrap.indent(plan.rstrip(), "# "))
-            return 0
+            return Done(0)
         run_log.configure(config.log)
         check_there(config, self.name)
         rank, _ = processes(os.environ)
@@ -203,11 +237,12 @@ def _asked(step: str, config: Config, ask: "Callable[[Delivery], None]") -> "Del
     return delivery
 
 
-def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> int:
-    """Run the job, end the run the way the job ended, and return the exit code."""
+def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> Done:
+    """Run the job, and end the run the way the job ended."""
     from pipeline.training import distributed
 
-    found = None
+    found: Ending | float | None = None
+    error: BaseException | None = None
     try:
         distributed.join()
         distributed.first_process_says(str(run.folder))
@@ -226,12 +261,13 @@ def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> int
         ending = ending_of(error)
     run.close(ending)
     notify.ended(run, ending, found if isinstance(found, float) else None)
-    if ending.exit_code and ending.status != "FAILED":
-        kill_mlflow_run_parent()  # it would overwrite KILLED, or a refusal's FINISHED, with FAILED (docs/tracking.md)
-    return ending.exit_code
+    tracked = None
+    with suppress(UserError):
+        tracked = run.delivery.wait_ready(0) if run.delivery is not None else None
+    return Done(ending.exit_code, ending, run.folder, tracked, error)
 
 
-def _follow(step: str, config: Config, stop: Stop, job: "Callable[[Run], Ending | float | None]") -> int:
+def _follow(step: str, config: Config, stop: Stop, job: "Callable[[Run], Ending | float | None]") -> Done:
     """Train in a process other than torchrun's first, which alone keeps the record and prints."""
     from pipeline.runs.opening import follow
     from pipeline.training import distributed
@@ -242,14 +278,12 @@ def _follow(step: str, config: Config, stop: Stop, job: "Callable[[Run], Ending 
     try:
         job(run)
     except (Interrupted, UserError, NonFinite) as error:
-        return ending_of(error).exit_code
-    return 0
+        return Done(ending_of(error).exit_code, folder=run.folder, error=error)
+    return Done(0, folder=run.folder)
 
 
-def _refuse(step: str, error: UserError, debug: bool) -> int:
+def _refuse(step: str, error: UserError) -> int:
     """Report bad input in one line, before there is a run; a run that `mlflow run` made ends FAILED with that line."""
-    if debug:
-        traceback.print_exception(error)
     logger.error("%s", error)
     if os.environ.get("MLFLOW_RUN_ID"):
         try:
