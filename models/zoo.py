@@ -7,6 +7,7 @@ wrapper's decomposition before anything is trained.
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,6 +18,7 @@ from torch import nn
 import models.cifar  # noqa: F401 - registers cifar_* with timm
 from models.features import FeatureNet, check_head
 from models.small_input import LAST_STAGE, adapt_conv_stem, is_patch_family, patch_arguments
+from models.weights import load_weights, read_metadata
 from pipeline.errors import first_line
 
 ANSWER_S = 5.0
@@ -128,6 +130,32 @@ def create_model(
             "small_input does not support its stem, set small_input=false"
         )
     return FeatureNet(net, adapter_dim, full, small)
+
+
+def load(path: str | Path) -> FeatureNet:
+    """The network in a file that `weights.save_weights` wrote, in eval mode on the CPU.
+
+    Its `net` alone maps images to logits, and says in timm's way (`timm.data.resolve_model_data_config`) which images.
+
+    Raises:
+        ValueError: unreadable, or a file that does not say which network it is of.
+    """
+    record = read_metadata(path)
+    if "architecture" not in record:
+        raise ValueError(f"{path} does not say which network it is of: use create_model and weights.load_weights")
+    size, channels = record.get("image_size", 32), record.get("in_chans", 3)
+    net = create_model(
+        record["architecture"],
+        record["num_classes"],
+        small_input=record.get("small_input"),
+        image_size=size,
+        in_chans=channels,
+    )
+    load_weights(net, path)
+    shown = {name: tuple(record[name]) for name in ("mean", "std") if record.get(name)}
+    shown |= {"input_size": (channels, size, size), "label_names": tuple(record.get("classes", ()))}
+    net.net.pretrained_cfg = {**(getattr(net.net, "pretrained_cfg", None) or {}), **shown}  # type: ignore[assignment]
+    return net.eval()
 
 
 def _fixed_size(full: str) -> int | None:

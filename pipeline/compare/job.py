@@ -57,15 +57,15 @@ def read(run: Run, names: Sequence[str]) -> list[records.Record]:
 def _nested(run: Run, parent: str) -> list[records.Record]:
     """The parent's own distillations and those that it reused; unfinished ones are named and left out."""
     if run.delivery is not None and not _is_folder(parent):
-        reused = _reused(run.delivery.run_info(parent)["tags"])
-        seen = read(run, [*run.delivery.ask("nested_runs", run_id=parent), *reused])
+        others = reused(run.delivery.run_info(parent)["tags"])
+        seen = read(run, [*run.delivery.ask("nested_runs", run_id=parent), *others])
     else:
         folder = find_folder(output_dir(run.config), parent, "parent")
         if folder is None:
             raise UserError(f"parent={parent}: no such run in output_dir={run.config.output_dir}")
-        seen = [records.from_folder(f) for f in _children(folder)]
+        seen = [records.from_folder(f) for f in children(folder)]
         known = {r.id for r in seen}
-        seen += read(run, [name for name in _reused(records.from_folder(folder).tags) if name not in known])
+        seen += read(run, [name for name in reused(records.from_folder(folder).tags) if name not in known])
     students = [r for r in seen if compare.ACCURACY in r.metrics and r.tags.get("asib.step") != "finetune"]
     for record in seen:
         if record.status != "FINISHED":
@@ -76,11 +76,13 @@ def _nested(run: Run, parent: str) -> list[records.Record]:
     return chosen
 
 
-def _reused(tags: Mapping[str, str]) -> list[str]:
+def reused(tags: Mapping[str, str]) -> list[str]:
+    """The finished runs that a parent with these tags took instead of training them again."""
     return [name for name in tags.get("asib.reused", "").split(",") if name not in ("", "none")]
 
 
-def _children(folder: Path) -> list[Path]:
+def children(folder: Path) -> list[Path]:
+    """The folders of the runs nested in one, those that are on this machine."""
     entries = read_entries(folder / "journal.jsonl")[0]
     paths = dict.fromkeys((folder / e.data["folder"]).resolve() for e in entries if e.kind == "child")
     return [path for path in paths if (path / "journal.jsonl").exists()]

@@ -86,7 +86,7 @@ def _sample(config: DatasetConfig) -> ImageData:
     stored = read_npz(SAMPLE, "dataset.name=cifar100_sample, bundled file")
     for split in ("train", "test"):
         stored[f"x_{split}"] = _unpack(stored.pop(f"packed_{split}"))
-    return _image_data(config.name, check(stored, f"the bundled sample {SAMPLE}"), CIFAR100, "bundled")
+    return image_data(config.name, check(stored, f"the bundled sample {SAMPLE}"), CIFAR100, "bundled")
 
 
 def _unpack(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -103,7 +103,7 @@ def _npz(config: DatasetConfig) -> ImageData:
         )
     path = user_path(config.path, "dataset.path")
     arrays = check(read_npz(path, "dataset.path"), f"dataset.path={path}")
-    return _image_data(config.name, arrays, statistics(arrays.x_train), str(path))
+    return image_data(config.name, arrays, statistics(arrays.x_train), str(path))
 
 
 def _imagenet100(config: DatasetConfig) -> ImageData:
@@ -179,7 +179,7 @@ def _torchvision(config: DatasetConfig, row: Torchvision) -> ImageData:
     arrays = {"x_train": train.data, "y_train": train.targets, "x_test": test.data, "y_test": test.targets}
     where = f"dataset.root={config.root}: {name} in {place}"
     checked = check({key: np.asarray(values) for key, values in arrays.items()}, where, tuple(train.classes))
-    return _image_data(config.name, checked, row.statistics, str(place))
+    return image_data(config.name, checked, row.statistics, str(place))
 
 
 def _tiny_imagenet(config: DatasetConfig) -> ImageData:
@@ -197,12 +197,11 @@ def _timm(config: DatasetConfig) -> ImageData:
 
 def _mapped(config: DatasetConfig, found: Kept) -> ImageData:
     source = str(user_path(config.root, "dataset.root"))
-    return _image_data(config.name, found.arrays, found.statistics, source, found.digest)
+    return image_data(config.name, found.arrays, found.statistics, source, found.digest)
 
 
-def _image_data(
-    name: str, arrays: Arrays, known: Statistics, source: str, known_digest: str | None = None
-) -> ImageData:
+def image_data(name: str, arrays: Arrays, known: Statistics, source: str, known_digest: str | None = None) -> ImageData:
+    """Checked arrays as a data set with these statistics."""
     return ImageData(
         name=name,
         train_x=torch.from_numpy(arrays.x_train),

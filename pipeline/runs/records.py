@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Record:
         id: MLflow run id; offline the journal's.
         config: dotted key -> value, written as in an override.
         metrics: the last value of each.
-        histories: (epoch, value) of each metric in `HISTORIES`.
+        histories: (epoch, value) of each metric that was asked for.
         correct: (n,) whether each test image was classified correctly; None for runs that stored no predictions.
     """
 
@@ -64,8 +64,10 @@ class Record:
         return self.tags.get("asib.data_digest", "")
 
 
-def from_folder(folder: Path) -> Record:
+def from_folder(folder: Path, histories: Sequence[str] | None = HISTORIES) -> Record:
     """Read the run in `folder` from its journal; damaged entries are warned about and left out.
+
+    `histories`: of these metrics; None: of all.
 
     Raises UserError: there is no journal, or its header is damaged.
     """
@@ -101,7 +103,7 @@ def from_folder(folder: Path) -> Record:
         tags=tags,
         config=_config(folder / "config.yaml"),
         metrics={name: values[-1][1] for name, values in points.items()},
-        histories={name: points[name] for name in HISTORIES if name in points},
+        histories={name: points[name] for name in (points if histories is None else histories) if name in points},
         classes=classes,
         correct=_correct(folder / PREDICTIONS),
     )

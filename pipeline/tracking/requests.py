@@ -142,6 +142,16 @@ def nested_runs(client: MlflowClient, run_id: str) -> list[str]:
     return [run.info.run_id for run in found]
 
 
+def runs_of_experiment(client: MlflowClient, name: str) -> list[str]:
+    """Ids of an experiment's runs that are not nested in others, the oldest first; empty without such an experiment."""
+    experiment = look(lambda: client.get_experiment_by_name(name))
+    if experiment is None:
+        return []
+    where, order = [experiment.experiment_id], ["start_time ASC"]
+    found = server.all_pages(lambda token: client.search_runs(where, order_by=order, page_token=token))
+    return [run.info.run_id for run in found if "mlflow.parentRunId" not in run.data.tags]
+
+
 def find_finished(client: MlflowClient, identities: Sequence[str]) -> dict[str, str]:
     """Identity -> newest FINISHED run that has it, if there is one."""
     experiments = server.all_experiments(client)
@@ -212,7 +222,7 @@ def _classes(profile: str | None) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-RUNS = (fetch, run_info, read_runs, nested_runs, find_finished, log_files, running, reap)
+RUNS = (fetch, run_info, read_runs, nested_runs, runs_of_experiment, find_finished, log_files, running, reap)
 MODELS = (registry.overview, registry.version, registry.tag_manifest, aliases.move, aliases.repair, looks.count_look)
 QUEUES = (turns.may_edit, turns.join, turns.beat, turns.leave, turns.queue, turns.mark_dead)
 """These and `MODELS` are about a registered model, whose `name` they all take."""

@@ -55,6 +55,8 @@ class MethodConfig(Section):
     """Whether it distils from the student as it was before a task of continual learning, as its only teacher."""
     replays: ClassVar[bool] = False
     """Whether it needs what the student said of kept images when they were kept."""
+    reads_data: ClassVar[bool] = False
+    """Whether it reads the training data besides the batches that it is given."""
     maps: ClassVar[bool] = False
     """Whether it needs feature maps, which the teacher bank does not keep."""
     compares_logits: ClassVar[bool] = False

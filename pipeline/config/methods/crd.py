@@ -11,6 +11,7 @@ class CrdConfig(MethodConfig):
     """Contrastive representation distillation (Tian et al. 2020)."""
 
     step: ClassVar[str] = "pipeline.training.methods.crd:Crd"
+    reads_data: ClassVar[bool] = True
     teachers: ClassVar[tuple[int, int | None]] = (1, 1)
 
     name: Literal["crd"] = key("crd", "distillation method")

@@ -12,6 +12,7 @@ class DerConfig(MethodConfig):
     """Dark experience replay++ (Buzzega et al. 2020): kept images with their labels and the logits of their time."""
 
     step: ClassVar[str] = "pipeline.training.methods.der:Der"
+    reads_data: ClassVar[bool] = True
     teachers: ClassVar[tuple[int, int | None]] = (0, None)
     from_teachers: ClassVar[bool] = False
     replays: ClassVar[bool] = True

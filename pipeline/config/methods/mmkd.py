@@ -12,6 +12,7 @@ class MmkdConfig(MethodConfig):
     """Several teachers, weighted by meta-learned networks (Zhang et al. 2023)."""
 
     step: ClassVar[str] = "pipeline.training.methods.mmkd:Mmkd"
+    reads_data: ClassVar[bool] = True
     task: ClassVar[str] = "pipeline.training.methods.mmkd:OneProcess"
     teachers: ClassVar[tuple[int, int | None]] = (1, None)
     maps: ClassVar[bool] = True

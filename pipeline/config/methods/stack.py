@@ -12,6 +12,7 @@ class StackConfig(MethodConfig):
     """Several teachers in one convex combination of logits, fitted on held-out images (stacking, Breiman 1996)."""
 
     step: ClassVar[str] = "pipeline.training.methods.stack:Stack"
+    reads_data: ClassVar[bool] = True
     teachers: ClassVar[tuple[int, int | None]] = (1, None)
     compares_logits: ClassVar[bool] = True
     blends: ClassVar[bool] = True
