@@ -162,7 +162,7 @@ def _black(student: FeatureNet, size: int) -> ImageData:
     labels = np.arange(2 * student.num_classes) % student.num_classes
     weight = next(p for p in student.parameters() if p.dim() == 4)  # the first convolution
     images = np.zeros((len(labels), size, size, weight.shape[1]), np.uint8)
-    both = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    both: dict[str, Any] = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
     checked = arrays.check(both, "image_size")
     return sources.image_data("own", checked, arrays.statistics(checked.x_train), "none")
 
