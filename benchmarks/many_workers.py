@@ -73,7 +73,7 @@ def measure(work: Callable[[str, str, int], None], where: str, name: str, url: s
     start = context.Barrier(options.processes + 1)
     count, share = options.workers // options.processes, options.trials // options.workers
     arguments = (work, where, name, count, share, start)
-    processes = [context.Process(target=threads, args=arguments) for _ in range(options.processes)]
+    processes = [context.Process(target=threads, args=arguments, daemon=True) for _ in range(options.processes)]
     for process in processes:
         process.start()
     engine, most = sqlalchemy.create_engine(database_url(url)), 0
