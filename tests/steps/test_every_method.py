@@ -1,4 +1,4 @@
-"""Every method trains in one table, as `mlflow run` asks for it; a run that kill -9 ended continues bit for bit."""
+"""Every method trains in one table through `mlflow run`, and its run that kill -9 ended continues bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from pipeline.config import DatasetConfig, methods
 from pipeline.data import sources
 from tests.steps.lab import BATCHES, STUDENT, Lab, journal, points, run_id, same_tensors, see, settings, until
-from tests.steps.test_mlflow_run import as_passed
+from tests.steps.test_mlflow_run import run
 
 METHODS = [name for name in methods.names() if methods.settings(name).from_teachers]
 """Those for one training; test_continual.py has the others."""
@@ -57,12 +57,13 @@ def table(lab: Lab, sqlite_template: Path) -> Path:
     content = {"recipe": str(lab.cfg), "pairs": {"pair": ONE}, "methods": rows, "baseline": "kd", "equal_cost": False}
     file = lab.folder / "every.yaml"
     file.write_text(yaml.safe_dump(content))
-    done = as_passed(lab, f"sqlite:///{database}", "table", f"table={file}")
-    assert done.code == 0, done.err
-    return done.folder
+    done = run(lab, f"sqlite:///{database}", "table", f"table={file}")
+    assert done.returncode == 0, done.stderr
+    (folder,) = lab.run_folders()
+    return folder
 
 
-def test_a_table_of_all_methods_arrives(lab: Lab, table: Path) -> None:
+def test_a_table_of_all_methods_arrives_through_mlflow_run(lab: Lab, table: Path) -> None:
     found = see(f"sqlite:///{lab.folder / 'mlflow.db'}", run_id(table))
     assert set(found.children) == {"pair-teacher_0", *(f"{method} pair seed 0" for method in METHODS)}
     assert {run.status for run in (found, *found.children.values())} == {"FINISHED"}
