@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import apprise  # noqa: F401 - on a busy machine its first import takes longer than a message may
 import pytest
 
 from pipeline.compose.compose import compose
