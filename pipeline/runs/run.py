@@ -264,14 +264,15 @@ class Run:
             # metrics that no checkpoint covers are dropped: a resume measures them again, and they would appear twice
             self.journal.begin()
             self.journal = Journal.reopen(self.folder, self.journal.hand_over())
-        if ending.tags:
-            self.journal.tags(ending.tags)
+        said = dict(ending.tags or {})
         if isinstance(self.journal, Journal) and self.step != "worker":
             self.journal.begin()
             record = records.from_folder(self.folder)
             if self.step not in description.REPORTS or description.NOTE not in record.tags:
                 note = description.describe(record, self.config, self.step, self.folder, ending)
-                self.journal.tags({description.NOTE: secrets.mask(note)})
+                said[description.NOTE] = secrets.mask(note)
+        if said:
+            self.journal.tags(said)
         log = self.folder / "run.log"
         if log.exists() and not self.follower:
             self.journal.artifact(log)
