@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from pipeline import extras, secrets
@@ -62,6 +63,8 @@ def kept(address: str | None) -> Iterator[None]:
     before = os.environ.get(VARIABLE)
     if address is not None:
         os.environ[VARIABLE] = address
+        # its import takes seconds on a cold disk, which the message's limit would count
+        threading.Thread(target=import_module, args=("apprise",), name="import of apprise", daemon=True).start()
     try:
         yield
     finally:
