@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline import urls
 from pipeline.compose import shortcuts
 from pipeline.compose.cli import Command
 from pipeline.config import Config
@@ -73,12 +74,16 @@ def told(values: Mapping[str, object]) -> list[str]:
 
 
 def command_of(step: str, command: Command, environment: Mapping[str, str] = os.environ) -> str:
-    """A line for a shell that asks for the same run anew, the variables that stand for overrides included."""
+    """A line for a shell that asks for the same run anew, the variables that stand for overrides included.
+
+    Passwords in addresses are hidden: everybody can read the line.
+    """
     asked = [f"{name}={shlex.quote(environment[name])}" for name in shortcuts.VARIABLES if environment.get(name)]
     cfg = [f"cfg={command.cfg}"] if command.cfg else []
     overrides = [text for text in command.overrides if not text.startswith("resume=")]
     own = [f"{key}={value}" for key, value in command.own.items()]
-    return " ".join([*asked, shlex.join(["python", "-m", f"steps.{step}", *cfg, *own, *overrides])])
+    words = [urls.hidden(word) for word in (*cfg, *own, *overrides)]
+    return " ".join([*asked, shlex.join(["python", "-m", f"steps.{step}", *words])])
 
 
 def _own(step: str, own: Mapping[str, str]) -> list[str]:

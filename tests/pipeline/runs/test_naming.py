@@ -59,6 +59,14 @@ def test_the_command_repeats_the_run() -> None:
     assert parse(shlex.split(line)[4:], ["sweep"]) == command
 
 
+def test_the_command_hides_passwords_in_addresses() -> None:
+    command = parse(
+        ["sweep=x", "storage=postgresql://me:pass@db/studies", "tracking.uri=https://u:p@s"], ["sweep", "storage"]
+    )
+    line = command_of("sweep", command, {})
+    assert line.endswith("sweep=x 'storage=postgresql://me:***@db/studies' 'tracking.uri=https://u:***@s'")
+
+
 def record(**metrics: float) -> Record:
     right = np.arange(500) < 199
     values = {name.replace("__", "/"): value for name, value in metrics.items()}
