@@ -371,7 +371,7 @@ class Journal:
     ) -> None:
         """Write held entries and the end in one write, sync, and close the journal; `check_end` lists valid ends.
 
-        `resumable`: whether checkpoints stay.
+        `resumable`: whether checkpoints stay once the run that this one is nested in is over.
         """
         check_end(status, outcome)
         with self._lock:

@@ -251,6 +251,9 @@ def fetch_checkpoint(delivery: Delivery, run_id: str, folder: Path) -> bool:
         fetched = delivery.fetch(f"runs:/{run_id}/checkpoints", folder / "fetched")
     except NotThere:
         return False
+    if not (fetched / "manifest.json").exists():  # it has finished: weights alone are left
+        shutil.rmtree(folder / "fetched")
+        return False
     try:
         newest = json.loads((fetched / "manifest.json").read_text())
         file, sha256 = inside(fetched, newest["file"]), str(newest["sha256"])

@@ -276,7 +276,9 @@ class Run:
         log = self.folder / "run.log"
         if log.exists() and not self.follower:
             self.journal.artifact(log)
-        resumable = ending.status != "FINISHED" or self.config.checkpoint.keep or not self.slots.manifest.exists()
+        resumable = ending.status != "FINISHED" or self.config.checkpoint.keep
         self.journal.end(*ending[:4], resumable=resumable)
-        if not (resumable or self.follower):
-            self.slots.clear()
+        # nested runs keep theirs until the outermost has finished: on another machine it continues from them
+        if not (resumable or self.follower) and (self.parent is None or self.parent.step == "worker"):
+            for manifest in self.folder.rglob(f"checkpoints/{self.slots.manifest.name}"):
+                Slots(manifest.parent).clear()

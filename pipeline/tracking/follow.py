@@ -14,6 +14,7 @@ from mlflow.tracking import MlflowClient
 from pipeline import journal, urls
 from pipeline.errors import UserError
 from pipeline.files import acquire, release
+from pipeline.tracking import checkpoints
 from pipeline.tracking.nested import belongs, check_own_files
 from pipeline.tracking.run_delivery import RunDelivery
 from pipeline.tracking.server import connect
@@ -132,7 +133,21 @@ class DeliveryLoop:
                     self._parents.setdefault(child, run)
                     queue.append(child)
             self._retire(folder)
-        return self.top.state.ended and all(self._finished(folder) for folder in queue)
+        done = self.top.state.ended and all(self._finished(folder) for folder in queue)
+        if done:
+            for run in map(self.runs.get, self.top.children if self.top.carrier else [self.folder]):
+                self._clear(run)
+        return done
+
+    def _clear(self, run: RunDelivery | None) -> None:
+        """Delete on the server what only a resume would need of a run that is over, and of those nested in it."""
+        if run is None or run.resumable:
+            return
+        for child in run.children:
+            self._clear(self.runs.get(child))
+        if run.state.checkpoint:
+            checkpoints.remove(self.client, run.state)
+            run.state.save(run.folder)
 
     def _deliver_children(self, parent: RunDelivery) -> None:
         """Deliver what the parent's nested runs hold now, since the parent's next entry may refer to it."""
@@ -199,6 +214,7 @@ class DeliveryLoop:
         """
         parent = self._parents.get(folder)
         if parent is not None and parent.carrier and folder not in parent.children[-1:] and self._over(folder):
+            self._clear(self.runs[folder])
             parent.forget(folder, parent.state.offset)
             self._drop(folder)
 

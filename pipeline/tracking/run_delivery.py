@@ -77,6 +77,7 @@ class RunDelivery:
         self.attached = False
         self.carrier = False
         self.children: list[Path] = []  # the most recently named one comes last
+        self.resumable = True
         self._path = folder / journal.FILE
         self._adopt, self._resume, self._live, self._parent = adopt, resume, live, parent
         self._deliver_children = deliver_children
@@ -232,7 +233,8 @@ class RunDelivery:
         entries = self._read()
         saved = [entry for entry in entries if entry.kind == "checkpoint"]
         final = final or any(entry.kind == "end" for entry in entries)
-        over = any(entry.kind == "end" and not _resumable(entry) for entry in entries)
+        outermost = self._parent is None or self._parent.carrier
+        over = outermost and any(entry.kind == "end" and not _resumable(entry) for entry in entries)
         behind = self.state.offset
         assert self._outbox is not None
         self._outbox.clear()
@@ -284,6 +286,8 @@ class RunDelivery:
             self._last_time = max(self._last_time, entry.time)
             if entry.kind == "child" and entry.end <= self.state.offset:
                 self._child(entry)
+            elif entry.kind == "end":
+                self.resumable = _resumable(entry)
 
     def _apply(self, entry: Entry) -> bool:
         """Process an entry; True if everything before it had to be sent, and was."""
@@ -323,8 +327,7 @@ class RunDelivery:
                 self.state.ended = False
                 self._mark_running()
             case "end":
-                if not _resumable(entry) and self.state.checkpoint:
-                    checkpoints.remove(self.client, self.state)
+                self.resumable = _resumable(entry)
                 self._end(data["status"], data["outcome"], data["exit_code"], data["message"], entry.time)
         return entry.kind in MILESTONES
 
