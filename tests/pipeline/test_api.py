@@ -139,8 +139,12 @@ def test_a_run_that_fails_raises_what_ended_it(lab: Lab, monkeypatch: pytest.Mon
 def test_ctrl_c_is_pythons_again_and_the_run_is_killed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.distill.train.Loop", signal_at(3, signal.SIGINT).loop)
     before = set(lab.run_folders())
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.distill(here(lab), seed=9)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.distill(here(lab), seed=9)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     (folder,) = set(lab.run_folders()) - before
     assert ending(folder) == ("KILLED", "killed", 130)
 
@@ -218,7 +222,7 @@ def test_a_frame_has_the_keys_that_differ(
     assert frame["method.kd_alpha"].tolist() == [0.4, 0.8]
     assert frame["final/acc_val_selected"].tolist() == [done.metrics["final/acc_val_selected"] for done in both]
     taught = runs(f"parent={first.folder}", output_dir=lab.runs)
-    assert taught["name"].tolist() == ["teacher_0", "teacher_1"]
+    assert taught["name"].tolist() == ["teacher_0 resnet8 s1", "teacher_1 wrn_16_1 s1"]
     of_all = runs("experiment=asib", "tracking=offline", output_dir=lab.runs)
     assert {*frame["run"]} <= {*of_all["run"]}
     assert not {*taught["run"]} & {*of_all["run"]}
