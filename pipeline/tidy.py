@@ -10,7 +10,7 @@ from pipeline.config.places import output_dir
 from pipeline.files import explained
 from pipeline.journal import SLOTS, read_entries, writer_alive
 from pipeline.reporting import tables
-from pipeline.runs.folders import folders_with, header_of
+from pipeline.runs.folders import folders_with, header_of, size_of
 
 OWN = {"apply": "true: remove what is listed"}
 
@@ -18,7 +18,7 @@ OWN = {"apply": "true: remove what is listed"}
 def tidy(config: Config, command: cli.Command) -> int:
     """Print what can go, largest first, and remove it with `apply=true`; the exit code, 0."""
     apply, root = cli.flag(command.own, "apply"), output_dir(config)
-    found = sorted(((_size(path), path, why) for path, why in superfluous(root)), key=lambda item: -item[0])
+    found = sorted(((size_of(path), path, why) for path, why in superfluous(root)), key=lambda item: -item[0])
     for _, path, _ in found if apply else ():
         with explained(path):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -52,8 +52,3 @@ def _keeps(folder: Path) -> bool:
     """Whether the run was told to keep its checkpoints."""
     stated = [e.data["values"] for e in read_entries(folder / "journal.jsonl")[0] if e.kind == "params"]
     return any(str(values.get("checkpoint.keep", "")).lower() == "true" for values in stated)
-
-
-def _size(path: Path) -> int:
-    inside = path.rglob("*") if path.is_dir() else (path,)
-    return sum(file.lstat().st_size for file in inside if not file.is_dir())

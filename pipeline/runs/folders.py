@@ -2,9 +2,10 @@
 
 import glob
 import secrets
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.config import Config
@@ -40,6 +41,17 @@ def writable(config: Config) -> Iterator[None]:
 def folders_with(root: Path, file: str) -> list[Path]:
     """Folders anywhere below `root` that hold `file`, sorted; deliveries may remove folders meanwhile."""
     return sorted((root / name).parent for name in glob.iglob(f"**/{file}", root_dir=root, recursive=True))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; deliveries may remove some meanwhile."""
+    inside = glob.iglob("**", root_dir=path, recursive=True) if path.is_dir() else [""]
+    total = 0
+    for name in inside:
+        with suppress(FileNotFoundError):
+            found = (path / name).lstat()
+            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def find_folder(root: Path, name: str, key: str = "resume") -> Path | None:

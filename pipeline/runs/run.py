@@ -17,10 +17,10 @@ from pipeline.config import Config, config_hash
 from pipeline.config.identity import listed
 from pipeline.errors import HelperFailed, Interrupted, Taken, UserError
 from pipeline.files import read_state, write_atomically
-from pipeline.journal import Journal, NullJournal
+from pipeline.journal import SLOTS, Journal, NullJournal
 from pipeline.runs import description, git, naming, records
 from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
-from pipeline.runs.folders import CONFIG, DIFFERENCE, ended
+from pipeline.runs.folders import CONFIG, DIFFERENCE, ended, folders_with, size_of
 from pipeline.runs.run_log import log_to
 from pipeline.runs.signals import Stop
 from pipeline.tracking import start
@@ -255,9 +255,8 @@ class Run:
             again = "" if self.step in description.CONTINUED else f" resume={self._run_id or self.folder}"
             logger.info("to continue: %s%s", secrets.mask(naming.command_of(self.step, self.command)), again)
         elif ending.status == "FINISHED":
-            size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
             there = [name for name in WORTH_A_LOOK if (self.folder / name).exists()]
-            logger.info("in %s (%.1f MB): %s", self.folder, size / 1e6, ", ".join(there))
+            logger.info("in %s (%.1f MB): %s", self.folder, size_of(self.folder) / 1e6, ", ".join(there))
 
     def _end_record(self, ending: Ending) -> None:
         if ending.status != "FINISHED" and isinstance(self.journal, Journal):
@@ -280,5 +279,5 @@ class Run:
         self.journal.end(*ending[:4], resumable=resumable)
         # nested runs keep theirs until the outermost has finished: on another machine it continues from them
         if not (resumable or self.follower) and (self.parent is None or self.parent.step == "worker"):
-            for manifest in self.folder.rglob(f"checkpoints/{self.slots.manifest.name}"):
-                Slots(manifest.parent).clear()
+            for folder in folders_with(self.folder, f"checkpoints/{SLOTS[0]}"):
+                Slots(folder).clear()
