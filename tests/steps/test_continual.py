@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -237,8 +238,9 @@ def test_runs_killed_at_ten_random_moments_equal_an_undisturbed_one(ready_lab: L
             process.kill()
             process.wait()
             kills += 1
-            (folder,) = other.run_folders()
-            name = str(folder) if (folder / "journal.jsonl").exists() else None
+            name = next((str(folder) for folder in other.run_folders() if (folder / "journal.jsonl").exists()), None)
+            for folder in other.run_folders() if name is None else ():  # killed before it had begun
+                shutil.rmtree(folder)
             continue
         assert code == 0, (tmp_path / "log").read_text()
         break
