@@ -1,5 +1,5 @@
 # make setup   the environment, .venv          make demo   the main job on the bundled images, then a table
-# make test-unit, make test   the fast tests; make test-marked   what else needs no GPU; make test ALL=1   both
+# make test-unit, make test   the fast tests; make test-marked   what else needs no GPU
 # make coverage   branches that the fast tests take
 # make check   what .ci/run runs: lint, types, imports, all tests
 # make docs   the pages of docs/ as a site, site/; a link that leads nowhere is an error
@@ -52,10 +52,8 @@ FAST := not slow and not gpu and not postgres and not slurm and not browser
 test-unit: setup
 	$(PYTEST) -m unit
 
-# ALL=1, as in .ci/run: in one go with the others, so that fixtures and servers are made once, and short files fill the
-# gaps that long ones leave at the end
 test: setup
-	$(PYTEST) $(if $(ALL),-n 3 -m "not gpu",-m "$(FAST)")
+	$(PYTEST) -m "$(FAST)"
 
 # slow, browser, postgres and slurm; they wait for others a third of their time, hence three workers
 test-marked: setup

@@ -119,7 +119,9 @@ class Fork:
         with self._lock:
             if self._code is not None:
                 return self._code
-            if not select.select([self._ended], [], [], timeout)[0]:
+            poll = select.poll()  # select takes no descriptor above 1023
+            poll.register(self._ended, select.POLLIN | select.POLLHUP)
+            if not poll.poll(None if timeout is None else 1000 * timeout):
                 raise subprocess.TimeoutExpired("fork", timeout or 0)
             told = os.read(self._ended, 1)
             self._code = told[0] if told else -signal.SIGKILL

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,5 +160,9 @@ def _config(path: Path) -> dict[str, str]:
 def _correct(path: Path) -> NDArray[np.bool_] | None:
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as stored:
-        return np.asarray(stored["labels"] == stored["predictions"])
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return np.asarray(stored["labels"] == stored["predictions"])
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:  # cut short by a full disk, or not ours
+        warn_once(f"{path}: no predictions can be read from it ({type(error).__name__}): left out")
+        return None

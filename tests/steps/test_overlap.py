@@ -12,7 +12,7 @@ import pytest
 from pipeline.compose.compose import compose
 from pipeline.distill import results, teachers, train
 from pipeline.runs import records
-from tests.steps.lab import Done, Lab, refused
+from tests.steps.lab import Done, Lab, refused, short
 
 GRID = ("rhos=0.5,1", "methods=aver,stack", "seeds=0,1", "method.num_stages=1", "method.student_epochs_per_stage=[1]")
 THREE = "model.teachers=[{name: cifar_resnet8}, {name: cifar_resnet8}, {name: cifar_resnet8}]"
@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 
 def nested(folder: Path) -> dict[str, Path]:
-    return {records.from_folder(path.parent).name: path.parent for path in folder.glob("*/journal.jsonl")}
+    return {short(records.from_folder(path.parent).name): path.parent for path in folder.glob("*/journal.jsonl")}
 
 
 def taught(folder: Path) -> list[set[int]]:

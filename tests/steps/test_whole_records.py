@@ -173,7 +173,7 @@ def test_everything_a_run_leaves_has_the_permissions_that_the_umask_asks_for(lab
     before = os.umask(umask)
     try:
         uri = f"sqlite:///{lab.folder}/tracked/mlflow.db"
-        done = lab.step("distill", "tracking.mode=online", f"tracking.uri={uri}")
+        done = lab.step("distill", "checkpoint.keep=true", "tracking.mode=online", f"tracking.uri={uri}")
         assert done.code == 0, done.err
     finally:
         os.umask(before)
