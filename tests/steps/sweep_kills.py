@@ -191,7 +191,7 @@ def run(folder: Path, template: Path, kills: int, trials: int) -> dict[str, Any]
     while killed.code() != 0:
         assert killed.code() in (None, 0), killed.log()
         assert time.monotonic() < deadline, killed.log()
-        time.sleep(draw.uniform(1, 8))
+        time.sleep(draw.uniform(0.5, 3))
         if sum(killed.kills.values()) < kills and killed.code() != 0:
             killed.kill(draw)
     return check(killed, quiet)
