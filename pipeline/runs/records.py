@@ -65,10 +65,10 @@ class Record:
         return self.tags.get("asib.data_digest", "")
 
 
-def from_folder(folder: Path, histories: Sequence[str] | None = HISTORIES) -> Record:
+def from_folder(folder: Path, histories: Sequence[str] | None = HISTORIES, predictions: bool = True) -> Record:
     """Read the run in `folder` from its journal; damaged entries are warned about and left out.
 
-    `histories`: of these metrics; None: of all.
+    `histories`: of these metrics; None: of all. `predictions`: whether those on the test split are read.
 
     Raises UserError: there is no journal, or its header is damaged.
     """
@@ -106,7 +106,7 @@ def from_folder(folder: Path, histories: Sequence[str] | None = HISTORIES) -> Re
         metrics={name: values[-1][1] for name, values in points.items()},
         histories={name: points[name] for name in (points if histories is None else histories) if name in points},
         classes=classes,
-        correct=_correct(folder / PREDICTIONS),
+        correct=_correct(folder / PREDICTIONS) if predictions else None,
     )
 
 

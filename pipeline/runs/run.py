@@ -266,7 +266,7 @@ class Run:
         said = dict(ending.tags or {})
         if isinstance(self.journal, Journal) and self.step != "worker":
             self.journal.begin()
-            record = records.from_folder(self.folder)
+            record = records.from_folder(self.folder, predictions=ending.status == "FINISHED")
             if self.step not in description.REPORTS or description.NOTE not in record.tags:
                 note = description.describe(record, self.config, self.step, self.folder, ending)
                 said[description.NOTE] = secrets.mask(note)
