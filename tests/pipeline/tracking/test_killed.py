@@ -19,6 +19,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import HelperFailed
 from pipeline.journal import FILE, Journal
 from pipeline.runs.ending import ending_of
+from pipeline.runs.folders import size_of
 from pipeline.tracking import deliver, start
 from pipeline.tracking.faults import lasting
 from pipeline.tracking.follow import DeliveryLoop
@@ -186,7 +187,7 @@ def make_and_die(folder: Path, delay: float) -> None:
     """Make a database, and be killed that long after its first byte."""
 
     def kill() -> None:
-        while not any(file.stat().st_size for file in folder.glob("*mlflow.db*")):
+        while not any(size_of(file) for file in folder.glob("*mlflow.db*")):  # some are renamed meanwhile
             time.sleep(0.001)
         time.sleep(delay)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -205,7 +206,7 @@ def test_a_database_whose_maker_is_killed_is_made_anew(tmp_path: Path) -> None:
         arguments = (folder, rng.uniform(0, 0.6))
         maker = multiprocessing.get_context("fork").Process(target=make_and_die, args=arguments)
         maker.start()
-        maker.join()
+        maker.join(120)
         assert maker.exitcode == -signal.SIGKILL
         prepare_sqlite(f"sqlite:///{folder}/mlflow.db")
         with sqlite3.connect(folder / "mlflow.db") as database:
