@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,9 @@ class Run:
         if isinstance(self.journal, Journal) and self.step != "worker":
             self.journal.begin()
             record = records.from_folder(self.folder, predictions=ending.status == "FINISHED")
+            results = (read_state(self.folder / "results.json") or {}).get("metrics")
+            if isinstance(results, dict):  # the main job's are still held back
+                record = replace(record, metrics={**record.metrics, **results})
             if self.step not in description.REPORTS or description.NOTE not in record.tags:
                 note = description.describe(record, self.config, self.step, self.folder, ending)
                 said[description.NOTE] = secrets.mask(note)

@@ -79,8 +79,7 @@ def photograph(server: str, folder: Path) -> None:
 
         def shot(address: str, name: str) -> None:
             page.goto(f"{server}/{address}")
-            page.wait_for_load_state("networkidle")
-            page.wait_for_timeout(5000)
+            page.wait_for_timeout(8000)
             page.screenshot(path=folder / name)
 
         open_runs(page, server, number)
