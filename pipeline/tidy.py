@@ -1,14 +1,14 @@
 """What ended runs have left on this machine that nothing needs any more: list it, or remove it."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.compose import cli
 from pipeline.config import Config
 from pipeline.config.places import output_dir
 from pipeline.files import explained
-from pipeline.journal import SLOTS, read_entries, writer_alive
+from pipeline.journal import SLOTS, Entry, read_entries, writer_alive
 from pipeline.reporting import tables
 from pipeline.runs.folders import folders_with, header_of, size_of
 
@@ -33,13 +33,12 @@ def superfluous(root: Path) -> Iterator[tuple[Path, str]]:
     for folder in folders_with(root, "journal.jsonl"):
         if header_of(folder) is None or writer_alive(folder):
             continue
-        end = next(
-            (entry.data for entry in reversed(read_entries(folder / "journal.jsonl")[0]) if entry.kind == "end"), {}
-        )
+        entries = read_entries(folder / "journal.jsonl")[0]
+        end = next((entry.data for entry in reversed(entries) if entry.kind == "end"), {})
         if end.get("outcome") == "pruned":
             yield from _there((folder / "checkpoints",), "of a pruned trial")
         elif end.get("status") == "FINISHED":
-            if not _keeps(folder):
+            if not _keeps(entries):
                 yield from _there((folder / "checkpoints" / name for name in SLOTS), "checkpoint of a finished run")
             yield from _there((folder / "fetched",), "fetched by a finished run")
 
@@ -48,7 +47,7 @@ def _there(paths: Iterator[Path] | tuple[Path, ...], why: str) -> Iterator[tuple
     yield from ((path, why) for path in paths if path.exists() and not path.is_symlink())
 
 
-def _keeps(folder: Path) -> bool:
+def _keeps(entries: Sequence[Entry]) -> bool:
     """Whether the run was told to keep its checkpoints."""
-    stated = [e.data["values"] for e in read_entries(folder / "journal.jsonl")[0] if e.kind == "params"]
+    stated = [e.data["values"] for e in entries if e.kind == "params"]
     return any(str(values.get("checkpoint.keep", "")).lower() == "true" for values in stated)

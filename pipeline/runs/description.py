@@ -33,7 +33,7 @@ RESULTS = {
     "teacher/acc": "teacher",
 }
 """Metrics in percent (patterns) in the order in which people ask for them, and what they are."""
-PICTURES = ("curves.png", "confusion.png", "tasks.png", "accuracy_matrix.png", "reliability.png", "cost.png")
+PICTURES = ("curves.png", "confusion.png", "tasks.png", "accuracy_matrix.png", "reliability.png")
 
 
 def describe(record: Record, config: Config, step: str, folder: Path, ending: Ending) -> str:

@@ -90,9 +90,10 @@ def remove(client: MlflowClient, state: State) -> None:
     """
     try:
         store = artifact_store(client, state.run_id)
-        for name in SLOTS:
-            if any(file.path == f"{FOLDER}/{name}" for file in client.list_artifacts(state.run_id, FOLDER)):
-                store.delete_artifacts(f"{FOLDER}/{name}")
+        there = {file.path for file in client.list_artifacts(state.run_id, FOLDER)}
+        for path in (f"{FOLDER}/{name}" for name in SLOTS):
+            if path in there:
+                store.delete_artifacts(path)
     except Exception as error:
         log.warning("checkpoints of the finished run %s stay on the server: %s", state.run_id, error)
     state.checkpoint = {}
