@@ -1,9 +1,10 @@
 """Seeded mutants: how many of thirty small faults do the tests notice?
 
-    python tools/mutants.py [--count 30] [--seed 0] [--seconds 900] [--only losses,gate]
+    OMP_NUM_THREADS=1 python tools/mutants.py [--count 30] [--first 1] [--seed 0] [--only losses,gate]
 
 Each mutant is one flipped comparison, exchanged operator, changed constant or negated condition in a file of PLACES,
-tested in a copy of the repository by the tests beside it. A survivor needs a test, or a reason why none can tell.
+tested in a copy of the repository by the tests beside it, up to the first that fails. Forked processes have imported
+the large libraries already. A survivor needs a test, or a reason why none can tell.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import importlib
+import multiprocessing
+import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ASIB, JOURNAL = "training/methods/asib", "journal/test_journal.py"
@@ -37,6 +43,12 @@ PLACES = {
     "journal/writer.py": [JOURNAL],
 }
 """File of pipeline/ -> its tests in tests/pipeline/."""
+LARGE = ("hypothesis", "mlflow", "optuna", "pandas", "timm", "torch")
+"""Imported once; nothing of this repository, which each process imports from the copy."""
+EQUIVALENT = {"deepcopy": "a copy of trials equals them", "strict": "lengths that are checked before"}
+"""Arguments that no test can tell apart, and why; they are not changed."""
+NOT_RUN = (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
+LIMIT_S = 180
 COPIED = ("models", "pipeline", "steps", "conf", "tests", "docs", "pyproject.toml")
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -53,6 +65,7 @@ def sites(tree: ast.AST) -> Iterator[tuple[int, str]]:
         for root in (
             [node]
             if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom)
+            or (isinstance(node, ast.keyword) and node.arg in EQUIVALENT)
             else [getattr(node, "annotation", None), getattr(node, "returns", None)]
         )
         if root is not None
@@ -90,37 +103,43 @@ def mutate(tree: ast.AST, index: int, kind: str) -> tuple[str, str]:
     return before, ast.unparse(shown)
 
 
+def run_tests(folder: Path, tests: list[str]) -> None:
+    """Run tests of the copy in this forked process, which leaves with pytest's exit code."""
+    os.setsid()
+    os.chdir(folder)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    words = ["-x", "-n0", "-pno:cacheprovider", f"--rootdir={folder}", "-m", "not slow and not gpu and not postgres"]
+    sys.exit(pytest.main([*words, *(f"tests/pipeline/{test}" for test in tests)]))
+
+
 def verdict(folder: Path, tests: list[str], seconds: float | None) -> str:
     """`killed` by a test, by the time limit, or `SURVIVED`."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not slow and not gpu and not postgres",
-    ]
-    try:
-        done = subprocess.run(
-            [*command, *(f"tests/pipeline/{test}" for test in tests)], cwd=folder, capture_output=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests))
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        os.killpg(process.ident or 0, signal.SIGKILL)
+        process.join()
         return "killed (too slow)"
-    return "SURVIVED" if done.returncode == 0 else "killed"
+    if process.exitcode in NOT_RUN:
+        sys.exit(f"pytest could not run {tests}: exit code {process.exitcode}")
+    return "killed" if process.exitcode else "SURVIVED"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--first", type=int, default=1, help="number of the first mutant, to continue")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further mutant after this time")
     parser.add_argument("--only", default="", help="parts of paths, separated by commas")
     given = parser.parse_args()
-    draw, end = random.Random(given.seed), time.monotonic() + given.seconds
+    draw = random.Random(given.seed)
     places = [place for place in PLACES if any(part in place for part in given.only.split(","))]
     found = []
+    for name in LARGE:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory() as temporary:
         copied = Path(temporary) / "repository"
         copied.mkdir()
@@ -130,20 +149,23 @@ def main() -> None:
         unchanged = verdict(copied, sorted({test for place in places for test in PLACES[place]}), None)
         if unchanged != "SURVIVED":
             sys.exit("the tests fail before anything is changed: nothing can be learned from mutants")
-        for number in range(given.count):
-            if time.monotonic() > end:
-                break
-            place = places[number % len(places)]
+        sys.dont_write_bytecode = True  # what is not changed has been compiled
+        for number in range(1, given.count + 1):
+            place = places[(number - 1) % len(places)]
             original = (ROOT / "pipeline" / place).read_text()
             tree = ast.parse(original)
             index, kind = draw.choice(list(sites(tree)))
+            if number < given.first:
+                continue
             line = list(ast.walk(tree))[index].lineno  # type: ignore[attr-defined]
             before, after = mutate(tree, index, kind)
             target = copied / "pipeline" / place
             target.write_text(ast.unparse(tree))
-            found.append(verdict(copied, PLACES[place], 180))
+            begun = time.monotonic()
+            found.append(verdict(copied, PLACES[place], LIMIT_S))
             target.write_text(original)
-            print(f"{found[-1]:9} pipeline/{place}:{line}: {before}  ->  {after}", flush=True)
+            taken = f"{time.monotonic() - begun:.0f} s"
+            print(f"{number:3} {found[-1]:9} {taken:>5}  pipeline/{place}:{line}: {before}  ->  {after}", flush=True)
     survived = found.count("SURVIVED")
     print(f"{len(found) - survived} of {len(found)} mutants killed, {survived} survived")
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,25 @@ def test_entries_that_come_while_a_checkpoint_is_written_wait_for_the_next(tmp_p
     journal.release()
     expected = ["open", "checkpoint", "metrics", "checkpoint", "tags", "artifact", "metrics", "tags"]
     assert kinds(tmp_path) == expected
+
+
+def test_a_release_while_a_checkpoint_is_written_leaves_it_nothing_to_write(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, experiment="e")
+    journal.hold()
+    journal.metrics({"acc": 10.0}, step=0)
+    journal.snapshot()
+    journal.release()
+    journal.hold()
+    journal.tags({"late": "1"})
+    journal.checkpoint(tmp_path / "checkpoints" / "slot0.safetensors", "ab", 0)
+    assert kinds(tmp_path) == ["open", "metrics", "checkpoint"]
+
+
+def test_a_model_stands_at_the_step_at_which_mlflow_itself_logs_models(tmp_path: Path) -> None:
+    from mlflow.pyfunc import log_model  # seconds, for this test alone
+
+    Journal.create(tmp_path, experiment="e").model(tmp_path / "student", "student")
+    assert read_entries(tmp_path / FILE)[0][-1].data["step"] == signature(log_model).parameters["step"].default
 
 
 def test_end_writes_what_is_held(tmp_path: Path) -> None:

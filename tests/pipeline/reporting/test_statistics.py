@@ -28,6 +28,14 @@ def test_replicates_have_the_exact_mean_and_variance(rows: int, columns: int) ->
     assert found.var() == pytest.approx(exact_variance(values), rel=0.03)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_seeds_and_images_are_drawn_independently(seed: int) -> None:
+    """E[(c'x)(d'x)] of independent draws is mean^2; draws that are the same add the variance of a mean, x.var() / n."""
+    x = np.random.default_rng(6).normal(size=20)
+    found = statistics.replicates(np.outer(x, x), count=20_000, seed=seed)
+    assert found.mean() == pytest.approx(x.mean() ** 2, abs=0.05 * x.var() / 20)
+
+
 def test_one_seed_is_the_ordinary_bootstrap_over_images() -> None:
     values = np.random.default_rng(1).normal(size=(1, 100))
     found = statistics.replicates(values, count=20_000)

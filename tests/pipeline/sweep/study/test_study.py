@@ -10,6 +10,7 @@ import optuna
 import psycopg
 import pytest
 from optuna.trial import TrialState
+from sqlalchemy import event
 
 from pipeline.errors import Taken, UserError
 from pipeline.sweep.study import storage as study_storage
@@ -253,6 +254,26 @@ def test_server_that_goes_away_for_a_while_costs_reports_but_no_results(
     back.join()
     trial = study.trials()[0]
     assert (trial.value, trial.intermediate_values) == (3.0, {0: 1.0})
+
+
+@pytest.mark.parametrize("lost", ["write", "answer"])
+def test_a_result_is_recorded_once_whatever_an_outage_takes(study_url: str, lost: str) -> None:
+    study = Study.create(study_url, "s", sweep(grace_seconds=60), FACTS)
+    claim, events = claimed(study), list[str]()
+
+    def interrupt(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        events.append("write" if statement.startswith("UPDATE trials") else "other")
+        if "outage" not in events and (events[-1] == "write" if lost == "write" else "commit" in events):
+            events.append("outage")
+            raise study_storage.OperationalError(statement, {}, Exception("server closed the connection"))
+
+    engine = study._database.engine
+    event.listen(engine, "before_cursor_execute", interrupt)
+    event.listen(engine, "commit", lambda _: events.append("commit") if "write" in events else None)
+    claim.complete([3.0])
+    assert "outage" in events
+    assert events.count("write") == {"write": 2, "answer": 1}[lost]
+    assert [(trial.state, trial.value) for trial in study.trials()] == [(TrialState.COMPLETE, 3.0)]
 
 
 def test_database_that_stays_away_ends_in_one_line(study_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
