@@ -96,18 +96,24 @@ def answered(server: ModelServer, bodies: list[bytes]) -> list[list[str]]:
     return found
 
 
+def cpu_seconds(server: ModelServer) -> float:
+    """Processor time that the server has used so far."""
+    times = [psutil.Process(number).cpu_times() for number in server.processes()]
+    return sum(each.user + each.system for each in times)
+
+
 def measure(server: ModelServer, clients: int, seconds: float, images: int) -> dict[str, Any]:
     """Latencies in ms, requests and images per second, errors, memory of the server."""
     bodies = requests(images)
     expected = answered(server, bodies)
     with ThreadPoolExecutor(clients) as pool:
         for duration in (min(WARM_UP_S, seconds), seconds):
-            began = time.perf_counter()
+            began, used = time.perf_counter(), cpu_seconds(server)
             asked = [
                 pool.submit(client, server.port, bodies, expected, 7 * k, began + duration) for k in range(clients)
             ]
             found = [future.result() for future in asked]
-            elapsed = time.perf_counter() - began
+            elapsed, used = time.perf_counter() - began, cpu_seconds(server) - used
     latencies = 1000 * np.array([value for taken, _ in found for value in taken])
     errors = [error for _, said in found for error in said]
     return {
@@ -123,6 +129,7 @@ def measure(server: ModelServer, clients: int, seconds: float, images: int) -> d
         | {"mean": round(float(latencies.mean()), 2), "max": round(float(latencies.max()), 2)},
         "requests_per_second": round(len(latencies) / elapsed, 1),
         "images_per_second": round(images * len(latencies) / elapsed, 1),
+        "server_cpu_ms_per_request": round(1000 * used / len(latencies), 3),
         "server_memory_mb": round(
             sum(psutil.Process(number).memory_full_info().pss for number in server.processes()) / 2**20
         ),
