@@ -256,6 +256,15 @@ def test_server_that_goes_away_for_a_while_costs_reports_but_no_results(
     assert (trial.value, trial.intermediate_values) == (3.0, {0: 1.0})
 
 
+def test_a_trial_that_has_its_result_refuses_another(study_url: str) -> None:
+    study = Study.create(study_url, "s", sweep(), FACTS)
+    claim = claimed(study)
+    claim.complete([1.0])
+    with pytest.raises(Taken):
+        claim.complete([2.0])
+    assert [trial.value for trial in study.trials()] == [1.0]
+
+
 @pytest.mark.parametrize("lost", ["write", "answer"])
 def test_a_result_is_recorded_once_whatever_an_outage_takes(study_url: str, lost: str) -> None:
     study = Study.create(study_url, "s", sweep(grace_seconds=60), FACTS)

@@ -434,11 +434,12 @@ def test_over_a_run_images_and_readings_follow_the_gate(tmp_path: Path) -> None:
     assert costs[0.4]["cost/forward_images/student"] == 4 * 36
 
 
-def test_a_process_whose_slice_is_empty_has_the_same_parts_of_a_lesson() -> None:
+@pytest.mark.parametrize(
+    "keys", [{}, {"kd_target": "auto_min", **FEATURES, "hybrid_beta": 0.1, "kd_uncertainty_weight": 0.5}]
+)
+def test_a_process_whose_slice_is_empty_has_the_same_parts_of_a_lesson(keys: dict[str, Any]) -> None:
     """Otherwise it would miss a collective call of the others, and all would wait for ever."""
-    task, objective, batch = prepared(
-        "plain", kd_target="auto_min", **FEATURES, hybrid_beta=0.1, kd_uncertainty_weight=0.5
-    )
+    task, objective, batch = prepared("plain", **keys)
     whole, _ = objective.teach(batch, torch.zeros(10, 4), task.student(batch.x).feat_2d.detach(), MOMENT)
     empty = batch._replace(x=batch.x[:0], x_mixed=batch.x[:0], y=batch.y[:0], y_b=batch.y[:0], rows=slice(10, 10))
     none, _ = objective.teach(empty, torch.zeros(0, 4), torch.zeros(0, 6), MOMENT)
