@@ -142,6 +142,15 @@ def test_every_changed_byte_of_a_line_is_noticed(tmp_path: Path) -> None:
             assert found.kind == "damaged" or found.data["values"] == written["values"], changed
 
 
+def test_a_journal_can_be_searched_and_read_by_any_reader_of_json(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, experiment="e")
+    journal.tags({"place": "Zürich"})
+    with pytest.raises(ValueError, match="JSON"):  # RFC 8259 has no NaN
+        journal.dataset("d", "0" * 8, "test", "d.npz", {"mean": math.nan})
+    assert "Zürich" in (tmp_path / FILE).read_text()
+    assert kinds(tmp_path) == ["open", "tags"]
+
+
 def test_a_journal_without_checksums_is_read_and_goes_on_with_them(tmp_path: Path) -> None:
     lines = [
         {"kind": "open", "time": 1, "version": 1, "journal": "j", "name": None, "experiment": "e", "tags": {}},

@@ -95,6 +95,8 @@ ONLY: dict[str, Any] = {"alpha": None, "interval": None, "max_class_drop": None,
         ("latency, relative", {"max_latency_ratio": 1.5}, {"latency_ms": 3.1}, False),
         ("parameters", {"max_parameters": 1000}, {}, True),
         ("parameters", {"max_parameters": 999}, {}, False),
+        # where the next number of a float is further away than what is allowed for rounding
+        ("parameters", {"max_parameters": 300_000_000}, {"parameters": 300_000_000}, True),
         ("parameters, relative", {"max_parameters_ratio": 1.0}, {"parameters": 1000}, True),
         ("parameters, relative", {"max_parameters_ratio": 1.0}, {"parameters": 1001}, False),
     ],

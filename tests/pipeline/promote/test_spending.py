@@ -50,7 +50,7 @@ def test_what_is_spent_never_exceeds_alpha() -> None:
     assert next(look for look in range(1, 40) if spending.used_up(look)) == 19
 
 
-@pytest.mark.parametrize("at_most", [0.05, 0.025, 0.0012, 1e-5])
+@pytest.mark.parametrize("at_most", [0.9, 0.05, 0.025, 0.0012, 1e-5])
 def test_what_is_needed_is_the_smallest_difference_that_passes(at_most: float) -> None:
     for differing in (0, 1, 5, 6, 17, 60, 139):
         enough = [
