@@ -52,6 +52,17 @@ def name_of(step: str, config: Config, command: Command | None = None, label: st
     return " ".join([*words, *changed, *seed])
 
 
+def name_of_refused(step: str, message: str) -> str:
+    """What a run of `mlflow run` is called that never began.
+
+    Example:
+        >>> name_of_refused("distill", "method.kd_alpha=2: must be at most 1")
+        'distill refused: method.kd_alpha=2: must be at most 1'
+    """
+    name = f"{step} refused: {message}"
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+
+
 def changes(command: Command) -> list[str]:
     """What the command changes in how its configuration computes, beyond what a name says anyway: `kd_alpha=0.8`."""
     found: dict[str, str] = {}

@@ -31,6 +31,7 @@ from pipeline.errors import Interrupted, NonFinite, UserError
 from pipeline.runs import notify, run_log
 from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
 from pipeline.runs.mlflow_run import kill_mlflow_run_parent
+from pipeline.runs.naming import name_of_refused
 from pipeline.runs.run_log import log_to, log_to_terminal
 from pipeline.runs.signals import Stop
 
@@ -301,7 +302,8 @@ def _fail_adopted_run(step: str, message: str) -> None:
 
     with tempfile.TemporaryDirectory(prefix="asib-refused-", ignore_cleanup_errors=True) as above:
         folder = Path(above) / step
-        journal = Journal.create(folder, experiment="", name=None, tags={"asib.step": step})
+        name, tags = name_of_refused(step, message), {"asib.step": step}
+        journal = Journal.create(folder, experiment="", name=None, usual_name=name, tags=tags)
         delivery = start.start_delivery(folder)
         journal.end("FAILED", "refused", 2, message)
         delivery.finish(60.0)

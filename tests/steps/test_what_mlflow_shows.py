@@ -454,6 +454,7 @@ def test_a_refusal_before_the_run_fails_the_run_that_mlflow_run_made(lab: Lab, a
     found = see(uri, run)
     assert (found.status, found.tags["asib.outcome"], found.tags["asib.exit_code"]) == ("FAILED", "refused", "2")
     assert found.tags["asib.error"] == done.lines[0]
+    assert found.name.startswith("distill refused: method.kd_alhpa"), "MLflow had made up a name"
     assert found.params == {"method.tau": "4", "cfg": "tiny"}, "no parameters of a configuration that was never run"
 
 
