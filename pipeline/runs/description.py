@@ -9,16 +9,14 @@ from pipeline.config import Config
 from pipeline.files import read_state
 from pipeline.reporting import tables
 from pipeline.runs.ending import Ending
-from pipeline.runs.naming import COMMAND, shown
+from pipeline.runs.naming import COMMAND, continued, shown
 from pipeline.runs.records import Record
 
 NOTE = "mlflow.note.content"
 REPORTS = ("ablate", "compare", "overlap", "promote", "sweep", "table")
 """Steps whose own report is the description, once there is one."""
-CONTINUED = ("ablate", "overlap", "sweep", "table")
-"""Steps that find their interrupted run by themselves."""
 RESULTS = {
-    "final/acc_val_selected": "student, at the epoch that validation selected",
+    "final/acc_val_selected": "test top-1 of the student at the epoch that validation selected",
     "final/val_acc": "the same epoch on validation images",
     "final/acc_last": "student, last epoch",
     "final/student_alone_acc": "student alone",
@@ -60,12 +58,11 @@ def _how_it_ended(record: Record, step: str, ending: Ending) -> Iterator[str]:
         return
     yield f"**{ending.outcome}**" + (f": {escape.markdown(ending.message)}" if ending.message else "")
     if ending.outcome == "killed" and COMMAND in record.tags:
-        again = "" if step in CONTINUED else f" resume={record.id}"
-        yield f"Continue: {escape.code(record.tags[COMMAND] + again)}"
+        yield f"Continue: {escape.code(continued(step, record.tags[COMMAND], record.id))}"
 
 
 def _results(record: Record, config: Config) -> Iterator[str]:
-    rows = list(_rows(record, config))
+    rows = list(results(record, config))
     if not rows:
         return
     (words, value), *rest = rows
@@ -75,13 +72,14 @@ def _results(record: Record, config: Config) -> Iterator[str]:
 
         low, high = wilson(value / 100, n)
         interval = f" [{100 * low:.2f}, {100 * high:.2f}]"
-        words += f"; 95 % interval over {n:,} test images"
+        words += f"; 95 % interval over {n:,} images"
     yield f"**{value:.2f} %**{interval}: {escape.markdown(words)}"
     if rest:
         yield tables.markdown(["", "top-1 in %"], ((escape.markdown(name), f"{number:.2f}") for name, number in rest))
 
 
-def _rows(record: Record, config: Config) -> Iterator[tuple[str, float]]:
+def results(record: Record, config: Config) -> Iterator[tuple[str, float]]:
+    """What was measured, in words, and in percent; first what people ask for first."""
     teachers = config.model.teachers
     for pattern, words in RESULTS.items():
         for name in sorted(record.metrics):

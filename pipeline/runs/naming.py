@@ -1,4 +1,4 @@
-"""What runs are called, and the command that repeats them: people tell runs apart by these."""
+"""What runs are called, and the commands that repeat and continue them: people tell runs apart by these."""
 
 import os
 import shlex
@@ -19,6 +19,8 @@ LONGEST = 120
 """Characters of a name, which the UI shows in one line."""
 SAID = ("seed", "method", "method.name", "model.student.name", "model/student", "model/teacher", "model.teachers")
 """Keys that a name says anyway."""
+CONTINUED = ("ablate", "overlap", "sweep", "table")
+"""Steps that find their interrupted run by themselves."""
 CARELESS = ("force", "workers", "cluster", "cluster.", "storage", "anyway", "reason")
 """Steps' own keys that say how, not what."""
 
@@ -95,6 +97,11 @@ def command_of(step: str, command: Command, environment: Mapping[str, str] = os.
     own = [f"{key}={value}" for key, value in command.own.items()]
     words = [urls.hidden(word) for word in (*cfg, *own, *overrides)]
     return " ".join([*asked, shlex.join(["python", "-m", f"steps.{step}", *words])])
+
+
+def continued(step: str, command: str, run: str) -> str:
+    """The line that continues an interrupted run, from the one that asked for it and the run's id or folder."""
+    return command if step in CONTINUED else f"{command} resume={run}"
 
 
 def _own(step: str, own: Mapping[str, str]) -> list[str]:

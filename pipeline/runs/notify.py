@@ -30,13 +30,6 @@ OWN = {KEY: f"where a message goes when the run has ended; {VARIABLE} instead ke
 LIMIT_S = 8.0
 """How long the end of a step waits for the message to be taken."""
 LONGEST = 400
-RESULTS = {
-    "final/acc_val_selected": "test top-1 {:.2f} %",
-    "test/acc": "test top-1 {:.2f} %",
-    "final/val_acc": "validation top-1 {:.2f} %",
-    "predict/images": "{:.0f} pictures classified",
-}
-"""Metrics that are a run's result; the first one that it has."""
 
 
 def taken(command: Command, runs: bool) -> tuple[Command, str | None]:
@@ -77,16 +70,18 @@ def kept(address: str | None) -> Iterator[None]:
 def ended(run: "Run", ending: Ending, value: float | None) -> None:
     """Send the message of a run that has ended, if somebody is to be told. Never raises, never waits for long.
 
-    value: what the job returned, for runs without a metric of `RESULTS`.
+    value: what the job returned, for runs whose description shows no result.
     """
     address = os.environ.get(VARIABLE)
     if not address or run.parent is not None or run.follower:
         return
     try:
-        from pipeline.runs import records
+        from pipeline.runs import description, records
 
         record = records.from_folder(run.folder)
-        text = message(record, run.step, ending, value, time.monotonic() - run.started)
+        words, found = next(description.results(record, run.config), ("", None))
+        result = f"{found:.2f} %: {words}" if found is not None else "" if value is None else f"{value:.4g}"
+        text = message(record, run.step, ending, result, time.monotonic() - run.started)
     except Exception as error:  # a message is not worth a run
         logger.warning("%s: nobody was told (%s)", KEY, type(error).__name__)
         return
@@ -100,12 +95,12 @@ def ended(run: "Run", ending: Ending, value: float | None) -> None:
         logger.warning("%s: %s://… got no message: %s", KEY, kind, why)
 
 
-def message(record: "Record", step: str, ending: Ending, value: float | None, seconds: float) -> str:
+def message(record: "Record", step: str, ending: Ending, result: str, seconds: float) -> str:
     """One line: the result, or what went wrong, then the run."""
     if ending.outcome in ("failed", "killed") or (ending.outcome == "refused" and ending.message):
         first = f"{ending.outcome}: {ending.message or 'resume continues it'}"
     else:
-        first = _decision(record.tags, ending) or _result(record.metrics, value) or ending.outcome
+        first = _decision(record.tags, ending) or result or ending.outcome
     names = record.name if record.name.startswith(step) else f"{step} {record.name}".strip()
     last = f" ({names}, {_duration(seconds)}, run {record.id})"
     return secrets.mask(" ".join(first.split())[: LONGEST - len(last)] + last)
@@ -120,11 +115,6 @@ def _decision(tags: Mapping[str, str], ending: Ending) -> str:
     version = f"{tags.get('asib.promote', '')} version {tags.get('asib.version', '')}".strip()
     would = "" if "asib.promote" in tags else "would be "
     return f"{version} {would}{tags['asib.verdict']}: {tags.get('asib.verdict_reason', '')}"
-
-
-def _result(metrics: Mapping[str, float], value: float | None) -> str:
-    found = next((words.format(metrics[name]) for name, words in RESULTS.items() if name in metrics), "")
-    return found or ("" if value is None else f"{value:.4g}")
 
 
 def _duration(seconds: float) -> str:

@@ -110,6 +110,12 @@ def from_folder(folder: Path, histories: Sequence[str] | None = HISTORIES, predi
     )
 
 
+def results(folder: Path) -> dict[str, float]:
+    """The final metrics that a run's `results.json` states; empty without one."""
+    found = (read_state(folder / "results.json") or {}).get("metrics")
+    return found if isinstance(found, dict) else {}
+
+
 def from_server(folder: Path) -> Record:
     """Read a run that `Delivery.read_runs` has downloaded to `folder`."""
     values = json.loads((folder / "record.json").read_text())

@@ -17,7 +17,7 @@ from pipeline.compose.cli import Command
 from pipeline.config import Config, config_hash
 from pipeline.config.identity import listed
 from pipeline.errors import HelperFailed, Interrupted, Taken, UserError
-from pipeline.files import read_state, write_atomically
+from pipeline.files import write_atomically
 from pipeline.journal import SLOTS, Journal, NullJournal
 from pipeline.runs import description, git, naming, records
 from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
@@ -108,8 +108,7 @@ class Run:
         folder = self.folder / key
         if not ended(folder):
             return None
-        metrics = (read_state(folder / "results.json") or {}).get("metrics")
-        return dict(metrics if isinstance(metrics, dict) else records.from_folder(folder).metrics)
+        return records.results(folder) or dict(records.from_folder(folder).metrics)
 
     def describe(self) -> None:
         """Record what every run states at its start: parameters, tags, the configuration as a file."""
@@ -253,8 +252,8 @@ class Run:
     def _say_goodbye(self, ending: Ending) -> None:
         """Say where everything is, or what continues the run."""
         if ending.outcome == "killed" and self.command is not None:
-            again = "" if self.step in description.CONTINUED else f" resume={self._run_id or self.folder}"
-            logger.info("to continue: %s%s", secrets.mask(naming.command_of(self.step, self.command)), again)
+            command = secrets.mask(naming.command_of(self.step, self.command))
+            logger.info("to continue: %s", naming.continued(self.step, command, str(self._run_id or self.folder)))
         elif ending.status == "FINISHED":
             there = [name for name in WORTH_A_LOOK if (self.folder / name).exists()]
             logger.info("in %s (%.1f MB): %s", self.folder, size_of(self.folder) / 1e6, ", ".join(there))
@@ -268,9 +267,8 @@ class Run:
         if isinstance(self.journal, Journal) and self.step != "worker":
             self.journal.begin()
             record = records.from_folder(self.folder, predictions=ending.status == "FINISHED")
-            results = (read_state(self.folder / "results.json") or {}).get("metrics")
-            if isinstance(results, dict):  # the main job's are still held back
-                record = replace(record, metrics={**record.metrics, **results})
+            # the main job's are still held back
+            record = replace(record, metrics={**record.metrics, **records.results(self.folder)})
             if self.step not in description.REPORTS or description.NOTE not in record.tags:
                 note = description.describe(record, self.config, self.step, self.folder, ending)
                 said[description.NOTE] = secrets.mask(note)

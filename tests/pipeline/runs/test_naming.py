@@ -83,7 +83,7 @@ def test_the_description_begins_with_the_result(tmp_path: Path) -> None:
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
     assert wilson(p, n) == pytest.approx((low, high), abs=1e-7)
-    assert lines[0].startswith(f"**39.80 %** [{100 * low:.2f}, {100 * high:.2f}]: student")
+    assert lines[0].startswith(f"**39.80 %** [{100 * low:.2f}, {100 * high:.2f}]: test top-1 of the student")
     assert "| teacher 1, wrn_16_1 | 37.80 |" in lines
     assert "Cost: 1,840 GMACs" in lines
     assert "Pictures: [curves](#/experiments/7/runs/abc/artifacts/curves.png?workflowType=machine_learning)" in lines

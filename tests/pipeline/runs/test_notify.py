@@ -102,7 +102,8 @@ def test_the_end_of_a_run_is_told_and_its_address_is_nowhere(
 ) -> None:
     code, folder = start(tmp_path, measured, f"notify.url={channel.url}", "run_name=kd")
     assert code == 0
-    assert channel.text.startswith("test top-1 71.25 % (distill kd, 0 min ")
+    assert channel.text.startswith("71.25 %: test top-1 of the student at the epoch that validation")
+    assert "(distill kd, 0 min " in channel.text
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert len(files) > 2
     assert [file.name for file in files if TOKEN in file.read_text(errors="replace")] == []
