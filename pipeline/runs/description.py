@@ -31,6 +31,13 @@ RESULTS = {
     "teacher/acc": "teacher",
 }
 """Metrics in percent (patterns) in the order in which people ask for them, and what they are."""
+COSTS = (
+    ("cost/gmacs", ",.0f", "GMACs"),
+    ("cost/seconds", ",.0f", "s of training"),
+    ("cost/device_hours", ".2g", "device-hours"),
+    ("cost/energy_kwh/cpu", ".2g", "kWh of the machine's processors"),
+    ("cost/energy_kwh/gpu", ".2g", "kWh of GPUs"),
+)
 PICTURES = ("curves.png", "confusion.png", "tasks.png", "accuracy_matrix.png", "reliability.png")
 
 
@@ -41,11 +48,7 @@ def describe(record: Record, config: Config, step: str, folder: Path, ending: En
         folder: the run's, for links to its pictures once the tracking server has the run.
     """
     parts = [*_how_it_ended(record, step, ending), *_results(record, config)]
-    cost = [
-        f"{record.metrics[name]:,.0f} {unit}"
-        for name, unit in (("cost/gmacs", "GMACs"), ("cost/seconds", "s of training"))
-        if name in record.metrics
-    ]
+    cost = [f"{record.metrics[name]:{form}} {unit}" for name, form, unit in COSTS if name in record.metrics]
     parts += ["Cost: " + ", ".join(cost)] if cost else []
     parts += filter(None, [_pictures(folder)])
     if ending.status == "FINISHED" and COMMAND in record.tags:

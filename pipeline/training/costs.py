@@ -1,5 +1,6 @@
-"""What a run costs: updates, forward images of each network in training, multiply-accumulates, seconds."""
+"""What a run costs: updates, forward images of each network in training, multiply-accumulates, seconds, energy."""
 
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.features import undisturbed
 from pipeline.training import distributed
+from pipeline.training.energy import Meters
+
+JOULES_OF_KWH = 3.6e6
 
 
 def images_in(args: tuple[Any, ...]) -> int:
@@ -46,6 +50,10 @@ class Costs:
         """Of the measured ones, for an image."""
         self.updates: dict[str, int] = {}
         self.seconds = 0.0
+        self.joules: dict[str, float] = {}
+        """Of "cpu" and "gpu", if all seconds were metered."""
+        self._meters: Meters | None = None
+        self._begun = 0.0
         self._active = False
         self._measured = measured
         for name, net in networks.items():
@@ -74,24 +82,42 @@ class Costs:
         if self._active:
             self.images[name] = self.images.get(name, 0) + images
 
+    def start(self, device: torch.device) -> None:
+        """Begin to count time and energy."""
+        self._meters = self._meters or Meters(device)
+        self._meters.used()
+        self._begun = time.perf_counter()
+
+    def lap(self) -> None:
+        """Count the time and energy since the start, or since the last lap."""
+        assert self._meters is not None
+        now, used = time.perf_counter(), self._meters.used()
+        if self.seconds:
+            used = {name: self.joules[name] + used[name] for name in self.joules.keys() & used.keys()}
+        self.seconds, self.joules, self._begun = self.seconds + now - self._begun, used, now
+
     def updated(self, phase: str) -> None:
         """Count one optimiser update of a phase."""
         self.updates[phase] = self.updates.get(phase, 0) + 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images": self.images, "macs": self.macs, "updates": self.updates, "seconds": self.seconds}
+        times = {"seconds": self.seconds, "joules": self.joules}
+        return {"images": self.images, "macs": self.macs, "updates": self.updates, **times}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.images.update(state["images"])
         self.macs.update(state.get("macs", {}))  # older checkpoints have none
         self.updates, self.seconds = dict(state["updates"]), state["seconds"]
+        self.joules = dict(state.get("joules", {}))
 
     def metrics(self) -> dict[str, float]:
-        """`cost/forward_images/<network>`, `cost/updates/<phase>`, `cost/seconds`, over all processes."""
-        names = list(self.images)
-        device = "cuda" if torch.cuda.is_available() and distributed.world().size > 1 else "cpu"
-        mine = torch.tensor([float(self.images[n]) for n in names], dtype=torch.float64, device=device)
-        counts = distributed.total(mine)
-        found = {f"cost/forward_images/{n}": v for n, v in zip(names, counts.tolist(), strict=True)}
+        """`cost/forward_images/<network>`, `cost/updates/<phase>`, times and energy, over all processes."""
+        names, world = list(self.images), distributed.world()
+        device = "cuda" if torch.cuda.is_available() and world.size > 1 else "cpu"
+        joules = [self.joules.get(of, 0.0) for of in ("cpu", "gpu")]
+        mine = [float(self.images[name]) for name in names] + joules
+        *counts, cpu, gpu = distributed.total(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
+        found = {f"cost/forward_images/{n}": v for n, v in zip(names, counts, strict=True)}
         found |= {f"cost/updates/{phase}": float(n) for phase, n in self.updates.items()}
-        return found | {"cost/seconds": self.seconds}
+        found |= {f"cost/energy_kwh/{of}": n / JOULES_OF_KWH for of, n in (("cpu", cpu), ("gpu", gpu)) if n}
+        return found | {"cost/seconds": self.seconds, "cost/device_hours": self.seconds * world.size / 3600}

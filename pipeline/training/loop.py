@@ -193,7 +193,8 @@ class Loop:
             task.begin_phase(epoch)
         task.begin_epoch(epoch)
         phase.objective.train()
-        begun, first, saved = time.perf_counter(), self.batch, time.monotonic()
+        first, saved = self.batch, time.monotonic()
+        task.costs.start(self.device)
         for output in self._updates(epoch, phase):
             add(self.sums, output)
             bar.update()
@@ -202,13 +203,13 @@ class Loop:
             if self.batch == len(task.batches) or (distributed.world().size > 1 and self.batch % 20):
                 continue
             if distributed.anyone(bool(self.stop()) or time.monotonic() - saved > self.every_seconds):
-                begun = self._clock(begun)
+                task.costs.lap()
                 self._leave_if_taken()
                 self._save(None, epoch.overall)
                 saved = time.monotonic()
                 self._leave_if_stopped()
         before = task.costs.seconds
-        self._clock(begun)
+        task.costs.lap()
         images = sum(stop - start for start, stop in task.batches.bounds[first:])
         metrics = self._means(phase)
         metrics |= task.end_epoch(epoch)
@@ -247,12 +248,6 @@ class Loop:
             ours = distributed.world().rank > 0 or self.watch.still_ours()
             if not distributed.first_process_says(ours):
                 raise Taken
-
-    def _clock(self, begun: float) -> float:
-        """Add the training seconds since `begun` to the costs; return the current time."""
-        now = time.perf_counter()
-        self.task.costs.seconds += now - begun
-        return now
 
     def _leave_if_stopped(self) -> None:
         if distributed.anyone(bool(self.stop())):

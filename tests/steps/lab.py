@@ -39,7 +39,8 @@ BATCHES = 4  # of an epoch: 128 training images (20 % are validation) in batches
 PER_EPOCH = BATCHES  # a loop's questions whether a signal has come
 EPOCHS = ("a", "b", "a", "b")  # of a distillation
 STUDENT, FUSION = "checkpoints/student.safetensors", "checkpoints/fusion.safetensors"
-NOT_COMPARED = {"train/images_per_second", "cost/seconds", "cost/compile_seconds"}
+NOT_COMPARED = {"train/images_per_second", "cost/seconds", "cost/device_hours", "cost/compile_seconds"}
+NOT_COMPARED |= {"cost/energy_kwh/cpu", "cost/energy_kwh/gpu"}
 
 
 def images(count: int, seed: int, classes: int = len(CLASSES), size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:

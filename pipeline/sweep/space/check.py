@@ -30,7 +30,7 @@ METRICS = re.compile(
     r"|a_step/(loss|ce|kd|ib|feat|cccp|teacher_ce|cw_mean|cw_std|cw_at_bounds|raw_kl|sigma)"
     r"|b_step/(loss|ce|plus_kd|kd_clamped|target_entropy|sample_gate|label_guard)"
     r"|parameters/(student|fusion)_(total|trainable)"
-    r"|cost/(gmacs|seconds|compile_seconds|updates/[ab]|(macs_per_image|forward_images)/(student|fusion|teacher_\d+))"
+    r"|cost/(gmacs|seconds|device_hours|compile_seconds|energy_kwh/[cg]pu|updates/[ab]|(macs_per_image|forward_images)/(student|fusion|teacher_\d+))"
 )
 """Metrics of a trial's run, beside its method's terms: `b_step/<term>`."""
 USUAL = (

@@ -201,7 +201,7 @@ class Record:
         self.order: list[str] = []
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        timing = ("train/images_per_second", "cost/seconds", "cost/compile_seconds")
+        timing = ("train/images_per_second", "cost/seconds", "cost/device_hours", "cost/compile_seconds")
         self.rows.append((step, {k: v for k, v in values.items() if k not in timing}))
         self.order.append("metrics")
 
@@ -255,7 +255,12 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         if a.keys() != b.keys():
             return [f"{path}: {sorted(map(str, a.keys() ^ b.keys()))}"]
-        timing = ("costs/seconds", "cost/seconds", "cost/compile_seconds")  # how long it took is no result
+        timing = (
+            "costs/seconds",
+            "cost/seconds",
+            "cost/device_hours",
+            "cost/compile_seconds",
+        )  # how long it took is no result
         compared = [k for k in a if not f"{path}/{k}".endswith(timing)]
         return [d for k in compared for d in differences(a[k], b[k], f"{path}/{k}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
