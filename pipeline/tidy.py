@@ -10,15 +10,20 @@ from pipeline.config.places import output_dir
 from pipeline.files import explained
 from pipeline.journal import SLOTS, Entry, read_entries, writer_alive
 from pipeline.reporting import tables
-from pipeline.runs.folders import folders_with, header_of, size_of
+from pipeline.runs.folders import FUSION, STUDENT, folders_with, header_of, size_of
+from pipeline.runs.naming import COLLECTIONS
 
-OWN = {"apply": "true: remove what is listed"}
+OWN = {
+    "apply": "true: remove what is listed",
+    "keep": "students of finished sweeps, ladders and tables that stay: all (default), best (their model) or none",
+}
 
 
 def tidy(config: Config, command: cli.Command) -> int:
     """Print what can go, largest first, and remove it with `apply=true`; the exit code, 0."""
     apply, root = cli.flag(command.own, "apply"), output_dir(config)
-    found = sorted(((size_of(path), path, why) for path, why in superfluous(root)), key=lambda item: -item[0])
+    keep = cli.choice(command.own, "keep", ("all", "best", "none"))
+    found = sorted(((size_of(path), path, why) for path, why in superfluous(root, keep)), key=lambda item: -item[0])
     for _, path, _ in found if apply else ():
         with explained(path):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -28,10 +33,11 @@ def tidy(config: Config, command: cli.Command) -> int:
     return 0
 
 
-def superfluous(root: Path) -> Iterator[tuple[Path, str]]:
+def superfluous(root: Path, keep: str = "all") -> Iterator[tuple[Path, str]]:
     """Files and folders of runs below `root` that have ended, each with the reason why it can go."""
     for folder in folders_with(root, "journal.jsonl"):
-        if header_of(folder) is None or writer_alive(folder):
+        header = header_of(folder)
+        if header is None or writer_alive(folder):
             continue
         entries = read_entries(folder / "journal.jsonl")[0]
         end = next((entry.data for entry in reversed(entries) if entry.kind == "end"), {})
@@ -41,6 +47,17 @@ def superfluous(root: Path) -> Iterator[tuple[Path, str]]:
             if not _keeps(entries):
                 yield from _there((folder / "checkpoints" / name for name in SLOTS), "checkpoint of a finished run")
             yield from _there((folder / "fetched",), "fetched by a finished run")
+            step = header.data["tags"].get("asib.step")
+            if keep != "all" and step in COLLECTIONS:
+                yield from _there(_students(folder, keep), f"keep={keep}, of a finished {step}")
+
+
+def _students(folder: Path, keep: str) -> Iterator[Path]:
+    """Weights of the runs that are nested in a finished one, if a copy of the best stays (`best`) or none has to."""
+    best = folder / STUDENT
+    if keep == "none" or best.exists():
+        for name in (STUDENT, FUSION):
+            yield from (path for path in sorted(folder.rglob(name)) if keep == "none" or path != best)
 
 
 def _there(paths: Iterator[Path] | tuple[Path, ...], why: str) -> Iterator[tuple[Path, str]]:

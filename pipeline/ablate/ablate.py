@@ -235,11 +235,14 @@ def _keep_best(run: Run, data: ImageData, children: Sequence[Child], found: comp
     mark, where = child.folder / "logged_as_model.json", {"uri": _shown_uri(run) if run.delivery else "offline"}
     if (read_state(mark) or {}).get("to") == where and child.folder.parent != run.folder:
         return group.validation
+    weights, kept = child.folder / STUDENT, run.folder / STUDENT
+    if not weights.exists():
+        logger.warning("%s keeps no weights any more (steps.tidy keep=…): no model is logged", child.folder)
+        return group.validation
     net = networks.build_student(child.config, data)
-    networks.load(net, child.folder / STUDENT, str(child.folder / STUDENT), data)
-    kept = run.folder / STUDENT
+    networks.load(net, weights, str(weights), data)
     kept.parent.mkdir(exist_ok=True)
-    shutil.copyfile(child.folder / STUDENT, kept)
+    shutil.copyfile(weights, kept)
     run.journal.artifact(kept, "checkpoints")
     export.log_student(run, net, data, dict(record.metrics))
     register.student(run, child.config, data, record.metrics)

@@ -19,8 +19,8 @@ LONGEST = 120
 """Characters of a name, which the UI shows in one line."""
 SAID = ("seed", "method", "method.name", "model.student.name", "model/student", "model/teacher", "model.teachers")
 """Keys that a name says anyway."""
-CONTINUED = ("ablate", "overlap", "sweep", "table")
-"""Steps that find their interrupted run by themselves."""
+COLLECTIONS = ("ablate", "overlap", "sweep", "table")
+"""Steps made of runs, which find their interrupted run by themselves, and copy their best student."""
 CARELESS = ("force", "workers", "cluster", "cluster.", "storage", "anyway", "reason")
 """Steps' own keys that say how, not what."""
 
@@ -101,7 +101,7 @@ def command_of(step: str, command: Command, environment: Mapping[str, str] = os.
 
 def continued(step: str, command: str, run: str) -> str:
     """The line that continues an interrupted run, from the one that asked for it and the run's id or folder."""
-    return command if step in CONTINUED else f"{command} resume={run}"
+    return command if step in COLLECTIONS else f"{command} resume={run}"
 
 
 def _own(step: str, own: Mapping[str, str]) -> list[str]:

@@ -12,8 +12,8 @@ from steps.tidy import main
 OURS = (*SLOTS, "student.safetensors")
 
 
-def run(root: Path, name: str, end: tuple[str, str, int] | None, keep: bool = False) -> Journal:
-    journal = Journal.create(root / name, experiment="e")
+def run(root: Path, name: str, end: tuple[str, str, int] | None, keep: bool = False, step: str = "distill") -> Journal:
+    journal = Journal.create(root / name, experiment="e", tags={"asib.step": step})
     journal.params({"checkpoint.keep": str(keep).lower()})
     (root / name / "checkpoints").mkdir()
     for file in OURS:
@@ -50,3 +50,24 @@ def test_only_what_ended_runs_need_no_more_goes(tmp_path: Path, capsys: pytest.C
     assert main([f"output_dir={tmp_path}"]) == 0
     assert capsys.readouterr().out.startswith(f"0.0 MB in 0 places of {tmp_path}")
     alive.close()
+
+
+@pytest.mark.parametrize(
+    ("keep", "gone"),
+    [
+        ("all", set()),
+        ("best", {"sweep/trials/0", "sweep/trials/1"}),
+        ("none", {"sweep", "sweep/trials/0", "sweep/trials/1", "ladder/rung"}),
+    ],
+)
+def test_students_of_trials_and_rungs_go_where_the_user_says_so(tmp_path: Path, keep: str, gone: set[str]) -> None:
+    finished = ("FINISHED", "completed", 0)
+    for name, step in (("sweep", "sweep"), ("unfinished", "sweep"), ("ladder", "ablate"), ("alone", "distill")):
+        run(tmp_path, name, None if name == "unfinished" else finished, step=step).close()
+    for name in ("sweep/trials/0", "sweep/trials/1", "unfinished/trials/0", "ladder/rung"):
+        run(tmp_path, name, finished).close()
+    student = "checkpoints/student.safetensors"
+    (tmp_path / "ladder" / student).unlink()  # with log_model=false it has no copy of its best rung
+    before = set(tmp_path.rglob("student.safetensors"))
+    assert main([f"output_dir={tmp_path}", "apply=true", f"keep={keep}"]) == 0
+    assert before - set(tmp_path.rglob("student.safetensors")) == {tmp_path / name / student for name in gone}
