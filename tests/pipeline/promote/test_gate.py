@@ -56,6 +56,9 @@ def test_a_better_challenger_passes_with_the_numbers_behind_it() -> None:
     assert verdict.numbers["promotion/challenger_only"] == 20
     assert verdict.numbers["promotion/champion_only"] == 0
     assert verdict.numbers["promotion/worst_class_drop"] == 0.0
+    upper = [name for name, _, limit, *_ in report.rows(verdict) if limit.startswith("at most ")]
+    assert upper[:3] == ["McNemar test", "drop of a class", "calibration error, increase"]
+    assert upper[3:] == ["latency, relative", "parameters, relative"]
     assert 30 < verdict.numbers["promotion/interval_low"] < 50 < verdict.numbers["promotion/interval_high"] < 70
 
 

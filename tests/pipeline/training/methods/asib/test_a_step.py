@@ -145,6 +145,11 @@ def test_the_loss_and_its_gradient_are_those_of_the_method(case: str) -> None:
     for name, value in readings.items():
         assert out[name].item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
     logged = objective.summarise({name: out[name].item() for name in ("cw_mean", "cw_square")})
+    shown = set(objective.summarise(dict.fromkeys(("ce", "kd", "feat", "cccp"), 1.0)))
+    distils = case not in ("cross-entropy alone", "no distillation") and "use_cccp" not in keys
+    features = case != "cross-entropy alone" and "feat_kd_alpha" in keys
+    terms = {"kd": distils, "feat": features, "cccp": "use_cccp" in keys}
+    assert shown - {"ce"} == {name for name, acts in terms.items() if acts}
     spread = max(readings["cw_square"] - readings["cw_mean"] ** 2, 0.0)
     assert ("cw_std" in logged) == objective.weights.certainty
     assert logged.get("cw_std", 0.0) == pytest.approx(math.sqrt(spread), abs=1e-3)
