@@ -136,7 +136,8 @@ def test_tables_have_the_recipes_rates_for_every_pair(name: str, monkeypatch: py
     monkeypatch.delenv("METHOD", raising=False)
     content = yaml.safe_load((CONF / f"table/{name}.yaml").read_text())
     recipe = compose(content["recipe"])
-    rows = {"multi_teacher": "alone,aver,stack,asib", "continual": "finetune,lwf"}.get(name, "alone,kd,crd")
+    own = {"multi_teacher": "alone,aver,stack,asib", "continual": "finetune,lwf", "evidence": "aver,stack,asib_l3d"}
+    rows = own.get(name, "alone,kd,crd")
     _, plan = table.read(recipe, cli.Command(own={"table": name, "methods": rows}))
     for cell in plan.cells:
         network = cell.config.model.student.name
