@@ -22,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString, Sweep, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -121,8 +122,19 @@ def compose_each(
 
 def dump(config: Config) -> str:
     """The effective configuration as YAML; `compose(cfg=<that file>)` gives an equal one with the same hash."""
-    text: str = OmegaConf.to_yaml(OmegaConf.create(_escaped(config.model_dump(mode="json"))))
+    values = _escaped(config.model_dump(mode="json"))
+    text: str = yaml.dump(values, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
     return text
+
+
+class _Dumper(getattr(yaml, "CDumper", yaml.Dumper)):  # type: ignore[misc]
+    """What `OmegaConf.to_yaml` writes, on libyaml where that is there: several times as fast.
+
+    `get_omega_conf_dumper` is private API of omegaconf, checked with 2.3.1.
+    """
+
+
+_Dumper.add_representer(str, get_omega_conf_dumper().str_representer)
 
 
 def params(config: Config) -> dict[str, str]:
