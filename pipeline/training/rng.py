@@ -43,15 +43,18 @@ class Streams:
 
     def seed_global(self, stream: str, *where: str | int) -> None:
         """Seed torch's global generators, for the dropout and stochastic depth inside networks."""
-        seed = self.derive(stream, *where)
-        if torch.accelerator.is_available():
-            torch.manual_seed(seed)
-        else:  # it would write a trace of the stack for each kind of accelerator that might come yet
-            torch.default_generator.manual_seed(seed)
+        _seed(self.derive(stream, *where))
 
     @contextmanager
     def initialising(self, what: str) -> Iterator[None]:
         """Weights made inside depend on the seed and on `what` only; the global state is left as it was."""
         with torch.random.fork_rng():
-            torch.manual_seed(self.derive("init", what))
+            _seed(self.derive("init", what))
             yield
+
+
+def _seed(seed: int) -> None:
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # it would write a trace of the stack for each kind of accelerator that might come yet
+        torch.default_generator.manual_seed(seed)
