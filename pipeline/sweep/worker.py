@@ -30,11 +30,11 @@ from pipeline.sweep.space.space import SweepConfig, apply
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.retry import SEEDS, STD
 from pipeline.sweep.study.study import Study
+from pipeline.sweep.watch import Silent, TrialWatch, note_run
 from pipeline.training.bank.policy import shared
 
 if TYPE_CHECKING:
     from pipeline.runs.run import Run
-    from pipeline.training.loop import Verdict
 
 logger = logging.getLogger("asib")
 STORAGE = "ASIB_STORAGE"
@@ -329,7 +329,7 @@ class Worker:
 
     def _link(self, claim: Claim, folder: Path) -> None:
         """Note the trial's MLflow run; a short trial may end before delivery has created it."""
-        if self.run_.delivery is None or _note_run(claim, folder):
+        if self.run_.delivery is None or note_run(claim, folder):
             return
         if run_id := self._run_id(folder):
             claim.note(run_id=run_id)
@@ -355,61 +355,11 @@ class Worker:
         logger.info("trial %d: %s", claim.number, _values(sweep, results))
 
 
-class TrialWatch:
-    """Report a trial's epochs to the study, and tell when it is pruned or taken by another worker.
-
-    Of a trial with several seeds no epochs are reported: its pruner compares whole seeds.
-    """
-
-    def __init__(self, claim: Claim, sweep: SweepConfig, folder: Path) -> None:
-        self.reason = ""
-        self._claim, self._folder, self._linked = claim, folder, False
-        self._metric = sweep.objectives[0].reported if len(sweep.objectives) == sweep.seeds == 1 else None
-        self._pruner = sweep.pruner.name
-
-    def __call__(self, epoch: int, metrics: Mapping[str, float]) -> "Verdict":
-        from pipeline.training.loop import Verdict
-
-        try:
-            if not self._linked:
-                self._linked = _note_run(self._claim, self._folder)
-            value = metrics.get(self._metric) if self._metric else None
-            if value is None or not math.isfinite(value):  # a mean spoilt by one skipped step is meaningless
-                self._claim.check()
-                return Verdict.GO_ON
-            self._claim.report(value, epoch)
-            if not self._claim.should_prune():
-                return Verdict.GO_ON
-        except Taken:
-            return Verdict.LEAVE
-        self.reason = f"{self._metric} {value:.4g} was too low for the {self._pruner} pruner"
-        return Verdict.PRUNE
-
-    def still_ours(self) -> bool:
-        try:
-            self._claim.check()
-        except Taken:
-            return False
-        return True
-
-
-class _Silent:
-    """The watch of torchrun's other processes, which follow the first one's decisions."""
-
-    reason = ""
-
-    def __call__(self, epoch: int, metrics: Mapping[str, float]) -> "Verdict":
-        raise RuntimeError("only the first process asks")
-
-    def still_ours(self) -> bool:
-        raise RuntimeError("only the first process asks")
-
-
 def _help(run: "Run") -> None:
     """Train together with the first process what that one has claimed."""
     from pipeline.distill import distill
 
-    distill.trial(run, _Silent())
+    distill.trial(run, Silent())
 
 
 def trial_config(config: Config, threads: int | None) -> Config:
@@ -457,16 +407,6 @@ def _metric(results: Mapping[str, float], name: str) -> float:
     if name not in results:
         raise UserError(f"{name} is not a metric of a trial; it has {', '.join(sorted(results))}")
     return results[name]
-
-
-def _note_run(claim: Claim, folder: Path) -> bool:
-    """Link the trial to its MLflow run once delivery knows it; training does not wait for it."""
-    from pipeline.runs import records
-
-    run_id = records.delivered_as(folder)
-    if run_id:
-        claim.note(run_id=run_id)
-    return bool(run_id)
 
 
 def fetch_teachers(teachers: Sequence[Mapping[str, Any]], run: "Run") -> None:

@@ -27,7 +27,7 @@ from pipeline.launch import worker as launched
 from pipeline.runs.run import Run
 from pipeline.runs.signals import Stop
 from pipeline.sweep import driver as sweep
-from pipeline.sweep import worker
+from pipeline.sweep import watch, worker
 from pipeline.sweep.request import Plan
 from pipeline.sweep.study import report
 from pipeline.sweep.study.claim import Claim
@@ -240,7 +240,8 @@ def test_trials_know_their_runs_while_the_sweep_goes_on(
     lab: Lab, sqlite_uri: str, online: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # with pictures
-    monkeypatch.setattr(worker, "_note_run", lambda *_: False)  # trials of a second end before delivery has their runs
+    for module in (worker, watch):  # trials of a second end before delivery has their runs
+        monkeypatch.setattr(module, "note_run", lambda *_: False)
     monkeypatch.setattr(Claim, "should_prune", lambda claim: claim.number == 2)
     swept(lab, "log_model=true", *online, pruner={"name": "median"})
     found = see(sqlite_uri, run_id(parent(lab)))
