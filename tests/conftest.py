@@ -27,7 +27,8 @@ pytest_plugins = [f"tests.{name}" for name in HELPERS]
 gc.disable()  # until all is collected: imports make no garbage, and looking for it takes a fifth of their time
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = {"subprocess", "multiprocessing", "mlflow", "optuna", "matplotlib", "tests.servers", "tests.steps.lab"}
+OUTSIDE = {"subprocess", "multiprocessing", "mlflow", "optuna", "matplotlib", "steps", "pipeline.runs.opening",
+           "tests.servers", "tests.steps.lab"}  # fmt: skip
 OTHER_TIERS = {"step", "slow", "gpu", "postgres", "slurm", "browser"}
 
 

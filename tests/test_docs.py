@@ -1,6 +1,7 @@
 """The pages of docs/, and the docstrings of pipeline/, name files and functions that exist, and what those say."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +26,16 @@ def cited(page: str) -> Iterator[tuple[str, str]]:
             yield from ((path, name) for name in names or [""])
 
 
+@functools.cache
+def module(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def defined(path: Path) -> set[str]:
     """Names that a file defines: functions, classes with their methods as `Class.method`, constants."""
     found = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in module(path).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
@@ -59,7 +66,7 @@ def owners() -> dict[str, set[str]]:
         found.setdefault(file.parent.name, set()).add(file.stem)
         found.setdefault(file.parent.parent.name, set()).add(file.parent.name)
         found.setdefault(file.stem, set()).update(defined(file))
-        for made in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef)):
+        for made in (node for node in ast.walk(module(file)) if isinstance(node, ast.ClassDef)):
             inside = found.setdefault(made.name, set())
             for node in ast.walk(made):
                 if isinstance(node, ast.FunctionDef):
@@ -71,7 +78,9 @@ def owners() -> dict[str, set[str]]:
 
 def dotted(file: Path) -> Iterator[str]:
     """What docstrings of a file name: `module.name`, `Class.name`, or a path from `pipeline` on."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    if not re.search(r"`\w+\.", file.read_text()):
+        return
+    for node in ast.walk(module(file)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             for name in re.findall(r"`([A-Za-z_]+(?:\.\w+)+)(?:\([^`]*\))?`", node.value.value):
                 first, *rest = name.split(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,11 @@ NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_committed_executed_and_small(path: Path) -> None:
-    import nbformat
-
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
     assert path.stat().st_size < 60_000
     assert str(Path.home()) not in path.read_text()
-    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"])
 
 
 @pytest.mark.slow

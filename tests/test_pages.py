@@ -82,6 +82,7 @@ def readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.step
 @pytest.mark.parametrize("command", CASES.values())
 def test_a_step_accepts_what_a_page_says(
     command: Command, readers_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

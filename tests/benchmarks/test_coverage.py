@@ -44,6 +44,7 @@ def test_the_numbers_in_the_readme_are_those_of_the_results() -> None:
         assert coverage.row(result["seeds"], result["points"], found) in readme
 
 
+@pytest.mark.step  # a simulation of seconds
 def test_few_simulated_comparisons_agree_with_the_kept_ones() -> None:
     kept = json.loads((BENCHMARKS / "results/coverage.json").read_text())
     (of_three,) = (r for r in kept if (r["seeds"], r["points"]) == (3, 0.5))

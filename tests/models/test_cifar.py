@@ -76,6 +76,7 @@ def test_all_published_networks_are_registered_with_timm():
     assert cifar.wrn.cifar_wrn_40_2.__name__ == "cifar_wrn_40_2"
 
 
+@pytest.mark.step  # the largest networks of the family, too
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_state_dict_and_logits_are_the_published_ones(name):
     row = PUBLISHED[name]

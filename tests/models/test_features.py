@@ -34,6 +34,7 @@ def network(name):
     return create_model(name, 10, adapter_dim=16).eval()
 
 
+@pytest.mark.step  # whole networks of timm
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_pass_yields_logits_features_and_map(name, monkeypatch):
     width, shape = FAMILIES[name]

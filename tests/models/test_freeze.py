@@ -136,6 +136,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.step  # dozens of timm's networks
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_head_is_what_runs_behind_the_feature_map_and_levels_are_nested(name):
     model = bare(name, adapter=None)

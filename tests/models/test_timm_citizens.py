@@ -29,6 +29,7 @@ COMPILED = [  # one of each family
         for name in ("cifar_wrn_16_1", "cifar_mobilenetv2_half", "cifar_shufflenet_v1", "cifar_shufflenet_v2")
     ),
 ]
+pytestmark = pytest.mark.step  # timm's own checks: tracing, compiling, hooks, on every family
 X = torch.linspace(-30, 30, 2 * 3 * 32 * 32).sin().reshape(2, 3, 32, 32)
 
 

@@ -27,6 +27,7 @@ def test_defaults_are_the_schema() -> None:
     assert {k: v for k, v in composed.items() if plain.get(k) != v} == {}
 
 
+@pytest.mark.step  # Hydra composes every option of conf/
 @pytest.mark.parametrize("group", [g for g in groups() if g not in ("experiment", "sweep", "cluster")])
 def test_options_of_a_group_set_the_same_keys(group: str) -> None:
     """Otherwise choosing one over a file that has taken another would leave some of it behind."""

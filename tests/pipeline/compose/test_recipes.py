@@ -131,6 +131,7 @@ def test_a_table_in_a_file_of_ones_own(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ tables
 
 
+@pytest.mark.step  # all cells of all tables are composed
 @pytest.mark.parametrize("name", names("table"))
 def test_tables_have_the_recipes_rates_for_every_pair(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("METHOD", raising=False)

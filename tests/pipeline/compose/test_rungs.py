@@ -55,6 +55,7 @@ def test_a_rung_differs_from_its_parent_in_exactly_the_keys_of_its_file(
     assert found[name].rung == name
 
 
+@pytest.mark.step  # Hydra composes every rung
 def test_a_rung_over_the_base_is_its_file() -> None:
     for name, found in zip(OURS, over_cfg("base", OURS), strict=True):
         assert config_hash(found) == config_hash(compose(name)), name

@@ -82,7 +82,7 @@ def net(
 ) -> FeatureNet:
     """A network with its own weights and running statistics that are not the initial ones."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed writes traces of the stack
         tiny: Any = (StagedNet if staged else TinyNet)(width, norm, classes, drop)
         made = FeatureNet(tiny, adapter)
         tiny.fc.weight.data.mul_(4)
@@ -142,6 +142,8 @@ def config(**sections: Any) -> Config:
     return configure({**merged, **top, "device": "cpu"})
 
 
+TUNED = {"use_teacher_finetuning": True, "teacher_ce_alpha": 0.5}
+LEVELS = {"use_partial_freeze": True, "num_stages": 4, "student_epochs_per_stage": (1, 1, 1, 1)}
 ONE_STAGE: dict[str, Any] = {"num_stages": 1, "student_epochs_per_stage": (1,), "teacher_adapt_epochs": 1}
 """Keys of `method` for the shortest run: an A-epoch and a B-epoch."""
 EVERYTHING: dict[str, Any] = {
@@ -245,6 +247,11 @@ def double(module: Any) -> Any:
 def copied(module: nn.Module) -> dict[str, Tensor]:
     """A module's state now."""
     return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def moved(module: Any, before: dict[str, torch.Tensor]) -> set[str]:
+    """Names of a module's state that are not what they were before."""
+    return {k for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

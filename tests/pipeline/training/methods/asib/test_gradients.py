@@ -4,6 +4,7 @@ import os
 import random
 from typing import Any
 
+import pytest
 import torch
 from pydantic import ValidationError
 
@@ -109,6 +110,7 @@ def _idle(name: str, task: Distillation) -> bool:
     return not task.method.use_ib and ".logvar." in name
 
 
+@pytest.mark.step  # many random combinations of keys
 def test_every_trained_parameter_gets_a_gradient() -> None:
     rng, tried, faults = random.Random(int(os.environ.get("ASIB_SEED", "0"))), 0, []
     while tried < ROUNDS:
