@@ -65,7 +65,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 ONE_WORKER = {
     "team": ("tests/steps/test_four_users.py", "tests/steps/test_outage.py", "tests/steps/test_team_server.py",
-             "tests/test_deploy.py"),
+             "tests/test_deploy.py", "tests/test_deploy_proxy.py"),
     "server": ("tests/steps/test_kill.py", "tests/browser/test_compare.py", "tests/browser/test_registry.py",
                "tests/browser/test_ui.py", *(f"tests/pipeline/tracking/test_{name}.py" for name in (
                    "deliver", "models", "process", "proxy", "registry", "requests"))),
