@@ -89,6 +89,7 @@ def test_what_a_replayed_pass_has_given_stays_as_it_was(monkeypatch):
         assert torch.equal(seen.feat_4d, other.feat_4d)
 
 
+@pytest.mark.step  # a whole network of timm
 def test_swin_map_is_the_nhwc_output_with_channels_first():
     model = network("swin_tiny_patch4_window7_224")
     with torch.no_grad():

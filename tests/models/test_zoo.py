@@ -186,6 +186,7 @@ def hub(monkeypatch):
     return served
 
 
+@pytest.mark.step  # whole networks of timm
 @pytest.mark.parametrize(
     ("name", "stem", "patch"),
     [
