@@ -1,4 +1,4 @@
-"""What a run's page in MLflow says of it: its result first, then what it cost and what repeats it."""
+"""What a run's page in MLflow says of it: its result and what repeats it, then details, cost and pictures."""
 
 import re
 from collections.abc import Iterator
@@ -47,21 +47,19 @@ def describe(record: Record, config: Config, step: str, folder: Path, ending: En
     Args:
         folder: the run's, for links to its pictures once the tracking server has the run.
     """
-    parts = [*_how_it_ended(record, step, ending), *_results(record, config)]
+    how = f"**{ending.outcome}**" + (f": {escape.markdown(ending.message)}" if ending.message else "")
+    headline, *table = list(_results(record, config)) or [""]
+    parts = ["" if ending.status == "FINISHED" else how, headline]
+    # MLflow's UI hides all but a few lines: what the run found and how it is run again come first
+    if COMMAND in record.tags and ending.status == "FINISHED":
+        parts.append(f"Repeat: {escape.code(record.tags[COMMAND])}")
+    elif COMMAND in record.tags and ending.outcome == "killed":
+        parts.append(f"Continue: {escape.code(continued(step, record.tags[COMMAND], record.id))}")
+    parts += table
     cost = [f"{record.metrics[name]:{form}} {unit}" for name, form, unit in COSTS if name in record.metrics]
     parts += ["Cost: " + ", ".join(cost)] if cost else []
-    parts += filter(None, [_pictures(folder)])
-    if ending.status == "FINISHED" and COMMAND in record.tags:
-        parts.append(f"Repeat: {escape.code(record.tags[COMMAND])}")
-    return "\n\n".join(parts)
-
-
-def _how_it_ended(record: Record, step: str, ending: Ending) -> Iterator[str]:
-    if ending.status == "FINISHED":
-        return
-    yield f"**{ending.outcome}**" + (f": {escape.markdown(ending.message)}" if ending.message else "")
-    if ending.outcome == "killed" and COMMAND in record.tags:
-        yield f"Continue: {escape.code(continued(step, record.tags[COMMAND], record.id))}"
+    parts.append(_pictures(folder))
+    return "\n\n".join(filter(None, parts))
 
 
 def _results(record: Record, config: Config) -> Iterator[str]:

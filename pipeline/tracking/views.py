@@ -19,7 +19,7 @@ from pipeline.tracking.faults import permitted
 VIEW = f"mlflow.sharedViewState.{urls.VIEW}"
 ABOUT = (
     "Runs of multi-teacher knowledge distillation. [**All runs**, with accuracies, methods, networks, seeds and cost]"
-    "({here}). Each run's description begins with its result and ends with the command that repeats it."
+    "({here}). Each run's description begins with its result and the command that repeats it."
 )
 NAME = "attributes.`Run Name`"
 COLUMNS = (

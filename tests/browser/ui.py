@@ -5,7 +5,7 @@ ui_compare.png.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,27 +67,47 @@ def open_picture(page: Page, server: str, experiment: str, run: str, name: str) 
     page.locator("img[src^='blob:'], img[src*='get-artifact']").first.wait_for()
 
 
+def show_differences(page: Page) -> None:
+    """On the page that compares runs: what differs in their parameters, and the metrics from `final/` on."""
+    page.get_by_text("Visualizations", exact=True).first.click()  # folds them away
+    for part in (1, 0):  # metrics, parameters
+        page.get_by_role("switch").nth(part).click()
+    grid, wanted = page.locator(".ReactVirtualized__Grid").last, page.get_by_text("final/acc_val_selected", exact=True)
+    for top in range(0, 3000, 45):  # it holds only the rows in view
+        grid.evaluate("(grid, top) => { grid.scrollTop = top }", top)
+        page.wait_for_timeout(100)
+        if wanted.count():
+            grid.evaluate("(grid, top) => { grid.scrollTop = top + 135 }", top)
+            break
+
+
 def photograph(server: str, folder: Path) -> None:
-    """The tutorial's pictures: the newest main job, and a comparison of distillations in the same experiment."""
+    """The pictures of docs/: the saved view, the newest distillation, and a comparison with those before it."""
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name("asib")
     assert experiment is not None
     number = experiment.experiment_id
-    (main, *_) = client.search_runs([number], "tags.`asib.step` = 'main' and status = 'FINISHED'")
     distilled = client.search_runs([number], "tags.`asib.step` = 'distill' and status = 'FINISHED'", max_results=3)
     with chromium() as page:
 
-        def shot(address: str, name: str) -> None:
+        def shot(address: str, name: str, first: Callable[[Page], None] = lambda page: None) -> None:
             page.goto(f"{server}/{address}")
             page.wait_for_timeout(8000)
+            first(page)
+            page.wait_for_timeout(1000)
             page.screenshot(path=folder / name)
 
         open_runs(page, server, number)
         page.wait_for_timeout(2000)
         page.screenshot(path=folder / "ui_runs.png")
         shot(f"{urls.view_page(number)}&compareRunsMode=CHART", "ui_charts.png")
-        shot(urls.run_page(number, main.info.run_id), "ui_description.png")
-        shot(report.link([run.info.run_id for run in distilled], number), "ui_compare.png")
+        shot(
+            urls.run_page(number, distilled[0].info.run_id),
+            "ui_description.png",
+            lambda page: page.get_by_text("Show more").click(),
+        )
+        page.set_viewport_size({"width": 1440, "height": 1000})
+        shot(report.link([run.info.run_id for run in distilled], number), "ui_compare.png", show_differences)
 
 
 if __name__ == "__main__":

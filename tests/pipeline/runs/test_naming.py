@@ -87,7 +87,7 @@ def test_the_description_begins_with_the_result(tmp_path: Path) -> None:
     assert "| teacher 1, wrn_16_1 | 37.80 |" in lines
     assert "Cost: 1,840 GMACs" in lines
     assert "Pictures: [curves](#/experiments/7/runs/abc/artifacts/curves.png?workflowType=machine_learning)" in lines
-    assert lines[-1] == "Repeat: `python -m steps.distill`"
+    assert lines[2] == "Repeat: `python -m steps.distill`"
 
 
 def test_the_description_of_an_interrupted_run_says_how_it_continues(tmp_path: Path) -> None:
