@@ -101,7 +101,7 @@ def living(registry: Registry, run_id: str, sleep: Callable[[float], None] = tim
     doubtful = {other.run_id: other.seen for other in before if other.run_id != run_id and other.silent_s > SILENT_S}
     if not doubtful:
         return before
-    logger.info("no sign of life of %s: watching for %.0f s", ", ".join(doubtful), WATCH_S)
+    logger.info("no sign of life from %s: watching for %.0f s", ", ".join(doubtful), WATCH_S)
     sleep(WATCH_S)
     after = registry.queue()
     dead = {other.run_id for other in after if doubtful.get(other.run_id) == other.seen}

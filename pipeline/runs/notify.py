@@ -83,7 +83,7 @@ def ended(run: "Run", ending: Ending, value: float | None) -> None:
         result = f"{found:.2f} %: {words}" if found is not None else "" if value is None else f"{value:.4g}"
         text = message(record, run.step, ending, result, time.monotonic() - run.started)
     except Exception as error:  # a message is not worth a run
-        logger.warning("%s: nobody was told (%s)", KEY, type(error).__name__)
+        logger.warning("%s: no message was sent (%s)", KEY, type(error).__name__)
         return
     sent: list[bool] = []
     sender = threading.Thread(target=_send, args=(address, text, sent), name="notify", daemon=True)
@@ -91,8 +91,8 @@ def ended(run: "Run", ending: Ending, value: float | None) -> None:
     sender.join(LIMIT_S)
     if sent != [True]:
         kind = address.partition("://")[0]
-        why = f"no answer within {LIMIT_S:g} s" if sender.is_alive() else "it was not taken"
-        logger.warning("%s: %s://… got no message: %s", KEY, kind, why)
+        why = f"no answer within {LIMIT_S:g} s" if sender.is_alive() else "it was not accepted"
+        logger.warning("%s: no message reached %s://…: %s", KEY, kind, why)
 
 
 def message(record: "Record", step: str, ending: Ending, result: str, seconds: float) -> str:

@@ -273,4 +273,4 @@ def _check_resumable(name: str, step: str, made_by: str | None, finished: bool, 
     if finished and not extend:
         raise UserError(f"resume={name}: that run is finished; extend=true continues it for more epochs")
     if finished and not kept and step in ("distill", "baseline"):
-        raise UserError(f"resume={name}: its checkpoint went when it finished; checkpoint.keep=true would have kept it")
+        raise UserError(f"resume={name}: it finished, and its checkpoint was removed; checkpoint.keep=true keeps one")

@@ -247,7 +247,7 @@ class Run:
             logger.info("tracking was offline; to deliver: %s %s", DELIVER, self.folder)
             return
         if not self.delivery.finish(self.config.tracking.finish_seconds) and ending.exit_code != 2:
-            logger.warning("the tracking server did not take everything: %s %s", DELIVER, self.folder)
+            logger.warning("the tracking server did not receive everything; the rest: %s %s", DELIVER, self.folder)
 
     def _say_goodbye(self, ending: Ending) -> None:
         """Say where everything is, or what continues the run."""

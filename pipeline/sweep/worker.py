@@ -129,7 +129,7 @@ class Worker:
                 break
             self._take(claim)
             if self._failures >= HOPELESS:
-                logger.error("%d trials have failed in a row: this worker leaves", self._failures)
+                logger.error("%d trials have failed in a row: this worker stops", self._failures)
                 break
         followers.tell(None)
         return 0 if claim is None else 1

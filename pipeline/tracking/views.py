@@ -93,7 +93,7 @@ def _card(section: str, kind: str, metric: str, other: str = "") -> dict[str, An
         axes = {"xaxis": {"key": metric, "type": "METRIC"}, "yaxis": {"key": other, "type": "METRIC"}}
         return {**common, **axes, "displayName": "accuracy against cost"}
     if kind == "BAR":
-        return {**common, "displayName": "student on test, at the epoch that validation selected"}
+        return {**common, "displayName": "test top-1 of the student at the epoch that validation selected"}
     return {
         **common,
         "displayName": metric,

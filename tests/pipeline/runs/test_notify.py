@@ -169,11 +169,11 @@ def test_a_channel_that_is_away_costs_a_line(
     monkeypatch.setattr(notify, "LIMIT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never answers
         assert start(tmp_path, measured, f"notify.url=json://127.0.0.1:{deaf.getsockname()[1]}/{TOKEN}")[0] == 0
-    assert "notify.url: json://… got no message: no answer within 0.2 s\n" in err.getvalue()
+    assert "notify.url: no message reached json://…: no answer within 0.2 s\n" in err.getvalue()
     monkeypatch.setattr(notify, "LIMIT_S", 20.0)
     channel.status = 403
     assert start(tmp_path, measured, f"notify.url={channel.url}")[0] == 0
-    assert "notify.url: json://… got no message: it was not taken\n" in err.getvalue()
+    assert "notify.url: no message reached json://…: it was not accepted\n" in err.getvalue()
     assert TOKEN not in err.getvalue()
 
 
