@@ -9,6 +9,8 @@ EXTRAS = {
     "cmaes": "sweep",
     "datasets": "timm-data",
     "optuna": "sweep",
+    "psutil": "system",
+    "pynvml": "system",
     "starlette": "serve",
     "submitit": "sweep",
     "uvicorn": "serve",

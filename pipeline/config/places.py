@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from pipeline import urls
+from pipeline import extras, urls
 from pipeline.config.datasets import DATASETS, DatasetConfig, Folder, Torchvision
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
@@ -34,6 +34,8 @@ def check_there(config: Config, step: str) -> None:
         urls.tracking(config.tracking.uri)  # whether it answers is seen later
     elif config.tracking.mode == "online" and server:
         urls.tracking(server, "MLFLOW_TRACKING_URI")
+    if config.tracking.system_metrics:
+        extras.require("tracking.system_metrics=true", "psutil", "pynvml")
     if output_dir(config).is_file():
         raise UserError(f"output_dir={config.output_dir}: cannot write there (it is a file); choose another folder")
     check_data(config.dataset)

@@ -85,3 +85,4 @@ class TrackingConfig(Section):
     experiment: str = key("asib", "MLflow experiment of the runs")
     git_diff: bool = key(True, "log how the sources differ from their commit, masking lines that look like secrets")
     finish_seconds: Seconds = key(120.0, "seconds to wait for a silent server at the end of a run")
+    system_metrics: bool = key(False, "log what processors, memory and the GPUs in use do, every 10 seconds")

@@ -28,7 +28,7 @@ from pipeline.config import Config, UnknownKey
 from pipeline.config.numbers import processes
 from pipeline.config.places import check_there
 from pipeline.errors import Interrupted, NonFinite, UserError
-from pipeline.runs import notify, run_log
+from pipeline.runs import machine, notify, run_log
 from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
 from pipeline.runs.mlflow_run import kill_mlflow_run_parent
 from pipeline.runs.naming import name_of_refused
@@ -247,7 +247,8 @@ def _supervise(run: "Run", job: "Callable[[Run], Ending | float | None]") -> Don
     try:
         distributed.join()
         distributed.first_process_says(str(run.folder))
-        found = job(run)
+        with machine.watched(run):
+            found = job(run)
         ending = found if isinstance(found, Ending) else COMPLETED
     except (Interrupted, Exception) as raised:
         error = extras.explained(raised, run.step) or as_user_error(raised, run.folder)

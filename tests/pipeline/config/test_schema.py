@@ -188,7 +188,7 @@ UNCOMPUTED = {"device", "threads", "output_dir", "run_name", "rung", "resume", "
               "dataset.eval_batch_size", "dataset.workers", "optim.use_amp", "optim.compile",
               "checkpoint.every_seconds", "checkpoint.keep", "log.level", "log.filename",
               "tracking.uri", "tracking.mode", "tracking.experiment", "tracking.git_diff",
-              "tracking.finish_seconds",
+              "tracking.finish_seconds", "tracking.system_metrics",
               "method.plus_alpha", "method.plus_tau",  # nothing is in method.plus
               "model.overlap", "model.overlap_seed", "model.unseen",  # no teacher is taught a part
               *(f"continual.{key}" for key in ContinualConfig.model_fields)}  # one training  # fmt: skip

@@ -23,7 +23,7 @@ from pipeline.distill import bank, continual, distill, export, networks, results
 from pipeline.errors import UserError
 from pipeline.evaluate.request import Request
 from pipeline.journal import Entry, read_entries
-from pipeline.runs import git, run_log
+from pipeline.runs import git, machine, run_log
 from pipeline.runs.folders import STUDENT
 from pipeline.runs.opening import open_run
 from pipeline.training.loop import Verdict
@@ -156,6 +156,18 @@ def delivery(keys: Keys) -> Any:
         run.close()
     ended = start.return_value.finish.call_args
     return [start.call_args and start.call_args.kwargs["uri"], ended and ended.args]
+
+
+def machine_read(keys: Keys) -> Any:
+    """Whether the machine is watched while a run works."""
+    run = open_run("distill", place().config(keys))
+    with machine.watched(run):
+        pass
+    run.close()
+    names = (
+        name for e in read_entries(run.folder / "journal.jsonl")[0] if e.kind == "metrics" for name in e.data["values"]
+    )
+    return sorted(names)
 
 
 @functools.cache
@@ -315,6 +327,7 @@ TABLE: dict[str, Case] = {
     "tracking.experiment": Case("other", observer=record),
     "tracking.git_diff": Case(False, observer=difference_logged),
     "tracking.finish_seconds": Case(7.0, ONLINE, delivery),
+    "tracking.system_metrics": Case(True, observer=machine_read),
     # data and networks
     "dataset.name": Case("cifar100_sample", observer=data_set),
     "dataset.root": Case("{here}/nothing", {"dataset.name": "cifar10"}, data_set),
