@@ -176,13 +176,13 @@ def picture(wanted: Sequence[str], path: Path, folder: Path) -> bool:
     return True
 
 
-def placed(readme: str, results: str) -> str:
+def placed(page: str, results: str, begin: str = BEGIN, end: str = END) -> str:
     """The page with the results between its markers (appended, if it has no markers yet)."""
-    block = f"{BEGIN}\n\n{results.strip()}\n\n{END}"
-    if BEGIN not in readme or END not in readme:
-        return f"{readme.rstrip()}\n\n{block}\n" if readme.strip() else f"{block}\n"
-    before, _, rest = readme.partition(BEGIN)
-    return before + block + rest.partition(END)[2]
+    block = f"{begin}\n\n{results.strip()}\n\n{end}"
+    if begin not in page or end not in page:
+        return f"{page.rstrip()}\n\n{block}\n" if page.strip() else f"{block}\n"
+    before, _, rest = page.partition(begin)
+    return before + block + rest.partition(end)[2]
 
 
 def main() -> None:

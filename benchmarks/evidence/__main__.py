@@ -1,0 +1,100 @@
+"""The records behind docs/results.md, and its tables and pictures from them.
+
+    python -m benchmarks.evidence collect <folder> [<folder> …]   # finished runs at or below each folder
+    python -m benchmarks.evidence render
+
+A record is a JSON file beside this one: configuration, tags (hash, identity, digests), every metric by epoch, which
+test images were classified correctly (packed bits), and the machine. Nothing on the page is typed by hand between the
+markers `<!-- evidence: <part> -->` and `<!-- end -->`.
+"""
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import harness
+from benchmarks.evidence import report
+from benchmarks.render import placed
+from pipeline.compare.compare import ACCURACY
+from pipeline.compare.pools import Group
+from pipeline.paths import REPOSITORY
+from pipeline.runs import records
+from pipeline.runs.records import Record
+
+FOLDER = Path(__file__).resolve().parent
+PAGE = REPOSITORY / "docs" / "results.md"
+UNNEEDED = ("mlflow.",)
+"""Prefixes of tags that only the tracking server's pages use."""
+
+
+def collect(folder: Path) -> Iterator[Path]:
+    """Write a record for every finished training at or below a folder; their paths."""
+    here = {key: value for key, value in harness.described("timm").items() if key in ("machine", "versions")}
+    for journal in sorted(folder.rglob("journal.jsonl")):
+        run = records.from_folder(journal.parent, None)
+        if run.status == "FINISHED" and ACCURACY in run.metrics:
+            yield write(run, here)
+
+
+def write(run: Record, machine: dict[str, Any], folder: Path = FOLDER) -> Path:
+    """Write a run's record; its name is its row (a teacher's its run's), epochs, seed, and its identity's beginning."""
+    values = asdict(run) | machine
+    values["tags"] = {key: value for key, value in run.tags.items() if not key.startswith(UNNEEDED)}
+    if run.correct is not None:
+        values["images"], values["correct"] = len(run.correct), _packed(run.correct)
+    teacher = run.tags["asib.step"] == "finetune"
+    row = f"{run.name.split()[1]}-{run.config['finetune.epochs']}" if teacher else f"{run.label}-{_epochs(run)}"
+    path = folder / f"{row}-s{run.seed}-{run.tags['asib.identity'][:8]}.json"
+    path.write_text(json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n")
+    return path
+
+
+def _packed(correct: NDArray[np.bool_]) -> str:
+    return base64.b64encode(np.packbits(correct).tobytes()).decode()
+
+
+def _epochs(run: Record) -> int:
+    return Group(run.label, (run,)).epochs
+
+
+def read(path: Path) -> Record:
+    """The run of a record."""
+    values = json.loads(path.read_text())
+    if values["correct"] is not None:
+        packed = np.frombuffer(base64.b64decode(values["correct"]), np.uint8)
+        values["correct"] = np.unpackbits(packed, count=values["images"]).astype(bool)
+    values["histories"] = {name: [(int(s), float(v)) for s, v in at] for name, at in values["histories"].items()}
+    return Record(**{name: values[name] for name in Record.__dataclass_fields__})
+
+
+def rendered(page: str, folder: Path = FOLDER) -> tuple[str, dict[str, bytes]]:
+    """The page with its parts made anew from the records, and the pictures that it shows, by their names."""
+    students = [run for run in map(read, sorted(folder.glob("*.json"))) if run.correct is not None]
+    for name, make in report.PARTS.items():
+        page = placed(page, make(students), f"<!-- evidence: {name} -->", "<!-- end -->")
+    return page, {name: draw(students) for name, draw in report.PICTURES.items()}
+
+
+def main() -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("what", choices=("collect", "render"))
+    parser.add_argument("folders", nargs="*", type=Path)
+    options = parser.parse_args()
+    if options.what == "collect":
+        for path in (path for folder in options.folders for path in collect(folder)):
+            print(path)
+        return
+    page, pictures = rendered(PAGE.read_text())
+    PAGE.write_text(page)
+    for name, image in pictures.items():
+        (PAGE.parent / name).write_bytes(image)
+
+
+if __name__ == "__main__":
+    main()

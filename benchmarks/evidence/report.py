@@ -1,0 +1,95 @@
+"""What docs/results.md shows of the records: tables in Markdown, and pictures."""
+
+from collections.abc import Callable, Sequence
+
+from pipeline.compare import report as comparisons
+from pipeline.compare.compare import Comparison, compare
+from pipeline.compare.pools import Group
+from pipeline.reporting import tables
+from pipeline.runs.records import Record
+
+READINGS = {
+    "synergy/acc": "synergy",
+    "teacher/avg_acc": "averaged teachers",
+    "a_step/sigma": "mean σ",
+    "a_step/raw_kl": "KL per dimension",
+    "a_step/cw_mean": "certainty weight",
+    "a_step/cw_at_bounds": "share at its bounds",
+    "gate/open": "gate",
+    "gate/averaged_share": "c",
+    "b_step/sample_gate": "share distilled",
+}
+"""What a fusion's run says about itself (docs/tracking.md), and what the page calls it."""
+
+NOT_YET = "Not measured yet."
+
+
+def against(baseline: str, runs: Sequence[Record]) -> Comparison:
+    """All rows against one of them (the first while that one is not there), although some have one teacher or none."""
+    there = any(run.label == baseline for run in runs)
+    return compare(runs, anyway=True, baseline=baseline if there else None)
+
+
+def accuracy(runs: Sequence[Record]) -> str:
+    """Accuracy of every row, and its difference to distillation from the better teacher alone."""
+    return _columns(against("kd", runs), "seeds", "acc", "last", "val acc", "vs kd")
+
+
+def several(runs: Sequence[Record]) -> str:
+    """Rows of two teachers against equal weights for them."""
+    chosen = [run for run in runs if len(run.tags["asib.teachers"].split(",")) > 1]
+    return _columns(against("aver", chosen), "seeds", "acc", "vs aver") if chosen else NOT_YET
+
+
+def cost(runs: Sequence[Record]) -> str:
+    """What a run of every row costs."""
+    found = against("kd", runs)
+    start = list(comparisons.shown(found).columns).index("student updates")
+    return _columns(found, *comparisons.shown(found).columns[start:])
+
+
+def _columns(found: Comparison, *names: str) -> str:
+    shown = comparisons.shown(found)
+    head = [name for name in names if name in shown]
+    rows = zip(shown.index, shown[head].to_numpy().tolist(), strict=True)
+    return tables.markdown(["row", *head], [[str(row), *cells] for row, cells in rows])
+
+
+def readings(runs: Sequence[Record]) -> str:
+    """Means over seeds of what the fusions' runs say in their last epoch that says it."""
+    groups = [g for g in against("kd", runs).groups if g.values("synergy/acc")]
+    if not groups:
+        return NOT_YET
+    rows = [[name, *(_mean(group, metric) for group in groups)] for metric, name in READINGS.items()]
+    return tables.markdown(["last epoch, mean over seeds", *(g.name for g in groups)], rows)
+
+
+def _mean(group: Group, metric: str) -> str:
+    return f"{group.mean(metric):.3g}" if group.values(metric) else "–"
+
+
+def commands(runs: Sequence[Record]) -> str:
+    """How each row is repeated, with the seeds and the commit of its records."""
+    rows = []
+    for group in against("kd", runs).groups:
+        first = group.records[0]
+        commits = dict.fromkeys(run.tags["asib.git_sha"][:10] for run in group.records)
+        table = "evidence" if len(group.facts["teachers"].split(",")) > 1 else "evidence_single"
+        chosen = f"methods={group.label} table.baseline={group.label} seeds=0"
+        own = f"python -m steps.table table={table} {chosen} threads=1 dataset.root=<folder>"
+        repeated = own if "asib.row" in first.tags else first.tags["asib.command"]
+        rows.append([group.name, ", ".join(map(str, group.seeds)), ", ".join(commits), f"`{repeated}`"])
+    return tables.markdown(["row", "seeds", "commit", "command"], rows, left=4)
+
+
+PARTS: dict[str, Callable[[Sequence[Record]], str]] = {
+    "accuracy": accuracy,
+    "several": several,
+    "cost": cost,
+    "readings": readings,
+    "commands": commands,
+}
+PICTURES: dict[str, Callable[[Sequence[Record]], bytes]] = {
+    "results.png": lambda runs: comparisons.picture(against("kd", runs)),
+    "results_cost.png": lambda runs: comparisons.cost_picture(against("kd", runs)),
+}
