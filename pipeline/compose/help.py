@@ -7,14 +7,14 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pipeline.compose.cli import Command
 from pipeline.compose.groups import CONF, groups
 from pipeline.compose.settings import parse_data
 from pipeline.config import Config, methods, schema
 from pipeline.config.continual import ContinualConfig
-from pipeline.config.words import expects, is_list_of_sections, is_text, section_of, suggestion, written
+from pipeline.config.words import expects, explain, is_list_of_sections, is_text, section_of, suggestion, written
 from pipeline.errors import UserError
 
 WIDTH = 100
@@ -61,8 +61,9 @@ def step_help(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]
         keys: keys of the configuration that matter most here.
     """
     config, topic = None, command.help
-    if not command.cfg and len(command.overrides) == 1 and command.overrides[0].startswith("method="):
-        config, topic = _of_method(command.overrides[0].partition("=")[2]), topic or "method"
+    given = dict(text.partition("=")[::2] for text in command.overrides)
+    if not command.cfg and "method" in given and given.keys() <= {"method", "method.module"}:
+        config, topic = _of_method(given["method"], given.get("method.module")), topic or "method"
     elif command.cfg or command.overrides:
         from pipeline.compose.compose import compose
 
@@ -84,14 +85,22 @@ def step_help(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]
     return "\n".join(lines).strip("\n") + "\n"
 
 
-def _of_method(name: str) -> Config:
-    """The defaults with a method and the values of its file; not validated, since it may need teachers."""
+def _of_method(name: str, module: str | None) -> Config:
+    """The defaults with a method and the values of its file; not validated as a whole, since it may need teachers.
+
+    Raises UserError: no such method, or a key of its file is wrong.
+    """
     file = CONF / "method" / f"{name}.yaml"
-    said: Any = parse_data(file.read_text(), f"method={name}") if file.exists() else {"name": name}
+    said: Any = (parse_data(file.read_text(), f"method={name}") if file.exists() else None) or {}
     values = said.get("method", said)  # with keys of other sections beside it, or alone
-    chosen = schema(values["name"])
+    values = {"name": name, **values} | ({"module": module} if module else {})
+    settings = methods.settings(values["name"], values.get("module"))
+    try:
+        method = settings.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{file}: {explain(error, settings)}") from error
     continual = ContinualConfig(**said.get("continual", {}))
-    return chosen.model_construct(method=methods.settings(values["name"])(**values), continual=continual)
+    return schema(values["name"], values.get("module")).model_construct(method=method, continual=continual)
 
 
 def _usage(step: str) -> str:

@@ -79,6 +79,21 @@ def test_a_method_names_its_keys_with_their_published_values_though_it_has_no_te
         assert told == written(value) or float(told) == float(value)
 
 
+def test_a_method_of_ones_own_names_its_keys_with_the_values_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.compose.help.CONF", tmp_path)
+    module = "method.module=examples.my_method.my_kd"
+    assert "  method.scale = 1.0 " in printed("method=my_kd", module)
+    file = tmp_path / "method" / "my_kd.yaml"
+    file.parent.mkdir()
+    file.write_text("name: my_kd\nmodule: examples.my_method.my_kd\nscale: 2\n")
+    assert "* method.scale = 2.0  [1.0]" in printed("method=my_kd")
+    file.write_text("name: my_kd\nmodule: examples.my_method.my_kd\nscale: 0\n")
+    with pytest.raises(UserError, match=r"my_kd\.yaml: scale: got 0; give a number above 0"):
+        printed("method=my_kd")
+
+
 def test_a_group_is_its_section_alone() -> None:
     text = printed("optim")
     assert text.startswith("optim: ")
