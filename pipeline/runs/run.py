@@ -17,7 +17,7 @@ from pipeline.compose.cli import Command
 from pipeline.config import Config, config_hash
 from pipeline.config.identity import listed
 from pipeline.errors import HelperFailed, Interrupted, Taken, UserError
-from pipeline.files import write_atomically
+from pipeline.files import read_state, write_atomically
 from pipeline.journal import SLOTS, Journal, NullJournal
 from pipeline.runs import description, git, naming, records
 from pipeline.runs.ending import COMPLETED, Ending, as_user_error, ending_of
@@ -248,6 +248,7 @@ class Run:
             return
         if not self.delivery.finish(self.config.tracking.finish_seconds) and ending.exit_code != 2:
             logger.warning("the tracking server did not receive everything; the rest: %s %s", DELIVER, self.folder)
+        self._say_version()
 
     def _say_goodbye(self, ending: Ending) -> None:
         """Say where everything is, or what continues the run."""
@@ -257,6 +258,18 @@ class Run:
         elif ending.status == "FINISHED":
             there = [name for name in WORTH_A_LOOK if (self.folder / name).exists()]
             logger.info("in %s (%.1f MB): %s", self.folder, size_of(self.folder) / 1e6, ", ".join(there))
+
+    def _say_version(self) -> None:
+        """Say which version of a registered model this run's student has become, and what judges it."""
+        if self.config.register is None or self.command is None:
+            return
+        where = [text for text in self.command.overrides if text.startswith(("dataset", "tracking."))]
+        judge = Command(self.command.cfg, tuple(where), own={"name": self.config.register})
+        for folder in folders_with(self.folder, "delivery.json"):  # the main job's student is a nested run's
+            versions = (read_state(folder / "delivery.json") or {}).get("versions", {})
+            if number := versions.get(self.config.register):
+                command = secrets.mask(naming.command_of("promote", judge, {}))
+                logger.info("version %s of %s; to promote it: %s", number, self.config.register, command)
 
     def _end_record(self, ending: Ending) -> None:
         if ending.status != "FINISHED" and isinstance(self.journal, Journal):

@@ -319,7 +319,9 @@ class RunDelivery:
                     if model_id:
                         self.state.models[data["entry"]] = model_id
             case "register":
-                outbox.attempt(register, self.client, self.state, entry)
+                version = outbox.attempt(register, self.client, self.state, entry)
+                if version:
+                    self.state.versions[data["registered"]] = version
             case "resume":
                 self.state.generation = data["generation"]
                 if data["generation"] not in self._generations:

@@ -33,6 +33,7 @@ class State:
     offset: int = 0
     ended: bool = False
     models: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)  # registered model -> the version made of this run's
     checkpoint: dict[str, Any] = field(default_factory=dict)  # the server's manifest
 
     @classmethod

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from models import weights, zoo
+from pipeline.compose import cli
 from pipeline.compose.compose import compose
 from pipeline.config import Config, config_hash, flatten
 from pipeline.config.words import written
@@ -225,6 +227,11 @@ def test_the_student_is_registered_once_by_the_nested_run_that_made_it(tracked: 
     assert {key: version.tags[key] for key in same} == {key: made_by.tags[key] for key in same}
     (val_acc,) = (values for (name, _), values in made_by.metrics.items() if name == "final/val_acc")
     assert float(version.tags["asib.val_acc"]) == pytest.approx(val_acc[0], abs=0.005)
+    (line,) = (line for line in tracked.done.err.splitlines() if "to promote it" in line)
+    assert line.startswith(f"version {version.version} of {NAME}; to promote it: python -m steps.promote cfg=")
+    command = cli.parse(shlex.split(line)[shlex.split(line).index("steps.promote") + 1 :], ["name"])
+    assert (command.cfg, command.own) == (str(tracked.lab.cfg), {"name": NAME})
+    assert f"tracking.uri={tracked.uri}" in command.overrides
 
 
 def test_the_artifacts_are_there(tracked: Tracked, seen: Seen) -> None:
