@@ -59,9 +59,12 @@ def same_images(name: str, version: Version, data: ImageData, config: Config) ->
             f"set the tag to the data's digest ({data.digest[:12]}… for dataset.name={config.dataset.name})"
         )
     cfg = f"cfg=runs:/{version.run_id}/config.yaml" if version.run_id else "the cfg that it was trained with"
+    # a fetched configuration never says where data lie on this machine
+    place = {"cifar100_sample": "", "npz": " dataset.path=<file>"}
+    where = place.get(version.tags.get("asib.dataset", ""), " dataset.root=<folder>")
     raise UserError(
         f"dataset.name={config.dataset.name} has digest {data.digest[:12]}, and version {version.number} of {name} is "
-        f"of data {found[:12]}: versions are compared on the same images; give {cfg}"
+        f"of data {found[:12]}: versions are compared on the same images; give {cfg}{where}"
     )
 
 

@@ -279,8 +279,9 @@ def test_a_version_of_before_gets_its_manifest_when_it_is_judged(desk: Desk) -> 
 
 
 def other_data(desk: Desk) -> list[str]:
-    desk.register("half", data_digest="e" * 64)
-    return ["version 1 of stripes is of data eeeeeeeeeeee: versions are compared on the same images; give cfg=runs:/"]
+    desk.register("half", data_digest="e" * 64, dataset="image_folder")
+    cfg = f"cfg=runs:/{desk.runs[0]}/config.yaml dataset.root=<folder>"
+    return [f"version 1 of stripes is of data eeeeeeeeeeee: versions are compared on the same images; give {cfg}"]
 
 
 def no_digest(desk: Desk) -> list[str]:
