@@ -66,7 +66,8 @@ def _epochs(config: Sections) -> Iterator[str]:
             f"method.num_stages={m.num_stages}: give one number of B-epochs for each stage"
         )
     if m.kd_cooldown_epochs > 0 and m.kd_cooldown_epochs >= total and m.distils:
-        yield f"method.kd_cooldown_epochs={m.kd_cooldown_epochs} leaves none of the {total} B-epochs for distillation"
+        given = f"method.kd_cooldown_epochs={m.kd_cooldown_epochs}"
+        yield f"{given} leaves none of the {total} B-epochs for distillation: set it below {total}"
     start, stop = m.kd_two_view_start_epoch, m.kd_two_view_stop_epoch
     if start is None and stop is None:
         return
@@ -222,7 +223,7 @@ def _schedules(config: Sections) -> Iterator[str]:
             yield f"{where}.milestones={list(schedule.milestones)} must rise"
         if 0 < epochs <= schedule.lr_warmup_epochs:
             given = f"{where}.lr_warmup_epochs={schedule.lr_warmup_epochs}"
-            yield f"{given} leaves none of the {epochs} epochs after the warm-up"
+            yield f"{given} leaves none of the {epochs} epochs after the warm-up: set it below {epochs}"
         if schedule.type == "cosine" and schedule.min_lr > peak:
             yield f"{where}.min_lr={schedule.min_lr} is above {lr}={peak}, from which the cosine falls"
 

@@ -80,7 +80,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "ema": ({"optim": {"select_weights": "ema"}}, "optim.select_weights=ema needs optim.ema_decay"),
     "milestones": ({"schedule": STEP}, "schedule.type=step needs schedule.milestones"),
     "milestones order": ({"finetune": {"schedule": {**STEP, "milestones": [3, 2]}}}, "milestones=[3, 2] must rise"),
-    "lr warm-up": ({"schedule": {"lr_warmup_epochs": 20}}, "leaves none of the 20 epochs after the warm-up"),
+    "lr warm-up": ({"schedule": {"lr_warmup_epochs": 20}}, "20 epochs after the warm-up: set it below 20"),
     "min_lr": ({"schedule": {"min_lr": 1}}, "schedule.min_lr=1.0 is above optim.student_lr=0.001"),
     "finetune min_lr": ({"finetune": {"schedule": {"min_lr": 1}}}, "finetune.schedule.min_lr=1.0 is above finetune.lr"),
     "npz": ({"dataset": {"name": "npz"}}, "dataset.name=npz needs dataset.path"),
