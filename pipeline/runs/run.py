@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -150,8 +151,12 @@ class Run:
             self._run_id = answer.run_id
             logger.info("tracked as %s", answer.url)
             server, page, _ = answer.url.partition("#/")
+            view, uri = urls.view_page(answer.experiment_id), tracking_uri(self.config)
             if page:
-                logger.info("all runs: %s%s", server, urls.view_page(answer.experiment_id))
+                logger.info("all runs: %s%s", server, view)
+            elif uri.startswith(urls.SQLITE):
+                serve = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+                logger.info("all runs: %s, then http://127.0.0.1:5000/%s", serve, view)
             given = os.environ.get("MLFLOW_RUN_ID")
             if given and given != answer.run_id and self.config.resume is None:
                 logger.info("MLFLOW_RUN_ID=%s has ended or is written by another step: this is a run of its own", given)

@@ -100,6 +100,15 @@ def test_the_main_job_is_a_run_with_nested_runs_that_all_finished(seen: Seen) ->
     }
 
 
+def test_the_terminal_says_how_a_store_without_a_server_is_looked_at(tracked: Tracked) -> None:
+    (line,) = (line for line in tracked.done.err.splitlines() if line.startswith("all runs: "))
+    serve, _, page = line.partition(", then http://127.0.0.1:5000/")
+    assert serve == f"all runs: mlflow ui --backend-store-uri {tracked.uri}"
+    experiment = client(tracked.uri).get_run(tracked.seen.id).info.experiment_id
+    assert page.startswith(f"#/experiments/{experiment}/runs?")
+    assert "viewStateShareKey=asib" in page
+
+
 def test_the_parameters_are_the_whole_flattened_configuration(tracked: Tracked, seen: Seen) -> None:
     for name, run in everyone(seen).items():
         folder = tracked.done.folder if name == "main" else tracked.done.folder / name
