@@ -85,7 +85,7 @@ def step_help(step: str, about: str, own: Mapping[str, str], keys: Sequence[str]
     return "\n".join(lines).strip("\n") + "\n"
 
 
-def _of_method(name: str, module: str | None) -> Config:
+def _of_method(name: str, module: str | None = None) -> Config:
     """The defaults with a method and the values of its file; not validated as a whole, since it may need teachers.
 
     Raises UserError: no such method, or a key of its file is wrong.
