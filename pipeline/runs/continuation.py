@@ -10,8 +10,11 @@ EXTENDED = {"method.student_epochs_per_stage", "method.num_stages", "finetune.ep
 """Keys that `extend` may change."""
 
 
-def check_computation(config: Config, name: str, header: dict[str, Any]) -> None:
-    """Raise UserError, naming both hashes, unless `config` may continue the run whose checkpoint has this `header`."""
+def check_computation(config: Config, name: str, header: dict[str, Any], command: str = "") -> None:
+    """Raise UserError, naming both hashes, unless `config` may continue the run whose checkpoint has this `header`.
+
+    `command`: what would continue it, for the error.
+    """
     old, new = header["computation"], computation(config)
     changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     if config.extend:
@@ -21,6 +24,7 @@ def check_computation(config: Config, name: str, header: dict[str, Any]) -> None
         raise UserError(
             f"resume={name}: configuration {header['config_hash'][:12]} cannot be continued with "
             f"{config_hash(config)[:12]}; they differ in {', '.join(sorted(changed)[:5])}"
+            + (f"; to continue: {command}" if command else "")
         )
 
 

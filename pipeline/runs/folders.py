@@ -20,6 +20,8 @@ FUSION = "checkpoints/fusion.safetensors"
 CONFIG = "config.yaml"
 DIFFERENCE = "git.diff"
 """Names in a run's folder and among its artifacts; the last two say what the run is."""
+QUOTED = 8
+"""Characters of an id by which people, and names of runs, quote a run."""
 
 
 def fresh_folder(config: Config, step: str, mark: str | None = None) -> Path:
@@ -55,20 +57,24 @@ def size_of(path: Path) -> int:
 
 
 def find_folder(root: Path, name: str, key: str = "resume") -> Path | None:
-    """The local folder of a run: given as a path, by its MLflow run id, or by its journal id.
+    """The local folder of a run: given as a path, by its MLflow run id or its journal id, or by how one of them begins.
 
-    Raises UserError, which begins with `key`: the path is invalid.
+    Raises UserError, which begins with `key`: the path is invalid, or the ids of several runs begin so.
     """
     given = user_path(name, key)
     if (given / "journal.jsonl").exists():
         return given
+    near: dict[str, Path] = {}
     for folder in folders_with(root, "journal.jsonl"):
-        header = header_of(folder)
-        if header is not None and header.data["journal"] == name:
+        header, state = header_of(folder), read_state(folder / "delivery.json") or {}
+        ids = [str(state.get("run_id", "")), str(header.data["journal"]) if header else ""]
+        if name in ids:
             return folder
-        if (read_state(folder / "delivery.json") or {}).get("run_id") == name:
-            return folder
-    return None
+        if len(name) >= QUOTED:
+            near |= {known: folder for known in ids if known.startswith(name)}
+    if len(near) > 1:
+        raise UserError(f"{key}={name}: the ids of several runs begin so: give one of {', '.join(sorted(near)[:5])}")
+    return next(iter(near.values()), None)
 
 
 def header_of(folder: Path) -> Entry | None:

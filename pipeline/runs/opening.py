@@ -16,7 +16,7 @@ from pipeline.journal import FILE, Carrier, Journal, NullJournal, read_entries, 
 from pipeline.paths import inside
 from pipeline.runs.continuation import check_computation
 from pipeline.runs.folders import CONFIG, ended, find_folder, fresh_folder, writable
-from pipeline.runs.naming import COMMAND, command_of, name_of
+from pipeline.runs.naming import COMMAND, command_of, continued, name_of
 from pipeline.runs.run import Run, remove_unbegun
 from pipeline.runs.signals import Stop
 from pipeline.tracking import start
@@ -221,7 +221,9 @@ def _continue(
             _check_resumable(name, step, made_by, ended(folder), config.extend, slots.manifest.exists())
         if slots.manifest.exists():
             state, saved = slots.read()
-            check_computation(config, name, state["header"])  # checked before its record is touched
+            here = parent is None and delivery is None  # nobody is told to paste a command that came from a server
+            command = _to_continue(step, state["journal"], name) if here else ""
+            check_computation(config, name, state["header"], command)  # checked before its record is touched
     except BaseException:
         release(lock)
         raise
@@ -243,6 +245,14 @@ def _continue(
         run.write(CONFIG, compose.dump(config))  # only its checkpoint came here, from a server or another folder
     journal.tags({"asib.resumed_from": position})
     return run
+
+
+def _to_continue(step: str, journal: str, name: str) -> str:
+    """The command that continues the run with this record; empty if the record names none."""
+    tags: dict[str, str] = {}
+    for entry in map(json.loads, journal.splitlines()):
+        tags |= entry["values"] if entry["kind"] == "tags" else {}
+    return continued(step, tags[COMMAND], name) if COMMAND in tags else ""
 
 
 def fetch_checkpoint(delivery: Delivery, run_id: str, folder: Path) -> bool:

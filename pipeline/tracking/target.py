@@ -19,6 +19,8 @@ from pipeline.tracking.state import State, find_by_journal
 
 GENERATION_TAG = "asib.generation"
 TAG_LENGTH = 8000
+ID = 32
+"""Characters of a run's id."""
 
 
 def find_run(client: MlflowClient, run_id: str) -> Run | None:
@@ -39,7 +41,9 @@ def get_run(client: MlflowClient, uri: str, run_id: str) -> Run:
 
 def no_run(uri: str, run_id: str) -> str:
     """The error for an unknown run; under basic authentication, a run without READ permission looks the same."""
-    return f"tracking server {urls.hidden(uri)} knows no run {run_id}: check the id, or ask for READ permission on it"
+    check = "check the id" if len(run_id) == ID else f"give the whole id, of {ID} characters"
+    ask = ", or ask for READ permission on it" if uri.startswith("http") else ""
+    return f"tracking server {urls.hidden(uri)} knows no run {run_id}: {check}{ask}"
 
 
 def carried_run(client: MlflowClient, uri: str, folder: Path, link: dict[str, Any], experiment: str) -> Run:

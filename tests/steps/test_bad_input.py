@@ -286,6 +286,8 @@ def test_a_server_that_does_not_answer_is_named_before_training(lab: Lab) -> Non
 
 
 def test_resume_of_a_run_that_the_server_does_not_know(lab: Lab, sqlite_uri: str) -> None:
-    done = lab.step("distill", "tracking.mode=online", f"tracking.uri={sqlite_uri}", "resume=" + 32 * "0")
-    refused(lab, done, "resume=" + 32 * "0", "knows no run")
+    for name, advice in ((32 * "0", "check the id"), (8 * "0", "give the whole id, of 32 characters")):
+        done = lab.step("distill", "tracking.mode=online", f"tracking.uri={sqlite_uri}", f"resume={name}")
+        refused(lab, done, f"resume={name}", f"knows no run {name}: {advice}")
+        assert "READ" not in done.err, "whoever has the file reads all of it"
     assert lab.run_folders() == []

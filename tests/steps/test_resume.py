@@ -48,11 +48,13 @@ def test_a_run_ended_by_sigterm_and_continued_equals_an_undisturbed_one(
     assert killed.code == 143
     assert ending(killed.folder) == ("KILLED", "killed", 143)
     assert not (killed.folder / "results.json").exists()
+    other = refused(ready_lab.step("distill", f"resume={killed.folder}", "method.tau=9"), "differ in method.tau;")
+    assert "to continue: " + other.partition("; to continue: ")[2] in killed.err
     deliver(sqlite_uri, killed.folder)
     before = see(sqlite_uri, run_id(killed.folder))
     assert (before.status, before.tags["asib.outcome"], before.tags["asib.exit_code"]) == ("KILLED", "killed", "143")
 
-    resumed = ready_lab.step("distill", f"resume={before.id}")
+    resumed = ready_lab.step("distill", f"resume={before.id[:8]}")
     assert (resumed.code, resumed.new) == (0, []), resumed.err
     same_run(killed.folder, undisturbed.folder)
     deliver(sqlite_uri, killed.folder)
