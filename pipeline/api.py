@@ -54,7 +54,7 @@ class Finished:
             raise UserError(str(error)) from error
 
     def curves(self) -> "DataFrame":
-        """Every value of every metric: run, epoch, metric, value."""
+        """Every value of every metric: run, epoch (from 0; the terminal counts from 1), metric, value."""
         from pipeline.frames import curves  # late: it imports pandas
 
         return curves(self.folder)

@@ -71,7 +71,7 @@ def runs(which: Which | Iterable[Which], *given: Given, **keys: Any) -> DataFram
 
 
 def curves(which: Which | Iterable[Which], *given: Given, **keys: Any) -> DataFrame:
-    """A row for each value that the runs logged: run, epoch, metric, value. Arguments are those of `runs`."""
+    """A row for each value that the runs logged: run, epoch (from 0), metric, value. Arguments are those of `runs`."""
     rows = [
         (record.id, epoch, metric, value)
         for record in _read(which, words(given, keys), everything=True)
