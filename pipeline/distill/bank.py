@@ -37,7 +37,8 @@ def opener(config: Config, data: ImageData, hashes: Sequence[str]) -> OpenBank:
     def opened(batches: TrainBatches, teachers: Sequence[FeatureNet], costs: Costs) -> BankedTeachers | None:
         if not use.on:
             if teachers:
-                logger.info("no teacher bank: %s", use.reason)
+                asked = config.bank != "auto" or config.bank_folder is not None
+                logger.log(logging.INFO if asked else logging.DEBUG, "no teacher bank: %s", use.reason)
             return None
         cache = BankCache(folder(config), int(config.bank_gb * 1e9))
         bank = BankedTeachers(cache, data, batches, teachers, hashes, costs)

@@ -17,6 +17,7 @@ from pipeline.distill import distill, export, results, train
 from pipeline.runs import records
 from pipeline.runs.opening import open_run
 from pipeline.training.bank import cache
+from pipeline.training.bank.policy import bank_use
 from tests.warm import Fork
 
 
@@ -46,7 +47,8 @@ def test_a_run_states_its_bank(keys: dict[str, Any], caplog: pytest.LogCaptureFi
     caplog.set_level("INFO", "asib")
     off, auto = distilled(keys, bank="off"), distilled(keys)
     assert "no teacher bank: bank=off" in caplog.text
-    assert "no teacher bank: it would save" in caplog.text
+    assert "it would save" not in caplog.text, "nobody asked"
+    assert "it would save" in bank_use(Config.model_validate(keys)).reason
     assert not (Path(keys["output_dir"]) / "bank").exists()
     lazy = distilled(keys, bank="lazy")
     assert "teacher bank: lazy, in" in caplog.text
