@@ -28,7 +28,7 @@ def print_results(config: Config, results: dict[str, float]) -> None:
     known = [
         (f"student alone ({student})", "final/student_alone_acc"),
         *((f"teacher {k} ({t.name})", f"final/teacher_{k}_acc") for k, t in enumerate(config.model.teachers)),
-        ("teachers averaged", "final/teacher_avg_acc"),
+        *([("teachers averaged", "final/teacher_avg_acc")] if len(config.model.teachers) > 1 else []),
         ("synergy", "final/synergy_acc"),
         (f"{trained} student ({student})", "final/acc_val_selected"),
     ]

@@ -184,7 +184,7 @@ def check_continuation(run: Run, header: dict[str, Any]) -> None:
     check_material(run, before, header)
     if (before["threads"], before["cpu"]) != (header["threads"], header["cpu"]):
         logger.warning(
-            "continued with %d threads on %s after %d on %s: results agree within rounding only",
+            "continued with threads=%d on %s after threads=%d on %s: results agree within rounding only",
             *(header["threads"], header["cpu"], before["threads"], before["cpu"]),
         )
     for key, words in (("bank", "the teacher bank"), ("compiled", "torch.compile")):

@@ -47,7 +47,8 @@ def _number(value: float, unit: str) -> str:
 def sentence(verdict: Verdict) -> str:
     """Why it was promoted or refused, in one line."""
     if verdict.passed:
-        return f"all {len(verdict.criteria)} criteria hold"
+        n = len(verdict.criteria)
+        return f"all {n} criteria hold" if n > 1 else "the only criterion holds"
     return "; ".join(
         f"{c.name} {_number(c.value, c.unit)} ({'; '.join(filter(None, [_limit(c), c.note]))})" for c in verdict.failed
     )

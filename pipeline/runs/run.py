@@ -262,7 +262,8 @@ class Run:
             logger.info("to continue: %s", naming.continued(self.step, command, str(self._run_id or self.folder)))
         elif ending.status == "FINISHED":
             there = [name for name in WORTH_A_LOOK if (self.folder / name).exists()]
-            logger.info("in %s (%.1f MB): %s", self.folder, size_of(self.folder) / 1e6, ", ".join(there))
+            names = ": " * bool(there) + ", ".join(there)
+            logger.info("in %s (%.1f MB)%s", self.folder, size_of(self.folder) / 1e6, names)
 
     def _say_version(self) -> None:
         """Say which version of a registered model this run's student has become, and what judges it."""
