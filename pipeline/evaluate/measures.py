@@ -31,7 +31,8 @@ class Evaluation:
     """A classifier on the n images of a split, in the split's order.
 
     Attributes:
-        metrics: `<split>/acc`, `/top5`, `/nll`, `/ece`, and `/superclass_acc` where the classes have super-classes.
+        metrics: `<split>/acc`, `/top5`, `/nll`, `/ece`, and `/superclass_acc` where some
+            classes share one of CIFAR-100's super-classes.
         correct: (n,) whether the top-1 class is the label.
         probabilities: (n, N).
         per_class: class, superclass (where there are any), images, accuracy, precision (in percent; NaN where there is

@@ -28,5 +28,6 @@ _OF = {name: group for group, names in CIFAR100.items() for name in names.split(
 
 
 def superclasses(classes: Sequence[str]) -> tuple[str, ...] | None:
-    """The super-class of each class; None for classes that are not CIFAR-100's."""
-    return tuple(_OF[name] for name in classes) if all(name in _OF for name in classes) else None
+    """The super-class of each class; None for classes that are not CIFAR-100's, or all of different ones."""
+    found = tuple(_OF[name] for name in classes if name in _OF)
+    return found if len(set(found)) < len(found) == len(classes) else None

@@ -50,7 +50,6 @@ def test_numbers_are_scikit_learns(found: measures.Evaluation, answers: tuple[to
         "test/top5": pytest.approx(100 * metrics.top_k_accuracy_score(y, scores, k=5, labels=every)),
         "test/nll": pytest.approx(metrics.log_loss(y, p, labels=every), rel=1e-6),
         "test/ece": found.metrics["test/ece"],
-        "test/superclass_acc": found.metrics["test/acc"],  # of each super-class the sample has one class
     }
     np.testing.assert_allclose(found.probabilities, p, atol=1e-6)
     assert found.probabilities.dtype == np.float32
@@ -61,7 +60,7 @@ def test_numbers_are_scikit_learns(found: measures.Evaluation, answers: tuple[to
 def test_classes_are_counted_one_by_one(found: measures.Evaluation, data: ImageData) -> None:
     """Against loops; no image has the last class: it has no accuracy."""
     table = found.per_class
-    assert list(table) == ["class", "superclass", "images", "accuracy", "precision", "confidence"]
+    assert list(table) == ["class", "images", "accuracy", "precision", "confidence"]
     assert tuple(table["class"]) == data.classes
     for k, row in table.iterrows():
         mine = [i for i in range(IMAGES) if found.labels[i] == k]
@@ -128,6 +127,8 @@ def test_super_classes_are_twenty_times_five() -> None:
     assert len(set(names)) == 100
     assert all(len(group.split()) == 5 for group in CIFAR100.values())
     assert superclasses(["apple", "no class of CIFAR-100"]) is None
+    assert superclasses(["apple", "bee"]) is None, "of each super-class one class"
+    assert superclasses(["apple", "pear", "bee"]) == ("fruit_and_vegetables", "fruit_and_vegetables", "insects")
 
 
 def test_the_sample_holds_the_first_class_of_each(data: ImageData) -> None:
