@@ -40,7 +40,15 @@ def facts(run: Record) -> dict[str, str]:
         known = {k: v for k, v in known.items() if not k.endswith(".checkpoint")}
     git = f"{run.tags.get('asib.git_sha', '')[:12]}{'+' if run.tags.get('asib.git_dirty') == 'true' else ''}"
     code = run.tags.get("asib.sources", "")[:12] or git
-    return known | {TEACHERS: teachers or "", CODE: code, DATA: run.digest}
+    return known | _used(run) | {TEACHERS: teachers or "", CODE: code, DATA: run.digest}
+
+
+def _used(run: Record) -> dict[str, str]:
+    """What `auto` and its like came to, as a result's identity has it: `bank: auto` and `lazy` may be the same."""
+    bank = run.tags.get("asib.bank")
+    found = {} if bank is None else {"bank": "off" if bank == "off" else "on"}
+    compiled = {"optim.compile": str("cost/compile_seconds" in run.metrics).lower()}
+    return found | (compiled if "optim.compile" in run.config else {})
 
 
 @dataclass(frozen=True)

@@ -348,6 +348,18 @@ def test_runs_without_rungs_are_grouped_by_configuration_seeds_left_out() -> Non
     assert list(found.differing.loc["method.tau"]) == ["4.0", "2.0"]
 
 
+def test_what_may_be_reused_is_one_row_and_a_result_with_a_bank_is_another() -> None:
+    """The identity of a result has whether there was a bank and a compiled network, not how that was asked for."""
+    words = [("lazy", "lazy", "auto"), ("auto", "lazy", "false"), ("ahead", "ahead", "auto"), ("auto", "off", "auto")]
+    runs = [
+        record(None, seed, 20, config={"bank": asked, "optim.compile": how}, tags={"asib.bank": used})
+        for seed, (asked, used, how) in enumerate(words)
+    ]
+    runs += [record(None, 4, 20, config={"bank": "off", "optim.compile": "true"}, tags={"asib.bank": "off"})]
+    runs[-1] = Record(**{**vars(runs[-1]), "metrics": {**runs[-1].metrics, "cost/compile_seconds": 9.0}})
+    assert [g.seeds for g in compare.compare(runs).groups] == [(0, 1, 2), (3,), (4,)]
+
+
 def test_other_configurations_of_one_rung_are_groups_of_their_own() -> None:
     runs = [record("l1_ib", 0, 20), record("l1_ib", 0, 30, config={"method.tau": "1.0"}, id="other")]
     assert [g.name for g in compare.compare(runs).groups] == ["l1_ib", "l1_ib (2)"]
