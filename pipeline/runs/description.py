@@ -16,9 +16,9 @@ NOTE = "mlflow.note.content"
 REPORTS = ("ablate", "compare", "overlap", "promote", "sweep", "table")
 """Steps whose own report is the description, once there is one."""
 RESULTS = {
-    "final/acc_val_selected": "test top-1 of the student at the epoch that validation selected",
-    "final/val_acc": "the same epoch on validation images",
-    "final/acc_last": "student, last epoch",
+    "final/acc_val_selected": "test top-1 of the {who} {when}",
+    "final/val_acc": "the same on validation images",
+    "final/acc_last": "{who}, last epoch",
     "final/student_alone_acc": "student alone",
     r"final/teacher_(\d+)_acc": "teacher {0}, {teacher}",
     "final/teacher_avg_acc": "teachers averaged",
@@ -28,9 +28,12 @@ RESULTS = {
     "continual/test_average_acc": "mean over tasks at the end",
     "continual/test_forgetting": "forgetting",
     r"(test|val|train)/acc": "top-1 on the {0} split",
-    "teacher/acc": "teacher",
 }
 """Metrics in percent (patterns) in the order in which people ask for them, and what they are."""
+WATCHED = ("student/acc", "teacher/acc")
+"""Of each epoch on the split of `asib.eval_split`: how far an interrupted run had come."""
+RUNNING = "**running** again"
+"""What the description of a continued run begins with until it ends or has a report."""
 COSTS = (
     ("cost/gmacs", ",.0f", "GMACs"),
     ("cost/seconds", ",.0f", "s of training"),
@@ -47,7 +50,9 @@ def describe(record: Record, config: Config, step: str, folder: Path, ending: En
     Args:
         folder: the run's, for links to its pictures once the tracking server has the run.
     """
-    how = f"**{ending.outcome}**" + (f": {escape.markdown(ending.message)}" if ending.message else "")
+    how = f"**{ending.outcome}**{_progress(record)}" + (
+        f": {escape.markdown(ending.message)}" if ending.message else ""
+    )
     headline, *table = list(_results(record, config)) or [""]
     parts = ["" if ending.status == "FINISHED" else how, headline]
     # MLflow's UI hides all but a few lines: what the run found and how it is run again come first
@@ -62,13 +67,20 @@ def describe(record: Record, config: Config, step: str, folder: Path, ending: En
     return "\n\n".join(filter(None, parts))
 
 
+def _progress(record: Record) -> str:
+    """What a run that did not finish had reached; empty if nothing was measured."""
+    split = {"val": "validation", "test": "test"}.get(record.tags.get("asib.eval_split", ""), "evaluation")
+    points = [record.histories[name][-1] for name in WATCHED if name in record.histories]
+    return "".join(f" after epoch {epoch + 1}, at {value:.2f} % on {split} images" for epoch, value in points)
+
+
 def _results(record: Record, config: Config) -> Iterator[str]:
     rows = list(results(record, config))
     if not rows:
         return
     (words, value), *rest = rows
     interval, n = "", 0 if record.correct is None else len(record.correct)
-    if n and words == RESULTS["final/acc_val_selected"]:
+    if n and value == record.metrics.get("final/acc_val_selected"):
         from pipeline.reporting.statistics import wilson  # late: scipy takes half a second
 
         low, high = wilson(value / 100, n)
@@ -81,13 +93,19 @@ def _results(record: Record, config: Config) -> Iterator[str]:
 
 def results(record: Record, config: Config) -> Iterator[tuple[str, float]]:
     """What was measured, in words, and in percent; first what people ask for first."""
-    teachers = config.model.teachers
+    teachers, own = config.model.teachers, record.tags.get("asib.teacher", "")
+    who = f"teacher {shown(teachers[int(own)].name)}" if own else "student"
+    selected = "final/val_acc" in record.metrics and config.continual.num_tasks is None
+    last = "after the last task" if "continual/test_acc" in record.metrics else "after the last epoch"
+    when = "at the epoch that validation selected" if selected else last
     for pattern, words in RESULTS.items():
+        if pattern == "final/acc_last" and not selected and "final/acc_val_selected" in record.metrics:
+            continue  # the first line says it
         for name in sorted(record.metrics):
             if found := re.fullmatch(pattern, name):
                 k = int(found[1]) if "{teacher}" in words else 0
                 teacher = shown(teachers[k].name) if k < len(teachers) else ""
-                yield words.format(*found.groups(), teacher=teacher), record.metrics[name]
+                yield words.format(*found.groups(), teacher=teacher, who=who, when=when), record.metrics[name]
 
 
 def _pictures(folder: Path) -> str:

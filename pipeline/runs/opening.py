@@ -15,6 +15,7 @@ from pipeline.files import locked, release
 from pipeline.journal import FILE, Carrier, Journal, NullJournal, read_entries, read_header, take
 from pipeline.paths import inside
 from pipeline.runs.continuation import check_computation
+from pipeline.runs.description import NOTE, RUNNING
 from pipeline.runs.folders import CONFIG, ended, find_folder, fresh_folder, writable
 from pipeline.runs.naming import COMMAND, command_of, continued, name_of
 from pipeline.runs.run import Run, remove_unbegun
@@ -243,7 +244,8 @@ def _continue(
             run.describe()  # it was killed before it had recorded what it is
     elif not (folder / CONFIG).exists():
         run.write(CONFIG, compose.dump(config))  # only its checkpoint came here, from a server or another folder
-    journal.tags({"asib.resumed_from": position})
+    again = f"{RUNNING}, from {'the start' if state is None else position}"
+    journal.tags({"asib.resumed_from": position, NOTE: again})  # the description told of the interruption
     return run
 
 

@@ -285,10 +285,11 @@ class Run:
         said = dict(ending.tags or {})
         if isinstance(self.journal, Journal) and self.step != "worker":
             self.journal.begin()
-            record = records.from_folder(self.folder, predictions=ending.status == "FINISHED")
+            record = records.from_folder(self.folder, description.WATCHED, predictions=ending.status == "FINISHED")
             # the main job's are still held back
             record = replace(record, metrics={**record.metrics, **records.results(self.folder)})
-            if self.step not in description.REPORTS or description.NOTE not in record.tags:
+            before = record.tags.get(description.NOTE, description.RUNNING)
+            if self.step not in description.REPORTS or before.startswith(description.RUNNING):
                 note = description.describe(record, self.config, self.step, self.folder, ending)
                 said[description.NOTE] = secrets.mask(note)
         if said:

@@ -53,9 +53,16 @@ def test_a_run_ended_by_sigterm_and_continued_equals_an_undisturbed_one(
     deliver(sqlite_uri, killed.folder)
     before = see(sqlite_uri, run_id(killed.folder))
     assert (before.status, before.tags["asib.outcome"], before.tags["asib.exit_code"]) == ("KILLED", "killed", "143")
+    epochs = {step: values[0] for (name, step), values in before.metrics.items() if name == "student/acc"}
+    last = max(epochs, default=0)
+    said = f" after epoch {last + 1}, at {epochs[last]:.2f} % on validation images" if epochs else ""
+    assert before.tags["mlflow.note.content"].startswith(f"**killed**{said}\n\nContinue: ")
 
     resumed = ready_lab.step("distill", f"resume={before.id[:8]}")
     assert (resumed.code, resumed.new) == (0, []), resumed.err
+    tags = [entry.data["values"] for entry in journal(killed.folder) if entry.kind == "tags"]
+    notes = [values["mlflow.note.content"] for values in tags if "mlflow.note.content" in values]
+    assert notes[-2].startswith(f"**running** again, from {place}"), "until it ends, and not what it was killed with"
     same_run(killed.folder, undisturbed.folder)
     deliver(sqlite_uri, killed.folder)
     after = see(sqlite_uri, before.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,10 +91,35 @@ def test_the_description_begins_with_the_result(tmp_path: Path) -> None:
     assert lines[2] == "Repeat: `python -m steps.distill`"
 
 
+def test_a_teachers_description_speaks_of_the_teacher(tmp_path: Path) -> None:
+    metrics = {"final/acc_val_selected": 38.33, "final/val_acc": 44.0, "final/acc_last": 37.0, "teacher/acc": 44.44}
+    teacher = Record("f" * 32, "n", "RUNNING", {"asib.teacher": "1"}, {}, metrics)
+    found = describe(teacher, compose("quickstart"), "finetune", tmp_path, COMPLETED)
+    first = found.splitlines()[0]
+    assert first == "**38.33 %**: test top-1 of the teacher wrn_16_1 at the epoch that validation selected"
+    assert "student" not in found
+    assert "44.44" not in found, "an epoch's accuracy on validation images, among those of the test split"
+
+
+def test_where_validation_selects_no_epoch_the_description_says_none(tmp_path: Path) -> None:
+    continual = compose("quickstart", ["continual.num_tasks=5"])
+    metrics = {"final__acc_val_selected": 39.8, "final__acc_last": 39.8, "final__val_acc": 41.0}
+    for config, more, when in (
+        (continual, {"continual__test_acc": 39.8}, "after the last task"),
+        (continual, {}, "after the last epoch"),
+    ):
+        lines = describe(record(**metrics, **more), config, "distill", tmp_path, COMPLETED).splitlines()
+        assert lines[0].split(": ")[1].startswith(f"test top-1 of the student {when}; ")
+        assert not any("last epoch" in line for line in lines[1:])
+
+
 def test_the_description_of_an_interrupted_run_says_how_it_continues(tmp_path: Path) -> None:
     killed = Ending("KILLED", "killed", 143)
     lines = describe(record(final__val_acc=1.0), compose("quickstart"), "distill", tmp_path, killed).splitlines()
     assert lines[0] == "**killed**"
+    stopped = replace(record(), histories={"student/acc": [(0, 8.0), (6, 12.5)]}, tags={"asib.eval_split": "val"})
+    reached = describe(stopped, compose("quickstart"), "distill", tmp_path, killed)
+    assert reached == "**killed** after epoch 7, at 12.50 % on validation images"
     assert f"Continue: `python -m steps.distill resume={'f' * 32}`" in lines
     failed = describe(record(), compose("quickstart"), "distill", tmp_path, Ending("FAILED", "refused", 2, "no <b>!"))
     assert failed == "**refused**: no &#60;b>!"
