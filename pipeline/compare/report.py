@@ -47,11 +47,11 @@ def write(found: Comparison, folder: Path) -> list[Path]:
 
 
 def log(run: Run, found: Comparison, to: str) -> list[Path]:
-    """Log a report to a run, whose note has the link `to` (or none), and print it; its files."""
+    """Log a report to a run, whose note has its command and the link `to` (or none), and print it; its files."""
     paths = write(found, run.folder / "comparison")
     for path in paths:
         run.journal.artifact(path, "comparison")
-    run.journal.tags({"mlflow.note.content": note(found, to)})
+    run.journal.tags({"mlflow.note.content": note(found, to, run.repeat)})
     print(text(found), flush=True)
     return paths
 
@@ -217,6 +217,11 @@ def _markdown(table: pd.DataFrame, corner: str) -> str:
     return tables.markdown(head, rows)
 
 
+def _corner(found: Comparison) -> str:
+    """What the rows of a comparison are."""
+    return "rung" if any(g.rung is not None for g in found.groups) else "method"
+
+
 def _bold(lines: Sequence[str]) -> list[str]:
     return [f"**{escape.markdown(line)}**" for line in lines]
 
@@ -225,10 +230,10 @@ def markdown(found: Comparison) -> str:
     """The tables with their notes."""
     parts = [f"## {escape.markdown(_title(found))}", *_bold(found.notes)]
     parts += [_markdown(matrix(found), "method")] if len(found.pairs) > 1 else []
-    parts += [_markdown(shown(found), "rung")]
+    parts += [_markdown(shown(found), _corner(found))]
     parts += map(escape.markdown, _below(found))
     if len(found.differing):
-        parts += ["### Keys that differ", _markdown(found.differing.T, "rung")]
+        parts += ["### Keys that differ", _markdown(found.differing.T, _corner(found))]
     return "\n\n".join([*parts, EXPLAINED]) + "\n"
 
 
@@ -261,14 +266,29 @@ def link(runs: Sequence[str], experiment: str) -> str:
     return "#/compare-runs?runs={}&experiments={}&{}".format(*(quote(text, safe="") for text in lists), urls.WORKFLOW)
 
 
-def note(found: Comparison, to: str) -> str:
-    """Markdown for `mlflow.note.content`: the link (or nothing), and as much of the table as a tag holds."""
-    first = f"[**Compare these runs**]({to})" if to else ""
+def headline(found: Comparison) -> str:
+    """Markdown: the group that is best on validation, and its difference from the baseline; empty without validation."""
+    best = found.best()
+    if best is None:
+        return ""
+    row, pair = found.table.loc[best[0].name], f" ({best[0].pair})" if len(found.pairs) > 1 else ""
+    said = f"test top-1 of {best[0].name}{pair}" + (", the best on validation" if len(found.groups) > 1 else "")
+    for name in _compared(found.table):
+        _, points, interval, *_ = difference_cells(row, name)
+        if points and name not in ("vs parent", AT_EQUAL_COST):
+            said += "; " + " ".join(filter(None, [points, interval, name]))
+    return f"**{with_deviation(row['acc'], row['std'])} %**: {escape.markdown(said)}"
+
+
+def note(found: Comparison, to: str, repeat: str = "") -> str:
+    """Markdown for `mlflow.note.content`: headline, link and `repeat` (or nothing), as much of the table as fits."""
+    link = f"[**Compare these runs**]({to})" if to else ""
+    first = "\n\n".join(filter(None, [headline(found), repeat, link]))
     narrow = shown(found)
     costs = list(narrow.columns).index("student updates")
     small = narrow.iloc[:, :costs].assign(seconds=narrow["seconds"])
     notes = (
-        [first, *_bold(found.notes), _markdown(table, "rung"), *map(escape.markdown, _below(found))]
+        [first, *_bold(found.notes), _markdown(table, _corner(found)), *map(escape.markdown, _below(found))]
         for table in (narrow, small)
     )
     return pages.first_that_fits([*("\n\n".join(filter(None, parts)) for parts in notes), first])
@@ -282,13 +302,13 @@ def page(found: Comparison, image: bytes, costs: bytes = b"") -> str:
     parts = [
         *(f'<p class="note">{html.escape(line)}</p>' for line in found.notes),
         *([pages.table(matrix(found), "method")] if len(found.pairs) > 1 else []),
-        pages.table(shown(found), "rung"),
+        pages.table(shown(found), _corner(found)),
         *(f"<p>{html.escape(line)}</p>" for line in _below(found)),
         f"<p>{pages.image(image, 'bars and curves of the table')}</p>",
         *([f"<p>{pages.image(costs, 'accuracy against cost')}</p>"] if costs else []),
     ]
     if len(found.differing):
-        parts += ["<h2>Keys that differ</h2>", pages.table(found.differing.T, "rung")]
+        parts += ["<h2>Keys that differ</h2>", pages.table(found.differing.T, _corner(found))]
     parts += ["<h2>Runs</h2>", pages.table(_runs(found), "run"), f"<p>{html.escape(EXPLAINED)}</p>"]
     return pages.page(_title(found), parts)
 

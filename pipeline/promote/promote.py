@@ -193,7 +193,9 @@ def _decide(
         | {
             "asib.version": challenger.number,
             "asib.look": looks or "none: there is no champion",
-            "mlflow.note.content": report.note(title, verdict, conclusion, *filter(None, [looks, warning])),
+            "mlflow.note.content": report.note(
+                title, verdict, conclusion, *filter(None, [looks, warning]), repeat=run.repeat
+            ),
             **tables.logged([f"{FOLDER}/{report.TABLE}"]),
         }
     )
@@ -274,7 +276,8 @@ def _retire(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasi
 
 
 def _conclude(run: Run, conclusion: str) -> None:
-    run.journal.tags({"mlflow.note.content": f"**{escape.markdown(conclusion)}**"})
+    parts = [f"**{escape.markdown(conclusion)}**", run.repeat]
+    run.journal.tags({"mlflow.note.content": "\n\n".join(filter(None, parts))})
     print(conclusion, flush=True)
 
 

@@ -80,11 +80,11 @@ def warning(verdict: Verdict, gate: Gate) -> str:
     return f"this test set is used up: it was looked at {k} times, and {left}; take images that nobody has seen"
 
 
-def note(title: str, verdict: Verdict, conclusion: str, *remarks: str) -> str:
-    """Markdown for the run's description."""
+def note(title: str, verdict: Verdict, conclusion: str, *remarks: str, repeat: str = "") -> str:
+    """Markdown for the run's description, with the command that repeats it."""
     title, conclusion, *told = [escape.markdown(text) for text in (title, conclusion, *remarks)]  # with names in them
     table = tables.markdown(COLUMNS, [list(map(escape.markdown, row)) for row in rows(verdict)], left=len(COLUMNS))
-    return "\n\n".join([f"**{title}**", table, *told, f"**{conclusion}**"])
+    return "\n\n".join(filter(None, [f"**{conclusion}**", repeat, title, table, *told]))
 
 
 def write(

@@ -57,7 +57,7 @@ def describe(record: Record, config: Config, step: str, folder: Path, ending: En
     parts = ["" if ending.status == "FINISHED" else how, headline]
     # MLflow's UI hides all but a few lines: what the run found and how it is run again come first
     if COMMAND in record.tags and ending.status == "FINISHED":
-        parts.append(f"Repeat: {escape.code(record.tags[COMMAND])}")
+        parts.append(repeated(record.tags[COMMAND]))
     elif COMMAND in record.tags and ending.outcome == "killed":
         parts.append(f"Continue: {escape.code(continued(step, record.tags[COMMAND], record.id))}")
     parts += table
@@ -65,6 +65,11 @@ def describe(record: Record, config: Config, step: str, folder: Path, ending: En
     parts += ["Cost: " + ", ".join(cost)] if cost else []
     parts.append(_pictures(folder))
     return "\n\n".join(filter(None, parts))
+
+
+def repeated(command: str) -> str:
+    """The line with the command that asks for the same run anew."""
+    return f"Repeat: {escape.code(command)}"
 
 
 def _progress(record: Record) -> str:

@@ -111,7 +111,7 @@ def _decision(tags: Mapping[str, str], ending: Ending) -> str:
     if "asib.action" not in tags:
         return ""
     if "asib.verdict" not in tags:
-        return html.unescape(tags.get("mlflow.note.content", "").strip("*"))
+        return html.unescape(tags.get("mlflow.note.content", "").partition("\n")[0].strip("*"))
     version = f"{tags.get('asib.promote', '')} version {tags.get('asib.version', '')}".strip()
     would = "" if "asib.promote" in tags else "would be "
     return f"{version} {would}{tags['asib.verdict']}: {tags.get('asib.verdict_reason', '')}"

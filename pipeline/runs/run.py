@@ -94,6 +94,12 @@ class Run:
         """Whether this is one of several processes but not the first, which alone keeps the record."""
         return isinstance(self.journal, NullJournal)
 
+    @property
+    def repeat(self) -> str:
+        """For reports that are its description: the line with the command that repeats it; empty if unknown."""
+        command = self.command
+        return "" if command is None else description.repeated(secrets.mask(naming.command_of(self.step, command)))
+
     def was_asked_for(self, key: str) -> bool:
         """Whether the user has set a key, rather than a preset of conf/experiment; True where that is unknown."""
         if self.command is None or "/" in (self.command.cfg or ""):

@@ -274,7 +274,9 @@ def _finish(run: Run, plan: Plan, study: Study, base: Config, data: ImageData) -
 def _note(run: Run, plan: Plan, study: Study) -> str:
     """The parent's description."""
     where = run.delivery.wait_ready().experiment_id if run.delivery is not None else ""
-    return report.note(study.optuna, plan.sweep, experiment=where, storage=plan.storage, parent=run.run_id or "")
+    return report.note(
+        study.optuna, plan.sweep, experiment=where, storage=plan.storage, parent=run.run_id or "", repeat=run.repeat
+    )
 
 
 def _config_of(study: Study, trial: FrozenTrial, base: Config) -> Config:

@@ -64,6 +64,7 @@ def test_mlflow_shows_a_parent_with_a_run_for_each_rung_and_seed(lab: Lab, sqlit
     assert {f"comparison/comparison.{kind}" for kind in ("csv", "md", "png", "html")} <= found.artifacts
     note = found.tags["mlflow.note.content"]
     assert "#/compare-runs?runs=" in note
+    assert note.split("\n\n")[1] == f"Repeat: `{found.tags['asib.command']}`"
     assert all(found.children[name].id in note for name in names)
     assert len(found.models_out) == 1, "the best rung's student"
     assert found.tags["asib.best_rung"] in ("l0_baseline", "l1_ib")

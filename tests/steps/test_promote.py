@@ -93,6 +93,9 @@ def test_only_a_better_student_becomes_champion(desk: Desk) -> None:
     assert {"promotion/verdict.json", "promotion/differences.png", "promotion/paired.parquet"} <= seen.artifacts
     assert len(seen.models_in) == 2
     assert "| McNemar test |" in seen.tags["mlflow.note.content"]
+    result, again, *_ = seen.tags["mlflow.note.content"].split("\n\n")
+    assert result.startswith("**stripes: version 4 promoted: "), result
+    assert again == f"Repeat: `{seen.tags['asib.command']}`"
     paired = pd.read_parquet(done.folder / "promotion/paired.parquet")
     labels = np.arange(TEST) % len(CLASSES)
     np.testing.assert_array_equal(paired["label"], labels)

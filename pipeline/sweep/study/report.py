@@ -154,13 +154,16 @@ def dashboard(storage: str) -> str:
     return f"optuna-dashboard {shlex.quote(shown.render_as_string(hide_password=False))}"
 
 
-def note(study: optuna.Study, sweep: SweepConfig, *, storage: str, experiment: str = "", parent: str = "") -> str:
+def note(
+    study: optuna.Study, sweep: SweepConfig, *, storage: str, experiment: str = "", parent: str = "", repeat: str = ""
+) -> str:
     """Markdown for `mlflow.note.content`, never longer than a tag may be.
 
     Args:
         experiment: id of the MLflow experiment; without it runs are named but not linked.
         storage: URL of the study's database, for optuna-dashboard; its password is not shown.
         parent: id of the sweep's run, for the command that repeats the best trial.
+        repeat: the line that repeats the sweep.
     """
     best, single = front(study), len(sweep.objectives) == 1
     parts = [f"**{escape.markdown(sweep.name)}**: {_counted(study, sweep)}"]
@@ -172,6 +175,7 @@ def note(study: optuna.Study, sweep: SweepConfig, *, storage: str, experiment: s
             parts.append("again: " + escape.code(f"mlflow run . -e distill -P cfg=runs:/{parent}/best.yaml"))
     elif best:
         parts.append(f"**{len(best)} trials on the Pareto front**")
+    parts[2:2] = [repeat] if repeat else []
     found = table(study, sweep)
     found = found[found["state"] == "complete"]
     tail = f"all trials: {escape.code(dashboard(storage))}, and `study/study.html` among the artifacts"

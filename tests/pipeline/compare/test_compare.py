@@ -436,6 +436,21 @@ def test_the_link_opens_all_runs_and_the_note_fits_into_a_tag() -> None:
     assert "| l4_full |" in report.note(compare.compare(runs), report.link(ids[:21], "7"))
 
 
+def test_the_note_begins_with_what_validation_prefers_and_the_command() -> None:
+    """By validation l1_ib is the better one, 58 against 57; its difference is the table's."""
+    found = compare.compare(ladder())
+    row = found.table.loc["l1_ib"]
+    first, again, link, *_ = report.note(found, "#/x", "Repeat: `me`").split("\n\n")
+    said = f"+17.50 [{row['vs parent low']:+.2f}, {row['vs parent high']:+.2f}] vs l0_baseline"
+    assert first == f"**70.00 ± 7.07 %**: test top-1 of l1_ib, the best on validation; {said}"
+    assert (again, link) == ("Repeat: `me`", "[**Compare these runs**](#/x)")
+
+
+def test_rows_of_methods_are_not_called_rungs() -> None:
+    for runs, baseline, corner in ((ladder(), None, "rung"), (methods(), "kd", "method")):
+        assert f"| {corner} | " in report.note(compare.compare(runs, baseline=baseline), "")
+
+
 @pytest.mark.parametrize("name", EVIL)
 def test_names_of_runs_load_nothing_and_lead_nowhere(name: str) -> None:
     own: dict[str, Any] = {
