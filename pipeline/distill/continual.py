@@ -35,6 +35,7 @@ from pipeline.files import read_state, write_atomically
 from pipeline.runs import opening
 from pipeline.runs.continuation import check_computation
 from pipeline.runs.folders import STUDENT
+from pipeline.runs.naming import method_of
 from pipeline.runs.run import Run
 from pipeline.training import distributed
 from pipeline.training.compiling import compiles
@@ -68,7 +69,8 @@ def distill(run: Run, data: ImageData) -> float | None:
             export.log_student(run, student, data, found)
             register.student(run, run.config, data, found)
         if run.parent is None:
-            continual_report.print_results(run.config, found, done.rows["test"], done.names)
+            method = method_of(run.config, run.command)
+            continual_report.print_results(run.config, method, found, done.rows["test"], done.names)
     results.write_results(run, found)
     return found.get("final/val_acc", found["final/acc_last"])
 

@@ -89,8 +89,10 @@ def pictures(run: Run, rows: Sequence[Row], names: Sequence[str]) -> None:
         run.journal.artifact(run.folder / name)
 
 
-def print_results(config: Config, found: Mapping[str, float], rows: Sequence[Row], names: Sequence[str]) -> None:
-    """The matrix, and what it comes to."""
+def print_results(
+    config: Config, method: str, found: Mapping[str, float], rows: Sequence[Row], names: Sequence[str]
+) -> None:
+    """The matrix, and what it comes to. `method`: as it was asked for."""
     body = []
     for after, row in enumerate(rows):
         of_tasks = row["class_il"]
@@ -98,7 +100,7 @@ def print_results(config: Config, found: Mapping[str, float], rows: Sequence[Row
         cells = [f"{value:.1f}" if task <= after else "" for task, value in enumerate(of_tasks)]
         body.append((f"after {names[after]}", *cells, f"{row['seen']:.1f}"))
     note = f" ({SMOKE})" if config.dataset.name == "cifar100_sample" else ""
-    title = f"{config.dataset.name}: test top-1 in % of each task, all seen; {config.method.name}, seed {config.seed}"
+    title = f"{config.dataset.name}: test top-1 in % of each task, all seen; {method}, seed {config.seed}"
     print(tables.text(title + note, body), flush=True)
     names_of = {
         "continual/test_average_acc": "average accuracy",

@@ -21,6 +21,8 @@ SAID = ("seed", "method", "method.name", "model.student.name", "model/student", 
 """Keys that a name says anyway."""
 COLLECTIONS = ("ablate", "overlap", "sweep", "table")
 """Steps made of runs, which find their interrupted run by themselves, and copy their best student."""
+LATE = ("method.num_stages", "method.student_epochs_per_stage", "finetune.", "dataset", "augment")
+"""Keys named last, and cut off first where a name is too long: what tells a method's runs apart comes before them."""
 CARELESS = ("force", "workers", "cluster", "cluster.", "storage", "anyway", "reason")
 """Steps' own keys that say how, not what."""
 
@@ -38,6 +40,7 @@ def name_of(step: str, config: Config, command: Command | None = None, label: st
     """
     words, m = [label or step], config.method
     if step not in TRAINING:
+        words += [shown(config.model.student.name)] if step == "evaluate" else []
         words += [] if command is None else _own(step, command.own)
     elif step == "finetune":
         words.append(_teachers(config))
@@ -46,12 +49,20 @@ def name_of(step: str, config: Config, command: Command | None = None, label: st
     else:
         words += [shown(config.model.student.name), "←", _teachers(config)]
     if step in ("main", "distill", "continual"):
-        words.append(config.rung or m.name)
-    changed = [] if command is None else changes(command)
+        words.append(config.rung or method_of(config, command))
+    changed = [] if command is None else [text.removeprefix(f"{step}.") for text in changes(command)]
+    changed = [text for text in changed if step != "baseline" or not text.startswith("finetune.")]
     seed = [f"s{config.seed}"] if step in TRAINING else []
     while changed and len(" ".join([*words, *changed, *seed])) > LONGEST:
         changed = [*changed[:-2], "…"] if len(changed) > 1 else []
     return " ".join([*words, *changed, *seed])
+
+
+def method_of(config: Config, command: Command | None) -> str:
+    """The method's name, as it was asked for: replay, ewc and joint are keys of finetune (docs/continual.md)."""
+    texts = () if command is None else command.overrides
+    asked = [value for key, _, value in (text.partition("=") for text in texts) if key == "method"]
+    return asked[-1] if asked and asked[-1].isidentifier() else config.method.name
 
 
 def name_of_refused(step: str, message: str) -> str:
@@ -66,24 +77,31 @@ def name_of_refused(step: str, message: str) -> str:
 
 
 def changes(command: Command) -> list[str]:
-    """What the command changes in how its configuration computes, beyond what a name says anyway: `kd_alpha=0.8`."""
+    """What the command changes in how its configuration computes, beyond what a name says anyway: `kd_alpha=0.8`.
+
+    Those of `LATE` come last.
+    """
     found: dict[str, str] = {}
     for text in command.overrides:
         key, _, value = text.lstrip("+").partition("=")
         if not (key in SAID or listed(key, NOT_COMPUTATION) or key.startswith(("model.teachers.", "~"))):
             found[key] = value.strip()
-    return told(found)
+    return told({key: found[key] for key in sorted(found, key=_late)})
+
+
+def _late(key: str) -> int:
+    return next((rank for rank, late in enumerate(reversed(LATE), 1) if listed(key, [late, f"{late}."])), 0)
 
 
 def told(values: Mapping[str, object]) -> list[str]:
-    """Dotted keys and values, briefly.
+    """Dotted keys and values, briefly; a teacher's fine-tuning in full, whose `epochs` are not the student's.
 
     Example:
         >>> told({"method.tau": 3.14159, "seed": 1})
         ['tau=3.142', 'seed=1']
     """
     short = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
-    return [f"{key.rpartition('.')[2]}={value}" for key, value in short.items()]
+    return [f"{key if key.startswith('finetune.') else key.rpartition('.')[2]}={v}" for key, v in short.items()]
 
 
 def command_of(step: str, command: Command, environment: Mapping[str, str] = os.environ) -> str:

@@ -127,7 +127,8 @@ class Step:
             if self.cfg is not None and command.cfg is None:
                 command = replace(command, cfg=self.cfg(command.own))
             given = [f"{key}={command.own[name]}" for name, key in self.short.items() if command.own.get(name)]
-            command = replace(command, overrides=(*given, *shortcuts.named_teachers(command.overrides)))
+            left = {name: value for name, value in command.own.items() if name not in self.short}
+            command = replace(command, own=left, overrides=(*given, *shortcuts.named_teachers(command.overrides)))
             config = configuration(command, own)
             debug = config.debug
             with notify.kept(address):

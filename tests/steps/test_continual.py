@@ -118,11 +118,14 @@ def test_teachers_of_one_kind_that_come_one_after_another_are_told_apart(ready_l
 
 
 def test_replayed_images_are_of_past_tasks_only_and_never_of_the_validation_split(ready_lab: Lab) -> None:
-    done = ready_lab.step("continual", *SHORT, *KEEPING, "tasks=4")
+    done = ready_lab.step("continual", *SHORT, "method=replay", *KEEPING[1:], "tasks=4")
     assert done.code == 0, done.err
     arrays = np.load(ready_lab.data)
     labels = torch.from_numpy(arrays["y_train"])
     tags = {k: v for e in journal(done.folder) if e.kind == "tags" for k, v in e.data["values"].items()}
+    asked = [word for word in tags["asib.command"].split() if "tasks=" in word]
+    assert asked == ["continual.num_tasks=4"], "once, and not as `tasks` too"
+    assert "all seen; replay, seed 0" in done.out
     order = [int(c) for c in tags["asib.class_order"].split(",")]
     parts = split(labels, 0.2, tags["asib.data_digest"], 0)
     for task in range(1, 5):

@@ -33,6 +33,18 @@ SWEEP = ["sweep=kd_ib_tau", "trials=30", "workers=2"]
         ("main", ["rung=l1_ib"], "main resnet8 ← resnet20+wrn_16_1 l1_ib s0"),
         ("baseline", [], "baseline resnet8 s0"),
         ("finetune", ["finetune.epochs=3"], "finetune resnet20+wrn_16_1 epochs=3 s0"),
+        ("baseline", ["finetune.epochs=3"], "baseline resnet8 s0"),
+        (
+            "distill",
+            ["method.student_epochs_per_stage=[2,2,2,2]", "finetune.epochs=3", "dataset.batch_size=8", "method.tau=2"],
+            "distill resnet8 ← resnet20+wrn_16_1 asib tau=2 batch_size=8 finetune.epochs=3 "
+            "student_epochs_per_stage=[2,2,2,2] s0",
+        ),
+        (
+            "evaluate",
+            ["dataset.batch_size=8", "model=runs:/" + "ab" * 16],
+            "evaluate resnet8 model=abababab batch_size=8",
+        ),
         ("sweep", SWEEP, "sweep kd_ib_tau trials=30"),
         ("sweep", ["sweep=/home/me/mine.yaml"], "sweep mine"),
         ("compare", ["parent=" + "ab" * 16], "compare parent=abababab"),
@@ -40,9 +52,25 @@ SWEEP = ["sweep=kd_ib_tau", "trials=30", "workers=2"]
     ],
 )
 def test_a_run_is_called_after_what_it_is(step: str, argv: list[str], name: str) -> None:
-    own = ["sweep", "trials", "workers", "parent", "name", "dry_run"]
+    own = ["sweep", "trials", "workers", "parent", "name", "dry_run", "model"]
     command = parse(argv, own)
     assert name_of(step, compose("quickstart", command.overrides), command) == name
+
+
+def test_a_strategy_is_called_as_it_was_asked_for() -> None:
+    """replay is finetune with keys: the run says which of them was asked for."""
+    command = parse(["method=replay", "continual.num_tasks=5"], [])
+    name = name_of("continual", compose("quickstart", command.overrides), command)
+    assert name == "continual resnet8 replay num_tasks=5 s0"
+
+
+def test_a_name_that_is_too_long_loses_the_data_and_keeps_the_method() -> None:
+    long = [f"dataset.{key}=0.123456789" for key in ("val_fraction", "split_seed", "batch_size", "small_input")]
+    command = Command(overrides=(*long, "method.kd_alpha=0.2"))
+    name = name_of("distill", compose("quickstart"), command)
+    assert len(name) <= LONGEST
+    assert " kd_alpha=0.2 " in name
+    assert "small_input" not in name
 
 
 def test_a_name_stays_within_a_line_of_the_table() -> None:
