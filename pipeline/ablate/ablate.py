@@ -78,6 +78,8 @@ def _run(run: Run, data: ImageData, plan: Plan, cells: Sequence[Cell], failed: l
     """Find or make the result of every cell; those that failed are named in `failed`."""
     children = _identified(run, cells, data, _device(run, plan))
     _find_finished(run, children, plan.force)
+    if again := sum(c.reused for c in children):
+        logger.info("%d of %d runs had finished before: reused (force=true runs them again)", again, len(children))
     if not plan.workers.needless:
         failed += driver.train(run, plan.workers, [child for child in children if not child.reused])
         return children
@@ -187,9 +189,6 @@ def _state_reuse(run: Run, children: Sequence[Child]) -> None:
         if child.folder is not None and records.delivered_as(child.folder, _shown_uri(run)) is None:
             run.journal.child(child.folder)
     run.journal.tags({"asib.reused": ",".join(_id(run, child) for child in elsewhere) or "none"})
-    again = sum(c.reused for c in children)
-    if again:
-        logger.info("%d of %d runs had finished before: reused (force=true runs them again)", again, len(children))
 
 
 def _id(run: Run, child: Child) -> str:

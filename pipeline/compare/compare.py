@@ -116,7 +116,7 @@ def compare(runs: Sequence[Record], anyway: bool = False, baseline: str | None =
     table, beside = _table(groups, anyway, baseline)
     notes += [*_code(groups), *beside]
     if min(len(g.records) for g in groups) == 1:
-        notes.append("intervals of groups with one common seed cover the images only, not other seeds")
+        notes.append("where only one seed is compared, intervals cover the choice of test images, not that of the seed")
     names = {g.name for g in groups}
     if "l2_cccp" in names and "l2_control" not in names:
         notes.append("l2_cccp is to be read with l2_control, which is not among these runs")

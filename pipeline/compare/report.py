@@ -207,7 +207,9 @@ def _pair_text(found: Comparison, pair: str, groups: Sequence[Group]) -> list[st
     ]
     if differences:
         head = ["", "against", "points", "95 %", "p", "t 95 %", "seeds"]
-        parts.insert(1, tables.blocks(f"{title}: differences", [head, *differences], left=2))
+        kept = [k for k in range(len(head)) if any(row[k] for row in differences)]
+        cells = [[row[k] for k in kept] for row in (head, *differences)]
+        parts.insert(1, tables.blocks(f"{title}: differences", cells, left=2))
     return parts
 
 

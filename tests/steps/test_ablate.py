@@ -105,6 +105,7 @@ def test_what_has_finished_is_reused_until_forced(copy: Lab, ladder: tuple[Lab, 
     done = copy.step("ablate", *TWO)
     assert (done.code, trained, nested(done.folder)) == (0, [], [])
     assert "4 of 4 runs had finished before" in done.err
+    assert done.err.count("had finished before") == 1
     pd.testing.assert_frame_equal(table(done.folder), table(ladder[1].folder))
     more = copy.step("ablate", "rungs=l0_baseline,l0k_aver", "seeds=0")
     assert (more.code, trained) == (0, ["l0k_aver seed 0"])

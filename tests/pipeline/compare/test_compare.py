@@ -281,6 +281,15 @@ def test_a_table_in_the_terminal_is_100_columns_wide_and_names_pairs_once() -> N
         assert word in text
 
 
+def test_differences_from_one_seed_have_no_column_for_an_interval_over_seeds() -> None:
+    one, two = (
+        report.text(compare.compare([r for r in methods()[:6] if r.seed < seeds], baseline="kd")) for seeds in (1, 2)
+    )
+    assert "t 95 %" not in one
+    assert re.search(r"against +points +95 % +p +seeds\n", one)
+    assert re.search(r"against +points +95 % +p +t 95 % +seeds\n", two)
+
+
 def test_published_values_and_their_band_stand_beside_those_of_the_pair() -> None:
     """70.66 in RepDistiller's README, 71.54 in its issue 62; the student alone has 69.06."""
     config = {"model.student.name": "cifar_resnet20", "model.teachers.0.name": "cifar_resnet56"}
@@ -395,7 +404,7 @@ def test_what_the_table_cannot_say_is_said_beside_it() -> None:
     assert compare.compare(ladder()).notes == ()
     notes = compare.compare([record("l2_cccp", 0, 20, correct=None), record("l0_baseline", 0, 20)])
     assert any("l2_control" in note for note in notes.notes)
-    assert any("images only" in note for note in notes.notes)
+    assert any("not that of the seed" in note for note in notes.notes)
     assert any("no intervals" in note for note in notes.notes)
     assert notes.table.loc["l2_cccp", "vs l0_baseline"] == 0.0
     assert np.isnan(notes.table.loc["l2_cccp", "vs l0_baseline low"])
