@@ -269,7 +269,7 @@ def link(runs: Sequence[str], experiment: str) -> str:
 
 
 def headline(found: Comparison) -> str:
-    """Markdown: the group that is best on validation, and its difference from the baseline; empty without validation."""
+    """Markdown: the group that is best on validation, and its difference from the baseline; empty if none is."""
     best = found.best()
     if best is None:
         return ""

@@ -28,6 +28,7 @@ from pipeline.promote.registered_model import Overview, Registry, Version
 from pipeline.promote.request import Plan, sides
 from pipeline.reporting import tables
 from pipeline.runs.ending import COMPLETED, Ending
+from pipeline.runs.naming import name_of
 from pipeline.runs.run import Run
 from pipeline.served import bundle
 from pipeline.tracking.model_tags import CHAMPION, PAST, PREVIOUS
@@ -191,6 +192,7 @@ def _decide(
     run.journal.tags(
         {name: tags[name] for name in ("asib.verdict", "asib.verdict_reason", "asib.against", "asib.gate")}
         | {
+            **_renamed(run, f"version {challenger.number} {words}"),
             "asib.version": challenger.number,
             "asib.look": looks or "none: there is no champion",
             "mlflow.note.content": report.note(
@@ -273,6 +275,15 @@ def _retire(run: Run, plan: Plan, registry: Registry, now: Overview, why: Occasi
 
 
 # words ---------------------------------------------------------------------------------------------------------------
+
+
+def _renamed(run: Run, what: str) -> dict[str, str]:
+    """The tag that adds to the run's name what was not known when it began, unless its user has named it."""
+    assert run.delivery is not None
+    assert run.run_id is not None
+    usual = name_of(run.step, run.config, run.command)
+    named = run.delivery.run_info(run.run_id)["name"]
+    return {"mlflow.runName": f"{usual} {what}"} if named == usual else {}
 
 
 def _conclude(run: Run, conclusion: str) -> None:

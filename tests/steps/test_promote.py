@@ -66,8 +66,9 @@ def test_only_a_better_student_becomes_champion(desk: Desk) -> None:
         assert tags["asib.reason"] == "nightly run"
         assert f"look {look} at" in tags["asib.look"]
 
-    trial = desk.promote("dry_run=true", *LAX)
+    trial = desk.promote("dry_run=true", "run_name=mine", *LAX)
     assert trial.code == 0, trial.err
+    assert see(desk.uri, run_id(trial.folder)).name == "mine"
     assert "version 4 would be promoted" in trial.out
     assert desk.aliases == {"challenger": "4", "champion": "1"}
     assert "asib.verdict" not in desk.tags(4)
@@ -93,6 +94,8 @@ def test_only_a_better_student_becomes_champion(desk: Desk) -> None:
     assert {"promotion/verdict.json", "promotion/differences.png", "promotion/paired.parquet"} <= seen.artifacts
     assert len(seen.models_in) == 2
     assert "| McNemar test |" in seen.tags["mlflow.note.content"]
+    assert seen.name.startswith("promote stripes ")
+    assert seen.name.endswith(" version 4 promoted")
     result, again, *_ = seen.tags["mlflow.note.content"].split("\n\n")
     assert result.startswith("**stripes: version 4 promoted: "), result
     assert again == f"Repeat: `{seen.tags['asib.command']}`"
