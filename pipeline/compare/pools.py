@@ -23,6 +23,8 @@ NOT_COMPARED = ("seed", *(key for key in NOT_COMPUTATION if key not in ROUNDING)
 TEACHERS, CODE, DATA = "teachers", "code", "data"
 """Parts of a run's identity that are not keys of its configuration."""
 OF_TEACHERS = ("teachers", "model.teachers", "finetune.")
+OF_METHODS = {"method.", "bank"}
+"""What a method sets, and what follows from it: some can use no bank."""
 NONE = "none"
 EPOCHS = "method.student_epochs_per_stage"
 SPLIT = ("dataset.val_fraction", "dataset.split_seed")
@@ -181,14 +183,14 @@ def differences(one: Group, other: Group) -> Differences:
 def about(one: Group, other: Group) -> set[str] | None:
     """The keys (and sections, with a dot) that a comparison of two rungs, or of two methods, is about; None: any."""
     if one.rung is None or other.rung is None:
-        return None if one.label == other.label or "" in (one.records[0].label, other.records[0].label) else {"method."}
+        return None if one.label == other.label or "" in (one.records[0].label, other.records[0].label) else OF_METHODS
     above = [rung.name for rung in rungs.lineage(one.rung.name)]
     if other.rung.name not in above:
         return set()
     between = above[above.index(other.rung.name) + 1 :]
     # with renorm_ce_kd cross-entropy's weight follows from that of distillation
     renormed = {"method.ce_alpha"} if one.facts.get("method.renorm_ce_kd") == "true" else set()
-    return {key for name in between for key in rungs.known()[name].sets} | renormed
+    return {key for name in between for key in rungs.known()[name].sets} | renormed | {"bank"}
 
 
 def beside(one: Group, other: Group) -> Differences:

@@ -367,6 +367,10 @@ def test_what_may_be_reused_is_one_row_and_a_result_with_a_bank_is_another() -> 
     runs += [record(None, 4, 20, config={"bank": "off", "optim.compile": "true"}, tags={"asib.bank": "off"})]
     runs[-1] = Record(**{**vars(runs[-1]), "metrics": {**runs[-1].metrics, "cost/compile_seconds": 9.0}})
     assert [g.seeds for g in compare.compare(runs).groups] == [(0, 1, 2), (3,), (4,)]
+    banks = {"alone": "off", "kd": "lazy"}
+    table = [r for r in methods() if r.label in banks and r.metrics["cost/gmacs"] != 300]
+    made = [Record(**{**vars(r), "tags": {**r.tags, "asib.bank": banks[r.label]}}) for r in table]
+    assert compare.compare(made, baseline="kd").notes == (), "a student alone has no bank: that is no remark"
 
 
 def test_other_configurations_of_one_rung_are_groups_of_their_own() -> None:
