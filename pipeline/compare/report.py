@@ -342,7 +342,7 @@ def picture(found: Comparison) -> bytes:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
-    made.suptitle("; ".join([_title(found), *found.notes[:1]]), fontsize=10)
+    _head(made, found)
     return figures.png(made)
 
 
@@ -367,8 +367,14 @@ def cost_picture(found: Comparison) -> bytes:
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(found.pairs) :]:
         axis.set_axis_off()
-    made.suptitle("; ".join([_title(found), *found.notes[:1]]), fontsize=10)
+    _head(made, found)
     return figures.png(made)
+
+
+def _head(made: Any, found: Comparison) -> None:
+    """The title and the first note, in lines that the picture has room for."""
+    text = "; ".join([_title(found), *found.notes[:1]])
+    made.suptitle(textwrap.fill(text, int(12 * made.get_size_inches()[0])), fontsize=10)
 
 
 def _bars(axis: Any, found: Comparison, palette: Any) -> None:

@@ -25,7 +25,7 @@ from pipeline.files import explained
 from pipeline.predict.predict import fetched
 from pipeline.publish import hub
 from pipeline.publish.card import Subject, card
-from pipeline.publish.request import FILES, Request
+from pipeline.publish.request import FILES, TRITON, Request
 from pipeline.runs import records
 from pipeline.served import bundle
 
@@ -36,6 +36,8 @@ logger = logging.getLogger("asib")
 WEIGHTS = "asib.weights"
 LARGEST = 4096
 """Pixels per side of the images that a published student may take."""
+BATCH = 256
+"""Images that Triton may classify together."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def publish(run: "Run", request: Request) -> None:
     folder = run.folder / "published"
     folder.mkdir()
     _write(folder, net, data)
+    if request.triton:
+        _to_triton(folder, request.triton, data)
     subject = Subject(
         request.model, student.version, net.architecture, net.small_input, data, origin.record, origin.tags
     )
@@ -142,6 +146,27 @@ def _write(folder: Path, net: FeatureNet, data: ImageData) -> None:
     export.check_onnx(folder / "model.onnx", plain, data)
 
 
+def _to_triton(folder: Path, name: str, data: ImageData) -> None:
+    """The ONNX file in a model repository of Triton Inference Server, which may batch requests and name classes."""
+    to = folder / TRITON / name
+    (to / "1").mkdir(parents=True)
+    shutil.copyfile(folder / "model.onnx", to / "1" / "model.onnx")
+    (to / "labels.txt").write_text("".join(f"{' '.join(label.split())}\n" for label in data.classes))
+    size, n = data.image_size, data.num_classes
+    (to / "config.pbtxt").write_text(f"""name: "{name}"
+platform: "onnxruntime_onnx"
+max_batch_size: {BATCH}
+dynamic_batching {{}}
+input [
+  {{ name: "images" data_type: TYPE_UINT8 dims: [ {size}, {size}, {data.in_chans} ] }}
+]
+output [
+  {{ name: "probabilities" data_type: TYPE_FP32 dims: [ {n} ] label_filename: "labels.txt" }},
+  {{ name: "logits" data_type: TYPE_FP32 dims: [ {n} ] }}
+]
+""")
+
+
 def _copied(folder: Path, request: Request) -> Path:
     if request.to is None:
         return folder
@@ -149,4 +174,8 @@ def _copied(folder: Path, request: Request) -> Path:
         request.to.mkdir(exist_ok=True)
         for name in FILES:
             shutil.copyfile(folder / name, request.to / name)
+        if request.triton:
+            of = request.to / TRITON / request.triton
+            shutil.rmtree(of, ignore_errors=True)
+            shutil.copytree(folder / TRITON / request.triton, of)
     return request.to

@@ -13,27 +13,35 @@ from pipeline.paths import user_path
 
 FILES = ("README.md", "config.json", "model.onnx", "model.safetensors")
 """What a published folder holds."""
+TRITON = "triton"
+"""The folder in it that `triton=` adds."""
 SOURCES = "runs:/<id>, models:/<name>@<alias>, models:/<name>/<version>, or a run's folder"
 OWN = {
     "model": f"the student: {SOURCES}",
     "to": "the folder to write, new, empty or published before; `published` in the run's folder by default",
     "license": "of the weights, by the hub's names: apache-2.0, mit, cc-by-4.0, other …; unknown by default",
     "push": "<owner>/<name>: also upload the folder to the hub at HF_ENDPOINT, with the token in HF_TOKEN",
+    "triton": f"a name: also write {TRITON}/<name>, as Triton Inference Server and KServe load models",
     "public": "true: everybody may see a repository that push makes; an existing one stays as it is",
 }
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+NAME = re.compile(r"[A-Za-z0-9][\w-]{0,95}", re.ASCII)
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,59}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Request:
-    """The step's own keys; no `to`: the files stay in the run's folder; no `push`: nothing is uploaded."""
+    """The step's own keys; no `to`: the files stay in the run's folder; no `push`: nothing is uploaded.
+
+    `triton`: the model's name in a model repository; None: none is written.
+    """
 
     model: str
     to: Path | None
     license: str
     push: str | None
     public: bool
+    triton: str | None = None
 
     def words(self) -> str:
         """What DRY_RUN=1 shows."""
@@ -59,13 +67,16 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
     license = own.get("license") or "unknown"
     if LICENSE.fullmatch(license) is None:
         raise UserError(f"license={license}: give the hub's name of it, such as apache-2.0, mit, cc-by-4.0 or other")
+    triton = own.get("triton") or None
+    if triton is not None and NAME.fullmatch(triton) is None:
+        raise UserError(f"triton={triton}: give a name of letters, digits, '-' and '_'")
     public = cli.flag(own, "public")
     if push:
         _check_push(push)
     elif public:
         raise UserError("public=true is about a repository that push makes: give push=<owner>/<name>, or leave it out")
     cli.one_process("publish", "start it without torchrun")
-    return config, Request(model, _target(to) if to else None, license, push or None, public)
+    return config, Request(model, _target(to) if to else None, license, push or None, public, triton)
 
 
 def _run_folder(model: str) -> None:
@@ -87,7 +98,7 @@ def _target(to: str) -> Path:
     path = user_path(to, "to")
     if path.exists() and not path.is_dir():
         raise UserError(f"to={to} is a file: give a new or empty folder")
-    odd = sorted(file.name for file in path.iterdir() if file.name not in FILES) if path.is_dir() else []
+    odd = sorted(file.name for file in path.iterdir() if file.name not in (*FILES, TRITON)) if path.is_dir() else []
     if odd:
         raise UserError(f"to={to}: {odd[0]} is in it; give a new or empty folder, or one that was published before")
     above = path if path.is_dir() else path.absolute().parent

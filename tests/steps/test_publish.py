@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,23 @@ def test_a_run_becomes_a_folder_written_anew(
     again = lab.step("publish", f"model={made}", f"to={to}")
     assert again.code == 0, again.err
     assert front((to / "README.md").read_text())["license"] == "unknown"
+
+
+def test_a_model_repository_describes_the_onnx_file_as_it_is(lab: Lab, quick: None, tmp_path: Path) -> None:
+    made, to = student(tmp_path / "run"), tmp_path / "published"
+    for _ in range(2):  # the second replaces the first
+        done = lab.step("publish", f"model={made}", f"to={to}", "triton=trees")
+        assert done.code == 0, done.err
+    folder = to / "triton/trees"
+    session = onnxruntime.InferenceSession(folder / "1/model.onnx")
+    types = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
+    real = {(v.name, types[v.type], *v.shape[1:]) for v in (*session.get_inputs(), *session.get_outputs())}
+    parts = re.findall(
+        r'name: "(\w+)" data_type: (\w+) dims: \[ ([\d, ]+) \]', text := (folder / "config.pbtxt").read_text()
+    )
+    assert {(name, kind, *map(int, dims.split(","))) for name, kind, dims in parts} == real
+    assert text.startswith('name: "trees"\nplatform: "onnxruntime_onnx"\n')
+    assert (folder / "labels.txt").read_text().split() == list(CLASSES)
 
 
 def test_what_comes_from_the_run_is_text(lab: Lab, quick: None, tmp_path: Path) -> None:
