@@ -15,14 +15,15 @@ from pipeline.runs.naming import COLLECTIONS
 
 OWN = {
     "apply": "true: remove what is listed",
-    "keep": "students of finished sweeps, ladders and tables that stay: all (default), best (their model) or none",
+    "keep": "students of finished sweeps, ladders and tables that stay: all (default), best (their model), last (that "
+    "of the run that ended last) or none",
 }
 
 
 def tidy(config: Config, command: cli.Command) -> int:
     """Print what can go, largest first, and remove it with `apply=true`; the exit code, 0."""
     apply, root = cli.flag(command.own, "apply"), output_dir(config)
-    keep = cli.choice(command.own, "keep", ("all", "best", "none"))
+    keep = cli.choice(command.own, "keep", ("all", "best", "last", "none"))
     found = sorted(((size_of(path), path, why) for path, why in superfluous(root, keep)), key=lambda item: -item[0])
     for _, path, _ in found if apply else ():
         with explained(path):
@@ -53,11 +54,13 @@ def superfluous(root: Path, keep: str = "all") -> Iterator[tuple[Path, str]]:
 
 
 def _students(folder: Path, keep: str) -> Iterator[Path]:
-    """Weights of the runs that are nested in a finished one, if a copy of the best stays (`best`) or none has to."""
-    best = folder / STUDENT
-    if keep == "none" or best.exists():
+    """Weights in a finished run's folder but those of the student that stays; nothing where that one is not there."""
+    nested = sorted((p for p in folder.rglob(STUDENT) if p != folder / STUDENT), key=lambda path: path.stat().st_mtime)
+    stays = {"best": [folder / STUDENT], "last": nested[-1:]}.get(keep, [])
+    if keep == "none" or any(path.exists() for path in stays):
+        beside = {path.parent for path in stays}
         for name in (STUDENT, FUSION):
-            yield from (path for path in sorted(folder.rglob(name)) if keep == "none" or path != best)
+            yield from (path for path in sorted(folder.rglob(name)) if path.parent not in beside)
 
 
 def _there(paths: Iterator[Path] | tuple[Path, ...], why: str) -> Iterator[tuple[Path, str]]:

@@ -57,6 +57,7 @@ def test_only_what_ended_runs_need_no_more_goes(tmp_path: Path, capsys: pytest.C
     [
         ("all", set()),
         ("best", {"sweep/trials/0", "sweep/trials/1"}),
+        ("last", {"sweep", "sweep/trials/0"}),
         ("none", {"sweep", "sweep/trials/0", "sweep/trials/1", "ladder/rung"}),
     ],
 )
