@@ -94,7 +94,7 @@ def photograph(server: str, folder: Path) -> None:
             page.screenshot(path=folder / name)
 
         open_runs(page, server, number)
-        page.wait_for_timeout(2000)
+        page.get_by_text(str(distilled[0].info.run_name)).first.wait_for()
         page.screenshot(path=folder / "ui_runs.png")
         shot(f"{urls.view_page(number)}&compareRunsMode=CHART", "ui_charts.png")
         shot(
