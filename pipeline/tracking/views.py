@@ -22,8 +22,12 @@ ABOUT = (
     "({here}). Each run's description begins with its result and the command that repeats it."
 )
 NAME = "attributes.`Run Name`"
+STEP = "tags.`asib.step`"
+"""It tells teachers, of step finetune, from students."""
+BEST_FIRST = "metrics.`final/acc_val_selected`"
 COLUMNS = (
-    "metrics.`final/acc_val_selected`",
+    STEP,
+    BEST_FIRST,
     "metrics.`final/val_acc`",
     "metrics.`final/synergy_acc`",
     "metrics.`final/teacher_avg_acc`",
@@ -71,11 +75,11 @@ def state() -> dict[str, Any]:
     cards.sort(key=lambda card: card["metricKey"] != order[0])  # the student's accuracy over epochs comes first
     return {
         "searchFilter": "",
-        "orderByKey": COLUMNS[0],
+        "orderByKey": BEST_FIRST,
         "orderByAsc": False,
         "selectedColumns": list(COLUMNS),
         "columnOrder": [NAME, *COLUMNS],
-        "columnWidths": {NAME: 420, **dict.fromkeys(COLUMNS, 120)},
+        "columnWidths": {**dict.fromkeys(COLUMNS, 120), NAME: 340, STEP: 80},
         "compareRunCharts": cards,
         "compareRunSections": [
             {"uuid": name, "name": name, "display": True, "isReordered": True, "deleted": False} for name, _ in CURVES
