@@ -30,22 +30,21 @@ def against(baseline: str, runs: Sequence[Record]) -> Comparison:
     return compare(runs, anyway=True, baseline=baseline if there else None)
 
 
-def accuracy(runs: Sequence[Record]) -> str:
+def accuracy(found: Comparison) -> str:
     """Accuracy of every row, and its difference to distillation from the better teacher alone."""
-    return _columns(against("kd", runs), "seeds", "acc", "last", "val acc", "vs kd")
+    return _columns(found, "seeds", "acc", "last", "val acc", "vs kd")
 
 
-def several(runs: Sequence[Record]) -> str:
+def several(found: Comparison) -> str:
     """Rows of two teachers against equal weights for them."""
-    chosen = [run for run in runs if len(run.tags["asib.teachers"].split(",")) > 1]
+    chosen = [run for group in found.groups for run in group.records if len(run.tags["asib.teachers"].split(",")) > 1]
     return _columns(against("aver", chosen), "seeds", "acc", "vs aver") if chosen else NOT_YET
 
 
-def cost(runs: Sequence[Record]) -> str:
+def cost(found: Comparison) -> str:
     """What a run of every row costs."""
-    found = against("kd", runs)
-    start = list(comparisons.shown(found).columns).index("student updates")
-    return _columns(found, *comparisons.shown(found).columns[start:])
+    columns = list(comparisons.shown(found).columns)
+    return _columns(found, *columns[columns.index("student updates") :])
 
 
 def _columns(found: Comparison, *names: str) -> str:
@@ -55,9 +54,9 @@ def _columns(found: Comparison, *names: str) -> str:
     return tables.markdown(["row", *head], [[str(row), *cells] for row, cells in rows])
 
 
-def readings(runs: Sequence[Record]) -> str:
+def readings(found: Comparison) -> str:
     """Means over seeds of what the fusions' runs say in their last epoch that says it."""
-    groups = [g for g in against("kd", runs).groups if g.values("synergy/acc")]
+    groups = [g for g in found.groups if g.values("synergy/acc")]
     if not groups:
         return NOT_YET
     rows = [[name, *(_mean(group, metric) for group in groups)] for metric, name in READINGS.items()]
@@ -68,10 +67,10 @@ def _mean(group: Group, metric: str) -> str:
     return f"{group.mean(metric):.3g}" if group.values(metric) else "–"
 
 
-def commands(runs: Sequence[Record]) -> str:
+def commands(found: Comparison) -> str:
     """How each row is repeated, with the seeds and the commit of its records."""
     rows = []
-    for group in against("kd", runs).groups:
+    for group in found.groups:
         first = group.records[0]
         commits = dict.fromkeys(run.tags["asib.git_sha"][:10] for run in group.records)
         table = "evidence" if len(group.facts["teachers"].split(",")) > 1 else "evidence_single"
@@ -82,14 +81,14 @@ def commands(runs: Sequence[Record]) -> str:
     return tables.markdown(["row", "seeds", "commit", "command"], rows, left=4)
 
 
-PARTS: dict[str, Callable[[Sequence[Record]], str]] = {
+PARTS: dict[str, Callable[[Comparison], str]] = {
     "accuracy": accuracy,
     "several": several,
     "cost": cost,
     "readings": readings,
     "commands": commands,
 }
-PICTURES: dict[str, Callable[[Sequence[Record]], bytes]] = {
-    "results.png": lambda runs: comparisons.picture(against("kd", runs)),
-    "results_cost.png": lambda runs: comparisons.cost_picture(against("kd", runs)),
+PICTURES: dict[str, Callable[[Comparison], bytes]] = {
+    "results.png": comparisons.picture,
+    "results_cost.png": comparisons.cost_picture,
 }
