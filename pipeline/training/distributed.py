@@ -1,5 +1,6 @@
 """Agreement among the processes of torchrun. With one process everything here is the identity."""
 
+import atexit
 import os
 from typing import NamedTuple, TypeVar
 
@@ -29,11 +30,12 @@ def join() -> World:
         if torch.cuda.is_available():  # from now on `cuda` means this process's own GPU
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(_leave)
     return world()
 
 
-def leave() -> None:
-    """Leave the process group."""
+def _leave() -> None:
+    """Leave the group before Python ends: gloo's threads that still run then abort the process now and then."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.steps.lab import Lab, all_runs, points, run_id, see, tensors, write_n
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 NET = "test_convnext"  # timm's smallest network without batch normalisation
 
 
@@ -31,8 +33,7 @@ def test_two_processes_agree_with_one_and_make_one_run(lab: Lab, sqlite_uri: str
     both = Lab(lab.folder / "both")
     arguments = both.arguments(*nets, *steady, "tracking.mode=online", f"tracking.uri={sqlite_uri}")
     arguments.append(f"dataset.path={lab.data}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, "-m", "steps.distill", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*TORCHRUN, "-m", "steps.distill", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = both.run_folders()
     found, expected = points(folder), points(alone.folder)
@@ -67,9 +68,8 @@ def test_two_processes_learn_tasks_as_one_does(lab: Lab) -> None:
     alone = lab.step("continual", *given)
     assert alone.code == 0, alone.err
     both = Lab(lab.folder / "both")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = [*both.arguments(*given), f"dataset.path={lab.data}"]
-    done = subprocess.run([*torchrun, "-m", "steps.continual", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*TORCHRUN, "-m", "steps.continual", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = both.run_folders()
     for task in ("task_1", "task_2"):
@@ -78,3 +78,19 @@ def test_two_processes_learn_tasks_as_one_does(lab: Lab) -> None:
         for name in ours:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-2, atol=1e-4, err_msg=name)
     assert done.stdout.count("average accuracy  ") <= 1, "the first process alone speaks"
+
+
+def test_no_process_is_in_the_group_any_more_when_python_ends(tmp_path: Path) -> None:
+    """One exit in a dozen of a process that still was ended in «terminate called without an active exception»."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, torch.distributed as dist\n"
+        "atexit.register(lambda: print(f'in a group: {dist.is_initialized()}\\n', end=''))\n"  # called last
+        "from pipeline.training import distributed\n"
+        "distributed.join()\n"
+        "distributed.barrier()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*TORCHRUN, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.splitlines()) == 2 * ["in a group: False"]

@@ -155,7 +155,6 @@ def main(folder: Path) -> None:
             found["position"] = Slots(folder / "stopped").read()[0]["position"]
     (folder / f"rank{world.rank}of{world.size}").write_bytes(pack(found))
     distributed.barrier()
-    distributed.leave()
 
 
 if __name__ == "__main__":
