@@ -34,6 +34,7 @@ demo: setup
 	@echo "open the UI:  make ui    (then http://127.0.0.1:5000)"
 
 PORT ?= 5000
+ui server: export MLFLOW_DISABLE_TELEMETRY = true
 
 ui: setup
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1

@@ -21,6 +21,7 @@ from pipeline.data.sources import ImageData
 from pipeline.files import write_atomically
 from pipeline.runs.run import Run
 from pipeline.served import code as served
+from pipeline.served.student_pyfunc import session
 from pipeline.training.methods.asib.fusion import Fusion
 
 logger = logging.getLogger("asib")
@@ -95,18 +96,16 @@ def check_onnx(path: Path, net: nn.Module, data: ImageData) -> dict[str, float]:
 
     Raises RuntimeError: they disagree by more than `TOLERANCE`, on a batch or on a single image.
     """
-    import onnxruntime
-
     images = data.test_x[:: max(1, len(data.test_x) // CHECKED)][:CHECKED]
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.mean, data.std))
     with torch.no_grad():
         logits = net((images.float() / 255.0 - mean) / std)
     expected = {"probabilities": torch.softmax(logits, dim=1).numpy(), "logits": logits.numpy()}
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    running = session(str(path))
     given = np.ascontiguousarray(np.moveaxis(images.numpy(), 1, -1))
     largest = dict.fromkeys(OUTPUTS, 0.0)
     for count in (len(given), 1):
-        for name, found in zip(OUTPUTS, session.run(list(OUTPUTS), {"images": given[:count]}), strict=True):
+        for name, found in zip(OUTPUTS, running.run(list(OUTPUTS), {"images": given[:count]}), strict=True):
             wanted = expected[name][:count]
             difference = float(np.abs(found - wanted).max())
             allowed = TOLERANCE * max(1.0, float(np.abs(wanted).max()))

@@ -242,10 +242,14 @@ def serve(config: Config, command: cli.Command) -> int:
     timeout = whole("timeout", own.get("timeout") or "60", high=MOST)
     size = whole("max_bytes", own.get("max_bytes") or str(32 << 20), high=MOST)
     limits = Limits(body=size, request=timeout)
-    uri = config.tracking.uri or start.default_uri()
     with listen(own.get("host") or "127.0.0.1", port) as listening:
         with tempfile.TemporaryDirectory(prefix="asib-served-") as folder:
-            student, classifier = load(source, lambda what, to: start.fetch_now(uri, what, to), Path(folder))
+            # asked for a server only where one is needed: a model's folder may be all there is, and nothing writable
+            student, classifier = load(
+                source,
+                lambda what, to: start.fetch_now(config.tracking.uri or start.default_uri(), what, to),
+                Path(folder),
+            )
         side, channels = classifier.size, classifier.channels
         classifier.probabilities(np.zeros((1, side, side, channels), np.uint8))  # the first answer takes longest
         host, port = listening.getsockname()[:2]
