@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.data.sources import ImageData
 from pipeline.evaluate.superclasses import superclasses
 from pipeline.training import samples
-from pipeline.training.evaluation import accuracy
+from pipeline.training.evaluation import accuracy, percent
 
 BINS = 15
 """Bins of the calibration error, as in Guo et al., «On calibration of modern neural networks», 2017."""
@@ -92,7 +92,7 @@ def evaluate_model(data: ImageData, logits: Tensor, labels: Tensor, split: str) 
 def top_k(logits: Tensor, y: Tensor, k: int) -> float:
     """Share of images whose label is among the k highest logits, in percent; k is at most the number of classes."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return 100.0 * (best == y[:, None]).any(dim=1).double().mean().item()
+    return percent((best == y[:, None]).any(dim=1))
 
 
 def calibration(confidence: Floats, correct: Bools, bins: int = BINS) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The one evaluation loop: a network's outputs on a fixed split, in eval mode, float32, AMP off."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,9 +30,17 @@ def outputs(net: FeatureNet, batches: EvalBatches, name: str = "network") -> Out
     return Outputs(logits, torch.cat([s.feat_2d.float() for s in seen]), torch.cat(adapted) if adapted else None)
 
 
+def percent(right: Tensor) -> float:
+    """The share of true ones among (n,), in percent: 38.8, where 100 times the share is 38.800000000000004.
+
+    Of none: NaN.
+    """
+    return 100 * int(right.sum()) / len(right) if len(right) else math.nan
+
+
 def accuracy(scores: Tensor, y: Tensor) -> float:
     """Top-1 in percent of scores (n, N) against labels (n,)."""
-    return 100.0 * (scores.argmax(dim=1) == y).double().mean().item()
+    return percent(scores.argmax(dim=1) == y)
 
 
 def nll(logits: Tensor, y: Tensor, name: str = "network") -> float:

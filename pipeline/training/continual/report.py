@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.data.tasks import seen_classes
 from pipeline.training.continual import matrix
+from pipeline.training.evaluation import percent
 
 Row = dict[str, list[float] | float]
 
@@ -55,7 +56,7 @@ def _share(scores: Tensor, y: Tensor, among: Sequence[int]) -> float:
     """Top-1 in percent among some classes."""
     columns = torch.tensor(among, device=scores.device)
     answer = columns[scores.index_select(1, columns).argmax(dim=1)]
-    return 100.0 * (answer == y).double().mean().item()
+    return percent(answer == y)
 
 
 def metrics(rows: Sequence[Mapping[str, list[float] | float]], split: str, untrained: Row | None) -> dict[str, float]:

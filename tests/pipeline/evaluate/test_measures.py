@@ -17,6 +17,7 @@ from pipeline.data.sources import ImageData, load
 from pipeline.evaluate import measures
 from pipeline.evaluate.measures import evaluate_model
 from pipeline.evaluate.superclasses import CIFAR100, superclasses
+from pipeline.training.evaluation import percent
 
 N, IMAGES = 20, 400
 
@@ -199,3 +200,8 @@ def test_shapes_that_do_not_fit_are_refused(data: ImageData) -> None:
     for rows, columns, labels in ((3, N, 4), (3, N - 1, 3), (0, N, 0)):
         with pytest.raises(ValueError, match="logits"):
             evaluate_model(data, torch.zeros(rows, columns), torch.zeros(labels, dtype=torch.long), "test")
+
+
+def test_an_accuracy_is_the_nearest_number_to_what_it_says() -> None:
+    """194 of 500 is 38.8: the UI shows every digit of 38.800000000000004."""
+    assert percent(torch.arange(500) < 194) == 38.8
