@@ -34,25 +34,36 @@ UNNEEDED = ("mlflow.",)
 
 
 def collect(folder: Path) -> Iterator[Path]:
-    """Write a record for every finished training at or below a folder; their paths."""
+    """Write a record for every finished training and sweep, and for trials, pruned ones too, at or below a folder."""
     here = {key: value for key, value in harness.described("timm").items() if key in ("machine", "versions")}
     for journal in sorted(folder.rglob("journal.jsonl")):
         run = records.from_folder(journal.parent, None)
-        if run.status == "FINISHED" and ACCURACY in run.metrics:
+        kept = run.status == "FINISHED" and (ACCURACY in run.metrics or run.tags.get("asib.step") == "sweep")
+        if kept or (report.TRIAL in run.tags and run.status in ("FINISHED", "KILLED")):
             yield write(run, here)
 
 
 def write(run: Record, machine: dict[str, Any], folder: Path = FOLDER) -> Path:
-    """Write a run's record; its name is its row (a teacher's its run's), epochs, seed, and its identity's beginning."""
+    """Write a run's record.
+
+    Its name is its row (a teacher's its run's), epochs, seed, and its identity's beginning; with a sweep its study's,
+    and the trial's number.
+    """
     values = asdict(run) | machine
     values["tags"] = {key: value for key, value in run.tags.items() if not key.startswith(UNNEEDED)}
     if run.correct is not None:
         values["images"], values["correct"] = len(run.correct), _packed(run.correct)
-    teacher = run.tags["asib.step"] == "finetune"
-    row = f"{run.name.split()[1]}-{run.config['finetune.epochs']}" if teacher else f"{run.label}-{_epochs(run)}"
-    path = folder / f"{row}-s{run.seed}-{run.tags['asib.identity'][:8]}.json"
+    path = folder / f"{_name(run)}.json"
     path.write_text(json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n")
     return path
+
+
+def _name(run: Record) -> str:
+    if report.STUDY in run.tags:
+        return run.tags[report.STUDY] + (f"-trial{int(run.tags[report.TRIAL]):02}" if report.TRIAL in run.tags else "")
+    teacher = run.tags["asib.step"] == "finetune"
+    row = f"{run.name.split()[1]}-{run.config['finetune.epochs']}" if teacher else f"{run.label}-{_epochs(run)}"
+    return f"{row}-s{run.seed}-{run.tags['asib.identity'][:8]}"
 
 
 def _packed(correct: NDArray[np.bool_]) -> str:
@@ -75,10 +86,12 @@ def read(path: Path) -> Record:
 
 def rendered(page: str, folder: Path = FOLDER) -> tuple[str, dict[str, bytes]]:
     """The page with its parts made anew from the records, and the pictures that it shows, by their names."""
-    students = [run for run in map(read, sorted(folder.glob("*.json"))) if run.correct is not None]
-    found = report.against("kd", students)
-    for name, make in report.PARTS.items():
-        page = placed(page, make(found), f"<!-- evidence: {name} -->", "<!-- end -->")
+    runs = [*map(read, sorted(folder.glob("*.json")))]
+    searched = [run for run in runs if report.STUDY in run.tags]
+    found = report.against("kd", [run for run in runs if run.correct is not None and run not in searched])
+    parts = {name: make(found) for name, make in report.PARTS.items()} | {"sweeps": report.sweeps(searched)}
+    for name, text in parts.items():
+        page = placed(page, text, f"<!-- evidence: {name} -->", "<!-- end -->")
     return page, {name: draw(found) for name, draw in report.PICTURES.items()}
 
 

@@ -1,6 +1,8 @@
 """What docs/results.md shows of the records: tables in Markdown, and pictures."""
 
+import json
 from collections.abc import Callable, Sequence
+from statistics import median
 
 from pipeline.compare import report as comparisons
 from pipeline.compare.compare import Comparison, compare
@@ -22,6 +24,8 @@ READINGS = {
 """What a fusion's run says about itself (docs/tracking.md), and what the page calls it."""
 
 NOT_YET = "Not measured yet."
+STUDY, TRIAL = "asib.study", "asib.trial"
+"""Tags of a sweep and its trials."""
 
 
 def against(baseline: str, runs: Sequence[Record]) -> Comparison:
@@ -65,6 +69,20 @@ def readings(found: Comparison) -> str:
 
 def _mean(group: Group, metric: str) -> str:
     return f"{group.mean(metric):.3g}" if group.values(metric) else "–"
+
+
+def sweeps(runs: Sequence[Record]) -> str:
+    """What each sweep tried, and what it chose by validation images; test images have no part in it."""
+    rows = []
+    for study in (run for run in runs if TRIAL not in run.tags):
+        trials = [run for run in runs if run is not study and run.tags[STUDY] == study.tags[STUDY]]
+        ended = [run.metrics["final/val_acc"] for run in trials if run.status == "FINISHED"]
+        chosen = json.loads(study.tags["asib.best_params"])
+        values = ", ".join(f"`{key.removeprefix('method.')}` {value:.3g}" for key, value in chosen.items())
+        pruned = len(trials) - len(ended)
+        rows.append([study.label, str(len(trials)), str(pruned), f"{median(ended):.2f}", f"{max(ended):.2f}", values])
+    head = ["method", "trials", "of them pruned", "median val acc", "best val acc", "best values"]
+    return tables.markdown(head, rows) if rows else NOT_YET
 
 
 def commands(found: Comparison) -> str:
