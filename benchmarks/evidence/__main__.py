@@ -36,6 +36,7 @@ UNNEEDED = ("mlflow.",)
 def collect(folder: Path) -> Iterator[Path]:
     """Write a record for every finished training and sweep, and for trials, pruned ones too, at or below a folder."""
     here = {key: value for key, value in harness.described("timm").items() if key in ("machine", "versions")}
+    del here["machine"]["load_before"]  # the load of this moment
     for journal in sorted(folder.rglob("journal.jsonl")):
         run = records.from_folder(journal.parent, None)
         kept = run.status == "FINISHED" and (ACCURACY in run.metrics or run.tags.get("asib.step") == "sweep")
