@@ -148,7 +148,8 @@ def _code(groups: Sequence[Group]) -> list[str]:
         by.setdefault(one.facts[CODE] or "unknown", []).append(one.name)
     if len(by) < 2:
         return []
-    return ["runs of different code: " + "; ".join(f"{code} made {', '.join(names)}" for code, names in by.items())]
+    made = "; ".join(f"{code} made {', '.join(names)}" for code, names in by.items())
+    return [f"runs of different code (a method's own files count): {made}"]
 
 
 def _refuse(runs: Sequence[Record], anyway: bool) -> None:

@@ -109,17 +109,17 @@ def _number(value: float, digits: int) -> str:
 
 
 def _with_interval(row: "pd.Series[Any]", name: str) -> str:
-    """`+2.67 [+1.10, +4.20] p 0.003`; with few seeds `; t [-0.40, +5.74], 3 seeds: indicative` too."""
-    _, points, interval, p, student, seeds = difference_cells(row, name)
+    """`+2.67 [+1.10, +4.20] p 0.003`; with 2 to 4 seeds `+2.67 [+1.10, +4.20]; t [-0.40, +5.74] p 0.07, 3 seeds…`."""
+    _, points, interval, student, p, seeds = difference_cells(row, name)
     if not interval:
         return points
-    parts = [f"t {student}" if student else "", seeds if "indicative" in seeds else ""]
-    more = ", ".join(filter(None, parts))
-    return f"{points} {interval} p {p}" + (f"; {more}" if more else "")
+    between = f"; t {student}" if student else ""  # p is Student's, too
+    after = f"{',' if student else ';'} {seeds}" if "indicative" in seeds else ""
+    return f"{points} {interval}{between} p {p}{after}"
 
 
 def difference_cells(row: "pd.Series[Any]", name: str) -> tuple[str, str, str, str, str, str]:
-    """What it is against, points, bootstrap interval, p, Student's interval, number of seeds; empty where unknown."""
+    """What it is against, points, bootstrap interval, Student's interval, p, number of seeds; empty where unknown."""
     mean, low, high, p, seeds, t_low, t_high = (
         float(row[f"{name}{part}"]) for part in ("", " low", " high", " p", " seeds", " t low", " t high")
     )
@@ -128,7 +128,7 @@ def difference_cells(row: "pd.Series[Any]", name: str) -> tuple[str, str, str, s
         return against, "" if math.isnan(mean) else f"{mean:+.2f}", "", "", "", ""
     student = "" if math.isnan(t_low) else f"[{t_low:+.2f}, {t_high:+.2f}]"
     count = f"{seeds:.0f} seed{'' if seeds == 1 else 's'}" + (": indicative" if seeds < ENOUGH else "")
-    return against, f"{mean:+.2f}", f"[{low:+.2f}, {high:+.2f}]", f"{p:.3f}", student, count
+    return against, f"{mean:+.2f}", f"[{low:+.2f}, {high:+.2f}]", student, f"{p:.3f}", count
 
 
 def _title(found: Comparison) -> str:
@@ -206,7 +206,7 @@ def _pair_text(found: Comparison, pair: str, groups: Sequence[Group]) -> list[st
         if not math.isnan(table.loc[name, column])
     ]
     if differences:
-        head = ["", "against", "points", "95 %", "p", "t 95 %", "seeds"]
+        head = ["", "against", "points", "95 %", "t 95 %", "p", "seeds"]
         kept = [k for k in range(len(head)) if any(row[k] for row in differences)]
         cells = [[row[k] for k in kept] for row in (head, *differences)]
         parts.insert(1, tables.blocks(f"{title}: differences", cells, left=2))

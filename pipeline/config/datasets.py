@@ -54,7 +54,7 @@ DATASETS: dict[str, Torchvision | Folder | None] = {
     "cifar10": Torchvision("CIFAR10", "cifar-10-batches-py", CIFAR10),
     "fashion_mnist": Torchvision("FashionMNIST", "FashionMNIST/raw", Statistics((0.2860,), (0.3530,))),
     "npz": None,
-    "image_folder": Folder("train/<class>/ and val/<class>/ with pictures", SPLITS),
+    "image_folder": Folder("train/<class>/ and test/<class>/ (or val/<class>/) with pictures", SPLITS),
     "imagenet100": Folder("ImageNet's train/<class>/ and val/<class>/ with pictures", SPLITS),
     "imagenet32": Folder(
         "train_data_batch_1 to 10 and val_data, as pickles or .npz, there or in a folder within",
@@ -94,7 +94,9 @@ class DatasetConfig(Section):
         "classes, one a line",
     )
     id: str | None = key(
-        None, "what timm's create_dataset reads: folder/, torch/<name>, wds/<name> or hfds/<name>", when="name=timm"
+        None,
+        "what timm's create_dataset reads: folder/<name>, torch/<name>, wds/<name> or hfds/<name>",
+        when="name=timm",
     )
     train_split: str = key(
         "train", "training images, as timm's reader calls them; of wds/ also shards", when="name=timm"
@@ -111,7 +113,9 @@ class DatasetConfig(Section):
         when=_pictures,
     )
     normalisation: Literal["exact", "published"] = key(
-        "exact", "mean and deviation of images; exact: the data set's own, published: of the published KD tables' code"
+        "exact",
+        "mean and deviation of images; exact: the data set's own (ImageNet's for pictures in folders), "
+        "published: of the published KD tables' code",
     )
     mean: tuple[Fraction, ...] | None = key(
         None, "mean of each channel, subtracted from images scaled to 0 … 1; null: by normalisation"

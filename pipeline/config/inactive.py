@@ -26,13 +26,12 @@ def _conditions_not_met(config: Sections) -> Iterator[str]:
 
 
 def _epochs(config: Sections) -> Iterator[str]:
-    """Keys for warm-ups that outlast the run, or for epochs that it never reaches."""
+    """Keys for epochs that the run never reaches."""
     m = config.method
     if m.distils:
-        for key in ("kd_warmup_epochs", "kd_two_view_start_epoch"):
-            value = getattr(m, key)
-            if value is not None and value >= m.b_epochs:
-                yield f"method.{key}={value}: the run has {m.b_epochs} B-epochs"
+        start = m.kd_two_view_start_epoch
+        if start is not None and start >= m.b_epochs:
+            yield f"method.kd_two_view_start_epoch={start}: the run has {m.b_epochs} B-epochs"
         if m.kd_max_ratio is not None and m.kd_warmup_epochs >= m.b_epochs:
             yield "method.kd_max_ratio: it begins after method.kd_warmup_epochs, past the end of the run"
     if m.use_loss_clamp and m.loss_clamp_warmup_epochs >= m.b_epochs:

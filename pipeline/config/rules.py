@@ -62,7 +62,7 @@ def _epochs(config: Sections) -> Iterator[str]:
     total = sum(m.student_epochs_per_stage)
     if len(m.student_epochs_per_stage) != m.num_stages:
         yield (
-            f"method.student_epochs_per_stage has {len(m.student_epochs_per_stage)} entries for "
+            f"method.student_epochs_per_stage={list(m.student_epochs_per_stage)} does not fit "
             f"method.num_stages={m.num_stages}: give one number of B-epochs for each stage"
         )
     if m.kd_cooldown_epochs > 0 and m.kd_cooldown_epochs >= total and m.distils:
@@ -198,7 +198,7 @@ def _freezing(config: Sections) -> Iterator[str]:
     levels = m.student_freeze_schedule
     if levels is not None and len(levels) != m.num_stages:
         yield (
-            f"method.student_freeze_schedule has {len(levels)} entries for method.num_stages={m.num_stages}: "
+            f"method.student_freeze_schedule={list(levels)} does not fit method.num_stages={m.num_stages}: "
             "give one level for each stage"
         )
     first, where = (m.student_freeze_level, "level") if levels is None else (levels[0], "schedule")

@@ -17,6 +17,7 @@ from pipeline.data.batches import EvalBatches
 from pipeline.data.image_files import Images
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
+from pipeline.files import warn_once
 from pipeline.training.devices import device_of as device_of
 from pipeline.training.rng import Streams
 
@@ -30,7 +31,8 @@ def user_error(key: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{key}: {error}") from error
+        given = key.partition("=")[2]  # a file that the error may begin with, too
+        raise UserError(f"{key}: {str(error).removeprefix(f'{given}: ')}") from error
 
 
 def check_names(config: Config) -> None:
@@ -110,11 +112,28 @@ def load(net: FeatureNet, path: Path, key: str, data: ImageData) -> dict[str, An
     """Fill a network from a checkpoint file; return the file's metadata.
 
     Classes that the file records must be the data's, in its order; a recorded mean and deviation must equal those
-    that the data is prepared with. Raises UserError, which names `key`.
+    that the data is prepared with. For a file that records none, a line says how its images are prepared here.
+
+    Raises UserError, which names `key`.
     """
     with user_error(key):
-        check_prepared(weights.read_metadata(path), data)
-        return weights.load_weights(net, path, classes=data.classes)
+        record = weights.read_metadata(path)
+        check_prepared(record, data)
+        loaded = weights.load_weights(net, path, classes=data.classes)
+    if not record.get("mean"):
+        warn_once(f"{key}: {_preparation(net, data)}")
+    return loaded
+
+
+def _preparation(net: FeatureNet, data: ImageData) -> str:
+    """How a network gets its images that may have been trained with others, and by whose hand its stem is."""
+    mean, std = (f"[{', '.join(f'{value:.4g}' for value in values)}]" for values in (data.mean, data.std))
+    said = f"the file does not say how its images were prepared; here with mean {mean} and deviation {std}"
+    if data.crop_pct is not None:
+        said += f", {100 * data.crop_pct:g} % of a picture's shorter side"
+    if net.small_input and not net.architecture.startswith("cifar_"):
+        said += "; its stem is that for small images (dataset.small_input=false keeps timm's)"
+    return said
 
 
 def check_prepared(record: Mapping[str, Any], data: ImageData) -> None:

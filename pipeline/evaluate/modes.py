@@ -199,7 +199,11 @@ def _at_hand(run: Run, data: ImageData, student: FeatureNet) -> list[Teacher]:
     for index, spec in enumerate(config.model.teachers):
         ready = spec.checkpoint is not None or config.finetune.epochs == 0
         if not ready and not teachers.store(config, data, index).exists():
-            logger.info("not compared with teachers: %s is not fine-tuned yet (teachers=true does it)", spec.name)
+            logger.info(
+                "not compared with teachers: no %s fine-tuned as finetune.* says is kept in %s (teachers=true does it)",
+                spec.name,
+                teachers.store(config, data, index).parent,
+            )
             return []
     try:
         return teachers.obtain(run, data, student)

@@ -46,14 +46,15 @@ def folders_with(root: Path, file: str) -> list[Path]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; deliveries may remove some meanwhile."""
+    """Bytes of a file, or of all files in a folder, linked ones once; deliveries may remove some meanwhile."""
     inside = glob.iglob("**", root_dir=path, recursive=True) if path.is_dir() else [""]
-    total = 0
+    sizes = {}
     for name in inside:
         with suppress(FileNotFoundError):
             found = (path / name).lstat()
-            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
-    return total
+            if stat.S_ISREG(found.st_mode):
+                sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def find_folder(root: Path, name: str, key: str = "resume") -> Path | None:

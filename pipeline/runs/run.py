@@ -269,7 +269,8 @@ class Run:
         elif ending.status == "FINISHED":
             there = [name for name in WORTH_A_LOOK if (self.folder / name).exists()]
             names = ": " * bool(there) + ", ".join(there)
-            logger.info("in %s (%.1f MB)%s", self.folder, size_of(self.folder) / 1e6, names)
+            size = size_of(self.folder) / 1e6
+            logger.info("in %s%s%s", self.folder, f" ({size:.1f} MB)" if size >= 0.05 else "", names)
 
     def _say_version(self) -> None:
         """Say which version of a registered model this run's student has become, and what judges it."""

@@ -40,6 +40,7 @@ FORMER = frozenset(
         "0248b73a3e0048efaab47b7e2f49815c7f5248f7a71f944dfc8c76b0757195ab",
         "e5a8a7b0be8c15de534933d6e82104c7b4017af05a0e2be60196b76bd2fec20b",
         "d2b4448706025d31288d5f164425610519c07944dd74715a501d521c5396fc4b",
+        "f004790b1b5d7de3e192a4847fe1997c242615cc26e724ce926b33d799d62f2b",
     }
 )
 """SHA-256 of the served code in earlier versions of this project, the oldest first."""

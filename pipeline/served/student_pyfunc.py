@@ -24,10 +24,10 @@ BATCH = 256
 
 
 def session(net: str) -> Any:
-    """The `onnxruntime.InferenceSession` of an ONNX file, on the processor.
+    """An ONNX file, ready to run on the processor.
 
-    ONNX Runtime (1.29 and later) tells its makers about sessions and the files' names unless this variable is set,
-    before it is imported; a user who has set it decides.
+    ONNX Runtime (1.29 and later) tells its makers about sessions and the files' names unless this variable is set
+    before it is imported. A user who has set it decides.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -219,10 +220,14 @@ class _Driver:
         bar.refresh()
         if counts == self._shown:
             return
+        another = self._shown is not None and counts.ended > self._shown.ended
         self._shown, bar.n = counts, counts.ended
         best = self.study.best()
         if best is not None:
-            bar.set_postfix_str(f"best {best.values[0]:.4g} (trial {best.number})")
+            reached = f"best {best.values[0]:.4g} (trial {best.number})"
+            bar.set_postfix_str(reached)
+            if another and bar.disable:  # no terminal
+                logger.info("%d of %d trials: %s", counts.ended, self.study.goal(counts), reached)
         self._state(counts)
         left = self.study.goal(counts) - counts.ended
         if not self._said_time_left and (words := time_left(self.study.trials(), left, self.plan.workers.number)):
@@ -263,6 +268,7 @@ def _finish(run: Run, plan: Plan, study: Study, base: Config, data: ImageData) -
     config = _config_of(study, best, base)
     repeated = _with_teachers(config, study, data).model_copy(update={"log_model": base.log_model})
     run.write(BEST, compose.dump(repeated))
+    logger.info("to repeat it: python -m steps.distill cfg=%s", shlex.quote(str(run.folder / BEST)))
     stated, metric = records.from_folder(run.folder), plan.sweep.objectives[0].metric
     if stated.metrics.get(metric) != best.values[0]:  # running the same command again duplicates nothing
         run.journal.metrics({metric: float(best.values[0])}, 0)

@@ -24,7 +24,7 @@ def refusal(sections: Any) -> str:
 
 STEP = {"type": "step"}
 RULES: dict[str, tuple[Any, str]] = {
-    "stages": ({"method": {"num_stages": 2}}, "method.student_epochs_per_stage has 1 entries for method.num_stages=2"),
+    "stages": ({"method": {"num_stages": 2}}, "method.student_epochs_per_stage=[20] does not fit method.num_stages=2"),
     "cooldown": (distil(kd_cooldown_epochs=20), "method.kd_cooldown_epochs=20 leaves none of the 20 B-epochs"),
     "two-view halves": (distil(kd_two_view_start_epoch=3), "kd_two_view_stop_epoch=null: give both"),
     "two-view order": (distil(kd_two_view_start_epoch=3, kd_two_view_stop_epoch=3), "the first below the second"),
@@ -41,7 +41,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "one teacher, features": (distil(model=ONE, kd_target="avg", feat_kd_alpha=1), "method.feat_kd_alpha=1.0 fuses"),
     "no A-epochs": (distil(teacher_adapt_epochs=0), "nothing would train the fusion"),
     "idle A-step": (distil(synergy_ce_alpha=0, teacher_adapt_alpha_kd=0), "the A-step would learn nothing"),
-    "weights": (distil(teacher_weights=[1, 2, 3]), "method.teacher_weights has 3 entries for 2 teachers"),
+    "weights": (distil(teacher_weights=[1, 2, 3]), "method.teacher_weights=[1.0, 2.0, 3.0] does not fit"),
     "zero weights": (distil(teacher_weights=[0, 0]), "method.teacher_weights are all 0"),
     "auto order": (distil(kd_target="auto", kd_ens_alpha=0.9), "method.kd_ens_alpha=0.9 is above"),
     "sample ratios": (distil(kd_sample_min_ratio=0.6), "method.kd_sample_min_ratio=0.6 is above"),
@@ -69,7 +69,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "query width": (distil(ib_mbm_query_key="distill_feat", feat_kd_alpha=1, ib_mbm_query_dim=64), "set it to null"),
     "no adapter": (distil(feat_kd_alpha=1, use_distillation_adapter=False), "method.use_distillation_adapter=true"),
     "feature widths": (distil(feat_kd_alpha=1, distill_out_dim=64), "feature distillation compares vectors"),
-    "freeze length": ({"method": {"student_freeze_schedule": [-1, 2]}}, "student_freeze_schedule has 2 entries"),
+    "freeze length": ({"method": {"student_freeze_schedule": [-1, 2]}}, "student_freeze_schedule=[-1, 2] does not fit"),
     "freeze first stage": (
         {"method": {"use_partial_freeze": True, "student_freeze_schedule": [2]}}, "begin with -1"),
     "freeze level": ({"method": {"use_partial_freeze": True, "student_freeze_level": 0}}, "begin with -1"),
@@ -148,7 +148,6 @@ def test_what_the_method_allows_is_not_refused(sections: Any) -> None:
 NOTES: dict[str, tuple[Any, str]] = {
     "mixup": (distil(mixup_alpha=0.2, cutmix_alpha_distill=1), "method.mixup_alpha: method.cutmix_alpha_distill takes"),
     "min_std": (distil(ib_mbm_min_std=0.2, ib_mbm_logvar_clip=4), "method.ib_mbm_logvar_clip: its smallest sigma"),
-    "kd warm-up": (distil(kd_warmup_epochs=20), "method.kd_warmup_epochs=20: the run has 20 B-epochs"),
     "ib warm-up": (distil(ib_beta_warmup_epochs=5), "method.ib_beta_warmup_epochs=5: 5 A-epochs use"),
     "synergy only": (distil(synergy_only_epochs=5), "method.synergy_only_epochs=5: the run has 5 A-epochs, all CE"),
     "student alone": ({"method": {"kd_warmup_epochs": 3}}, "method.kd_warmup_epochs: nothing is distilled"),
@@ -184,6 +183,11 @@ def test_a_key_that_cannot_act_is_named_once(case: str) -> None:
     sections, note = NOTES[case]
     notes = inactive(Config.model_validate(sections))
     assert [n.startswith(note) for n in notes].count(True) == 1, notes
+
+
+def test_a_warm_up_as_long_as_the_run_acts() -> None:
+    """Its weight rises to the last epoch: (b + 1) / 20 (docs/method.md section 5)."""
+    assert inactive(Config.model_validate(distil(kd_warmup_epochs=20))) == inactive(Config.model_validate(distil()))
 
 
 def test_conditions_name_switches_that_exist() -> None:

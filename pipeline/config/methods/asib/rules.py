@@ -38,7 +38,8 @@ def _targets(m: Any, config: Any) -> Iterator[str]:
     teachers = config.model.teachers
     if m.teacher_weights != "equal" and teachers:
         if len(m.teacher_weights) != len(teachers):
-            yield f"method.teacher_weights has {len(m.teacher_weights)} entries for {len(teachers)} teachers"
+            given = f"method.teacher_weights={list(m.teacher_weights)}"
+            yield f"{given} does not fit: give one for each of {len(teachers)} teachers"
         if sum(m.teacher_weights) == 0:
             yield "method.teacher_weights are all 0: at least one must be above"
     if m.kd_target == "auto" and m.kd_ens_alpha > m.kd_ens_alpha_max:

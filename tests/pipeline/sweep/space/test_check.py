@@ -83,7 +83,7 @@ def test_every_sweep_fits_the_quickstart(name: str, caplog: pytest.LogCaptureFix
         ("method.tau", one_of(1, 0), "space.method.tau.choices.1=0: method.tau: got 0; give a number above 0"),
         ("method.tau", {"type": "grid", "values": [1, "x"]}, "space.method.tau.values.1=x: method.tau: got 'x'"),
         ("method.kd_target", one_of("avg", "synergi"), "(did you mean synergy?)"),
-        ("method.student_epochs_per_stage", one_of([3, 3], [3]), "has 2 entries for method.num_stages=4"),
+        ("method.student_epochs_per_stage", one_of([3, 3], [3]), "=[3, 3] does not fit method.num_stages=4"),
         ("method.ib_mbm_n_head", one_of(4, 5), "method.ib_mbm_out_dim=64 is not divisible by method.ib_mbm_n_head=5"),
         ("method.enable_kd_after_syn_acc", one_of(0.5, "avg+0", "avg"), "the same configuration as with choices.1"),
         ("optim.student_lr", ranged(1e-9, 1e-2, log=True), "schedule.min_lr=1e-06 is above optim.student_lr=1e-09"),
