@@ -39,8 +39,6 @@ def check_there(config: Config, step: str) -> None:
     if output_dir(config).is_file():
         raise UserError(f"output_dir={config.output_dir}: cannot write there (it is a file); choose another folder")
     check_data(config.dataset)
-    if config.student is not None and not is_uri(config.student) and not user_path(config.student, "student").exists():
-        raise UserError(f"student={config.student}: no such file or folder")
     for key, text in checkpoints.items() if step in DISTILLING and config.method.taught else ():
         if text is not None and not text.startswith("runs:/"):
             check_file(text, f"{key}={text}")

@@ -17,7 +17,6 @@ from pipeline.data.batches import EvalBatches
 from pipeline.data.image_files import Images
 from pipeline.data.sources import ImageData
 from pipeline.errors import UserError
-from pipeline.files import warn_once
 from pipeline.training.devices import device_of as device_of
 from pipeline.training.rng import Streams
 
@@ -112,21 +111,15 @@ def load(net: FeatureNet, path: Path, key: str, data: ImageData) -> dict[str, An
     """Fill a network from a checkpoint file; return the file's metadata.
 
     Classes that the file records must be the data's, in its order; a recorded mean and deviation must equal those
-    that the data is prepared with. For a file that records none, a line says how its images are prepared here.
-
-    Raises UserError, which names `key`.
+    that the data is prepared with. Raises UserError, which names `key`.
     """
     with user_error(key):
-        record = weights.read_metadata(path)
-        check_prepared(record, data)
-        loaded = weights.load_weights(net, path, classes=data.classes)
-    if not record.get("mean"):
-        warn_once(f"{key}: {_preparation(net, data)}")
-    return loaded
+        check_prepared(weights.read_metadata(path), data)
+        return weights.load_weights(net, path, classes=data.classes)
 
 
-def _preparation(net: FeatureNet, data: ImageData) -> str:
-    """How a network gets its images that may have been trained with others, and by whose hand its stem is."""
+def preparation(net: FeatureNet, data: ImageData) -> str:
+    """What to say of weights without a record: how their images are prepared here, and whether the stem is timm's."""
     mean, std = (f"[{', '.join(f'{value:.4g}' for value in values)}]" for values in (data.mean, data.std))
     said = f"the file does not say how its images were prepared; here with mean {mean} and deviation {std}"
     if data.crop_pct is not None:

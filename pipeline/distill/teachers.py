@@ -182,6 +182,8 @@ def _obtain(run: Run, config: Config, data: ImageData, index: int, net: FeatureN
         key = f"{path} (delete it to fine-tune again)"
         made_by = (read_state(kept.with_suffix(".json")) or {}).get("journal")
     metadata = networks.load(net, path, key, data)
+    if not metadata.get("mean"):
+        logger.info("teacher %d: %s", index, networks.preparation(net, data))
     return _ready(config, data, index, net, made_by, networks.saw_validation(metadata, config, data))
 
 

@@ -181,6 +181,8 @@ def subject(run: Run, data: ImageData, request: Request, source: Source | None =
         members = teachers.obtain(run, data, student)
     elif request.teachers == "auto":
         members = _at_hand(run, data, student)
+    if wanted and not record.get("mean"):
+        logger.info("%s: %s", key, networks.preparation(student, data))
     return Subject(config, data, mode, student, source if wanted else None, record, members, fusion)
 
 
