@@ -1,16 +1,16 @@
-"""The records behind docs/results.md, and its tables and pictures from them.
+"""The records behind docs/results.md and README.md, and their tables and pictures from them.
 
     python -m benchmarks.evidence collect <folder> [<folder> …]   # finished runs at or below each folder
     python -m benchmarks.evidence render
 
 A record is a JSON file beside this one: configuration, tags (hash, identity, digests), every metric by epoch, which
-test images were classified correctly (packed bits), and the machine. Nothing on the page is typed by hand between the
+test images were classified correctly (packed bits), and the machine. Nothing on a page is typed by hand between the
 markers `<!-- evidence: <part> -->` and `<!-- end -->`.
 """
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pipeline.runs import records
 from pipeline.runs.records import Record
 
 FOLDER = Path(__file__).resolve().parent
-PAGE = REPOSITORY / "docs" / "results.md"
+PAGES = (REPOSITORY / "docs" / "results.md", REPOSITORY / "README.md")
 UNNEEDED = ("mlflow.",)
 """Prefixes of tags that only the tracking server's pages use."""
 
@@ -85,15 +85,17 @@ def read(path: Path) -> Record:
     return Record(**{name: values[name] for name in Record.__dataclass_fields__})
 
 
-def rendered(page: str, folder: Path = FOLDER) -> tuple[str, dict[str, bytes]]:
-    """The page with its parts made anew from the records, and the pictures that it shows, by their names."""
+def rendered(pages: Sequence[str], folder: Path = FOLDER) -> tuple[list[str], dict[str, bytes]]:
+    """The pages with their parts made anew from the records, and the pictures that they show, by their names."""
     runs = [*map(read, sorted(folder.glob("*.json")))]
     searched = [run for run in runs if report.STUDY in run.tags]
     found = report.against("kd", [run for run in runs if run.correct is not None and run not in searched])
     parts = {name: make(found) for name, make in report.PARTS.items()} | {"sweeps": report.sweeps(searched)}
+    made = list(pages)
     for name, text in parts.items():
-        page = placed(page, text, f"<!-- evidence: {name} -->", "<!-- end -->")
-    return page, {name: draw(found) for name, draw in report.PICTURES.items()}
+        mark = f"<!-- evidence: {name} -->"
+        made = [placed(page, text, mark, "<!-- end -->") if mark in page else page for page in made]
+    return made, {name: draw(found) for name, draw in report.PICTURES.items()}
 
 
 def main() -> None:
@@ -105,10 +107,11 @@ def main() -> None:
         for path in (path for folder in options.folders for path in collect(folder)):
             print(path)
         return
-    page, pictures = rendered(PAGE.read_text())
-    PAGE.write_text(page)
+    pages, pictures = rendered([page.read_text() for page in PAGES])
+    for page, text in zip(PAGES, pages, strict=True):
+        page.write_text(text)
     for name, image in pictures.items():
-        (PAGE.parent / name).write_bytes(image)
+        (PAGES[0].parent / name).write_bytes(image)
 
 
 if __name__ == "__main__":

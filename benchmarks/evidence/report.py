@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import mean, median
 
 from pipeline.compare import report as comparisons
-from pipeline.compare.compare import Comparison, compare
+from pipeline.compare.compare import ACCURACY, Comparison, compare
 from pipeline.compare.pools import Group
 from pipeline.reporting import tables
-from pipeline.runs.records import Record
+from pipeline.runs.records import ALONE, Record
 
 READINGS = {
     "synergy/acc": "synergy",
@@ -37,6 +37,21 @@ def against(baseline: str, runs: Sequence[Record]) -> Comparison:
 def accuracy(found: Comparison) -> str:
     """Accuracy of every row, and its difference to distillation from the better teacher alone."""
     return _columns(found, "seeds", "acc", "last", "val acc", "vs kd")
+
+
+def short(found: Comparison) -> str:
+    """What README shows: accuracies, and the mean difference to the student alone on the seeds that both have."""
+    alone = {run.seed: run for group in found.groups if group.name == ALONE for run in group.records}
+    rows = []
+    for group in sorted(found.groups, key=lambda one: one.mean(ACCURACY)):
+        both = [
+            (run.metrics[ACCURACY], alone[run.seed].metrics[ACCURACY]) for run in group.records if run.seed in alone
+        ]
+        teachers = [name for name in group.facts["teachers"].split(",") if name not in ("", "none")]
+        gain = f"{mean(one - other for one, other in both):+.1f}" if both and group.name != ALONE else ""
+        accuracy = comparisons.with_deviation(group.mean(ACCURACY), group.std(ACCURACY))
+        rows.append([group.name, str(len(teachers)), str(len(group.records)), accuracy, gain])
+    return tables.markdown(["row", "teachers", "seeds", "test top-1 in %", "to the student alone"], rows)
 
 
 def several(found: Comparison) -> str:
@@ -100,6 +115,7 @@ def commands(found: Comparison) -> str:
 
 
 PARTS: dict[str, Callable[[Comparison], str]] = {
+    "short": short,
     "accuracy": accuracy,
     "several": several,
     "cost": cost,
