@@ -11,8 +11,10 @@ from pipeline.reporting import tables
 from pipeline.runs.records import ALONE, Record
 
 READINGS = {
-    "synergy/acc": "synergy",
-    "teacher/avg_acc": "averaged teachers",
+    "final/synergy_acc": "synergy, test",
+    "final/teacher_avg_acc": "averaged teachers, test",
+    "synergy/acc": "synergy, validation †",
+    "b_step/target_entropy": "entropy of the target at τ, nats",
     "a_step/sigma": "mean σ",
     "a_step/raw_kl": "KL per dimension",
     "a_step/cw_mean": "certainty weight",
