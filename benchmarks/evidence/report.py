@@ -49,16 +49,20 @@ def short(found: Comparison) -> str:
         both = [
             (run.metrics[ACCURACY], alone[run.seed].metrics[ACCURACY]) for run in group.records if run.seed in alone
         ]
-        teachers = [name for name in group.facts["teachers"].split(",") if name not in ("", "none")]
         gain = f"{mean(one - other for one, other in both):+.1f}" if both and group.name != ALONE else ""
         accuracy = comparisons.with_deviation(group.mean(ACCURACY), group.std(ACCURACY))
-        rows.append([group.name, str(len(teachers)), str(len(group.records)), accuracy, gain])
+        rows.append([group.name, str(_teachers(group.records[0])), str(len(group.records)), accuracy, gain])
     return tables.markdown(["row", "teachers", "seeds", "test top-1 in %", "to the student alone"], rows)
+
+
+def _teachers(run: Record) -> int:
+    hashes = run.tags["asib.teachers"]
+    return 0 if hashes == "none" else len(hashes.split(","))
 
 
 def several(found: Comparison) -> str:
     """Rows of two teachers against equal weights for them."""
-    chosen = [run for group in found.groups for run in group.records if len(run.tags["asib.teachers"].split(",")) > 1]
+    chosen = [run for group in found.groups for run in group.records if _teachers(run) > 1]
     return _columns(against("aver", chosen), "seeds", "acc", "vs aver") if chosen else NOT_YET
 
 
@@ -108,7 +112,7 @@ def commands(found: Comparison) -> str:
     for group in found.groups:
         first = group.records[0]
         commits = dict.fromkeys(run.tags["asib.git_sha"][:10] for run in group.records)
-        table = "evidence" if len(group.facts["teachers"].split(",")) > 1 else "evidence_single"
+        table = "evidence" if _teachers(first) > 1 else "evidence_single"
         chosen = f"methods={group.label} table.baseline={group.label} seeds=0"
         own = f"python -m steps.table table={table} {chosen} threads=1 dataset.root=<folder>"
         repeated = own if "asib.row" in first.tags else first.tags["asib.command"]
