@@ -3,10 +3,13 @@
 import json
 from collections.abc import Callable, Sequence
 from statistics import mean, median
+from typing import Any
 
+from pipeline import yaml_data
 from pipeline.compare import report as comparisons
 from pipeline.compare.compare import ACCURACY, Comparison, compare
 from pipeline.compare.pools import Group
+from pipeline.compose.groups import locate
 from pipeline.reporting import tables
 from pipeline.runs.records import ALONE, Record
 
@@ -26,6 +29,8 @@ READINGS = {
 """What a fusion's run says about itself (docs/tracking.md), and what the page calls it."""
 
 NOT_YET = "Not measured yet."
+TABLES = ("evidence", "evidence_single", "evidence_followups")
+"""The tables whose rows the page shows."""
 STUDY, TRIAL = "asib.study", "asib.trial"
 """Tags of a sweep and its trials."""
 
@@ -44,14 +49,14 @@ def accuracy(found: Comparison) -> str:
 def short(found: Comparison) -> str:
     """What README shows: accuracies, and the mean difference to the student alone on the seeds that both have."""
     alone = {run.seed: run for group in found.groups if group.name == ALONE for run in group.records}
-    rows = []
+    rows, names = [], comparisons.names_of(found.groups)
     for group in sorted(found.groups, key=lambda one: one.mean(ACCURACY)):
         both = [
             (run.metrics[ACCURACY], alone[run.seed].metrics[ACCURACY]) for run in group.records if run.seed in alone
         ]
         gain = f"{mean(one - other for one, other in both):+.1f}" if both and group.name != ALONE else ""
         accuracy = comparisons.with_deviation(group.mean(ACCURACY), group.std(ACCURACY))
-        rows.append([group.name, str(_teachers(group.records[0])), str(len(group.records)), accuracy, gain])
+        rows.append([names[group.name], str(_teachers(group.records[0])), str(len(group.records)), accuracy, gain])
     return tables.markdown(["row", "teachers", "seeds", "test top-1 in %", "to the student alone"], rows)
 
 
@@ -73,7 +78,7 @@ def cost(found: Comparison) -> str:
 
 
 def _columns(found: Comparison, *names: str) -> str:
-    shown = comparisons.shown(found)
+    shown = comparisons.shown(found).rename(index=comparisons.names_of(found.groups))
     head = [name for name in names if name in shown]
     rows = zip(shown.index, shown[head].to_numpy().tolist(), strict=True)
     return tables.markdown(["row", *head], [[str(row), *cells] for row, cells in rows])
@@ -108,16 +113,25 @@ def sweeps(runs: Sequence[Record]) -> str:
 
 def commands(found: Comparison) -> str:
     """How each row is repeated, with the seeds and the commit of its records."""
-    rows = []
+    of = {method: table for table in reversed(TABLES) for method in _methods(table)}
+    usual = next((group.epochs for group in found.groups), 0)
+    rows, names = [], comparisons.names_of(found.groups)
     for group in found.groups:
         first = group.records[0]
         commits = dict.fromkeys(run.tags["asib.git_sha"][:10] for run in group.records)
-        table = "evidence" if _teachers(first) > 1 else "evidence_single"
         chosen = f"methods={group.label} table.baseline={group.label} seeds=0"
-        own = f"python -m steps.table table={table} {chosen} threads=1 dataset.root=<folder>"
+        longer = "" if group.epochs == usual else f" method.student_epochs_per_stage=[{group.epochs}]"
+        own = f"python -m steps.table table={of.get(group.label)} {chosen}{longer} threads=1 dataset.root=<folder>"
         repeated = own if "asib.row" in first.tags else first.tags["asib.command"]
-        rows.append([group.name, ", ".join(map(str, group.seeds)), ", ".join(commits), f"`{repeated}`"])
+        rows.append([names[group.name], ", ".join(map(str, group.seeds)), ", ".join(commits), f"`{repeated}`"])
     return tables.markdown(["row", "seeds", "commit", "command"], rows, left=4)
+
+
+def _methods(table: str) -> dict[str, Any]:
+    """The rows of a table's file."""
+    file = locate("table", table)
+    methods: dict[str, Any] = yaml_data.parse(yaml_data.text_of(file, table), table)["methods"]
+    return methods
 
 
 PARTS: dict[str, Callable[[Comparison], str]] = {

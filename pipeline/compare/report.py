@@ -143,7 +143,7 @@ def _below(found: Comparison) -> list[str]:
     return [*said, f"intervals and p: {found.conditions}"]
 
 
-def _in_pair(groups: Sequence[Group]) -> dict[str, str]:
+def names_of(groups: Sequence[Group]) -> dict[str, str]:
     """Each group's name -> what it is called within its pair: its label, with its epochs where another has the same."""
     labels, timed = [g.label for g in groups], [f"{g.label}, {g.epochs} epochs" for g in groups]
     usual = {g.label: g.epochs for g in reversed(groups)}  # the first one of a label is the one that others share
@@ -159,7 +159,7 @@ def _in_pair(groups: Sequence[Group]) -> dict[str, str]:
 
 def matrix(found: Comparison) -> pd.DataFrame:
     """Methods by pairs: `71.20 ± 0.31 (3)`, with the number of seeds."""
-    names = {pair: _in_pair(groups) for pair, groups in found.pairs.items()}
+    names = {pair: names_of(groups) for pair, groups in found.pairs.items()}
     rows = dict.fromkeys(name for of in names.values() for name in of.values())
     cells = {
         pair: {
@@ -185,7 +185,7 @@ def text(found: Comparison) -> str:
 
 
 def _pair_text(found: Comparison, pair: str, groups: Sequence[Group]) -> list[str]:
-    names = _in_pair(groups)
+    names = names_of(groups)
     table = found.table.loc[list(names)]
     all_shown = shown(found)
     rows = all_shown.loc[list(names)]
@@ -247,7 +247,7 @@ def latex(found: Comparison) -> str:
     rows = shown(found)
     compared = _compared(found.table)
     for pair, groups in found.pairs.items():
-        names = _in_pair(groups)
+        names = names_of(groups)
         table = rows.loc[list(names), [c for c in rows.columns if c in (*wanted, *compared)]].rename(index=names)
         parts.append(_tabular(pair, table))
     return "\n\n".join([*parts, *(f"% {escape.latex(line)}" for line in (*found.notes, *_below(found)))]) + "\n"
@@ -352,7 +352,7 @@ def cost_picture(found: Comparison) -> bytes:
     lines = math.ceil(len(found.pairs) / columns)
     made, axes = figures.figure(lines, columns, 6.5 * columns, 4.8 * lines, squeeze=False)
     for axis, (pair, groups) in zip(axes.flat, found.pairs.items(), strict=False):
-        for name, group in zip(_in_pair(groups).values(), groups, strict=True):
+        for name, group in zip(names_of(groups).values(), groups, strict=True):
             known = [r.correct for r in group.records if r.correct is not None]
             cost, mean = group.mean(GMACS), group.mean(ACCURACY)
             if math.isnan(cost):
