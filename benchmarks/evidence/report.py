@@ -3,13 +3,10 @@
 import json
 from collections.abc import Callable, Sequence
 from statistics import mean, median
-from typing import Any
 
-from pipeline import yaml_data
 from pipeline.compare import report as comparisons
 from pipeline.compare.compare import ACCURACY, Comparison, compare
 from pipeline.compare.pools import Group
-from pipeline.compose.groups import locate
 from pipeline.reporting import tables
 from pipeline.runs.records import ALONE, Record
 
@@ -29,8 +26,6 @@ READINGS = {
 """What a fusion's run says about itself (docs/tracking.md), and what the page calls it."""
 
 NOT_YET = "Not measured yet."
-TABLES = ("evidence", "evidence_single", "evidence_followups")
-"""The tables whose rows the page shows."""
 STUDY, TRIAL = "asib.study", "asib.trial"
 """Tags of a sweep and its trials."""
 
@@ -113,25 +108,18 @@ def sweeps(runs: Sequence[Record]) -> str:
 
 def commands(found: Comparison) -> str:
     """How each row is repeated, with the seeds and the commit of its records."""
-    of = {method: table for table in reversed(TABLES) for method in _methods(table)}
     usual = next((group.epochs for group in found.groups), 0)
     rows, names = [], comparisons.names_of(found.groups)
     for group in found.groups:
         first = group.records[0]
         commits = dict.fromkeys(run.tags["asib.git_sha"][:10] for run in group.records)
+        table = "evidence" if _teachers(first) > 1 else "evidence_single"
         chosen = f"methods={group.label} table.baseline={group.label} seeds=0"
         longer = "" if group.epochs == usual else f" method.student_epochs_per_stage=[{group.epochs}]"
-        own = f"python -m steps.table table={of.get(group.label)} {chosen}{longer} threads=1 dataset.root=<folder>"
+        own = f"python -m steps.table table={table} {chosen}{longer} threads=1 dataset.root=<folder>"
         repeated = own if "asib.row" in first.tags else first.tags["asib.command"]
         rows.append([names[group.name], ", ".join(map(str, group.seeds)), ", ".join(commits), f"`{repeated}`"])
     return tables.markdown(["row", "seeds", "commit", "command"], rows, left=4)
-
-
-def _methods(table: str) -> dict[str, Any]:
-    """The rows of a table's file."""
-    file = locate("table", table)
-    methods: dict[str, Any] = yaml_data.parse(yaml_data.text_of(file, table), table)["methods"]
-    return methods
 
 
 PARTS: dict[str, Callable[[Comparison], str]] = {
