@@ -22,7 +22,6 @@ from benchmarks import harness
 from benchmarks.evidence import report
 from benchmarks.render import placed
 from pipeline.compare.compare import ACCURACY
-from pipeline.compare.pools import Group
 from pipeline.paths import REPOSITORY
 from pipeline.runs import records
 from pipeline.runs.records import Record
@@ -63,16 +62,12 @@ def _name(run: Record) -> str:
     if report.STUDY in run.tags:
         return run.tags[report.STUDY] + (f"-trial{int(run.tags[report.TRIAL]):02}" if report.TRIAL in run.tags else "")
     teacher = run.tags["asib.step"] == "finetune"
-    row = f"{run.name.split()[1]}-{run.config['finetune.epochs']}" if teacher else f"{run.label}-{_epochs(run)}"
+    row = f"{run.name.split()[1]}-{run.config['finetune.epochs']}" if teacher else f"{run.label}-{report.epochs(run)}"
     return f"{row}-s{run.seed}-{run.tags['asib.identity'][:8]}"
 
 
 def _packed(correct: NDArray[np.bool_]) -> str:
     return base64.b64encode(np.packbits(correct).tobytes()).decode()
-
-
-def _epochs(run: Record) -> int:
-    return Group(run.label, (run,)).epochs
 
 
 def read(path: Path) -> Record:
@@ -85,17 +80,21 @@ def read(path: Path) -> Record:
     return Record(**{name: values[name] for name in Record.__dataclass_fields__})
 
 
-def rendered(pages: Sequence[str], folder: Path = FOLDER) -> tuple[list[str], dict[str, bytes]]:
-    """The pages with their parts made anew from the records, and the pictures that they show, by their names."""
+def rendered(pages: Sequence[str], folder: Path = FOLDER) -> list[str]:
+    """The pages with their parts made anew from the records; ValueError where a part has no place, or two."""
+    made = list(pages)
+    for name, text in report.parts(*_rows(folder)).items():
+        mark = f"<!-- evidence: {name} -->"
+        (at,) = (k for k, page in enumerate(made) for _ in range(page.count(mark)))
+        made[at] = placed(made[at], text, mark, "<!-- end -->")
+    return made
+
+
+def _rows(folder: Path) -> tuple[list[Record], list[Record]]:
+    """The rows' runs, and those that belong to sweeps."""
     runs = [*map(read, sorted(folder.glob("*.json")))]
     searched = [run for run in runs if report.STUDY in run.tags]
-    found = report.against("kd", [run for run in runs if run.correct is not None and run not in searched])
-    parts = {name: make(found) for name, make in report.PARTS.items()} | {"sweeps": report.sweeps(searched)}
-    made = list(pages)
-    for name, text in parts.items():
-        mark = f"<!-- evidence: {name} -->"
-        made = [placed(page, text, mark, "<!-- end -->") if mark in page else page for page in made]
-    return made, {name: draw(found) for name, draw in report.PICTURES.items()}
+    return [run for run in runs if run.correct is not None and run not in searched], searched
 
 
 def main() -> None:
@@ -107,10 +106,9 @@ def main() -> None:
         for path in (path for folder in options.folders for path in collect(folder)):
             print(path)
         return
-    pages, pictures = rendered([page.read_text() for page in PAGES])
-    for page, text in zip(PAGES, pages, strict=True):
+    for page, text in zip(PAGES, rendered([page.read_text() for page in PAGES]), strict=True):
         page.write_text(text)
-    for name, image in pictures.items():
+    for name, image in report.pictures(_rows(FOLDER)[0]).items():
         (PAGES[0].parent / name).write_bytes(image)
 
 

@@ -1,8 +1,8 @@
 """What docs/results.md shows of the records: tables in Markdown, and pictures."""
 
 import json
-from collections.abc import Callable, Sequence
-from statistics import mean, median
+from collections.abc import Sequence
+from statistics import mean, median, mode
 
 from pipeline.compare import report as comparisons
 from pipeline.compare.compare import ACCURACY, Comparison, compare
@@ -36,6 +36,17 @@ def against(baseline: str, runs: Sequence[Record]) -> Comparison:
     return compare(runs, anyway=True, baseline=baseline if there else None)
 
 
+def first(runs: Sequence[Record]) -> list[Record]:
+    """The rows of the first question: none tuned, and as many student epochs as most."""
+    usual = mode(map(epochs, runs))
+    return [run for run in runs if not run.label.endswith("_tuned") and epochs(run) == usual]
+
+
+def epochs(run: Record) -> int:
+    """The student's epochs."""
+    return Group(run.label, (run,)).epochs
+
+
 def accuracy(found: Comparison) -> str:
     """Accuracy of every row, and its difference to distillation from the better teacher alone."""
     return _columns(found, "seeds", "acc", "last", "val acc", "vs kd")
@@ -45,7 +56,7 @@ def short(found: Comparison) -> str:
     """What README shows: accuracies, and the mean difference to the student alone on the seeds that both have."""
     alone = {run.seed: run for group in found.groups if group.name == ALONE for run in group.records}
     rows, names = [], comparisons.names_of(found.groups)
-    for group in sorted(found.groups, key=lambda one: one.mean(ACCURACY)):
+    for group in sorted(found.groups, key=_accuracy):
         both = [
             (run.metrics[ACCURACY], alone[run.seed].metrics[ACCURACY]) for run in group.records if run.seed in alone
         ]
@@ -66,17 +77,35 @@ def several(found: Comparison) -> str:
     return _columns(against("aver", chosen), "seeds", "acc", "vs aver") if chosen else NOT_YET
 
 
+def tuned(runs: Sequence[Record]) -> str:
+    """Both methods with the values that their sweeps chose, and as they were before, against the tuned baseline."""
+    chosen = [run for run in runs if run.label in ("aver", "aver_tuned", "asib_l1d_free", "asib_tuned")]
+    there = any(run.label == "aver_tuned" for run in chosen)
+    return _columns(against("aver_tuned", chosen), "seeds", "acc", "vs aver_tuned") if there else NOT_YET
+
+
+def equal_cost(runs: Sequence[Record]) -> str:
+    """The student alone, also trained until it costs as much as the best row, against that row."""
+    chosen = [run for run in runs if run.label in ("aver", ALONE)]
+    return _columns(against("aver", chosen), "seeds", "acc", "GMACs", "vs aver")
+
+
 def cost(found: Comparison) -> str:
     """What a run of every row costs."""
-    columns = list(comparisons.shown(found).columns)
-    return _columns(found, *columns[columns.index("student updates") :])
+    passes = [f"images {net}" for net in ("student", "teacher_0", "teacher_1", "fusion")]
+    return _columns(found, "student updates", "fusion updates", *passes, "GMACs", "seconds")
 
 
 def _columns(found: Comparison, *names: str) -> str:
-    shown = comparisons.shown(found).rename(index=comparisons.names_of(found.groups))
+    """Rows by accuracy, the lowest first, with some of a comparison's columns."""
+    shown = comparisons.shown(found)
     head = [name for name in names if name in shown]
-    rows = zip(shown.index, shown[head].to_numpy().tolist(), strict=True)
-    return tables.markdown(["row", *head], [[str(row), *cells] for row, cells in rows])
+    called, by_accuracy = comparisons.names_of(found.groups), sorted(found.groups, key=_accuracy)
+    return tables.markdown(["row", *head], [[called[g.name], *map(str, shown.loc[g.name, head])] for g in by_accuracy])
+
+
+def _accuracy(group: Group) -> float:
+    return group.mean(ACCURACY)
 
 
 def readings(found: Comparison) -> str:
@@ -114,7 +143,7 @@ def commands(found: Comparison) -> str:
         first = group.records[0]
         commits = dict.fromkeys(run.tags["asib.git_sha"][:10] for run in group.records)
         table = "evidence" if _teachers(first) > 1 else "evidence_single"
-        chosen = f"methods={group.label} table.baseline={group.label} seeds=0"
+        chosen = f"methods={group.label} table.baseline={group.label} seeds={group.seeds[0]}"
         longer = "" if group.epochs == usual else f" method.student_epochs_per_stage=[{group.epochs}]"
         own = f"python -m steps.table table={table} {chosen}{longer} threads=1 dataset.root=<folder>"
         repeated = own if "asib.row" in first.tags else first.tags["asib.command"]
@@ -122,15 +151,28 @@ def commands(found: Comparison) -> str:
     return tables.markdown(["row", "seeds", "commit", "command"], rows, left=4)
 
 
-PARTS: dict[str, Callable[[Comparison], str]] = {
-    "short": short,
-    "accuracy": accuracy,
-    "several": several,
-    "cost": cost,
-    "readings": readings,
-    "commands": commands,
-}
-PICTURES: dict[str, Callable[[Comparison], bytes]] = {
-    "results.png": comparisons.picture,
-    "results_cost.png": comparisons.cost_picture,
-}
+def parts(runs: Sequence[Record], searched: Sequence[Record]) -> dict[str, str]:
+    """Every part of the pages, by its name, of the rows' runs and of those that belong to sweeps.
+
+    What was asked after the first rows (equal cost, tuned values) is a family of its own for Holm's adjustment.
+    """
+    one, every = against("kd", first(runs)), against(ALONE, runs)
+    return {
+        "short": short(every),
+        "accuracy": accuracy(one),
+        "several": several(one),
+        "cost": cost(one),
+        "equal cost": equal_cost(runs),
+        "readings": readings(every),
+        "sweeps": sweeps(searched),
+        "tuned": tuned(runs),
+        "commands": commands(every),
+    }
+
+
+def pictures(runs: Sequence[Record]) -> dict[str, bytes]:
+    """The pictures that the pages show, by their names."""
+    return {
+        "results.png": comparisons.picture(against("kd", first(runs))),
+        "results_cost.png": comparisons.cost_picture(against(ALONE, runs)),
+    }
