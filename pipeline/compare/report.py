@@ -352,6 +352,7 @@ def cost_picture(found: Comparison) -> bytes:
     lines = math.ceil(len(found.pairs) / columns)
     made, axes = figures.figure(lines, columns, 6.5 * columns, 4.8 * lines, squeeze=False)
     for axis, (pair, groups) in zip(axes.flat, found.pairs.items(), strict=False):
+        ranked = sorted(groups, key=lambda group: group.mean(ACCURACY))
         for name, group in zip(names_of(groups).values(), groups, strict=True):
             known = [r.correct for r in group.records if r.correct is not None]
             cost, mean = group.mean(GMACS), group.mean(ACCURACY)
@@ -361,9 +362,18 @@ def cost_picture(found: Comparison) -> bytes:
             ends = statistics.interval(100.0 * np.stack(known).astype(np.float64))[1:] if same else (mean, mean)
             below, above = (max(0.0, mean - ends[0]), max(0.0, ends[1] - mean))
             axis.errorbar(cost, mean, yerr=[[below], [above]], marker="o", capsize=3, ls="")
-            axis.annotate(f" {name} ({len(group.records)})", (cost, mean), fontsize=8)
+            left = ranked.index(group) % 2  # neighbours in accuracy often cost the same: one name on either side
+            axis.annotate(
+                f"{name} ({len(group.records)})",
+                (cost, mean),
+                xytext=(-6 if left else 6, 0),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="center",
+                fontsize=8,
+            )
         axis.set(title=pair, xlabel="10⁹ multiply-accumulates of a run", ylabel="test top-1 in %")
-        axis.margins(x=0.15)
+        axis.margins(x=0.3)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(found.pairs) :]:
         axis.set_axis_off()
