@@ -130,8 +130,10 @@ def sweeps(runs: Sequence[Record]) -> str:
         chosen = json.loads(study.tags["asib.best_params"])
         values = ", ".join(f"`{key.removeprefix('method.')}` {value:.3g}" for key, value in chosen.items())
         pruned = len(trials) - len(ended)
-        rows.append([study.label, str(len(trials)), str(pruned), f"{median(ended):.2f}", f"{max(ended):.2f}", values])
-    head = ["method", "trials", "of them pruned", "median val acc", "best val acc", "best values"]
+        kept = trials[0].config.get("method.tau_syn", "null")
+        method = trials[0].label + ("" if kept == "null" else f", tau_syn={float(kept):g}")
+        rows.append([method, str(len(trials)), str(pruned), f"{median(ended):.2f}", f"{max(ended):.2f}", values])
+    head = ["method", "trials", "of them pruned", "median of the finished", "best val acc", "best values"]
     return tables.markdown(head, rows) if rows else NOT_YET
 
 

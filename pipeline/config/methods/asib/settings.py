@@ -115,7 +115,7 @@ class AsibConfig(MethodConfig):
     tau_schedule: tuple[Positive, Positive] | None = key(
         None, "[start, end] of a temperature that is linear over the run", when=distilled
     )
-    tau_syn: Positive = key(4.0, "temperature of synergy targets", when=fused)
+    tau_syn: Positive | None = key(4.0, "temperature of synergy targets; null: that of distillation", when=fused)
     synergy_logit_scale: Positive = key(1.0, "factor on the synergy head's logits", when=fused)
     use_mu_for_kd: bool = key(
         True, "compute synergy targets from the mean of z; false: from a sample of z", when=(fused, "use_ib")

@@ -87,12 +87,13 @@ class BStep(StudentStep):
             assert fusion is not None
             fused = fusion(query, [s.feat_2d for s in seen], eps, sample="never" if eps is None else "always")
             syn = self.compared(fused.logits)
+        tau_syn = self.weights.tau if m.tau_syn is None else m.tau_syn
         if m.kd_target == "auto_min" and syn is not None:
             average = samples.averaged(logits, m.averaging_weights, self.weights.tau)
-            picked, guard = targets.best_of(targets.synergy(syn, m.tau_syn), average, y)
+            picked, guard = targets.best_of(targets.synergy(syn, tau_syn), average, y)
         found: Lesson = {}
         if m.kd_alpha > 0:
-            found["p"] = self._target(logits, syn, picked, self.weights.tau, m.tau_syn)
+            found["p"] = self._target(logits, syn, picked, self.weights.tau, tau_syn)
             if guard is not None:
                 found["guard"] = guard.float()
         if self._weighs_uncertainty():

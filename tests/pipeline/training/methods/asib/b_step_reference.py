@@ -100,21 +100,21 @@ class Reference:
                 ps = [(r / tau).softmax(0) for r in rows]
                 return sum(p.max() * p for p in ps) / sum(p.max() for p in ps)
 
-            label = int(y[i])
+            label, tau_syn = int(y[i]), w.tau if m.tau_syn is None else m.tau_syn
             one: dict[str, Any] = {"avg": average(w.tau), "guard": 1.0}
             if m.kd_target == "weighted_conf":
                 one |= {"p": confident(w.tau), "sure": confident(1.0)}
             elif m.kd_target == "avg" or syn is None:
                 one |= {"p": average(w.tau), "sure": average(1.0)}
             elif m.kd_target == "auto_min":
-                a, s = average(w.tau), (syn[i] / m.tau_syn).softmax(0)
+                a, s = average(w.tau), (syn[i] / tau_syn).softmax(0)
                 takes_synergy = -s[label].log() <= -a[label].log()
                 one |= {"p": s if takes_synergy else a}
                 one |= {"sure": syn[i].softmax(0) if takes_synergy else average(1.0)}
                 one["guard"] = float(int(s.argmax()) == label or int(a.argmax()) == label)
             else:
                 c = w.averaged_share
-                one |= {"p": (1 - c) * (syn[i] / m.tau_syn).softmax(0) + c * average(w.tau)}
+                one |= {"p": (1 - c) * (syn[i] / tau_syn).softmax(0) + c * average(w.tau)}
                 one |= {"sure": (1 - c) * syn[i].softmax(0) + c * average(1.0)}
             if syn is not None:
                 one["mu"] = mu[i]

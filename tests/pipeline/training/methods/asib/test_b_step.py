@@ -68,6 +68,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "synergy, hybrid, shares": ("mixup", {"hybrid_beta": 0.7}, {"averaged_share": 0.3, "scale": 0.6}),
     "closed gate": ("cutmix", {"kd_target": "auto", **FEATURES}, {"synergy": False, "averaged_share": 1.0}),
     "auto": ("cutmix", {"kd_target": "auto", "kd_uncertainty_weight": 0.5}, {"averaged_share": 0.4}),
+    "auto, one temperature": ("plain", {"kd_target": "auto", "tau_syn": None, "tau": 3.0}, {"averaged_share": 0.4}),
+    "auto_min, one temperature": ("plain", {"kd_target": "auto_min", "tau_syn": None, "tau": 3.0}, {}),
     "auto_min": ("plain", {"kd_target": "auto_min", "kd_uncertainty_weight": 0.9}, {}),
     "auto_min, clean": ("cutmix", {"kd_target": "auto_min", "kd_uncertainty_weight": 0.9}, {}),
     "auto_min, mixed view": ("mixup", {"kd_target": "auto_min", "kd_view": "mixed"}, {}),
