@@ -26,6 +26,8 @@ READINGS = {
 """What a fusion's run says about itself (docs/tracking.md), and what the page calls it."""
 
 NOT_YET = "Not measured yet."
+SUGGESTED = ("_free", "_sharp", "_tuned")
+"""How the rows end that came after the planned ones had been read."""
 STUDY, TRIAL = "asib.study", "asib.trial"
 """Tags of a sweep and its trials."""
 
@@ -37,9 +39,14 @@ def against(baseline: str, runs: Sequence[Record]) -> Comparison:
 
 
 def first(runs: Sequence[Record]) -> list[Record]:
-    """The rows of the first question: none tuned, and as many student epochs as most."""
+    """The planned rows: none that the readings or a sweep suggested, and as many student epochs as most."""
+    return [run for run in short_ones(runs) if not run.label.endswith(SUGGESTED)]
+
+
+def short_ones(runs: Sequence[Record]) -> list[Record]:
+    """The rows with as many student epochs as most."""
     usual = mode(map(epochs, runs))
-    return [run for run in runs if not run.label.endswith("_tuned") and epochs(run) == usual]
+    return [run for run in runs if epochs(run) == usual]
 
 
 def epochs(run: Record) -> int:
@@ -56,7 +63,7 @@ def short(found: Comparison) -> str:
     """What README shows: accuracies, and the mean difference to the student alone on the seeds that both have."""
     alone = {run.seed: run for group in found.groups if group.name == ALONE for run in group.records}
     rows, names = [], comparisons.names_of(found.groups)
-    for group in sorted(found.groups, key=_accuracy):
+    for group in sorted(found.groups, key=_accuracy, reverse=True):
         both = [
             (run.metrics[ACCURACY], alone[run.seed].metrics[ACCURACY]) for run in group.records if run.seed in alone
         ]
@@ -71,36 +78,46 @@ def _teachers(run: Record) -> int:
     return 0 if hashes == "none" else len(hashes.split(","))
 
 
-def several(found: Comparison) -> str:
-    """Rows of two teachers against equal weights for them."""
-    chosen = [run for group in found.groups for run in group.records if _teachers(run) > 1]
-    return _columns(against("aver", chosen), "seeds", "acc", "vs aver") if chosen else NOT_YET
+def several(runs: Sequence[Record]) -> str:
+    """Planned rows of two teachers against equal weights for them."""
+    return _family("aver", [run for run in first(runs) if _teachers(run) > 1])
+
+
+def suggested(runs: Sequence[Record]) -> str:
+    """What the readings suggested, against the row whose readings they were."""
+    return _family("asib_l1d", [run for run in runs if run.label.startswith("asib_l1d") or run.label == "aver"])
 
 
 def tuned(runs: Sequence[Record]) -> str:
     """Both methods with the values that their sweeps chose, and as they were before, against the tuned baseline."""
-    chosen = [run for run in runs if run.label in ("aver", "aver_tuned", "asib_l1d_free", "asib_tuned")]
-    there = any(run.label == "aver_tuned" for run in chosen)
-    return _columns(against("aver_tuned", chosen), "seeds", "acc", "vs aver_tuned") if there else NOT_YET
+    return _family(
+        "aver_tuned", [run for run in runs if run.label in ("aver", "aver_tuned", "asib_l1d_free", "asib_tuned")]
+    )
 
 
 def equal_cost(runs: Sequence[Record]) -> str:
-    """The student alone, also trained until it costs as much as the best row, against that row."""
-    chosen = [run for run in runs if run.label in ("aver", ALONE)]
-    return _columns(against("aver", chosen), "seeds", "acc", "GMACs", "vs aver")
+    """The student alone, also trained until it costs as much as the best planned row, against that row."""
+    return _family("aver", [run for run in runs if run.label in ("aver", ALONE)], "GMACs")
+
+
+def _family(baseline: str, runs: Sequence[Record], *columns: str) -> str:
+    """Rows that are compared with one of them, a family of its own for Holm's adjustment."""
+    if baseline not in {run.label for run in runs}:
+        return NOT_YET
+    return _columns(against(baseline, runs), "seeds", "acc", *columns, f"vs {baseline}")
 
 
 def cost(found: Comparison) -> str:
     """What a run of every row costs."""
     passes = [f"images {net}" for net in ("student", "teacher_0", "teacher_1", "fusion")]
-    return _columns(found, "student updates", "fusion updates", *passes, "GMACs", "seconds")
+    return _columns(found, "student updates", "fusion updates", *passes, "GMACs")
 
 
 def _columns(found: Comparison, *names: str) -> str:
-    """Rows by accuracy, the lowest first, with some of a comparison's columns."""
+    """Rows by accuracy, the best first, with some of a comparison's columns."""
     shown = comparisons.shown(found)
     head = [name for name in names if name in shown]
-    called, by_accuracy = comparisons.names_of(found.groups), sorted(found.groups, key=_accuracy)
+    called, by_accuracy = comparisons.names_of(found.groups), sorted(found.groups, key=_accuracy, reverse=True)
     return tables.markdown(["row", *head], [[called[g.name], *map(str, shown.loc[g.name, head])] for g in by_accuracy])
 
 
@@ -110,7 +127,7 @@ def _accuracy(group: Group) -> float:
 
 def readings(found: Comparison) -> str:
     """Means over seeds of what the fusions' runs say in their last epoch that says it."""
-    groups = [g for g in found.groups if g.values("synergy/acc")]
+    groups = sorted((g for g in found.groups if g.values("synergy/acc")), key=_accuracy, reverse=True)
     if not groups:
         return NOT_YET
     rows = [[name, *(_mean(group, metric) for group in groups)] for metric, name in READINGS.items()]
@@ -154,18 +171,16 @@ def commands(found: Comparison) -> str:
 
 
 def parts(runs: Sequence[Record], searched: Sequence[Record]) -> dict[str, str]:
-    """Every part of the pages, by its name, of the rows' runs and of those that belong to sweeps.
-
-    What was asked after the first rows (equal cost, tuned values) is a family of its own for Holm's adjustment.
-    """
+    """Every part of the pages, by its name, of the rows' runs and of those that belong to sweeps."""
     one, every = against("kd", first(runs)), against(ALONE, runs)
     return {
         "short": short(every),
         "accuracy": accuracy(one),
-        "several": several(one),
+        "several": several(runs),
         "cost": cost(one),
         "equal cost": equal_cost(runs),
         "readings": readings(every),
+        "suggested": suggested(runs),
         "sweeps": sweeps(searched),
         "tuned": tuned(runs),
         "commands": commands(every),
@@ -175,6 +190,6 @@ def parts(runs: Sequence[Record], searched: Sequence[Record]) -> dict[str, str]:
 def pictures(runs: Sequence[Record]) -> dict[str, bytes]:
     """The pictures that the pages show, by their names."""
     return {
-        "results.png": comparisons.picture(against("kd", first(runs))),
+        "results.png": comparisons.picture(against("kd", short_ones(runs))),
         "results_cost.png": comparisons.cost_picture(against(ALONE, runs)),
     }

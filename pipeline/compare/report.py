@@ -20,6 +20,12 @@ from pipeline.reporting import figures, pages, statistics, tables
 from pipeline.reporting.statistics import ENOUGH
 from pipeline.runs.run import Run
 
+CURVES = {
+    "student/acc": "student, per-epoch accuracy in %",
+    "synergy/acc": "synergy, accuracy in %",
+    "b_step/target_entropy": "entropy of the target in nats",
+}
+"""Curves of the picture, where any run has them (docs/tracking.md), and their titles."""
 EXPLAINED = (
     "acc: test top-1 in % of the epoch that validation chose (the last one without validation), last: of the last "
     "epoch; mean over seeds, ± its standard deviation (n - 1). published: with the epoch that its source reports "
@@ -128,7 +134,7 @@ def difference_cells(row: "pd.Series[Any]", name: str) -> tuple[str, str, str, s
         return against, "" if math.isnan(mean) else f"{mean:+.2f}", "", "", "", ""
     student = "" if math.isnan(t_low) else f"[{t_low:+.2f}, {t_high:+.2f}]"
     count = f"{seeds:.0f} seed{'' if seeds == 1 else 's'}" + (": indicative" if seeds < ENOUGH else "")
-    return against, f"{mean:+.2f}", f"[{low:+.2f}, {high:+.2f}]", student, f"{p:.3f}", count
+    return against, f"{mean:+.2f}", f"[{low:+.2f}, {high:+.2f}]", student, f"{p:.3f}" if p >= 0.0005 else "< 0.001", count
 
 
 def _title(found: Comparison) -> str:
@@ -306,7 +312,7 @@ def page(found: Comparison, image: bytes, costs: bytes = b"") -> str:
         *([pages.table(matrix(found), "method")] if len(found.pairs) > 1 else []),
         pages.table(shown(found), _corner(found)),
         *(f"<p>{html.escape(line)}</p>" for line in _below(found)),
-        f"<p>{pages.image(image, 'bars and curves of the table')}</p>",
+        f"<p>{pages.image(image, 'accuracies and curves of the table')}</p>",
         *([f"<p>{pages.image(costs, 'accuracy against cost')}</p>"] if costs else []),
     ]
     if len(found.differing):
@@ -331,17 +337,22 @@ def picture(found: Comparison) -> bytes:
     """PNG: test accuracy with error bars and reference lines, and the curves on the evaluation split."""
     from matplotlib import colormaps  # late, like all of matplotlib
 
-    made, axes = figures.figure(1, 3, 18, max(4.5, 0.34 * len(found.groups) + 1.5))
+    known = {metric for group in found.groups for record in group.records for metric in record.histories}
+    curves = {metric: title for metric, title in CURVES.items() if metric in known}
+    lines = math.ceil((1 + len(curves)) / 2)
+    made, axes = figures.figure(lines, 2, 14, lines * max(4.5, 0.34 * len(found.groups) + 1.5), squeeze=False)
+    axes = axes.ravel()
     palette = colormaps["turbo"](np.linspace(0.05, 0.95, len(found.groups)))
-    _bars(axes[0], found, palette)
-    curves = (("student/acc", "student, per-epoch accuracy in %"), ("synergy/acc", "synergy, accuracy in %"))
-    for axis, (metric, title) in zip(axes[1:], curves, strict=True):
+    _accuracies(axes[0], found, palette)
+    for axis, (metric, title) in zip(axes[1:], curves.items(), strict=False):
         for group, colour in zip(found.groups, palette, strict=True):
             _curve(axis, group, metric, colour)
         axis.set(title=title, xlabel="student epochs")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
+    for axis in axes[1 + len(curves) :]:
+        axis.set_axis_off()
     _head(made, found)
     return figures.png(made)
 
@@ -387,19 +398,18 @@ def _head(made: Any, found: Comparison) -> None:
     made.suptitle(textwrap.fill(text, int(12 * made.get_size_inches()[0])), fontsize=10)
 
 
-def _bars(axis: Any, found: Comparison, palette: Any) -> None:
+def _accuracies(axis: Any, found: Comparison, palette: Any) -> None:
     names = [f"{g.name} ({len(g.records)})" for g in found.groups]
     means = [g.mean(ACCURACY) for g in found.groups]
     deviations = [g.std(ACCURACY) for g in found.groups]  # NaN, and nothing drawn, for one seed
     places = np.arange(len(names))
-    axis.barh(places, means, xerr=deviations, color=palette, alpha=0.85, capsize=3)
+    for place, mean, deviation, colour in zip(places, means, deviations, palette, strict=True):
+        axis.errorbar(mean, place, xerr=deviation, fmt="o", color=colour, capsize=3)
     axis.set_yticks(places, names, fontsize=8)
     axis.invert_yaxis()
     for number, (name, value) in enumerate(found.references().items()):
         style = ("-", "--", "-.", ":")[number % 4]
         axis.axvline(value, color="black", lw=1, ls=style, label=f"{name} {value:.1f}")
-    low = min([*means, *found.references().values()])
-    axis.set_xlim(left=max(0.0, low - 0.35 * (max([*means, *found.references().values()]) - low) - 3))
     axis.set(title="test top-1 in %: mean and standard deviation over seeds (number)")
     if found.references():
         axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_state, warn_once
 from pipeline.journal import damage, decode_number, read_entries, read_header
 
-HISTORIES = ("student/acc", "synergy/acc")
+HISTORIES = ("student/acc", "synergy/acc", "b_step/target_entropy")
 """Metrics that a comparison draws as curves."""
 PREDICTIONS = "predictions.npz"
 ALONE = "alone"
