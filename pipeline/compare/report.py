@@ -134,7 +134,8 @@ def difference_cells(row: "pd.Series[Any]", name: str) -> tuple[str, str, str, s
         return against, "" if math.isnan(mean) else f"{mean:+.2f}", "", "", "", ""
     student = "" if math.isnan(t_low) else f"[{t_low:+.2f}, {t_high:+.2f}]"
     count = f"{seeds:.0f} seed{'' if seeds == 1 else 's'}" + (": indicative" if seeds < ENOUGH else "")
-    return against, f"{mean:+.2f}", f"[{low:+.2f}, {high:+.2f}]", student, f"{p:.3f}" if p >= 0.0005 else "< 0.001", count
+    shown = f"{p:.3f}" if p >= 0.0005 else "< 0.001"
+    return against, f"{mean:+.2f}", f"[{low:+.2f}, {high:+.2f}]", student, shown, count
 
 
 def _title(found: Comparison) -> str:
