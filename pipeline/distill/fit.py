@@ -46,8 +46,14 @@ def fit(
         penalties or {},
     )
     run.journal.tags({"asib.eval_split": task.data.eval_split})
-    if any(t.saw_validation for t in taught) and task.data.has_validation:
+    saw = [f"teacher {k}" for k, t in enumerate(taught) if t.saw_validation]
+    if saw and task.data.has_validation:
         run.journal.tags({"asib.val_contaminated": "true"})
+        logger.warning(
+            "not known to have been trained without the validation images: %s; what is measured, chosen or fitted on "
+            "them may be too good to hold elsewhere",
+            ", ".join(saw),
+        )
     for teacher in taught:
         if teacher.made_by is not None:
             run.journal.model_input(teacher.made_by)
