@@ -365,6 +365,7 @@ def cost_picture(found: Comparison) -> bytes:
     made, axes = figures.figure(lines, columns, 6.5 * columns, 4.8 * lines, squeeze=False)
     for axis, (pair, groups) in zip(axes.flat, found.pairs.items(), strict=False):
         ranked = sorted(groups, key=lambda group: group.mean(ACCURACY))
+        width = 0.04 * max((group.mean(GMACS) for group in groups if group.values(GMACS)), default=0.0)
         for name, group in zip(names_of(groups).values(), groups, strict=True):
             known = [r.correct for r in group.records if r.correct is not None]
             cost, mean = group.mean(GMACS), group.mean(ACCURACY)
@@ -374,7 +375,8 @@ def cost_picture(found: Comparison) -> bytes:
             ends = statistics.interval(100.0 * np.stack(known).astype(np.float64))[1:] if same else (mean, mean)
             below, above = (max(0.0, mean - ends[0]), max(0.0, ends[1] - mean))
             axis.errorbar(cost, mean, yerr=[[below], [above]], marker="o", capsize=3, ls="")
-            left = ranked.index(group) % 2  # neighbours in accuracy often cost the same: one name on either side
+            # of those that cost about the same, every other name stands on the left
+            left = [g for g in ranked if abs(g.mean(GMACS) - cost) <= width].index(group) % 2
             axis.annotate(
                 f"{name} ({len(group.records)})",
                 (cost, mean),
