@@ -14,7 +14,7 @@ READINGS = {
     "final/synergy_acc": "synergy, test",
     "final/teacher_avg_acc": "averaged teachers, test",
     "synergy/acc": "synergy, validation †",
-    "b_step/target_entropy": "entropy of the target at τ, nats",
+    "b_step/target_entropy": "entropy of the target, nats",
     "a_step/sigma": "mean σ",
     "a_step/raw_kl": "KL per dimension",
     "a_step/cw_mean": "certainty weight",
