@@ -49,11 +49,6 @@ def fit(
     saw = [f"teacher {k}" for k, t in enumerate(taught) if t.saw_validation]
     if saw and task.data.has_validation:
         run.journal.tags({"asib.val_contaminated": "true"})
-        logger.warning(
-            "not known to have been trained without the validation images: %s; what is measured, chosen or fitted on "
-            "them may be too good to hold elsewhere",
-            ", ".join(saw),
-        )
     for teacher in taught:
         if teacher.made_by is not None:
             run.journal.model_input(teacher.made_by)
@@ -61,9 +56,16 @@ def fit(
     part = "" if scope is None else scope.part
     try:
         bank.build_ahead(task, run.stop)
-        return task, train(run, task, data, hashes, part, watch, task.bank is not None)
+        loop = train(run, task, data, hashes, part, watch, task.bank is not None)
     finally:
         bank.conclude(task)
+    if saw and task.data.has_validation:  # beside the results, which it qualifies
+        logger.warning(
+            "not known to have been trained without the validation images: %s; what was measured, chosen or fitted on "
+            "them may be too good to hold elsewhere",
+            ", ".join(saw),
+        )
+    return task, loop
 
 
 def conclude(data: ImageData, task: Distillation, loop: Loop, test: bool = True) -> dict[str, float]:
