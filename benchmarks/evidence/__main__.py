@@ -10,7 +10,7 @@ markers `<!-- evidence: <part> -->` and `<!-- end -->`.
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,9 @@ def collect(folder: Path) -> Iterator[Path]:
     here = {key: value for key, value in harness.described("timm").items() if key in ("machine", "versions")}
     del here["machine"]["load_before"]  # the load of this moment
     for journal in sorted(folder.rglob("journal.jsonl")):
-        run = records.from_folder(journal.parent, None)
-        kept = run.status == "FINISHED" and (ACCURACY in run.metrics or run.tags.get("asib.step") == "sweep")
-        if kept or (report.TRIAL in run.tags and run.status in ("FINISHED", "KILLED")):
+        run = records.from_folder(journal.parent)
+        row = run.status == "FINISHED" and (ACCURACY in run.metrics or run.tags.get("asib.step") == "sweep")
+        if row or (report.TRIAL in run.tags and run.status in ("FINISHED", "KILLED")):
             yield write(run, here)
 
 
@@ -80,21 +80,21 @@ def read(path: Path) -> Record:
     return Record(**{name: values[name] for name in Record.__dataclass_fields__})
 
 
-def rendered(pages: Sequence[str], folder: Path = FOLDER) -> list[str]:
-    """The pages with their parts made anew from the records; ValueError where a part has no place, or two."""
+def kept(folder: Path = FOLDER) -> tuple[list[Record], list[Record]]:
+    """The recorded runs: those of rows, and those that belong to sweeps."""
+    runs = [*map(read, sorted(folder.glob("*.json")))]
+    searched, rows = ([run for run in runs if (report.STUDY in run.tags) == of_sweep] for of_sweep in (True, False))
+    return [run for run in rows if run.correct is not None], searched
+
+
+def rendered(pages: Sequence[str], parts: Mapping[str, str]) -> list[str]:
+    """The pages with their parts made anew; ValueError where a part has no place, or two."""
     made = list(pages)
-    for name, text in report.parts(*_rows(folder)).items():
+    for name, text in parts.items():
         mark = f"<!-- evidence: {name} -->"
         (at,) = (k for k, page in enumerate(made) for _ in range(page.count(mark)))
         made[at] = placed(made[at], text, mark, "<!-- end -->")
     return made
-
-
-def _rows(folder: Path) -> tuple[list[Record], list[Record]]:
-    """The rows' runs, and those that belong to sweeps."""
-    runs = [*map(read, sorted(folder.glob("*.json")))]
-    searched = [run for run in runs if report.STUDY in run.tags]
-    return [run for run in runs if run.correct is not None and run not in searched], searched
 
 
 def main() -> None:
@@ -106,9 +106,11 @@ def main() -> None:
         for path in (path for folder in options.folders for path in collect(folder)):
             print(path)
         return
-    for page, text in zip(PAGES, rendered([page.read_text() for page in PAGES]), strict=True):
+    rows, searched = kept()
+    texts = rendered([page.read_text() for page in PAGES], report.parts(rows, searched))
+    for page, text in zip(PAGES, texts, strict=True):
         page.write_text(text)
-    for name, image in report.pictures(_rows(FOLDER)[0]).items():
+    for name, image in report.pictures(rows).items():
         (PAGES[0].parent / name).write_bytes(image)
 
 

@@ -4,9 +4,10 @@ import json
 from collections.abc import Sequence
 from statistics import mean, median, mode
 
+from pipeline.compare import pictures as drawn
 from pipeline.compare import report as comparisons
 from pipeline.compare.compare import ACCURACY, Comparison, compare
-from pipeline.compare.pools import Group
+from pipeline.compare.pools import Group, names_of
 from pipeline.reporting import tables
 from pipeline.runs.records import ALONE, Record
 
@@ -62,7 +63,7 @@ def accuracy(found: Comparison) -> str:
 def short(found: Comparison) -> str:
     """What README shows: accuracies, and the mean difference to the student alone on the seeds that both have."""
     alone = {run.seed: run for group in found.groups if group.name == ALONE for run in group.records}
-    rows, names = [], comparisons.names_of(found.groups)
+    rows, names = [], names_of(found.groups)
     for group in sorted(found.groups, key=_accuracy, reverse=True):
         both = [
             (run.metrics[ACCURACY], alone[run.seed].metrics[ACCURACY]) for run in group.records if run.seed in alone
@@ -117,7 +118,7 @@ def _columns(found: Comparison, *names: str) -> str:
     """Rows by accuracy, the best first, with some of a comparison's columns."""
     shown = comparisons.shown(found)
     head = [name for name in names if name in shown]
-    called, by_accuracy = comparisons.names_of(found.groups), sorted(found.groups, key=_accuracy, reverse=True)
+    called, by_accuracy = names_of(found.groups), sorted(found.groups, key=_accuracy, reverse=True)
     return tables.markdown(["row", *head], [[called[g.name], *map(str, shown.loc[g.name, head])] for g in by_accuracy])
 
 
@@ -157,7 +158,7 @@ def sweeps(runs: Sequence[Record]) -> str:
 def commands(found: Comparison) -> str:
     """How each row is repeated, with the seeds and the commit of its records."""
     usual = next((group.epochs for group in found.groups), 0)
-    rows, names = [], comparisons.names_of(found.groups)
+    rows, names = [], names_of(found.groups)
     for group in found.groups:
         first = group.records[0]
         commits = dict.fromkeys(run.tags["asib.git_sha"][:10] for run in group.records)
@@ -190,6 +191,6 @@ def parts(runs: Sequence[Record], searched: Sequence[Record]) -> dict[str, str]:
 def pictures(runs: Sequence[Record]) -> dict[str, bytes]:
     """The pictures that the pages show, by their names."""
     return {
-        "results.png": comparisons.picture(against("kd", short_ones(runs))),
-        "results_cost.png": comparisons.cost_picture(against(ALONE, runs)),
+        "results.png": drawn.accuracies(against("kd", short_ones(runs))),
+        "results_cost.png": drawn.cost(against(ALONE, runs)),
     }

@@ -52,6 +52,11 @@ class Comparison:
         rest = [g for g in self.groups if g.student not in {student for _, student in taught}]
         return found | {s: tuple(g for g in rest if g.student == s) for s in dict.fromkeys(g.student for g in rest)}
 
+    @property
+    def title(self) -> str:
+        seeds = sorted({s for g in self.groups for s in g.seeds})
+        return f"{self.dataset}: {len(self.groups)} configurations, seeds {', '.join(map(str, seeds))}"
+
     def best(self) -> tuple[Group, Record] | None:
         """The group with the highest mean validation accuracy and its best run; None without a validation split."""
         known = [g for g in self.groups if g.validation is not None]

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.compare import compare, report
+from pipeline.compare import compare, pictures, report
 from pipeline.compare.request import Request
 from pipeline.config.places import output_dir
 from pipeline.errors import UserError
@@ -43,7 +43,7 @@ def read(run: Run, names: Sequence[str]) -> list[records.Record]:
     found: dict[str, records.Record] = {name: records.from_folder(folder) for name, folder in folders.items()}
     ids = [name for name in names if name not in found]
     if run.delivery is not None and ids:
-        fetched = run.delivery.read_runs(ids, run.folder / "fetched", records.HISTORIES)
+        fetched = run.delivery.read_runs(ids, run.folder / "fetched", list(pictures.CURVES))
         found |= {name: records.from_server(folder) for name, folder in zip(ids, fetched, strict=True)}
     elif ids:
         for name in ids:

@@ -283,3 +283,17 @@ def _refused(one: Group, others: Sequence[Group], anyway: bool) -> Group | None:
         f"{one.name} is not compared with {others[0].name}: {', '.join(unfair(one, others[0]))}; leave one of them "
         "out, add the runs that belong to it, or give anyway=true"
     )
+
+
+def names_of(groups: Sequence[Group]) -> dict[str, str]:
+    """Each group's name -> what it is called within its pair: its label, with its epochs where another has the same."""
+    labels, timed = [g.label for g in groups], [f"{g.label}, {g.epochs} epochs" for g in groups]
+    usual = {g.label: g.epochs for g in reversed(groups)}  # the first one of a label is the one that others share
+    return {
+        g.name: g.label
+        if labels.count(g.label) == 1 or (g.epochs == usual[g.label] and timed.count(timed[k]) == 1)
+        else timed[k]
+        if timed.count(timed[k]) == 1
+        else g.name
+        for k, g in enumerate(groups)
+    }

@@ -1,31 +1,24 @@
-"""A comparison as users read it: terminal, CSV, Markdown, LaTeX, pictures, one HTML page, the note of a parent run."""
+"""A comparison as users read it: terminal, CSV, Markdown, LaTeX, one HTML page, the note of a parent run."""
 
 import html
 import json
 import math
 import textwrap
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import pandas as pd
 
 from pipeline import escape, urls
+from pipeline.compare import pictures
 from pipeline.compare.compare import ACCURACY, AT_EQUAL_COST, Comparison
-from pipeline.compare.pools import GMACS, Group
-from pipeline.reporting import figures, pages, statistics, tables
+from pipeline.compare.pools import Group, names_of
+from pipeline.reporting import pages, tables
 from pipeline.reporting.statistics import ENOUGH
 from pipeline.runs.run import Run
 
-CURVES = {
-    "student/acc": "student, per-epoch accuracy in %",
-    "synergy/acc": "synergy, accuracy in %",
-    "b_step/target_entropy": "entropy of the target in nats",
-}
-"""Curves of the picture, where any run has them (docs/tracking.md), and their titles."""
 EXPLAINED = (
     "acc: test top-1 in % of the epoch that validation chose (the last one without validation), last: of the last "
     "epoch; mean over seeds, ± its standard deviation (n - 1). published: with the epoch that its source reports "
@@ -45,8 +38,8 @@ def write(found: Comparison, folder: Path) -> list[Path]:
     paths = [folder / f"comparison.{kind}" for kind in ("csv", "md", "png", "html", "tex")] + [folder / "cost.png"]
     tables.write_csv(found.table, paths[0])
     paths[1].write_text(markdown(found))
-    paths[2].write_bytes(image := picture(found))
-    paths[5].write_bytes(costs := cost_picture(found))
+    paths[2].write_bytes(image := pictures.accuracies(found))
+    paths[5].write_bytes(costs := pictures.cost(found))
     paths[3].write_text(page(found, image, costs))
     paths[4].write_text(latex(found))
     return paths
@@ -138,30 +131,11 @@ def difference_cells(row: "pd.Series[Any]", name: str) -> tuple[str, str, str, s
     return against, f"{mean:+.2f}", f"[{low:+.2f}, {high:+.2f}]", student, shown, count
 
 
-def _title(found: Comparison) -> str:
-    seeds = sorted({s for g in found.groups for s in g.seeds})
-    return f"{found.dataset}: {len(found.groups)} configurations, seeds {', '.join(map(str, seeds))}"
-
-
 def _below(found: Comparison) -> list[str]:
     """The lines below the table: the teachers' accuracies, and what the intervals depend on."""
     references = ", ".join(f"{name} {value:.2f}" for name, value in found.references().items())
     said = [f"test top-1 in %: {references}"] if references else []
     return [*said, f"intervals and p: {found.conditions}"]
-
-
-def names_of(groups: Sequence[Group]) -> dict[str, str]:
-    """Each group's name -> what it is called within its pair: its label, with its epochs where another has the same."""
-    labels, timed = [g.label for g in groups], [f"{g.label}, {g.epochs} epochs" for g in groups]
-    usual = {g.label: g.epochs for g in reversed(groups)}  # the first one of a label is the one that others share
-    return {
-        g.name: g.label
-        if labels.count(g.label) == 1 or (g.epochs == usual[g.label] and timed.count(timed[k]) == 1)
-        else timed[k]
-        if timed.count(timed[k]) == 1
-        else g.name
-        for k, g in enumerate(groups)
-    }
 
 
 def matrix(found: Comparison) -> pd.DataFrame:
@@ -180,7 +154,7 @@ def matrix(found: Comparison) -> pd.DataFrame:
 
 def text(found: Comparison) -> str:
     """For the terminal, at most 100 columns wide: accuracies, differences and costs, pair by pair."""
-    parts = ["\n".join(textwrap.fill(line, tables.WIDTH) for line in [_title(found), *found.notes])]
+    parts = ["\n".join(textwrap.fill(line, tables.WIDTH) for line in [found.title, *found.notes])]
     if len(found.pairs) > 1:
         overall = matrix(found)
         rows = [[name, *cells] for name, cells in zip(overall.index, overall.to_numpy().tolist(), strict=True)]
@@ -237,7 +211,7 @@ def _bold(lines: Sequence[str]) -> list[str]:
 
 def markdown(found: Comparison) -> str:
     """The tables with their notes."""
-    parts = [f"## {escape.markdown(_title(found))}", *_bold(found.notes)]
+    parts = [f"## {escape.markdown(found.title)}", *_bold(found.notes)]
     parts += [_markdown(matrix(found), "method")] if len(found.pairs) > 1 else []
     parts += [_markdown(shown(found), _corner(found))]
     parts += map(escape.markdown, _below(found))
@@ -250,7 +224,7 @@ def latex(found: Comparison) -> str:
     """Methods by pairs, then each pair's rows; comments say what they are."""
     wanted = ("seeds", "acc", "last", "published", "GMACs")
     overall = matrix(found)
-    parts = [_tabular(_title(found), overall)]
+    parts = [_tabular(found.title, overall)]
     rows = shown(found)
     compared = _compared(found.table)
     for pair, groups in found.pairs.items():
@@ -319,7 +293,7 @@ def page(found: Comparison, image: bytes, costs: bytes = b"") -> str:
     if len(found.differing):
         parts += ["<h2>Keys that differ</h2>", pages.table(found.differing.T, _corner(found))]
     parts += ["<h2>Runs</h2>", pages.table(_runs(found), "run"), f"<p>{html.escape(EXPLAINED)}</p>"]
-    return pages.page(_title(found), parts)
+    return pages.page(found.title, parts)
 
 
 def _runs(found: Comparison) -> pd.DataFrame:
@@ -329,108 +303,3 @@ def _runs(found: Comparison) -> pd.DataFrame:
         for r in g.records
     }
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-# the picture ---------------------------------------------------------------------------------------------------------
-
-
-def picture(found: Comparison) -> bytes:
-    """PNG: test accuracy with error bars and reference lines, and the curves on the evaluation split."""
-    from matplotlib import colormaps  # late, like all of matplotlib
-
-    known = {metric for group in found.groups for record in group.records for metric in record.histories}
-    curves = {metric: title for metric, title in CURVES.items() if metric in known}
-    lines = math.ceil((1 + len(curves)) / 2)
-    made, axes = figures.figure(lines, 2, 14, lines * max(4.5, 0.34 * len(found.groups) + 1.5), squeeze=False)
-    axes = axes.ravel()
-    palette = colormaps["turbo"](np.linspace(0.05, 0.95, len(found.groups)))
-    _accuracies(axes[0], found, palette)
-    for axis, (metric, title) in zip(axes[1:], curves.items(), strict=False):
-        for group, colour in zip(found.groups, palette, strict=True):
-            _curve(axis, group, metric, colour)
-        axis.set(title=title, xlabel="student epochs")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    for axis in axes[1 + len(curves) :]:
-        axis.set_axis_off()
-    _head(made, found)
-    return figures.png(made)
-
-
-def cost_picture(found: Comparison) -> bytes:
-    """PNG: each pair's test accuracy against the cost of a run, with two-level 95 % intervals of the mean."""
-    columns = min(3, len(found.pairs))
-    lines = math.ceil(len(found.pairs) / columns)
-    made, axes = figures.figure(lines, columns, 6.5 * columns, 4.8 * lines, squeeze=False)
-    for axis, (pair, groups) in zip(axes.flat, found.pairs.items(), strict=False):
-        ranked = sorted(groups, key=lambda group: group.mean(ACCURACY))
-        width = 0.04 * max((group.mean(GMACS) for group in groups if group.values(GMACS)), default=0.0)
-        for name, group in zip(names_of(groups).values(), groups, strict=True):
-            known = [r.correct for r in group.records if r.correct is not None]
-            cost, mean = group.mean(GMACS), group.mean(ACCURACY)
-            if math.isnan(cost):
-                continue
-            same = len({len(correct) for correct in known}) == 1
-            ends = statistics.interval(100.0 * np.stack(known).astype(np.float64))[1:] if same else (mean, mean)
-            below, above = (max(0.0, mean - ends[0]), max(0.0, ends[1] - mean))
-            axis.errorbar(cost, mean, yerr=[[below], [above]], marker="o", capsize=3, ls="")
-            # of those that cost about the same, every other name stands on the left
-            left = [g for g in ranked if abs(g.mean(GMACS) - cost) <= width].index(group) % 2
-            axis.annotate(
-                f"{name} ({len(group.records)})",
-                (cost, mean),
-                xytext=(-6 if left else 6, 0),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                va="center",
-                fontsize=8,
-            )
-        axis.set(title=pair, xlabel="10⁹ multiply-accumulates of a run", ylabel="test top-1 in %")
-        axis.margins(x=0.3)
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(found.pairs) :]:
-        axis.set_axis_off()
-    _head(made, found)
-    return figures.png(made)
-
-
-def _head(made: Any, found: Comparison) -> None:
-    """The title and the first note, in lines that the picture has room for."""
-    text = "; ".join([_title(found), *found.notes[:1]])
-    made.suptitle(textwrap.fill(text, int(12 * made.get_size_inches()[0])), fontsize=10)
-
-
-def _accuracies(axis: Any, found: Comparison, palette: Any) -> None:
-    names = [f"{g.name} ({len(g.records)})" for g in found.groups]
-    means = [g.mean(ACCURACY) for g in found.groups]
-    deviations = [g.std(ACCURACY) for g in found.groups]  # NaN, and nothing drawn, for one seed
-    places = np.arange(len(names))
-    for place, mean, deviation, colour in zip(places, means, deviations, palette, strict=True):
-        axis.errorbar(mean, place, xerr=deviation, fmt="o", color=colour, capsize=3)
-    axis.set_yticks(places, names, fontsize=8)
-    axis.invert_yaxis()
-    for number, (name, value) in enumerate(found.references().items()):
-        style = ("-", "--", "-.", ":")[number % 4]
-        axis.axvline(value, color="black", lw=1, ls=style, label=f"{name} {value:.1f}")
-    axis.set(title="test top-1 in %: mean and standard deviation over seeds (number)")
-    if found.references():
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)
-    axis.grid(alpha=0.3, axis="x")
-
-
-def _curve(axis: Any, group: Group, metric: str, colour: Any) -> None:
-    """The mean over seeds, with the range between the lowest and the highest seed."""
-    points: dict[float, list[float]] = defaultdict(list)
-    for record in group.records:
-        history, student = record.histories.get(metric, []), record.histories.get("student/acc", [])
-        places = figures.student_epochs([step for step, _ in history], [step for step, _ in student])
-        for epoch, (_, value) in zip(places, history, strict=True):
-            points[epoch].append(value)
-    if not points:
-        return
-    epochs = sorted(points)
-    axis.plot(epochs, [float(np.mean(points[e])) for e in epochs], color=colour, marker=".", ms=4, label=group.name)
-    if len(group.records) > 1:
-        low, high = ([pick(points[e]) for e in epochs] for pick in (min, max))
-        axis.fill_between(epochs, low, high, color=colour, alpha=0.12, lw=0)

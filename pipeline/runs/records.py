@@ -17,8 +17,6 @@ from pipeline.errors import UserError
 from pipeline.files import read_state, warn_once
 from pipeline.journal import damage, decode_number, read_entries, read_header
 
-HISTORIES = ("student/acc", "synergy/acc", "b_step/target_entropy")
-"""Metrics that a comparison draws as curves."""
 PREDICTIONS = "predictions.npz"
 ALONE = "alone"
 """How tables name the student that learns from no teacher."""
@@ -65,7 +63,7 @@ class Record:
         return self.tags.get("asib.data_digest", "")
 
 
-def from_folder(folder: Path, histories: Sequence[str] | None = HISTORIES, predictions: bool = True) -> Record:
+def from_folder(folder: Path, histories: Sequence[str] | None = None, predictions: bool = True) -> Record:
     """Read the run in `folder` from its journal; damaged entries are warned about and left out.
 
     `histories`: of these metrics; None: of all. `predictions`: whether those on the test split are read.
