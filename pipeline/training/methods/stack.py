@@ -101,3 +101,9 @@ class Stack(StudentStep):
 
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         return {"stack": losses.kl_to(self.compared(student.logits), lesson["p"], self.method.tau)}
+
+    def summarise(self, means: dict[str, float]) -> dict[str, float]:
+        """With the weights, once they are fitted: which teachers the student was taught by."""
+        weights = self._combination[0].weights
+        known = {} if weights.isnan().any() else {f"stack_weight_{k}": w for k, w in enumerate(weights.tolist())}
+        return super().summarise(means) | known
