@@ -45,8 +45,10 @@ class Request:
 
     def words(self) -> str:
         """What DRY_RUN=1 shows."""
-        where = f", and upload it to {self.push} as {self.license}" if self.push else ""
-        return f"publish {self.model} as a folder{where}"
+        where = f"as the folder {self.to}" if self.to else "as a folder of the run"
+        triton = f", with the Triton model {self.triton}" if self.triton else ""
+        upload = f", and upload it to {self.push} as {self.license}" if self.push else ""
+        return f"publish {self.model} {where}{triton}{upload}"
 
 
 def read(config: Config, command: cli.Command) -> tuple[Config, Request]:

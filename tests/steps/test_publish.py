@@ -157,6 +157,17 @@ def described_as(**changes: Any) -> Any:
     return change
 
 
+def test_a_dry_run_names_all_that_would_be_written(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DRY_RUN", "HF_TOKEN"):
+        monkeypatch.setenv(name, "1")
+    made = student(tmp_path / "run")
+    done = lab.step("publish", f"model={made}", f"to={tmp_path / 'out'}", "triton=mine", "push=me/it", "license=mit")
+    said = f"publish {made} as the folder {tmp_path / 'out'}, with the Triton model mine, and upload it to me/it as mit"
+    assert (done.code, done.new) == (0, []), done.err
+    assert said in done.out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
