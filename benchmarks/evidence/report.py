@@ -89,6 +89,11 @@ def suggested(runs: Sequence[Record]) -> str:
     return _family("asib_l1d", [run for run in runs if run.label.startswith("asib_l1d") or run.label == "aver"])
 
 
+def free(runs: Sequence[Record]) -> str:
+    """What the readings suggested, against the best planned row."""
+    return _family("aver", [run for run in runs if run.label in ("aver", "asib_l1d_free")])
+
+
 def tuned(runs: Sequence[Record]) -> str:
     """Both methods with the values that their sweeps chose, and as they were before, against the tuned baseline."""
     return _family(
@@ -182,6 +187,7 @@ def parts(runs: Sequence[Record], searched: Sequence[Record]) -> dict[str, str]:
         "equal cost": equal_cost(runs),
         "readings": readings(every),
         "suggested": suggested(runs),
+        "free": free(runs),
         "sweeps": sweeps(searched),
         "tuned": tuned(runs),
         "commands": commands(every),
