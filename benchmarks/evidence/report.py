@@ -71,7 +71,7 @@ def short(found: Comparison) -> str:
         gain = f"{mean(one - other for one, other in both):+.1f}" if both and group.name != ALONE else ""
         accuracy = comparisons.with_deviation(group.mean(ACCURACY), group.std(ACCURACY))
         rows.append([names[group.name], str(_teachers(group.records[0])), str(len(group.records)), accuracy, gain])
-    return tables.markdown(["row", "teachers", "seeds", "test top-1 in %", "to the student alone"], rows)
+    return tables.markdown(["row", "teachers", "seeds", "test top-1 in %", "vs alone"], rows)
 
 
 def _teachers(run: Record) -> int:
