@@ -80,11 +80,11 @@ def read(path: Path) -> Record:
     return Record(**{name: values[name] for name in Record.__dataclass_fields__})
 
 
-def kept(folder: Path = FOLDER) -> tuple[list[Record], list[Record]]:
+def kept() -> tuple[list[Record], list[Record]]:
     """The recorded runs: those of rows, and those that belong to sweeps."""
-    runs = [*map(read, sorted(folder.glob("*.json")))]
-    searched, rows = ([run for run in runs if (report.STUDY in run.tags) == of_sweep] for of_sweep in (True, False))
-    return [run for run in rows if run.correct is not None], searched
+    runs = [*map(read, sorted(FOLDER.glob("*.json")))]
+    rows = [run for run in runs if run.correct is not None and report.STUDY not in run.tags]
+    return rows, [run for run in runs if report.STUDY in run.tags]
 
 
 def rendered(pages: Sequence[str], parts: Mapping[str, str]) -> list[str]:

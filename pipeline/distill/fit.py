@@ -46,8 +46,8 @@ def fit(
         penalties or {},
     )
     run.journal.tags({"asib.eval_split": task.data.eval_split})
-    saw = [f"teacher {k}" for k, t in enumerate(taught) if t.saw_validation]
-    if saw and task.data.has_validation:
+    saw = [f"teacher {k}" for k, t in enumerate(taught) if task.data.has_validation and t.saw_validation]
+    if saw:
         run.journal.tags({"asib.val_contaminated": "true"})
     for teacher in taught:
         if teacher.made_by is not None:
@@ -59,7 +59,7 @@ def fit(
         loop = train(run, task, data, hashes, part, watch, task.bank is not None)
     finally:
         bank.conclude(task)
-    if saw and task.data.has_validation:  # beside the results, which it qualifies
+    if saw:  # beside the results, which it qualifies
         logger.warning(
             "not known to have been trained without the validation images: %s; what was measured, chosen or fitted on "
             "them may be too good to hold elsewhere",
