@@ -10,12 +10,14 @@ import json
 import re
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.tracking._compat import is_error_code, says_version
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Fault(Enum):
@@ -98,6 +100,24 @@ def permitted(call: Callable[..., object], *arguments: Any) -> bool:
             raise
         return False
     return True
+
+
+def outraced(call: Callable[P, T]) -> Callable[P, T]:
+    """The same call, repeated once where MLflow's database fails: two processes that set a new tag both insert it.
+
+    The one that comes second finds the row when it asks again. Anything else that is wrong is wrong again.
+    """
+
+    @wraps(call)
+    def repeated(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return call(*arguments, **options)
+        except Exception as error:
+            if _answer(error)[2] != "BAD_REQUEST":
+                raise
+            return call(*arguments, **options)
+
+    return repeated
 
 
 def ask(call: Callable[[], T], uri: str) -> T:

@@ -20,7 +20,7 @@ from pipeline import urls
 from pipeline.errors import UserError
 from pipeline.files import explained, locked, replacing
 from pipeline.tracking._compat import latest_schema, make_store, migrate
-from pipeline.tracking.faults import lasting
+from pipeline.tracking.faults import lasting, outraced
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -43,6 +43,14 @@ SETTINGS = {
     "MLFLOW_UV_AUTO_DETECT": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+UPSERTS = (
+    "set_tag",
+    "set_experiment_tag",
+    "set_registered_model_tag",
+    "set_model_version_tag",
+    "set_registered_model_alias",
+)
+"""Calls of MLflow's client that look for a row and then insert it, without a lock; the others see to it themselves."""
 BUSY_S = 10.0
 """How long to wait for another process's lock on the SQLite file; a write takes milliseconds."""
 CONNECT_S = 10
@@ -89,6 +97,8 @@ def connect(uri: str, answers: bool = True) -> MlflowClient:
         # Artifact and model URIs resolve through this global setting.
         mlflow.set_tracking_uri(uri)
         client = MlflowClient(tracking_uri=uri)
+        for name in UPSERTS:
+            setattr(client, name, outraced(getattr(client, name)))
         if answers:
             client.search_experiments(max_results=1)
     except UserError:

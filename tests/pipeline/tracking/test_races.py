@@ -1,0 +1,63 @@
+"""Processes that set the same new tag or alias at the same moment, on real stores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from pipeline.tracking import server
+
+ROUNDS = 12
+"""Without the repetition, a fifth to a quarter of the calls of each kind failed (4 x 25 calls)."""
+RACERS = 4
+
+
+@pytest.mark.postgres
+def test_on_postgresql(postgres_url: str) -> None:
+    race_for_each_kind(postgres_url.replace("postgresql://", "postgresql+psycopg://"))
+
+
+def test_on_sqlite_and_over_http(store: str) -> None:
+    race_for_each_kind(store)
+
+
+def race_for_each_kind(uri: str) -> None:
+    """What four clients set at once is set, and none of them is refused."""
+    clients = [server.connect(uri) for _ in range(RACERS)]
+    first = clients[0]
+    experiment = first.create_experiment("raced")
+    run = first.create_run(experiment).info.run_id
+    first.create_registered_model("raced")
+    version = str(first.create_model_version("raced", f"runs:/{run}/model", run).version)
+    calls: list[Callable[[MlflowClient, str], None]] = [
+        lambda client, key: client.set_tag(run, key, "v"),
+        lambda client, key: client.set_experiment_tag(experiment, key, "v"),
+        lambda client, key: client.set_registered_model_tag("raced", key, "v"),
+        lambda client, key: client.set_model_version_tag("raced", version, key, "v"),
+        lambda client, key: client.set_registered_model_alias("raced", key, version),
+    ]
+    start = threading.Barrier(RACERS)
+
+    def race(client: MlflowClient) -> list[Exception]:
+        failed = []
+        for call in calls:
+            for key in range(ROUNDS):
+                start.wait(60.0)
+                try:
+                    call(client, f"k{key}")
+                except Exception as error:
+                    failed.append(error)
+        return failed
+
+    with ThreadPool(RACERS) as pool:
+        assert pool.map(race, clients, chunksize=1) == [[]] * RACERS
+    keys = {f"k{key}" for key in range(ROUNDS)}
+    model = first.get_registered_model("raced")
+    assert keys <= first.get_run(run).data.tags.keys()
+    assert keys <= first.get_experiment(experiment).tags.keys()
+    assert keys == model.tags.keys() == model.aliases.keys()
+    assert keys == first.get_model_version("raced", version).tags.keys()
