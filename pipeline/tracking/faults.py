@@ -103,9 +103,10 @@ def permitted(call: Callable[..., object], *arguments: Any) -> bool:
 
 
 def outraced(call: Callable[P, T]) -> Callable[P, T]:
-    """The same call, repeated once where MLflow's database fails: two processes that set a new tag both insert it.
+    """The same call, repeated once where MLflow's database fails.
 
-    The one that comes second finds the row when it asks again. Anything else that is wrong is wrong again.
+    Two processes that set the same new tag, or log the same new data set, both insert its row. The one that comes
+    second finds the row when it asks again; anything else that is wrong is wrong again.
     """
 
     @wraps(call)

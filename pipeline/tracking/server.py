@@ -49,6 +49,7 @@ UPSERTS = (
     "set_registered_model_tag",
     "set_model_version_tag",
     "set_registered_model_alias",
+    "log_inputs",
 )
 """Calls of MLflow's client that look for a row and then insert it, without a lock; the others see to it themselves."""
 BUSY_S = 10.0

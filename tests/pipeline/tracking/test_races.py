@@ -1,4 +1,4 @@
-"""Processes that set the same new tag or alias at the same moment, on real stores."""
+"""Processes that set the same new tag or alias, or log the same new data set, at the same moment, on real stores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 
 import pytest
+from mlflow.entities import Dataset, DatasetInput
 from mlflow.tracking import MlflowClient
 
 from pipeline.tracking import server
@@ -30,33 +31,37 @@ def race_for_each_kind(uri: str) -> None:
     clients = [server.connect(uri) for _ in range(RACERS)]
     first = clients[0]
     experiment = first.create_experiment("raced")
-    run = first.create_run(experiment).info.run_id
+    runs = [first.create_run(experiment).info.run_id for _ in range(RACERS)]
+    run = runs[0]
     first.create_registered_model("raced")
     version = str(first.create_model_version("raced", f"runs:/{run}/model", run).version)
-    calls: list[Callable[[MlflowClient, str], None]] = [
-        lambda client, key: client.set_tag(run, key, "v"),
-        lambda client, key: client.set_experiment_tag(experiment, key, "v"),
-        lambda client, key: client.set_registered_model_tag("raced", key, "v"),
-        lambda client, key: client.set_model_version_tag("raced", version, key, "v"),
-        lambda client, key: client.set_registered_model_alias("raced", key, version),
+    calls: list[Callable[[MlflowClient, str, str], None]] = [
+        lambda client, key, own: client.set_tag(run, key, "v"),
+        lambda client, key, own: client.set_experiment_tag(experiment, key, "v"),
+        lambda client, key, own: client.set_registered_model_tag("raced", key, "v"),
+        lambda client, key, own: client.set_model_version_tag("raced", version, key, "v"),
+        lambda client, key, own: client.set_registered_model_alias("raced", key, version),
+        lambda client, key, own: client.log_inputs(own, [DatasetInput(Dataset(key, "digest", "local", "{}"), [])]),
     ]
     start = threading.Barrier(RACERS)
 
-    def race(client: MlflowClient) -> list[Exception]:
+    def race(client: MlflowClient, own: str) -> list[Exception]:
         failed = []
         for call in calls:
             for key in range(ROUNDS):
                 start.wait(60.0)
                 try:
-                    call(client, f"k{key}")
+                    call(client, f"k{key}", own)
                 except Exception as error:
                     failed.append(error)
         return failed
 
     with ThreadPool(RACERS) as pool:
-        assert pool.map(race, clients, chunksize=1) == [[]] * RACERS
+        assert pool.starmap(race, zip(clients, runs, strict=True), chunksize=1) == [[]] * RACERS
     keys = {f"k{key}" for key in range(ROUNDS)}
     model = first.get_registered_model("raced")
+    for own in runs:
+        assert keys == {given.dataset.name for given in first.get_run(own).inputs.dataset_inputs}
     assert keys <= first.get_run(run).data.tags.keys()
     assert keys <= first.get_experiment(experiment).tags.keys()
     assert keys == model.tags.keys() == model.aliases.keys()
