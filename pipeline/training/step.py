@@ -24,6 +24,7 @@ from pipeline.training.run_data import RunData
 
 Penalty = Callable[[nn.Module], Tensor]
 """A term of the loss, already weighted, that depends on the student's weights alone: a scalar."""
+TEACHER_WEIGHT = "teacher_weight_"
 Lesson = dict[str, Tensor]
 """What is taught about n images: name -> (n, ...)."""
 
@@ -69,6 +70,9 @@ class StudentStep(Objective):
     `repeat` counts several updates on one batch: the lesson is made in the first and reused by the others.
     """
 
+    of_lessons: tuple[str, ...] = (TEACHER_WEIGHT,)
+    """How terms are called that are no part of the loss, and 0 for samples that are not distilled."""
+
     def __init__(self, setup: Setup, frozen: Sequence[torch.nn.Module] = ()) -> None:
         super().__init__(setup.student, [*setup.teachers, *frozen], setup.device)
         self._student, self._teachers = (setup.student,), tuple(setup.teachers)
@@ -78,6 +82,8 @@ class StudentStep(Objective):
         self._penalties = setup.penalties
         self._first_class = setup.first_class
         self._held: tuple[Lesson, Tensor] | None = None
+        self.weighed: Tensor | None = None
+        """What `terms` weighed the teachers with, (K,) or (b, K), to be logged; None for methods that do not."""
 
     # what a method says ----------------------------------------------------------------------------------------------
 
@@ -227,6 +233,10 @@ class StudentStep(Objective):
         with torch.autocast(self.device.type, enabled=False):
             terms = self.terms(whole_precision(seen), lesson, batch, moment)
         counted = distilled * lesson.get("weight", torch.ones_like(distilled))
+        if self.weighed is not None and any(weights.values()):
+            taught = (distilled > 0).float()
+            for k, weight in enumerate(self.weighed.detach().to(taught).unbind(dim=-1)):
+                out[f"{TEACHER_WEIGHT}{k}"] = batch_mean(taught * weight, batch)
         total = torch.zeros((), device=self.device)
         for name, value in terms.items():
             mean = batch_mean(counted * value, batch) if value.dim() else value
@@ -237,6 +247,11 @@ class StudentStep(Objective):
         if self.method.kd_sample_gate:
             out["sample_gate"] = batch_mean((distilled > 0).float(), batch)
         return total if w.ratio is None else self._bounded(total, ce, out)
+
+    def summarise(self, means: dict[str, float]) -> dict[str, float]:
+        """Average what is read of lessons over the distilled samples, so that gates leave it comparable."""
+        share = means.get("sample_gate", 0.0) or 1.0
+        return {name: value / share if name.startswith(self.of_lessons) else value for name, value in means.items()}
 
     def _plus(
         self, logits: Tensor, lesson: Lesson, counted: Tensor, batch: Batch, out: dict[str, Tensor]

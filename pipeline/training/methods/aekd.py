@@ -67,4 +67,5 @@ class Aekd(StudentStep):
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
         m, s, p = self.method, self.compared(student.logits), lesson["p"]
         weights = common_descent(distributed.total(gram(s, p, m.tau)).cpu(), m.tolerance)
+        self.weighed = weights
         return {"aekd": aekd(s, p, weights, m.tau)}

@@ -49,4 +49,5 @@ class Ebkd(StudentStep):
         return {"p": p, "share": entropy_weights([s.logits for s in seen], self.method.as_published)}
 
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        self.weighed = lesson["share"]
         return {"ebkd": ebkd(self.compared(student.logits), lesson["p"], lesson["share"], self.method.tau)}

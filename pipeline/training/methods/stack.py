@@ -100,10 +100,5 @@ class Stack(StudentStep):
         return {"p": F.softmax(target / self.method.tau, dim=1)}
 
     def terms(self, student: Features, lesson: Lesson, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        self.weighed = self._combination[0].weights
         return {"stack": losses.kl_to(self.compared(student.logits), lesson["p"], self.method.tau)}
-
-    def summarise(self, means: dict[str, float]) -> dict[str, float]:
-        """With the weights, once they are fitted: which teachers the student was taught by."""
-        weights = self._combination[0].weights
-        known = {} if weights.isnan().any() else {f"stack_weight_{k}": w for k, w in enumerate(weights.tolist())}
-        return super().summarise(means) | known

@@ -44,6 +44,8 @@ class BStep(StudentStep):
     1), `mu`, `cw`, `weight` (disagreement), `guard` (0 where the label guard closes), `plus`.
     """
 
+    of_lessons = ("target_entropy", "label_guard")
+
     def __init__(self, setup: Setup, fusion: Fusion | None = None) -> None:
         super().__init__(setup, [] if fusion is None else [fusion])
         self._fusion = (fusion,)
@@ -263,13 +265,9 @@ class BStep(StudentStep):
         return total + w.scale * self._plus(seen.logits, lesson, distilled * omega, batch, out)
 
     def summarise(self, means: dict[str, float]) -> dict[str, float]:
-        """Average readings of targets over the distilled samples, not over all, so that gates leave them comparable.
-
-        Without a gate their share is not logged.
-        """
-        share, gated = means.get("sample_gate", 0.0), self.method.kd_sample_gate
-        found = {k: v / share if k in ("target_entropy", "label_guard") and share > 0 else v for k, v in means.items()}
-        return {k: v for k, v in found.items() if gated or k != "sample_gate"}
+        """Without a gate the share of distilled samples is not logged."""
+        gated = self.method.kd_sample_gate
+        return {k: v for k, v in super().summarise(means).items() if gated or k != "sample_gate"}
 
     def _divergence(self, logits: Tensor, lesson: Lesson, batch: Batch) -> Tensor:
         """KD_i of this process's samples, (b,)."""

@@ -169,6 +169,7 @@ def test_the_step_weighs_logits_and_maps_by_cross_entropy(standardise: bool) -> 
     def weights(logits: list[Tensor]) -> Tensor:
         return confidence_weights(torch.stack([F.cross_entropy(v, batch.y, reduction="none") for v in logits]))
 
+    torch.testing.assert_close(step.weighed, weights([t.logits for t in taught]).T)
     by_map = weights([t.net.fc(p.mean((2, 3))) for t, p in zip(step._teachers, projected, strict=True)])
     distances = torch.stack([(p - t.maps[-1]).square().mean((1, 2, 3)) for p, t in zip(projected, taught, strict=True)])
     torch.testing.assert_close(found["ca_mkd_feat"], (by_map * distances).sum(0))

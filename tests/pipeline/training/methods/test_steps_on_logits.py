@@ -91,6 +91,25 @@ def test_samples_that_a_gate_leaves_out_have_no_part(name: str, k: int) -> None:
     assert out["loss"] > 0
 
 
+@pytest.mark.parametrize("gate", [{}, {"kd_sample_gate": True, "kd_sample_max_ratio": 0.5, "kd_sample_thr": 1.0}])
+@pytest.mark.parametrize(("name", "k"), [(name, k) for name, k in METHODS if name in ("ebkd", "aekd", "stack")])
+def test_the_teachers_weights_are_logged_and_their_means_sum_to_1(name: str, k: int, gate: dict[str, Any]) -> None:
+    data = RunData(config(), image_data(96), CPU)
+    step = step_of(settings(name, **gate), k, data=data)
+    step.begin_epoch(Weights(1.0))
+    given = batch()
+    means = step.summarise(
+        {key: value.item() for key, value in step(given, Moment("b", 0, 0)).items() if key != "output"}
+    )
+    logged = [means[f"teacher_weight_{i}"] for i in range(k)]
+    assert sum(logged) == pytest.approx(1.0, abs=1e-6)
+    if name == "ebkd" and k > 1 and not gate:
+        p = torch.stack([F.softmax(t(given.x).logits.double(), dim=1) for t in step._teachers])
+        entropies = torch.special.entr(p).sum(dim=2)
+        assert logged == pytest.approx(((1 - entropies / entropies.sum(0)) / (k - 1)).mean(1).tolist(), abs=1e-6)
+    assert not [key for key in outcome(name, k, given, kd_alpha=0.0)[0] if key.startswith("teacher_weight")]
+
+
 @pytest.mark.parametrize(
     ("name", "k", "view"),
     # a lesson with labels cannot be mixed: the schema refuses clean views there
