@@ -51,7 +51,9 @@ def cost(found: Comparison) -> bytes:
     for axis, (pair, groups) in zip(axes.flat, found.pairs.items(), strict=False):
         ranked = sorted(groups, key=lambda group: group.mean(ACCURACY))
         width = 0.04 * max((group.mean(GMACS) for group in groups if group.values(GMACS)), default=0.0)
-        for name, group in zip(names_of(groups).values(), groups, strict=True):
+        names, gap = names_of(groups), 0.04 * (ranked[-1].mean(ACCURACY) - ranked[0].mean(ACCURACY))
+        placed: list[tuple[float, int, float]] = []
+        for group in ranked:
             known = [r.correct for r in group.records if r.correct is not None]
             cost, mean = group.mean(GMACS), group.mean(ACCURACY)
             if math.isnan(cost):
@@ -62,9 +64,11 @@ def cost(found: Comparison) -> bytes:
             axis.errorbar(cost, mean, yerr=[[below], [above]], marker="o", capsize=3, ls="")
             # of those that cost about the same, every other name stands on the left
             left = [g for g in ranked if abs(g.mean(GMACS) - cost) <= width].index(group) % 2
+            under = [height + gap for at, side, height in placed if side == left and abs(at - cost) <= width]
+            placed.append((cost, left, max([mean, *under])))
             axis.annotate(
-                f"{name} ({len(group.records)})",
-                (cost, mean),
+                f"{names[group.name]} ({len(group.records)})",
+                (cost, placed[-1][2]),
                 xytext=(-6 if left else 6, 0),
                 textcoords="offset points",
                 ha="right" if left else "left",
