@@ -68,7 +68,7 @@ ONE_WORKER = {
              "tests/test_deploy.py", "tests/test_deploy_proxy.py"),
     "server": ("tests/steps/test_kill.py", "tests/browser/test_compare.py", "tests/browser/test_registry.py",
                "tests/browser/test_ui.py", *(f"tests/pipeline/tracking/test_{name}.py" for name in (
-                   "deliver", "models", "process", "proxy", "registry", "requests"))),
+                   "deliver", "models", "process", "proxy", "races", "registry", "requests"))),
     "CIFAR-100": ("tests/pipeline/data/test_sources.py", "tests/pipeline/evaluate/test_measures.py",
                   "tests/steps/test_evaluate.py"),
     "slurm": ("tests/pipeline/launch/test_launch.py", "tests/steps/test_sweep_for_real.py",
@@ -77,7 +77,8 @@ ONE_WORKER = {
 """Files that start the same server, or unpack the same data, for a quarter of a minute: one worker takes them all."""
 TOGETHER = {file: name for name, files in ONE_WORKER.items() for file in files}
 LONGEST = [*TOGETHER, *(f"tests/{name}.py" for name in (
-    "steps/test_serving_page", "steps/test_every_method", "pipeline/sweep/test_sweep"))]  # fmt: skip
+    "steps/test_serving_page", "steps/test_every_method", "pipeline/sweep/step/test_sweep",
+    "pipeline/sweep/step/test_sweep_disturbed"))]  # fmt: skip
 """Minutes each: whatever starts after them ends before them."""
 
 

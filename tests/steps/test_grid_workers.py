@@ -17,7 +17,7 @@ from pipeline.distill import train
 from pipeline.errors import UserError
 from pipeline.launch import worker as launched
 from pipeline.launch.workers import Workers
-from tests.pipeline.sweep.test_sweep import InProcess, WorkerStop
+from tests.pipeline.sweep.step.sweeping import InProcess, WorkerStop
 from tests.steps.lab import Lab, ending, journal, points, run_id, see, signal_at, until
 from tests.steps.test_table import PAIRS, found, write
 

@@ -20,7 +20,7 @@ from pipeline.distill import train
 from pipeline.launch import worker as launched
 from pipeline.sweep import driver as sweep
 from pipeline.sweep.request import Plan
-from tests.pipeline.sweep.test_sweep import InProcess, WorkerStop
+from tests.pipeline.sweep.step.sweeping import InProcess, WorkerStop
 from tests.steps import sweep_kills
 from tests.steps.lab import Lab, client, points, run_id, see, signal_at, until
 from tests.warm import Fork
