@@ -16,6 +16,7 @@ from pipeline.config.words import written
 from pipeline.data.sources import ImageData
 from pipeline.distill import networks, teachers
 from pipeline.errors import UserError
+from pipeline.evaluate.request import FUSIONS
 from pipeline.evaluate.source import Source, fetch
 from pipeline.paths import user_path
 from pipeline.runs import records
@@ -50,9 +51,7 @@ def find(run: Run, given: str | None, student: Source | None) -> Source:
         if student is not None and student.made_by is not None:
             given, key = f"runs:/{student.made_by}", f"fusion of the run that made student={run.config.student}"
         else:
-            raise UserError(
-                "mode=synergy needs fusion=runs:/<id>, a folder with mbm.pth and synergy_head.pth, or a file"
-            )
+            raise UserError(f"mode=synergy needs fusion={FUSIONS}")
     if given.startswith("runs:/"):
         run_id, _, path = given.removeprefix("runs:/").strip("/").partition("/")
         try:

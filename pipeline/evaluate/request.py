@@ -8,6 +8,8 @@ from pipeline.config.places import is_uri
 from pipeline.errors import UserError
 from pipeline.paths import user_path
 
+FORMS = "runs:/<id>, models:/<name>@<alias>, models:/<name>/<version>, a run's folder or a weights file"
+FUSIONS = "runs:/<id>, a folder with mbm.pth and synergy_head.pth, or fusion.safetensors"
 MODES = ("single", "synergy", "average")
 SPLITS = {"test": ("test",), "train": ("train",), "val": ("val",), "both": ("train", "test")}
 TEACHERS = ("auto", "true", "false")
@@ -17,8 +19,7 @@ OWN = {
     "mode": "single (the default: the model alone), synergy (teachers and fusion, the model as query), or average (the "
     "teachers' mean; no model)",
     "split": "test (the default), train (clean images, without validation), val, or both (train and test)",
-    "fusion": "mode=synergy: runs:/<id>, a folder with mbm.pth and synergy_head.pth, or fusion.safetensors; by default "
-    "what was saved beside the model",
+    "fusion": f"mode=synergy: {FUSIONS}; by default what was saved beside the model",
     "teachers": "mode=single: also run model.teachers, and say how often they agree; auto (the default): where that "
     "needs no fine-tuning",
     "speed": "false leaves the latencies out",
@@ -80,9 +81,9 @@ def check(request: Request, config: Config) -> None:
         raise UserError(f"{which} needs teachers, and model.teachers is empty: choose model/teacher=…, or another cfg")
     if request.fusion and not fused:
         raise UserError(f"fusion={request.fusion} is for mode=synergy, and mode is {mode}")
-    for key, given in (("fusion", request.fusion), (request.named, config.student)):
-        if given and not is_uri(given):
-            user_path(given, key)
+    for key, given, forms in (("fusion", request.fusion, FUSIONS), (request.named, config.student, FORMS)):
+        if given and not is_uri(given) and not user_path(given, key).exists():
+            raise UserError(f"{key}={given}: no such file or folder; give {forms}")
     if "val" in request.splits and config.dataset.val_fraction == 0:
         raise UserError(
             "split=val: dataset.val_fraction=0 holds out no validation images; give the model's own val_fraction, "

@@ -10,12 +10,12 @@ from pipeline.config.places import is_uri
 from pipeline.data.sources import ImageData
 from pipeline.distill import networks
 from pipeline.errors import UserError
+from pipeline.evaluate.request import FORMS
 from pipeline.paths import user_path
 from pipeline.runs.folders import STUDENT, header_of
 from pipeline.runs.run import Run
 from pipeline.served import bundle
 
-FORMS = "runs:/<id>, models:/<name>@<alias>, models:/<name>/<version> or a weights file"
 PREFERRED = ("student.safetensors", "teacher.safetensors")
 """Weights in a folder that holds several: a logged model's, a run's."""
 PARTS = ("mbm.pth", "synergy_head.pth", "fusion.safetensors")

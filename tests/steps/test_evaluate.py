@@ -317,6 +317,14 @@ def test_bad_input_is_one_line_and_code_2(
     assert not [folder for folder in done.new if (folder / "results.json").exists()]
 
 
+@pytest.mark.parametrize("given", ["model=absent.pt", "student=absent.pt", "fusion=absent.pt"])
+def test_a_missing_file_is_refused_before_there_is_a_run(bench: Lab, student: Path, given: str) -> None:
+    needed = [f"model={student}", "mode=synergy"] if given.startswith("fusion") else []
+    done = bench.step("evaluate", QUICK, *needed, given)
+    assert (done.code, len(done.lines), done.new) == (2, 1, []), done.err
+    assert f"{given}: no such file or folder; give runs:/<id>, " in done.err
+
+
 def test_teachers_that_are_not_there_are_no_error_without_need(bench: Lab, student: Path) -> None:
     """They are left out, and nothing is fine-tuned for a comparison that nobody asked for."""
     done = evaluated(bench, f"model={student}", "finetune.seed=99")
