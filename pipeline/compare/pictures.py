@@ -49,22 +49,17 @@ def cost(found: Comparison) -> bytes:
     lines = math.ceil(len(found.pairs) / columns)
     made, axes = figures.figure(lines, columns, 6.5 * columns, 4.8 * lines, squeeze=False)
     for axis, (pair, groups) in zip(axes.flat, found.pairs.items(), strict=False):
-        ranked = sorted(groups, key=lambda group: group.mean(ACCURACY))
-        width = 0.04 * max((group.mean(GMACS) for group in groups if group.values(GMACS)), default=0.0)
-        names, gap = names_of(groups), 0.04 * (ranked[-1].mean(ACCURACY) - ranked[0].mean(ACCURACY))
+        ranked = sorted((g for g in groups if g.values(GMACS)), key=lambda group: group.mean(ACCURACY))
+        points = [(group, group.mean(GMACS), group.mean(ACCURACY), *_ends(group)) for group in ranked]
+        width = 0.04 * max((cost for _, cost, *_ in points), default=0.0)
+        line = 0.05 * (max((p[4] for p in points), default=0.0) - min((p[3] for p in points), default=0.0))
+        names = names_of(groups)
         placed: list[tuple[float, int, float]] = []
-        for group in ranked:
-            known = [r.correct for r in group.records if r.correct is not None]
-            cost, mean = group.mean(GMACS), group.mean(ACCURACY)
-            if math.isnan(cost):
-                continue
-            same = len({len(correct) for correct in known}) == 1
-            ends = statistics.interval(100.0 * np.stack(known).astype(np.float64))[1:] if same else (mean, mean)
-            below, above = (max(0.0, mean - ends[0]), max(0.0, ends[1] - mean))
-            axis.errorbar(cost, mean, yerr=[[below], [above]], marker="o", capsize=3, ls="")
-            # of those that cost about the same, every other name stands on the left
-            left = [g for g in ranked if abs(g.mean(GMACS) - cost) <= width].index(group) % 2
-            under = [height + gap for at, side, height in placed if side == left and abs(at - cost) <= width]
+        for group, cost, mean, low, high in points:
+            axis.errorbar(cost, mean, yerr=[[mean - low], [high - mean]], marker="o", capsize=3, ls="")
+            # of those that cost about the same, every other name stands on the left, and above the one below it
+            left = [g for g, at, *_ in points if abs(at - cost) <= width].index(group) % 2
+            under = [height + line for at, side, height in placed if side == left and abs(at - cost) <= width]
             placed.append((cost, left, max([mean, *under])))
             axis.annotate(
                 f"{names[group.name]} ({len(group.records)})",
@@ -74,6 +69,7 @@ def cost(found: Comparison) -> bytes:
                 ha="right" if left else "left",
                 va="center",
                 fontsize=8,
+                annotation_clip=False,
             )
         axis.set(title=pair, xlabel="10⁹ multiply-accumulates of a run", ylabel="test top-1 in %")
         axis.margins(x=0.3)
@@ -82,6 +78,15 @@ def cost(found: Comparison) -> bytes:
         axis.set_axis_off()
     _head(made, found)
     return figures.png(made)
+
+
+def _ends(group: Group) -> tuple[float, float]:
+    """The two-level 95 % interval around the mean accuracy; the mean twice where answers to images are not known."""
+    mean, known = group.mean(ACCURACY), [r.correct for r in group.records if r.correct is not None]
+    if len({len(correct) for correct in known}) != 1:
+        return mean, mean
+    _, low, high = statistics.interval(100.0 * np.stack(known).astype(np.float64))
+    return min(mean, low), max(mean, high)
 
 
 def _head(made: Any, found: Comparison) -> None:

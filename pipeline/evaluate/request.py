@@ -8,14 +8,13 @@ from pipeline.config.places import is_uri
 from pipeline.errors import UserError
 from pipeline.paths import user_path
 
-FORMS = "runs:/<id>, models:/<name>@<alias>, models:/<name>/<version>, a run's folder or a weights file"
-FUSIONS = "runs:/<id>, a folder with mbm.pth and synergy_head.pth, or fusion.safetensors"
+FORMS = "runs:/<id>[/path], models:/<name>@<alias>, models:/<name>/<version>, a run's folder or a weights file"
+FUSIONS = "runs:/<id>, a run's folder, a folder with mbm.pth and synergy_head.pth, or fusion.safetensors"
 MODES = ("single", "synergy", "average")
 SPLITS = {"test": ("test",), "train": ("train",), "val": ("val",), "both": ("train", "test")}
 TEACHERS = ("auto", "true", "false")
 OWN = {
-    "model": "what to evaluate: runs:/<id>[/path], models:/<name>@<alias>, models:/<name>/<version>, a run's folder "
-    "or a weights file (safetensors or torch.save's); student= is the same key",
+    "model": f"what to evaluate: {FORMS} (safetensors or torch.save's); student= is the same key",
     "mode": "single (the default: the model alone), synergy (teachers and fusion, the model as query), or average (the "
     "teachers' mean; no model)",
     "split": "test (the default), train (clean images, without validation), val, or both (train and test)",
@@ -71,17 +70,16 @@ def read(config: Config, command: cli.Command) -> tuple[Config, Request]:
 def check(request: Request, config: Config) -> None:
     """Raise UserError for what configuration and request cannot do together."""
     mode, fused = request.mode, request.mode == "synergy"
-    if config.student is None and (mode == "single" or (fused and not config.method.learnable_q)):
-        raise UserError(
-            "student is not set: give model=runs:/<id>, models:/<name>@<alias> or a weights file "
-            "(student=runs:/<id> is the same)"
-        )
+    needs_student = mode == "single" or (fused and not config.method.learnable_q)
+    if config.student is None and needs_student:
+        raise UserError(f"student is not set: give model={FORMS} (student= is the same key)")
     if (mode != "single" or request.teachers == "true") and not config.model.teachers:
         which = f"mode={mode}" if mode != "single" else "teachers=true"
         raise UserError(f"{which} needs teachers, and model.teachers is empty: choose model/teacher=…, or another cfg")
     if request.fusion and not fused:
         raise UserError(f"fusion={request.fusion} is for mode=synergy, and mode is {mode}")
-    for key, given, forms in (("fusion", request.fusion, FUSIONS), (request.named, config.student, FORMS)):
+    student = config.student if needs_student else None
+    for key, given, forms in (("fusion", request.fusion, FUSIONS), (request.named, student, FORMS)):
         if given and not is_uri(given) and not user_path(given, key).exists():
             raise UserError(f"{key}={given}: no such file or folder; give {forms}")
     if "val" in request.splits and config.dataset.val_fraction == 0:

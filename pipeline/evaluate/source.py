@@ -40,7 +40,7 @@ class Source:
 
 
 def find(run: Run, given: str, key: str) -> Source:
-    """What `model=` names (`FORMS`, or a run's folder), fetched if it is not on this machine.
+    """What `model=` names (`FORMS`), fetched if it is not on this machine.
 
     Raises UserError, which names `key`: it does not exist, or is not a model.
     """

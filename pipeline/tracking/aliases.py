@@ -16,7 +16,7 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.tracking.faults import Fault, classify, permitted
+from pipeline.tracking.faults import Fault, classify, outraced, permitted
 from pipeline.tracking.model_tags import (
     CHAMPION,
     KEEP,
@@ -175,7 +175,7 @@ def tag(client: MlflowClient, name: str, number: str, tags: Mapping[str, str]) -
 def _point(client: MlflowClient, name: str, alias: str, version: str | None, champion: str | None) -> None:
     """Set an alias or remove it; without the right to delete, which EDIT does not include, point it at the champion."""
     if version is not None:
-        client.set_registered_model_alias(name, alias, version)
+        outraced(client.set_registered_model_alias)(name, alias, version)
     elif alias in client.get_registered_model(name).aliases:
         if champion is None:
             client.delete_registered_model_alias(name, alias)

@@ -46,6 +46,8 @@ PASSING = (401, 403, 408, 425, 429)
 """The 4xx that may be temporary."""
 FORBIDDEN = "Permission denied"
 """The whole body of MLflow's 403: under basic authentication it is not JSON."""
+_TAKEN = re.compile(r"\((\w+\.)*(IntegrityError|UniqueViolation)\)")
+"""A database's refusal of a row that is there already, as MLflow passes it on."""
 _PAGE = re.compile(
     r"API request to endpoint \S+ failed with error code (\d+) != \d+\. Response body: '(.*)'", re.DOTALL
 )
@@ -103,10 +105,10 @@ def permitted(call: Callable[..., object], *arguments: Any) -> bool:
 
 
 def outraced(call: Callable[P, T]) -> Callable[P, T]:
-    """The same call, repeated once where MLflow's database fails.
+    """The same call, repeated once if another process has inserted the same row meanwhile.
 
-    Two processes that set the same new tag, or log the same new data set, both insert its row. The one that comes
-    second finds the row when it asks again; anything else that is wrong is wrong again.
+    MLflow looks for some rows and then inserts them, without a lock. The process that comes second is refused, and
+    finds the row when it asks again.
     """
 
     @wraps(call)
@@ -114,7 +116,7 @@ def outraced(call: Callable[P, T]) -> Callable[P, T]:
         try:
             return call(*arguments, **options)
         except Exception as error:
-            if _answer(error)[2] != "BAD_REQUEST":
+            if _TAKEN.search(str(error)) is None:
                 raise
             return call(*arguments, **options)
 

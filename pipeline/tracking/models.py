@@ -24,7 +24,7 @@ from pipeline.paths import tree_inside
 from pipeline.served import bundle
 from pipeline.served import code as served
 from pipeline.tracking.checkpoints import staging
-from pipeline.tracking.faults import look, permitted
+from pipeline.tracking.faults import look, outraced, permitted
 from pipeline.tracking.state import State, find_by_journal
 
 log = logging.getLogger("asib.delivery")
@@ -96,15 +96,21 @@ def log_model(client: MlflowClient, state: State, folder: Path, entry: Entry) ->
             files = tree_inside(folder, data["folder"]) if whole else _saved(model, run_id, folder, data, stage)
             client.set_logged_model_tags(model_id, {bundle.TAG: bundle.manifest(files)})
             client.log_model_artifacts(model_id, str(files))
-    outputs = client.get_run(run_id).outputs
-    if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
-        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=data["step"])])
+    _link_output(client, run_id, LoggedModelOutput(model_id, step=data["step"]))
     metrics = _metrics(client, run_id, model_id, entry)
     if metrics:
         client.log_batch(run_id, metrics=metrics)
     if str(model.status) != "READY":
         client.finalize_logged_model(model_id, "READY")
     return model_id
+
+
+@outraced
+def _link_output(client: MlflowClient, run_id: str, model: LoggedModelOutput) -> None:
+    """Make a model an output of the run, once: MLflow refuses it twice, also when its client repeats a lost call."""
+    outputs = client.get_run(run_id).outputs
+    if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
+        client.log_outputs(run_id, [model])
 
 
 def _saved(model: LoggedModel, run_id: str, folder: Path, data: Any, stage: Path) -> Path:

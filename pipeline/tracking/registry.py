@@ -17,7 +17,7 @@ from pipeline.journal import Entry
 from pipeline.served import bundle
 from pipeline.tracking import server
 from pipeline.tracking.aliases import there
-from pipeline.tracking.faults import Fault, classify, look
+from pipeline.tracking.faults import Fault, classify, look, outraced
 from pipeline.tracking.model_tags import CHALLENGER, CHAMPION, PREVIOUS, TAG_LENGTH, garbled, is_version
 from pipeline.tracking.state import State
 
@@ -110,6 +110,7 @@ def _link(client: MlflowClient, model_id: str, version: ModelVersion) -> None:
         client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(known)})
 
 
+@outraced
 def _announce(client: MlflowClient, version: ModelVersion, alias: str) -> None:
     """Give the alias to the newest version: a run delivered late does not take it from a later one."""
     holder = client.get_registered_model(version.name).aliases.get(alias)

@@ -48,10 +48,9 @@ UPSERTS = (
     "set_experiment_tag",
     "set_registered_model_tag",
     "set_model_version_tag",
-    "set_registered_model_alias",
     "log_inputs",
 )
-"""Calls of MLflow's client that look for a row and then insert it, without a lock; the others see to it themselves."""
+"""Calls of MLflow's client that look for a row and then insert it, and that may simply be made again."""
 BUSY_S = 10.0
 """How long to wait for another process's lock on the SQLite file; a write takes milliseconds."""
 CONNECT_S = 10

@@ -71,7 +71,7 @@ class StudentStep(Objective):
     """
 
     of_lessons: tuple[str, ...] = (TEACHER_WEIGHT,)
-    """How terms are called that are no part of the loss, and 0 for samples that are not distilled."""
+    """Beginnings of the names of readings: no part of the loss, and 0 for samples that are not distilled."""
 
     def __init__(self, setup: Setup, frozen: Sequence[torch.nn.Module] = ()) -> None:
         super().__init__(setup.student, [*setup.teachers, *frozen], setup.device)
@@ -83,7 +83,7 @@ class StudentStep(Objective):
         self._first_class = setup.first_class
         self._held: tuple[Lesson, Tensor] | None = None
         self.weighed: Tensor | None = None
-        """What `terms` weighed the teachers with, (K,) or (b, K), to be logged; None for methods that do not."""
+        """What `terms` weighed the teachers with, (K,) or (b, K), detached, to be logged; None: it did not."""
 
     # what a method says ----------------------------------------------------------------------------------------------
 
@@ -230,12 +230,13 @@ class StudentStep(Objective):
     ) -> Tensor:
         """w(b) times the weighted terms, bounded; the terms also in `out`."""
         w, weights = self.weights, self.term_weights()
+        self.weighed = None
         with torch.autocast(self.device.type, enabled=False):
             terms = self.terms(whole_precision(seen), lesson, batch, moment)
         counted = distilled * lesson.get("weight", torch.ones_like(distilled))
         if self.weighed is not None and any(weights.values()):
             taught = (distilled > 0).float()
-            for k, weight in enumerate(self.weighed.detach().to(taught).unbind(dim=-1)):
+            for k, weight in enumerate(self.weighed.to(taught).unbind(dim=-1)):
                 out[f"{TEACHER_WEIGHT}{k}"] = batch_mean(taught * weight, batch)
         total = torch.zeros((), device=self.device)
         for name, value in terms.items():

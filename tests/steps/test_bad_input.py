@@ -105,7 +105,7 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
         ["model.student.name=resnet18.nope"],
         ["model.student.name=resnet18.nope", "a1_in1k"],
     ),
-    "no student": ("evaluate", [], ["student is not set", "student=runs:/<id>"]),
+    "no student": ("evaluate", [], ["student is not set", "model=runs:/<id>"]),
     "student missing": ("evaluate", ["student={files}/none.pt"], ["student={files}/none.pt: no such file"]),
     "student of another architecture": (
         "evaluate",

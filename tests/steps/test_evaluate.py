@@ -322,7 +322,11 @@ def test_a_missing_file_is_refused_before_there_is_a_run(bench: Lab, student: Pa
     needed = [f"model={student}", "mode=synergy"] if given.startswith("fusion") else []
     done = bench.step("evaluate", QUICK, *needed, given)
     assert (done.code, len(done.lines), done.new) == (2, 1, []), done.err
-    assert f"{given}: no such file or folder; give runs:/<id>, " in done.err
+    assert f"{given}: no such file or folder; give runs:/<id>" in done.err
+
+
+def test_a_missing_student_is_no_error_where_it_has_no_part(bench: Lab) -> None:
+    evaluated(bench, "student=absent.pt", "mode=average")
 
 
 def test_teachers_that_are_not_there_are_no_error_without_need(bench: Lab, student: Path) -> None:

@@ -84,7 +84,7 @@ class CaMkd(StudentStep):
         with torch.set_grad_enabled(m.as_published and torch.is_grad_enabled()):
             guesses = [classify(teacher, p) for teacher, p in zip(self.teachers, projected, strict=True)]
             of_logits, of_maps = self._weights(taught, batch), self._weights(guesses, batch)
-        self.weighed = of_logits.T
+        self.weighed = of_logits.detach().T if m.kd_alpha else None
         targets = torch.stack([self.compared(t) for t in taught])
         share = 1 / len(taught) if m.as_published else 1.0
         return {

@@ -175,7 +175,7 @@ class Mmkd(StudentStep):
         logits, feature = student.logits, student.maps[-1]
         with torch.no_grad():
             weights = self._weights(logits, feature, lesson)
-            self.weighed = weights[0].T
+            self.weighed = weights[0].T if self.method.kd_alpha else None
             guess = logits.argmax(dim=1)
             self._seen = batch, (guess != batch.y) & (guess != batch.y_b), moment
         return self._weighted(logits, self.own["projectors"](feature), lesson, weights)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 
 import pytest
-from mlflow.entities import Dataset, DatasetInput
+from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput
 from mlflow.tracking import MlflowClient
 
-from pipeline.tracking import server
+from pipeline.tracking import models, server
+from pipeline.tracking.faults import outraced
 
 ROUNDS = 12
 """Without the repetition, a fifth to a quarter of the calls of each kind failed (4 x 25 calls)."""
@@ -40,7 +41,7 @@ def race_for_each_kind(uri: str) -> None:
         lambda client, key, own: client.set_experiment_tag(experiment, key, "v"),
         lambda client, key, own: client.set_registered_model_tag("raced", key, "v"),
         lambda client, key, own: client.set_model_version_tag("raced", version, key, "v"),
-        lambda client, key, own: client.set_registered_model_alias("raced", key, version),
+        lambda client, key, own: outraced(client.set_registered_model_alias)("raced", key, version),
         lambda client, key, own: client.log_inputs(own, [DatasetInput(Dataset(key, "digest", "local", "{}"), [])]),
     ]
     start = threading.Barrier(RACERS)
@@ -66,3 +67,20 @@ def race_for_each_kind(uri: str) -> None:
     assert keys <= first.get_experiment(experiment).tags.keys()
     assert keys == model.tags.keys() == model.aliases.keys()
     assert keys == first.get_model_version("raced", version).tags.keys()
+
+
+def test_an_output_whose_answer_was_lost_is_linked_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's client sends a request again if no answer comes, and the server refuses the second one."""
+    client = server.connect(store)
+    experiment = client.create_experiment("lost answers")
+    run, model = client.create_run(experiment).info.run_id, client.create_logged_model(experiment)
+    once = client.log_outputs
+
+    def twice(run_id: str, outputs: list[LoggedModelOutput]) -> None:
+        once(run_id, outputs)
+        once(run_id, outputs)
+
+    monkeypatch.setattr(client, "log_outputs", twice)
+    models._link_output(client, run, LoggedModelOutput(model.model_id, step=3))
+    linked = client.get_run(run).outputs.model_outputs
+    assert [(output.model_id, output.step) for output in linked] == [(model.model_id, 3)]

@@ -28,12 +28,18 @@ from tests.steps.lab import (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _workers() -> Iterator[None]:
+@pytest.fixture(scope="session")
+def plain_environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         tracking = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI")
         for name in (*tracking, "RANK", "WORLD_SIZE", "ASIB_STORAGE"):
             patched.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers(plain_environment: None) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Plan, "launcher", InProcess)
         patched.setattr(launched, "Stop", WorkerStop)
         patched.setattr(sweep, "TICK_S", 0.0)
@@ -47,7 +53,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teachers(plain_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fine-tuned once."""
     lab = Lab(tmp_path_factory.mktemp("teachers"))
     done = lab.step("finetune")

@@ -149,6 +149,9 @@ def test_each_network_gives_each_sample_weights_that_sum_to_1() -> None:
         assert off(found.T, torch.tensor(loop, dtype=torch.float64)) < 1e-6
         assert found.sum(dim=0).tolist() == pytest.approx([1.0] * len(batch.y))
         assert found.std(dim=1).min() > 1e-4, "they are a sample's own"
+    terms(step, batch)
+    assert step.weighed is not None
+    assert off(step.weighed, torch.tensor(expected[0], dtype=torch.float64)) < 1e-6, "those of the logits are logged"
 
 
 @pytest.mark.parametrize("widths", [(5,), (5, 7), (5, 7, 4)])
