@@ -29,6 +29,8 @@ READINGS = {
 NOT_YET = "Not measured yet."
 SUGGESTED = ("_free", "_sharp", "_tuned")
 """How the rows end that came after the planned ones had been read."""
+LONGER = 21
+"""Epochs of the rows that were trained again for longer."""
 STUDY, TRIAL = "asib.study", "asib.trial"
 """Tags of a sweep and its trials."""
 
@@ -101,6 +103,25 @@ def tuned(runs: Sequence[Record]) -> str:
     )
 
 
+def longer(runs: Sequence[Record]) -> str:
+    """The rows that were trained again for longer, and the same seeds of them as they were before."""
+    more = [run for run in runs if epochs(run) == LONGER]
+    if not more:
+        return NOT_YET
+    again = {(run.label, run.seed) for run in more}
+    before = [run for run in short_ones(runs) if (run.label, run.seed) in again]
+    rows: dict[str, list[str]] = {}
+    head = ["row", "seeds"]
+    for some in (more, before):
+        found = against("aver", some)
+        shown = comparisons.shown(found)
+        head += [f"acc, {epochs(some[0])} epochs", "vs aver"]
+        for group in sorted(found.groups, key=_accuracy, reverse=True):
+            row = rows.setdefault(group.label, [group.label, str(len(group.records))])
+            row += map(str, shown.loc[group.name, ["acc", "vs aver"]])
+    return tables.markdown(head, [*rows.values()])
+
+
 def equal_cost(runs: Sequence[Record]) -> str:
     """The student alone, also trained until it costs as much as the best planned row, against that row."""
     return _family("aver", [run for run in runs if run.label in ("aver", ALONE)], "GMACs")
@@ -169,8 +190,10 @@ def commands(found: Comparison) -> str:
         commits = dict.fromkeys(run.tags["asib.git_sha"][:10] for run in group.records)
         table = "evidence" if _teachers(first) > 1 else "evidence_single"
         chosen = f"methods={group.label} table.baseline={group.label} seeds={group.seeds[0]}"
-        longer = "" if group.epochs == usual else f" method.student_epochs_per_stage=[{group.epochs}]"
-        own = f"python -m steps.table table={table} {chosen}{longer} threads=1 dataset.root=<folder>"
+        stages = first.config["method.student_epochs_per_stage"].replace(" ", "")
+        count = f" method.num_stages={stages.count(',') + 1}" if "," in stages else ""
+        changed = "" if group.epochs == usual else f'{count} "method.student_epochs_per_stage={stages}"'
+        own = f"python -m steps.table table={table} {chosen}{changed} threads=1 dataset.root=<folder>"
         repeated = own if "asib.row" in first.tags else first.tags["asib.command"]
         rows.append([names[group.name], ", ".join(map(str, group.seeds)), ", ".join(commits), f"`{repeated}`"])
     return tables.markdown(["row", "seeds", "commit", "command"], rows, left=4)
@@ -178,19 +201,21 @@ def commands(found: Comparison) -> str:
 
 def parts(runs: Sequence[Record], searched: Sequence[Record]) -> dict[str, str]:
     """Every part of the pages, by its name, of the rows' runs and of those that belong to sweeps."""
+    everything, runs = runs, [run for run in runs if epochs(run) != LONGER]
     one, every = against("kd", first(runs)), against(ALONE, runs)
     return {
         "short": short(every),
         "accuracy": accuracy(one),
         "several": several(runs),
         "cost": cost(one),
+        "longer": longer(everything),
         "equal cost": equal_cost(runs),
         "readings": readings(every),
         "suggested": suggested(runs),
         "free": free(runs),
         "sweeps": sweeps(searched),
         "tuned": tuned(runs),
-        "commands": commands(every),
+        "commands": commands(against(ALONE, everything)),
     }
 
 
@@ -198,5 +223,5 @@ def pictures(runs: Sequence[Record]) -> dict[str, bytes]:
     """The pictures that the pages show, by their names."""
     return {
         "results.png": drawn.accuracies(against("kd", short_ones(runs))),
-        "results_cost.png": drawn.cost(against(ALONE, runs)),
+        "results_cost.png": drawn.cost(against(ALONE, [run for run in runs if epochs(run) != LONGER])),
     }
