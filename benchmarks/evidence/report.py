@@ -105,11 +105,13 @@ def tuned(runs: Sequence[Record]) -> str:
 
 def longer(runs: Sequence[Record]) -> str:
     """The rows that were trained again for longer, and the same seeds of them as they were before."""
-    more = [run for run in runs if epochs(run) == LONGER]
-    if not more:
+    both = {(r.label, r.seed) for r in short_ones(runs)} & {(r.label, r.seed) for r in runs if epochs(r) == LONGER}
+    if "aver" not in {label for label, _ in both}:
         return NOT_YET
-    again = {(run.label, run.seed) for run in more}
-    before = [run for run in short_ones(runs) if (run.label, run.seed) in again]
+    before, more = (
+        [run for run in some if (run.label, run.seed) in both]
+        for some in (short_ones(runs), [run for run in runs if epochs(run) == LONGER])
+    )
     rows: dict[str, list[str]] = {}
     head = ["row", "seeds"]
     for some in (more, before):
