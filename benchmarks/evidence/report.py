@@ -52,6 +52,11 @@ def short_ones(runs: Sequence[Record]) -> list[Record]:
     return [run for run in runs if epochs(run) == usual]
 
 
+def split_longer(runs: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """All other rows, and those that were trained again for longer."""
+    return [run for run in runs if epochs(run) != LONGER], [run for run in runs if epochs(run) == LONGER]
+
+
 def epochs(run: Record) -> int:
     """The student's epochs."""
     return Group(run.label, (run,)).epochs
@@ -105,13 +110,11 @@ def tuned(runs: Sequence[Record]) -> str:
 
 def longer(runs: Sequence[Record]) -> str:
     """The rows that were trained again for longer, and the same seeds of them as they were before."""
-    both = {(r.label, r.seed) for r in short_ones(runs)} & {(r.label, r.seed) for r in runs if epochs(r) == LONGER}
+    usual, again = short_ones(runs), split_longer(runs)[1]
+    both = {(run.label, run.seed) for run in usual} & {(run.label, run.seed) for run in again}
     if "aver" not in {label for label, _ in both}:
         return NOT_YET
-    before, more = (
-        [run for run in some if (run.label, run.seed) in both]
-        for some in (short_ones(runs), [run for run in runs if epochs(run) == LONGER])
-    )
+    before, more = ([run for run in some if (run.label, run.seed) in both] for some in (usual, again))
     rows: dict[str, list[str]] = {}
     head = ["row", "seeds"]
     for some in (more, before):
@@ -203,7 +206,7 @@ def commands(found: Comparison) -> str:
 
 def parts(runs: Sequence[Record], searched: Sequence[Record]) -> dict[str, str]:
     """Every part of the pages, by its name, of the rows' runs and of those that belong to sweeps."""
-    everything, runs = runs, [run for run in runs if epochs(run) != LONGER]
+    everything, (runs, _) = runs, split_longer(runs)
     one, every = against("kd", first(runs)), against(ALONE, runs)
     return {
         "short": short(every),
@@ -225,5 +228,5 @@ def pictures(runs: Sequence[Record]) -> dict[str, bytes]:
     """The pictures that the pages show, by their names."""
     return {
         "results.png": drawn.accuracies(against("kd", short_ones(runs))),
-        "results_cost.png": drawn.cost(against(ALONE, [run for run in runs if epochs(run) != LONGER])),
+        "results_cost.png": drawn.cost(against(ALONE, split_longer(runs)[0])),
     }

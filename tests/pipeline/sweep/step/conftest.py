@@ -18,14 +18,8 @@ from pipeline.sweep.request import Plan
 from pipeline.sweep.study import report
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.plots import draw
-from tests.pipeline.sweep.step.sweeping import (
-    InProcess,
-    WorkerStop,
-    swept,
-)
-from tests.steps.lab import (
-    Lab,
-)
+from tests.pipeline.sweep.step.sweeping import InProcess, WorkerStop, swept
+from tests.steps.lab import Lab
 
 
 @pytest.fixture(scope="session")

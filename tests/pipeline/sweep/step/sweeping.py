@@ -12,15 +12,10 @@ import optuna
 import yaml
 
 from pipeline.runs.signals import Stop
-from tests.steps.lab import (
-    Done,
-    Lab,
-)
+from tests.steps.lab import Done, Lab
 from tests.steps.sweep_kills import only_study
 
 SHORT = ("method.num_stages=1", "method.student_epochs_per_stage=[1]")  # half a trial, where its length does not matter
-
-
 SPACE = {
     "method.kd_alpha": {"type": "float", "low": 0.1, "high": 0.9},
     "method.tau": {"type": "float", "low": 1, "high": 8},

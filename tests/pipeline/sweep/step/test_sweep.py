@@ -12,29 +12,8 @@ from torch import Tensor
 from pipeline.data.batches import EvalBatches
 from pipeline.sweep import watch, worker
 from pipeline.sweep.study.claim import Claim
-from tests.pipeline.sweep.step.sweeping import (
-    SHORT,
-    SPACE,
-    parent,
-    space,
-    states,
-    study,
-    swept,
-    trials,
-)
-from tests.steps.lab import (
-    TEST,
-    TRAIN,
-    Lab,
-    Seen,
-    deliver,
-    ending,
-    journal,
-    points,
-    run_id,
-    see,
-    write_npz,
-)
+from tests.pipeline.sweep.step.sweeping import SHORT, SPACE, parent, space, states, study, swept, trials
+from tests.steps.lab import TEST, TRAIN, Lab, Seen, deliver, ending, journal, points, run_id, see, write_npz
 
 VAL = TRAIN // 5  # the lab's dataset.val_fraction
 

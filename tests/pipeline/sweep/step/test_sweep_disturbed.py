@@ -15,25 +15,8 @@ from pipeline.journal import take
 from pipeline.runs.run import Run
 from pipeline.sweep.study.claim import Claim
 from pipeline.sweep.study.study import Study
-from tests.pipeline.sweep.step.sweeping import (
-    SHORT,
-    WorkerStop,
-    parent,
-    space,
-    states,
-    study,
-    swept,
-    trials,
-)
-from tests.steps.lab import (
-    Lab,
-    ending,
-    journal,
-    points,
-    run_id,
-    see,
-    signal_at,
-)
+from tests.pipeline.sweep.step.sweeping import SHORT, WorkerStop, parent, space, states, study, swept, trials
+from tests.steps.lab import Lab, ending, journal, points, run_id, see, signal_at
 
 PER_TRIAL = 16  # questions that the loop asks for a signal
 

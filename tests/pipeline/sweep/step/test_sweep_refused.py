@@ -10,12 +10,8 @@ import pytest
 from pipeline.runs.run import Run
 from pipeline.sweep import driver as sweep
 from pipeline.sweep.request import Plan
-from tests.pipeline.sweep.step.sweeping import (
-    space,
-)
-from tests.steps.lab import (
-    Lab,
-)
+from tests.pipeline.sweep.step.sweeping import space
+from tests.steps.lab import Lab
 
 LAUNCHER = Plan.launcher
 

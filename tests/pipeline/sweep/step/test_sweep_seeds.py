@@ -12,25 +12,8 @@ import pytest
 from pipeline.errors import Interrupted
 from pipeline.runs.run import Run
 from pipeline.sweep.study.claim import Claim
-from tests.pipeline.sweep.step.sweeping import (
-    SHORT,
-    parent,
-    states,
-    study,
-    swept,
-    trials,
-)
-from tests.steps.lab import (
-    STUDENT,
-    Lab,
-    deliver,
-    ending,
-    journal,
-    points,
-    run_id,
-    same_tensors,
-    see,
-)
+from tests.pipeline.sweep.step.sweeping import SHORT, parent, states, study, swept, trials
+from tests.steps.lab import STUDENT, Lab, deliver, ending, journal, points, run_id, same_tensors, see
 
 
 @pytest.fixture(scope="module")
